@@ -1,0 +1,42 @@
+# make demo         transcribe the bundled sample
+# make test         the tests, without the slow ones
+# make check        lint, formatting, types, import order
+# make check-slow   the slow tests
+#
+# PIP_ARGS goes to every pip install; it can name the index of PyTorch's small CPU build, for instance.
+
+PYTHON ?= python3
+PIP_ARGS ?=
+VENV := .venv
+BIN := $(VENV)/bin
+INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt $(PIP_ARGS)
+
+.PHONY: demo test check check-slow clean
+
+demo: $(VENV)/.runtime
+	$(BIN)/whisper-moe transcribe
+
+test: $(VENV)/.dev
+	$(BIN)/python -m pytest
+
+check: $(VENV)/.dev
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/pyright
+	$(BIN)/python -m pytest tests/test_import_order.py
+
+check-slow: $(VENV)/.dev
+	$(BIN)/python -m pytest -m slow --timeout 1800
+
+$(VENV)/.runtime: pyproject.toml constraints.txt
+	@echo "Installing into $(VENV) (minutes the first time: torch is large)" >&2
+	$(PYTHON) -m venv $(VENV)
+	$(INSTALL) --editable .
+	@touch $@
+
+$(VENV)/.dev: $(VENV)/.runtime
+	$(INSTALL) --editable '.[dev]'
+	@touch $@
+
+clean:
+	rm -rf $(VENV)

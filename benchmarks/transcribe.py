@@ -1,0 +1,284 @@
+"""This project and its peers on the same clips, with the same weights, in one run.
+
+``python benchmarks/transcribe.py MANIFEST``: see ``benchmarks/README.md``. MANIFEST is a TSV, ``path<TAB>text``, with
+paths relative to it. Every system runs in a process of its own, one after the other, and the repeats are interleaved
+(A B C A B C), so that a machine that slows down slows all of them.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import platform
+import subprocess
+import sys
+import tempfile
+import wave
+from collections.abc import Iterable, Sequence
+from dataclasses import asdict, dataclass, replace
+from datetime import UTC, datetime
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+import command
+import numpy as np
+import report
+from convert import weights
+from peers import SAMPLE_RATE, WINDOW_SECONDS, Job, decode, systems
+
+PAUSE_SECONDS = 0.5
+THREAD_VARIABLES = ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS")
+
+
+@dataclass(frozen=True)
+class Clip:
+    path: Path
+    text: str
+    samples: int
+
+    @property
+    def seconds(self) -> float:
+        return self.samples / SAMPLE_RATE
+
+
+def read_manifest(path: Path, limit: int | None) -> list[Clip]:
+    """The clips of a TSV of ``path<TAB>text`` (a heading line is skipped), with their decoded lengths."""
+    rows = [line.split("\t") for line in path.read_text(encoding="utf-8").splitlines() if line.strip()]
+    if rows and rows[0][0] == "path":
+        rows = rows[1:]
+    clips = []
+    for number, row in enumerate(rows[:limit], start=1):
+        if len(row) < 2:
+            raise ValueError(f"{path}: clip {number} has no text: expected path<TAB>text, found {row}")
+        audio = path.parent / row[0]
+        if not audio.is_file():
+            raise ValueError(f"{path}: clip {number}: {audio} does not exist")
+        clips.append(Clip(audio, row[1], len(decode(str(audio)))))
+    if not clips:
+        raise ValueError(f"{path} names no clips")
+    return clips
+
+
+def first_window(clips: Sequence[Clip]) -> list[Clip]:
+    """As many leading clips as fit one window of 30 s, pauses included."""
+    chosen, seconds = [], 0.0
+    for clip in clips:
+        seconds += clip.seconds + (PAUSE_SECONDS if chosen else 0.0)
+        if seconds > WINDOW_SECONDS:
+            break
+        chosen.append(clip)
+    if not chosen:
+        raise ValueError(f"{clips[0].path} alone is longer than {WINDOW_SECONDS:g} s")
+    return chosen
+
+
+def join(clips: Sequence[Clip], target: Path) -> Clip:
+    """All clips in one 16-bit wave file, half a second of silence between them."""
+    pause = np.zeros(int(PAUSE_SECONDS * SAMPLE_RATE), np.float32)
+    parts = [part for clip in clips for part in (decode(str(clip.path)), pause)][:-1]
+    samples = np.round(np.concatenate(parts) * 32_768).clip(-32_768, 32_767).astype("<i2")
+    with wave.open(str(target), "wb") as file:
+        file.setnchannels(1)
+        file.setsampwidth(2)
+        file.setframerate(SAMPLE_RATE)
+        file.writeframes(samples.tobytes())
+    return Clip(target, " ".join(clip.text for clip in clips), len(samples))
+
+
+def choose(wanted: str | None, model: str, ggml: str | None) -> tuple[list[str], dict[str, str]]:
+    """Names of the systems to run, and why the others cannot; a system asked for by name must be there."""
+    table = systems(model)
+    names = wanted.split(",") if wanted else list(table)
+    unknown = [name for name in names if name not in table]
+    if unknown:
+        raise ValueError(f"unknown system {', '.join(unknown)}; known are {', '.join(table)}")
+    skipped = {name: reason for name in names if (reason := table[name].missing())}
+    if "whisper.cpp" in names and ggml is None and "whisper.cpp" not in skipped and not wanted:
+        skipped["whisper.cpp"] = "no --ggml FILE"
+    if wanted and skipped:
+        raise ValueError("; ".join(f"{name}: {reason}" for name, reason in skipped.items()))
+    return [name for name in names if name not in skipped], skipped
+
+
+def prepare(names: Sequence[str], args: argparse.Namespace, recordings: Sequence[Clip]) -> dict[str, Job]:
+    """One job for each system, its weights converted."""
+    table = systems(args.model)
+    jobs = {}
+    for name in names:
+        ready = args.ggml if name == "whisper.cpp" and args.ggml not in (None, "auto") else None
+        form = table[name].form
+        jobs[name] = Job(
+            system=name,
+            clips=tuple(str(clip.path) for clip in recordings),
+            longest=max(clip.seconds for clip in recordings),
+            model=args.model,
+            weights=ready or (str(weights(form, args.model, args.cache)) if form else ""),
+            threads=args.threads,
+            language=None if args.language == "auto" else args.language,
+            beam=args.beam,
+            batch=args.batch,
+            fallback=args.fallback,
+            passes=args.passes or (5 if args.mode == "single30" else 1),
+            latency_clips=args.latency_clips if len(recordings) > 1 else 0,
+        )
+    return jobs
+
+
+def run_job(job: Job, folder: Path) -> dict[str, Any]:
+    """Measure one system in a fresh process. Raises :class:`RuntimeError` with the end of its standard error."""
+    request, answer = folder / "job.json", folder / "result.json"
+    request.write_text(json.dumps(asdict(job)))
+    answer.unlink(missing_ok=True)
+    environment = os.environ | dict.fromkeys(THREAD_VARIABLES, str(job.threads))
+    load = os.getloadavg()[0]
+    script = Path(__file__).with_name("peers.py")
+    done = subprocess.run(
+        [sys.executable, str(script), str(request), str(answer)],
+        env=environment,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    if done.returncode or not answer.exists():
+        raise RuntimeError(f"exit status {done.returncode}\n{done.stderr.strip()[-3000:]}")
+    return json.loads(answer.read_text()) | {"machine_load_before": load}
+
+
+def run_all(jobs: dict[str, Job], repeats: int, seconds: float) -> tuple[dict[str, list[dict]], dict[str, str]]:
+    """Interleaved repeats: results of each system, and what went wrong with those that failed (they stop there)."""
+    runs: dict[str, list[dict]] = {name: [] for name in jobs}
+    failed: dict[str, str] = {}
+    with tempfile.TemporaryDirectory() as folder:
+        for repeat in range(repeats):
+            for name, job in jobs.items():
+                if name in failed:
+                    continue
+                try:
+                    result = run_job(job if repeat == 0 else replace(job, latency_clips=0), Path(folder))
+                except RuntimeError as error:
+                    failed[name] = str(error)
+                    say(f"{name} failed: {error}")
+                    continue
+                runs[name].append(result)
+                wall = min(each["wall"] for each in result["passes"])
+                say(f"[{repeat + 1}/{repeats}] {name}: {wall:.2f} s, {seconds / wall:.2f} times real time")
+    return {name: results for name, results in runs.items() if name not in failed}, failed
+
+
+def machine() -> dict[str, Any]:
+    """What the figures were measured on."""
+    return {
+        "cpu": cpu_name(),
+        "cores": os.cpu_count(),
+        "system": platform.platform(),
+        "python": platform.python_version(),
+        "openblas_coretype": os.environ.get("OPENBLAS_CORETYPE"),
+    }
+
+
+def cpu_name() -> str:
+    info = Path("/proc/cpuinfo")
+    lines = info.read_text().splitlines() if info.exists() else []
+    names = [line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")]
+    return names[0] if names else platform.processor()
+
+
+def versions(packages: Iterable[str]) -> dict[str, str]:
+    found = {}
+    for package in sorted(set(packages)):
+        try:
+            found[package] = version(package)
+        except PackageNotFoundError:
+            found[package] = "from the source tree"
+    return found
+
+
+def say(text: str) -> None:
+    print(text, file=sys.stderr, flush=True)
+
+
+def parse(argv: Sequence[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description="Compare this project with its peers: speed, WER, memory.")
+    add = parser.add_argument
+    add("manifest", type=Path, help="TSV of path<TAB>text, paths relative to it")
+    add("--mode", choices=("clips", "long", "single30", "command"), default="clips")
+    add("--systems", help="comma-separated names (default: all that are installed)")
+    add("--model", default="openai/whisper-base", help="Hub id or folder of the Whisper that all share")
+    add("--ggml", metavar="FILE", help="whisper.cpp's weights, or 'auto' to convert them from --model")
+    add("--limit", type=int, help="only the first N clips")
+    add("--threads", type=int, default=2)
+    add("--repeats", type=int, default=3, help="processes per system, interleaved")
+    add("--passes", type=int, help="times the job is run in each process (default: 1; single30: 5)")
+    add("--language", default="en", help="a code for all clips, or auto")
+    add("--beam", type=int, default=1, help="beam size; 1 is greedy")
+    add("--batch", type=int, default=8, help="clips or windows per batch of the batching peers")
+    add("--fallback", action="store_true", help="let every system that can fall back to higher temperatures")
+    add("--latency-clips", type=int, default=40, help="clips that batching systems also run one by one")
+    add("--baseline", default="faster-whisper-int8", help="system that ratios and differences refer to")
+    add("--compare", action="append", default=[], metavar="A:B", help="further pairs, clip by clip")
+    add("--output", type=Path, default=Path("docs/results"))
+    add("--cache", type=Path, default=Path(tempfile.gettempdir()) / "whisper-moe-benchmark")
+    return parser.parse_args(argv)
+
+
+def facts(args: argparse.Namespace, clips: Sequence[Clip], packages: Iterable[str]) -> dict[str, Any]:
+    """The heading of ``results.json``: when, where, on what, with which settings."""
+    keys = ("mode", "model", "threads", "repeats", "language", "beam", "batch", "fallback", "baseline")
+    return {
+        "date": datetime.now(UTC).isoformat(timespec="seconds"),
+        "manifest": f"{args.manifest.parent.name}/{args.manifest.name}",
+        "clips": len(clips),
+        "settings": {key: getattr(args, key) for key in keys},
+        "machine": machine(),
+        "versions": versions(packages),
+    }
+
+
+def transcripts_mode(args: argparse.Namespace, clips: list[Clip]) -> int:
+    """Modes clips, long and single30: measure, score, write."""
+    names, skipped = choose(args.systems, args.model, args.ggml)
+    for name, reason in skipped.items():
+        say(f"skipping {name}: {reason}")
+    with tempfile.TemporaryDirectory() as folder:
+        if args.mode == "single30":
+            clips = first_window(clips)
+        recordings = clips if args.mode == "clips" else [join(clips, Path(folder) / f"{args.mode}.wav")]
+        seconds = sum(clip.seconds for clip in recordings)
+        table = systems(args.model)
+        heading = facts(args, clips, (package for name in names for package in table[name].packages))
+        heading |= {"audio_seconds": seconds, "skipped": skipped}
+        runs, failed = run_all(prepare(names, args, recordings), args.repeats, seconds)
+    if not runs:
+        raise ValueError("no system gave a result")
+    material = report.Material(
+        names=tuple(clip.path.stem for clip in clips),
+        references=tuple(clip.text for clip in clips),
+        joined=args.mode != "clips",
+    )
+    pairs = [tuple(pair.split(":")) for pair in args.compare] + report.default_pairs(list(runs), args.baseline)
+    results = heading | {"failed": failed} | report.build(runs, material, seconds, args.baseline, pairs)
+    report.write(results, material, args.output)
+    say(f"wrote {args.output}/results.json, transcripts.tsv, table.md, plot.png")
+    return int(bool(failed))
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    args = parse(argv)
+    try:
+        if args.language not in ("en", "auto"):
+            raise ValueError(f"--language {args.language}: WER is normalised with English rules; use en or auto")
+        clips = read_manifest(args.manifest, args.limit)
+        if args.mode != "command":
+            return transcripts_mode(args, clips)
+        heading = facts(args, clips, ("openai-whisper", "torch"))
+        clip = min(clips, key=lambda each: abs(each.seconds - command.CLIP_SECONDS))
+        return command.compare(args, heading, clip.path, clip.seconds)
+    except (ValueError, OSError, RuntimeError) as error:
+        say(f"error: {error}")
+        return 2
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,204 @@
+"""``WhisperMoE``: a model, its tokenizer and its decoder in one object; what people import."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, BinaryIO, Literal, Self, TypeAlias, overload
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from whisper_moe.config import SAMPLE_RATE, ModelConfig
+from whisper_moe.generate.decode import WindowDecoder
+from whisper_moe.generate.longform import Recording, Transcriber
+from whisper_moe.generate.options import FULL_WINDOW, TranscribeOptions
+from whisper_moe.generate.result import Transcription
+from whisper_moe.media.audio import MediaError, stream_audio
+from whisper_moe.media.text import Tokenizer, language_code
+from whisper_moe.media.windows import cut_windows, drop_silence, speech_spans, speech_spans_silero
+from whisper_moe.model.heads import TextHead
+from whisper_moe.model.linear import Arithmetic, arrange
+from whisper_moe.model.model import WhisperMoEModel
+from whisper_moe.weights.checkpoint import save_checkpoint
+from whisper_moe.weights.default import Loaded, load_model
+from whisper_moe.weights.parts import empty_model
+from whisper_moe.weights.sources import to_stderr
+
+Audio: TypeAlias = "str | os.PathLike[str] | BinaryIO | np.ndarray"
+"""A path, an open binary file, or float32 samples at 16 kHz, mono."""
+Dtype: TypeAlias = Literal["float32", "int8", "bfloat16", "float16"]
+
+_DETECTORS = {"energy": speech_spans, "silero": speech_spans_silero}
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What became of one recording: a transcription, or the error that its file made."""
+
+    name: str
+    transcription: Transcription | None
+    error: MediaError | None
+
+
+class WhisperMoE:
+    """Transcribes, translates and tells languages.
+
+    >>> from whisper_moe import WhisperMoE
+    >>> WhisperMoE.from_pretrained().transcribe("talk.m4a").text  # doctest: +SKIP
+    """
+
+    def __init__(
+        self, model: WhisperMoEModel, tokenizer: Tokenizer, generation: dict[str, Any], *,
+        name: str = "", tokenizer_files: dict[str, Path | bytes] | None = None, device: str = "cpu",
+    ) -> None:  # fmt: skip
+        self.name, self.device = name, device
+        self.tokenizer, self.generation = tokenizer, generation
+        self._tokenizer_files = tokenizer_files or {}
+        self.model = model.eval()
+        self._decoder = WindowDecoder(model, tokenizer, generation)
+
+    @classmethod
+    def from_pretrained(
+        cls, model: str | os.PathLike[str] | None = None, *, device: str = "auto", dtype: Dtype = "float32",
+        threads: int | None = None, for_inference: bool = True, announce: Callable[[str], None] = to_stderr,
+    ) -> Self:  # fmt: skip
+        """Load a whisper-moe directory, any Whisper (Hub id, folder, ``.pt`` file, LoRA adapter), or the default (None).
+
+        ``device``: ``cpu``, ``cuda``, ``mps`` …; ``auto`` takes a GPU if there is one. ``dtype``: ``int8`` is arithmetic
+        with a scale for each token, on a CPU only. ``threads``: of the CPU, for the whole process. ``for_inference``
+        arranges the weights for the machine; without, they can be trained and saved. ``announce`` is told before
+        anything is downloaded. Raises ``ValueError`` that names what is wrong.
+        """
+        if threads is not None:
+            torch.set_num_threads(threads)
+        device = _pick_device(device)
+        if dtype == "int8" and device != "cpu":
+            raise ValueError(f"int8 arithmetic runs on a CPU; on {device} take bfloat16 or float16")
+        loaded = load_model(model, announce=announce)
+        network = _network(loaded, device, dtype, for_inference)
+        return cls(
+            network, loaded.tokenizer, loaded.generation, name=loaded.name, tokenizer_files=loaded.tokenizer_files,
+            device=device,
+        )  # fmt: skip
+
+    @property
+    def config(self) -> ModelConfig:
+        return self.model.config
+
+    def save_pretrained(self, directory: str | os.PathLike[str], *, quantize: bool = False) -> None:
+        """Write a checkpoint directory; ``quantize`` stores matrices as int8. Raises ``ValueError`` for a model
+        that was loaded for inference: its weights were given up for copies that only this machine understands.
+        """
+        if not isinstance(self.model.decoder.head, TextHead):
+            raise ValueError("load the model with for_inference=False to save it")
+        state: dict[str, Tensor] = {key: value.float().cpu() for key, value in self.model.state_dict().items()}
+        save_checkpoint(
+            Path(directory), self.config, state, generation=self.generation, tokenizer_files=self._tokenizer_files,
+            quantize=quantize,
+        )  # fmt: skip
+
+    @overload
+    def transcribe(self, audio: Audio, **options: Any) -> Transcription: ...
+    @overload
+    def transcribe(self, audio: Sequence[Audio], **options: Any) -> list[Transcription]: ...
+    def transcribe(self, audio: Audio | Sequence[Audio], **options: Any) -> Transcription | list[Transcription]:
+        """The transcript of one recording, or of each in a list (decoded together, which is faster than one by one).
+
+        ``options``: the fields of :class:`~whisper_moe.generate.options.TranscribeOptions`. Raises ``MediaError`` naming the
+        first file that cannot be read; :meth:`transcribe_each` goes on with the others.
+        """
+        alone = isinstance(audio, (str, os.PathLike, np.ndarray)) or hasattr(audio, "read")
+        sources: list[Any] = [audio] if alone else list(audio)  # pyright: ignore[reportArgumentType]
+        results: list[Transcription] = []
+        for outcome in self.transcribe_each(sources, **options):
+            if outcome.transcription is None:
+                raise outcome.error or MediaError(outcome.name, "not transcribed")
+            results.append(outcome.transcription)
+        return results[0] if alone else results
+
+    def transcribe_each(
+        self, audio: Iterable[Audio], *, progress: Callable[[float], None] | None = None, **options: Any
+    ) -> Iterator[Outcome]:
+        """Outcomes in the order given; a file that cannot be read costs that file and no other.
+
+        ``progress`` is told how many seconds of audio have just been finished.
+        """
+        asked = self._options(options)
+        recordings = (self._recording(source, asked) for source in audio)
+        for done in Transcriber(self._decoder, asked, progress=progress).run(recordings):
+            failed = done.error is not None
+            yield Outcome(done.name, None if failed else done.result(), _as_media_error(done) if failed else None)
+
+    def detect_language(self, audio: Audio, *, languages: Sequence[str] = ()) -> dict[str, float]:
+        """Probability of each language in the first 30 s of speech, likeliest first.
+
+        ``languages``: choose among these only. Raises ``ValueError`` for a model that knows just one.
+        """
+        if not self.tokenizer.is_multilingual:
+            raise ValueError(f"{self.name}: an English-only model cannot detect languages")
+        options = self._options({"allowed_languages": tuple(languages)})
+        window = next(self._recording(audio, options).windows, None)
+        if window is None:
+            raise MediaError(_name_of(audio), "no sound in it")
+        return self._decoder.detect_language([window.samples], options, margin=FULL_WINDOW)[0]
+
+    def _options(self, options: dict[str, Any]) -> TranscribeOptions:
+        if options.get("language"):
+            options["language"] = language_code(options["language"], self.tokenizer.languages)
+        known = tuple(language_code(code, self.tokenizer.languages) for code in options.get("allowed_languages", ()))
+        asked = TranscribeOptions(**options | {"allowed_languages": known})
+        if asked.vad == "silero":
+            speech_spans_silero(np.zeros(SAMPLE_RATE, np.float32))  # says now, not at the first file, if it is missing
+        for code in (asked.language, *known):
+            if code is not None:
+                self.tokenizer.sot_sequence(code, asked.task)
+        return asked
+
+    def _recording(self, source: Audio, options: TranscribeOptions) -> Recording:
+        name = _name_of(source)
+        if isinstance(source, np.ndarray):
+            blocks: Iterator[np.ndarray] = iter([_checked(source)])
+        else:
+            blocks = stream_audio(source if hasattr(source, "read") else Path(source), name=name)  # pyright: ignore[reportArgumentType]
+        windows = cut_windows(blocks, max_seconds=FULL_WINDOW)
+        if options.vad != "none":
+            windows = drop_silence(windows, _DETECTORS[options.vad])
+        return Recording(name, windows)
+
+
+def _pick_device(device: str) -> str:
+    if device != "auto":
+        return device
+    return "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
+
+
+def _network(loaded: Loaded, device: str, dtype: Dtype, for_inference: bool) -> WhisperMoEModel:
+    network = empty_model(loaded.config)
+    network.load_state_dict(loaded.state, assign=True)
+    network.eval().requires_grad_(not for_inference)
+    if for_inference and device == "cpu" and dtype in ("float32", "int8"):
+        arithmetic: Arithmetic = "int8" if dtype == "int8" else "float32"
+        return arrange(network, arithmetic)
+    return network.to(device, {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}[dtype])
+
+
+def _checked(samples: np.ndarray) -> np.ndarray:
+    if samples.ndim != 1 or not np.issubdtype(samples.dtype, np.floating):
+        raise ValueError(f"samples must be a one-dimensional float array at {SAMPLE_RATE} Hz, got {samples.dtype}{samples.shape}")
+    if not np.isfinite(samples).all():
+        raise MediaError("samples", "they hold NaN or infinity")
+    return np.ascontiguousarray(samples, dtype=np.float32)
+
+
+def _name_of(source: Audio) -> str:
+    if isinstance(source, np.ndarray):
+        return "samples"
+    return str(getattr(source, "name", source)) if hasattr(source, "read") else str(source)
+
+
+def _as_media_error(done: Recording) -> MediaError:
+    return done.error if isinstance(done.error, MediaError) else MediaError(done.name, str(done.error))

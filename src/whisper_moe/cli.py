@@ -1,0 +1,153 @@
+"""The command line. Flags are named as ``whisper``'s, whose underscore spellings work too.
+
+Everything that can be wrong about paths and flags is checked before a model is loaded, and ``--help`` never imports torch.
+Text goes to standard output, facts to standard error. Exit status: 0, 1 when some files failed, 2 for usage.
+"""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+app = typer.Typer(
+    help="Speech to text with eight experts: any audio or video file in, text and subtitles out.",
+    no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
+)  # fmt: skip
+
+
+def _option(*names: str, help: str, panel: str = "Options", **more: Any) -> Any:
+    """A typer option that also answers to its underscore spellings."""
+    spellings = [
+        *names, *(f"--{n[2:].replace('-', '_')}" for n in names if n.startswith("--") and "-" in n[2:]),
+    ]  # fmt: skip
+    return typer.Option(*spellings, help=help, rich_help_panel=panel, **more)
+
+
+Model = Annotated[str | None, _option("--model", help="A whisper-moe folder, or any Whisper: Hub id, folder, .pt file, LoRA adapter. Default: the one that comes along.")]  # fmt: skip
+Device = Annotated[str, _option("--device", help="cpu, cuda, cuda:1, mps; auto takes a GPU if there is one.")]
+Dtype = Annotated[str, _option("--dtype", help="float32, int8 (CPU), bfloat16 or float16.")]
+Threads = Annotated[int | None, _option("--threads", min=1, help="CPU threads.")]
+
+
+@app.command()
+def transcribe(
+    files: Annotated[list[str] | None, typer.Argument(help="Audio or video files, globs, or - for standard input. Without any: the bundled sample.", show_default=False)] = None,
+    model: Model = None,
+    task: Annotated[str, _option("--task", help="transcribe, or translate into English.")] = "transcribe",
+    language: Annotated[str, _option("--language", "-l", help="auto (for every window), or a code or name: hi, Hindi.")] = "auto",
+    languages: Annotated[str | None, _option("--languages", help="Detect among these only: hi,ta,en.")] = None,
+    output_format: Annotated[str | None, _option("--output-format", "-f", help="txt, srt, vtt, tsv, json or all. Without -o, text is printed.")] = None,
+    output_dir: Annotated[Path | None, _option("--output-dir", "-o", help="Write a file for each input here.")] = None,
+    device: Device = "auto",
+    dtype: Dtype = "float32",
+    threads: Threads = None,
+    beam_size: Annotated[int, _option("--beam-size", min=1, help="Beams at temperature 0.", panel="Decoding")] = 1,
+    best_of: Annotated[int, _option("--best-of", min=1, help="Samples at other temperatures.", panel="Decoding")] = 5,
+    patience: Annotated[float, _option("--patience", help="Beam search patience (arXiv 2204.05424).", panel="Decoding")] = 1.0,
+    length_penalty: Annotated[float | None, _option("--length-penalty", help="Alpha of arXiv 1609.08144; default: mean log-probability.", panel="Decoding")] = None,
+    temperature: Annotated[float, _option("--temperature", min=0, help="The first to try.", panel="Decoding")] = 0.0,
+    temperature_increment_on_fallback: Annotated[float, _option("--temperature-increment-on-fallback", min=0, help="Step up to 1 while a transcript looks wrong; 0 tries no other.", panel="Decoding")] = 0.2,
+    initial_prompt: Annotated[str | None, _option("--initial-prompt", help="Text that comes before: names, spelling, style.", panel="Decoding")] = None,
+    hotwords: Annotated[str | None, _option("--hotwords", help="Words to expect.", panel="Decoding")] = None,
+    suppress_tokens: Annotated[str | None, _option("--suppress-tokens", help="Ids never to say, 1,2; -1 for annotations such as ♪. Default: the checkpoint's.", panel="Decoding")] = None,
+    without_timestamps: Annotated[bool, _option("--without-timestamps", help="One segment for each window.", panel="Decoding")] = False,
+    word_timestamps: Annotated[str, _option("--word-timestamps", help="True for a time on every word.", panel="Decoding")] = "False",
+    highlight_words: Annotated[str, _option("--highlight-words", help="True underlines each word in srt and vtt as it is said.", panel="Subtitles")] = "False",
+    max_line_width: Annotated[int | None, _option("--max-line-width", min=1, help="Characters in a line (with word timestamps).", panel="Subtitles")] = None,
+    max_line_count: Annotated[int | None, _option("--max-line-count", min=1, help="Lines in a subtitle (with word timestamps).", panel="Subtitles")] = None,
+    max_words_per_line: Annotated[int | None, _option("--max-words-per-line", min=1, help="Words in a line (with word timestamps).", panel="Subtitles")] = None,
+    vad: Annotated[str, _option("--vad", help="Drop what is not speech: none, energy, or silero (extra `vad`).", panel="Windows")] = "none",
+    context_margin: Annotated[float | None, _option("--context-margin", min=0, help="Seconds of silence kept after a clip; 30 pads to Whisper's full window.", panel="Windows")] = None,
+    carry_ttt: Annotated[bool, _option("--carry-ttt", help="Fast weights learn through a whole recording; slower.", panel="Windows")] = False,
+    compression_ratio_threshold: Annotated[float, _option("--compression-ratio-threshold", help="Above it a text repeats itself.", panel="Windows")] = 2.4,
+    logprob_threshold: Annotated[float, _option("--logprob-threshold", help="Below it a text is unsure.", panel="Windows")] = -1.0,
+    no_speech_threshold: Annotated[float, _option("--no-speech-threshold", help="Above it an unsure text is silence.", panel="Windows")] = 0.6,
+    verbose: Annotated[str, _option("--verbose", help="False prints no facts and no progress.")] = "True",
+) -> None:  # fmt: skip
+    """Write down what is said, in its language or in English."""
+    from whisper_moe import commands
+
+    given = dict(locals())
+    given.pop("commands")
+    raise typer.Exit(commands.transcribe(**given))
+
+
+@app.command("detect-language")
+def detect_language(
+    files: Annotated[list[str], typer.Argument(help="Audio or video files.", show_default=False)],
+    model: Model = None,
+    languages: Annotated[str | None, _option("--languages", help="Choose among these only: hi,ta,en.")] = None,
+    device: Device = "auto",
+    dtype: Dtype = "float32",
+    threads: Threads = None,
+) -> None:
+    """Say which language is spoken at the start of each file, and how surely."""
+    from whisper_moe import commands
+
+    raise typer.Exit(commands.detect_language(files, model, languages, device, dtype, threads))
+
+
+@app.command()
+def upcycle(
+    source: Annotated[str, typer.Argument(help="Any Whisper: Hub id, folder, OpenAI's .pt, LoRA adapter.", show_default=False)],
+    output: Annotated[Path, _option("--output", "-o", help="The folder to write.")],
+    experts: Annotated[int, _option("--experts", min=0, help="Routed experts; 0 keeps the model dense.")] = 8,
+    expert_dim: Annotated[int | None, _option("--expert-dim", min=1, help="Hidden units of each in a layer; default 256, or the feed-forward's own without a shared expert.")] = None,
+    top_k: Annotated[int, _option("--top-k", min=1, help="Experts that a segment is sent to.")] = 2,
+    shared: Annotated[bool, _option("--shared/--no-shared", help="Keep Whisper's feed-forward as a shared expert; without, every expert is a copy of it.")] = True,
+    scope: Annotated[str, _option("--scope", help="One choice for each segment, or token.")] = "segment",
+    router_layer: Annotated[int, _option("--router-layer", min=0, help="Encoder layers before the router's choice.")] = 2,
+    ttt_layers: Annotated[str, _option("--ttt-layers", help="Encoder layers with a TTT layer behind a closed gate: 3 or 1,3; empty for none.")] = "3",
+    base: Annotated[str | None, _option("--base", help="The Whisper that a LoRA adapter belongs to, if not the one it names.")] = None,
+    quantize: Annotated[bool, _option("--quantize", help="Store matrices as int8.")] = False,
+    overwrite: Annotated[bool, _option("--overwrite", help="Replace a checkpoint that is there.")] = False,
+    seed: Annotated[int, _option("--seed", help="Of the parts that are new.")] = 0,
+) -> None:  # fmt: skip
+    """Turn any Whisper into a mixture of experts that computes the same function."""
+    from whisper_moe import commands
+
+    given = dict(locals())
+    given.pop("commands")
+    raise typer.Exit(commands.upcycle(**given))
+
+
+@app.command()
+def export(
+    model: Annotated[str, typer.Argument(help="A dense whisper-moe folder, or any Whisper.", show_default=False)],
+    output: Annotated[Path, _option("--output", "-o", help="The folder to write.")],
+    to: Annotated[str, _option("--to", help="whisper: a folder that transformers reads.")] = "whisper",
+) -> None:
+    """Write a dense model as a Whisper that other programs read."""
+    from whisper_moe import commands
+
+    raise typer.Exit(commands.export(model, output, to))
+
+
+@app.command()
+def info(
+    model: Annotated[str | None, typer.Argument(help="A model or preset (8x241m); default: the one that comes along.", show_default=False)] = None,
+    json: Annotated[bool, typer.Option("--json", help="As JSON.")] = False,
+) -> None:  # fmt: skip
+    """Parameters, total and active, bytes, FLOPs for 30 s, and the experts by name."""
+    from whisper_moe import commands
+
+    raise typer.Exit(commands.info(model, json))
+
+
+def main() -> None:
+    """Entry point: every failure is one sentence on standard error."""
+    try:
+        app()
+    except KeyboardInterrupt:
+        sys.exit(130)
+    except BrokenPipeError:  # the reader of our output has gone, as in `| head`
+        sys.stderr.close()
+        sys.exit(0)
+
+
+if __name__ == "__main__":
+    main()

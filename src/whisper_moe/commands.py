@@ -1,0 +1,324 @@
+"""What the commands do, once their flags are read; each returns the exit status.
+
+Torch is imported only after everything that can be checked without it has been.
+"""
+
+from __future__ import annotations
+
+import glob
+import json
+import os
+import sys
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from functools import wraps
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal, ParamSpec
+
+from whisper_moe.generate.options import DEFAULT_MARGIN, TranscribeOptions
+from whisper_moe.generate.text import SubtitleOptions, expand_formats, output_names, save, write
+from whisper_moe.media.text import language_code
+
+if TYPE_CHECKING:
+    from whisper_moe.api import Outcome, WhisperMoE
+    from whisper_moe.generate.result import Segment, Transcription
+
+SAMPLE = Path(__file__).parents[2] / "examples" / "sample.m4a"
+"""What is transcribed when no file is named; it comes with a checkout."""
+_DTYPES = ("float32", "int8", "bfloat16", "float16")
+_PRINTED_AT_ONCE = 1
+"""A single file's text is printed as it is; several are told apart by their names on standard error."""
+
+P = ParamSpec("P")
+
+
+class UsageError(ValueError):
+    """Flags or paths that cannot work; exit status 2."""
+
+
+def say(text: str) -> None:
+    print(text, file=sys.stderr, flush=True)
+
+
+def _guarded(command: Callable[P, int]) -> Callable[P, int]:
+    """A failure that a user can mend is one sentence and an exit status; anything else is a bug and shows itself."""
+
+    @wraps(command)
+    def run(*args: P.args, **kwargs: P.kwargs) -> int:
+        try:
+            return command(*args, **kwargs)
+        except BrokenPipeError:
+            raise
+        except (ValueError, ImportError, OSError) as error:
+            say(f"whisper-moe: {' '.join(str(error).split())}")
+            return 2 if isinstance(error, UsageError) else 1
+
+    return run
+
+
+@contextmanager
+def _usage() -> Iterator[None]:
+    """Errors in here are the flags' fault."""
+    try:
+        yield
+    except ValueError as error:
+        raise UsageError(str(error)) from error
+
+
+@_guarded
+def transcribe(
+    files: list[str] | None, model: str | None, output_format: str | None, output_dir: Path | None, device: str,
+    dtype: str, threads: int | None, verbose: str, **flags: Any,
+) -> int:  # fmt: skip
+    """Texts to standard output or to files, facts to standard error; 1 if any file failed."""
+    with _usage():
+        options = _transcribe_options(flags)
+        subtitles = _subtitle_options(flags)
+        formats = expand_formats((output_format or ("txt" if output_dir is None else "all")).split(","))
+        talkative = _truth("--verbose", verbose)
+        paths = _expand(files)
+        if len(formats) > 1 and output_dir is None:
+            raise UsageError("several formats need a folder to be written to: add -o DIR")
+        _check_output(output_dir)
+        _check_dtype(dtype)
+    loaded = _load(model, device, dtype, threads, talkative)
+    names, failed, started = output_names(paths), 0, time.perf_counter()
+    with _progress(talkative) as progress:
+        outcomes = loaded.transcribe_each(map(_source, paths), progress=progress, **vars(options))
+        heard = 0.0
+        for path, name, outcome in zip(paths, names, outcomes, strict=True):
+            if outcome.transcription is None:
+                say(f"whisper-moe: {outcome.error}")
+                failed += 1
+                continue
+            heard += outcome.transcription.duration
+            _deliver(outcome.transcription, path, name, formats, output_dir, subtitles, len(paths) > _PRINTED_AT_ONCE)
+            if talkative:
+                say(_facts(outcome))
+    if talkative:
+        seconds = time.perf_counter() - started
+        say(f"{heard:.1f} s of audio in {seconds:.1f} s: {heard / seconds:.1f} times real time")
+    if failed and len(paths) > 1:
+        say(f"whisper-moe: {failed} of {len(paths)} files failed")
+    return 1 if failed else 0
+
+
+def _transcribe_options(flags: dict[str, Any]) -> TranscribeOptions:
+    increment, first = flags["temperature_increment_on_fallback"], flags["temperature"]
+    count = int((1.0 - first + 1e-6) / increment) + 1 if increment > 0 and first <= 1 else 1
+    suppress = flags["suppress_tokens"]
+    language = None if flags["language"].lower() == "auto" else language_code(flags["language"])
+    margin = DEFAULT_MARGIN if flags["context_margin"] is None else flags["context_margin"]
+    if flags["vad"] not in ("none", "energy", "silero"):
+        raise UsageError(f"--vad must be none, energy or silero, got {flags['vad']!r}")
+    plain = {name: flags[name] for name in (
+        "task", "beam_size", "best_of", "patience", "length_penalty", "initial_prompt", "hotwords", "vad", "carry_ttt",
+        "compression_ratio_threshold", "logprob_threshold", "no_speech_threshold",
+    )}  # fmt: skip
+    return TranscribeOptions(
+        **plain, language=language, allowed_languages=_codes(flags["languages"]),
+        temperatures=tuple(round(first + i * increment, 6) for i in range(count)),
+        suppress_tokens=None if suppress is None else tuple(int(token) for token in suppress.split(",") if token),
+        timestamps=not flags["without_timestamps"], context_margin=margin,
+        word_timestamps=_truth("--word-timestamps", flags["word_timestamps"]),
+    )  # fmt: skip
+
+
+def _subtitle_options(flags: dict[str, Any]) -> SubtitleOptions:
+    options = SubtitleOptions(
+        highlight_words=_truth("--highlight-words", flags["highlight_words"]), max_line_width=flags["max_line_width"],
+        max_line_count=flags["max_line_count"], max_words_per_line=flags["max_words_per_line"],
+    )  # fmt: skip
+    if options != SubtitleOptions() and not _truth("--word-timestamps", flags["word_timestamps"]):
+        raise UsageError("--highlight-words and the --max-… options need --word-timestamps True")
+    return options
+
+
+def _truth(name: str, value: str) -> bool:
+    """``whisper``'s booleans are the words True and False."""
+    if value.lower() not in ("true", "false"):
+        raise UsageError(f"{name} must be True or False, got {value!r}")
+    return value.lower() == "true"
+
+
+def _codes(languages: str | None) -> tuple[str, ...]:
+    return tuple(language_code(name.strip()) for name in languages.split(",")) if languages else ()
+
+
+def _expand(files: Sequence[str] | None) -> list[str]:
+    """Files and globs as paths; a path that is there is never taken for a pattern. Missing files fail later, one by one."""
+    if not files:
+        if not SAMPLE.is_file():
+            raise UsageError("name a file to transcribe: the bundled sample is only in a checkout of the project")
+        return [str(SAMPLE)]
+    if list(files).count("-") > 1:
+        raise UsageError("standard input (-) can be read only once")
+    found: list[str] = []
+    for file in files:
+        if file == "-" or os.path.exists(file) or not glob.has_magic(file):
+            found.append(file)
+            continue
+        matches = sorted(glob.glob(file, recursive=True))
+        if not matches:
+            raise UsageError(f"no file matches {file!r}")
+        found += matches
+    return found
+
+
+def _check_output(directory: Path | None) -> None:
+    if directory is not None and directory.exists() and not directory.is_dir():
+        raise UsageError(f"{directory}: is a file; -o needs a folder")
+
+
+def _check_dtype(dtype: str) -> None:
+    if dtype not in _DTYPES:
+        raise UsageError(f"--dtype must be one of {', '.join(_DTYPES)}, got {dtype!r}")
+
+
+def _source(path: str) -> Any:
+    return sys.stdin.buffer if path == "-" else path
+
+
+def _load(model: str | None, device: str, dtype: str, threads: int | None, talkative: bool) -> WhisperMoE:
+    started = time.perf_counter()
+    from whisper_moe.api import WhisperMoE
+
+    loaded = WhisperMoE.from_pretrained(model, device=device, dtype=dtype, threads=threads, announce=say)  # pyright: ignore[reportArgumentType]
+    if talkative:
+        say(f"{loaded.name} on {loaded.device} ({dtype}), loaded in {time.perf_counter() - started:.1f} s")
+    return loaded
+
+
+@contextmanager
+def _progress(talkative: bool) -> Iterator[Callable[[float], None] | None]:
+    """A bar of the seconds finished, where standard error is a terminal; how many there will be is not known before."""
+    if not talkative or not sys.stderr.isatty():
+        yield None
+        return
+    from rich.console import Console
+    from rich.progress import Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
+
+    columns = (SpinnerColumn(), TextColumn("{task.completed:.0f} s of audio done"), TimeElapsedColumn())
+    with Progress(*columns, console=Console(stderr=True), transient=True) as bar:
+        task = bar.add_task("", total=None)
+        yield lambda seconds: bar.advance(task, seconds)
+
+
+def _deliver(
+    result: Transcription, path: str, name: str, formats: Sequence[str], directory: Path | None,
+    subtitles: SubtitleOptions, several: bool,
+) -> None:  # fmt: skip
+    if directory is not None:
+        save(result, directory, name, formats, subtitles)
+        return
+    if several:
+        say(f"{path}:")
+    write(result, formats[0], sys.stdout, subtitles)
+    sys.stdout.flush()
+
+
+def _facts(outcome: Outcome) -> str:
+    """What the model decided about one file: language, experts with their mean gates, and how often it tried again."""
+    result = outcome.transcription
+    assert result is not None
+    spoken = ", ".join(dict.fromkeys(segment.language or "?" for segment in result.segments)) or "no speech"
+    facts = [f"{outcome.name}: {result.duration:.1f} s, {spoken}"]
+    experts = _mean_gates(result.segments)
+    if experts:
+        facts.append("experts " + ", ".join(f"{name} {gate:.2f}" for name, gate in experts))
+    if result.fallbacks:
+        facts.append(f"{result.fallbacks} of its windows decoded again with full padding")
+    return "; ".join(facts)
+
+
+def _mean_gates(segments: Sequence[Segment]) -> list[tuple[str, float]]:
+    sums: dict[str, float] = {}
+    for segment in segments:
+        for name, gate in segment.experts:
+            sums[name] = sums.get(name, 0.0) + gate / len(segments)
+    return sorted(sums.items(), key=lambda item: -item[1])
+
+
+@_guarded
+def detect_language(
+    files: list[str], model: str | None, languages: str | None, device: str, dtype: str, threads: int | None
+) -> int:
+    """One line a file: language, probability, file name."""
+    with _usage():
+        allowed, paths = _codes(languages), _expand(files)
+        _check_dtype(dtype)
+    loaded, failed = _load(model, device, dtype, threads, talkative=True), 0
+    from whisper_moe.media.audio import MediaError
+
+    for path in paths:
+        try:
+            code, probability = next(iter(loaded.detect_language(_source(path), languages=allowed).items()))
+            print(f"{code}\t{probability:.4f}\t{path}", flush=True)
+        except MediaError as error:
+            say(f"whisper-moe: {error}")
+            failed += 1
+    return 1 if failed else 0
+
+
+@_guarded
+def upcycle(
+    source: str, output: Path, experts: int, expert_dim: int | None, top_k: int, shared: bool,
+    scope: Literal["segment", "token"], router_layer: int, ttt_layers: str, base: str | None, quantize: bool,
+    overwrite: bool, seed: int,
+) -> int:  # fmt: skip
+    """Write a whisper-moe directory that computes what ``source`` computes."""
+    from whisper_moe.config import MoEConfig, TTTConfig
+
+    if output.exists() and not overwrite:
+        raise UsageError(f"{output}: exists already; --overwrite replaces it")
+    with _usage():
+        layers = tuple(int(layer) for layer in ttt_layers.split(",") if layer.strip())
+        ttt = TTTConfig(encoder_layers=layers) if layers else None
+    from whisper_moe.weights.checkpoint import save_checkpoint
+    from whisper_moe.weights.sources import load_whisper
+    from whisper_moe.weights.upcycle import upcycle as upcycled
+
+    whisper = load_whisper(source, base=base, announce=say)
+    moe = None
+    if experts:
+        size = expert_dim or (256 if shared else whisper.config.encoder_ffn_dim)
+        moe = MoEConfig(
+            n_experts=experts, expert_dim=size, top_k=top_k, shared=shared, none_choice=shared, scope=scope,
+            router_layer=router_layer,
+        )  # fmt: skip
+    config, state = upcycled(whisper.config, whisper.state, moe=moe, ttt=ttt, seed=seed)
+    save_checkpoint(
+        output, config, state, generation=whisper.generation, tokenizer_files=whisper.tokenizer_files,
+        quantize=quantize, overwrite=overwrite,
+    )  # fmt: skip
+    say(f"{output}: {whisper.name} with {experts} experts, {sum(t.numel() for t in state.values()) / 1e6:.1f} M parameters")
+    return 0
+
+
+@_guarded
+def export(model: str, output: Path, to: str) -> int:
+    """Write a dense model in another program's layout."""
+    if to != "whisper":
+        raise UsageError(f"--to must be whisper, got {to!r}")
+    if output.exists():
+        raise UsageError(f"{output}: exists already")
+    from whisper_moe.weights.default import load_model
+    from whisper_moe.weights.export import save_whisper
+
+    loaded = load_model(model, announce=say)
+    save_whisper(
+        output, loaded.config, loaded.state, generation=loaded.generation, tokenizer_files=loaded.tokenizer_files
+    )
+    say(f"{output}: written")
+    return 0
+
+
+@_guarded
+def info(model: str | None, as_json: bool) -> int:
+    """Parameters, bytes, FLOPs and experts, as a table or as JSON."""
+    from whisper_moe.evaluate.cost import facts_of, table
+
+    facts = facts_of(model)
+    print(json.dumps(facts, indent=2) if as_json else table(facts))
+    return 0

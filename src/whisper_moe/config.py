@@ -1,0 +1,146 @@
+"""What a model is made of: frozen configuration, validated when it is built, written as ``config.json``.
+
+Nothing here imports torch: the command line reads a model's configuration before it decides to load anything.
+Dimensions follow Whisper's names; the defaults of :class:`ModelConfig` are whisper-base's.
+"""
+
+from __future__ import annotations
+
+from typing import Literal, Self
+
+from pydantic import BaseModel, ConfigDict, Field, model_validator
+
+SAMPLE_RATE = 16_000
+"""Samples a second that every log-mel is computed at."""
+FRAMES_PER_SECOND = 100
+"""Mel frames a second: a hop of 160 samples."""
+POSITIONS_PER_SECOND = 50
+"""Encoder positions a second: the stem's second convolution halves the frames."""
+MAX_PACK_TOKENS = 2_048
+"""The context that segments are packed into (Patch-n-Pack)."""
+
+
+class _Frozen(BaseModel):
+    """Keyword-only, immutable, and strict about unknown keys: a typing mistake in a file is an error."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
+
+
+class MoEConfig(_Frozen):
+    """A mixture-of-experts feed-forward (Mixtral arXiv 2401.04088; shared expert as in DeepSeekMoE 2401.06066)."""
+
+    n_experts: int = Field(8, ge=1)
+    top_k: int = Field(2, ge=1)
+    expert_dim: int = Field(256, ge=1)
+    """Hidden units of one routed expert in one layer."""
+    shared: bool = True
+    """Keep Whisper's own feed-forward as an expert that every token passes through."""
+    none_choice: bool = True
+    """Let the router choose *none*: a slot whose output is zero, so that unknown input stays with the shared expert."""
+    scope: Literal["segment", "token"] = "segment"
+    """``segment``: one choice per segment, read at ``router_layer``. ``token``: one per layer and token (Mixtral)."""
+    router_layer: int = Field(2, ge=0)
+    """Segment scope: the router reads the states after this many encoder layers; they are unrouted, the rest are routed."""
+    expert_names: tuple[str, ...] = ()
+    """A name for each expert, shown in every transcript; default ``expert-0`` …"""
+
+    @model_validator(mode="after")
+    def _check(self) -> Self:
+        if self.top_k > self.n_experts:
+            raise ValueError(f"top_k ({self.top_k}) is greater than n_experts ({self.n_experts})")
+        if self.none_choice and not self.shared:
+            raise ValueError("none_choice needs shared=True: without a shared expert, *none* would drop the feed-forward")
+        if self.expert_names and len(set(self.expert_names)) != self.n_experts:
+            raise ValueError(f"expert_names must be {self.n_experts} different names, got {list(self.expert_names)}")
+        return self
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        return self.expert_names or tuple(f"expert-{i}" for i in range(self.n_experts))
+
+
+class TTTConfig(_Frozen):
+    """TTT-MLP layers: test-time training, arXiv 2407.04620 section 2."""
+
+    encoder_layers: tuple[int, ...] = ()
+    """Encoder blocks that carry a bidirectional TTT layer (every block, counted from 0)."""
+    decoder_layers: tuple[int, ...] = ()
+    """Decoder blocks that carry a causal TTT layer."""
+    mini_batch: int = Field(60, ge=1)
+    """Tokens that share one gradient step, b."""
+    base_lr: float = Field(0.1, gt=0)
+    """Inner learning rate before the learned, per-token factor, η_base."""
+    per_expert: bool = False
+    """One TTT layer for each routed expert (segment scope only) instead of one for all."""
+
+
+class ModelConfig(_Frozen):
+    """The whole encoder-decoder. The defaults are the shape of ``openai/whisper-base``."""
+
+    model_type: Literal["whisper_moe"] = "whisper_moe"
+    format_version: Literal[1] = 1
+    vocab_size: int = Field(51_865, ge=1)
+    n_mels: int = Field(80, ge=1)
+    d_model: int = Field(512, ge=1)
+    encoder_layers: int = Field(6, ge=1)
+    encoder_heads: int = Field(8, ge=1)
+    encoder_ffn_dim: int = Field(2_048, ge=1)
+    decoder_layers: int = Field(6, ge=1)
+    decoder_heads: int = Field(8, ge=1)
+    decoder_ffn_dim: int = Field(2_048, ge=1)
+    max_source_positions: int = Field(1_500, ge=1)
+    max_target_positions: int = Field(448, ge=1)
+    moe: MoEConfig | None = None
+    ttt: TTTConfig | None = None
+
+    @model_validator(mode="after")
+    def _check(self) -> Self:
+        for side in ("encoder", "decoder"):
+            heads: int = getattr(self, f"{side}_heads")
+            if self.d_model % heads:
+                raise ValueError(f"d_model ({self.d_model}) is not a multiple of {side}_heads ({heads})")
+        if self.moe and self.moe.router_layer > self.encoder_layers:
+            raise ValueError(f"router_layer ({self.moe.router_layer}) is beyond the encoder's {self.encoder_layers} layers")
+        if self.ttt:
+            self._check_ttt(self.ttt)
+        return self
+
+    def _check_ttt(self, ttt: TTTConfig) -> None:
+        for side, layers in (("encoder", ttt.encoder_layers), ("decoder", ttt.decoder_layers)):
+            depth: int = getattr(self, f"{side}_layers")
+            beyond = [i for i in layers if not 0 <= i < depth]
+            if beyond:
+                raise ValueError(f"ttt.{side}_layers {beyond} are beyond the {side}'s {depth} layers")
+        if ttt.per_expert:
+            if self.moe is None or self.moe.scope != "segment":
+                raise ValueError("ttt.per_expert needs experts that are chosen per segment")
+            if ttt.decoder_layers:
+                raise ValueError("ttt.per_expert is for encoder layers; the decoder's TTT layers serve all experts")
+            unrouted = [i for i in ttt.encoder_layers if i < self.moe.router_layer]
+            if unrouted:
+                raise ValueError(f"ttt.per_expert: encoder layers {unrouted} come before the router's choice")
+
+    def routed(self, side: Literal["encoder", "decoder"], layer: int) -> bool:
+        """Whether this block's feed-forward is a mixture of experts."""
+        if self.moe is None:
+            return False
+        return side == "decoder" or self.moe.scope == "token" or layer >= self.moe.router_layer
+
+
+def _sized(d_model: int, layers: int, heads: int) -> ModelConfig:
+    """Whisper's shape at this width; eight full-size experts without a shared one (``ffn`` granularity), TTT everywhere."""
+    moe = MoEConfig(expert_dim=4 * d_model, shared=False, none_choice=False, router_layer=0)
+    ttt = TTTConfig(encoder_layers=tuple(range(layers)), per_expert=True)
+    return ModelConfig(
+        d_model=d_model, encoder_layers=layers, encoder_heads=heads, encoder_ffn_dim=4 * d_model,
+        decoder_layers=layers, decoder_heads=heads, decoder_ffn_dim=4 * d_model, moe=moe, ttt=ttt,
+    )  # fmt: skip
+
+
+PRESETS: dict[str, ModelConfig] = {
+    "8x39m": _sized(384, 4, 6),
+    "8x74m": _sized(512, 6, 8),
+    "8x241m": _sized(768, 12, 12),
+    "8x769m": _sized(1024, 24, 16),
+}
+"""Eight tiny, base, small and medium Whispers. Granularity ``ffn``: their feed-forwards are the experts, all else is one copy."""

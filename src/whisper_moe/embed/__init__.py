@@ -1,0 +1,1 @@
+"""Arrays to embeddings: what the model sees of each modality."""

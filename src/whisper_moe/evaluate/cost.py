@@ -1,0 +1,166 @@
+"""What a model costs: parameters total and active, bytes on disk, floating-point operations.
+
+Operations are counted by formula, two for each multiplication with addition, matrix products and convolutions only; they
+equal what ``torch.utils.flop_counter`` sees of a dense model.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from math import prod
+from pathlib import Path
+from typing import Any
+
+from whisper_moe.config import FRAMES_PER_SECOND, PRESETS, ModelConfig
+from whisper_moe.weights.default import default
+from whisper_moe.weights.manifest import describe
+from whisper_moe.weights.parts import expected_shapes, part_of
+from whisper_moe.weights.sources import resolve
+
+WINDOW_SECONDS = 30
+TYPICAL_TOKENS = 100
+"""Tokens that a full window of speech is written in, about."""
+_TTT_PRODUCTS = 7
+"""Products with the fast weights a token and direction: two forward, one backward, two updates, two forward again."""
+
+
+def parameters(config: ModelConfig) -> dict[str, int]:
+    """Parameters of each part, all its tensors counted: ``core``, ``router``, ``adapt``, ``experts/NN-name``."""
+    counts: dict[str, int] = {}
+    for key, shape in expected_shapes(config).items():
+        if config.moe is not None and (".experts." in key or _is_expert_ttt(key, config)):
+            for expert in range(config.moe.n_experts):
+                part, share = f"experts/{expert:02d}-{config.moe.names[expert]}", prod(shape)
+                if ".experts." in key:
+                    share //= config.moe.n_experts
+                elif f".ttt.{expert}." not in key:
+                    continue
+                counts[part] = counts.get(part, 0) + share
+        else:
+            part = part_of(key, config)
+            counts[part] = counts.get(part, 0) + prod(shape)
+    return counts
+
+
+def _is_expert_ttt(key: str, config: ModelConfig) -> bool:
+    return bool(config.ttt and config.ttt.per_expert and ".ttt." in key)
+
+
+def active_parameters(config: ModelConfig) -> int:
+    """Parameters that one segment is computed with: all but the experts that it did not choose."""
+    counts = parameters(config)
+    experts = [count for part, count in counts.items() if part.startswith("experts/")]
+    always = sum(counts.values()) - sum(experts)
+    return always + sum(sorted(experts)[-(config.moe.top_k if config.moe else 0) :] if experts else [])
+
+
+@dataclass(frozen=True)
+class Flops:
+    """Floating-point operations of one window."""
+
+    encoder: int
+    memory: int
+    """The keys and values that cross-attention reads, once a window."""
+    decoder: int
+    """All decoded tokens, one after another."""
+
+    @property
+    def total(self) -> int:
+        return self.encoder + self.memory + self.decoder
+
+
+def flops(config: ModelConfig, seconds: float = WINDOW_SECONDS, tokens: int = TYPICAL_TOKENS) -> Flops:
+    """Operations for a window of ``seconds`` written in ``tokens`` tokens, each computed in a step of its own."""
+    frames = round(seconds * FRAMES_PER_SECOND)
+    positions, width = (frames + 1) // 2, config.d_model
+    stem = 2 * 3 * width * (frames * config.n_mels + positions * width)
+    layers = sum(_encoder_layer(config, layer, positions) for layer in range(config.encoder_layers))
+    memory = config.decoder_layers * 2 * positions * 2 * width**2
+    decoder = sum(_decoder_token(config, positions, past) for past in range(1, tokens + 1))
+    return Flops(stem + layers, memory, decoder)
+
+
+def _encoder_layer(config: ModelConfig, layer: int, positions: int) -> int:
+    width = config.d_model
+    attention = 2 * positions * 4 * width**2 + 2 * 2 * positions**2 * width
+    return attention + positions * (_feed_forward(config, "encoder", layer) + _ttt(config, "encoder", layer))
+
+
+def _decoder_token(config: ModelConfig, positions: int, past: int) -> int:
+    width = config.d_model
+    own = 2 * 4 * width**2 + 2 * 2 * past * width
+    cross = 2 * 2 * width**2 + 2 * 2 * positions * width
+    layers = (
+        own + cross + _feed_forward(config, "decoder", i) + _ttt(config, "decoder", i)
+        for i in range(config.decoder_layers)
+    )  # fmt: skip
+    return sum(layers) + 2 * config.vocab_size * width
+
+
+def _feed_forward(config: ModelConfig, side: Any, layer: int) -> int:
+    """Of one token: the dense or shared feed-forward, and ``top_k`` experts."""
+    hidden = config.encoder_ffn_dim if side == "encoder" else config.decoder_ffn_dim
+    if config.moe is not None and config.routed(side, layer):
+        hidden = hidden * config.moe.shared + config.moe.top_k * config.moe.expert_dim
+    return 2 * 2 * config.d_model * hidden
+
+
+def _ttt(config: ModelConfig, side: Any, layer: int) -> int:
+    """Of one token in a layer whose gates are open; fast weights are [d, 4d] and [4d, d] for each head of d."""
+    ttt = config.ttt
+    if ttt is None or layer not in (ttt.encoder_layers if side == "encoder" else ttt.decoder_layers):
+        return 0
+    width, heads = config.d_model, config.encoder_heads if side == "encoder" else config.decoder_heads
+    directions = 2 if side == "encoder" else 1
+    inner = directions * _TTT_PRODUCTS * 2 * width * 4 * (width // heads)
+    copies = config.moe.top_k if ttt.per_expert and config.moe else 1
+    return copies * (2 * 4 * width**2 + inner)
+
+
+def facts_of(model: str | None) -> dict[str, Any]:
+    """Everything ``info`` shows about a model, a Whisper, or a preset by name (None: the default)."""
+    if model in PRESETS:
+        return {"name": model, "granularity": "ffn", **_facts(PRESETS[model])}
+    located = resolve(model or default())
+    if located.kind == "checkpoint":
+        described = describe(located.path)
+        return {"name": located.name, **_facts(described.config), "bytes": described.part_bytes}
+    from whisper_moe.weights.sources import load_whisper
+
+    size = located.path.stat().st_size if located.path.is_file() else _weight_bytes(located.path)
+    return {"name": located.name, **_facts(load_whisper(str(located.path)).config), "bytes": {"weights": size}}
+
+
+def _weight_bytes(folder: Path) -> int:
+    return sum(file.stat().st_size for file in folder.glob("*.safetensors")) or sum(
+        file.stat().st_size for file in folder.glob("*.bin")
+    )
+
+
+def _facts(config: ModelConfig) -> dict[str, Any]:
+    counted, operations = parameters(config), flops(config)
+    return {
+        "experts": list(config.moe.names) if config.moe else [],
+        "top_k": config.moe.top_k if config.moe else 0,
+        "parameters": counted,
+        "parameters_total": sum(counted.values()),
+        "parameters_active": active_parameters(config),
+        "flops_30s": {"encoder": operations.encoder, "memory": operations.memory, "decoder": operations.decoder},
+    }
+
+
+def table(facts: dict[str, Any]) -> str:
+    """The facts as lines of text."""
+    lines = [facts["name"] + (f" (granularity: {facts['granularity']})" if "granularity" in facts else "")]
+    sizes = facts.get("bytes", {})
+    for part, count in facts["parameters"].items():
+        size = f"{sizes[part] / 1e6:10.1f} MB" if part in sizes else ""
+        lines.append(f"  {part:24} {count / 1e6:10.2f} M{size}")
+    total = f"{sum(sizes.values()) / 1e6:10.1f} MB" if sizes else ""
+    lines.append(f"  {'total':24} {facts['parameters_total'] / 1e6:10.2f} M{total}")
+    lines.append(f"  {'active for a segment':24} {facts['parameters_active'] / 1e6:10.2f} M")
+    lines += [f"  {name + ', 30 s':24} {count / 1e9:10.2f} GFLOPs" for name, count in facts["flops_30s"].items()]
+    lines.append(f"  (decoder: {TYPICAL_TOKENS} tokens; TTT layers counted with their gates open)")
+    if facts["experts"]:
+        lines.append(f"  experts, {facts['top_k']} for each segment: {', '.join(facts['experts'])}")
+    return "\n".join(lines)

@@ -1,0 +1,1 @@
+"""States to outputs: search, timestamps, transcripts and their files."""

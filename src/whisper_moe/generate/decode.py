@@ -1,0 +1,248 @@
+"""One batch of windows to tokens: log-mels → packs → states → language → search → timed words.
+
+A batch is decoded as often as its windows need (see :mod:`whisper_moe.generate.fallback`); nothing here judges the result.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from whisper_moe.config import POSITIONS_PER_SECOND, SAMPLE_RATE
+from whisper_moe.generate.align import WordTiming, align, token_probabilities
+from whisper_moe.generate.options import TranscribeOptions
+from whisper_moe.generate.rules import Rules, Timestamps
+from whisper_moe.generate.search import Hypothesis, search
+from whisper_moe.media.mel import log_mel
+from whisper_moe.media.text import Tokenizer
+from whisper_moe.model.decoder import DecoderState
+from whisper_moe.model.encoder import Encoded
+from whisper_moe.model.model import WhisperMoEModel
+from whisper_moe.model.router import Routing
+from whisper_moe.packing import Layout, first_fit_decreasing
+
+SAMPLES_PER_POSITION = SAMPLE_RATE // POSITIONS_PER_SECOND
+TOKENS_PER_SECOND = 40
+"""More than anybody says, in the languages that cost most tokens a letter; a text that is longer is a loop."""
+MINIMUM_TOKEN_LIMIT = 32
+
+
+@dataclass(frozen=True)
+class Take:
+    """One decoding of one window."""
+
+    hypothesis: Hypothesis
+    language: str
+    language_probability: float | None
+    """None where the language was given."""
+    no_speech_prob: float
+    temperature: float
+    margin: float
+    experts: tuple[tuple[str, float], ...]
+    timings: tuple[WordTiming, ...] | None = None
+
+
+class WindowDecoder:
+    """A model with its tokenizer and generation config, ready to decode windows of up to 30 s."""
+
+    def __init__(self, model: WhisperMoEModel, tokenizer: Tokenizer, generation: Mapping[str, Any]) -> None:
+        self.model, self.tokenizer, self.generation = model, tokenizer, generation
+        self.window_positions = model.config.max_source_positions
+
+    def step(self, tokens_Rn: Tensor, state: DecoderState) -> tuple[Tensor, DecoderState]:
+        """The stepper of :mod:`whisper_moe.generate.search`."""
+        states_RnD = self.model.decoder.extend(tokens_Rn.to(self._like.device), state)
+        return self.model.decoder.head(states_RnD[:, -1]).float(), state
+
+    @property
+    def _like(self) -> Tensor:
+        """A tensor of the model's device and type."""
+        return self.model.encoder.positions
+
+    def positions(self, samples: int, margin: float) -> int:
+        """Encoder positions of a clip with its margin of silence."""
+        wanted = math.ceil((samples + margin * SAMPLE_RATE) / SAMPLES_PER_POSITION)
+        return max(1, min(wanted, self.window_positions))
+
+    @torch.inference_mode()
+    def decode(
+        self, clips: Sequence[np.ndarray], options: TranscribeOptions, *, temperature: float, margin: float,
+        hints: Sequence[str | None] | None = None,
+    ) -> list[Take]:  # fmt: skip
+        """One take for each clip of float32 samples at 16 kHz. ``hints``: languages already known, window by window."""
+        order, encoded = self._encode(clips, margin)
+        hints = [hints[i] for i in order] if hints else [None] * len(order)
+        seconds = [len(clips[i]) / SAMPLE_RATE for i in order]
+        found = self._decode_encoded(encoded, seconds, hints, options, temperature, margin)
+        takes: list[Take | None] = [None] * len(order)
+        for index, take in zip(order, found, strict=True):
+            takes[index] = take
+        return [take for take in takes if take is not None]
+
+    @torch.inference_mode()
+    def detect_language(
+        self, clips: Sequence[np.ndarray], options: TranscribeOptions, margin: float
+    ) -> list[dict[str, float]]:
+        """Probabilities of the allowed languages for each clip, likeliest first."""
+        order, encoded = self._encode(clips, margin)
+        state = self.model.decoder.start(encoded)
+        logits, _ = self.step(torch.full((len(order), 1), self.tokenizer.sot), state)
+        codes, probabilities = self._language_probabilities(logits, options)
+        results: list[dict[str, float]] = [{} for _ in order]
+        for index, row in zip(order, probabilities.tolist(), strict=True):
+            results[index] = dict(sorted(zip(codes, row, strict=True), key=lambda item: -item[1]))
+        return results
+
+    def _encode(self, clips: Sequence[np.ndarray], margin: float) -> tuple[list[int], Encoded]:
+        """Pack and encode; returns the clips' order in the packs, and the states of all packs in that order."""
+        lengths = [self.positions(len(clip), margin) for clip in clips]
+        heard = [self.positions(len(clip), 0) for clip in clips]
+        packs = first_fit_decreasing(lengths)
+        parts = []
+        for pack in packs:
+            mels = [self._mel(clips[i], lengths[i]) for i in pack]
+            parts.append(self.model.encoder(mels, heard=[heard[i] for i in pack]))
+        return [i for pack in packs for i in pack], _joined(parts)
+
+    def _mel(self, clip: np.ndarray, positions: int) -> Tensor:
+        samples = positions * SAMPLES_PER_POSITION
+        mel = log_mel(torch.from_numpy(clip[:samples]), self.model.config.n_mels, samples=samples)
+        return mel.to(self._like)
+
+    def _decode_encoded(
+        self, encoded: Encoded, seconds: Sequence[float], hints: Sequence[str | None], options: TranscribeOptions,
+        temperature: float, margin: float,
+    ) -> list[Take]:  # fmt: skip
+        tokenizer, segments, choice = self.tokenizer, len(seconds), options.search(temperature)
+        state = self.model.decoder.start(encoded, choice.beams)
+        opening = [*self._prompt(options), tokenizer.sot]
+        logits, state = self.step(torch.tensor([opening] * segments * choice.beams), state)
+        per_segment = logits[:: choice.beams]
+        no_speech = per_segment.softmax(-1)[:, tokenizer.no_speech].tolist()
+        languages = self._languages(per_segment, hints, options)
+        prefixes = [self._prefix(language, options) for language, _ in languages]
+        if prefixes[0]:
+            rows = [prefix for prefix in prefixes for _ in range(choice.beams)]
+            logits, state = self.step(torch.tensor(rows), state)
+        room = self.model.config.max_target_positions - len(opening) - len(prefixes[0])
+        limits = [min(room, self._token_limit(s, margin)) for s in seconds]
+        best = search(
+            self, logits, state, self._rules(options), choice, end_of_text=tokenizer.eot, limits=limits,
+            generator=torch.Generator().manual_seed(options.seed),
+        )  # fmt: skip
+        timings = self._timings(encoded, best, [language for language, _ in languages], options)
+        return [
+            Take(hypothesis, language, probability, silence, temperature, margin, experts, timing)
+            for hypothesis, (language, probability), silence, experts, timing in zip(
+                best, languages, no_speech, self._experts(encoded.routing, segments), timings, strict=True
+            )
+        ]
+
+    def _token_limit(self, seconds: float, margin: float) -> int:
+        """Half the decoder's positions as in ``whisper``; less for a cut window, where loops are likelier."""
+        most = self.model.config.max_target_positions // 2
+        whole = self.positions(int(seconds * SAMPLE_RATE), margin) == self.window_positions
+        return most if whole else min(most, MINIMUM_TOKEN_LIMIT + math.ceil(TOKENS_PER_SECOND * seconds))
+
+    def _prompt(self, options: TranscribeOptions) -> list[int]:
+        texts = [text.strip() for text in (options.hotwords, options.initial_prompt) if text and text.strip()]
+        if not texts:
+            return []
+        room = self.model.config.max_target_positions // 2 - 1
+        ids = self.tokenizer.encode(" " + " ".join(texts))
+        return [self.tokenizer.sot_prev, *ids[-room:]]
+
+    def _prefix(self, language: str, options: TranscribeOptions) -> list[int]:
+        """What follows the start of the transcript: language, task, and whether there are times."""
+        prefix = self.tokenizer.sot_sequence(language, options.task)[1:]
+        return prefix if options.timestamps else [*prefix, self.tokenizer.no_timestamps]
+
+    @cached_property
+    def _suppressed(self) -> tuple[int, ...]:
+        return tuple(self.generation.get("suppress_tokens") or (-1,))
+
+    def _rules(self, options: TranscribeOptions) -> Rules:
+        tokenizer = self.tokenizer
+        asked = self._suppressed if options.suppress_tokens is None else options.suppress_tokens
+        never = {*tokenizer.suppressed(asked), tokenizer.no_timestamps}
+        first = tuple(self.generation.get("begin_suppress_tokens") or (*tokenizer.encode(" "), tokenizer.eot))
+        times = None
+        if options.timestamps:
+            most = self.generation.get("max_initial_timestamp_index", 50)
+            times = Timestamps(tokenizer.timestamp_begin, tokenizer.timestamp_end, tokenizer.eot, most)
+        return Rules(tuple(sorted(never)), first, times)
+
+    def _languages(
+        self, logits_SV: Tensor, hints: Sequence[str | None], options: TranscribeOptions
+    ) -> list[tuple[str, float | None]]:
+        """Each window's language: asked for, hinted, or read off the logits after the start of the transcript."""
+        asked = options.language or (None if self.tokenizer.is_multilingual else "en")
+        if asked:
+            return [(asked, None)] * len(hints)
+        codes, probabilities = self._language_probabilities(logits_SV, options)
+        best = probabilities.max(-1)
+        found = zip(best.indices.tolist(), best.values.tolist(), hints, strict=True)
+        return [(hint or codes[index], probability) for index, probability, hint in found]
+
+    def _language_probabilities(self, logits_SV: Tensor, options: TranscribeOptions) -> tuple[list[str], Tensor]:
+        """Codes, and [S, codes] probabilities among the allowed languages only."""
+        allowed = {code: self.tokenizer.language_id(code) for code in options.allowed_languages}
+        ids = allowed or self.tokenizer.languages
+        return list(ids), logits_SV[:, list(ids.values())].softmax(-1)
+
+    def _experts(self, routing: Routing | None, segments: int) -> list[tuple[tuple[str, float], ...]]:
+        """Names and gates of each window's experts; empty where they are chosen per token or there are none."""
+        if routing is None or self.model.config.moe is None:
+            return [()] * segments
+        names = (*self.model.config.moe.names, "none")  # index -1 is *none*
+        pairs = zip(routing.experts.tolist(), routing.gates.tolist(), strict=True)
+        return [tuple((names[e], gate) for e, gate in zip(*pair, strict=True)) for pair in pairs]
+
+    def _timings(
+        self, encoded: Encoded, best: Sequence[Hypothesis], languages: Sequence[str], options: TranscribeOptions
+    ) -> list[tuple[WordTiming, ...] | None]:
+        """Words and their times from the alignment heads, by one teacher-forced pass over the texts just found."""
+        if not options.word_timestamps:
+            return [None] * len(best)
+        tokenizer = self.tokenizer
+        texts = [tokenizer.text_ids(hypothesis.tokens) for hypothesis in best]
+        inputs = [
+            [*tokenizer.sot_sequence(language, options.task), tokenizer.no_timestamps, *text, tokenizer.eot]
+            for text, language in zip(texts, languages, strict=True)
+        ]
+        layout, flat = Layout(map(len, inputs)), torch.tensor([token for tokens in inputs for token in tokens])
+        flat = flat.to(self._like.device)
+        attention = self.model.decoder.alignment(flat, layout, encoded, self._alignment_heads)
+        logits_TV = self.model.decoder.head(self.model.decoder(flat, layout, encoded))
+        timings = []
+        for rows, weights, text, language in zip(layout.slices(), attention, texts, languages, strict=True):
+            probabilities = token_probabilities(logits_TV[rows], text, tokenizer)
+            timings.append(tuple(align(weights, probabilities, text, tokenizer, language=language)))
+        return timings
+
+    @cached_property
+    def _alignment_heads(self) -> list[tuple[int, int]]:
+        """(layer, head) pairs that follow the sound; by default all heads of the upper half of the layers."""
+        config = self.model.config
+        upper = range(config.decoder_layers // 2, config.decoder_layers)
+        listed = self.generation.get("alignment_heads") or [(i, h) for i in upper for h in range(config.decoder_heads)]
+        return sorted((layer, head) for layer, head in listed)
+
+
+def _joined(parts: Sequence[Encoded]) -> Encoded:
+    """Several packs as one batch of decoding rows."""
+    if len(parts) == 1:
+        return parts[0]
+    layout = Layout(length for part in parts for length in part.layout.lengths)
+    routings = [part.routing for part in parts if part.routing is not None]
+    routing = None
+    if routings:
+        routing = Routing(torch.cat([r.experts for r in routings]), torch.cat([r.gates for r in routings]), None)
+    return Encoded(torch.cat([part.states_TD for part in parts]), layout, routing)

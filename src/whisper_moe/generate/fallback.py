@@ -1,0 +1,84 @@
+"""When a transcript looks wrong, and what is tried next.
+
+A clip is first decoded with a short margin of silence. Whisper always saw a full 30 s window, so if the result repeats
+itself, is unsure, or says more than fits into its time, the clip is padded to 30 s and decoded again; if that looks wrong
+too, temperatures follow (Whisper, section 4.5). Nothing falls back silently: the takes say what was done.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+import numpy as np
+
+from whisper_moe.config import SAMPLE_RATE
+from whisper_moe.generate.decode import TOKENS_PER_SECOND, Take, WindowDecoder
+from whisper_moe.generate.options import FULL_WINDOW, TranscribeOptions
+from whisper_moe.generate.result import compression_ratio
+
+_SHORT_TEXT_TOKENS = 12
+"""A text of so few tokens is never too long for its time: a cough of 0.2 s may hold a word."""
+
+
+def is_silence(take: Take, options: TranscribeOptions) -> bool:
+    """Whisper's rule: silence is likely, and the text is not sure enough to speak against it."""
+    threshold = options.no_speech_threshold
+    if threshold is None or take.no_speech_prob <= threshold:
+        return False
+    return options.logprob_threshold is None or take.hypothesis.avg_logprob <= options.logprob_threshold
+
+
+def looks_wrong(take: Take, seconds: float, text: str, options: TranscribeOptions) -> str | None:
+    """Why a take should not be trusted, in a word or two; None if nothing speaks against it."""
+    hypothesis = take.hypothesis
+    if is_silence(take, options):
+        return None
+    limit = options.compression_ratio_threshold
+    if limit is not None and compression_ratio(text) > limit:
+        return "repetitive"
+    if not hypothesis.finished:
+        return "endless"
+    if len(hypothesis.tokens) > max(_SHORT_TEXT_TOKENS, TOKENS_PER_SECOND * seconds):
+        return "too long for its time"
+    if options.logprob_threshold is not None and hypothesis.avg_logprob < options.logprob_threshold:
+        return "unsure"
+    return None
+
+
+def attempts(options: TranscribeOptions) -> list[tuple[float, float]]:
+    """(margin, temperature) pairs in the order they are tried."""
+    first, *rest = options.temperatures
+    padded = [(FULL_WINDOW, first)] if options.context_margin < FULL_WINDOW else []
+    return [(options.context_margin, first), *padded, *((FULL_WINDOW, temperature) for temperature in rest)]
+
+
+def decode_with_fallback(
+    decoder: WindowDecoder,
+    clips: Sequence[np.ndarray],
+    options: TranscribeOptions,
+    *,
+    hints: Sequence[str | None] | None = None,
+    groups: Callable[[Sequence[int], float], list[list[int]]],
+) -> list[tuple[Take, int]]:
+    """The accepted take of each clip, and how many takes were thrown away before it.
+
+    ``groups(clip indices, margin)`` cuts clips into batches that fit. The last attempt is accepted as it is.
+    """
+    results: dict[int, tuple[Take, int]] = {}
+    pending = list(range(len(clips)))
+    for number, (margin, temperature) in enumerate(attempts(options)):
+        wrong: list[int] = []
+        for batch in groups(pending, margin):
+            batch_hints = [hints[i] for i in batch] if hints else None
+            takes = decoder.decode(
+                [clips[i] for i in batch], options, temperature=temperature, margin=margin, hints=batch_hints
+            )
+            for index, take in zip(batch, takes, strict=True):
+                results[index] = (take, number)
+                text = decoder.tokenizer.decode(take.hypothesis.tokens).strip()
+                if looks_wrong(take, len(clips[index]) / SAMPLE_RATE, text, options):
+                    wrong.append(index)
+        pending = wrong
+        if not pending:
+            break
+    return [results[index] for index in range(len(clips))]

@@ -1,0 +1,188 @@
+"""Many recordings of any length, a bounded number of windows at a time.
+
+Recordings are read as a stream and cut into windows of up to 30 s at their quietest moments. Windows of all recordings wait
+in one buffer, are sorted by length, packed and decoded together; each goes back to its recording. Memory does not grow with
+the length or the number of recordings.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass, field
+
+import numpy as np
+
+from whisper_moe.config import MAX_PACK_TOKENS, SAMPLE_RATE
+from whisper_moe.generate.decode import Take, WindowDecoder
+from whisper_moe.generate.fallback import decode_with_fallback, is_silence
+from whisper_moe.generate.options import TranscribeOptions
+from whisper_moe.generate.result import Segment, Transcription
+from whisper_moe.generate.segments import numbered, segments_of
+from whisper_moe.media.windows import Window, is_silent, speech_spans
+
+MAX_ROWS = 24
+"""Windows decoded together. More rows read the weights less often; the memory of their states grows."""
+MAX_POSITIONS = 6 * MAX_PACK_TOKENS
+"""Encoder positions whose keys and values are held at a time: 24 kB each in whisper-base."""
+BUFFERED_WINDOWS = 4 * MAX_ROWS
+"""Windows that wait to be sorted by length: 30 s of float32 samples are 1.9 MB."""
+SURE_LANGUAGE = 0.5
+"""Below this probability a window takes the language that its recording has spoken most."""
+LEAST_REST = 1.5
+"""Seconds of speech after the last timestamp that are worth a window of their own."""
+
+
+@dataclass
+class Recording:
+    """A recording on its way: its windows so far, and what they said."""
+
+    name: str
+    windows: Iterator[Window]
+    duration: float = 0.0
+    waiting: int = 0
+    """Windows cut but not decoded yet."""
+    exhausted: bool = False
+    error: Exception | None = None
+    segments: list[Segment] = field(default_factory=list)
+    spoken: dict[str, float] = field(default_factory=dict)
+    """Seconds of each detected language."""
+    language: str | None = None
+    language_probability: float | None = None
+    fallbacks: int = 0
+
+    @property
+    def complete(self) -> bool:
+        return self.exhausted and self.waiting == 0
+
+    def result(self) -> Transcription:
+        segments = numbered(self.segments)
+        return Transcription(
+            text="".join(segment.text for segment in segments).strip(), segments=segments,
+            language=self.language or "en", language_probability=self.language_probability, duration=self.duration,
+            fallbacks=self.fallbacks,
+        )  # fmt: skip
+
+
+@dataclass(frozen=True)
+class _Job:
+    recording: Recording
+    window: Window
+
+
+class Transcriber:
+    """Runs a :class:`WindowDecoder` over recordings."""
+
+    def __init__(
+        self, decoder: WindowDecoder, options: TranscribeOptions, progress: Callable[[float], None] | None = None
+    ) -> None:
+        self.decoder, self.options, self.progress = decoder, options, progress
+
+    def run(self, recordings: Iterable[Recording]) -> Iterator[Recording]:
+        """The recordings, in the order given, each as soon as it and those before it are complete or have failed."""
+        buffer: list[_Job] = []
+        open_recordings: list[Recording] = []
+        for recording in recordings:
+            open_recordings.append(recording)
+            for job in self._read(recording):
+                buffer.append(job)
+                if len(buffer) >= BUFFERED_WINDOWS:
+                    buffer = self._work(buffer)
+            while open_recordings and open_recordings[0].complete:
+                yield open_recordings.pop(0)
+        while buffer:
+            buffer = self._work(buffer)
+        yield from open_recordings
+
+    def _read(self, recording: Recording) -> Iterator[_Job]:
+        """Cut windows off a recording; an error in its file ends it, and only it."""
+        try:
+            for window in recording.windows:
+                recording.duration = max(recording.duration, window.end)
+                if is_silent(window.samples):
+                    self._report(window.duration)
+                    continue
+                recording.waiting += 1
+                yield _Job(recording, window)
+        except ValueError as error:
+            recording.error = error
+        recording.exhausted = True
+
+    def _work(self, jobs: list[_Job]) -> list[_Job]:
+        """Decode all waiting windows; returns those that are left over: speech after a window's last timestamp."""
+        options = self.options
+        clips = [job.window.samples for job in jobs]
+        takes = decode_with_fallback(self.decoder, clips, options, groups=self._batches(clips))
+        takes = self._settle_languages(jobs, takes)
+        rest: list[_Job] = []
+        for job, (take, fallbacks) in zip(jobs, takes, strict=True):
+            left = self._finish(job, take, fallbacks)
+            self._report(job.window.duration - sum(again.window.duration for again in left))
+            rest += left
+        return rest
+
+    def _report(self, seconds: float) -> None:
+        if self.progress is not None:
+            self.progress(seconds)
+
+    def _batches(self, clips: Sequence[np.ndarray]) -> Callable[[Sequence[int], float], list[list[int]]]:
+        def batches(indices: Sequence[int], margin: float) -> list[list[int]]:
+            """Clips of about the same length together, as many as fit."""
+            found: list[list[int]] = []
+            used = MAX_POSITIONS
+            for index in sorted(indices, key=lambda i: -len(clips[i])):
+                positions = self.decoder.positions(len(clips[index]), margin)
+                if not found or len(found[-1]) == MAX_ROWS or used + positions > MAX_POSITIONS:
+                    found.append([])
+                    used = 0
+                found[-1].append(index)
+                used += positions
+            return found
+
+        return batches
+
+    def _settle_languages(self, jobs: Sequence[_Job], takes: list[tuple[Take, int]]) -> list[tuple[Take, int]]:
+        """Windows whose language is not sure are decoded again in the one their recording speaks most."""
+        for job, (take, _) in zip(jobs, takes, strict=True):
+            if take.language_probability is not None and take.language_probability >= SURE_LANGUAGE:
+                spoken = job.recording.spoken
+                spoken[take.language] = spoken.get(take.language, 0.0) + job.window.duration
+        unsure: dict[int, str] = {}
+        for index, (job, (take, _)) in enumerate(zip(jobs, takes, strict=True)):
+            if take.language_probability is None or take.language_probability >= SURE_LANGUAGE:
+                continue
+            spoken = job.recording.spoken
+            main = max(spoken, key=lambda code: spoken[code]) if spoken else take.language
+            if main != take.language and not is_silence(take, self.options):
+                unsure[index] = main
+        if unsure:
+            clips = [jobs[i].window.samples for i in unsure]
+            again = decode_with_fallback(
+                self.decoder, clips, self.options, hints=list(unsure.values()), groups=self._batches(clips)
+            )
+            for index, take in zip(unsure, again, strict=True):
+                takes[index] = take
+        return takes
+
+    def _finish(self, job: _Job, take: Take, fallbacks: int) -> list[_Job]:
+        """Give a window's segments to its recording; returns a job for speech that the take did not reach."""
+        recording, window, tokenizer = job.recording, job.window, self.decoder.tokenizer
+        recording.waiting -= 1
+        recording.fallbacks += fallbacks > 0
+        if recording.language is None or window.start == 0:
+            recording.language, recording.language_probability = take.language, take.language_probability
+        if is_silence(take, self.options):
+            return []
+        segments = segments_of(take, window.start, window.duration, tokenizer)
+        recording.segments += segments
+        if not segments or not self.options.timestamps:
+            return []
+        return self._rest(recording, window, segments[-1].end - window.start)
+
+    def _rest(self, recording: Recording, window: Window, reached: float) -> list[_Job]:
+        cut = round(reached * SAMPLE_RATE)
+        samples = window.samples[cut:]
+        speech = sum(end - start for start, end in speech_spans(samples)) if len(samples) else 0
+        if window.duration - reached < LEAST_REST or speech < LEAST_REST * SAMPLE_RATE:
+            return []
+        recording.waiting += 1
+        return [_Job(recording, Window(window.start + cut / SAMPLE_RATE, samples))]

@@ -1,0 +1,82 @@
+"""What a user may ask of a transcription; defaults are ``whisper``'s where it has the option."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Literal
+
+FULL_WINDOW = 30.0
+"""Seconds that Whisper was trained on; a margin of as much is the padded transcription of old."""
+DEFAULT_MARGIN = 2.0
+"""Seconds of silence kept after each clip; chosen by measurement (``docs/lab.md``)."""
+TEMPERATURES = (0.0, 0.2, 0.4, 0.6, 0.8, 1.0)
+
+
+@dataclass(frozen=True)
+class SearchOptions:
+    """How to choose. ``temperature`` 0 is greedy, or beam search when ``beams`` > 1; above 0, ``beams`` samples."""
+
+    beams: int = 1
+    temperature: float = 0.0
+    patience: float = 1.0
+    length_penalty: float | None = None
+    """None ranks by the average log-probability; a number is Google NMT's alpha (arXiv 1609.08144, eq. 14)."""
+
+    def score(self, sum_logprob: float, tokens: int) -> float:
+        """How good a text of so many tokens is, to compare it with others of its segment."""
+        length = max(tokens, 1)
+        penalty = length if self.length_penalty is None else ((5 + length) / 6) ** self.length_penalty
+        return sum_logprob / penalty
+
+
+@dataclass(frozen=True, kw_only=True)
+class TranscribeOptions:
+    """Everything about a call to ``transcribe`` but its files."""
+
+    task: Literal["transcribe", "translate"] = "transcribe"
+    language: str | None = None
+    """A code or name; None detects it for every window."""
+    allowed_languages: tuple[str, ...] = ()
+    """Detection chooses among these; empty for all."""
+    beam_size: int = 1
+    best_of: int = 5
+    """Samples to choose from at a temperature above 0."""
+    patience: float = 1.0
+    length_penalty: float | None = None
+    temperatures: tuple[float, ...] = TEMPERATURES
+    """Tried in turn while a transcript looks wrong."""
+    initial_prompt: str | None = None
+    """Text that the recording is taken to continue: names, spelling, style."""
+    hotwords: str | None = None
+    """Words to expect, put before the initial prompt."""
+    timestamps: bool = True
+    word_timestamps: bool = False
+    suppress_tokens: tuple[int, ...] | None = None
+    """Tokens never to say; -1 stands for annotations such as ♪. None: what the checkpoint lists."""
+    context_margin: float = DEFAULT_MARGIN
+    """Seconds of silence kept after each clip, up to the 30 s window; 30 pads as Whisper always did."""
+    vad: Literal["none", "energy", "silero"] = "none"
+    """Drop what is not speech before transcribing."""
+    compression_ratio_threshold: float | None = 2.4
+    logprob_threshold: float | None = -1.0
+    no_speech_threshold: float | None = 0.6
+    carry_ttt: bool = False
+    """Let fast weights learn through a whole recording instead of starting afresh in every window; one window at a time."""
+    seed: int = 0
+    """Of the samples at temperatures above 0."""
+
+    def __post_init__(self) -> None:
+        if self.task not in ("transcribe", "translate"):
+            raise ValueError(f"task must be transcribe or translate, got {self.task!r}")
+        for name, least in (("beam_size", 1), ("best_of", 1), ("patience", 1e-9), ("context_margin", 0)):
+            value = getattr(self, name)
+            if not (math.isfinite(value) and value >= least):
+                raise ValueError(f"{name} must be {'positive' if least else 'at least 0'}, got {value}")
+        if not self.temperatures or not all(math.isfinite(t) and t >= 0 for t in self.temperatures):
+            raise ValueError(f"temperatures must be numbers of at least 0, got {self.temperatures}")
+
+    def search(self, temperature: float) -> SearchOptions:
+        """Beams without a temperature, samples with one."""
+        rows = self.beam_size if temperature == 0 else self.best_of
+        return SearchOptions(rows, temperature, self.patience, self.length_penalty)

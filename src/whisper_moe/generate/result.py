@@ -1,0 +1,103 @@
+"""What a transcription is: words, segments and the whole, as plain frozen values.
+
+``to_dict`` gives the keys of openai/whisper's JSON, in its order, and adds keys of our own after them: a reader of
+that format finds everything where it expects it. Times are seconds from the start of the recording.
+"""
+
+from __future__ import annotations
+
+import zlib
+from dataclasses import dataclass
+from typing import Any
+
+
+def compression_ratio(text: str) -> float:
+    """UTF-8 bytes over zlib's bytes: above about 2.4 a transcript repeats itself (arXiv 2212.04356, section 4.5)."""
+    data = text.encode()
+    return len(data) / len(zlib.compress(data))
+
+
+@dataclass(frozen=True, slots=True)
+class Word:
+    """A word with the punctuation and the leading space that belong to it."""
+
+    start: float
+    end: float
+    word: str
+    probability: float
+    """Mean probability of its tokens."""
+
+    def to_dict(self) -> dict[str, Any]:
+        return {"word": self.word, "start": self.start, "end": self.end, "probability": self.probability}
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Segment:
+    """A stretch of speech between two timestamps."""
+
+    id: int
+    """Its place in the transcription, counted from 0."""
+    seek: int
+    """Mel frame (1/100 s) at which the window that it was decoded in begins."""
+    start: float
+    end: float
+    text: str
+    tokens: tuple[int, ...]
+    """Its tokens, timestamps included."""
+    temperature: float
+    avg_logprob: float
+    """Mean log-probability of the window's tokens."""
+    compression_ratio: float
+    no_speech_prob: float
+    experts: tuple[tuple[str, float], ...] = ()
+    """Names and gates of the experts that computed it, *none* included; empty for a dense model."""
+    words: tuple[Word, ...] | None = None
+    """``None`` unless word timestamps were asked for."""
+    language: str | None = None
+    """The language of its window, where each has its own."""
+
+    def to_dict(self) -> dict[str, Any]:
+        values: dict[str, Any] = {
+            "id": self.id,
+            "seek": self.seek,
+            "start": self.start,
+            "end": self.end,
+            "text": self.text,
+            "tokens": list(self.tokens),
+            "temperature": self.temperature,
+            "avg_logprob": self.avg_logprob,
+            "compression_ratio": self.compression_ratio,
+            "no_speech_prob": self.no_speech_prob,
+        }
+        if self.words is not None:
+            values["words"] = [word.to_dict() for word in self.words]
+        if self.language is not None:
+            values["language"] = self.language
+        return values | {"experts": dict(self.experts)}
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Transcription:
+    """The transcript of one recording."""
+
+    text: str
+    segments: tuple[Segment, ...]
+    language: str
+    """Code of its (first) language."""
+    language_probability: float | None = None
+    """``None`` where the language was given and not detected."""
+    duration: float
+    """Seconds of the recording."""
+    fallbacks: int = 0
+    """Clips that were transcribed again in a full 30 s window because their first transcript looked wrong."""
+
+    def to_dict(self) -> dict[str, Any]:
+        """Keys of openai/whisper first (``text``, ``segments``, ``language``), then ours."""
+        return {
+            "text": self.text,
+            "segments": [segment.to_dict() for segment in self.segments],
+            "language": self.language,
+            "language_probability": self.language_probability,
+            "duration": self.duration,
+            "fallbacks": self.fallbacks,
+        }

@@ -1,0 +1,1 @@
+"""Media: bytes to arrays on the way in, arrays to bytes on the way out."""

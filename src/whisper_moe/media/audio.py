@@ -1,0 +1,353 @@
+"""Sound in: any file that FFmpeg reads becomes float32 mono at 16 kHz, streamed in blocks (PyAV; no torch).
+
+Nothing is lost in silence. A file that is cut off or damaged ends in a :class:`MediaError` that names the second where
+decoding stopped, after everything before that second has been handed out. What counts as damage:
+
+- a packet that does not decode, or fails its checksum (FLAC, WavPack, TTA), or an Ogg page that is missing;
+- a file that is shorter than its own framing says (:func:`whisper_moe.media.containers.missing_bytes`);
+- NaN or infinite samples.
+
+Bare streams (MP3, ADTS, MPEG-TS …) are made to be cut and joined anywhere: up to :data:`SEAM_SECONDS` of tags and seams
+between their frames are passed over. Damage that leaves no trace, such as a changed bit in raw PCM, cannot be seen.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from tempfile import SpooledTemporaryFile
+from typing import TYPE_CHECKING, BinaryIO, cast
+
+import numpy as np
+from numpy.typing import NDArray
+
+from whisper_moe.config import SAMPLE_RATE
+from whisper_moe.media import containers
+
+if TYPE_CHECKING:
+    from av import AudioFifo, AudioFrame, AudioResampler, AudioStream, Packet
+    from av.container import InputContainer
+
+MIN_RATE, MAX_RATE = 1_000, 768_000
+"""Sample rates (Hz) that are believed. One sample a second would turn a kilobyte into sixteen megasamples."""
+MAX_CHANNELS = 64
+SEAM_SECONDS = 0.25
+"""Undecodable packets of a bare stream that are passed over, in seconds altogether: about ten MP3 frames."""
+GAP_SECONDS = 0.1
+"""A jump forward in Ogg's timestamps that says a page is missing (the shortest common page holds 0.2 s)."""
+GROUP_SECONDS = 1.0
+"""Decoded frames (about 20 ms each) are mixed and resampled in groups this long: three times as fast as one by one."""
+SPOOL_BYTES = 16 << 20
+"""What is kept of a pipe in memory; the rest of it goes to a temporary file."""
+
+Samples = NDArray[np.float32]
+
+
+class MediaError(ValueError):
+    """A file that cannot be read, or not to its end: ``name``, ``cause``, and the ``seconds`` decoded before."""
+
+    def __init__(self, name: str, cause: str, seconds: float = 0.0) -> None:
+        super().__init__(name, cause, seconds)
+        self.name, self.cause, self.seconds = name, cause, seconds
+
+    def __str__(self) -> str:
+        stopped = f" (decoding stopped after {self.seconds:.2f} s)" if self.seconds else ""
+        return f"{self.name}: {self.cause}{stopped}"
+
+
+class _Damage(Exception):
+    """Why decoding cannot go on; its text becomes the cause of a :class:`MediaError`."""
+
+
+def load_audio(source: str | Path | BinaryIO, *, name: str | None = None, max_seconds: float | None = None) -> Samples:
+    """The whole of :func:`stream_audio` in one array [samples]; a damaged file gives nothing but its error."""
+    blocks = list(stream_audio(source, name=name, max_seconds=max_seconds))
+    return blocks[0] if len(blocks) == 1 else np.concatenate([np.zeros(0, np.float32), *blocks])
+
+
+def stream_audio(
+    source: str | Path | BinaryIO,
+    *,
+    name: str | None = None,
+    block_seconds: float = 30.0,
+    max_seconds: float | None = None,
+) -> Iterator[Samples]:
+    """Decode to float32 mono 16 kHz in [-1, 1], in blocks of ``block_seconds`` (the last one shorter, none empty).
+
+    Every channel counts the same in the mix; louder than full scale is clipped. Of several sound tracks the one that
+    FFmpeg calls best is read. Memory does not grow with the length of the sound.
+
+    :param source: a path (never a URL), or a binary stream, read from its start; one that cannot seek is spooled first.
+    :param name: what messages call a stream; a path calls itself.
+    :param max_seconds: a longer sound raises, as soon as that much has been decoded.
+    :raises MediaError: for a file that is missing, unreadable, of a foreign format, without a sound track, cut off or
+        damaged, *after* the blocks before the damage. A valid file without samples yields nothing and raises nothing.
+    """
+    block = round(block_seconds * SAMPLE_RATE)
+    if block < 1:
+        raise ValueError(f"block_seconds must hold at least one sample, got {block_seconds}")
+    name = name or (str(source) if isinstance(source, str | os.PathLike) else str(getattr(source, "name", "<stream>")))
+    decoded = 0.0
+    try:
+        with _seekable(source) as file, _open(file) as container:
+            track = _Track(container, containers.missing_bytes(file), max_seconds)
+            for samples in _blocks(_resample(track.groups()), block):
+                decoded += len(samples) / SAMPLE_RATE
+                yield samples
+            if track.damage:
+                raise track.damage
+    except _causes() as error:
+        raise MediaError(name, _cause(error), decoded) from error
+
+
+def _causes() -> tuple[type[Exception], ...]:
+    """What opening and decoding raise; PyAV's own mistakes with hostile input come as built-in exceptions."""
+    from av.error import FFmpegError
+
+    return (_Damage, FFmpegError, OSError, ValueError, ArithmeticError, RuntimeError, MemoryError)
+
+
+def _cause(error: Exception) -> str:
+    """One clause of English; the operating system's own words where the fault is its."""
+    from av.error import FFmpegError, InvalidDataError
+
+    if isinstance(error, OSError) and error.strerror:
+        return error.strerror[0].lower() + error.strerror[1:]
+    if isinstance(error, InvalidDataError):
+        return "the sound is damaged"
+    if isinstance(error, FFmpegError):
+        return f"FFmpeg cannot read it: {error.strerror}"
+    return str(error) or type(error).__name__
+
+
+# Opening.
+
+
+class _NamelessFile:
+    """What FFmpeg sees of a file: bytes. A name would let it guess the format by the extension."""
+
+    def __init__(self, file: BinaryIO) -> None:
+        self.read, self.seek, self.tell = file.read, file.seek, file.tell
+
+
+@contextmanager
+def _seekable(source: str | Path | BinaryIO) -> Iterator[BinaryIO]:
+    """The source as a seekable stream. What is opened here is closed here; a stream that was given stays open."""
+    if isinstance(source, str | os.PathLike):
+        with open(source, "rb") as file, _seekable(file) as seekable:
+            yield seekable
+    elif source.seekable():
+        yield source
+    else:
+        with SpooledTemporaryFile(max_size=SPOOL_BYTES) as spool:
+            shutil.copyfileobj(source, spool)
+            yield cast(BinaryIO, spool)
+
+
+def _open(file: BinaryIO) -> InputContainer:
+    """Let FFmpeg sniff the format and read the header, within the allow-lists."""
+    import av
+    from av.error import ArgumentError, EOFError, InvalidDataError
+
+    if file.seek(0, os.SEEK_END) == 0:
+        raise _Damage("the file is empty")
+    file.seek(0)
+    options = {
+        "format_whitelist": containers.CONTAINERS,
+        "codec_whitelist": ",".join(sorted(containers.CODECS)),
+        "protocol_whitelist": "file",
+    }
+    try:
+        return av.open(_NamelessFile(file), "r", options=options, metadata_errors="ignore")
+    except ArgumentError:
+        raise _Damage("a playlist, or another format that is not opened as sound") from None
+    except (InvalidDataError, EOFError):
+        if containers.lacks_index(file):
+            raise _Damage("its index (moov) is missing: the recording was cut off before it was finished") from None
+        raise _Damage("not sound or film in a format that can be read, or its header is damaged") from None
+
+
+def _sound_track(container: InputContainer) -> AudioStream:
+    """FFmpeg's best sound track, or the first whose codec is allowed; cover art and film tracks are left undecoded."""
+    from av.stream import Discard
+
+    tracks = container.streams.audio
+    if not tracks:
+        raise _Damage("it has no sound track")
+    readable = [track for track in tracks if track.codec_context and track.codec_context.name in containers.CODECS]
+    if not readable:
+        codecs = sorted({track.codec_context.name if track.codec_context else "unknown" for track in tracks})
+        raise _Damage(f"its sound is in a codec that is not read ({', '.join(codecs)})")
+    best = container.streams.best("audio")
+    track = next((track for track in readable if track is best), readable[0])
+    for other in container.streams:
+        other.discard = Discard.default if other is track else Discard.all
+    _check_shape(track.codec_context.sample_rate, track.codec_context.layout.nb_channels)
+    return track
+
+
+def _check_shape(rate: int, channels: int) -> None:
+    if not MIN_RATE <= rate <= MAX_RATE:
+        raise _Damage(f"a sample rate of {rate} Hz is not believed; {MIN_RATE} to {MAX_RATE} Hz are read")
+    if not 1 <= channels <= MAX_CHANNELS:
+        raise _Damage(f"{channels} channels, or a count that FFmpeg refuses; 1 to {MAX_CHANNELS} are read")
+
+
+# Decoding.
+
+
+class _Track:
+    """One pass over one sound track. ``damage`` says, once :meth:`groups` has ended, why it ended early."""
+
+    def __init__(self, container: InputContainer, missing_bytes: int, max_seconds: float | None) -> None:
+        self.container, self.missing_bytes, self.max_seconds = container, missing_bytes, max_seconds
+        self.stream = _sound_track(container)
+        self.damage: Exception | None = None
+        self.seconds = self.skipped = 0.0
+        self.expected: float | None = None
+        if self.stream.codec_context.name in containers.CHECKSUMMED:
+            self.stream.codec_context.options = {"err_detect": "crccheck+explode"}
+
+    def groups(self) -> Iterator[tuple[Samples, int]]:
+        """Mono at the track's own rate, and that rate, in groups of about :data:`GROUP_SECONDS`."""
+        from av import AudioFifo
+
+        fifo, shape = AudioFifo(), None
+        for frame in self._frames():
+            if shape != (shape := (frame.format.name, frame.layout.nb_channels, frame.sample_rate)):
+                _check_shape(frame.sample_rate, frame.layout.nb_channels)
+                yield from self._mixed(fifo)
+                fifo = AudioFifo()
+            frame.pts = None
+            fifo.write(frame)
+            if fifo.samples >= GROUP_SECONDS * frame.sample_rate:
+                yield from self._mixed(fifo)
+        yield from self._mixed(fifo)
+
+    def _mixed(self, fifo: AudioFifo) -> Iterator[tuple[Samples, int]]:
+        """What has gathered, up to the first sample that is no number."""
+        frame = fifo.read() if fifo.samples else None
+        if frame is None:
+            return
+        mono = _mix(frame)
+        finite = np.isfinite(mono)
+        if not finite.all():
+            self.damage = _Damage("NaN or infinite samples")
+            mono = mono[: int(finite.argmin())]
+        yield mono, frame.sample_rate
+
+    def _frames(self) -> Iterator[AudioFrame]:
+        """Decoded frames up to the end or the first damage, which is kept, not raised: what came before it gets out."""
+        try:
+            for packet in self.container.demux(self.stream):
+                for frame in self._decoded(packet):
+                    self._check_time(frame)
+                    yield frame
+                    if self.damage:
+                        return
+            self._check_end()
+        except _causes() as error:
+            self.damage = self._cut_off() or error
+
+    def _decoded(self, packet: Packet[AudioStream]) -> list[AudioFrame]:
+        """The packet's frames; none for what lies between the frames of a bare stream."""
+        from av.error import FFmpegError
+
+        try:
+            return packet.decode()
+        except FFmpegError:
+            self.skipped += float((packet.duration or 0) * packet.time_base)
+            if self.container.format.name not in containers.STREAMS or self.skipped > SEAM_SECONDS:
+                raise _Damage("the sound is damaged") from None
+            return []
+
+    def _check_time(self, frame: AudioFrame) -> None:
+        seconds = frame.samples / frame.sample_rate
+        if self.container.format.name == "ogg" and frame.pts is not None and frame.time_base:
+            start = float(frame.pts * frame.time_base)
+            if self.expected is not None and start > self.expected + GAP_SECONDS:
+                raise _Damage(f"the sound is damaged: {start - self.expected:.2f} s of it are missing")
+            self.expected = start + seconds
+        self.seconds += seconds
+        if self.max_seconds is not None and self.seconds > self.max_seconds:
+            raise _Damage(f"longer than the limit of {self.max_seconds:g} s")
+
+    def _check_end(self) -> None:
+        """FFmpeg saw the end of the file: is it the end of the sound?"""
+        if cut_off := self._cut_off():
+            raise cut_off
+        if self.container.format.name in containers.COUNTED and self.stream.duration and self.stream.time_base:
+            stated = float(self.stream.duration * self.stream.time_base)
+            if self.seconds < stated - GAP_SECONDS:
+                raise _Damage(f"the file is cut off: its header states {stated:.2f} s")
+        if self.skipped and not self.seconds:
+            raise _Damage("nothing in it decodes as sound")
+
+    def _cut_off(self) -> _Damage | None:
+        if self.missing_bytes <= 0:
+            return None
+        return _Damage(f"the file is cut off: at least {self.missing_bytes:,} bytes that it announces are missing")
+
+
+def _mix(frame: AudioFrame) -> Samples:
+    """The mean of all channels, [samples], full scale = 1; in float32, so that NaN and overflow show."""
+    raw = frame.to_ndarray()
+    channels = raw if frame.format.is_planar else raw.reshape(-1, frame.layout.nb_channels).T
+    with np.errstate(over="ignore", invalid="ignore"):
+        mix = channels[0].astype(np.float32)
+        for channel in channels[1:]:
+            mix += channel
+    mix /= len(channels)
+    if raw.dtype.kind == "f":
+        return mix
+    full_scale = np.float32(2 ** (8 * raw.dtype.itemsize - 1))
+    return mix / full_scale - (raw.dtype.kind == "u")
+
+
+def _resample(groups: Iterable[tuple[Samples, int]]) -> Iterator[Samples]:
+    """To 16 kHz, clipped to full scale; a new filter whenever the rate changes."""
+    resampler, rate = None, 0
+    for mono, new_rate in groups:
+        if new_rate != rate:
+            yield from _filtered(resampler, None, rate)
+            resampler, rate = _resampler(new_rate), new_rate
+        yield from _filtered(resampler, mono, rate)
+    yield from _filtered(resampler, None, rate)
+
+
+def _resampler(rate: int) -> AudioResampler | None:
+    from av import AudioResampler
+
+    return None if rate == SAMPLE_RATE else AudioResampler("flt", "mono", SAMPLE_RATE)
+
+
+def _filtered(resampler: AudioResampler | None, mono: Samples | None, rate: int) -> Iterator[Samples]:
+    """What comes out for this input; for ``None``, what was still inside."""
+    from av import AudioFrame
+
+    if resampler is None:
+        outputs = [] if mono is None else [mono]
+    else:
+        frame = None
+        if mono is not None:
+            frame = AudioFrame.from_ndarray(mono[None], format="flt", layout="mono")
+            frame.sample_rate = rate
+        outputs = [output.to_ndarray()[0] for output in resampler.resample(frame)]
+    yield from (np.clip(output, -1.0, 1.0, out=output) for output in outputs)
+
+
+def _blocks(pieces: Iterable[Samples], size: int) -> Iterator[Samples]:
+    """The same samples in arrays of ``size``, the last one shorter."""
+    held: list[Samples] = []
+    count = 0
+    for piece in pieces:
+        while count + len(piece) >= size:
+            yield np.concatenate([*held, piece[: size - count]])
+            held, count, piece = [], 0, piece[size - count :]
+        held.append(piece)
+        count += len(piece)
+    if count:
+        yield np.concatenate(held)

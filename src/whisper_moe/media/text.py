@@ -1,0 +1,309 @@
+"""Whisper's tokens: text to ids and back, control tokens by name, words.
+
+A thin layer over ``tokenizers``: byte-level BPE (GPT-2), Whisper's control tokens (arXiv 2212.04356, section 2.3) and
+timestamps every 0.02 s. Ids are looked up by name: the vocabularies of Whisper (51,864 / 51,865 / 51,866) and of its
+fine-tunes differ. ``tokenizers`` is imported when a tokenizer is built, so the language tables are free to import.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+import string
+from collections.abc import Collection, Iterable, Mapping, Sequence
+from difflib import get_close_matches
+from functools import cached_property
+from itertools import groupby
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    import tokenizers
+
+_LANGUAGE_TABLE = """
+af afrikaans, am amharic, ar arabic, as assamese, az azerbaijani, ba bashkir, be belarusian, bg bulgarian, bn bengali,
+bo tibetan, br breton, bs bosnian, ca catalan, cs czech, cy welsh, da danish, de german, el greek, en english,
+es spanish, et estonian, eu basque, fa persian, fi finnish, fo faroese, fr french, gl galician, gu gujarati, ha hausa,
+haw hawaiian, he hebrew, hi hindi, hr croatian, ht haitian creole, hu hungarian, hy armenian, id indonesian,
+is icelandic, it italian, ja japanese, jw javanese, ka georgian, kk kazakh, km khmer, kn kannada, ko korean, la latin,
+lb luxembourgish, ln lingala, lo lao, lt lithuanian, lv latvian, mg malagasy, mi maori, mk macedonian, ml malayalam,
+mn mongolian, mr marathi, ms malay, mt maltese, my myanmar, ne nepali, nl dutch, nn nynorsk, no norwegian, oc occitan,
+pa punjabi, pl polish, ps pashto, pt portuguese, ro romanian, ru russian, sa sanskrit, sd sindhi, si sinhala,
+sk slovak, sl slovenian, sn shona, so somali, sq albanian, sr serbian, su sundanese, sv swedish, sw swahili, ta tamil,
+te telugu, tg tajik, th thai, tk turkmen, tl tagalog, tr turkish, tt tatar, uk ukrainian, ur urdu, uz uzbek,
+vi vietnamese, yi yiddish, yo yoruba, yue cantonese, zh chinese
+"""
+_ALIAS_TABLE = """
+burmese my, castilian es, flemish nl, haitian ht, letzeburgesch lb, mandarin zh, moldavian ro, moldovan ro, panjabi pa,
+pushto ps, sinhalese si, valencian ca
+"""
+
+
+def _pairs(table: str) -> dict[str, str]:
+    return dict(entry.strip().split(" ", 1) for entry in table.split(","))
+
+
+LANGUAGES: dict[str, str] = _pairs(_LANGUAGE_TABLE)
+"""Whisper's language codes, each with its English name."""
+LANGUAGE_CODES: dict[str, str] = {name: code for code, name in LANGUAGES.items()} | _pairs(_ALIAS_TABLE)
+"""Language names and their aliases, each with its code."""
+UNSPACED_LANGUAGES = frozenset({"zh", "ja", "th", "lo", "my", "yue"})
+"""Languages written without spaces between words: every character may begin a word."""
+
+TIMESTAMP_SECONDS = 0.02
+"""Seconds between one timestamp token and the next."""
+TASKS = ("transcribe", "translate")
+
+_TIMESTAMPS = tuple(f"<|{i * TIMESTAMP_SECONDS:.2f}|>" for i in range(1501))
+_MULTILINGUAL_VOCABULARY = 51_865
+"""Whisper's English-only vocabulary is smaller than this, every multilingual one is not."""
+_UNENCODABLE = re.compile("[\0\ud800-\udfff]")
+_REPLACEMENT = "\ufffd"
+
+_ANNOTATIONS = (
+    *'"#()*+/:;<=>@[\\]^_`{|}~「」『』',
+    *("<<", ">>", "<<<", ">>>", "--", "---", "-(", "-[", "('", '("', "((", "))", "(((", ")))", "[[", "]]", "{{", "}}"),
+    *("♪♪", "♪♪♪"),
+)
+_MUSIC = tuple("♩♪♫♬♭♮♯")
+
+
+def language_code(name: str, extra: Collection[str] = ()) -> str:
+    """The code of a language given by code, name or alias, in any case: ``Hindi`` → ``hi``.
+
+    ``extra`` are further codes that a model knows. Raises ``ValueError`` with the closest names for an unknown one.
+    """
+    wanted = name.strip().lower()
+    if wanted in LANGUAGES or wanted in extra:
+        return wanted
+    if wanted in LANGUAGE_CODES:
+        return LANGUAGE_CODES[wanted]
+    close = get_close_matches(wanted, [*LANGUAGE_CODES, *LANGUAGES, *extra])
+    hint = f"did you mean {' or '.join(close)}?" if close else "give a code such as en or a name such as english"
+    raise ValueError(f"unknown language {name!r}: {hint}")
+
+
+def read_backend(path: Path) -> tokenizers.Tokenizer:
+    """Read ``tokenizer.json``, or a folder with it or with the older ``vocab.json``, ``merges.txt`` and so on.
+
+    Early Whisper checkpoints list no timestamp tokens although their models have them, behind the last listed token;
+    they are added here. Raises ``ValueError`` naming the file that is missing or cannot be read.
+    """
+    from tokenizers import Tokenizer as Backend
+
+    file = path / "tokenizer.json" if path.is_dir() else path
+    if not file.exists() and path.is_dir():
+        backend = _read_parts(path)
+    else:
+        try:
+            backend = Backend.from_file(str(file))
+        except Exception as error:  # tokenizers raises bare Exception for every cause
+            raise ValueError(f"cannot read the tokenizer {file}: {error}") from error
+    _add_missing_timestamps(backend, path)
+    return backend
+
+
+def _read_parts(folder: Path) -> tokenizers.Tokenizer:
+    from tokenizers import AddedToken, decoders, models, pre_tokenizers
+    from tokenizers import Tokenizer as Backend
+
+    try:
+        backend = Backend(models.BPE.from_file(str(folder / "vocab.json"), str(folder / "merges.txt")))
+        added: dict[str, int] = json.loads((folder / "added_tokens.json").read_text(encoding="utf-8"))
+    except Exception as error:  # tokenizers raises bare Exception for every cause
+        raise ValueError(f"{folder} has no tokenizer.json, and its older files cannot be read: {error}") from error
+    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    backend.decoder = decoders.ByteLevel()
+    names = ["<|endoftext|>", *sorted(added, key=added.__getitem__)]
+    timestamps = set(_TIMESTAMPS)
+    backend.add_tokens([AddedToken(name, normalized=False, special=name not in timestamps) for name in names])
+    for name, id in added.items():
+        if backend.token_to_id(name) != id:
+            raise ValueError(f"{folder / 'added_tokens.json'} gives {name} the id {id}, where another token belongs")
+    return backend
+
+
+def _add_missing_timestamps(backend: tokenizers.Tokenizer, path: Path) -> None:
+    from tokenizers import AddedToken
+
+    if backend.token_to_id(_TIMESTAMPS[0]) is not None:
+        return
+    if backend.token_to_id("<|notimestamps|>") != backend.get_vocab_size() - 1:
+        raise ValueError(f"{path}: no timestamp tokens, and <|notimestamps|>, which they follow, is not the last token")
+    backend.add_tokens([AddedToken(name, normalized=False, special=False) for name in _TIMESTAMPS])
+
+
+class Tokenizer:
+    """Whisper's tokenizer.
+
+    ``languages`` and ``tasks`` map codes to ids and are empty for an English-only model, whose vocabulary lists such
+    tokens although the model was never trained on them. Timestamp tokens are ``timestamp_begin`` to ``timestamp_end``,
+    both included; ids beyond belong to whoever appended them.
+    """
+
+    def __init__(self, backend: tokenizers.Tokenizer, generation_config: Mapping[str, Any] | None = None) -> None:
+        """Take over ``backend`` (it is changed). Raises ``ValueError`` if it lacks one of Whisper's control tokens."""
+        from tokenizers import AddedToken
+
+        config = generation_config or {}
+        self._backend = backend
+        # Timestamps join the special tokens, and those are never matched in text: what a user writes is only text.
+        backend.add_special_tokens([AddedToken(name, normalized=False, special=True) for name in _TIMESTAMPS])
+        backend.encode_special_tokens = True
+        self._special = {id for id, token in backend.get_added_tokens_decoder().items() if token.special}
+
+        self.eot = self._id("<|endoftext|>")
+        self.sot = self._id("<|startoftranscript|>")
+        self.transcribe = self._id("<|transcribe|>")
+        self.translate = self._id("<|translate|>")
+        self.sot_lm = self._id("<|startoflm|>")
+        self.sot_prev = self._id("<|startofprev|>")
+        self.no_speech = self._id("<|nospeech|>", "<|nocaptions|>")
+        self.no_timestamps = self._id("<|notimestamps|>")
+        self.timestamp_begin = self._id(_TIMESTAMPS[0])
+        self.timestamp_end = self._id(_TIMESTAMPS[-1])
+        if self.timestamp_end - self.timestamp_begin != len(_TIMESTAMPS) - 1:
+            raise ValueError("the tokenizer's timestamp tokens are not consecutive")
+
+        self.is_multilingual = bool(config.get("is_multilingual", self.vocab_size >= _MULTILINGUAL_VOCABULARY))
+        self.languages = self._read_languages(config.get("lang_to_id") or {}) if self.is_multilingual else {}
+        self.tasks = {task: self._id(f"<|{task}|>") for task in TASKS} if self.is_multilingual else {}
+
+    @classmethod
+    def from_file(cls, path: Path | str, generation_config: Mapping[str, Any] | None = None) -> Tokenizer:
+        """Read what :func:`read_backend` reads; ``generation_config`` is the content of ``generation_config.json``."""
+        return cls(read_backend(Path(path)), generation_config)
+
+    def _id(self, *names: str) -> int:
+        """The id of the first of these names that there is."""
+        for name in names:
+            if (id := self._backend.token_to_id(name)) is not None:
+                return id
+        raise ValueError(f"not a Whisper tokenizer: it has no token {' or '.join(names)}")
+
+    def _read_languages(self, lang_to_id: Mapping[str, int]) -> dict[str, int]:
+        for name, id in lang_to_id.items():
+            if self._id(name) != id:
+                raise ValueError(f"the generation config gives {name} the id {id}, the tokenizer {self._id(name)}")
+        names = {code: f"<|{code}|>" for code in LANGUAGES} | {name.strip("<|>"): name for name in lang_to_id}
+        ids = {code: self._backend.token_to_id(name) for code, name in names.items()}
+        return {code: id for code, id in ids.items() if id is not None}
+
+    @property
+    def vocab_size(self) -> int:
+        """Tokens that have a name; a model's embedding may be padded beyond."""
+        return self._backend.get_vocab_size()
+
+    def encode(self, text: str) -> list[int]:
+        """Text to ids. Control tokens are never read from text: a literal ``<|endoftext|>`` is encoded as its letters.
+
+        Raises ``ValueError`` for NUL and lone surrogates, which no tokenizer was trained on.
+        """
+        if bad := _UNENCODABLE.search(text):
+            raise ValueError(f"text has U+{ord(bad[0]):04X} at position {bad.start()}, which is not text")
+        return self._backend.encode(text, add_special_tokens=False).ids
+
+    def decode(self, ids: Sequence[int]) -> str:
+        """Ids to text without control and timestamp tokens; bytes that are not UTF-8 become U+FFFD.
+
+        A timestamp ends a character: bytes before and after it are not joined. Nothing else is cleaned up.
+        """
+        runs = groupby(ids, key=self.is_timestamp)
+        return "".join(self._backend.decode(list(run)) for is_timestamp, run in runs if not is_timestamp)
+
+    def is_timestamp(self, id: int) -> bool:
+        return self.timestamp_begin <= id <= self.timestamp_end
+
+    def seconds(self, timestamp: int) -> float:
+        """What a timestamp token says: seconds from the start of its window."""
+        assert self.is_timestamp(timestamp), timestamp
+        return (timestamp - self.timestamp_begin) * TIMESTAMP_SECONDS
+
+    def text_ids(self, ids: Iterable[int]) -> list[int]:
+        """The ids that stand for text: no control and no timestamp tokens."""
+        return [id for id in ids if id not in self._special]
+
+    def language_id(self, language: str) -> int:
+        """The token of a language given by code or name; ``ValueError`` if this model has none."""
+        code = language_code(language, self.languages)
+        if code not in self.languages:
+            known = ", ".join(sorted(self.languages)) or "only English, without a language token"
+            raise ValueError(f"this model does not know the language {language!r}; it knows {known}")
+        return self.languages[code]
+
+    def sot_sequence(self, language: str | None = None, task: str = "transcribe") -> list[int]:
+        """The tokens that open a transcript, without ``<|notimestamps|>``: start, language, task.
+
+        An English-only model has just the first; it takes no other language and no translation.
+        """
+        if task not in TASKS:
+            raise ValueError(f"unknown task {task!r}: one of {', '.join(TASKS)}")
+        if self.is_multilingual:
+            if language is None:
+                raise ValueError("a multilingual model needs the language")
+            return [self.sot, self.language_id(language), self.tasks[task]]
+        if task != "transcribe" or language_code(language or "en") != "en":
+            raise ValueError(f"this model only transcribes English; it cannot {task} {language or 'english'!r}")
+        return [self.sot]
+
+    @cached_property
+    def non_speech_tokens(self) -> tuple[int, ...]:
+        """Tokens of annotations that nobody speaks: ♪♪♪, (speaker names), [brackets]; sorted.
+
+        Single hyphens and quotes are among them only where they begin a word. A musical sign may be several tokens: its
+        first one is enough, for it begins no other character than such signs.
+        """
+        ids = {self.encode(" -")[0], self.encode(" '")[0]}
+        for symbol in (*_ANNOTATIONS, *_MUSIC):
+            for encoded in (self.encode(symbol), self.encode(" " + symbol)):
+                if len(encoded) == 1 or symbol in _MUSIC:
+                    ids.add(encoded[0])
+        return tuple(sorted(ids))
+
+    def suppressed(self, requested: Iterable[int] = (-1,)) -> tuple[int, ...]:
+        """Tokens that may never be sampled: ``requested``, with -1 for all non-speech ones, and the control tokens."""
+        wanted = set(requested)
+        if -1 in wanted:
+            wanted = (wanted - {-1}) | set(self.non_speech_tokens)
+        control = {self.sot, self.sot_lm, self.sot_prev, self.transcribe, self.translate, self.no_speech}
+        return tuple(sorted(wanted | control))
+
+    def split_to_words(self, ids: Sequence[int], language: str | None = None) -> tuple[list[str], list[list[int]]]:
+        """Group tokens into words: (texts, ids of each). Together they hold every id, in order.
+
+        A word begins at a space, a punctuation mark or a control token; where words are not spaced, at every character.
+        """
+        characters = self._split_to_characters(ids)
+        if language in UNSPACED_LANGUAGES:
+            return [text for text, _ in characters], [group for _, group in characters]
+        words: list[str] = []
+        groups: list[list[int]] = []
+        for text, group in characters:
+            if not words or group[0] in self._special or text.startswith(" ") or text.strip() in string.punctuation:
+                words.append(text)
+                groups.append(group)
+            else:
+                words[-1] += text
+                groups[-1] = groups[-1] + group
+        return words, groups
+
+    def _split_to_characters(self, ids: Sequence[int]) -> list[tuple[str, list[int]]]:
+        """The smallest groups of tokens that decode to whole characters, or to U+FFFD where all of ``ids`` do too."""
+        whole = self._decode_all(ids)
+        groups: list[tuple[str, list[int]]] = []
+        pending: list[int] = []
+        done = 0
+        for id in ids:
+            pending.append(id)
+            text = self._decode_all(pending)
+            broken = text.find(_REPLACEMENT)
+            if broken < 0 or whole[done + broken : done + broken + 1] == _REPLACEMENT:
+                groups.append((text, pending))
+                pending = []
+                done += len(text)
+        if pending:
+            groups.append((self._decode_all(pending), pending))
+        return groups
+
+    def _decode_all(self, ids: Sequence[int]) -> str:
+        return self._backend.decode(list(ids), skip_special_tokens=False)

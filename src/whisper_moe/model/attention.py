@@ -1,0 +1,128 @@
+"""Attention that never crosses a segment (Vaswani et al. 2017; Whisper's variant: ``k_proj`` has no bias).
+
+Shapes: T tokens (all segments, flat), D width, H heads, R rows of a decoding batch, n new tokens a row, dh = D / H.
+Projections run on the flat tensor; only the product of queries and keys looks at the layout, one segment at a time. On a
+CPU this beats a masked product over the whole pack several times, and it works on any device. The masked form is the
+tests' oracle.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from whisper_moe.packing import Layout
+
+
+@dataclass
+class KeyValueCache:
+    """Self-attention keys and values of the tokens decoded so far, [R, H, capacity, dh] each; ``length`` are filled."""
+
+    keys: Tensor
+    values: Tensor
+    length: int = 0
+
+    @classmethod
+    def empty(cls, rows: int, heads: int, capacity: int, head_dim: int, like: Tensor) -> KeyValueCache:
+        shape = (rows, heads, capacity, head_dim)
+        return cls(like.new_empty(shape), like.new_empty(shape))
+
+    def extended(self, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
+        """Append [R, H, n, dh] keys and values; returns all of them, new ones included. Grows by doubling."""
+        end = self.length + keys.shape[2]
+        if end > self.keys.shape[2]:
+            room = (0, 0, 0, max(end, 2 * self.keys.shape[2]) - self.keys.shape[2])
+            self.keys, self.values = F.pad(self.keys, room), F.pad(self.values, room)
+        self.keys[:, :, self.length : end] = keys
+        self.values[:, :, self.length : end] = values
+        self.length = end
+        return self.keys[:, :, :end], self.values[:, :, :end]
+
+    def select(self, rows: Tensor) -> KeyValueCache:
+        """The cache with these rows, in this order: beams that moved, finished rows that left."""
+        keys, values = self.keys.index_select(0, rows), self.values.index_select(0, rows)
+        return KeyValueCache(keys, values, self.length)
+
+
+@dataclass(frozen=True)
+class Memory:
+    """What cross-attention reads of each segment: keys and values, one [1, H, positions, dh] pair a segment."""
+
+    keys: tuple[Tensor, ...]
+    values: tuple[Tensor, ...]
+
+    def select(self, segments: list[int]) -> Memory:
+        return Memory(tuple(self.keys[i] for i in segments), tuple(self.values[i] for i in segments))
+
+
+class SelfAttention(nn.Module):
+    """Multi-head self-attention with one fused projection to queries, keys and values."""
+
+    def __init__(self, d_model: int, heads: int, *, causal: bool) -> None:
+        super().__init__()
+        self.heads, self.causal = heads, causal
+        self.qkv = nn.Linear(d_model, 3 * d_model)
+        self.out = nn.Linear(d_model, d_model)
+        with torch.no_grad():  # Whisper has no bias on the keys; softmax is blind to one, so it never gets a gradient.
+            self.qkv.bias[d_model : 2 * d_model] = 0
+
+    def forward(self, x_TD: Tensor, layout: Layout) -> Tensor:
+        """Every token attends to its own segment, to its past only if ``causal``."""
+        qkv = self.qkv(x_TD).unflatten(-1, (3, self.heads, -1))
+        mixed = []
+        for rows in layout.slices():
+            q, k, v = qkv[rows].permute(1, 2, 0, 3).unsqueeze(1)
+            mixed.append(F.scaled_dot_product_attention(q, k, v, is_causal=self.causal)[0])
+        return self.out(torch.cat([m.transpose(0, 1) for m in mixed]).flatten(1))
+
+    def extend(self, x_TD: Tensor, cache: KeyValueCache) -> Tensor:
+        """n more tokens for each of the cache's R rows, x_TD = [R * n, D] with a row's tokens together."""
+        rows = cache.keys.shape[0]
+        q, k, v = self.qkv(x_TD).view(rows, -1, 3, self.heads, cache.keys.shape[3]).permute(2, 0, 3, 1, 4)
+        past, n = cache.length, q.shape[2]
+        keys, values = cache.extended(k, v)
+        mask = None
+        if n > 1:
+            mask = torch.ones(n, past + n, dtype=torch.bool, device=x_TD.device).tril(past)
+        mixed = F.scaled_dot_product_attention(q, keys, values, attn_mask=mask)
+        return self.out(mixed.transpose(1, 2).reshape(x_TD.shape))
+
+
+class CrossAttention(nn.Module):
+    """Attention from decoder tokens to the encoder's states of the same segment."""
+
+    def __init__(self, d_model: int, heads: int) -> None:
+        super().__init__()
+        self.heads = heads
+        self.q = nn.Linear(d_model, d_model)
+        self.kv = nn.Linear(d_model, 2 * d_model)
+        self.out = nn.Linear(d_model, d_model)
+        with torch.no_grad():
+            self.kv.bias[:d_model] = 0
+
+    def memory(self, states_TD: Tensor, layout: Layout) -> Memory:
+        """Keys and values of every segment, computed once and read at every decoding step."""
+        kv = self.kv(states_TD).unflatten(-1, (2, self.heads, -1))
+        pairs = [kv[rows].permute(1, 2, 0, 3).unsqueeze(1).contiguous() for rows in layout.slices()]
+        return Memory(tuple(pair[0] for pair in pairs), tuple(pair[1] for pair in pairs))
+
+    def forward(self, x_TD: Tensor, layout: Layout, memory: Memory) -> Tensor:
+        """``layout`` gives each segment's tokens in x_TD: one teacher-forced text, or the new tokens of all its beams."""
+        q_THd = self.q(x_TD).unflatten(-1, (self.heads, -1))
+        mixed = [
+            F.scaled_dot_product_attention(q_THd[rows].transpose(0, 1)[None], k, v)[0].transpose(0, 1)
+            for rows, k, v in zip(layout.slices(), memory.keys, memory.values, strict=True)
+        ]
+        return self.out(torch.cat(mixed).flatten(1))
+
+    def logits(self, x_TD: Tensor, layout: Layout, memory: Memory, heads: list[int]) -> list[Tensor]:
+        """Scaled products of queries and keys, before softmax, [heads, tokens, positions] a segment: for alignment."""
+        q_THd = self.q(x_TD).unflatten(-1, (self.heads, -1))
+        scale = q_THd.shape[-1] ** -0.5
+        return [
+            q_THd[rows][:, heads].transpose(0, 1) @ k[0, heads].transpose(1, 2) * scale
+            for rows, k in zip(layout.slices(), memory.keys, strict=True)
+        ]

@@ -1,0 +1,116 @@
+"""One residual block, encoder or decoder; its ``forward`` is its residual sum.
+
+Self-attention → (decoder: cross-attention to the own segment) → TTT-MLP behind its gate → feed-forward: dense, or experts,
+or both (the dense one is then the shared expert).
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from whisper_moe.config import ModelConfig
+from whisper_moe.model.attention import CrossAttention, KeyValueCache, Memory, SelfAttention
+from whisper_moe.model.moe import Experts
+from whisper_moe.model.router import Router, Routing
+from whisper_moe.model.ttt import TTTMLP, TTTState
+from whisper_moe.model.ttt_experts import ExpertTTT
+from whisper_moe.packing import Layout
+
+
+class FeedForward(nn.Module):
+    """down(gelu(up(x))), exact (erf) GELU."""
+
+    def __init__(self, d_model: int, hidden: int) -> None:
+        super().__init__()
+        self.up = nn.Linear(d_model, hidden)
+        self.down = nn.Linear(hidden, d_model)
+
+    def forward(self, x_TD: Tensor) -> Tensor:
+        return self.down(F.gelu(self.up(x_TD)))
+
+
+@dataclass
+class BlockState:
+    """What one decoder block remembers between steps."""
+
+    cache: KeyValueCache
+    memory: Memory
+    ttt: TTTState | None = None
+
+
+def _ttt(config: ModelConfig, side: Literal["encoder", "decoder"], layer: int) -> TTTMLP | ExpertTTT | None:
+    ttt, decoder = config.ttt, side == "decoder"
+    if ttt is None or layer not in (ttt.decoder_layers if decoder else ttt.encoder_layers):
+        return None
+    heads = config.decoder_heads if decoder else config.encoder_heads
+    if ttt.per_expert and config.moe:
+        experts = config.moe.n_experts
+        return ExpertTTT(experts, config.d_model, heads, mini_batch=ttt.mini_batch, base_lr=ttt.base_lr)
+    return TTTMLP(config.d_model, heads, mini_batch=ttt.mini_batch, base_lr=ttt.base_lr, causal=decoder)
+
+
+class Block(nn.Module):
+    """A block of the encoder or the decoder at depth ``layer``; the configuration says which parts it carries."""
+
+    def __init__(self, config: ModelConfig, side: Literal["encoder", "decoder"], layer: int) -> None:
+        super().__init__()
+        d, decoder = config.d_model, side == "decoder"
+        heads = config.decoder_heads if decoder else config.encoder_heads
+        hidden = config.decoder_ffn_dim if decoder else config.encoder_ffn_dim
+        self.attn_norm = nn.LayerNorm(d)
+        self.attn = SelfAttention(d, heads, causal=decoder)
+        self.cross_norm = nn.LayerNorm(d) if decoder else None
+        self.cross_attn = CrossAttention(d, heads) if decoder else None
+        self.ttt = _ttt(config, side, layer)
+        self.ttt_norm = nn.LayerNorm(d) if self.ttt is not None else None
+        self.ffn_norm = nn.LayerNorm(d)
+        moe = config.moe if config.routed(side, layer) else None
+        self.ffn = FeedForward(d, hidden) if moe is None or moe.shared else None
+        self.experts = Experts(d, moe.expert_dim, moe.n_experts) if moe else None
+        self.router = None
+        if moe and moe.scope == "token":
+            self.router = Router(d, moe.n_experts, moe.top_k, moe.none_choice)
+
+    def forward(self, x_TD: Tensor, layout: Layout, routing: Routing | None, memory: Memory | None = None) -> Tensor:
+        """Whole segments at once. ``routing``: one choice per segment; ``memory``: what a decoder block attends to."""
+        x_TD = x_TD + self.attn(self.attn_norm(x_TD), layout)
+        if self.cross_attn is not None and self.cross_norm is not None:
+            assert memory is not None, "a decoder block needs the encoder's states"
+            x_TD = x_TD + self.cross_attn(self.cross_norm(x_TD), layout, memory)
+        if self.ttt is not None and self.ttt_norm is not None and not self.ttt.skippable():
+            normed = self.ttt_norm(x_TD)
+            per_expert = isinstance(self.ttt, ExpertTTT)
+            x_TD = x_TD + (self.ttt(normed, layout, routing) if per_expert else self.ttt(normed, layout))
+        return self._feed_forward(x_TD, layout, routing)
+
+    def extend(self, x_TD: Tensor, layout: Layout, routing: Routing | None, state: BlockState, beams: Layout) -> Tensor:
+        """n more tokens for each row; ``layout`` has a segment for each row, ``beams`` one for each of the memory's."""
+        assert self.cross_attn is not None and self.cross_norm is not None
+        x_TD = x_TD + self.attn.extend(self.attn_norm(x_TD), state.cache)
+        x_TD = x_TD + self.cross_attn(self.cross_norm(x_TD), beams, state.memory)
+        if isinstance(self.ttt, TTTMLP) and self.ttt_norm is not None and not self.ttt.skippable():
+            assert state.ttt is not None
+            update, state.ttt = self.ttt.extend(self.ttt_norm(x_TD).view(len(layout), -1, x_TD.shape[1]), state.ttt)
+            x_TD = x_TD + update.flatten(0, 1)
+        return self._feed_forward(x_TD, layout, routing)
+
+    def cross_logits(self, x_TD: Tensor, layout: Layout, memory: Memory, heads: list[int]) -> list[Tensor]:
+        """Cross-attention logits of some heads on what enters this block, one [heads, tokens, positions] a segment."""
+        assert self.cross_attn is not None and self.cross_norm is not None
+        x_TD = x_TD + self.attn(self.attn_norm(x_TD), layout)
+        return self.cross_attn.logits(self.cross_norm(x_TD), layout, memory, heads)
+
+    def _feed_forward(self, x_TD: Tensor, layout: Layout, routing: Routing | None) -> Tensor:
+        normed = self.ffn_norm(x_TD)
+        if self.ffn is not None:
+            x_TD = x_TD + self.ffn(normed)
+        if self.experts is None:
+            return x_TD
+        if self.router is not None:
+            return x_TD + self.experts(normed, self.router(normed))
+        assert routing is not None, "experts that are chosen per segment need the router's choice"
+        return x_TD + self.experts(normed, routing, layout)

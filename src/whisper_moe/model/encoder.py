@@ -1,0 +1,68 @@
+"""Packed audio encoder: log-mels of several segments → flat states, and the router's choice for each segment."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+from torch import Tensor, nn
+
+from whisper_moe.config import ModelConfig
+from whisper_moe.embed.audio import AudioStem
+from whisper_moe.embed.positions import sinusoids
+from whisper_moe.model.block import Block
+from whisper_moe.model.router import Router, Routing, pool_segments
+from whisper_moe.packing import Layout
+
+
+class Encoded(NamedTuple):
+    """States x_TD of all segments, where each segment lies, and its experts (None without segment-scope experts)."""
+
+    states_TD: Tensor
+    layout: Layout
+    routing: Routing | None
+
+
+class Encoder(nn.Module):
+    """Stem, positions, blocks. Blocks before ``moe.router_layer`` are unrouted; the router reads what they made."""
+
+    positions: Tensor
+
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__()
+        self.stem = AudioStem(config.n_mels, config.d_model)
+        self.register_buffer("positions", sinusoids(config.max_source_positions, config.d_model))
+        self.blocks = nn.ModuleList(Block(config, "encoder", i) for i in range(config.encoder_layers))
+        self.norm = nn.LayerNorm(config.d_model)
+        self.router, self.router_layer = None, None
+        if config.moe and config.moe.scope == "segment":
+            self.router = Router(config.d_model, config.moe.n_experts, config.moe.top_k, config.moe.none_choice)
+            self.router_layer = config.moe.router_layer
+
+    def forward(
+        self, mels: Sequence[Tensor], *, heard: Sequence[int] | None = None, routing: Routing | None = None
+    ) -> Encoded:
+        """``mels``: [n_mels, frames] a segment.
+
+        ``heard``: how many positions of each segment the router reads (those of the sound, not of the silence kept after
+        it); default all. ``routing``: a choice made elsewhere, which the router then does not make.
+        """
+        x_TD, layout = self.stem(mels)
+        longest, limit = max(layout.lengths), self.positions.shape[0]
+        if longest > limit:
+            raise ValueError(f"a segment has {longest} positions; the encoder has {limit}")
+        x_TD = x_TD + self.positions[layout.positions(x_TD.device)]
+        for depth, block in enumerate(self.blocks):
+            if depth == self.router_layer:
+                routing = self._choose(x_TD, layout, heard, routing)
+            x_TD = block(x_TD, layout, routing)
+        if self.router_layer == len(self.blocks):
+            routing = self._choose(x_TD, layout, heard, routing)
+        return Encoded(self.norm(x_TD), layout, routing)
+
+    def _choose(
+        self, x_TD: Tensor, layout: Layout, heard: Sequence[int] | None, routing: Routing | None
+    ) -> Routing | None:
+        if routing is not None or self.router is None:
+            return routing
+        return self.router(pool_segments(x_TD, layout, tuple(heard) if heard is not None else None))

@@ -1,0 +1,124 @@
+"""The choice of experts: *top_k* of them for each row, and a gate for each (Mixtral arXiv 2401.04088, section 2.1).
+
+One rule for both scopes. Segment scope: a row is a segment, its features the mean of its encoder states
+(:func:`pool_segments`), and the choice holds for every later layer. Token scope: a row is a token of one layer.
+
+The gates are the softmax over the chosen logits alone, which is the softmax over all of them, cut to the chosen ones
+and renormalised. Without that, identical experts would no longer add up to the layer they were copied from.
+
+*None* deviates from the paper: it stands for ``top_k`` identical experts whose output is zero, all with the one logit
+of the last row of the weight. Where its logit is above every expert's, it takes all slots and nothing is added to the
+shared expert; where one expert is above it, that expert and *none* share the gate.
+
+N rows, D width, E experts, K slots (``top_k``), S segments, T tokens.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from itertools import groupby
+from operator import itemgetter
+
+import torch
+from torch import Tensor, nn
+
+from whisper_moe.packing import Layout
+
+NONE = -1
+"""The index that stands for *none* among the experts of a :class:`Routing`."""
+
+
+@dataclass(frozen=True, eq=False)
+class Routing:
+    """Which experts each row goes to, strongest first, and how much each counts."""
+
+    experts: Tensor
+    """[N, K] int64: an expert's index, or -1 for *none*."""
+    gates: Tensor
+    """[N, K]: at least 0; they sum to 1, the slots of *none* included."""
+    logits: Tensor | None = None
+    """[N, E] or, with a *none* choice, [N, E + 1] (*none* last): what the choice was made from."""
+
+    def __post_init__(self) -> None:
+        assert self.experts.ndim == 2 and self.experts.shape == self.gates.shape, (self.experts.shape, self.gates.shape)
+
+    def __len__(self) -> int:
+        return len(self.experts)
+
+    def rows(self, index: Tensor) -> Routing:
+        """Take rows by ``index`` ([M] int64, repeats allowed): beams, rows left in a batch, tokens of a segment."""
+        return Routing(self.experts[index], self.gates[index], None if self.logits is None else self.logits[index])
+
+    def expand(self, layout: Layout) -> Routing:
+        """One row for each segment → one for each token."""
+        assert len(layout) == len(self), (layout, len(self))
+        if layout.total == len(self):
+            return self
+        return self.rows(layout.segment_ids(self.experts.device))
+
+    @cached_property
+    def choices(self) -> tuple[tuple[int, ...], ...]:
+        """``experts`` as plain numbers, read from the device once."""
+        return tuple(map(tuple, self.experts.tolist()))
+
+    def runs(self, layout: Layout | None = None) -> list[tuple[int, tuple[int, ...]]]:
+        """Neighbouring tokens with the same choice: (how many tokens, their experts), in order.
+
+        ``layout`` says how many tokens each row stands for; without it, one.
+        """
+        lengths = (1,) * len(self) if layout is None else layout.lengths
+        pairs = zip(self.choices, lengths, strict=True)
+        return [(sum(length for _, length in run), choice) for choice, run in groupby(pairs, key=itemgetter(0))]
+
+
+class Router(nn.Module):
+    """One linear map from features to a logit for each expert and, if asked for, *none*."""
+
+    def __init__(self, d_model: int, n_experts: int, top_k: int, none_choice: bool) -> None:
+        super().__init__()
+        assert 1 <= top_k <= n_experts, (top_k, n_experts)
+        self.n_experts = n_experts
+        self.top_k = top_k
+        self.none_choice = none_choice
+        self.weight = nn.Parameter(torch.empty(n_experts + none_choice, d_model))
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        nn.init.normal_(self.weight, std=0.02)
+
+    def forward(self, features_ND: Tensor) -> Routing:
+        """Features [N, D] → the experts and gates of each row.
+
+        At least float32, also under autocast: a rounded logit can change the choice. Ties go to the lower index, and
+        to an expert before *none*.
+        """
+        with torch.autocast(features_ND.device.type, enabled=False):
+            logits = _at_least_float32(features_ND) @ _at_least_float32(self.weight).T
+            candidates = logits
+            if self.none_choice:
+                candidates = torch.cat([logits, logits[:, -1:].expand(-1, self.top_k - 1)], dim=1)
+            # topk does not say which of two equal values it takes; a stable sort does.
+            best, index = candidates.sort(dim=1, descending=True, stable=True)
+            best, index = best[:, : self.top_k], index[:, : self.top_k]
+            return Routing(index.masked_fill(index >= self.n_experts, NONE), best.softmax(dim=1), logits)
+
+
+def pool_segments(x_TD: Tensor, layout: Layout, valid: Sequence[int] | None = None) -> Tensor:
+    """The mean of each segment's tokens, [S, D], in at least float32.
+
+    ``valid`` counts, for each segment, the tokens from its start that carry sound; the margin of silence after them is
+    left out. Raises ``ValueError`` for a count outside the segment.
+    """
+    assert len(x_TD) == layout.total, (x_TD.shape, layout)
+    counts = layout.lengths if valid is None else valid
+    for segment, (count, length) in enumerate(zip(counts, layout.lengths, strict=True)):
+        if not 1 <= count <= length:
+            raise ValueError(f"segment {segment} has {length} tokens; {count} of them cannot be pooled")
+    segments = _at_least_float32(x_TD).split(layout.lengths)
+    return torch.stack([x[:count].mean(dim=0) for x, count in zip(segments, counts, strict=True)])
+
+
+def _at_least_float32(x: Tensor) -> Tensor:
+    return x.to(torch.promote_types(x.dtype, torch.float32))

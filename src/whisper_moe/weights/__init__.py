@@ -1,0 +1,1 @@
+"""Weights in and out: Whispers of every origin, and this project's own checkpoint directories."""

@@ -1,0 +1,73 @@
+"""What a name stands for: a checkpoint of ours, any Whisper, or the default that comes with a checkout."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+
+from whisper_moe.config import ModelConfig, MoEConfig, TTTConfig
+from whisper_moe.media.text import Tokenizer, read_backend
+from whisper_moe.weights.checkpoint import load_checkpoint
+from whisper_moe.weights.files import CheckpointError
+from whisper_moe.weights.sources import load_whisper, resolve, to_stderr
+from whisper_moe.weights.upcycle import upcycle
+
+EMBEDDED = Path(__file__).parents[3] / "checkpoints"
+"""The default model of a checkout."""
+DEFAULT_SOURCE = "openai/whisper-base"
+"""What the default is made from; an installation without a checkout makes it from there."""
+DEFAULT_MOE = MoEConfig()
+DEFAULT_TTT = TTTConfig(encoder_layers=(3,))
+
+
+@dataclass(frozen=True)
+class Loaded:
+    """A model in memory, whatever it was read from."""
+
+    name: str
+    config: ModelConfig
+    state: dict[str, Tensor]
+    generation: dict[str, Any]
+    tokenizer: Tokenizer
+    tokenizer_files: dict[str, Path | bytes]
+
+
+def default() -> str:
+    """The path or Hub id of the default model."""
+    return str(EMBEDDED) if EMBEDDED.is_dir() else DEFAULT_SOURCE
+
+
+def load_model(model: str | os.PathLike[str] | None, *, announce: Callable[[str], None] = to_stderr) -> Loaded:
+    """Read a whisper-moe directory, any Whisper (:func:`~whisper_moe.weights.sources.load_whisper`), or the default (None).
+
+    A Whisper stays the dense model that it is; only where the default has to be made from one is it upcycled.
+    """
+    located = resolve(os.fspath(model) if model is not None else default(), announce=announce)
+    if located.kind == "checkpoint":
+        checkpoint = load_checkpoint(located.path)
+        tokenizer = _tokenizer(checkpoint.tokenizer, checkpoint.generation)
+        files: dict[str, Path | bytes] = {checkpoint.tokenizer.name: checkpoint.tokenizer}
+        return Loaded(located.name, checkpoint.config, checkpoint.state, checkpoint.generation, tokenizer, files)
+    source = load_whisper(str(located.path), announce=announce)
+    config, state = source.config, dict(source.state)
+    if model is None:
+        announce(f"no default model beside this installation: made from {located.name}, its experts not trained")
+        config, state = upcycle(config, state, moe=DEFAULT_MOE, ttt=DEFAULT_TTT)
+    tokenizer = _tokenizer(source.tokenizer_files["tokenizer.json"], source.generation)
+    return Loaded(located.name, config, state, source.generation, tokenizer, dict(source.tokenizer_files))
+
+
+def _tokenizer(file: Path | bytes, generation: dict[str, Any]) -> Tokenizer:
+    if isinstance(file, Path):
+        return Tokenizer(read_backend(file), generation)
+    import tokenizers
+
+    try:
+        return Tokenizer(tokenizers.Tokenizer.from_buffer(file), generation)
+    except Exception as error:  # the Rust side raises bare Exceptions
+        raise CheckpointError(f"tokenizer.json: not a tokenizer ({error})") from error

@@ -1,0 +1,122 @@
+"""Which tokens steer generation: ``generation_config.json``, completed by name where a source says less or nothing."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+from whisper_moe.config import ModelConfig
+from whisper_moe.media.text import Tokenizer, read_backend
+from whisper_moe.weights.files import CheckpointError, read_bytes
+
+_LEGACY = ("suppress_tokens", "begin_suppress_tokens", "forced_decoder_ids", "max_length")
+"""What ``config.json`` said before ``generation_config.json`` existed. Ids are looked up by name instead."""
+_LISTS = ("suppress_tokens", "begin_suppress_tokens")
+
+
+def read_tokenizer(path: Path, generation: Mapping[str, Any] | None = None) -> tuple[bytes, Tokenizer]:
+    """``tokenizer.json`` for a checkpoint, and the tokenizer it describes, from a folder or a file.
+
+    ``generation``: the source's generation config, which may say whether the model is multilingual.
+
+    The file's own bytes where it is complete; otherwise built from ``vocab.json``, ``merges.txt`` and
+    ``added_tokens.json``, with the timestamp tokens that early checkpoints leave out.
+    """
+    try:
+        backend = read_backend(path)
+        file = path / "tokenizer.json" if path.is_dir() else path
+        content = read_bytes(file) if file.exists() else b""
+        if b"<|0.00|>" not in content:
+            content = backend.to_str().encode()
+        stated = (generation or {}).get("is_multilingual")
+        return content, Tokenizer(backend, {} if stated is None else {"is_multilingual": stated})
+    except CheckpointError:
+        raise
+    except ValueError as error:
+        raise CheckpointError(f"{path}: {error}") from error
+
+
+def complete_generation(
+    generation: Mapping[str, Any] | None,
+    tokenizer: Tokenizer,
+    config: ModelConfig,
+    *,
+    legacy: Mapping[str, Any] | None = None,
+    origin: str | Path,
+    announce: Callable[[str], None],
+) -> dict[str, Any]:
+    """A generation config with every token id that decoding needs.
+
+    ``generation``: the source's own file, whose entries are kept; without one (None), openai/whisper's standard and
+    what ``legacy`` (``config.json``) says. Raises ``CheckpointError`` for ids that the embedding does not have.
+    Alignment heads of other layers than the model's (distilled models copied them) are left out, and ``announce``
+    hears of it.
+    """
+    if generation is None:
+        said = legacy or {}
+        generation = _standard(tokenizer, config) | {key: said[key] for key in _LEGACY if said.get(key) is not None}
+    stated = {key: value for key, value in generation.items() if value is not None}
+    complete = _by_name(tokenizer) | stated
+    _check_ids(complete, tokenizer, config, origin)
+    heads = complete.get("alignment_heads")
+    if heads is not None and not _are_heads(heads, config):
+        announce(f"{origin}: alignment_heads are not this model's; words are timed by the upper half of its decoder")
+        del complete["alignment_heads"]
+    return complete
+
+
+def _by_name(tokenizer: Tokenizer) -> dict[str, Any]:
+    ids: dict[str, Any] = dict.fromkeys(("bos_token_id", "eos_token_id", "pad_token_id"), tokenizer.eot)
+    ids |= {
+        "decoder_start_token_id": tokenizer.sot,
+        "no_timestamps_token_id": tokenizer.no_timestamps,
+        "prev_sot_token_id": tokenizer.sot_prev,
+        "is_multilingual": tokenizer.is_multilingual,
+    }
+    if tokenizer.is_multilingual:
+        ids["lang_to_id"] = {f"<|{code}|>": id for code, id in tokenizer.languages.items()}
+        ids["task_to_id"] = dict(tokenizer.tasks)
+    return ids
+
+
+def _standard(tokenizer: Tokenizer, config: ModelConfig) -> dict[str, Any]:
+    """What openai/whisper does by default: no annotations, and neither a space nor the end as the first token."""
+    return {
+        "suppress_tokens": list(tokenizer.suppressed()),
+        "begin_suppress_tokens": [*tokenizer.encode(" "), tokenizer.eot],
+        "max_initial_timestamp_index": 50,
+        "max_length": config.max_target_positions,
+        "return_timestamps": False,
+    }
+
+
+def _check_ids(generation: Mapping[str, Any], tokenizer: Tokenizer, config: ModelConfig, origin: str | Path) -> None:
+    if tokenizer.timestamp_end >= config.vocab_size:
+        raise CheckpointError(
+            f"{origin}: the tokenizer has ids up to {tokenizer.timestamp_end}, the embedding {config.vocab_size} rows; "
+            "they belong to different models"
+        )
+    for key, value in generation.items():
+        ids: Any = [value] if key.endswith(("_token_id", "_to_id")) else value if key in _LISTS else []
+        if key.endswith("_to_id") and isinstance(value, Mapping):
+            ids = list(value.values())
+        wrong = [id for id in (ids if isinstance(ids, list) else [ids]) if not _is_id(id, config.vocab_size)]
+        if wrong:
+            raise CheckpointError(f"{origin}: {key} has {wrong[0]!r}, which is none of {config.vocab_size} tokens")
+    for name, id in (generation.get("lang_to_id") or {}).items():
+        known = tokenizer.languages.get(name.strip("<|>"), id)
+        if known != id:
+            raise CheckpointError(f"{origin}: lang_to_id gives {name} the id {id}, the tokenizer {known}")
+
+
+def _is_id(value: object, vocab_size: int) -> bool:
+    """Whether this is a token, or the -1 that stands for all annotations."""
+    return isinstance(value, int) and -1 <= value < vocab_size
+
+
+def _are_heads(heads: Any, config: ModelConfig) -> bool:
+    try:
+        return all(0 <= layer < config.decoder_layers and 0 <= head < config.decoder_heads for layer, head in heads)
+    except (TypeError, ValueError):
+        return False

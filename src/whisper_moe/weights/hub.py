@@ -1,0 +1,96 @@
+"""Files of the Hugging Face Hub: the local cache first, without a call; a download is announced before it begins."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Iterable, Iterator
+from pathlib import Path
+
+from whisper_moe.weights.files import CheckpointError
+
+_ID = re.compile(r"[\w.-]+/[\w.-]+")
+_SHARD = r"-\d{5}-of-\d{5}"
+_FULL = (
+    r"model\.safetensors",
+    rf"model({_SHARD}\.safetensors|\.safetensors\.index\.json)",
+    r"pytorch_model\.bin",
+    rf"pytorch_model({_SHARD}\.bin|\.bin\.index\.json)",
+)
+_ADAPTER = (r"adapter_model\.safetensors", r"adapter_model\.bin")
+_SMALL = frozenset(
+    """config.json generation_config.json tokenizer.json vocab.json merges.txt added_tokens.json special_tokens_map.json
+    tokenizer_config.json adapter_config.json""".split()
+)
+
+
+def is_hub_id(name: str) -> bool:
+    """Whether a name has the form ``owner/model``."""
+    return _ID.fullmatch(name) is not None
+
+
+def cached(repo: str, revision: str | None = None) -> Path | None:
+    """The folder of a model in the local cache, complete or not; never calls the Hub."""
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import LocalEntryNotFoundError
+
+    try:
+        # The pattern keeps newer clients from demanding that files which nobody asked for are cached too.
+        return Path(snapshot_download(repo, revision=revision, local_files_only=True, allow_patterns=["config.json"]))
+    except LocalEntryNotFoundError:
+        return None
+
+
+def weight_files(names: Iterable[str], origin: str | Path) -> list[str]:
+    """The weights among a folder's files, in one format: safetensors before pickles, one file before shards.
+
+    The first one tells a full model from an adapter. Raises ``CheckpointError`` where both are present.
+    """
+    found = sorted(names)
+    full, adapter = (next(_matches(found, patterns), []) for patterns in (_FULL, _ADAPTER))
+    if full and adapter:
+        raise CheckpointError(
+            f"{origin}: holds a full model ({full[0]}) and an adapter ({adapter[0]}); keep one of them"
+        )
+    return full or adapter
+
+
+def _matches(names: list[str], patterns: Iterable[str]) -> Iterator[list[str]]:
+    for pattern in patterns:
+        matching = [name for name in names if re.fullmatch(pattern, name)]
+        if matching:
+            yield matching
+
+
+def wanted(names: list[str], origin: str) -> list[str]:
+    """The files that loading a model needs, of all that its repository has."""
+    if "MANIFEST.json" in names:
+        return [name for name in names if name.endswith((".json", ".safetensors"))]
+    return [name for name in names if name in _SMALL] + weight_files(names, origin)
+
+
+def fetch(
+    repo: str, *, revision: str | None = None, complete: Callable[[Path], bool], announce: Callable[[str], None]
+) -> Path:
+    """A model's folder in the local cache: as it is if ``complete`` says so, else downloaded.
+
+    Raises ``CheckpointError`` when the model is neither in the cache nor to be had.
+    """
+    folder = cached(repo, revision)
+    if folder is not None and complete(folder):
+        return folder
+    from huggingface_hub import HfApi, constants, snapshot_download
+    from huggingface_hub.errors import HTTPError  # pyright: ignore[reportPrivateImportUsage] (its transport's)
+
+    try:
+        files = HfApi().model_info(repo, revision=revision, files_metadata=True).siblings or []
+        names = wanted([file.rfilename for file in files], repo)
+        size = sum(file.size or 0 for file in files if file.rfilename in names)
+        announce(f"downloading {repo}: {size / 1e6:,.1f} MB to {constants.HF_HUB_CACHE}")
+        return Path(snapshot_download(repo, revision=revision, allow_patterns=names))
+    except CheckpointError:
+        raise
+    except (HTTPError, OSError, ValueError) as error:
+        cause = (str(error).strip() or type(error).__name__).splitlines()[0]
+        raise CheckpointError(
+            f"{repo}: not in {constants.HF_HUB_CACHE}, and not to be had from the Hub: {cause}"
+        ) from error

@@ -1,0 +1,115 @@
+"""LoRA adapters of a Whisper (arXiv 2106.09685, as PEFT saves them), merged into its weights: W + (α/r)·B·A."""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from whisper_moe.weights.files import CheckpointError, is_finite, listed
+
+_PREFIX = "base_model.model."
+_HARMLESS = frozenset(
+    """alpha_pattern auto_mapping base_model_name_or_path bias ensure_weight_tying eva_config exclude_modules
+    inference_mode layers_pattern layers_to_transform loftq_config lora_alpha lora_dropout lora_ga_config megatron_core
+    modules_to_save peft_type peft_version qalora_group_size r rank_pattern revision runtime_config target_modules
+    task_type use_rslora""".split()
+)
+"""Options that :func:`merge` follows, or that mean nothing after training. Any other that is set is refused."""
+_PLAIN_STARTS = (None, True, False, "gaussian", "eva", "orthogonal")
+"""Values of ``init_lora_weights`` that leave the base model's own weights as they were."""
+_A, _B = ".lora_A.weight", ".lora_B.weight"
+_EMBEDDING, _HEAD = "model.decoder.embed_tokens.weight", "proj_out.weight"
+
+
+def check_adapter(adapter: Mapping[str, Any], path: Path) -> None:
+    """Refuse, by name, what would not be merged rightly. ``adapter``: ``adapter_config.json``, read from ``path``."""
+    if adapter.get("peft_type") != "LORA":
+        raise CheckpointError(f"{path}: peft_type is {adapter.get('peft_type')!r}; only 'LORA' adapters can be merged")
+    unknown = sorted(key for key, value in adapter.items() if value and key not in _HARMLESS | {"init_lora_weights"})
+    if unknown:
+        raise CheckpointError(f"{path}: {listed(unknown)} cannot be merged here; merge the adapter with PEFT first")
+    alphas = [adapter.get("lora_alpha", 8), *_pattern(adapter, path).values()]
+    if not all(isinstance(alpha, int | float) and math.isfinite(alpha) for alpha in alphas):
+        raise CheckpointError(f"{path}: lora_alpha and alpha_pattern must be numbers, are {alphas}")
+    start = adapter.get("init_lora_weights")
+    if start not in _PLAIN_STARTS:
+        raise CheckpointError(
+            f"{path}: init_lora_weights {start!r} changes the base model; merge the adapter with PEFT first"
+        )
+
+
+def _pattern(adapter: Mapping[str, Any], path: Path) -> Mapping[str, Any]:
+    patterns = adapter.get("alpha_pattern") or {}
+    try:
+        return {pattern: alpha for pattern, alpha in patterns.items() if re.compile(pattern)}
+    except (AttributeError, TypeError, re.error) as error:
+        raise CheckpointError(f"{path}: alpha_pattern is not a table of patterns ({error})") from error
+
+
+def merge(
+    base: Mapping[str, Tensor], deltas: Mapping[str, Tensor], adapter: Mapping[str, Any], path: Path
+) -> dict[str, Tensor]:
+    """transformers' float32 weights with the adapter merged in.
+
+    ``deltas``: the tensors of ``adapter_model.safetensors`` at ``path``: pairs A, B of linear and convolution layers,
+    and whole tensors that replace the base's (``modules_to_save``, trained biases). Raises ``CheckpointError`` for a
+    tensor without its partner, of another shape than the base's, not finite, or that the base does not have. A trained
+    token embedding is refused: merged, it would change the output projection too, which is the same matrix in Whisper.
+    """
+    merged = {key: tensor.to(torch.float32) for key, tensor in base.items()}
+    rest = {_base_key(key): tensor.to(torch.float32) for key, tensor in deltas.items()}
+    for key in [key for key in rest if key.endswith(_A)]:
+        module = key.removesuffix(_A)
+        a, b = rest.pop(key), rest.pop(module + _B, None)
+        weight = merged.get(f"{module}.weight")
+        if b is None or weight is None or module in (_EMBEDDING.removesuffix(".weight"), _HEAD.removesuffix(".weight")):
+            raise CheckpointError(f"{path}: {key} has no {'partner B' if b is None else 'place in the base model'}")
+        delta = _delta(a, b)
+        if delta is None or delta.shape != weight.shape:
+            raise CheckpointError(
+                f"{path}: {module}: A {list(a.shape)}, B {list(b.shape)} do not fit {list(weight.shape)}"
+            )
+        merged[f"{module}.weight"] = weight + delta * _scaling(module, a.shape[0], adapter)
+    for key, tensor in rest.items():
+        _replace(merged, key, tensor, path)
+    infinite = [key for key, tensor in merged.items() if not is_finite(tensor)]
+    if infinite:
+        raise CheckpointError(f"{path}: merged into the base, {listed(infinite)} is not finite (NaN or infinity)")
+    return merged
+
+
+def _base_key(key: str) -> str:
+    """The name that the base model has for a tensor that the adapter holds whole; pairs keep their A and B."""
+    return key.removeprefix(_PREFIX).replace(".base_layer.", ".").replace(".modules_to_save.", ".")
+
+
+def _scaling(module: str, rank: int, adapter: Mapping[str, Any]) -> float:
+    """α/r, or α/√r (rank-stabilised, arXiv 2312.03732); the rank is the matrices' own."""
+    patterns = adapter.get("alpha_pattern") or {}
+    fitting = (alpha for pattern, alpha in patterns.items() if re.match(rf"(.*\.)?({pattern})$", module))
+    return next(fitting, adapter.get("lora_alpha", 8)) / (rank**0.5 if adapter.get("use_rslora") else rank)
+
+
+def _delta(a: Tensor, b: Tensor) -> Tensor | None:
+    """B·A as a weight; a convolution's A has its kernel, its B a kernel of one. None where they do not multiply."""
+    if a.ndim < 2 or b.ndim != a.ndim or b.shape[1:] != (a.shape[0], *[1] * (a.ndim - 2)):
+        return None
+    return (b.flatten(1) @ a.flatten(1)).view(len(b), *a.shape[1:])
+
+
+def _replace(merged: dict[str, Tensor], key: str, tensor: Tensor, path: Path) -> None:
+    if key in (_EMBEDDING, _HEAD):
+        if not torch.equal(tensor, merged[_EMBEDDING]):
+            raise CheckpointError(f"{path}: {key} is trained, but Whisper's embedding and output projection are one")
+        return
+    if key not in merged:
+        raise CheckpointError(f"{path}: {key} has no place in the base model")
+    if tensor.shape != merged[key].shape:
+        raise CheckpointError(f"{path}: {key} is {list(tensor.shape)}, the base model's {list(merged[key].shape)}")
+    merged[key] = tensor

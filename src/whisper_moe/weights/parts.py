@@ -1,0 +1,108 @@
+"""Which tensors a configuration has, and which file of a checkpoint each of them belongs to.
+
+A tensor of an expert is spelled in three ways: the model stacks experts, ``….experts.up_weight`` [E, F, D]; alone it
+carries its expert's number, ``….experts.3.up_weight`` [F, D]; in the expert's own file the number is left out, so that
+the file can take another place or move to another model. The same holds for ``….ttt.3.w1`` of TTT per expert.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
+
+from whisper_moe.config import ModelConfig
+from whisper_moe.model.model import WhisperMoEModel
+from whisper_moe.weights.files import CheckpointError
+
+CORE, ROUTER, ADAPT = "core", "router", "adapt"
+_MOST_SINUSOIDS = 1 << 27
+"""Seventy times what the largest Whisper has."""
+_OF_EXPERT = re.compile(r"(?P<head>.+\.blocks\.\d+\.(?:experts|ttt))\.(?P<expert>\d+)\.(?P<tail>.+)")
+
+
+_INITIALISERS = (Tensor.normal_, nn.init.normal_)
+
+
+class _NoInitialisation(TorchFunctionMode):
+    """Leaves out what the meta device would do by importing seconds' worth of sympy: random numbers, and arithmetic."""
+
+    def __torch_function__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        kwargs = kwargs or {}
+        if func in _INITIALISERS:
+            return args[0] if args else kwargs["tensor"]
+        if func in (torch.arange, torch.randn):  # what positions are computed from
+            return (torch.zeros if func is torch.randn else func)(*args, **kwargs, device="cpu")
+        return func(*args, **kwargs)
+
+
+def empty_model(config: ModelConfig) -> WhisperMoEModel:
+    """The model on the meta device, without memory: ``load_state_dict(state, assign=True)`` gives it some."""
+    with torch.device("meta"), _NoInitialisation():
+        return WhisperMoEModel(config)
+
+
+def expected_shapes(config: ModelConfig) -> dict[str, tuple[int, ...]]:
+    """Every tensor of the model, in its order: the model itself is asked."""
+    return {key: tuple(tensor.shape) for key, tensor in empty_model(config).state_dict().items()}
+
+
+def require_plausible(config: ModelConfig, tensors: int, origin: str | Path) -> None:
+    """Refuse a configuration that no file with so many tensors can have, before anything is built for it."""
+    layers, experts = config.encoder_layers + config.decoder_layers, config.moe.n_experts if config.moe else 0
+    if max(layers, experts) > tensors:
+        raise CheckpointError(f"{origin}: {tensors} tensors cannot hold {layers} layers and {experts} experts")
+    if config.max_source_positions * config.d_model > _MOST_SINUSOIDS:
+        raise CheckpointError(f"{origin}: {config.max_source_positions} positions of {config.d_model} are too many")
+
+
+def unstack(state: Mapping[str, Tensor]) -> Iterator[tuple[str, Tensor]]:
+    """The tensors one by one, those of stacked experts as one view for each expert."""
+    for key, tensor in state.items():
+        head, stacked, tail = key.partition(".experts.")
+        if not stacked:
+            yield key, tensor
+            continue
+        for expert, own in enumerate(tensor):
+            yield f"{head}.experts.{expert}.{tail}", own
+
+
+def expert_of(key: str) -> int | None:
+    """The number of the routed expert that a tensor (spelled alone) belongs to."""
+    match = _OF_EXPERT.fullmatch(key)
+    return int(match["expert"]) if match else None
+
+
+def file_key(key: str) -> str:
+    """The name of a tensor inside its file."""
+    return _OF_EXPERT.sub(r"\g<head>.\g<tail>", key)
+
+
+def part_of(key: str, config: ModelConfig) -> str:
+    """``core``, ``router``, ``adapt`` or ``experts/NN-name``: the part that a tensor (spelled alone) belongs to.
+
+    ``adapt`` is what is always on beside the core: TTT layers that all experts share, and every TTT layer's norm.
+    Raises ``ValueError`` for an expert that the configuration does not have.
+    """
+    expert = expert_of(key)
+    if expert is not None:
+        return expert_part(expert, config)
+    if ".router." in key:
+        return ROUTER
+    return ADAPT if ".ttt." in key or ".ttt_norm." in key else CORE
+
+
+def expert_part(expert: int, config: ModelConfig) -> str:
+    """``experts/03-hindi``: the expert's number, and its name as far as every file system can spell it."""
+    names = config.moe.names if config.moe else ()
+    if expert >= len(names):
+        raise ValueError(f"there is no expert {expert}; the configuration has {len(names)}")
+    slug = re.sub(r"[^a-z0-9]+", "-", names[expert].lower()).strip("-")[:40]
+    return f"experts/{expert:02d}-{slug or 'expert'}"

@@ -1,0 +1,58 @@
+"""A dense Whisper becomes a mixture of experts that computes the same function (sparse upcycling, arXiv 2212.05055).
+
+With a shared expert, Whisper's own feed-forward stays and the routed experts start with an output of exactly zero. Without one,
+every expert is a copy of the feed-forward, and gates that sum to one add up to it. TTT layers start behind closed gates.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor
+
+from whisper_moe.config import ModelConfig, MoEConfig, TTTConfig
+from whisper_moe.model.model import WhisperMoEModel
+
+
+def upcycle(
+    config: ModelConfig,
+    state: Mapping[str, Tensor],
+    *,
+    moe: MoEConfig | None,
+    ttt: TTTConfig | None = None,
+    seed: int = 0,
+) -> tuple[ModelConfig, dict[str, Tensor]]:
+    """Add ``moe`` and ``ttt`` to a dense model; returns the new configuration and state.
+
+    ``seed`` is of the parts that are new (experts' first halves, router, TTT). Raises ``ValueError`` if ``config`` is not
+    dense, or if copies are asked for (no shared expert) in a size that is not the feed-forward's.
+    """
+    if config.moe is not None or config.ttt is not None:
+        raise ValueError("only a dense Whisper can be upcycled; this model has experts or TTT layers already")
+    if moe is not None and not moe.shared:
+        for side, hidden in (("encoder", config.encoder_ffn_dim), ("decoder", config.decoder_ffn_dim)):
+            if moe.expert_dim != hidden:
+                raise ValueError(
+                    f"without a shared expert, each expert is a copy of the {side}'s feed-forward of {hidden} hidden units; "
+                    f"expert_dim is {moe.expert_dim}"
+                )
+    # Built anew rather than copied, so that the parts are checked against each other.
+    upcycled = ModelConfig.model_validate(config.model_dump() | {"moe": moe, "ttt": ttt})
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        new = WhisperMoEModel(upcycled).state_dict()
+    new |= {key: tensor for key, tensor in state.items() if key in new}
+    if moe is not None and not moe.shared:
+        _copy_into_experts(new, state, moe.n_experts)
+    return upcycled, new
+
+
+def _copy_into_experts(new: dict[str, Tensor], dense: Mapping[str, Tensor], n_experts: int) -> None:
+    """Every expert gets the feed-forward that it replaces: [E, F, D] from up [F, D] and from down [D, F], transposed."""
+    for key in [key for key in new if ".experts." in key]:
+        block, name = key.split(".experts.")
+        half, kind = name.split("_")
+        source = dense[f"{block}.ffn.{half}.{kind}"]
+        source = source.T if name == "down_weight" else source
+        new[key] = source.expand(n_experts, *source.shape).clone()

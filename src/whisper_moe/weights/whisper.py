@@ -1,0 +1,276 @@
+"""The names of Whisper's weights, here and in the two formats that Whispers are published in: a pure key map.
+
+One table for each format serves both directions. Query, key and value are one matrix here, and three there; Whisper has
+no bias on keys, so that part of the fused bias is zero.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from pydantic import ValidationError
+from torch import Tensor
+
+from whisper_moe.config import ModelConfig
+from whisper_moe.weights.files import CheckpointError, is_finite, listed, problems
+from whisper_moe.weights.parts import expected_shapes, require_plausible
+
+
+@dataclass(frozen=True)
+class Format:
+    """How one kind of file spells the weights: whole tensors, modules (weight and bias), and the modules of a block."""
+
+    tensors: dict[str, str]
+    modules: dict[str, str]
+    block: str
+    in_block: dict[str, tuple[str, ...]]
+    """Our module → theirs, several where ours is fused."""
+    key_module: str
+    """The projection that has no bias."""
+
+
+TRANSFORMERS = Format(
+    tensors={
+        "encoder.positions": "model.encoder.embed_positions.weight",
+        "decoder.positions": "model.decoder.embed_positions.weight",
+        "decoder.token_embedding.weight": "model.decoder.embed_tokens.weight",
+    },
+    modules={
+        "encoder.stem.conv1": "model.encoder.conv1",
+        "encoder.stem.conv2": "model.encoder.conv2",
+        "encoder.norm": "model.encoder.layer_norm",
+        "decoder.norm": "model.decoder.layer_norm",
+    },
+    block="model.{side}.layers.{layer}",
+    in_block={
+        "attn_norm": ("self_attn_layer_norm",),
+        "attn.qkv": ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"),
+        "attn.out": ("self_attn.out_proj",),
+        "cross_norm": ("encoder_attn_layer_norm",),
+        "cross_attn.q": ("encoder_attn.q_proj",),
+        "cross_attn.kv": ("encoder_attn.k_proj", "encoder_attn.v_proj"),
+        "cross_attn.out": ("encoder_attn.out_proj",),
+        "ffn_norm": ("final_layer_norm",),
+        "ffn.up": ("fc1",),
+        "ffn.down": ("fc2",),
+    },
+    key_module="k_proj",
+)
+"""``WhisperForConditionalGeneration`` of transformers, the format of the Hub."""
+
+OPENAI = Format(
+    tensors={
+        "encoder.positions": "encoder.positional_embedding",
+        "decoder.positions": "decoder.positional_embedding",
+        "decoder.token_embedding.weight": "decoder.token_embedding.weight",
+    },
+    modules={
+        "encoder.stem.conv1": "encoder.conv1",
+        "encoder.stem.conv2": "encoder.conv2",
+        "encoder.norm": "encoder.ln_post",
+        "decoder.norm": "decoder.ln",
+    },
+    block="{side}.blocks.{layer}",
+    in_block={
+        "attn_norm": ("attn_ln",),
+        "attn.qkv": ("attn.query", "attn.key", "attn.value"),
+        "attn.out": ("attn.out",),
+        "cross_norm": ("cross_attn_ln",),
+        "cross_attn.q": ("cross_attn.query",),
+        "cross_attn.kv": ("cross_attn.key", "cross_attn.value"),
+        "cross_attn.out": ("cross_attn.out",),
+        "ffn_norm": ("mlp_ln",),
+        "ffn.up": ("mlp.0",),
+        "ffn.down": ("mlp.2",),
+    },
+    key_module="key",
+)
+"""``model_state_dict`` of the ``.pt`` files of openai/whisper."""
+
+_CONFIG = {
+    "vocab_size": ("vocab_size", "n_vocab"),
+    "n_mels": ("num_mel_bins", "n_mels"),
+    "d_model": ("d_model", "n_audio_state"),
+    "encoder_layers": ("encoder_layers", "n_audio_layer"),
+    "encoder_heads": ("encoder_attention_heads", "n_audio_head"),
+    "encoder_ffn_dim": ("encoder_ffn_dim", None),
+    "decoder_layers": ("decoder_layers", "n_text_layer"),
+    "decoder_heads": ("decoder_attention_heads", "n_text_head"),
+    "decoder_ffn_dim": ("decoder_ffn_dim", None),
+    "max_source_positions": ("max_source_positions", "n_audio_ctx"),
+    "max_target_positions": ("max_target_positions", "n_text_ctx"),
+}
+"""Our field → transformers' and OpenAI's. OpenAI's feed-forward is always four times as wide as the model."""
+_FIXED = {"activation_function": "gelu", "scale_embedding": False, "tie_word_embeddings": True}
+"""Options of transformers' configuration that would change what the weights compute, and the value they must have."""
+
+
+def key_map(config: ModelConfig, spelling: Format) -> dict[str, tuple[str | None, ...]]:
+    """Our key → the keys that are stacked into it, in order; None stands for zeros (the bias that keys lack)."""
+    keys: dict[str, tuple[str | None, ...]] = {ours: (theirs,) for ours, theirs in spelling.tensors.items()}
+    for ours, theirs in _modules(config, spelling):
+        keys[f"{ours}.weight"] = tuple(f"{module}.weight" for module in theirs)
+        keys[f"{ours}.bias"] = tuple(
+            None if module.endswith(f".{spelling.key_module}") else f"{module}.bias" for module in theirs
+        )
+    return keys
+
+
+def _modules(config: ModelConfig, spelling: Format) -> Iterator[tuple[str, tuple[str, ...]]]:
+    for ours, theirs in spelling.modules.items():
+        yield ours, (theirs,)
+    for side, layers in (("encoder", config.encoder_layers), ("decoder", config.decoder_layers)):
+        for layer in range(layers):
+            block = spelling.block.format(side=side, layer=layer)
+            for ours, theirs in spelling.in_block.items():
+                if side == "decoder" or not ours.startswith("cross_"):
+                    yield f"{side}.blocks.{layer}.{ours}", tuple(f"{block}.{module}" for module in theirs)
+
+
+def config_from_whisper(hf_config: Mapping[str, Any], *, origin: str | Path = "config.json") -> ModelConfig:
+    """The dense configuration of a transformers Whisper. Raises ``CheckpointError`` for what is not one."""
+    kind = hf_config.get("model_type")
+    if kind != "whisper":
+        raise CheckpointError(f"{origin}: model_type is {kind!r}; only 'whisper' can be read")
+    for option, needed in _FIXED.items():
+        if hf_config.get(option, needed) != needed:
+            raise CheckpointError(f"{origin}: {option} is {hf_config[option]!r}; only {needed!r} is supported")
+    return _config({ours: hf_config.get(theirs) for ours, (theirs, _) in _CONFIG.items()}, origin)
+
+
+def config_from_openai(dims: Mapping[str, Any], *, origin: str | Path = "dims") -> ModelConfig:
+    """The dense configuration behind the ``dims`` of an openai/whisper file."""
+    width, text_width = dims.get("n_audio_state"), dims.get("n_text_state")
+    if width != text_width or not isinstance(width, int):
+        raise CheckpointError(f"{origin}: encoder and decoder must be equally wide; dims say {width} and {text_width}")
+    fields = {ours: dims.get(theirs) for ours, (_, theirs) in _CONFIG.items() if theirs}
+    return _config(fields | {"encoder_ffn_dim": 4 * width, "decoder_ffn_dim": 4 * width}, origin)
+
+
+def _config(fields: Mapping[str, Any], origin: str | Path) -> ModelConfig:
+    try:
+        return ModelConfig.model_validate(fields, strict=True)
+    except ValidationError as error:
+        raise CheckpointError(f"{origin}: {problems(error)}") from error
+
+
+def config_to_whisper(config: ModelConfig) -> dict[str, Any]:
+    """transformers' ``config.json`` of a dense model. Token ids belong to ``generation_config.json``."""
+    _require_dense(config)
+    fixed = {"architectures": ["WhisperForConditionalGeneration"], "model_type": "whisper", "is_encoder_decoder": True}
+    return fixed | {theirs: getattr(config, ours) for ours, (theirs, _) in _CONFIG.items()} | _FIXED
+
+
+def state_from_whisper(
+    hf_state: Mapping[str, Tensor], config: ModelConfig, *, origin: str | Path = "Whisper's weights"
+) -> dict[str, Tensor]:
+    """Our float32 state of a dense model from transformers' tensors, of any floating type.
+
+    ``hf_state`` may be lazy: every tensor is asked for once. A ``WhisperModel`` saved without its head is taken too.
+    Raises ``CheckpointError`` that names ``origin`` and the keys for a missing, superfluous, wrongly shaped or
+    non-finite tensor, and for an output projection that is not the token embedding.
+    """
+    if "encoder.conv1.weight" in hf_state:
+        hf_state = _Prefixed(hf_state)
+    head, embedding = "proj_out.weight", "model.decoder.embed_tokens.weight"
+    if (
+        head in hf_state
+        and embedding in hf_state
+        and not torch.equal(hf_state[head].float(), hf_state[embedding].float())
+    ):
+        raise CheckpointError(f"{origin}: {head} differs from {embedding}; only tied embeddings are supported")
+    return _fused(hf_state, config, TRANSFORMERS, ignored={head}, origin=origin)
+
+
+def state_from_openai(
+    model_state: Mapping[str, Tensor], config: ModelConfig, *, origin: str | Path = "OpenAI's weights"
+) -> dict[str, Tensor]:
+    """Our float32 state from the ``model_state_dict`` of a ``.pt`` file; errors as :func:`state_from_whisper`."""
+    return _fused(model_state, config, OPENAI, ignored=set(), origin=origin)
+
+
+def state_to_whisper(state: Mapping[str, Tensor], config: ModelConfig) -> dict[str, Tensor]:
+    """transformers' tensors of a dense model; the reverse of :func:`state_from_whisper`, exactly.
+
+    A bias on keys, should training have moved it, is dropped: it adds the same number to every logit of a query, which
+    the softmax takes away again.
+    """
+    _require_dense(config)
+    keys = key_map(config, TRANSFORMERS)
+    _require_same(set(state), set(keys), "the model's state")
+    return {
+        theirs: part.contiguous()
+        for ours, sources in keys.items()
+        for theirs, part in zip(sources, state[ours].chunk(len(sources)), strict=True)
+        if theirs is not None
+    }
+
+
+class _Prefixed(Mapping[str, Tensor]):
+    """A state without transformers' leading ``model.``, seen with it."""
+
+    def __init__(self, state: Mapping[str, Tensor]) -> None:
+        self._state = state
+
+    def __getitem__(self, key: str) -> Tensor:
+        return self._state[key.removeprefix("model.")]
+
+    def __iter__(self) -> Iterator[str]:
+        return (f"model.{key}" for key in self._state)
+
+    def __len__(self) -> int:
+        return len(self._state)
+
+
+def _require_dense(config: ModelConfig) -> None:
+    extras = [name for name in ("moe", "ttt") if getattr(config, name) is not None]
+    if extras:
+        raise ValueError(f"only a dense model is a Whisper; this one has {' and '.join(extras)}")
+
+
+def _require_same(found: set[str], needed: set[str], origin: str | Path) -> None:
+    missing, extra = sorted(needed - found), sorted(found - needed)
+    if missing:
+        raise CheckpointError(f"{origin}: lacks {listed(missing)}")
+    if extra:
+        raise CheckpointError(f"{origin}: holds what this architecture does not have: {listed(extra)}")
+
+
+def _fused(
+    foreign: Mapping[str, Tensor], config: ModelConfig, spelling: Format, *, ignored: set[str], origin: str | Path
+) -> dict[str, Tensor]:
+    require_plausible(config, len(foreign), origin)
+    keys = key_map(config, spelling)
+    needed = {name for names in keys.values() for name in names if name is not None}
+    _require_same(set(foreign) - ignored, needed, origin)
+    shapes = expected_shapes(config)
+    assert shapes.keys() == keys.keys(), shapes.keys() ^ keys.keys()
+    return {ours: _stack(foreign, keys[ours], shape, origin) for ours, shape in shapes.items()}
+
+
+def _stack(
+    foreign: Mapping[str, Tensor], names: tuple[str | None, ...], shape: tuple[int, ...], origin: str | Path
+) -> Tensor:
+    """One of our tensors, new memory, from equal parts along its first dimension."""
+    part_shape = (shape[0] // len(names), *shape[1:])
+    parts = [
+        torch.zeros(part_shape, dtype=torch.float32)
+        if name is None
+        else _checked(foreign[name], name, part_shape, origin)
+        for name in names
+    ]
+    return torch.cat(parts)
+
+
+def _checked(tensor: Tensor, name: str, shape: tuple[int, ...], origin: str | Path) -> Tensor:
+    if tensor.shape != shape or not tensor.is_floating_point():
+        found = f"{list(tensor.shape)} {str(tensor.dtype).removeprefix('torch.')}"
+        raise CheckpointError(f"{origin}: {name} is {found}, must be {list(shape)} of a floating type")
+    tensor = tensor.to(torch.float32)
+    if not is_finite(tensor):
+        raise CheckpointError(f"{origin}: {name} is not finite (NaN or infinity)")
+    return tensor

@@ -1,0 +1,233 @@
+"""The benchmark's statistics: error counts, bootstrap intervals, paired differences, loops, and the files it writes."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+for needed in ("jiwer", "whisper_normalizer", "matplotlib"):
+    pytest.importorskip(needed, reason="the benchmark's packages are an extra")
+
+import numpy as np
+
+
+def load(name: str) -> ModuleType:
+    """A script of ``benchmarks/``, which is not a package."""
+    path = Path(__file__).parents[2] / "benchmarks" / f"{name}.py"
+    spec = importlib.util.spec_from_file_location(f"benchmarks_{name}", path)
+    assert spec is not None and spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[spec.name] = module  # dataclasses look their module up
+    spec.loader.exec_module(module)
+    return module
+
+
+report = load("report")
+
+REFERENCES: tuple[str, ...] = ("the cat sat on the mat", "a dog barked", "birds sing in spring")
+words = st.lists(st.sampled_from(["alpha", "bravo", "delta", "echo", "golf"]), min_size=1, max_size=6).map(" ".join)
+clips = st.lists(words, min_size=1, max_size=5)
+
+
+def material(joined: bool = False) -> Any:
+    return report.Material(names=("one", "two", "three"), references=REFERENCES, joined=joined)
+
+
+def measured(texts: Sequence[str], wall: float, batched: bool = False) -> dict[str, Any]:
+    """What the process of one system hands back."""
+    one = {"wall": wall, "cpu": 2 * wall, "latencies": [] if batched else [wall / 3] * 3, "texts": texts}
+    return {
+        "passes": [one],
+        "import_seconds": 1.0,
+        "load_seconds": 0.5,
+        "peak_bytes": 300_000_000,
+        "disk_bytes": 74_000_000,
+        "batched": batched,
+        "options": {"beam_size": 1},
+        "fallbacks": None,
+        "machine_load_before": 0.0,
+        "one_by_one": [0.2, 0.3, 0.4],
+    }
+
+
+def test_corpus_rate_is_all_edits_over_all_words() -> None:
+    counts = report.clip_counts(REFERENCES, ["the cat sat on a mat", "a dog barked loudly twice", "birds sing in"])
+    assert counts.edits.tolist() == [1, 2, 1]
+    assert counts.words.tolist() == [6, 3, 4]
+    assert counts.rate == pytest.approx(4 / 13)
+
+
+def test_case_punctuation_and_spelling_are_no_errors() -> None:
+    counts = report.clip_counts(["Mr. Brown liked the colour, didn't he?"], ["mister brown liked the color did not he"])
+    assert counts.edits.tolist() == [0]
+
+
+def test_a_clip_left_empty_costs_its_words_and_words_for_silence_cost_themselves() -> None:
+    counts = report.clip_counts(["a dog barked", ""], ["", "thank you"])
+    assert counts.edits.tolist() == [3, 2]
+    assert counts.words.tolist() == [3, 0]
+
+
+@given(clips, words)
+def test_edits_of_a_joined_recording_add_up_to_the_whole(references: list[str], transcript: str) -> None:
+    split = report.joined_counts(references, transcript)
+    whole = report.clip_counts([" ".join(references)], [transcript])
+    assert split.edits.sum() == whole.edits.sum()
+    assert split.words.sum() == whole.words.sum()
+
+
+def test_errors_of_a_joined_recording_stay_in_their_clip() -> None:
+    said = "the cat sat on the mat a frog barked birds sing loudly in spring"
+    assert report.joined_counts(REFERENCES, said).edits.tolist() == [0, 1, 1]
+
+
+def test_the_interval_holds_the_rate_narrows_with_clips_and_repeats() -> None:
+    random = np.random.default_rng(1)
+    wide = report.Counts(random.poisson(1, 20), np.full(20, 10))
+    narrow = report.Counts(np.tile(wide.edits, 25), np.tile(wide.words, 25))
+    low, high = report.interval(wide)
+    assert low < wide.rate < high
+    assert report.interval(wide) == (low, high)
+    closer = report.interval(narrow)
+    assert (closer[1] - closer[0]) == pytest.approx((high - low) / 5, rel=0.2)
+
+
+def test_the_interval_covers_the_true_rate_about_as_often_as_it_says() -> None:
+    random = np.random.default_rng(2)
+    covered = 0
+    for _ in range(200):
+        low, high = report.interval(report.Counts(random.binomial(10, 0.15, 60), np.full(60, 10)))
+        covered += low <= 0.15 <= high
+    assert 0.88 <= covered / 200 <= 0.99
+
+
+def test_resamples_draw_as_many_clips_as_there_are() -> None:
+    draws = report.resampled(7)
+    assert draws.shape == (1_000, 7)
+    assert (draws.sum(axis=1) == 7).all()
+
+
+def test_a_system_does_not_differ_from_itself_and_differences_are_antisymmetric() -> None:
+    random = np.random.default_rng(3)
+    one = report.Counts(random.poisson(1, 50), np.full(50, 10))
+    two = report.Counts(random.poisson(1, 50), np.full(50, 10))
+    assert report.paired_difference(one, one) == {"difference": 0, "low": 0, "high": 0, "share_worse": 0}
+    forth, back = report.paired_difference(one, two), report.paired_difference(two, one)
+    assert forth["difference"] == pytest.approx(-back["difference"])
+    assert (forth["low"], forth["high"]) == pytest.approx((-back["high"], -back["low"]))
+
+
+def test_pairing_sees_a_difference_that_separate_intervals_hide() -> None:
+    random = np.random.default_rng(4)
+    base = report.Counts(random.poisson(2, 100), np.full(100, 10))
+    worse = report.Counts(base.edits + (np.arange(100) % 5 == 0), base.words)
+    found = report.paired_difference(worse, base)
+    assert found["low"] > 0
+    assert found["share_worse"] == 1
+    assert report.interval(worse)[0] < report.interval(base)[1]
+
+
+def test_systems_scored_on_different_clips_cannot_be_paired() -> None:
+    one, two = report.clip_counts(["a b"], ["a b"]), report.clip_counts(["a b c"], ["a b c"])
+    with pytest.raises(AssertionError, match="different clips"):
+        report.paired_difference(one, two)
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        ("", 0),
+        ("nothing is said twice here", 1),
+        ("no no no", 3),
+        ("so I said so I said so I said stop", 3),
+        ("the cat and the dog and the bird", 1),
+    ],
+)
+def test_loops_are_phrases_said_in_a_row(text: str, expected: int) -> None:
+    assert report.longest_loop(text) == expected
+
+
+def test_every_clip_that_differs_is_listed_with_both_texts() -> None:
+    mine = ["The cat sat on the mat.", "A dog parked.", "Birds sing in spring."]
+    theirs = ["The cat sat on the mat.", "A dog barked.", "Birds sing in spring"]
+    found = report.changed(material(), mine, theirs)
+    assert [row["clip"] for row in found] == ["two", "three"]
+    assert (found[0]["text"], found[0]["baseline"]) == ("A dog parked.", "A dog barked.")
+    assert [(row["edits"], row["baseline_edits"]) for row in found] == [(1, 0), (0, 0)]
+
+
+def built(joined: bool = False) -> dict[str, Any]:
+    right, wrong = list(REFERENCES), [REFERENCES[0], "a frog barked", REFERENCES[2]]
+    if joined:
+        right, wrong = [" ".join(right)], [" ".join(wrong)]
+    runs = {
+        "ours": [measured(wrong, 2.0, batched=True), measured(wrong, 1.0, batched=True)],
+        "ours-padded": [measured(right, 4.0, batched=True)],
+        "peer": [measured(right, 6.0), measured(right, 3.0), measured(right, 4.5)],
+    }
+    return report.build(runs, material(joined), 30.0, "peer", report.default_pairs(list(runs), "peer"))
+
+
+def test_speed_is_of_the_best_run_and_ratios_are_to_the_baseline() -> None:
+    found = built()["systems"]
+    assert found["ours"]["real_time_factor"] == {"best": 30.0, "median": 20.0}
+    assert found["ours"]["times_baseline"] == {"min": 3.0, "median": 3.0}
+    assert found["peer"]["times_baseline"] == {"min": 1.0, "median": 1.0}
+    assert found["ours"]["latency"]["median"] == 0.3  # measured one by one
+    assert found["peer"]["latency"]["median"] == pytest.approx(1.5)
+
+
+def test_transcripts_that_change_between_runs_are_reported() -> None:
+    runs = {"ours": [measured(list(REFERENCES), 1.0), measured(["", "", ""], 1.0)]}
+    found = report.build(runs, material(), 30.0, "ours", [])
+    assert not found["systems"]["ours"]["same_transcripts_every_time"]
+    assert built()["systems"]["ours"]["same_transcripts_every_time"]
+
+
+def test_pairs_put_the_padded_form_first_and_refuse_systems_that_did_not_run() -> None:
+    pairs = [(row["system"], row["baseline"]) for row in built()["comparisons"]]
+    assert pairs == [("ours", "ours-padded"), ("ours", "peer"), ("ours-padded", "peer")]
+    with pytest.raises(ValueError, match="cannot compare ours:nobody"):
+        report.build({"ours": [measured(list(REFERENCES), 1.0)]}, material(), 30.0, "ours", [("ours", "nobody")])
+
+
+@pytest.mark.parametrize("joined", [False, True])
+def test_the_written_files_hold_the_figures(tmp_path: Path, joined: bool) -> None:
+    heading = {
+        "date": "2026-01-02T03:04:05+00:00",
+        "manifest": "read/transcripts.tsv",
+        "clips": 3,
+        "audio_seconds": 30.0,
+        "settings": {
+            "mode": "long" if joined else "clips",
+            "model": "openai/whisper-base",
+            "threads": 2,
+            "repeats": 3,
+            "language": "en",
+            "beam": 1,
+            "fallback": False,
+            "baseline": "peer",
+        },
+        "machine": {"cpu": "a processor", "system": "Linux", "python": "3.11"},
+        "versions": {"torch": "2.13"},
+    }
+    results = heading | built(joined)
+    report.write(results, material(joined), tmp_path)
+    assert json.loads((tmp_path / "results.json").read_text()) == json.loads(json.dumps(results))
+    table = (tmp_path / "table.md").read_text()
+    assert "| ours | 7.69 (" in table
+    assert ("a frog barked" in table) is not joined
+    rows = [line.split("\t") for line in (tmp_path / "transcripts.tsv").read_text().splitlines()]
+    assert rows[0] == ["clip", "reference", "ours", "ours-padded", "peer"]
+    assert {len(row) for row in rows} == {5}
+    assert len(rows) == (2 if joined else 4)
+    assert (tmp_path / "plot.png").read_bytes().startswith(b"\x89PNG")

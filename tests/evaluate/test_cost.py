@@ -1,0 +1,67 @@
+"""Costs: counts that can be checked against the model itself, and against torch's own counter."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils.flop_counter import FlopCounterMode
+
+from whisper_moe.config import PRESETS, ModelConfig, MoEConfig, TTTConfig
+from whisper_moe.evaluate.cost import active_parameters, facts_of, flops, parameters, table
+from whisper_moe.model.model import WhisperMoEModel
+
+SMALL = ModelConfig(
+    vocab_size=211, n_mels=8, d_model=32, encoder_layers=2, encoder_heads=4, encoder_ffn_dim=64, decoder_layers=3,
+    decoder_heads=4, decoder_ffn_dim=96, max_source_positions=50, max_target_positions=20,
+)  # fmt: skip
+MOE = SMALL.model_copy(update={"moe": MoEConfig(n_experts=4, expert_dim=16, router_layer=1)})
+
+
+def counted(config: ModelConfig, frames: int, tokens: int) -> int:
+    model = WhisperMoEModel(config).eval()
+    # The fused attention kernel of the CPU is unknown to the counter; the plain one is made of products that it sees.
+    with torch.no_grad(), sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
+        state = model.decoder.start(model.encoder([torch.randn(config.n_mels, frames)]))
+        for _ in range(tokens):
+            model.decoder.head(model.decoder.extend(torch.zeros(1, 1, dtype=torch.long), state))
+    return counter.get_total_flops()
+
+
+def test_formula_equals_torchs_counter_for_a_dense_model():
+    gap = 2 * 3 * 32 * (2 * 8 + 1 * 32)  # two frames of zeros behind the segment, one position, in both convolutions
+    assert flops(SMALL, seconds=0.8, tokens=7).total + gap == counted(SMALL, 80, 7)
+
+
+def test_experts_add_what_the_chosen_ones_cost():
+    dense, routed = flops(SMALL, 0.8, 7).total, flops(MOE, 0.8, 7).total
+    chosen_units = 2 * 16
+    assert routed - dense == 2 * 2 * 32 * chosen_units * (40 * 1 + 7 * 3)
+
+
+def test_parts_sum_to_every_tensor_of_the_model():
+    config = MOE.model_copy(update={"ttt": TTTConfig(encoder_layers=(1,), per_expert=True, mini_batch=4)})
+    counts = parameters(config)
+    total = sum(tensor.numel() for tensor in WhisperMoEModel(config).state_dict().values())
+    assert sum(counts.values()) == total
+    experts = [count for part, count in counts.items() if part.startswith("experts/")]
+    assert len(experts) == 4
+    assert len(set(experts)) == 1
+    assert active_parameters(config) == total - 2 * experts[0]
+
+
+def test_a_dense_model_is_wholly_active():
+    assert active_parameters(SMALL) == sum(parameters(SMALL).values())
+
+
+@pytest.mark.parametrize(("preset", "total", "active"), [("8x241m", 1.035e9, 0.355e9)])
+def test_presets_have_the_published_size_without_ttt(preset: str, total: float, active: float):
+    config = PRESETS[preset].model_copy(update={"ttt": None})
+    assert sum(parameters(config).values()) == pytest.approx(total, rel=2e-3)
+    assert active_parameters(config) == pytest.approx(active, rel=3e-3)
+
+
+def test_table_names_preset_granularity_and_experts():
+    text = table(facts_of("8x39m"))
+    assert "granularity: ffn" in text
+    assert "expert-7" in text

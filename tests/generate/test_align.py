@@ -1,0 +1,267 @@
+from __future__ import annotations
+
+import csv
+import time
+from dataclasses import replace
+from itertools import pairwise, product
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import example, given, settings
+from hypothesis import strategies as st
+
+from whisper_moe.generate.align import (
+    WordTiming,
+    add_words,
+    align,
+    attention_scores,
+    dtw,
+    median_filter,
+    merge_punctuation,
+    text_tokens,
+    token_probabilities,
+)
+from whisper_moe.generate.result import Segment
+from whisper_moe.media.text import Tokenizer
+
+timing = pytest.importorskip("whisper.timing")
+pytest.importorskip("transformers")
+from parity.openai_whisper import hub_backend, load_openai, openai_mel  # noqa: E402
+from whisper.tokenizer import get_tokenizer  # noqa: E402
+
+TOKENIZER = Tokenizer(hub_backend())
+
+
+@pytest.mark.parametrize("shape", [(1, 1, 3), (1, 1, 4), (2, 3, 7), (8, 20, 300), (5, 9), (11,)])
+@pytest.mark.parametrize("width", [1, 3, 7])
+def test_median_filter_equals_openai(shape: tuple[int, ...], width: int) -> None:
+    x = torch.randn(shape, generator=torch.Generator().manual_seed(0))
+    assert torch.equal(median_filter(x, width), timing.median_filter(x, width))
+
+
+@pytest.mark.parametrize("values", ["normal", "ties", "constant"])
+@pytest.mark.parametrize("shape", [(1, 1), (1, 9), (9, 1), (7, 7), (40, 300), (60, 20)])
+def test_path_equals_openai(shape: tuple[int, int], values: str) -> None:
+    random = np.random.default_rng(0)
+    cost = {"normal": random.normal(size=shape), "ties": random.integers(-1, 2, shape), "constant": np.ones(shape)}
+    x = cost[values].astype(np.float32)
+    rows, columns = dtw(x)
+    expected = timing.dtw_cpu(x.astype(np.float64))
+    assert np.array_equal(rows, expected[0]) and np.array_equal(columns, expected[1])
+
+
+def every_path(n: int, m: int) -> list[list[tuple[int, int]]]:
+    if (n, m) == (1, 1):
+        return [[(0, 0)]]
+    shorter = [(n - 1, m), (n, m - 1), (n - 1, m - 1)]
+    return [[*path, (n - 1, m - 1)] for i, j in shorter if i and j for path in every_path(i, j)]
+
+
+@pytest.mark.parametrize(("n", "m"), [(1, 4), (4, 1), (3, 5), (5, 4)])
+def test_path_is_monotonic_and_the_cheapest(n: int, m: int) -> None:
+    for seed in range(20):
+        cost = np.random.default_rng(seed).normal(size=(n, m)).astype(np.float32)
+        path = list(zip(*(axis.tolist() for axis in dtw(cost)), strict=True))
+        assert path[0] == (0, 0) and path[-1] == (n - 1, m - 1)
+        assert all((c - a, d - b) in {(0, 1), (1, 0), (1, 1)} for (a, b), (c, d) in pairwise(path))
+        cheapest = min(sum(float(cost[cell]) for cell in other) for other in every_path(n, m))
+        assert sum(float(cost[cell]) for cell in path) == pytest.approx(cheapest, abs=1e-5)
+
+
+def test_the_longest_window_is_aligned_in_a_moment() -> None:
+    cost = np.random.default_rng(0).normal(size=(225, 1500)).astype(np.float32)
+    begun = time.process_time()
+    dtw(cost)
+    assert time.process_time() - begun < 2.0
+
+
+def test_a_position_that_all_tokens_share_does_not_spoil_the_scores() -> None:
+    logits = torch.randn(2, 6, 40, generator=torch.Generator().manual_seed(0))
+    logits[:, :, 20:] = float("-inf")
+    scores = attention_scores(logits)
+    assert torch.isfinite(scores).all()
+    assert (scores[:, 24:] == 0).all() and (scores[:, :20] != 0).any()
+
+
+def test_scores_are_standardised_over_tokens() -> None:
+    scores = attention_scores(torch.randn(1, 6, 40, generator=torch.Generator().manual_seed(0)), median_width=1)
+    assert torch.allclose(scores.mean(dim=0), torch.zeros(40), atol=1e-6)
+    assert torch.allclose(scores.std(dim=0, correction=0), torch.ones(40), atol=1e-5)
+
+
+def peaked(starts: list[int], positions: int, heads: int = 2, before: int = 3) -> torch.Tensor:
+    """[H, T, P] logits: token i attends from ``starts[i]`` to ``starts[i + 1]``; the row of eot is not used."""
+    logits = torch.zeros(heads, before + len(starts), positions)
+    for row, (start, stop) in enumerate(pairwise([*starts, positions])):
+        logits[:, before + row, start:stop] = 8.0
+    return torch.cat([logits, torch.zeros(heads, 1, positions)], dim=1)
+
+
+def test_words_begin_where_their_first_token_attends() -> None:
+    """One row more than tokens: the row of the last token, which predicts the end, is where the last word ends."""
+    tokens = TOKENIZER.encode(" internationalisation matters")
+    assert len(tokens) == 3
+    words = align(peaked([0, 40, 140, 160], 200), [0.5, 1.0, 0.2], tokens, TOKENIZER, language="en")
+    assert [(word.word, word.tokens) for word in words] == [
+        (" internationalisation", tuple(tokens[:2])), (" matters", tuple(tokens[2:])),
+    ]  # fmt: skip
+    assert [(word.start, word.end) for word in words] == [
+        (0.0, pytest.approx(2.8, abs=0.05)), (words[0].end, pytest.approx(3.2, abs=0.05)),
+    ]  # fmt: skip
+    assert [word.probability for word in words] == [0.75, 0.2]
+
+
+def test_no_text_has_no_words() -> None:
+    assert align(torch.zeros(2, 5, 10), [], [], TOKENIZER) == []
+    assert add_words([], [], TOKENIZER) == []
+
+
+def read_clip(shared_data: Path, row: int) -> tuple[Path, str]:
+    folder = shared_data / "english-read"
+    with (folder / "transcripts.tsv").open(encoding="utf-8", newline="") as file:
+        clip = list(csv.DictReader(file, delimiter="\t"))[row]
+    return folder / clip["path"], clip["text"]
+
+
+def test_words_equal_openai_for_the_same_attention(whisper_base: Path, shared_data: Path) -> None:
+    openai_model: Any = load_openai(whisper_base)
+    path, text = read_clip(shared_data, 0)
+    mel, frames = openai_mel(path)
+    tokenizer = Tokenizer.from_file(whisper_base / "tokenizer.json")
+    tokens = tokenizer.encode(" " + text)
+    attention: dict[int, torch.Tensor] = {}
+    outputs: list[torch.Tensor] = []
+    hooks = [openai_model.register_forward_hook(lambda _, inputs, output: outputs.append(output[0]))]
+    for i, block in enumerate(openai_model.decoder.blocks):
+        hook = lambda _, inputs, output, i=i: attention.__setitem__(i, output[-1][0])  # noqa: E731
+        hooks.append(block.cross_attn.register_forward_hook(hook))
+    theirs = timing.find_alignment(openai_model, get_tokenizer(True, language="en"), tokens, mel, frames)
+    for hook in hooks:
+        hook.remove()
+
+    heads = openai_model.alignment_heads.indices().T.tolist()
+    logits = torch.stack([attention[layer][head] for layer, head in heads])[:, :, : frames // 2]
+    probabilities = token_probabilities(outputs[0], tokens, tokenizer)
+    ours = align(logits, probabilities, tokens, tokenizer, language="en")
+    assert len(ours) > 10
+    assert [(w.word, list(w.tokens), w.start, w.end) for w in ours] == [
+        (w.word, w.tokens, w.start, w.end) for w in theirs
+    ]  # fmt: skip
+    assert [w.probability for w in ours] == pytest.approx([w.probability for w in theirs], rel=1e-6)
+
+    from_probabilities = align(logits.softmax(-1).log(), probabilities, tokens, tokenizer, language="en")
+    assert [(w.start, w.end) for w in from_probabilities] == [(w.start, w.end) for w in ours]
+
+
+marks = [" (", ' "', " [", " -", " ", ".", ",", "!", "。", '"', ")", "...", "”", "'", ".,", "?!"]
+spoken = [" so", "well ", " it", " goes", "n't", " extraordinary", "Hi", " ¿qué", "你"]
+
+
+@st.composite
+def alignments(draw: st.DrawFn) -> list[WordTiming]:
+    """Words and marks one after the other, each of 1 to 3 text tokens, some very long, some of no length."""
+    now, timings = 0.0, []
+    for word in draw(st.lists(st.sampled_from(marks + spoken + spoken), max_size=14)):
+        start = now + draw(st.sampled_from([0.0, 0.0, 0.0, 0.3, 4.0]))
+        now = start + draw(st.sampled_from([0.0, 0.02, 0.2, 0.24, 0.3, 0.5, 1.3, 2.9]))
+        ids = draw(st.lists(st.integers(0, 50_000), min_size=1, max_size=3))
+        timings.append(WordTiming(word, tuple(ids), round(start, 2), round(now, 2), draw(st.floats(0, 1))))
+    return timings
+
+
+def as_openai(timings: list[WordTiming]) -> list[Any]:
+    return [timing.WordTiming(t.word, list(t.tokens), t.start, t.end, t.probability) for t in timings]
+
+
+@settings(deadline=None, max_examples=400)
+@given(alignments())
+def test_merged_punctuation_equals_openai(timings: list[WordTiming]) -> None:
+    theirs = as_openai(timings)
+    timing.merge_punctuations(theirs, "\"'“¿([{-", "\"'.。,，!！?？:：”)]}、")
+    expected = [(t.word, tuple(t.tokens), t.start, t.end) for t in theirs if t.word]
+    assert [(t.word, t.tokens, t.start, t.end) for t in merge_punctuation(timings)] == expected
+
+
+def test_marks_join_the_words_they_belong_to() -> None:
+    timings = [WordTiming(word, (i,), i, i + 1, 1.0) for i, word in enumerate([" he", " (", "or", " she", ")", "."])]
+    merged = merge_punctuation(timings)
+    assert [(t.word, t.tokens, t.start) for t in merged] == [
+        (" he", (0,), 0),
+        (" (or", (1, 2), 2),
+        (" she).", (3, 4, 5), 3),
+    ]
+
+
+@st.composite
+def windows(draw: st.DrawFn) -> tuple[list[Segment], list[WordTiming], float]:
+    """Segments that share out an alignment's tokens in order, with ends of their own, and when speech ended before."""
+    timings = draw(alignments())
+    ids = [id for timing in timings for id in timing.tokens]
+    cuts = sorted(draw(st.lists(st.integers(0, len(ids)), max_size=3)))
+    seek = draw(st.sampled_from([0, 300, 12_345]))
+    segments = []
+    for begin, end in pairwise([0, *cuts, len(ids)]):
+        tokens = (TOKENIZER.timestamp_begin, *ids[begin:end], TOKENIZER.timestamp_begin + 50)
+        start = seek / 100 + draw(st.floats(0, 20))
+        segments.append(
+            Segment(id=len(segments), seek=seek, start=start, end=start + draw(st.floats(0, 5)), text="", tokens=tokens,
+                    temperature=0.0, avg_logprob=0.0, compression_ratio=1.0, no_speech_prob=0.0)
+        )  # fmt: skip
+    return segments, timings, draw(st.sampled_from([0.0, seek / 100, seek / 100 - 5.0]))
+
+
+def openai_words(segments: list[Segment], timings: list[WordTiming], last_speech_end: float) -> list[dict[str, Any]]:
+    """What openai/whisper makes of the same segments and alignment."""
+    listed = [{"seek": s.seek, "start": s.start, "end": s.end, "tokens": list(s.tokens)} for s in segments]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(timing, "find_alignment", lambda *_: as_openai(timings))
+        timing.add_word_timestamps(
+            segments=listed, model=None, tokenizer=get_tokenizer(True), mel=None, num_frames=3000,
+            last_speech_timestamp=last_speech_end,
+        )  # fmt: skip
+    return listed
+
+
+@settings(deadline=None, max_examples=600)
+@given(windows())
+@example(([], [], 0.0))
+def test_segments_with_words_equal_openai(window: tuple[list[Segment], list[WordTiming], float]) -> None:
+    segments, timings, last_speech_end = window
+    theirs = openai_words(segments, timings, last_speech_end)
+    ours = add_words(segments, timings, TOKENIZER, last_speech_end=last_speech_end)
+    assert [(s.start, s.end) for s in ours] == [(s["start"], s["end"]) for s in theirs]
+    assert [[w.to_dict() for w in s.words or ()] for s in ours] == [s["words"] for s in theirs]
+    assert all(segment.words is not None for segment in ours)
+
+
+def test_a_long_word_after_a_pause_is_cut() -> None:
+    """Six words of 0.2 s and a first one that swallowed a pause of 3 s."""
+    timings = [WordTiming(" so", (0,), 0.0, 3.2, 1.0)]
+    timings += [WordTiming(" it", (i,), 3.0 + 0.2 * i, 3.2 + 0.2 * i, 1.0) for i in range(1, 7)]
+    whole = Segment(id=0, seek=1000, start=12.9, end=15.0, text="", tokens=tuple(range(7)), temperature=0.0,
+                    avg_logprob=0.0, compression_ratio=1.0, no_speech_prob=0.0)  # fmt: skip
+    (segment,) = add_words([whole], timings, TOKENIZER, last_speech_end=10.0)
+    assert segment.words is not None and len(segment.words) == 7
+    assert segment.words[0].end == 13.2 and segment.words[0].start == pytest.approx(12.8)
+    assert segment.start == segment.words[0].start and segment.end == segment.words[-1].end == 14.4
+    assert replace(segment, words=None, start=12.9, end=15.0) == whole
+
+
+def test_text_tokens_leave_out_times_and_control_tokens() -> None:
+    begin = TOKENIZER.timestamp_begin
+    first = Segment(id=0, seek=0, start=0.0, end=1.0, text="", tokens=(begin, 5, 6, begin + 9, TOKENIZER.eot),
+                    temperature=0.0, avg_logprob=0.0, compression_ratio=1.0, no_speech_prob=0.0)  # fmt: skip
+    assert text_tokens([first, replace(first, tokens=(7,))], TOKENIZER) == [5, 6, 7]
+
+
+@pytest.mark.parametrize("rows", list(product([1, 2], [1, 3])))
+def test_probabilities_are_among_text_tokens_only(rows: tuple[int, int]) -> None:
+    before, count = rows
+    logits = torch.randn(before + count + 2, 51_865, generator=torch.Generator().manual_seed(0))
+    logits[:, TOKENIZER.eot :] += 50.0
+    tokens = [100 + i for i in range(count)]
+    expected = [logits[before + i, : TOKENIZER.eot].softmax(-1)[token].item() for i, token in enumerate(tokens)]
+    assert token_probabilities(logits, tokens, TOKENIZER) == pytest.approx(expected, rel=1e-5)

@@ -1,0 +1,304 @@
+from __future__ import annotations
+
+import io
+import json
+import os
+import stat
+from dataclasses import FrozenInstanceError
+from pathlib import Path
+from typing import Any
+
+import pytest
+from hypothesis import example, given, settings
+from hypothesis import strategies as st
+
+from whisper_moe.generate.result import Segment, Transcription, Word, compression_ratio
+from whisper_moe.generate.text import (
+    FORMATS,
+    SubtitleOptions,
+    expand_formats,
+    format_timestamp,
+    output_names,
+    save,
+    write,
+)
+
+OPENAI_KEYS = ("id", "seek", "start", "end", "text", "tokens", "temperature", "avg_logprob", "compression_ratio",
+               "no_speech_prob", "words")  # fmt: skip
+
+adversarial = st.one_of(
+    st.text(st.characters(exclude_categories=("Cs",)), max_size=40),
+    st.sampled_from(
+        ["", " ", "-->", " a --> b", "\n", " x\ny", "\ttab\t", " مرحبا بالعالم", " שלום", " नमस्ते", "<u>", "\r\n"]
+    ),
+    st.text("ab ", min_size=150, max_size=300),
+)
+seconds = st.one_of(st.floats(0, 30), st.floats(3590, 3610), st.floats(0, 1e6), st.integers(0, 400_000).map(float))
+options = st.builds(
+    SubtitleOptions,
+    highlight_words=st.booleans(),
+    max_line_width=st.none() | st.integers(1, 50),
+    max_line_count=st.none() | st.integers(1, 4),
+    max_words_per_line=st.none() | st.integers(1, 6),
+)
+
+
+@st.composite
+def timed_words(draw: st.DrawFn) -> tuple[Word, ...]:
+    """Words as speech has them: mostly in order, some pauses, some of no length, some with adversarial text."""
+    now = draw(seconds)
+    words = []
+    for _ in range(draw(st.integers(0, 8))):
+        start = now + draw(st.sampled_from([0.0, 0.0, 0.1, 2.9, 3.1, 40.0]))
+        now = start + draw(st.sampled_from([0.0, 0.02, 0.34, 1.0]))
+        text = draw(st.one_of(st.sampled_from([" so", " it", " goes", " extraordinarily", "n't", ","]), adversarial))
+        words.append(Word(round(start, 2), round(now, 2), text, draw(st.floats(0, 1))))
+    return tuple(words)
+
+
+def segments(words: st.SearchStrategy) -> st.SearchStrategy[Segment]:
+    return st.builds(
+        Segment,
+        id=st.integers(0, 99),
+        seek=st.integers(0, 10**6),
+        start=seconds,
+        end=seconds,
+        text=adversarial,
+        tokens=st.lists(st.integers(0, 51_864), max_size=4).map(tuple),
+        temperature=st.sampled_from([0.0, 0.2, 1.0]),
+        avg_logprob=st.floats(-9, 0),
+        compression_ratio=st.floats(0, 9),
+        no_speech_prob=st.floats(0, 1),
+        experts=st.sampled_from([(), (("hindi", 0.75), ("none", 0.25))]),
+        words=words,
+        language=st.sampled_from([None, "hi"]),
+    )
+
+
+def transcriptions(words: st.SearchStrategy) -> st.SearchStrategy[Transcription]:
+    return st.builds(
+        Transcription,
+        text=adversarial,
+        segments=st.lists(segments(words), max_size=5).map(tuple),
+        language=st.sampled_from(["en", "ar"]),
+        duration=seconds,
+    )
+
+
+def openai_result(result: Transcription) -> dict[str, Any]:
+    """What openai/whisper's ``transcribe`` would have returned, built from the fields and not from ``to_dict``."""
+    listed = []
+    for segment in result.segments:
+        entry = {key: getattr(segment, key) for key in OPENAI_KEYS}
+        entry["tokens"] = list(segment.tokens)
+        del entry["words"]
+        if segment.words is not None:
+            entry["words"] = [
+                {"word": w.word, "start": w.start, "end": w.end, "probability": w.probability} for w in segment.words
+            ]
+        listed.append(entry)
+    return {"text": result.text, "segments": listed, "language": result.language}
+
+
+DEFAULT = SubtitleOptions()
+
+
+def ours(result: Transcription, format: str, options: SubtitleOptions = DEFAULT) -> str:
+    stream = io.StringIO()
+    write(result, format, stream, options)
+    return stream.getvalue()
+
+
+def openai_text(result: Transcription, format: str, options: SubtitleOptions = DEFAULT) -> str:
+    utils = pytest.importorskip("whisper.utils")
+    stream = io.StringIO()
+    writer = utils.get_writer(format, ".")
+    arguments = {name: getattr(options, name) for name in SubtitleOptions.__slots__}
+    writer.write_result(openai_result(result), stream, **arguments)
+    return stream.getvalue()
+
+
+def segment(text: str = " Hello.", start: float = 0.0, end: float = 1.0, **values: Any) -> Segment:
+    measured: dict[str, Any] = {
+        "temperature": 0.0,
+        "avg_logprob": -0.1,
+        "compression_ratio": 1.0,
+        "no_speech_prob": 0.0,
+    }
+    return Segment(id=0, seek=0, start=start, end=end, text=text, tokens=(), **(measured | values))
+
+
+def transcription(*segments: Segment) -> Transcription:
+    return Transcription(text="", segments=segments, language="en", duration=1.0)
+
+
+@pytest.mark.parametrize("format", ["txt", "vtt", "srt", "tsv"])
+@settings(deadline=None, max_examples=80)
+@given(result=transcriptions(st.none()))
+def test_files_equal_openai(format: str, result: Transcription) -> None:
+    assert ours(result, format) == openai_text(result, format)
+
+
+@pytest.mark.parametrize("format", ["vtt", "srt"])
+@settings(deadline=None, max_examples=300)
+@given(result=transcriptions(timed_words()), options=options)
+def test_subtitles_of_words_equal_openai(format: str, result: Transcription, options: SubtitleOptions) -> None:
+    assert ours(result, format, options) == openai_text(result, format, options)
+
+
+def long_talk() -> Transcription:
+    """1,100 words in one segment, and a pause: beyond every default limit."""
+    words = [Word(i * 0.5, i * 0.5 + 0.4, f" word{i}", 1.0) for i in range(1100)]
+    words += [Word(700.0, 700.5, " later", 1.0)]
+    return transcription(segment(words=tuple(words), end=701.0), segment(words=(), start=701.0, end=702.0))
+
+
+@pytest.mark.parametrize("options", [
+    SubtitleOptions(),
+    SubtitleOptions(highlight_words=True, max_words_per_line=7),
+    SubtitleOptions(max_line_width=42, max_line_count=2),
+    SubtitleOptions(max_line_width=42),
+    SubtitleOptions(max_line_count=2),
+])  # fmt: skip
+def test_a_long_talk_equals_openai(options: SubtitleOptions) -> None:
+    text = ours(long_talk(), "srt", options)
+    assert text == openai_text(long_talk(), "srt", options)
+    assert text.count("-->") > 1
+
+
+@settings(deadline=None, max_examples=60)
+@given(st.one_of(transcriptions(st.none()), transcriptions(timed_words())))
+def test_json_has_openais_keys_and_values(result: Transcription) -> None:
+    """Without the keys that are ours the file is openai/whisper's, byte for byte."""
+    content = json.loads(ours(result, "json"))
+    assert [entry["experts"] for entry in content["segments"]] == [dict(s.experts) for s in result.segments]
+    assert content["duration"] == result.duration
+    content["segments"] = [{key: entry[key] for key in entry if key in OPENAI_KEYS} for entry in content["segments"]]
+    shared = {key: content[key] for key in content if key in {"text", "segments", "language"}}
+    assert json.dumps(shared) == openai_text(result, "json")
+
+
+def test_experts_and_languages_are_in_the_json() -> None:
+    result = transcription(segment(experts=(("hindi", 0.75), ("none", 0.25)), language="hi"))
+    entry = json.loads(ours(result, "json"))["segments"][0]
+    assert entry["experts"] == {"hindi": 0.75, "none": 0.25}
+    assert entry["language"] == "hi"
+    assert "words" not in entry
+
+
+def test_json_is_never_invalid() -> None:
+    with pytest.raises(ValueError, match="not JSON compliant"):
+        ours(transcription(segment(avg_logprob=float("nan"))), "json")
+
+
+def test_an_arrow_in_a_segment_does_not_break_the_file() -> None:
+    assert ours(transcription(segment("a --> b")), "vtt") == "WEBVTT\n\n00:00.000 --> 00:01.000\na -> b\n\n"
+
+
+def test_segments_of_which_only_some_have_words_are_written_as_segments() -> None:
+    result = transcription(segment(words=(Word(0.0, 1.0, " no", 1.0),)), segment(" yes"))
+    assert "Hello." in ours(result, "srt") and "yes" in ours(result, "srt")
+
+
+@settings(deadline=None)
+@given(seconds, st.booleans(), st.sampled_from([".", ","]))
+@example(3599.9996, False, ".")
+def test_timestamps_equal_openai(time: float, hours: bool, mark: str) -> None:
+    theirs = pytest.importorskip("whisper.utils").format_timestamp(time, hours, mark)
+    assert format_timestamp(time, hours=hours, decimal_mark=mark) == theirs
+
+
+def test_hours_begin_at_the_first() -> None:
+    assert [format_timestamp(t) for t in (3599.9994, 3599.9996)] == ["59:59.999", "01:00:00.000"]
+    with pytest.raises(ValueError, match="500 ms before the recording"):
+        format_timestamp(-0.5)
+
+
+@given(st.text(st.characters(exclude_categories=("Cs",))))
+def test_compression_ratio_equals_openai(text: str) -> None:
+    assert compression_ratio(text) == pytest.importorskip("whisper.utils").compression_ratio(text)
+
+
+def test_results_are_values() -> None:
+    one, same = segment(), segment()
+    assert one == same and hash(one) == hash(same)
+    with pytest.raises(FrozenInstanceError):
+        one.text = "other"  # pyright: ignore[reportAttributeAccessIssue]
+
+
+@pytest.mark.parametrize("name", ["max_line_width", "max_line_count", "max_words_per_line"])
+def test_a_limit_is_at_least_one(name: str) -> None:
+    limit: dict[str, Any] = {name: 0}
+    with pytest.raises(ValueError, match=f"{name} is 0"):
+        SubtitleOptions(**limit)
+
+
+def test_unknown_formats_are_named() -> None:
+    assert expand_formats(["srt", "all", "srt"]) == ("srt", "txt", "vtt", "tsv", "json")
+    with pytest.raises(ValueError, match="unknown output format 'doc': one of txt, vtt, srt, tsv, json, all"):
+        expand_formats(["doc"])
+    with pytest.raises(ValueError, match="unknown output format 'all'"):
+        ours(transcription(), "all")
+
+
+def test_saved_files_equal_openais(tmp_path: Path) -> None:
+    utils = pytest.importorskip("whisper.utils")
+    result = transcription(segment(" Grüße --> 你好\t!"), segment("", 1.0, 2.0))
+    paths = save(result, tmp_path / "new" / "ours", "talk", ["all"])
+    assert [path.name for path in paths] == [f"talk.{format}" for format in FORMATS]
+    (tmp_path / "theirs").mkdir()
+    utils.get_writer("all", str(tmp_path / "theirs"))(openai_result(result), "a/talk.m4a", {})
+    for path in paths[:-1]:
+        assert path.read_bytes() == (tmp_path / "theirs" / path.name).read_bytes()
+
+
+def test_saved_files_have_the_usual_permissions_and_replace_older_ones(tmp_path: Path) -> None:
+    (tmp_path / "talk.txt").write_text("older")
+    (path,) = save(transcription(segment()), tmp_path, "talk", ["txt"])
+    (tmp_path / "plain").touch()
+    assert path.read_text() == "Hello.\n"
+    assert stat.S_IMODE(path.stat().st_mode) == stat.S_IMODE((tmp_path / "plain").stat().st_mode)
+
+
+def test_a_failed_save_leaves_the_older_file_and_nothing_else(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "talk.json").write_text("older")
+    broken = transcription(segment(), segment(avg_logprob=float("inf")))
+    with pytest.raises(ValueError, match="not JSON compliant"):
+        save(broken, tmp_path, "talk", ["json"])
+
+    def refuse(*_: object) -> None:
+        raise OSError("disk full")
+
+    monkeypatch.setattr(os, "replace", refuse)
+    with pytest.raises(OSError, match="disk full"):
+        save(transcription(), tmp_path, "talk", ["json"])
+    assert [path.name for path in tmp_path.iterdir()] == ["talk.json"]
+    assert (tmp_path / "talk.json").read_text() == "older"
+
+
+@pytest.mark.parametrize("stem", ["", ".", "..", "../up", "a/b", "/etc/passwd", "a\\b", "nul\0"])
+def test_a_name_cannot_escape_the_directory(tmp_path: Path, stem: str) -> None:
+    directory = tmp_path / "out"
+    with pytest.raises(ValueError, match="is not a file name"):
+        save(transcription(), directory, stem, ["txt"])
+    assert not list(tmp_path.iterdir())
+
+
+def test_inputs_of_one_name_get_different_names() -> None:
+    assert output_names(["a/talk.m4a", "b/talk.mp3", Path("talk-2.wav"), "c/Talk.mp4", "-", "x.tar.gz"]) == [
+        "talk", "talk-3", "talk-2", "Talk-4", "stdin", "x.tar",
+    ]  # fmt: skip
+    composed, decomposed = output_names(["caf\u00e9.wav", "cafe\u0301.wav"])
+    assert composed == "caf\u00e9" and decomposed == "cafe\u0301-2"
+
+
+@given(
+    st.lists(
+        st.sampled_from(["a", "A", "a-2", "a-2-2", "b", "stdin", "-", "a.b"]).map(lambda s: f"{s}.wav"), max_size=12
+    )
+)
+def test_no_output_name_is_given_twice(paths: list[str]) -> None:
+    names = output_names(paths)
+    assert len({name.casefold() for name in names}) == len(paths)
+    assert all(name.startswith(Path(path).stem) for name, path in zip(names, paths, strict=True))
+    assert output_names(paths) == names

@@ -1,0 +1,281 @@
+"""Routed experts: every path computes one sum, and identical experts add up to the layer they were copied from."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+from torch.nn import functional as F
+
+from whisper_moe.model.moe import LONG_RUN, Experts
+from whisper_moe.model.router import NONE, Router, Routing
+from whisper_moe.packing import Layout
+
+D_MODEL = 32
+EXPERT_DIM = 48
+N_EXPERTS = 8
+ABSOLUTE = {torch.float32: 2e-4, torch.float64: 1e-10}
+RELATIVE = {torch.float32: 1e-5, torch.float64: 1e-10}
+DTYPES = pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+
+
+def make_experts(dtype: torch.dtype = torch.float64, d_model: int = D_MODEL, expert_dim: int = EXPERT_DIM) -> Experts:
+    """Trained-looking: every parameter random, outputs of about 1, each expert clearly different."""
+    torch.manual_seed(1)
+    experts = Experts(d_model, expert_dim, N_EXPERTS).to(dtype)
+    for parameter in experts.parameters():
+        torch.nn.init.normal_(parameter, std=0.3)
+    return experts
+
+
+def random_routing(rows: int, dtype: torch.dtype = torch.float64, top_k: int = 2, seed: int = 2) -> Routing:
+    generator = torch.Generator().manual_seed(seed)
+    choices = torch.stack([torch.randperm(N_EXPERTS, generator=generator)[:top_k] for _ in range(rows)])
+    return Routing(choices, torch.rand(rows, top_k, generator=generator, dtype=torch.float64).softmax(1).to(dtype))
+
+
+def oracle(experts: Experts, x_TD: Tensor, routing: Routing, layout: Layout | None = None) -> Tensor:
+    """One token and one slot at a time, straight from the definition."""
+    owner = range(len(x_TD)) if layout is None else layout.segment_ids().tolist()
+    rows = []
+    for x, row in zip(x_TD, owner, strict=True):
+        y = torch.zeros_like(x)
+        for gate, expert in zip(routing.gates[row], routing.choices[row], strict=True):
+            if expert != NONE:
+                hidden = F.gelu(experts.up_weight[expert] @ x + experts.up_bias[expert])
+                y = y + gate * (hidden @ experts.down_weight[expert] + experts.down_bias[expert])
+        rows.append(y)
+    return torch.stack(rows)
+
+
+def every_path(experts: Experts, x_TD: Tensor, routing: Routing, layout: Layout | None = None) -> dict[str, Tensor]:
+    """The same sum by each implementation, and by whichever ``forward`` takes."""
+    tokens = routing if layout is None else routing.expand(layout)
+    bias_TD = experts._gated_down_bias(tokens.experts, tokens.gates)
+    results = {
+        "forward": experts(x_TD, routing, layout),
+        "by_expert": experts._by_expert(x_TD, tokens.experts, tokens.gates, bias_TD),
+        "by_run": experts._by_run(x_TD, tokens.gates, bias_TD, routing.runs(layout)),
+    }
+    if x_TD.dtype != torch.float64:
+        assert experts._can_group(x_TD)
+        results["grouped"] = experts._grouped(x_TD, tokens.experts, tokens.gates, bias_TD)
+    return results
+
+
+def relative_error(got: Tensor, expected: Tensor) -> float:
+    assert got.shape == expected.shape
+    return ((got - expected).abs().max() / expected.abs().max().clamp(min=1e-30)).item()
+
+
+def gradients(y: Tensor, inputs: Sequence[Tensor]) -> tuple[Tensor, ...]:
+    weights = torch.linspace(-1, 1, y.numel(), dtype=y.dtype).view_as(y)
+    return torch.autograd.grad((y * weights).sum(), inputs, retain_graph=True)
+
+
+@DTYPES
+def test_every_path_is_the_definition_with_its_gradients(dtype: torch.dtype) -> None:
+    experts, layout, routing = make_experts(dtype), Layout([9, 1, 30, 2]), random_routing(4, dtype)
+    routing.experts[1, 1] = NONE
+    assert len(routing.experts.unique()) > 4, "several experts, and none, take part"
+    x = torch.randn(layout.total, D_MODEL, dtype=dtype, requires_grad=True)
+    routing.gates.requires_grad_()
+    inputs = [x, routing.gates, *experts.parameters()]
+    expected = oracle(experts, x, routing, layout)
+    expected_gradients = gradients(expected, inputs)
+    assert all(gradient.abs().max() > 0.01 for gradient in expected_gradients)
+    for name, y in every_path(experts, x, routing, layout).items():
+        assert relative_error(y, expected) <= RELATIVE[dtype], name
+        for gradient, wanted in zip(gradients(y, inputs), expected_gradients, strict=True):
+            assert relative_error(gradient, wanted) <= RELATIVE[dtype], name
+
+
+@settings(max_examples=60, deadline=None)
+@given(data=st.data(), top_k=st.integers(1, 3), dtype=st.sampled_from([torch.float32, torch.float64]))
+def test_every_path_agrees_on_any_choice_and_any_layout(data: st.DataObject, top_k: int, dtype: torch.dtype) -> None:
+    experts = make_experts(dtype, d_model=8, expert_dim=4)
+    lengths = data.draw(st.lists(st.integers(1, 12), min_size=1, max_size=8))
+    slots = st.lists(st.integers(NONE, N_EXPERTS - 1), min_size=top_k, max_size=top_k)
+    layout = data.draw(st.sampled_from([Layout(lengths), None]))
+    choices = data.draw(st.lists(slots, min_size=len(lengths), max_size=len(lengths)))
+    gates = torch.rand(len(lengths), top_k, dtype=torch.float64).softmax(1).to(dtype)
+    routing = Routing(torch.tensor(choices), gates)
+    x = torch.randn(sum(lengths) if layout else len(lengths), 8, dtype=dtype)
+    expected = oracle(experts, x, routing, layout)
+    for name, y in every_path(experts, x, routing, layout).items():
+        torch.testing.assert_close(y, expected, rtol=0, atol=1e-5 if dtype == torch.float32 else 1e-10, msg=name)
+
+
+def dense_feed_forward(dtype: torch.dtype) -> tuple[Experts, Tensor, Tensor]:
+    """Eight full-size copies of one feed-forward, input for it, and what the feed-forward itself says."""
+    torch.manual_seed(3)
+    up = torch.nn.Linear(64, 256, dtype=dtype)
+    down = torch.nn.Linear(256, 64, dtype=dtype)
+    experts = Experts(64, 256, N_EXPERTS).to(dtype)
+    experts.up_weight.data = up.weight.data.expand(N_EXPERTS, -1, -1).clone()
+    experts.up_bias.data = up.bias.data.expand(N_EXPERTS, -1).clone()
+    experts.down_weight.data = down.weight.data.T.expand(N_EXPERTS, -1, -1).clone()
+    experts.down_bias.data = down.bias.data.expand(N_EXPERTS, -1).clone()
+    x = 3 * torch.randn(200, 64, dtype=dtype)
+    return experts, x, down(F.gelu(up(x)))
+
+
+@DTYPES
+@pytest.mark.parametrize("layout", [None, Layout([150, 3, 47])], ids=["token", "segment"])
+def test_eight_identical_experts_are_the_dense_feed_forward(dtype: torch.dtype, layout: Layout | None) -> None:
+    experts, x, dense = dense_feed_forward(dtype)
+    router = Router(64, N_EXPERTS, 2, none_choice=False).to(dtype)
+    routing = router(x if layout is None else x[:3])
+    assert len(routing.experts.unique()) > 2 and dense.abs().max() > 0.5
+    for name, y in every_path(experts, x, routing, layout).items():
+        assert (y - dense).abs().max() <= ABSOLUTE[dtype], name
+
+
+def test_identical_experts_are_not_the_dense_layer_without_renormalising() -> None:
+    experts, x, dense = dense_feed_forward(torch.float64)
+    routing = Router(64, N_EXPERTS, 2, none_choice=False).double()(x)
+    assert routing.logits is not None
+    shares = routing.logits.softmax(1).gather(1, routing.experts)
+    assert relative_error(experts(x, Routing(routing.experts, shares)), dense) > 0.1
+
+
+def test_two_experts_are_one_feed_forward_of_concatenated_hidden_units() -> None:
+    experts, x = make_experts(), torch.randn(20, D_MODEL, dtype=torch.float64)
+    chosen, gates = torch.tensor([5, 2]), torch.tensor([0.7, 0.3], dtype=torch.float64)
+    hidden = F.gelu(F.linear(x, experts.up_weight[chosen].flatten(0, 1), experts.up_bias[chosen].flatten()))
+    scaled_down = (experts.down_weight[chosen] * gates[:, None, None]).flatten(0, 1)
+    expected = hidden @ scaled_down + gates @ experts.down_bias[chosen]
+    y = experts(x, Routing(chosen[None], gates[None]), Layout([20]))
+    torch.testing.assert_close(y, expected, rtol=0, atol=1e-10)
+    averaged = F.gelu(F.linear(x, *(torch.einsum("k,k...->...", gates, w[chosen]) for w in experts_up(experts))))
+    assert relative_error(averaged @ torch.einsum("k,kfd->fd", gates, experts.down_weight[chosen]), expected) > 0.1
+
+
+def experts_up(experts: Experts) -> tuple[Tensor, Tensor]:
+    return experts.up_weight, experts.up_bias
+
+
+@DTYPES
+def test_all_none_is_exactly_zero(dtype: torch.dtype) -> None:
+    experts = make_experts(dtype)
+    x = torch.randn(12, D_MODEL, dtype=dtype)
+    for rows, layout in ((12, None), (2, Layout([7, 5]))):
+        nothing = Routing(torch.full((rows, 2), NONE), torch.full((rows, 2), 0.5, dtype=dtype))
+        for name, y in every_path(experts, x, nothing, layout).items():
+            assert torch.equal(y, torch.zeros_like(x)), name
+
+
+@DTYPES
+def test_none_in_the_second_slot_leaves_the_gate_times_the_expert(dtype: torch.dtype) -> None:
+    experts, x = make_experts(dtype), torch.randn(12, D_MODEL, dtype=dtype)
+    whole = experts(x, Routing(torch.full((12, 1), 3), torch.ones(12, 1, dtype=dtype)))
+    gates = torch.tensor([[0.6, 0.4]], dtype=dtype).expand(12, 2)
+    routing = Routing(torch.tensor([[3, NONE]]).expand(12, 2), gates)
+    assert whole.abs().max() > 0.5
+    for name, y in every_path(experts, x, routing).items():
+        assert relative_error(y, 0.6 * whole) <= RELATIVE[dtype], name
+
+
+@DTYPES
+def test_a_segment_in_a_pack_is_the_segment_alone(dtype: torch.dtype) -> None:
+    experts, layout = make_experts(dtype), Layout([1, 400, 2, 90, 17])
+    routing = random_routing(len(layout), dtype)
+    x = torch.randn(layout.total, D_MODEL, dtype=dtype, requires_grad=True)
+    packed = experts(x, routing, layout)
+    packed_gradient = gradients(packed, [x])[0]
+    weights = torch.linspace(-1, 1, packed.numel(), dtype=dtype).view_as(packed)
+    assert len(routing.runs(layout)) == len(layout), "the segments chose differently"
+    for i, part in enumerate(layout.slices()):
+        own = x[part].detach().requires_grad_()
+        alone = experts(own, routing.rows(torch.tensor([i])), Layout([layout.lengths[i]]))
+        assert relative_error(packed[part], alone) <= RELATIVE[dtype]
+        (gradient,) = torch.autograd.grad((alone * weights[part]).sum(), own)
+        assert relative_error(packed_gradient[part], gradient) <= RELATIVE[dtype]
+
+
+def test_nothing_leaks_between_segments_of_a_pack() -> None:
+    experts, layout, routing = make_experts(torch.float32), Layout([5, 6]), random_routing(2, torch.float32)
+    routing.experts[1] = routing.experts[0].flip(0)
+    x = torch.randn(layout.total, D_MODEL)
+    x[5:] = torch.nan
+    for name, y in every_path(experts, x, routing, layout).items():
+        assert y[:5].isfinite().all() and y[5:].isnan().all(), name
+
+
+def test_experts_start_at_zero_and_alive() -> None:
+    torch.manual_seed(4)
+    experts = Experts(D_MODEL, EXPERT_DIM, N_EXPERTS)
+    x = torch.randn(40, D_MODEL)
+    routing = random_routing(40, torch.float32)
+    routing.gates.requires_grad_()
+    y = experts(x, routing)
+    assert torch.equal(y, torch.zeros_like(x))
+    (y + x).square().sum().backward()
+    first = {name: p.grad.abs().sum() for name, p in experts.named_parameters() if p.grad is not None}
+    assert first["down_weight"] > 0 and first["down_bias"] > 0
+    assert first["up_weight"] == 0 and routing.gates.grad is not None and not routing.gates.grad.any()
+    torch.optim.SGD(experts.parameters(), lr=1e-3).step()
+    (experts(x, routing) + x).square().sum().backward()
+    assert experts.up_weight.grad is not None and experts.up_weight.grad.abs().amax((1, 2)).min() > 0
+    assert routing.gates.grad.abs().max() > 0
+
+
+SHORT = [LONG_RUN // 2] * 4
+LONG = [LONG_RUN] * 4
+
+
+@pytest.mark.parametrize(
+    ("lengths", "same", "dtype", "d_model", "path"),
+    [
+        pytest.param(LONG, False, torch.float32, 32, "_by_run", id="long-segments"),
+        pytest.param(SHORT, False, torch.float32, 32, "_grouped", id="short-segments"),
+        pytest.param(SHORT, True, torch.float32, 32, "_by_run", id="one-choice"),
+        pytest.param(SHORT, False, torch.float64, 32, "_by_expert", id="float64"),
+        pytest.param(SHORT, False, torch.float32, 30, "_by_expert", id="unaligned"),
+        pytest.param(SHORT, False, torch.bfloat16, 32, "_grouped", id="bfloat16"),
+        pytest.param(SHORT, False, torch.bfloat16, 36, "_by_expert", id="unaligned-in-bfloat16"),
+        pytest.param([1, 1, 1, 1], True, torch.float32, 32, "_by_run", id="decoder-rows-that-agree"),
+        pytest.param([1, 1, 1, 1], False, torch.float32, 32, "_grouped", id="decoder-rows-that-differ"),
+    ],
+)
+def test_forward_takes_the_documented_path(
+    monkeypatch: pytest.MonkeyPatch, lengths: list[int], same: bool, dtype: torch.dtype, d_model: int, path: str
+) -> None:
+    taken: list[str] = []
+    for name in ("_by_run", "_grouped", "_by_expert"):
+        original = getattr(Experts, name)
+        monkeypatch.setattr(
+            Experts, name, lambda *args, name=name, original=original: taken.append(name) or original(*args)
+        )
+    experts, layout = make_experts(dtype, d_model), Layout(lengths)
+    routing = random_routing(4, dtype)
+    if same:
+        routing = routing.rows(torch.zeros(4, dtype=torch.int64))
+    x = torch.randn(layout.total, d_model, dtype=dtype)
+    y = experts(x, routing, layout)
+    assert taken == [path]
+    assert relative_error(y.double(), oracle(experts, x, routing, layout).double()) < 0.03
+
+
+@pytest.mark.parametrize("lengths", [LONG, [1, 1, 1, 1]], ids=["by_run", "grouped"])
+def test_bfloat16_autocast_computes_every_path_in_bfloat16(lengths: list[int]) -> None:
+    experts, layout, routing = make_experts(torch.float32), Layout(lengths), random_routing(4, torch.float32)
+    x = torch.randn(layout.total, D_MODEL)
+    with torch.autocast("cpu", torch.bfloat16):
+        results = every_autocast_path(experts, x, routing, layout)
+    expected = oracle(experts, x, routing, layout)
+    for y in results:
+        assert y.dtype == torch.bfloat16
+        assert 0 < relative_error(y.float(), expected) < 0.03
+
+
+def every_autocast_path(experts: Experts, x: Tensor, routing: Routing, layout: Layout) -> list[Tensor]:
+    """As ``forward`` chooses, and by the reference, from inputs cast as ``forward`` casts them."""
+    tokens = routing.expand(layout)
+    gates = tokens.gates.bfloat16()
+    bias = experts._gated_down_bias(tokens.experts, gates)
+    return [experts(x, routing, layout), experts._by_expert(x.bfloat16(), tokens.experts, gates, bias)]

@@ -1,0 +1,245 @@
+"""The key map: Whisper in, Whisper out, and what is refused."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor
+
+pytest.importorskip("transformers")
+from parity.openai_whisper import openai_name
+from transformers import WhisperForConditionalGeneration, WhisperModel
+from weights.whispers import TINY, hub_config, hub_model, hub_state, random_state, same
+
+from whisper_moe.config import ModelConfig, MoEConfig
+from whisper_moe.model.model import WhisperMoEModel
+from whisper_moe.weights.checkpoint import load_checkpoint, save_checkpoint
+from whisper_moe.weights.files import CheckpointError
+from whisper_moe.weights.sources import load_whisper, read_weights
+from whisper_moe.weights.whisper import (
+    config_from_openai,
+    config_from_whisper,
+    config_to_whisper,
+    state_from_openai,
+    state_from_whisper,
+    state_to_whisper,
+)
+
+
+def published(d_model: int, heads: int, layers: tuple[int, int], vocab_size: int, n_mels: int = 80) -> ModelConfig:
+    """The shape of a published Whisper: all of it but the depth follows from these."""
+    return ModelConfig(
+        d_model=d_model, encoder_heads=heads, decoder_heads=heads, encoder_ffn_dim=4 * d_model,
+        decoder_ffn_dim=4 * d_model, encoder_layers=layers[0], decoder_layers=layers[1], vocab_size=vocab_size, n_mels=n_mels,
+    )  # fmt: skip
+
+
+SHAPES = {
+    "tiny.en": published(384, 6, (4, 4), 51_864),
+    "distil-small.en, 2 + 1 layers": published(768, 12, (2, 1), 51_864),
+    "large-v3, 1 + 1 layers": published(1280, 20, (1, 1), 51_866, n_mels=128),
+}
+FULL = {
+    "large-v3": published(1280, 20, (32, 32), 51_866, n_mels=128),
+    "distil-large-v3": published(1280, 20, (32, 2), 51_866, n_mels=128),
+}
+
+
+def openai_state(state: dict[str, Tensor]) -> dict[str, Tensor]:
+    return {openai_name(key): tensor for key, tensor in state.items()}
+
+
+def comes_through(config: ModelConfig, folder: Path) -> None:
+    """Saved by transformers in float16 and in shards, read as ours, mapped back: every tensor as it was."""
+    with torch.device("meta"):
+        model = WhisperForConditionalGeneration(hub_config(config))
+    model = model.to_empty(device="cpu").to(torch.float16)
+    model.tie_weights()
+    generator = torch.Generator().manual_seed(0)
+    for parameter in model.parameters():
+        parameter.data.copy_(torch.randint(-2048, 2048, parameter.shape, generator=generator, dtype=torch.int16))
+    model.save_pretrained(folder, max_shard_size="100MB")
+    assert len(list(folder.glob("model-*-of-*.safetensors"))) > 1 or config.d_model < 768
+    weights, origin = read_weights(folder)
+    source = state_from_whisper(weights, config, origin=origin)
+    back = state_to_whisper(source, config)
+    expected = hub_state(model)
+    assert back.keys() == expected.keys()
+    assert all(torch.equal(back[key].half(), expected[key]) and back[key].dtype == torch.float32 for key in back)
+    assert {key: tensor.shape for key, tensor in source.items()} == {
+        key: tensor.shape for key, tensor in WhisperMoEModel(config).state_dict().items()
+    }
+
+
+@pytest.mark.parametrize("name", SHAPES)
+def test_published_shapes_come_through_unchanged(name: str, tmp_path: Path) -> None:
+    comes_through(SHAPES[name], tmp_path)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", FULL)
+def test_full_published_shapes_come_through_unchanged(name: str, tmp_path: Path) -> None:
+    comes_through(FULL[name], tmp_path)
+
+
+def test_our_model_with_the_mapped_weights_computes_what_transformers_does() -> None:
+    """Also the order of query, key and value in a fused matrix, which no comparison of shapes would notice."""
+    reference = hub_model()
+    model = WhisperMoEModel(TINY)
+    model.load_state_dict(state_from_whisper(hub_state(reference), TINY))
+    mel, text = torch.randn(80, 40), torch.randint(0, TINY.vocab_size, (7,))
+    with torch.no_grad():
+        theirs = reference(input_features=mel[None], decoder_input_ids=text[None]).logits[0]
+        ours = model.eval()([mel], [text])
+    assert theirs.std() > 0.01
+    assert torch.allclose(ours, theirs, atol=1e-5)
+
+
+def test_there_and_back_is_exact_in_both_directions() -> None:
+    theirs = hub_state(hub_model())
+    ours = state_from_whisper(theirs, TINY)
+    assert same(state_to_whisper(ours, TINY), theirs)
+    assert same(state_from_whisper(state_to_whisper(ours, TINY), TINY), ours)
+    assert config_from_whisper(config_to_whisper(TINY)) == TINY
+    assert config_from_whisper(hub_config().to_dict()) == TINY
+
+
+def test_a_bias_on_keys_changes_nothing_and_is_dropped() -> None:
+    """It adds q·b to every logit of a query, and the softmax takes that away."""
+    state = random_state(TINY)
+    without = {key: tensor.clone() for key, tensor in state.items()}
+    width = TINY.d_model
+    for key, tensor in without.items():
+        if key.endswith("attn.qkv.bias"):
+            tensor[width : 2 * width] = 0
+        elif key.endswith("cross_attn.kv.bias"):
+            tensor[:width] = 0
+    assert not same(state, without)
+    assert same(state_from_whisper(state_to_whisper(state, TINY), TINY), without)
+    mel, text = torch.randn(80, 40), torch.randint(0, TINY.vocab_size, (7,))
+    outputs = []
+    for weights in (state, without):
+        model = WhisperMoEModel(TINY)
+        model.load_state_dict(weights)
+        outputs.append(model.double()([mel.double()], [text]))
+    assert torch.allclose(*outputs, atol=1e-9)
+
+
+def test_openai_names_and_transformers_names_give_the_same_state() -> None:
+    theirs = hub_state(hub_model())
+    assert same(state_from_openai(openai_state(theirs), TINY), state_from_whisper(theirs, TINY))
+
+
+def test_every_tensor_of_openais_own_model_is_taken() -> None:
+    whisper_model = pytest.importorskip("whisper.model")
+    dims = whisper_model.ModelDimensions(80, 20, 8, 2, 3, 50, 9, 8, 2, 1)
+    config = config_from_openai(vars(dims))
+    state = state_from_openai(whisper_model.Whisper(dims).state_dict(), config)
+    assert config == TINY.model_copy(update={"vocab_size": 50, "encoder_ffn_dim": 32, "decoder_ffn_dim": 32})
+    WhisperMoEModel(config).load_state_dict(state)
+
+
+def test_an_output_projection_equal_to_the_embedding_is_ignored_and_another_refused() -> None:
+    theirs = hub_state(hub_model())
+    embedding = theirs["model.decoder.embed_tokens.weight"]
+    tied = theirs | {"proj_out.weight": embedding.clone()}
+    assert same(state_from_whisper(tied, TINY), state_from_whisper(theirs, TINY))
+    with pytest.raises(CheckpointError, match=r"a\.bin: proj_out\.weight differs"):
+        state_from_whisper(theirs | {"proj_out.weight": embedding + 1e-6}, TINY, origin="a.bin")
+
+
+def test_a_whisper_saved_without_its_head_is_taken() -> None:
+    bare = WhisperModel(hub_config())
+    state = state_from_whisper(bare.state_dict(), TINY)
+    assert torch.equal(state["encoder.stem.conv1.weight"], bare.encoder.conv1.weight)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float64])
+def test_every_floating_type_becomes_float32_in_memory_of_its_own(dtype: torch.dtype) -> None:
+    theirs = {key: tensor.to(dtype) for key, tensor in hub_state(hub_model()).items()}
+    state = state_from_whisper(theirs, TINY)
+    assert {tensor.dtype for tensor in state.values()} == {torch.float32}
+    untouched = theirs["model.encoder.layer_norm.bias"].clone()
+    state["encoder.norm.bias"].zero_()
+    assert torch.equal(theirs["model.encoder.layer_norm.bias"], untouched)
+
+
+KEY = "model.encoder.layers.2.self_attn.v_proj.weight"
+
+
+@pytest.mark.parametrize(
+    ("change", "cause"),
+    [
+        ({KEY: None}, f"lacks {KEY}"),
+        ({"model.encoder.layers.2.self_attn.k_proj.bias": torch.zeros(8)}, "does not have: .*k_proj.bias"),
+        ({KEY: torch.zeros(8, 7)}, r"v_proj.weight is \[8, 7\] float32, must be \[8, 8\]"),
+        ({KEY: torch.zeros(64)}, r"v_proj.weight is \[64\]"),
+        ({KEY: torch.full((8, 8), float("nan"))}, "v_proj.weight is not finite"),
+        ({KEY: torch.full((8, 8), float("-inf"))}, "v_proj.weight is not finite"),
+        ({KEY: torch.zeros(8, 8, dtype=torch.int8)}, "v_proj.weight is .* int8, must be .* floating"),
+    ],
+    ids=["missing", "superfluous", "wrong shape", "wrong rank", "NaN", "infinity", "integers"],
+)
+def test_weights_that_do_not_fit_are_refused_by_name(change: dict[str, Tensor | None], cause: str) -> None:
+    theirs = {key: tensor for key, tensor in (hub_state(hub_model()) | change).items() if tensor is not None}
+    with pytest.raises(CheckpointError, match=f"folder/model.safetensors: .*{cause}"):
+        state_from_whisper(theirs, TINY, origin="folder/model.safetensors")
+
+
+def test_a_value_too_large_for_float32_is_refused() -> None:
+    theirs: dict[str, Tensor] = hub_state(hub_model()) | {KEY: torch.full((8, 8), 1e300, dtype=torch.float64)}
+    with pytest.raises(CheckpointError, match="not finite"):
+        state_from_whisper(theirs, TINY)
+
+
+@pytest.mark.parametrize(
+    ("change", "cause"),
+    [
+        ({"model_type": "wav2vec2"}, "model_type is 'wav2vec2'"),
+        ({"model_type": None}, "model_type is None"),
+        ({"activation_function": "relu"}, "activation_function is 'relu'"),
+        ({"scale_embedding": True}, "scale_embedding is True"),
+        ({"tie_word_embeddings": False}, "tie_word_embeddings is False"),
+        ({"d_model": "8"}, "d_model: Input should be a valid integer"),
+        ({"encoder_layers": True}, "encoder_layers: Input should be a valid integer"),
+        ({"vocab_size": None}, "vocab_size: Input should be a valid integer"),
+        ({"encoder_attention_heads": 3}, "d_model .8. is not a multiple of encoder_heads"),
+        ({"num_mel_bins": 0}, "n_mels: .*greater than or equal to 1"),
+    ],
+)
+def test_configurations_that_are_no_whisper_are_refused(change: dict[str, object], cause: str) -> None:
+    with pytest.raises(CheckpointError, match=f"here/config.json: {cause}"):
+        config_from_whisper(config_to_whisper(TINY) | change, origin="here/config.json")
+
+
+def test_a_configuration_far_larger_than_its_weights_is_refused_before_anything_is_built() -> None:
+    theirs = hub_state(hub_model())
+    for change in ({"encoder_layers": 10**9}, {"max_source_positions": 10**12}):
+        with pytest.raises(CheckpointError, match=r"cannot hold|too many"):
+            state_from_whisper(theirs, TINY.model_copy(update=change))
+
+
+def test_only_a_dense_model_goes_back() -> None:
+    config = TINY.model_copy(update={"moe": MoEConfig(n_experts=2, expert_dim=4)})
+    with pytest.raises(ValueError, match="only a dense model is a Whisper; this one has moe"):
+        state_to_whisper(random_state(config), config)
+
+
+def test_whisper_base_comes_through_a_checkpoint_of_ours_exactly(whisper_base: Path, tmp_path: Path) -> None:
+    from safetensors.torch import load_file
+
+    source = load_whisper(whisper_base)
+    save_checkpoint(
+        tmp_path / "m",
+        source.config,
+        source.state,
+        generation=source.generation,
+        tokenizer_files=source.tokenizer_files,
+    )
+    loaded = load_checkpoint(tmp_path / "m")
+    theirs = {key: tensor.float() for key, tensor in load_file(whisper_base / "model.safetensors").items()}
+    theirs.pop("proj_out.weight", None)
+    assert same(state_to_whisper(loaded.state, loaded.config), theirs)
+    assert loaded.tokenizer.read_bytes() == (whisper_base / "tokenizer.json").read_bytes()
