@@ -31,7 +31,7 @@ def program(name: str) -> str:
 def commands(args: argparse.Namespace, clip: Path, folder: str) -> dict[str, list[str]]:
     """The command line of each program: one clip, the same language, beam and threads, text only."""
     if not shutil.which("ffmpeg"):
-        raise ValueError("openai's whisper command needs an ffmpeg program on PATH")
+        raise ValueError("openai's whisper command needs an ffmpeg program: install ffmpeg or imageio-ffmpeg")
     common = ["--language", args.language, "--threads", str(args.threads)]
     if args.language == "auto":
         common = common[2:]
@@ -41,6 +41,7 @@ def commands(args: argparse.Namespace, clip: Path, folder: str) -> dict[str, lis
     theirs = [program("whisper"), str(clip), *common, *greedy, "--fp16", "False", "--model", str(checkpoint)]
     theirs += ["--temperature", "0", "-f", "txt", "-o", folder]
     if not args.fallback:
+        ours += ["--temperature-increment-on-fallback", "0"]
         theirs += ["--temperature_increment_on_fallback", "None"]
     return {"whisper-moe": ours, "whisper": theirs}
 
@@ -68,6 +69,7 @@ def compare(args: argparse.Namespace, heading: dict[str, Any], clip: Path, secon
     runs: dict[str, list[dict[str, Any]]] = {}
     with tempfile.TemporaryDirectory() as folder:
         lines = commands(args, clip, folder)
+        shown = {name: " ".join(each.split("/")[-1] for each in line) for name, line in lines.items()}
         for repeat in range(args.repeats + 1):
             for name, line in lines.items():
                 result = run(line, args.threads)
@@ -78,7 +80,7 @@ def compare(args: argparse.Namespace, heading: dict[str, Any], clip: Path, secon
     for name, each in runs.items():
         walls = [result["wall"] for result in each]
         results["commands"][name] = {
-            "line": " ".join(Path(word).name if Path(word).exists() else word for word in lines[name]),
+            "line": shown[name],
             "wall": {"min": min(walls), "median": statistics.median(walls), "all": walls},
             "cpu_seconds": min(result["cpu"] for result in each),
             "peak_bytes": max(result["peak_bytes"] for result in each),

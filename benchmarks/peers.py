@@ -1,9 +1,7 @@
-"""The systems that are compared, and the measurement of one of them in a process of its own.
+"""The systems that are compared: how each is loaded, and how it turns files into transcripts.
 
-``python benchmarks/peers.py JOB.json RESULT.json`` loads one system, warms it up on one clip, runs the whole job, and
-writes what it measured: so peak memory and thread settings belong to that system alone. Each adapter decodes as its
-users would, greedily or with the same beam, with the same fallback temperatures where it has any; whatever else it was
-told is in ``options``. Nothing but the standard library is imported until a system is chosen.
+Each adapter decodes as its users would, greedily or with the same beam, with the same fallback temperatures where it has
+any; whatever else it was told is in ``options``. Only the standard library is imported until a system is chosen.
 """
 
 # The peers are optional: type checking must pass without them.
@@ -11,12 +9,7 @@ told is in ``options``. Nothing but the standard library is imported until a sys
 
 from __future__ import annotations
 
-import importlib
-import json
-import resource
 import shutil
-import sys
-import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -24,9 +17,7 @@ from functools import partial
 from importlib.util import find_spec
 from itertools import pairwise
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Protocol
-
-from convert import disk_bytes
+from typing import TYPE_CHECKING, Any, Literal, Protocol
 
 if TYPE_CHECKING:
     import numpy as np
@@ -91,26 +82,35 @@ def decode(path: str) -> np.ndarray:
 
 
 class Ours:
-    """This project: all files in one call, packed without padding; ``margin`` None is its default."""
+    """This project: all files in one call, packed without padding; ``margin`` None is its default.
+
+    A clip that looks wrong with its margin is decoded again padded to 30 s, within the time; ``fallbacks`` counts them.
+    """
 
     batched = True
 
-    def __init__(self, job: Job, *, default: bool, margin: float | None = None) -> None:
+    def __init__(
+        self, job: Job, *, default: bool, margin: float | None = None, dtype: Literal["float32", "int8"] = "float32"
+    ) -> None:
         from whisper_moe import WhisperMoE
+        from whisper_moe.generate.options import DEFAULT_MARGIN
 
         self.weights = CHECKPOINTS if default else Path(job.weights)
-        self.model = WhisperMoE.from_pretrained(None if default else str(self.weights), threads=job.threads)
+        source = None if default else job.weights
+        self.model = WhisperMoE.from_pretrained(source, device="cpu", dtype=dtype, threads=job.threads)
         self.options: dict[str, Any] = {
             "language": job.language,
             "task": "transcribe",
             "beam_size": job.beam,
-            "context_margin": margin,
+            "temperatures": job.temperatures,
+            "timestamps": job.long,
+            "context_margin": DEFAULT_MARGIN if margin is None else margin,
         }
         self.fallbacks = 0
 
     def transcribe(self, paths: Sequence[str]) -> list[str]:
         results = self.model.transcribe(list(paths), **self.options)
-        self.fallbacks = sum(int(result.fallbacks) for result in results)
+        self.fallbacks = sum(result.fallbacks for result in results)
         return [result.text for result in results]
 
 
@@ -173,7 +173,8 @@ class FasterWhisperBatched:
 
     def transcribe(self, paths: Sequence[str]) -> list[str]:
         if self.long:
-            return [self._text(self.pipeline.transcribe(path, **self.options)[0]) for path in paths]
+            found = [self.pipeline.transcribe(path, **self.options)[0] for path in paths]
+            return ["".join(segment.text for segment in segments) for segments in found]
         return self._end_to_end([decode(path) for path in paths])
 
     def _end_to_end(self, clips: Sequence[np.ndarray]) -> list[str]:
@@ -186,10 +187,6 @@ class FasterWhisperBatched:
         if len(segments) != len(clips):
             raise RuntimeError(f"{len(clips)} clips gave {len(segments)} segments: they cannot be told apart")
         return [segment.text for segment in segments]
-
-    @staticmethod
-    def _text(segments: Any) -> str:
-        return "".join(segment.text for segment in segments)
 
 
 class OpenAIWhisper:
@@ -317,13 +314,12 @@ def systems(model: str) -> dict[str, System]:
     """Every system by name, in the order of the tables."""
     ours = {"modules": ("torch", "whisper_moe.api"), "packages": ("whisper-moe", "torch", "av")}
     fast = {"modules": ("faster_whisper",), "packages": ("faster-whisper", "ctranslate2", "av")}
-    same = f"ours-{Path(model).name}"
-    table = {
-        "ours": System(partial(Ours, default=True), "", **ours),
-        "ours-padded": System(partial(Ours, default=True, margin=WINDOW_SECONDS), "", **ours),
-        same: System(partial(Ours, default=False), "hub", **ours),
-        f"{same}-padded": System(partial(Ours, default=False, margin=WINDOW_SECONDS), "hub", **ours),
-    }
+    table: dict[str, System] = {}
+    for name, form in (("ours", ""), (f"ours-{Path(model).name}", "hub")):
+        make = partial(Ours, default=not form)
+        table[name] = System(make, form, **ours)
+        table[f"{name}-padded"] = System(partial(make, margin=WINDOW_SECONDS), form, **ours)
+        table[f"{name}-int8"] = System(partial(make, dtype="int8"), form, **ours)
     for kind in ("int8", "float32"):
         name, form = f"faster-whisper-{kind}", f"ct2-{kind}"
         table[name] = System(partial(FasterWhisper, compute_type=kind), form, **fast)
@@ -335,69 +331,3 @@ def systems(model: str) -> dict[str, System]:
     table["transformers"] = System(Transformers, "hub", ("transformers", "torch"), hugging)
     table["whisper.cpp"] = System(WhisperCpp, "ggml", ("pywhispercpp.model",), ("pywhispercpp", "av"))
     return table
-
-
-def run_pass(adapter: Adapter, clips: Sequence[str]) -> dict[str, Any]:
-    """The whole job once: wall and processor seconds, seconds of each clip where they run one by one, transcripts."""
-    cpu, start = time.process_time(), time.perf_counter()
-    if adapter.batched:
-        texts, latencies = adapter.transcribe(clips), []
-    else:
-        texts, latencies = one_by_one(adapter, clips)
-    return {
-        "wall": time.perf_counter() - start,
-        "cpu": time.process_time() - cpu,
-        "latencies": latencies,
-        "texts": [text.strip() for text in texts],
-    }
-
-
-def one_by_one(adapter: Adapter, clips: Sequence[str]) -> tuple[list[str], list[float]]:
-    texts, latencies = [], []
-    for clip in clips:
-        start = time.perf_counter()
-        texts += adapter.transcribe([clip])
-        latencies.append(time.perf_counter() - start)
-    return texts, latencies
-
-
-def peak_bytes() -> int:
-    """The largest resident memory of this process so far. Linux counts in KiB, macOS in bytes."""
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return peak if sys.platform == "darwin" else peak * 1024
-
-
-def measure(job: Job) -> dict[str, Any]:
-    """Import, load, warm up on the first clip, run the job ``passes`` times, then clip by clip where it batches."""
-    system = systems(job.model)[job.system]
-    start = time.perf_counter()
-    for module in system.modules:
-        importlib.import_module(module)
-    imported = time.perf_counter()
-    adapter = system.make(job)
-    loaded = time.perf_counter()
-    adapter.transcribe(job.clips[:1])
-    passes = [run_pass(adapter, job.clips) for _ in range(job.passes)]
-    result = {
-        "import_seconds": imported - start,
-        "load_seconds": loaded - imported,
-        "passes": passes,
-        "peak_bytes": peak_bytes(),
-        "disk_bytes": disk_bytes(adapter.weights),
-        "batched": adapter.batched,
-        "options": adapter.options,
-        "fallbacks": getattr(adapter, "fallbacks", None),
-    }
-    if adapter.batched and job.latency_clips:
-        result["one_by_one"] = one_by_one(adapter, job.clips[: job.latency_clips])[1]
-    return result
-
-
-def main(job_path: str, result_path: str) -> None:
-    job = json.loads(Path(job_path).read_text())
-    result = measure(Job(**{**job, "clips": tuple(job["clips"])}))
-    Path(result_path).write_text(json.dumps(result, ensure_ascii=False, default=str))
-
-
-if __name__ == "__main__":
-    main(sys.argv[1], sys.argv[2])

@@ -194,9 +194,10 @@ def latency(first: dict[str, Any], passes: Sequence[dict[str, Any]]) -> dict[str
 
 
 def default_pairs(names: Sequence[str], baseline: str) -> list[tuple[str, ...]]:
-    """Each system against its own padded form, then every system against the baseline."""
+    """Each system against its own padded form, its int8 form against it, then every system against the baseline."""
     padded = [(name, f"{name}-padded") for name in names if f"{name}-padded" in names]
-    return padded + [(name, baseline) for name in names if name != baseline and baseline in names]
+    int8 = [(f"{name}-int8", name) for name in names if f"{name}-int8" in names]
+    return padded + int8 + [(name, baseline) for name in names if name != baseline and baseline in names]
 
 
 def build(
@@ -247,9 +248,10 @@ def transcripts_table(results: dict[str, Any], material: Material) -> str:
 
 
 def markdown(results: dict[str, Any]) -> str:
-    """The table, what it was measured on, the paired differences, and the clips that padding changes."""
+    """The table, what it was measured on, the paired differences, and the clips that differ (but not from the baseline)."""
     parts = [figures_table(results), circumstances(results), comparisons_table(results)]
-    parts += [changed_list(row) for row in results["comparisons"] if row["baseline"].endswith("-padded")]
+    baseline = results["settings"]["baseline"]
+    parts += [changed_list(row) for row in results["comparisons"] if row["baseline"] != baseline]
     return "\n\n".join(part for part in parts if part) + "\n"
 
 

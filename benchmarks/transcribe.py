@@ -11,6 +11,7 @@ import argparse
 import json
 import os
 import platform
+import shutil
 import subprocess
 import sys
 import tempfile
@@ -19,6 +20,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass, replace
 from datetime import UTC, datetime
 from importlib.metadata import PackageNotFoundError, version
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -133,7 +135,7 @@ def run_job(job: Job, folder: Path) -> dict[str, Any]:
     answer.unlink(missing_ok=True)
     environment = os.environ | dict.fromkeys(THREAD_VARIABLES, str(job.threads))
     load = os.getloadavg()[0]
-    script = Path(__file__).with_name("peers.py")
+    script = Path(__file__).with_name("measure.py")
     done = subprocess.run(
         [sys.executable, str(script), str(request), str(answer)],
         env=environment,
@@ -195,6 +197,19 @@ def versions(packages: Iterable[str]) -> dict[str, str]:
     return found
 
 
+def provide_ffmpeg(cache: Path) -> None:
+    """openai-whisper calls a program named ffmpeg: where none is installed, the one of imageio-ffmpeg goes on PATH."""
+    if shutil.which("ffmpeg") or not find_spec("imageio_ffmpeg"):
+        return
+    import imageio_ffmpeg  # pyright: ignore[reportMissingImports]
+
+    link = cache / "bin" / "ffmpeg"
+    link.parent.mkdir(parents=True, exist_ok=True)
+    link.unlink(missing_ok=True)
+    link.symlink_to(imageio_ffmpeg.get_ffmpeg_exe())
+    os.environ["PATH"] = f"{link.parent}{os.pathsep}{os.environ['PATH']}"
+
+
 def say(text: str) -> None:
     print(text, file=sys.stderr, flush=True)
 
@@ -218,9 +233,11 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     add("--latency-clips", type=int, default=40, help="clips that batching systems also run one by one")
     add("--baseline", default="faster-whisper-int8", help="system that ratios and differences refer to")
     add("--compare", action="append", default=[], metavar="A:B", help="further pairs, clip by clip")
-    add("--output", type=Path, default=Path("docs/results"))
+    add("--output", type=Path, help="folder of the results (default: docs/results/MODE)")
     add("--cache", type=Path, default=Path(tempfile.gettempdir()) / "whisper-moe-benchmark")
-    return parser.parse_args(argv)
+    args = parser.parse_args(argv)
+    args.output = args.output or Path("docs/results", args.mode)
+    return args
 
 
 def facts(args: argparse.Namespace, clips: Sequence[Clip], packages: Iterable[str]) -> dict[str, Any]:
@@ -239,6 +256,10 @@ def facts(args: argparse.Namespace, clips: Sequence[Clip], packages: Iterable[st
 def transcripts_mode(args: argparse.Namespace, clips: list[Clip]) -> int:
     """Modes clips, long and single30: measure, score, write."""
     names, skipped = choose(args.systems, args.model, args.ggml)
+    asked = [tuple(pair.split(":")) for pair in args.compare]
+    for pair in asked:
+        if len(pair) != 2 or not set(pair) <= set(names):
+            raise ValueError(f"--compare {':'.join(pair)}: expected A:B, two of {', '.join(names)}")
     for name, reason in skipped.items():
         say(f"skipping {name}: {reason}")
     with tempfile.TemporaryDirectory() as folder:
@@ -257,7 +278,7 @@ def transcripts_mode(args: argparse.Namespace, clips: list[Clip]) -> int:
         references=tuple(clip.text for clip in clips),
         joined=args.mode != "clips",
     )
-    pairs = [tuple(pair.split(":")) for pair in args.compare] + report.default_pairs(list(runs), args.baseline)
+    pairs = [pair for pair in asked if set(pair) <= set(runs)] + report.default_pairs(list(runs), args.baseline)
     results = heading | {"failed": failed} | report.build(runs, material, seconds, args.baseline, pairs)
     report.write(results, material, args.output)
     say(f"wrote {args.output}/results.json, transcripts.tsv, table.md, plot.png")
@@ -269,6 +290,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         if args.language not in ("en", "auto"):
             raise ValueError(f"--language {args.language}: WER is normalised with English rules; use en or auto")
+        provide_ffmpeg(args.cache)
         clips = read_manifest(args.manifest, args.limit)
         if args.mode != "command":
             return transcripts_mode(args, clips)

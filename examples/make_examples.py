@@ -160,6 +160,7 @@ def write_audio(path: Path, wave: Wave, codec: str, rate: int = RATE, bit_rate: 
     """Write a mono file; ``bitexact`` keeps dates and library versions out of it."""
     with av.open(path, "w", options={"fflags": "+bitexact"}) as container:
         stream = container.add_stream(codec, rate=rate)
+        assert isinstance(stream, AudioStream), codec
         stream.layout = "mono"
         if bit_rate:
             stream.bit_rate = bit_rate
@@ -180,7 +181,9 @@ def draw(wave: Wave, at: float, width: int = 320, height: int = 180) -> NDArray[
 def write_mov(path: Path, wave: Wave, frames_per_second: int = 25) -> None:
     """H.264 pictures of the waveform with a moving bar, and the sound as 44.1 kHz stereo AAC: what a camera writes."""
     with av.open(path, "w", options={"fflags": "+bitexact"}) as container:
-        video = container.add_stream("libx264", rate=frames_per_second, options={"crf": "30", "threads": "1"})
+        # x264's assembly does not give the same bits every time.
+        options = {"crf": "30", "x264-params": "threads=1:asm=0"}
+        video = container.add_stream("libx264", rate=frames_per_second, options=options)
         video.width, video.height, video.pix_fmt = 320, 180, "yuv420p"
         audio = container.add_stream("aac", rate=44_100)
         audio.layout, audio.bit_rate = "stereo", 96_000

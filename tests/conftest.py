@@ -1,10 +1,18 @@
-"""Fixtures for real weights and recordings that lie beside a checkout; tests that need them skip where they do not."""
+"""Fixtures: models to transcribe with, and real weights and recordings that lie beside a checkout.
+
+Tests that need what lies beside a checkout skip where it does not.
+"""
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import pytest
+
+if TYPE_CHECKING:
+    from whisper_moe import WhisperMoE
 
 ROOT = Path(__file__).parent.parent
 SHARED = ROOT.parent / "shared"
@@ -26,3 +34,22 @@ def whisper_base() -> Path:
     if not snapshots:
         pytest.skip("openai/whisper-base is not beside this checkout")
     return snapshots[0]
+
+
+@pytest.fixture(scope="session")
+def default_model() -> WhisperMoE:
+    """The embedded default, or the checkpoint that ``WHISPER_MOE_TEST_MODEL`` names in its place."""
+    from whisper_moe import WhisperMoE
+
+    folder = os.environ.get("WHISPER_MOE_TEST_MODEL", str(ROOT / "checkpoints"))
+    if not Path(folder).is_dir():
+        pytest.skip("the default model is not in this checkout")
+    return WhisperMoE.from_pretrained(folder)
+
+
+@pytest.fixture(scope="session")
+def tiny_model() -> WhisperMoE:
+    """Three experts and a TTT layer in a tiny model with random weights, whose vocabulary is bytes: it talks nonsense."""
+    from generate.tiny import tiny_whisper_moe
+
+    return tiny_whisper_moe()

@@ -6,7 +6,7 @@ import os
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, BinaryIO, Literal, Self, TypeAlias, overload
+from typing import Any, BinaryIO, Literal, Self, TypeAlias, get_args, overload
 
 import numpy as np
 import torch
@@ -19,7 +19,7 @@ from whisper_moe.generate.options import FULL_WINDOW, TranscribeOptions
 from whisper_moe.generate.result import Transcription
 from whisper_moe.media.audio import MediaError, stream_audio
 from whisper_moe.media.text import Tokenizer, language_code
-from whisper_moe.media.windows import cut_windows, drop_silence, speech_spans, speech_spans_silero
+from whisper_moe.media.windows import Window, cut_windows, drop_silence, is_silent, speech_spans, speech_spans_silero
 from whisper_moe.model.heads import TextHead
 from whisper_moe.model.linear import Arithmetic, arrange
 from whisper_moe.model.model import WhisperMoEModel
@@ -73,7 +73,11 @@ class WhisperMoE:
         arranges the weights for the machine; without, they can be trained and saved. ``announce`` is told before
         anything is downloaded. Raises ``ValueError`` that names what is wrong.
         """
+        if dtype not in get_args(Dtype):
+            raise ValueError(f"unknown dtype {dtype!r}: one of {', '.join(get_args(Dtype))}")
         if threads is not None:
+            if threads < 1:
+                raise ValueError(f"threads must be at least 1, got {threads}")
             torch.set_num_threads(threads)
         device = _pick_device(device)
         if dtype == "int8" and device != "cpu":
@@ -141,54 +145,79 @@ class WhisperMoE:
         if not self.tokenizer.is_multilingual:
             raise ValueError(f"{self.name}: an English-only model cannot detect languages")
         options = self._options({"allowed_languages": tuple(languages)})
-        window = next(self._recording(audio, options).windows, None)
+        windows = self._recording(audio, options).windows
+        window = next((window for window in windows if not is_silent(window.samples)), None)
         if window is None:
             raise MediaError(_name_of(audio), "no sound in it")
         return self._decoder.detect_language([window.samples], options, margin=FULL_WINDOW)[0]
 
     def _options(self, options: dict[str, Any]) -> TranscribeOptions:
-        if options.get("language"):
-            options["language"] = language_code(options["language"], self.tokenizer.languages)
-        known = tuple(language_code(code, self.tokenizer.languages) for code in options.get("allowed_languages", ()))
-        asked = TranscribeOptions(**options | {"allowed_languages": known})
+        fields = dict(options)
+        if fields.get("language"):
+            fields["language"] = language_code(fields["language"], self.tokenizer.languages)
+        names: Sequence[str] = fields.get("allowed_languages", ())
+        known = tuple(language_code(name, self.tokenizer.languages) for name in names)
+        fields["allowed_languages"] = known
+        asked = TranscribeOptions(**fields)
         if asked.vad == "silero":
             speech_spans_silero(np.zeros(SAMPLE_RATE, np.float32))  # says now, not at the first file, if it is missing
         for code in (asked.language, *known):
             if code is not None:
                 self.tokenizer.sot_sequence(code, asked.task)
+        beyond = [token for token in asked.suppress_tokens or () if token >= self.config.vocab_size]
+        if beyond:
+            raise ValueError(f"suppress_tokens: {beyond} are beyond the model's {self.config.vocab_size} tokens")
         return asked
 
     def _recording(self, source: Audio, options: TranscribeOptions) -> Recording:
         name = _name_of(source)
         if isinstance(source, np.ndarray):
-            blocks: Iterator[np.ndarray] = iter([_checked(source)])
+            blocks: Iterator[np.ndarray] = map(_checked, [source])  # lazily: bad samples cost this recording alone
         else:
             blocks = stream_audio(source if hasattr(source, "read") else Path(source), name=name)  # pyright: ignore[reportArgumentType]
-        windows = cut_windows(blocks, max_seconds=FULL_WINDOW)
-        if options.vad != "none":
-            windows = drop_silence(windows, _DETECTORS[options.vad])
-        return Recording(name, windows)
+        recording = Recording(name, iter(()))
+        windows = _timed(recording, cut_windows(blocks, max_seconds=FULL_WINDOW))
+        recording.windows = windows if options.vad == "none" else drop_silence(windows, _DETECTORS[options.vad])
+        return recording
+
+
+def _timed(recording: Recording, windows: Iterable[Window]) -> Iterator[Window]:
+    """The windows, while the recording's duration is read off them: also where what is silent will be dropped."""
+    for window in windows:
+        recording.duration = window.end
+        yield window
 
 
 def _pick_device(device: str) -> str:
-    if device != "auto":
-        return device
-    return "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
+    if device == "auto":
+        return "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
+    try:
+        wanted = torch.device(device)
+    except RuntimeError:
+        raise ValueError(f"unknown device {device!r}: cpu, cuda, cuda:1, mps or auto") from None
+    counts = {"cpu": 1, "cuda": torch.cuda.device_count(), "mps": int(torch.backends.mps.is_available())}
+    if (wanted.index or 0) >= counts.get(wanted.type, 1):
+        raise ValueError(f"device {device}: PyTorch {torch.__version__} sees no such device here")
+    return device
 
 
 def _network(loaded: Loaded, device: str, dtype: Dtype, for_inference: bool) -> WhisperMoEModel:
     network = empty_model(loaded.config)
     network.load_state_dict(loaded.state, assign=True)
+    loaded.state.clear()  # what is arranged below is then freed layer by layer
     network.eval().requires_grad_(not for_inference)
     if for_inference and device == "cpu" and dtype in ("float32", "int8"):
         arithmetic: Arithmetic = "int8" if dtype == "int8" else "float32"
-        return arrange(network, arithmetic)
+        arrange(network, arithmetic)
+        return network
     return network.to(device, {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}[dtype])
 
 
 def _checked(samples: np.ndarray) -> np.ndarray:
     if samples.ndim != 1 or not np.issubdtype(samples.dtype, np.floating):
-        raise ValueError(f"samples must be a one-dimensional float array at {SAMPLE_RATE} Hz, got {samples.dtype}{samples.shape}")
+        raise ValueError(
+            f"samples must be a one-dimensional float array at {SAMPLE_RATE} Hz, got {samples.dtype}{samples.shape}"
+        )
     if not np.isfinite(samples).all():
         raise MediaError("samples", "they hold NaN or infinity")
     return np.ascontiguousarray(samples, dtype=np.float32)

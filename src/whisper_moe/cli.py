@@ -14,7 +14,7 @@ import typer
 
 app = typer.Typer(
     help="Speech to text with eight experts: any audio or video file in, text and subtitles out.",
-    no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False,
+    add_completion=False, pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
 )  # fmt: skip
 
@@ -138,15 +138,18 @@ def info(
     raise typer.Exit(commands.info(model, json))
 
 
+_UsageError: Any = typer.BadParameter.__base__
+"""Click's, of which newer versions of Typer bring their own."""
+
+
 def main() -> None:
     """Entry point: every failure is one sentence on standard error."""
     try:
-        app()
-    except KeyboardInterrupt:
-        sys.exit(130)
-    except BrokenPipeError:  # the reader of our output has gone, as in `| head`
-        sys.stderr.close()
-        sys.exit(0)
+        sys.exit(app(sys.argv[1:] or ["--help"], standalone_mode=False))
+    except _UsageError as error:
+        command = error.ctx.command_path if error.ctx else "whisper-moe"
+        print(f"{command}: {error.format_message().rstrip('.')}; see {command} --help", file=sys.stderr)
+        sys.exit(2)
 
 
 if __name__ == "__main__":

@@ -8,6 +8,7 @@ from __future__ import annotations
 import glob
 import json
 import os
+import re
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -15,6 +16,8 @@ from contextlib import contextmanager
 from functools import wraps
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, ParamSpec
+
+from pydantic import ValidationError
 
 from whisper_moe.generate.options import DEFAULT_MARGIN, TranscribeOptions
 from whisper_moe.generate.text import SubtitleOptions, expand_formats, output_names, save, write
@@ -48,13 +51,24 @@ def _guarded(command: Callable[P, int]) -> Callable[P, int]:
     def run(*args: P.args, **kwargs: P.kwargs) -> int:
         try:
             return command(*args, **kwargs)
-        except BrokenPipeError:
-            raise
+        except BrokenPipeError:  # the reader of our output has gone, as in `| head`
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+            return 0
         except (ValueError, ImportError, OSError) as error:
-            say(f"whisper-moe: {' '.join(str(error).split())}")
+            say(f"whisper-moe: {_sentence(error)}")
             return 2 if isinstance(error, UsageError) else 1
 
     return run
+
+
+def _sentence(error: Exception) -> str:
+    """What an error says, on one line; of pydantic's only what is wrong with which field."""
+    if isinstance(error, ValidationError):
+        causes = [
+            (".".join(map(str, cause["loc"])), cause["msg"].removeprefix("Value error, ")) for cause in error.errors()
+        ]
+        return "; ".join(f"{field}: {message}" if field else message for field, message in causes)
+    return " ".join(str(error).split())
 
 
 @contextmanager
@@ -63,7 +77,7 @@ def _usage() -> Iterator[None]:
     try:
         yield
     except ValueError as error:
-        raise UsageError(str(error)) from error
+        raise UsageError(_sentence(error)) from error
 
 
 @_guarded
@@ -81,7 +95,7 @@ def transcribe(
         if len(formats) > 1 and output_dir is None:
             raise UsageError("several formats need a folder to be written to: add -o DIR")
         _check_output(output_dir)
-        _check_dtype(dtype)
+        _check_machine(device, dtype)
     loaded = _load(model, device, dtype, threads, talkative)
     names, failed, started = output_names(paths), 0, time.perf_counter()
     with _progress(talkative) as progress:
@@ -107,11 +121,8 @@ def transcribe(
 def _transcribe_options(flags: dict[str, Any]) -> TranscribeOptions:
     increment, first = flags["temperature_increment_on_fallback"], flags["temperature"]
     count = int((1.0 - first + 1e-6) / increment) + 1 if increment > 0 and first <= 1 else 1
-    suppress = flags["suppress_tokens"]
     language = None if flags["language"].lower() == "auto" else language_code(flags["language"])
     margin = DEFAULT_MARGIN if flags["context_margin"] is None else flags["context_margin"]
-    if flags["vad"] not in ("none", "energy", "silero"):
-        raise UsageError(f"--vad must be none, energy or silero, got {flags['vad']!r}")
     plain = {name: flags[name] for name in (
         "task", "beam_size", "best_of", "patience", "length_penalty", "initial_prompt", "hotwords", "vad", "carry_ttt",
         "compression_ratio_threshold", "logprob_threshold", "no_speech_threshold",
@@ -119,7 +130,7 @@ def _transcribe_options(flags: dict[str, Any]) -> TranscribeOptions:
     return TranscribeOptions(
         **plain, language=language, allowed_languages=_codes(flags["languages"]),
         temperatures=tuple(round(first + i * increment, 6) for i in range(count)),
-        suppress_tokens=None if suppress is None else tuple(int(token) for token in suppress.split(",") if token),
+        suppress_tokens=_numbers("--suppress-tokens", flags["suppress_tokens"]),
         timestamps=not flags["without_timestamps"], context_margin=margin,
         word_timestamps=_truth("--word-timestamps", flags["word_timestamps"]),
     )  # fmt: skip
@@ -133,6 +144,15 @@ def _subtitle_options(flags: dict[str, Any]) -> SubtitleOptions:
     if options != SubtitleOptions() and not _truth("--word-timestamps", flags["word_timestamps"]):
         raise UsageError("--highlight-words and the --max-… options need --word-timestamps True")
     return options
+
+
+def _numbers(name: str, value: str | None) -> tuple[int, ...] | None:
+    if value is None:
+        return None
+    try:
+        return tuple(int(number) for number in value.split(",") if number.strip())
+    except ValueError:
+        raise UsageError(f"{name} must be numbers with commas between them, got {value!r}") from None
 
 
 def _truth(name: str, value: str) -> bool:
@@ -171,9 +191,13 @@ def _check_output(directory: Path | None) -> None:
         raise UsageError(f"{directory}: is a file; -o needs a folder")
 
 
-def _check_dtype(dtype: str) -> None:
+def _check_machine(device: str, dtype: str) -> None:
     if dtype not in _DTYPES:
         raise UsageError(f"--dtype must be one of {', '.join(_DTYPES)}, got {dtype!r}")
+    if not re.fullmatch(r"auto|[a-z]+(:\d+)?", device):
+        raise UsageError(f"--device must be cpu, cuda, cuda:1, mps or auto, got {device!r}")
+    if dtype == "int8" and device not in ("auto", "cpu"):
+        raise UsageError(f"--dtype int8 runs on a CPU; on {device} take bfloat16 or float16")
 
 
 def _source(path: str) -> Any:
@@ -215,6 +239,8 @@ def _deliver(
     if several:
         say(f"{path}:")
     write(result, formats[0], sys.stdout, subtitles)
+    if formats[0] == "json":
+        print()  # the file of this format has no end of line; on a terminal, and between two results, one is wanted
     sys.stdout.flush()
 
 
@@ -247,7 +273,7 @@ def detect_language(
     """One line a file: language, probability, file name."""
     with _usage():
         allowed, paths = _codes(languages), _expand(files)
-        _check_dtype(dtype)
+        _check_machine(device, dtype)
     loaded, failed = _load(model, device, dtype, threads, talkative=True), 0
     from whisper_moe.media.audio import MediaError
 
@@ -273,26 +299,27 @@ def upcycle(
     if output.exists() and not overwrite:
         raise UsageError(f"{output}: exists already; --overwrite replaces it")
     with _usage():
-        layers = tuple(int(layer) for layer in ttt_layers.split(",") if layer.strip())
+        layers = _numbers("--ttt-layers", ttt_layers)
         ttt = TTTConfig(encoder_layers=layers) if layers else None
+        moe = MoEConfig(
+            n_experts=experts, expert_dim=expert_dim or 256, top_k=top_k, shared=shared, none_choice=shared, scope=scope,
+            router_layer=router_layer,
+        ) if experts else None  # fmt: skip
     from whisper_moe.weights.checkpoint import save_checkpoint
     from whisper_moe.weights.sources import load_whisper
     from whisper_moe.weights.upcycle import upcycle as upcycled
 
     whisper = load_whisper(source, base=base, announce=say)
-    moe = None
-    if experts:
-        size = expert_dim or (256 if shared else whisper.config.encoder_ffn_dim)
-        moe = MoEConfig(
-            n_experts=experts, expert_dim=size, top_k=top_k, shared=shared, none_choice=shared, scope=scope,
-            router_layer=router_layer,
-        )  # fmt: skip
+    if moe is not None and not shared and expert_dim is None:
+        moe = moe.model_copy(update={"expert_dim": whisper.config.encoder_ffn_dim})
     config, state = upcycled(whisper.config, whisper.state, moe=moe, ttt=ttt, seed=seed)
     save_checkpoint(
         output, config, state, generation=whisper.generation, tokenizer_files=whisper.tokenizer_files,
         quantize=quantize, overwrite=overwrite,
     )  # fmt: skip
-    say(f"{output}: {whisper.name} with {experts} experts, {sum(t.numel() for t in state.values()) / 1e6:.1f} M parameters")
+    say(
+        f"{output}: {whisper.name} with {experts} experts, {sum(t.numel() for t in state.values()) / 1e6:.1f} M parameters"
+    )
     return 0
 
 

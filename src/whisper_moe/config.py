@@ -29,9 +29,9 @@ class _Frozen(BaseModel):
 class MoEConfig(_Frozen):
     """A mixture-of-experts feed-forward (Mixtral arXiv 2401.04088; shared expert as in DeepSeekMoE 2401.06066)."""
 
-    n_experts: int = Field(8, ge=1)
-    top_k: int = Field(2, ge=1)
-    expert_dim: int = Field(256, ge=1)
+    n_experts: int = Field(default=8, ge=1)
+    top_k: int = Field(default=2, ge=1)
+    expert_dim: int = Field(default=256, ge=1)
     """Hidden units of one routed expert in one layer."""
     shared: bool = True
     """Keep Whisper's own feed-forward as an expert that every token passes through."""
@@ -39,7 +39,7 @@ class MoEConfig(_Frozen):
     """Let the router choose *none*: a slot whose output is zero, so that unknown input stays with the shared expert."""
     scope: Literal["segment", "token"] = "segment"
     """``segment``: one choice per segment, read at ``router_layer``. ``token``: one per layer and token (Mixtral)."""
-    router_layer: int = Field(2, ge=0)
+    router_layer: int = Field(default=2, ge=0)
     """Segment scope: the router reads the states after this many encoder layers; they are unrouted, the rest are routed."""
     expert_names: tuple[str, ...] = ()
     """A name for each expert, shown in every transcript; default ``expert-0`` …"""
@@ -49,8 +49,10 @@ class MoEConfig(_Frozen):
         if self.top_k > self.n_experts:
             raise ValueError(f"top_k ({self.top_k}) is greater than n_experts ({self.n_experts})")
         if self.none_choice and not self.shared:
-            raise ValueError("none_choice needs shared=True: without a shared expert, *none* would drop the feed-forward")
-        if self.expert_names and len(set(self.expert_names)) != self.n_experts:
+            raise ValueError(
+                "none_choice needs shared=True: without a shared expert, *none* would drop the feed-forward"
+            )
+        if self.expert_names and not len(self.expert_names) == len(set(self.expert_names)) == self.n_experts:
             raise ValueError(f"expert_names must be {self.n_experts} different names, got {list(self.expert_names)}")
         return self
 
@@ -66,9 +68,9 @@ class TTTConfig(_Frozen):
     """Encoder blocks that carry a bidirectional TTT layer (every block, counted from 0)."""
     decoder_layers: tuple[int, ...] = ()
     """Decoder blocks that carry a causal TTT layer."""
-    mini_batch: int = Field(60, ge=1)
+    mini_batch: int = Field(default=60, ge=1)
     """Tokens that share one gradient step, b."""
-    base_lr: float = Field(0.1, gt=0)
+    base_lr: float = Field(default=0.1, gt=0)
     """Inner learning rate before the learned, per-token factor, η_base."""
     per_expert: bool = False
     """One TTT layer for each routed expert (segment scope only) instead of one for all."""
@@ -79,17 +81,18 @@ class ModelConfig(_Frozen):
 
     model_type: Literal["whisper_moe"] = "whisper_moe"
     format_version: Literal[1] = 1
-    vocab_size: int = Field(51_865, ge=1)
-    n_mels: int = Field(80, ge=1)
-    d_model: int = Field(512, ge=1)
-    encoder_layers: int = Field(6, ge=1)
-    encoder_heads: int = Field(8, ge=1)
-    encoder_ffn_dim: int = Field(2_048, ge=1)
-    decoder_layers: int = Field(6, ge=1)
-    decoder_heads: int = Field(8, ge=1)
-    decoder_ffn_dim: int = Field(2_048, ge=1)
-    max_source_positions: int = Field(1_500, ge=1)
-    max_target_positions: int = Field(448, ge=1)
+    vocab_size: int = Field(default=51_865, ge=1)
+    n_mels: int = Field(default=80, ge=1)
+    d_model: int = Field(default=512, ge=4, multiple_of=2)
+    """Even: half of a sinusoidal position is sines."""
+    encoder_layers: int = Field(default=6, ge=1)
+    encoder_heads: int = Field(default=8, ge=1)
+    encoder_ffn_dim: int = Field(default=2_048, ge=1)
+    decoder_layers: int = Field(default=6, ge=1)
+    decoder_heads: int = Field(default=8, ge=1)
+    decoder_ffn_dim: int = Field(default=2_048, ge=1)
+    max_source_positions: int = Field(default=1_500, ge=1)
+    max_target_positions: int = Field(default=448, ge=1)
     moe: MoEConfig | None = None
     ttt: TTTConfig | None = None
 
@@ -99,8 +102,10 @@ class ModelConfig(_Frozen):
             heads: int = getattr(self, f"{side}_heads")
             if self.d_model % heads:
                 raise ValueError(f"d_model ({self.d_model}) is not a multiple of {side}_heads ({heads})")
-        if self.moe and self.moe.router_layer > self.encoder_layers:
-            raise ValueError(f"router_layer ({self.moe.router_layer}) is beyond the encoder's {self.encoder_layers} layers")
+        if self.moe and self.moe.scope == "segment" and self.moe.router_layer > self.encoder_layers:
+            raise ValueError(
+                f"router_layer ({self.moe.router_layer}) is beyond the encoder's {self.encoder_layers} layers"
+            )
         if self.ttt:
             self._check_ttt(self.ttt)
         return self

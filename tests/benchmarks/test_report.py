@@ -88,6 +88,8 @@ def test_edits_of_a_joined_recording_add_up_to_the_whole(references: list[str], 
 def test_errors_of_a_joined_recording_stay_in_their_clip() -> None:
     said = "the cat sat on the mat a frog barked birds sing loudly in spring"
     assert report.joined_counts(REFERENCES, said).edits.tolist() == [0, 1, 1]
+    between = "the cat sat on the mat yes a dog barked birds sing in spring"
+    assert report.joined_counts(REFERENCES, between).edits.tolist() == [1, 0, 0]
 
 
 def test_the_interval_holds_the_rate_narrows_with_clips_and_repeats() -> None:

@@ -29,8 +29,8 @@ from whisper_moe.media.text import Tokenizer
 
 timing = pytest.importorskip("whisper.timing")
 pytest.importorskip("transformers")
-from parity.openai_whisper import hub_backend, load_openai, openai_mel  # noqa: E402
-from whisper.tokenizer import get_tokenizer  # noqa: E402
+from parity.openai_whisper import hub_backend, load_openai, openai_mel
+from whisper.tokenizer import get_tokenizer
 
 TOKENIZER = Tokenizer(hub_backend())
 

@@ -117,4 +117,6 @@ def wav(
     block = channels * width & 0xFFFF
     fmt = struct.pack("<HHIIHH", kind, channels, rate, rate * block & 0xFFFF_FFFF, block, 8 * width)
     riff = min(36 + size, 0xFFFF_FFFF)
-    return struct.pack("<4sI4s4sI", b"RIFF", riff, b"WAVE", b"fmt ", 16) + fmt + struct.pack("<4sI", b"data", size) + raw
+    return (
+        struct.pack("<4sI4s4sI", b"RIFF", riff, b"WAVE", b"fmt ", 16) + fmt + struct.pack("<4sI", b"data", size) + raw
+    )

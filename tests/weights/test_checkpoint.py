@@ -27,6 +27,12 @@ from whisper_moe.weights.parts import expected_shapes
 from whisper_moe.weights.quantize import quantizable
 
 
+@pytest.fixture(autouse=True)
+def no_waiting_for_the_disk(monkeypatch: pytest.MonkeyPatch) -> None:
+    """No test here pulls the plug, and a busy disk takes seconds to answer."""
+    monkeypatch.setattr(os, "fsync", lambda _: None)
+
+
 def save(directory: Path, config: ModelConfig = TINY, state: dict[str, Tensor] | None = None, **options: Any) -> None:
     state = random_state(config) if state is None else state
     save_checkpoint(
@@ -273,10 +279,11 @@ def killed_at(step: int, save_again: Callable[[], None]) -> bool:
 def test_whoever_is_killed_while_saving_leaves_the_old_model_or_the_new_one(existing: bool, tmp_path: Path) -> None:
     old, new = random_state(TINY, 1), random_state(TINY, 2)
     outcomes: list[str] = []
+    save(tmp_path / "old", TINY, old)
     for step in range(1, 1000):
         directory = tmp_path / str(step) / "m"
         if existing:
-            save(directory, TINY, old)
+            shutil.copytree(tmp_path / "old", directory)
         survived = not killed_at(step, lambda d=directory: save(d, TINY, new, overwrite=True, shard_bytes=4000))
         if not directory.exists():
             outcomes.append("nothing")
@@ -289,6 +296,18 @@ def test_whoever_is_killed_while_saving_leaves_the_old_model_or_the_new_one(exis
     before = "old" if existing else "nothing"
     switch = outcomes.index("new")
     assert outcomes == [before] * switch + ["new"] * (len(outcomes) - switch)
+
+
+def test_everything_is_on_the_disk_before_the_name_changes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each file, each folder, and after the change of names the folder that holds them."""
+    happened: list[int | str] = []
+    monkeypatch.setattr(os, "fsync", lambda descriptor: happened.append(os.fstat(descriptor).st_ino))
+    rename = os.rename
+    monkeypatch.setattr(os, "rename", lambda a, b: (happened.append("renamed"), rename(a, b)))
+    save(tmp_path / "m", CONFIGS["shared"])
+    before, after = happened[: happened.index("renamed")], happened[happened.index("renamed") + 1 :]
+    assert set(before) == {path.stat().st_ino for path in (tmp_path / "m", *(tmp_path / "m").rglob("*"))}
+    assert after == [tmp_path.stat().st_ino]
 
 
 def test_without_an_atomic_exchange_folders_still_change_places(

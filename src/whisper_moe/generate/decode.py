@@ -5,10 +5,12 @@ A batch is decoded as often as its windows need (see :mod:`whisper_moe.generate.
 
 from __future__ import annotations
 
+import ctypes
 import math
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
-from functools import cached_property
+import sys
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from functools import cached_property, lru_cache
 from typing import Any
 
 import numpy as np
@@ -22,6 +24,7 @@ from whisper_moe.generate.rules import Rules, Timestamps
 from whisper_moe.generate.search import Hypothesis, search
 from whisper_moe.media.mel import log_mel
 from whisper_moe.media.text import Tokenizer
+from whisper_moe.model.block import Carry
 from whisper_moe.model.decoder import DecoderState
 from whisper_moe.model.encoder import Encoded
 from whisper_moe.model.model import WhisperMoEModel
@@ -32,6 +35,15 @@ SAMPLES_PER_POSITION = SAMPLE_RATE // POSITIONS_PER_SECOND
 TOKENS_PER_SECOND = 40
 """More than anybody says, in the languages that cost most tokens a letter; a text that is longer is a loop."""
 MINIMUM_TOKEN_LIMIT = 32
+
+
+@lru_cache(maxsize=1)
+def _trim() -> Callable[[int], int] | None:
+    """glibc's ``malloc_trim``, where there is one."""
+    try:
+        return ctypes.CDLL("libc.so.6").malloc_trim if sys.platform == "linux" else None
+    except (OSError, AttributeError):
+        return None
 
 
 @dataclass(frozen=True)
@@ -47,6 +59,8 @@ class Take:
     margin: float
     experts: tuple[tuple[str, float], ...]
     timings: tuple[WordTiming, ...] | None = None
+    carried: Carry | None = None
+    """The fast weights after this window, where they are carried through the recording."""
 
 
 class WindowDecoder:
@@ -74,16 +88,23 @@ class WindowDecoder:
     @torch.inference_mode()
     def decode(
         self, clips: Sequence[np.ndarray], options: TranscribeOptions, *, temperature: float, margin: float,
-        hints: Sequence[str | None] | None = None,
+        hints: Sequence[str | None] | None = None, carry: Carry | None = None,
     ) -> list[Take]:  # fmt: skip
-        """One take for each clip of float32 samples at 16 kHz. ``hints``: languages already known, window by window."""
-        order, encoded = self._encode(clips, margin)
+        """One take for each clip of float32 samples at 16 kHz. ``hints``: languages already known, window by window.
+
+        ``carry``: what the window before this single one left; it is not changed, the take has what comes after.
+        """
+        carried = carry.copy() if carry is not None else None
+        order, encoded = self._encode(clips, margin, carried)
         hints = [hints[i] for i in order] if hints else [None] * len(order)
-        seconds = [len(clips[i]) / SAMPLE_RATE for i in order]
-        found = self._decode_encoded(encoded, seconds, hints, options, temperature, margin)
+        samples = [len(clips[i]) for i in order]
+        found = self._decode_encoded(encoded, samples, hints, options, temperature, margin)
+        del encoded
+        if trim := _trim():  # batches of ever other sizes leave holes in the heap that would add up to hundreds of MB
+            trim(0)
         takes: list[Take | None] = [None] * len(order)
         for index, take in zip(order, found, strict=True):
-            takes[index] = take
+            takes[index] = replace(take, carried=carried)
         return [take for take in takes if take is not None]
 
     @torch.inference_mode()
@@ -100,7 +121,9 @@ class WindowDecoder:
             results[index] = dict(sorted(zip(codes, row, strict=True), key=lambda item: -item[1]))
         return results
 
-    def _encode(self, clips: Sequence[np.ndarray], margin: float) -> tuple[list[int], Encoded]:
+    def _encode(
+        self, clips: Sequence[np.ndarray], margin: float, carry: Carry | None = None
+    ) -> tuple[list[int], Encoded]:
         """Pack and encode; returns the clips' order in the packs, and the states of all packs in that order."""
         lengths = [self.positions(len(clip), margin) for clip in clips]
         heard = [self.positions(len(clip), 0) for clip in clips]
@@ -108,7 +131,7 @@ class WindowDecoder:
         parts = []
         for pack in packs:
             mels = [self._mel(clips[i], lengths[i]) for i in pack]
-            parts.append(self.model.encoder(mels, heard=[heard[i] for i in pack]))
+            parts.append(self.model.encoder(mels, heard=[heard[i] for i in pack], carry=carry))
         return [i for pack in packs for i in pack], _joined(parts)
 
     def _mel(self, clip: np.ndarray, positions: int) -> Tensor:
@@ -117,10 +140,10 @@ class WindowDecoder:
         return mel.to(self._like)
 
     def _decode_encoded(
-        self, encoded: Encoded, seconds: Sequence[float], hints: Sequence[str | None], options: TranscribeOptions,
+        self, encoded: Encoded, samples: Sequence[int], hints: Sequence[str | None], options: TranscribeOptions,
         temperature: float, margin: float,
     ) -> list[Take]:  # fmt: skip
-        tokenizer, segments, choice = self.tokenizer, len(seconds), options.search(temperature)
+        tokenizer, segments, choice = self.tokenizer, len(samples), options.search(temperature)
         state = self.model.decoder.start(encoded, choice.beams)
         opening = [*self._prompt(options), tokenizer.sot]
         logits, state = self.step(torch.tensor([opening] * segments * choice.beams), state)
@@ -132,12 +155,12 @@ class WindowDecoder:
             rows = [prefix for prefix in prefixes for _ in range(choice.beams)]
             logits, state = self.step(torch.tensor(rows), state)
         room = self.model.config.max_target_positions - len(opening) - len(prefixes[0])
-        limits = [min(room, self._token_limit(s, margin)) for s in seconds]
+        limits = [min(room, self._token_limit(n, margin)) for n in samples]
         best = search(
             self, logits, state, self._rules(options), choice, end_of_text=tokenizer.eot, limits=limits,
-            generator=torch.Generator().manual_seed(options.seed),
+            seed=options.seed,
         )  # fmt: skip
-        timings = self._timings(encoded, best, [language for language, _ in languages], options)
+        timings = self._timings(encoded, samples, best, [language for language, _ in languages], options)
         return [
             Take(hypothesis, language, probability, silence, temperature, margin, experts, timing)
             for hypothesis, (language, probability), silence, experts, timing in zip(
@@ -145,11 +168,12 @@ class WindowDecoder:
             )
         ]
 
-    def _token_limit(self, seconds: float, margin: float) -> int:
+    def _token_limit(self, samples: int, margin: float) -> int:
         """Half the decoder's positions as in ``whisper``; less for a cut window, where loops are likelier."""
         most = self.model.config.max_target_positions // 2
-        whole = self.positions(int(seconds * SAMPLE_RATE), margin) == self.window_positions
-        return most if whole else min(most, MINIMUM_TOKEN_LIMIT + math.ceil(TOKENS_PER_SECOND * seconds))
+        if self.positions(samples, margin) == self.window_positions:
+            return most
+        return min(most, MINIMUM_TOKEN_LIMIT + math.ceil(TOKENS_PER_SECOND * samples / SAMPLE_RATE))
 
     def _prompt(self, options: TranscribeOptions) -> list[int]:
         texts = [text.strip() for text in (options.hotwords, options.initial_prompt) if text and text.strip()]
@@ -166,7 +190,8 @@ class WindowDecoder:
 
     @cached_property
     def _suppressed(self) -> tuple[int, ...]:
-        return tuple(self.generation.get("suppress_tokens") or (-1,))
+        listed = self.generation.get("suppress_tokens")
+        return (-1,) if listed is None else tuple(listed)  # fine-tunes list none, and mean it
 
     def _rules(self, options: TranscribeOptions) -> Rules:
         tokenizer = self.tokenizer
@@ -187,9 +212,10 @@ class WindowDecoder:
         if asked:
             return [(asked, None)] * len(hints)
         codes, probabilities = self._language_probabilities(logits_SV, options)
-        best = probabilities.max(-1)
-        found = zip(best.indices.tolist(), best.values.tolist(), hints, strict=True)
-        return [(hint or codes[index], probability) for index, probability, hint in found]
+        best = [
+            codes[index] if hint is None else hint for index, hint in zip(probabilities.argmax(-1), hints, strict=True)
+        ]
+        return [(code, row[codes.index(code)]) for code, row in zip(best, probabilities.tolist(), strict=True)]
 
     def _language_probabilities(self, logits_SV: Tensor, options: TranscribeOptions) -> tuple[list[str], Tensor]:
         """Codes, and [S, codes] probabilities among the allowed languages only."""
@@ -202,12 +228,18 @@ class WindowDecoder:
         if routing is None or self.model.config.moe is None:
             return [()] * segments
         names = (*self.model.config.moe.names, "none")  # index -1 is *none*
-        pairs = zip(routing.experts.tolist(), routing.gates.tolist(), strict=True)
-        return [tuple((names[e], gate) for e, gate in zip(*pair, strict=True)) for pair in pairs]
+        named: list[tuple[tuple[str, float], ...]] = []
+        for experts, gates in zip(routing.experts.tolist(), routing.gates.tolist(), strict=True):
+            sums: dict[str, float] = {}
+            for expert, gate in zip(experts, gates, strict=True):  # *none* may take several slots
+                sums[names[expert]] = sums.get(names[expert], 0.0) + gate
+            named.append(tuple(sums.items()))
+        return named
 
     def _timings(
-        self, encoded: Encoded, best: Sequence[Hypothesis], languages: Sequence[str], options: TranscribeOptions
-    ) -> list[tuple[WordTiming, ...] | None]:
+        self, encoded: Encoded, samples: Sequence[int], best: Sequence[Hypothesis], languages: Sequence[str],
+        options: TranscribeOptions,
+    ) -> list[tuple[WordTiming, ...] | None]:  # fmt: skip
         """Words and their times from the alignment heads, by one teacher-forced pass over the texts just found."""
         if not options.word_timestamps:
             return [None] * len(best)
@@ -222,9 +254,10 @@ class WindowDecoder:
         attention = self.model.decoder.alignment(flat, layout, encoded, self._alignment_heads)
         logits_TV = self.model.decoder.head(self.model.decoder(flat, layout, encoded))
         timings = []
-        for rows, weights, text, language in zip(layout.slices(), attention, texts, languages, strict=True):
+        for index, (rows, text, language) in enumerate(zip(layout.slices(), texts, languages, strict=True)):
+            heard = attention[index][..., : self.positions(samples[index], 0)]  # no word lies in the silence behind
             probabilities = token_probabilities(logits_TV[rows], text, tokenizer)
-            timings.append(tuple(align(weights, probabilities, text, tokenizer, language=language)))
+            timings.append(tuple(align(heard, probabilities, text, tokenizer, language=language)))
         return timings
 
     @cached_property

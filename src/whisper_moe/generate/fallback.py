@@ -15,6 +15,9 @@ from whisper_moe.config import SAMPLE_RATE
 from whisper_moe.generate.decode import TOKENS_PER_SECOND, Take, WindowDecoder
 from whisper_moe.generate.options import FULL_WINDOW, TranscribeOptions
 from whisper_moe.generate.result import compression_ratio
+from whisper_moe.generate.segments import goes_on
+from whisper_moe.media.text import Tokenizer
+from whisper_moe.model.block import Carry
 
 _SHORT_TEXT_TOKENS = 12
 """A text of so few tokens is never too long for its time: a cough of 0.2 s may hold a word."""
@@ -28,15 +31,15 @@ def is_silence(take: Take, options: TranscribeOptions) -> bool:
     return options.logprob_threshold is None or take.hypothesis.avg_logprob <= options.logprob_threshold
 
 
-def looks_wrong(take: Take, seconds: float, text: str, options: TranscribeOptions) -> str | None:
+def looks_wrong(take: Take, seconds: float, tokenizer: Tokenizer, options: TranscribeOptions) -> str | None:
     """Why a take should not be trusted, in a word or two; None if nothing speaks against it."""
     hypothesis = take.hypothesis
     if is_silence(take, options):
         return None
     limit = options.compression_ratio_threshold
-    if limit is not None and compression_ratio(text) > limit:
+    if limit is not None and compression_ratio(tokenizer.decode(hypothesis.tokens).strip()) > limit:
         return "repetitive"
-    if not hypothesis.finished:
+    if not hypothesis.finished and not goes_on(hypothesis, seconds, tokenizer):
         return "endless"
     if len(hypothesis.tokens) > max(_SHORT_TEXT_TOKENS, TOKENS_PER_SECOND * seconds):
         return "too long for its time"
@@ -59,24 +62,29 @@ def decode_with_fallback(
     *,
     hints: Sequence[str | None] | None = None,
     groups: Callable[[Sequence[int], float], list[list[int]]],
+    carry: Carry | None = None,
 ) -> list[tuple[Take, int]]:
     """The accepted take of each clip, and how many takes were thrown away before it.
 
-    ``groups(clip indices, margin)`` cuts clips into batches that fit. The last attempt is accepted as it is.
+    ``groups(clip indices, margin)`` cuts clips into batches that fit. The last attempt is accepted as it is. A clip that
+    fills its window anyway is not decoded again just to be padded.
     """
     results: dict[int, tuple[Take, int]] = {}
     pending = list(range(len(clips)))
-    for number, (margin, temperature) in enumerate(attempts(options)):
-        wrong: list[int] = []
-        for batch in groups(pending, margin):
+    tried: dict[int, tuple[int, float]] = {}
+    for margin, temperature in attempts(options):
+        inputs = {i: (decoder.positions(len(clips[i]), margin), temperature) for i in pending}
+        wrong = [i for i in pending if tried.get(i) == inputs[i]]
+        tried |= inputs
+        for batch in groups([i for i in pending if i not in wrong], margin):
             batch_hints = [hints[i] for i in batch] if hints else None
             takes = decoder.decode(
-                [clips[i] for i in batch], options, temperature=temperature, margin=margin, hints=batch_hints
-            )
+                [clips[i] for i in batch], options, temperature=temperature, margin=margin, hints=batch_hints,
+                carry=carry,
+            )  # fmt: skip
             for index, take in zip(batch, takes, strict=True):
-                results[index] = (take, number)
-                text = decoder.tokenizer.decode(take.hypothesis.tokens).strip()
-                if looks_wrong(take, len(clips[index]) / SAMPLE_RATE, text, options):
+                results[index] = (take, results[index][1] + 1 if index in results else 0)
+                if looks_wrong(take, len(clips[index]) / SAMPLE_RATE, decoder.tokenizer, options):
                     wrong.append(index)
         pending = wrong
         if not pending:

@@ -17,15 +17,18 @@ from whisper_moe.generate.decode import Take, WindowDecoder
 from whisper_moe.generate.fallback import decode_with_fallback, is_silence
 from whisper_moe.generate.options import TranscribeOptions
 from whisper_moe.generate.result import Segment, Transcription
-from whisper_moe.generate.segments import numbered, segments_of
+from whisper_moe.generate.segments import LEAST_ADVANCE, numbered, segments_of
 from whisper_moe.media.windows import Window, is_silent, speech_spans
+from whisper_moe.model.block import Carry
 
 MAX_ROWS = 24
 """Windows decoded together. More rows read the weights less often; the memory of their states grows."""
-MAX_POSITIONS = 6 * MAX_PACK_TOKENS
+MAX_POSITIONS = 3 * MAX_PACK_TOKENS
 """Encoder positions whose keys and values are held at a time: 24 kB each in whisper-base."""
 BUFFERED_WINDOWS = 4 * MAX_ROWS
-"""Windows that wait to be sorted by length: 30 s of float32 samples are 1.9 MB."""
+"""Windows that wait to be sorted by length …"""
+BUFFERED_SECONDS = 600
+"""… and the audio in them: 64 kB a second."""
 SURE_LANGUAGE = 0.5
 """Below this probability a window takes the language that its recording has spoken most."""
 LEAST_REST = 1.5
@@ -49,6 +52,8 @@ class Recording:
     language: str | None = None
     language_probability: float | None = None
     fallbacks: int = 0
+    carry: Carry = field(default_factory=Carry)
+    """Fast weights that its windows hand on, if asked to."""
 
     @property
     def complete(self) -> bool:
@@ -69,6 +74,10 @@ class _Job:
     window: Window
 
 
+def _seconds(jobs: Sequence[_Job]) -> float:
+    return sum(job.window.duration for job in jobs)
+
+
 class Transcriber:
     """Runs a :class:`WindowDecoder` over recordings."""
 
@@ -76,6 +85,10 @@ class Transcriber:
         self, decoder: WindowDecoder, options: TranscribeOptions, progress: Callable[[float], None] | None = None
     ) -> None:
         self.decoder, self.options, self.progress = decoder, options, progress
+        self.buffered = 1 if options.carry_ttt else BUFFERED_WINDOWS
+        ttt = decoder.model.config.ttt
+        if options.carry_ttt and (ttt is None or not ttt.encoder_layers or ttt.per_expert):
+            raise ValueError("carry_ttt needs a model with TTT layers in its encoder that all experts share")
 
     def run(self, recordings: Iterable[Recording]) -> Iterator[Recording]:
         """The recordings, in the order given, each as soon as it and those before it are complete or have failed."""
@@ -85,13 +98,13 @@ class Transcriber:
             open_recordings.append(recording)
             for job in self._read(recording):
                 buffer.append(job)
-                if len(buffer) >= BUFFERED_WINDOWS:
+                if len(buffer) >= self.buffered or _seconds(buffer) >= BUFFERED_SECONDS:
                     buffer = self._work(buffer)
-            while open_recordings and open_recordings[0].complete:
-                yield open_recordings.pop(0)
+                    yield from _taken_while_complete(open_recordings)
+            yield from _taken_while_complete(open_recordings)
         while buffer:
             buffer = self._work(buffer)
-        yield from open_recordings
+            yield from _taken_while_complete(open_recordings)
 
     def _read(self, recording: Recording) -> Iterator[_Job]:
         """Cut windows off a recording; an error in its file ends it, and only it."""
@@ -109,10 +122,14 @@ class Transcriber:
 
     def _work(self, jobs: list[_Job]) -> list[_Job]:
         """Decode all waiting windows; returns those that are left over: speech after a window's last timestamp."""
-        options = self.options
+        if self.options.carry_ttt:  # one after the other: each goes on from the fast weights that the last one left
+            return [left for job in jobs for left in self._decode([job], job.recording.carry)]
+        return self._decode(jobs, None)
+
+    def _decode(self, jobs: list[_Job], carry: Carry | None) -> list[_Job]:
         clips = [job.window.samples for job in jobs]
-        takes = decode_with_fallback(self.decoder, clips, options, groups=self._batches(clips))
-        takes = self._settle_languages(jobs, takes)
+        takes = decode_with_fallback(self.decoder, clips, self.options, groups=self._batches(clips), carry=carry)
+        takes = self._settle_languages(jobs, takes, carry)
         rest: list[_Job] = []
         for job, (take, fallbacks) in zip(jobs, takes, strict=True):
             left = self._finish(job, take, fallbacks)
@@ -140,7 +157,9 @@ class Transcriber:
 
         return batches
 
-    def _settle_languages(self, jobs: Sequence[_Job], takes: list[tuple[Take, int]]) -> list[tuple[Take, int]]:
+    def _settle_languages(
+        self, jobs: Sequence[_Job], takes: list[tuple[Take, int]], carry: Carry | None
+    ) -> list[tuple[Take, int]]:
         """Windows whose language is not sure are decoded again in the one their recording speaks most."""
         for job, (take, _) in zip(jobs, takes, strict=True):
             if take.language_probability is not None and take.language_probability >= SURE_LANGUAGE:
@@ -157,7 +176,7 @@ class Transcriber:
         if unsure:
             clips = [jobs[i].window.samples for i in unsure]
             again = decode_with_fallback(
-                self.decoder, clips, self.options, hints=list(unsure.values()), groups=self._batches(clips)
+                self.decoder, clips, self.options, hints=list(unsure.values()), groups=self._batches(clips), carry=carry
             )
             for index, take in zip(unsure, again, strict=True):
                 takes[index] = take
@@ -167,12 +186,12 @@ class Transcriber:
         """Give a window's segments to its recording; returns a job for speech that the take did not reach."""
         recording, window, tokenizer = job.recording, job.window, self.decoder.tokenizer
         recording.waiting -= 1
+        recording.carry = take.carried or recording.carry
         recording.fallbacks += fallbacks > 0
-        if recording.language is None or window.start == 0:
+        silence = is_silence(take, self.options)
+        segments = [] if silence else segments_of(take, window.start, window.duration, tokenizer)
+        if recording.language is None or (segments and not recording.segments):
             recording.language, recording.language_probability = take.language, take.language_probability
-        if is_silence(take, self.options):
-            return []
-        segments = segments_of(take, window.start, window.duration, tokenizer)
         recording.segments += segments
         if not segments or not self.options.timestamps:
             return []
@@ -182,7 +201,13 @@ class Transcriber:
         cut = round(reached * SAMPLE_RATE)
         samples = window.samples[cut:]
         speech = sum(end - start for start, end in speech_spans(samples)) if len(samples) else 0
-        if window.duration - reached < LEAST_REST or speech < LEAST_REST * SAMPLE_RATE:
+        if reached < LEAST_ADVANCE or window.duration - reached < LEAST_REST or speech < LEAST_REST * SAMPLE_RATE:
             return []
         recording.waiting += 1
         return [_Job(recording, Window(window.start + cut / SAMPLE_RATE, samples))]
+
+
+def _taken_while_complete(recordings: list[Recording]) -> Iterator[Recording]:
+    """Take complete recordings from the front of the list."""
+    while recordings and recordings[0].complete:
+        yield recordings.pop(0)

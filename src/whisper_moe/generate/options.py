@@ -8,7 +8,7 @@ from typing import Literal
 
 FULL_WINDOW = 30.0
 """Seconds that Whisper was trained on; a margin of as much is the padded transcription of old."""
-DEFAULT_MARGIN = 2.0
+DEFAULT_MARGIN = 2.5
 """Seconds of silence kept after each clip; chosen by measurement (``docs/lab.md``)."""
 TEMPERATURES = (0.0, 0.2, 0.4, 0.6, 0.8, 1.0)
 
@@ -69,12 +69,16 @@ class TranscribeOptions:
     def __post_init__(self) -> None:
         if self.task not in ("transcribe", "translate"):
             raise ValueError(f"task must be transcribe or translate, got {self.task!r}")
+        if self.vad not in ("none", "energy", "silero"):
+            raise ValueError(f"vad must be none, energy or silero, got {self.vad!r}")
         for name, least in (("beam_size", 1), ("best_of", 1), ("patience", 1e-9), ("context_margin", 0)):
             value = getattr(self, name)
             if not (math.isfinite(value) and value >= least):
                 raise ValueError(f"{name} must be {'positive' if least else 'at least 0'}, got {value}")
         if not self.temperatures or not all(math.isfinite(t) and t >= 0 for t in self.temperatures):
             raise ValueError(f"temperatures must be numbers of at least 0, got {self.temperatures}")
+        if any(token < -1 for token in self.suppress_tokens or ()):
+            raise ValueError(f"suppress_tokens are token ids, or -1 for annotations, got {self.suppress_tokens}")
 
     def search(self, temperature: float) -> SearchOptions:
         """Beams without a temperature, samples with one."""

@@ -52,33 +52,36 @@ def search(
     *,
     end_of_text: int,
     limits: Sequence[int],
-    generator: torch.Generator | None = None,
+    seed: int = 0,
 ) -> list[Hypothesis]:
     """The best continuation for each segment.
 
     ``logits_RV``, ``state``: after the prompt, B = ``options.beams`` rows a segment. ``limits``: the most tokens to
-    sample for each segment. Finished segments leave the batch on the way.
+    sample for each segment. ``seed``: of the samples; every segment has its own stream of random numbers, so that its
+    samples do not depend on its neighbours. Finished segments leave the batch on the way.
     """
     if options.beams > 1 and options.temperature == 0:
         groups = _beam_search(stepper, logits_RV, state, rules, options, end_of_text, limits)
     else:
-        groups = _sample(stepper, logits_RV, state, rules, options, end_of_text, limits, generator)
+        groups = _sample(stepper, logits_RV, state, rules, options, end_of_text, limits, seed)
     return [max(group, key=lambda found: options.score(found.sum_logprob, len(found.tokens))) for group in groups]
 
 
 def _sample(
     stepper: Stepper, logits_RV: Tensor, state: Any, rules: Rules, options: SearchOptions, end_of_text: int,
-    limits: Sequence[int], generator: torch.Generator | None,
+    limits: Sequence[int], seed: int,
 ) -> list[list[Hypothesis]]:  # fmt: skip
     """Each row by itself: the likeliest token, or one drawn at a temperature."""
     width = options.beams
     done: list[list[Hypothesis]] = [[] for _ in limits]
     active = list(range(len(limits)))
+    # Not the same noise at the next temperature: that would draw much the same tokens again.
+    streams = [torch.Generator().manual_seed(seed + round(1000 * options.temperature)) for _ in limits]
     rows = [_Row([]) for _ in range(len(limits) * width)]
     over: set[int] = set()
     while True:
         logits_RV = rules.apply(logits_RV, [row.tokens for row in rows])
-        tokens_R = _draw(logits_RV, options.temperature, generator)
+        tokens_R = _draw(logits_RV, options.temperature, [streams[segment] for segment in active])
         gains = (logits_RV.gather(1, tokens_R[:, None])[:, 0] - logits_RV.logsumexp(-1)).tolist()
         for index, (row, token, gain) in enumerate(zip(rows, tokens_R.tolist(), gains, strict=True)):
             segment = active[index // width]
@@ -109,10 +112,13 @@ def _worth_leaving(alive: int, active: int) -> bool:
     return (active - alive) * 8 >= active
 
 
-def _draw(logits_RV: Tensor, temperature: float, generator: torch.Generator | None) -> Tensor:
+def _draw(logits_RV: Tensor, temperature: float, streams: Sequence[torch.Generator]) -> Tensor:
+    """The likeliest token of each row, or one drawn from the segment's own stream (on the CPU: the same on any device)."""
     if temperature == 0:
         return logits_RV.argmax(-1)
-    return torch.multinomial((logits_RV / temperature).softmax(-1), 1, generator=generator)[:, 0]
+    groups = (logits_RV / temperature).softmax(-1).cpu().chunk(len(streams))
+    drawn = [torch.multinomial(group, 1, generator=stream) for group, stream in zip(groups, streams, strict=True)]
+    return torch.cat(drawn)[:, 0].to(logits_RV.device)
 
 
 def _beam_search(
@@ -164,7 +170,8 @@ def _advance(
     finished: list[Hypothesis] = []
     for sequence, (score, source) in sorted(candidates.items(), key=lambda item: -item[1][0]):
         if sequence[-1] == end_of_text:
-            finished.append(Hypothesis(sequence[:-1], score, True))
+            if score > float("-inf"):  # with fewer continuations than beams, forbidden ones are among the candidates
+                finished.append(Hypothesis(sequence[:-1], score, True))
         else:
             kept.append((_Row(list(sequence), score), source))
             if len(kept) == width:

@@ -9,7 +9,11 @@ from whisper_moe.config import FRAMES_PER_SECOND
 from whisper_moe.generate.align import add_words
 from whisper_moe.generate.decode import Take
 from whisper_moe.generate.result import Segment, compression_ratio
+from whisper_moe.generate.search import Hypothesis
 from whisper_moe.media.text import Tokenizer
+
+LEAST_ADVANCE = 1.0
+"""Seconds that a window must have reached for its rest to be tried again: each retry gets somewhere, so they end."""
 
 
 def split_at_timestamps(tokens: Sequence[int], tokenizer: Tokenizer) -> list[list[int]]:
@@ -22,17 +26,27 @@ def split_at_timestamps(tokens: Sequence[int], tokenizer: Tokenizer) -> list[lis
     return [piece for piece in pieces if piece]
 
 
-def segments_of(
-    take: Take, start: float, duration: float, tokenizer: Tokenizer, *, last_speech_end: float = 0.0
-) -> list[Segment]:
+def goes_on(hypothesis: Hypothesis, seconds: float, tokenizer: Tokenizer) -> bool:
+    """Whether a text that was cut off at the token limit told enough, up to its last two times, to go on from there.
+
+    30 s of some languages are more tokens than a decoder has positions.
+    """
+    closed = split_at_timestamps(hypothesis.tokens, tokenizer)[:-1]
+    return bool(closed) and LEAST_ADVANCE <= tokenizer.seconds(closed[-1][-1]) <= seconds
+
+
+def segments_of(take: Take, start: float, duration: float, tokenizer: Tokenizer) -> list[Segment]:
     """The segments of a window that begins at ``start`` and lasts ``duration`` seconds; ids are given out later.
 
     A segment without a time of its own begins or ends with the window. Blank segments and those that last no time say
-    nothing and are left out.
+    nothing and are left out, and so is an unfinished one behind those that :func:`goes_on` trusts.
     """
     text_ratio = compression_ratio(tokenizer.decode(take.hypothesis.tokens).strip())
+    pieces = split_at_timestamps(take.hypothesis.tokens, tokenizer)
+    if not take.hypothesis.finished and goes_on(take.hypothesis, duration, tokenizer):
+        pieces = [piece for piece in pieces if tokenizer.is_timestamp(piece[-1])]
     segments = []
-    for piece in split_at_timestamps(take.hypothesis.tokens, tokenizer):
+    for piece in pieces:
         begin, end = _times(piece, duration, tokenizer)
         segments.append(
             Segment(
@@ -43,7 +57,7 @@ def segments_of(
             )
         )  # fmt: skip
     if take.timings is not None:
-        segments = add_words(segments, take.timings, tokenizer, last_speech_end=last_speech_end)
+        segments = add_words(segments, take.timings, tokenizer, last_speech_end=start)
     return [segment for segment in segments if segment.text.strip() and segment.end > segment.start]
 
 

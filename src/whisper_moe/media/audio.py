@@ -3,12 +3,13 @@
 Nothing is lost in silence. A file that is cut off or damaged ends in a :class:`MediaError` that names the second where
 decoding stopped, after everything before that second has been handed out. What counts as damage:
 
-- a packet that does not decode, or fails its checksum (FLAC, WavPack, TTA), or an Ogg page that is missing;
+- a packet that does not decode, or fails its checksum (FLAC, WavPack, TTA; the pages of Ogg);
 - a file that is shorter than its own framing says (:func:`whisper_moe.media.containers.missing_bytes`);
 - NaN or infinite samples.
 
 Bare streams (MP3, ADTS, MPEG-TS …) are made to be cut and joined anywhere: up to :data:`SEAM_SECONDS` of tags and seams
-between their frames are passed over. Damage that leaves no trace, such as a changed bit in raw PCM, cannot be seen.
+between their frames are passed over. Damage that leaves no trace cannot be seen: a changed bit in raw PCM, or in the
+framing of a Matroska block.
 """
 
 from __future__ import annotations
@@ -93,7 +94,7 @@ def stream_audio(
     decoded = 0.0
     try:
         with _seekable(source) as file, _open(file) as container:
-            track = _Track(container, containers.missing_bytes(file), max_seconds)
+            track = _Track(container, file, max_seconds)
             for samples in _blocks(_resample(track.groups()), block):
                 decoded += len(samples) / SAMPLE_RATE
                 yield samples
@@ -202,8 +203,9 @@ def _check_shape(rate: int, channels: int) -> None:
 class _Track:
     """One pass over one sound track. ``damage`` says, once :meth:`groups` has ended, why it ended early."""
 
-    def __init__(self, container: InputContainer, missing_bytes: int, max_seconds: float | None) -> None:
-        self.container, self.missing_bytes, self.max_seconds = container, missing_bytes, max_seconds
+    def __init__(self, container: InputContainer, file: BinaryIO, max_seconds: float | None) -> None:
+        self.container, self.file, self.max_seconds = container, file, max_seconds
+        self.format = container.format.name
         self.stream = _sound_track(container)
         self.damage: Exception | None = None
         self.seconds = self.skipped = 0.0
@@ -260,36 +262,41 @@ class _Track:
             return packet.decode()
         except FFmpegError:
             self.skipped += float((packet.duration or 0) * packet.time_base)
-            if self.container.format.name not in containers.STREAMS or self.skipped > SEAM_SECONDS:
+            if self.format not in containers.STREAMS or self.skipped > SEAM_SECONDS:
                 raise _Damage("the sound is damaged") from None
             return []
 
     def _check_time(self, frame: AudioFrame) -> None:
         seconds = frame.samples / frame.sample_rate
-        if self.container.format.name == "ogg" and frame.pts is not None and frame.time_base:
+        if self.format == "ogg" and frame.pts is not None and frame.time_base:
             start = float(frame.pts * frame.time_base)
             if self.expected is not None and start > self.expected + GAP_SECONDS:
                 raise _Damage(f"the sound is damaged: {start - self.expected:.2f} s of it are missing")
             self.expected = start + seconds
         self.seconds += seconds
-        if self.max_seconds is not None and self.seconds > self.max_seconds:
+        if self.max_seconds is not None and self.seconds > self.max_seconds + 1e-6:
             raise _Damage(f"longer than the limit of {self.max_seconds:g} s")
 
     def _check_end(self) -> None:
         """FFmpeg saw the end of the file: is it the end of the sound?"""
         if cut_off := self._cut_off():
             raise cut_off
-        if self.container.format.name in containers.COUNTED and self.stream.duration and self.stream.time_base:
+        if self.format == "ogg" and containers.ogg_is_damaged(self.file):
+            raise _Damage("the sound is damaged: an Ogg page fails its checksum")
+        if self.format in containers.COUNTED and self.stream.duration and self.stream.time_base:
             stated = float(self.stream.duration * self.stream.time_base)
             if self.seconds < stated - GAP_SECONDS:
-                raise _Damage(f"the file is cut off: its header states {stated:.2f} s")
+                raise _Damage(f"the file is cut off or damaged: its header states {stated:.2f} s")
         if self.skipped and not self.seconds:
             raise _Damage("nothing in it decodes as sound")
 
     def _cut_off(self) -> _Damage | None:
-        if self.missing_bytes <= 0:
-            return None
-        return _Damage(f"the file is cut off: at least {self.missing_bytes:,} bytes that it announces are missing")
+        missing = containers.missing_bytes(self.file)
+        return (
+            _Damage(f"the file is cut off: at least {missing:,} bytes that it announces are missing")
+            if missing
+            else None
+        )
 
 
 def _mix(frame: AudioFrame) -> Samples:

@@ -4,12 +4,13 @@ The allow-lists are FFmpeg's own names, so FFmpeg itself refuses everything else
 (HLS, ffconcat, DASH, SDP) that would open further files, device inputs, text and image formats. The format is always
 sniffed from the content; file names are never shown to FFmpeg.
 
-FFmpeg ends quietly where a truncated file ends. :func:`missing_bytes` reads what the file's framing promises, so that
-the missing part is noticed.
+FFmpeg ends quietly where a truncated file ends, and passes over an Ogg page whose checksum is wrong. What is missing
+is noticed here: :func:`missing_bytes` reads what the file's framing promises, :func:`ogg_is_damaged` checks the pages.
 """
 
 from __future__ import annotations
 
+import zlib
 from collections.abc import Iterator
 from typing import BinaryIO
 
@@ -17,13 +18,13 @@ CONTAINERS = "aac,ac3,aiff,amr,ape,asf,au,avi,caf,eac3,flac,flv,matroska,mov,mp3
 """Demuxers that may be used (``format_whitelist``): containers of sound or of film with sound."""
 
 CODECS = frozenset((
-    "aac", "aac_latm", "ac3", "adpcm_g722", "adpcm_g726", "adpcm_g726le", "adpcm_ima_qt", "adpcm_ima_wav", "adpcm_ms",
-    "adpcm_swf", "alac", "amrnb", "amrwb", "ape", "eac3", "flac", "g722", "g726", "g726le", "gsm", "gsm_ms", "mp1",
-    "mp1float", "mp2", "mp2float", "mp3", "mp3float", "nellymoser", "opus", "pcm_alaw", "pcm_bluray", "pcm_dvd",
-    "pcm_f32be", "pcm_f32le", "pcm_f64be", "pcm_f64le", "pcm_mulaw", "pcm_s16be", "pcm_s16be_planar", "pcm_s16le",
-    "pcm_s16le_planar", "pcm_s24be", "pcm_s24le", "pcm_s24le_planar", "pcm_s32be", "pcm_s32le", "pcm_s32le_planar",
-    "pcm_s8", "pcm_s8_planar", "pcm_u16be", "pcm_u16le", "pcm_u24be", "pcm_u24le", "pcm_u32be", "pcm_u32le", "pcm_u8",
-    "qcelp", "qdm2", "qdmc", "speex", "tta", "vorbis", "wavpack", "wmalossless", "wmapro", "wmav1", "wmav2", "wmavoice",
+    "aac", "aac_latm", "ac3", "adpcm_ima_qt", "adpcm_ima_wav", "adpcm_ms", "adpcm_swf", "alac", "amrnb", "amrwb",
+    "ape", "eac3", "flac", "g722", "g726", "g726le", "gsm", "gsm_ms", "mp1", "mp1float", "mp2", "mp2float", "mp3",
+    "mp3float", "nellymoser", "opus", "pcm_alaw", "pcm_bluray", "pcm_dvd", "pcm_f32be", "pcm_f32le", "pcm_f64be",
+    "pcm_f64le", "pcm_mulaw", "pcm_s16be", "pcm_s16be_planar", "pcm_s16le", "pcm_s16le_planar", "pcm_s24be",
+    "pcm_s24le", "pcm_s24le_planar", "pcm_s32be", "pcm_s32le", "pcm_s32le_planar", "pcm_s8", "pcm_s8_planar",
+    "pcm_u16be", "pcm_u16le", "pcm_u24be", "pcm_u24le", "pcm_u32be", "pcm_u32le", "pcm_u8", "qcelp", "qdm2", "qdmc",
+    "speex", "tta", "vorbis", "wavpack", "wmalossless", "wmapro", "wmav1", "wmav2", "wmavoice",
 ))  # fmt: skip
 """Decoders that may be used (``codec_whitelist``): sound only, so a film's pictures are never decoded."""
 
@@ -41,6 +42,11 @@ _SLACK_BYTES = 1_024
 """Writers of RIFF and AIFF are sloppy about their size fields by a header or a padding byte (32 ms at 16 kHz)."""
 _OGG_PAGE_BYTES = 27 + 255 + 255 * 255
 """The largest page that Ogg allows (RFC 3533, section 6)."""
+_CAF_CHUNKS = frozenset((
+    b"desc", b"data", b"pakt", b"chan", b"kuki", b"info", b"strg", b"mark", b"regn", b"inst", b"midi", b"ovvw", b"peak",
+    b"edct", b"umid", b"uuid", b"free", b"cnfo",
+))  # fmt: skip
+_MIRROR = bytes(int(f"{byte:08b}"[::-1], 2) for byte in range(256))
 _MAX_CHUNKS = 100_000
 """Half a second of walking; 14 hours of one-second MP4 fragments."""
 _XING_OFFSETS = (13, 21, 36)
@@ -76,6 +82,22 @@ def _stated_bytes(file: BinaryIO) -> int:
     if head[4:8] in _MP4_BOXES:
         return max((end for _, end in _boxes(file)), default=0)
     return _xing(file)
+
+
+def ogg_is_damaged(file: BinaryIO) -> bool:
+    """Whether an Ogg page fails its checksum, or is not where the one before ends. A tag after the last page is allowed.
+
+    Reads the whole file, faster than it decodes; keeps the position.
+    """
+    position, start = file.tell(), 0
+    try:
+        while page := _ogg_page(file, start):
+            if page[22:26] != _ogg_checksum(page):
+                return True
+            start += len(page)
+        return b"OggS" in _read(file, start, _OGG_PAGE_BYTES)
+    finally:
+        file.seek(position)
 
 
 def lacks_index(file: BinaryIO) -> bool:
@@ -138,13 +160,28 @@ def _ogg(file: BinaryIO) -> int:
     return start + page + 27 + len(table) + sum(table)
 
 
+def _ogg_page(file: BinaryIO, start: int) -> bytes:
+    """The page that begins there, as long as its table of segments says; none where none begins."""
+    head = _read(file, start, 27 + 255)
+    if len(head) < 27 or head[:4] != b"OggS":
+        return b""
+    return _read(file, start, 27 + head[26] + sum(head[27 : 27 + head[26]]))
+
+
+def _ogg_checksum(page: bytes) -> bytes:
+    """RFC 3533's CRC: zlib's polynomial with the bits of every byte, and of the result, the other way round."""
+    mirrored = (page[:22] + bytes(4) + page[26:]).translate(_MIRROR)
+    crc = zlib.crc32(mirrored, 0xFFFF_FFFF) ^ 0xFFFF_FFFF  # zlib inverts before and after; Ogg does not
+    return crc.to_bytes(4, "big").translate(_MIRROR)
+
+
 def _caf(file: BinaryIO) -> int:
-    """Core Audio Format: chunks after an eight-byte header; a size of -1 means *to the end*."""
+    """Core Audio Format: chunks after an eight-byte header; a size of -1 means *to the end*. Stops at what is no chunk."""
     position = 8
     for _ in range(_MAX_CHUNKS):
         head = _read(file, position, 12)
         size = int.from_bytes(head[4:], "big", signed=True)
-        if len(head) < 12 or size < 0:
+        if head[:4] not in _CAF_CHUNKS or size < 0:
             break
         position += 12 + size
     return position

@@ -90,11 +90,11 @@ def cut_windows(
 
 
 def _pause(samples: Samples) -> int:
-    """The middle of the longest pause, as a sample index of at least 1; the later one of two that are as long."""
+    """The middle of the longest pause, as a sample index (never 0); the later one of two that are as long."""
     around = _smooth(_energies(samples), SMOOTH_STEPS)
     quiet = _runs(around <= max(QUIET_RATIO * float(around.min()), SILENT_PEAK**2))
     first, last = max(quiet, key=lambda run: (run[1] - run[0], run[0]))
-    return max(1, min(len(samples), (first + last) * STEP // 2))
+    return min(len(samples), (first + last) * STEP // 2)
 
 
 def _energies(samples: Samples) -> NDArray[np.float64]:

@@ -6,7 +6,7 @@ or both (the dense one is then the shared expert).
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Literal
 
 import torch.nn.functional as F
@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from whisper_moe.config import ModelConfig
 from whisper_moe.model.attention import CrossAttention, KeyValueCache, Memory, SelfAttention
+from whisper_moe.model.fast_weights import FastWeights
 from whisper_moe.model.moe import Experts
 from whisper_moe.model.router import Router, Routing
 from whisper_moe.model.ttt import TTTMLP, TTTState
@@ -31,6 +32,17 @@ class FeedForward(nn.Module):
 
     def forward(self, x_TD: Tensor) -> Tensor:
         return self.down(F.gelu(self.up(x_TD)))
+
+
+@dataclass
+class Carry:
+    """Fast weights on their way through one recording, by encoder layer: what one window leaves to the next."""
+
+    weights: dict[int, FastWeights] = field(default_factory=dict)
+
+    def copy(self) -> Carry:
+        """For another try at the same window, which must not learn from the first."""
+        return Carry(dict(self.weights))
 
 
 @dataclass
@@ -58,6 +70,7 @@ class Block(nn.Module):
 
     def __init__(self, config: ModelConfig, side: Literal["encoder", "decoder"], layer: int) -> None:
         super().__init__()
+        self.layer = layer
         d, decoder = config.d_model, side == "decoder"
         heads = config.decoder_heads if decoder else config.encoder_heads
         hidden = config.decoder_ffn_dim if decoder else config.encoder_ffn_dim
@@ -75,16 +88,20 @@ class Block(nn.Module):
         if moe and moe.scope == "token":
             self.router = Router(d, moe.n_experts, moe.top_k, moe.none_choice)
 
-    def forward(self, x_TD: Tensor, layout: Layout, routing: Routing | None, memory: Memory | None = None) -> Tensor:
-        """Whole segments at once. ``routing``: one choice per segment; ``memory``: what a decoder block attends to."""
+    def forward(
+        self, x_TD: Tensor, layout: Layout, routing: Routing | None, memory: Memory | None = None,
+        carry: Carry | None = None,
+    ) -> Tensor:  # fmt: skip
+        """Whole segments at once. ``routing``: one choice per segment; ``memory``: what a decoder block attends to.
+
+        ``carry``: the one segment goes on where the recording's window before left the fast weights; it is advanced.
+        """
         x_TD = x_TD + self.attn(self.attn_norm(x_TD), layout)
         if self.cross_attn is not None and self.cross_norm is not None:
             assert memory is not None, "a decoder block needs the encoder's states"
             x_TD = x_TD + self.cross_attn(self.cross_norm(x_TD), layout, memory)
         if self.ttt is not None and self.ttt_norm is not None and not self.ttt.skippable():
-            normed = self.ttt_norm(x_TD)
-            per_expert = isinstance(self.ttt, ExpertTTT)
-            x_TD = x_TD + (self.ttt(normed, layout, routing) if per_expert else self.ttt(normed, layout))
+            x_TD = x_TD + self._adapt(self.ttt_norm(x_TD), layout, routing, carry)
         return self._feed_forward(x_TD, layout, routing)
 
     def extend(self, x_TD: Tensor, layout: Layout, routing: Routing | None, state: BlockState, beams: Layout) -> Tensor:
@@ -97,6 +114,17 @@ class Block(nn.Module):
             update, state.ttt = self.ttt.extend(self.ttt_norm(x_TD).view(len(layout), -1, x_TD.shape[1]), state.ttt)
             x_TD = x_TD + update.flatten(0, 1)
         return self._feed_forward(x_TD, layout, routing)
+
+    def _adapt(self, x_TD: Tensor, layout: Layout, routing: Routing | None, carry: Carry | None) -> Tensor:
+        if isinstance(self.ttt, ExpertTTT):
+            assert routing is not None and carry is None
+            return self.ttt(x_TD, layout, routing)
+        assert self.ttt is not None
+        if carry is None:
+            return self.ttt(x_TD, layout)
+        assert len(layout) == 1, "windows of a recording follow one another; they cannot share a pack"
+        update, carry.weights[self.layer] = self.ttt.forward_carry(x_TD, carry.weights.get(self.layer))
+        return update
 
     def cross_logits(self, x_TD: Tensor, layout: Layout, memory: Memory, heads: list[int]) -> list[Tensor]:
         """Cross-attention logits of some heads on what enters this block, one [heads, tokens, positions] a segment."""

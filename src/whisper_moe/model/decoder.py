@@ -62,7 +62,7 @@ class Decoder(nn.Module):
         self.positions = nn.Parameter(torch.randn(config.max_target_positions, config.d_model) * 0.02)
         self.blocks = nn.ModuleList(Block(config, "decoder", i) for i in range(config.decoder_layers))
         self.norm = nn.LayerNorm(config.d_model)
-        self.head = TextHead(self.token_embedding)
+        self.head: nn.Module = TextHead(self.token_embedding)
 
     def forward(self, tokens_T: Tensor, layout: Layout, encoded: Encoded) -> Tensor:
         """Teacher forcing: flat tokens [T] of all segments, ``layout`` their texts. Returns states x_TD before the head."""
@@ -96,7 +96,10 @@ class Decoder(nn.Module):
     def alignment(
         self, tokens_T: Tensor, layout: Layout, encoded: Encoded, heads: list[tuple[int, int]]
     ) -> list[Tensor]:
-        """Cross-attention logits of (layer, head) pairs for a teacher-forced text: [heads, tokens, positions] a segment."""
+        """Cross-attention logits of (layer, head) pairs for a teacher-forced text: [heads, tokens, positions] a segment.
+
+        Pairs come out by ascending layer, those of one layer in the order given.
+        """
         x_TD = self._embed(tokens_T, layout.positions(tokens_T.device))
         found: list[list[Tensor]] = [[] for _ in layout.lengths]
         for depth, block in enumerate(self.blocks):

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from whisper_moe.config import ModelConfig
 from whisper_moe.embed.audio import AudioStem
 from whisper_moe.embed.positions import sinusoids
-from whisper_moe.model.block import Block
+from whisper_moe.model.block import Block, Carry
 from whisper_moe.model.router import Router, Routing, pool_segments
 from whisper_moe.packing import Layout
 
@@ -40,12 +40,14 @@ class Encoder(nn.Module):
             self.router_layer = config.moe.router_layer
 
     def forward(
-        self, mels: Sequence[Tensor], *, heard: Sequence[int] | None = None, routing: Routing | None = None
-    ) -> Encoded:
+        self, mels: Sequence[Tensor], *, heard: Sequence[int] | None = None, routing: Routing | None = None,
+        carry: Carry | None = None,
+    ) -> Encoded:  # fmt: skip
         """``mels``: [n_mels, frames] a segment.
 
         ``heard``: how many positions of each segment the router reads (those of the sound, not of the silence kept after
-        it); default all. ``routing``: a choice made elsewhere, which the router then does not make.
+        it); default all. ``routing``: a choice made elsewhere, which the router then does not make. ``carry``: fast
+        weights of the same recording's window before, advanced in place; for one segment at a time.
         """
         x_TD, layout = self.stem(mels)
         longest, limit = max(layout.lengths), self.positions.shape[0]
@@ -55,7 +57,7 @@ class Encoder(nn.Module):
         for depth, block in enumerate(self.blocks):
             if depth == self.router_layer:
                 routing = self._choose(x_TD, layout, heard, routing)
-            x_TD = block(x_TD, layout, routing)
+            x_TD = block(x_TD, layout, routing, carry=carry)
         if self.router_layer == len(self.blocks):
             routing = self._choose(x_TD, layout, heard, routing)
         return Encoded(self.norm(x_TD), layout, routing)

@@ -63,6 +63,12 @@ class Routing:
         """``experts`` as plain numbers, read from the device once."""
         return tuple(map(tuple, self.experts.tolist()))
 
+    @cached_property
+    def columns(self) -> tuple[tuple[int, Tensor], ...]:
+        """Each expert that any row chose, with every row's gate for it, [N, 1]: 0 where it was not chosen."""
+        chosen = sorted({expert for choice in self.choices for expert in choice} - {NONE})
+        return tuple((e, (self.gates * (self.experts == e)).sum(1, keepdim=True)) for e in chosen)
+
     def runs(self, layout: Layout | None = None) -> list[tuple[int, tuple[int, ...]]]:
         """Neighbouring tokens with the same choice: (how many tokens, their experts), in order.
 

@@ -250,23 +250,23 @@ def _check_size(
 def _fill(path: Path, views: Mapping[str, Tensor | None]) -> None:
     """Read one file into the model's tensors. ``views``: what the index says is in it; None for scales."""
     keys = {file_key(key): key for key in views}
-    with open_tensors(path) as file:
-        found = set(file.keys())
-        if found != set(keys) or len(keys) != len(views):
-            raise CheckpointError(f"{path}: does not hold what {INDEX} says: {listed(sorted(found ^ set(keys)))}")
-        for name, key in keys.items():
-            out = views[key]
-            if out is None:
-                continue
-            stored = file.get_tensor(name)
-            scale = file.get_tensor(name + SCALE) if name + SCALE in keys else None
-            _check_stored(path, name, stored, scale, out)
-            if scale is None:
-                out.copy_(stored)
-            else:
-                dequantize_into(out, stored, scale)
-            if not is_finite(out if scale is None else scale * LEVELS):
-                raise CheckpointError(f"{path}: {name} is not finite (NaN or infinity)")
+    file = open_tensors(path)
+    found = set(file.keys())
+    if found != set(keys) or len(keys) != len(views):
+        raise CheckpointError(f"{path}: does not hold what {INDEX} says: {listed(sorted(found ^ set(keys)))}")
+    for name, key in keys.items():
+        out = views[key]
+        if out is None:
+            continue
+        stored = file.get_tensor(name)
+        scale = file.get_tensor(name + SCALE) if name + SCALE in keys else None
+        _check_stored(path, name, stored, scale, out)
+        if scale is None:
+            out.copy_(stored)
+        else:
+            dequantize_into(out, stored, scale)
+        if not is_finite(out if scale is None else scale * LEVELS):
+            raise CheckpointError(f"{path}: {name} is not finite (NaN or infinity)")
 
 
 def _check_stored(path: Path, name: str, stored: Tensor, scale: Tensor | None, out: Tensor) -> None:

@@ -76,12 +76,10 @@ def inside(directory: Path, name: object, source: Path) -> Path:
     return directory.joinpath(*parts)
 
 
-@contextmanager
-def open_tensors(path: Path) -> Iterator[Any]:
-    """A safetensors file, open for lazy reading (``safe_open``)."""
+def open_tensors(path: Path) -> Any:
+    """A safetensors file, mapped for lazy reading (``safe_open``); its header is checked against its length."""
     try:
-        with safe_open(path, framework="pt", device="cpu") as file:
-            yield file
+        return safe_open(path, framework="pt", device="cpu")
     except (SafetensorError, OSError) as error:
         cause = "no such file" if isinstance(error, FileNotFoundError) else f"not a whole safetensors file ({error})"
         raise CheckpointError(f"{path}: {cause}") from error
@@ -90,13 +88,12 @@ def open_tensors(path: Path) -> Iterator[Any]:
 class TensorFiles(Mapping[str, Tensor]):
     """The tensors of safetensors files, each read when it is asked for, so that a large model is held once."""
 
-    def __init__(self, where: Mapping[str, Path]) -> None:
-        self._where = dict(where)
+    def __init__(self, paths: Iterable[Path]) -> None:
+        files = [open_tensors(path) for path in paths]
+        self._where = {key: file for file in files for key in file.keys()}  # noqa: SIM118 (no mapping)
 
     def __getitem__(self, key: str) -> Tensor:
-        path = self._where[key]
-        with open_tensors(path) as file:
-            return file.get_tensor(key)
+        return self._where[key].get_tensor(key)
 
     def __iter__(self) -> Iterator[str]:
         return iter(self._where)

@@ -98,7 +98,7 @@ def _check_ids(generation: Mapping[str, Any], tokenizer: Tokenizer, config: Mode
             "they belong to different models"
         )
     for key, value in generation.items():
-        ids: Any = [value] if key.endswith(("_token_id", "_to_id")) else value if key in _LISTS else []
+        ids: Any = value if key.endswith(("_token_id", "_to_id")) or key in _LISTS else []
         if key.endswith("_to_id") and isinstance(value, Mapping):
             ids = list(value.values())
         wrong = [id for id in (ids if isinstance(ids, list) else [ids]) if not _is_id(id, config.vocab_size)]

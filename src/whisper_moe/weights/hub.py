@@ -8,7 +8,7 @@ from pathlib import Path
 
 from whisper_moe.weights.files import CheckpointError
 
-_ID = re.compile(r"[\w.-]+/[\w.-]+")
+_ID = re.compile(r"(?!.*(--|\.\.))[a-zA-Z0-9_]([\w.-]*\w)?/[a-zA-Z0-9_]([\w.-]*\w)?", re.ASCII)
 _SHARD = r"-\d{5}-of-\d{5}"
 _FULL = (
     r"model\.safetensors",

@@ -34,11 +34,10 @@ def quantizable(key: str) -> bool:
 def quantize_rows(weight: Tensor) -> tuple[Tensor, Tensor]:
     """[rows, columns] float32 → int8 of the same shape and scales [rows, 1] float32.
 
-    A scale keeps 17 significant bits, so that its product with any level is exact in float32: quantising what
-    :func:`dequantize_into` returns gives the same levels and scales again, bit for bit.
+    Quantising what :func:`dequantize_into` returns gives the same levels and scales again, bit for bit: m / 127 * 127 / 127
+    is m / 127 for every float32 number m.
     """
     scale = weight.abs().amax(dim=1, keepdim=True) / LEVELS
-    scale = ((scale.view(torch.int32) + 0x40) & ~0x7F).view(torch.float32)
     levels = torch.where(scale > 0, weight / scale, 0).round_().clamp_(-LEVELS, LEVELS)
     return levels.to(torch.int8), scale
 

@@ -23,7 +23,6 @@ from whisper_moe.weights.files import (
     TensorFiles,
     inside,
     listed,
-    open_tensors,
     read_json,
 )
 from whisper_moe.weights.generation import complete_generation, read_tokenizer
@@ -141,7 +140,7 @@ def read_weights(folder: Path) -> tuple[Mapping[str, Tensor], Path]:
     files = hub.weight_files((file.name for file in folder.iterdir()), folder)
     if len(files) == 1 and not files[0].endswith(".json"):
         path = folder / files[0]
-        return (_tensors_of([path]) if path.suffix == ".safetensors" else unpickle(path)), path
+        return (TensorFiles([path]) if path.suffix == ".safetensors" else unpickle(path)), path
     index = next((folder / name for name in files if name.endswith(".index.json")), None)
     if index is None:
         raise CheckpointError(f"{folder}: shards without an index: {listed(files)}")
@@ -151,7 +150,7 @@ def read_weights(folder: Path) -> tuple[Mapping[str, Tensor], Path]:
 def _read_shards(folder: Path, index: Path) -> Mapping[str, Tensor]:
     shards = _shards(folder, index)
     if ".safetensors." in index.name:
-        return _tensors_of(shards)
+        return TensorFiles(shards)
     merged: dict[str, Tensor] = {}
     for shard in shards:
         merged |= unpickle(shard)
@@ -164,14 +163,6 @@ def _shards(folder: Path, index: Path) -> list[Path]:
     if not isinstance(weight_map, dict):
         raise CheckpointError(f"{index}: has no weight_map")
     return [inside(folder, name, index) for name in sorted(set(map(str, weight_map.values())))]
-
-
-def _tensors_of(paths: list[Path]) -> TensorFiles:
-    where: dict[str, Path] = {}
-    for path in paths:
-        with open_tensors(path) as file:
-            where |= dict.fromkeys(file.keys(), path)
-    return TensorFiles(where)
 
 
 def unpickle(path: Path) -> dict[str, Any]:

@@ -13,6 +13,8 @@ from torch import Tensor
 
 from whisper_moe.config import ModelConfig, MoEConfig, TTTConfig
 from whisper_moe.model.model import WhisperMoEModel
+from whisper_moe.weights.files import listed
+from whisper_moe.weights.parts import expected_shapes
 
 
 def upcycle(
@@ -26,10 +28,15 @@ def upcycle(
     """Add ``moe`` and ``ttt`` to a dense model; returns the new configuration and state.
 
     ``seed`` is of the parts that are new (experts' first halves, router, TTT). Raises ``ValueError`` if ``config`` is not
-    dense, or if copies are asked for (no shared expert) in a size that is not the feed-forward's.
+    dense, if ``state`` is not what it describes, or if copies are asked for (no shared expert) in a size that is not the
+    feed-forward's.
     """
     if config.moe is not None or config.ttt is not None:
         raise ValueError("only a dense Whisper can be upcycled; this model has experts or TTT layers already")
+    shapes = expected_shapes(config)
+    wrong = sorted(k for k in shapes.keys() | state.keys() if k not in state or tuple(state[k].shape) != shapes.get(k))
+    if wrong:  # What is missing would otherwise stay random.
+        raise ValueError(f"these weights are not those of the configuration: {listed(wrong)}")
     if moe is not None and not moe.shared:
         for side, hidden in (("encoder", config.encoder_ffn_dim), ("decoder", config.decoder_ffn_dim)):
             if moe.expert_dim != hidden:
@@ -42,7 +49,7 @@ def upcycle(
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         new = WhisperMoEModel(upcycled).state_dict()
-    new |= {key: tensor for key, tensor in state.items() if key in new}
+    new |= {key: tensor for key, tensor in state.items() if key in new}  # the rest are feed-forwards to copy
     if moe is not None and not moe.shared:
         _copy_into_experts(new, state, moe.n_experts)
     return upcycled, new

@@ -257,20 +257,17 @@ def _stack(
 ) -> Tensor:
     """One of our tensors, new memory, from equal parts along its first dimension."""
     part_shape = (shape[0] // len(names), *shape[1:])
-    parts = [
-        torch.zeros(part_shape, dtype=torch.float32)
-        if name is None
-        else _checked(foreign[name], name, part_shape, origin)
-        for name in names
-    ]
-    return torch.cat(parts)
+    tensors = [None if name is None else _checked(foreign[name], name, part_shape, origin) for name in names]
+    fused = torch.empty(shape, dtype=torch.float32)
+    for name, tensor, part in zip(names, tensors, fused.chunk(len(names)), strict=True):
+        part.zero_() if tensor is None else part.copy_(tensor)
+        if not is_finite(part):
+            raise CheckpointError(f"{origin}: {name} is not finite (NaN or infinity)")
+    return fused
 
 
 def _checked(tensor: Tensor, name: str, shape: tuple[int, ...], origin: str | Path) -> Tensor:
     if tensor.shape != shape or not tensor.is_floating_point():
         found = f"{list(tensor.shape)} {str(tensor.dtype).removeprefix('torch.')}"
         raise CheckpointError(f"{origin}: {name} is {found}, must be {list(shape)} of a floating type")
-    tensor = tensor.to(torch.float32)
-    if not is_finite(tensor):
-        raise CheckpointError(f"{origin}: {name} is not finite (NaN or infinity)")
     return tensor

@@ -1,0 +1,85 @@
+"""The measurement of one system, in a process of its own.
+
+``python benchmarks/measure.py JOB.json RESULT.json`` loads one system, warms it up on one clip, runs the whole job, and
+writes what it measured: so peak memory and thread settings belong to that system alone.
+"""
+
+from __future__ import annotations
+
+import importlib
+import json
+import resource
+import sys
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from convert import disk_bytes
+from peers import Adapter, Job, systems
+
+
+def run_pass(adapter: Adapter, clips: Sequence[str]) -> dict[str, Any]:
+    """The whole job once: wall and processor seconds, seconds of each clip where they run one by one, transcripts."""
+    cpu, start = time.process_time(), time.perf_counter()
+    if adapter.batched:
+        texts, latencies = adapter.transcribe(clips), []
+    else:
+        texts, latencies = one_by_one(adapter, clips)
+    return {
+        "wall": time.perf_counter() - start,
+        "cpu": time.process_time() - cpu,
+        "latencies": latencies,
+        "texts": [text.strip() for text in texts],
+    }
+
+
+def one_by_one(adapter: Adapter, clips: Sequence[str]) -> tuple[list[str], list[float]]:
+    texts, latencies = [], []
+    for clip in clips:
+        start = time.perf_counter()
+        texts += adapter.transcribe([clip])
+        latencies.append(time.perf_counter() - start)
+    return texts, latencies
+
+
+def peak_bytes() -> int:
+    """The largest resident memory of this process so far. Linux counts in KiB, macOS in bytes."""
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else peak * 1024
+
+
+def measure(job: Job) -> dict[str, Any]:
+    """Import, load, warm up on the first clip, run the job ``passes`` times, then clip by clip where it batches."""
+    system = systems(job.model)[job.system]
+    start = time.perf_counter()
+    for module in system.modules:
+        importlib.import_module(module)
+    imported = time.perf_counter()
+    adapter = system.make(job)
+    loaded = time.perf_counter()
+    adapter.transcribe(job.clips[:1])
+    passes = [run_pass(adapter, job.clips) for _ in range(job.passes)]
+    result = {
+        "import_seconds": imported - start,
+        "load_seconds": loaded - imported,
+        "passes": passes,
+        "peak_bytes": peak_bytes(),
+        "disk_bytes": disk_bytes(adapter.weights),
+        "batched": adapter.batched,
+        "options": adapter.options,
+        "fallbacks": getattr(adapter, "fallbacks", None),
+    }
+    if adapter.batched and job.latency_clips:
+        result["one_by_one"] = one_by_one(adapter, job.clips[: job.latency_clips])[1]
+    return result
+
+
+def main(job_path: str, result_path: str) -> None:
+    job = json.loads(Path(job_path).read_text())
+    result = measure(Job(**{**job, "clips": tuple(job["clips"])}))
+    Path(result_path).write_text(json.dumps(result, ensure_ascii=False, default=str))
+
+
+if __name__ == "__main__":
+    main(sys.argv[1], sys.argv[2])

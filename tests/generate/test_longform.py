@@ -1,0 +1,309 @@
+"""Recordings of any length and number pass through a bounded buffer; each comes out whole, in its place, by itself."""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+import pytest
+from generate.tiny import CONFIG, tiny_tokenizer, tiny_whisper_moe
+
+from whisper_moe import MediaError, WhisperMoE
+from whisper_moe.generate.decode import Take, WindowDecoder
+from whisper_moe.generate.longform import (
+    BUFFERED_SECONDS,
+    BUFFERED_WINDOWS,
+    MAX_POSITIONS,
+    MAX_ROWS,
+    Recording,
+    Transcriber,
+)
+from whisper_moe.generate.options import TranscribeOptions
+from whisper_moe.generate.search import Hypothesis
+from whisper_moe.media.windows import Window
+
+TOKENIZER = tiny_tokenizer()
+RATE = 16_000
+EXAMPLES = Path(__file__).parents[2] / "examples"
+
+
+def said(text: str = " word", *, until: float | None = None, language: str = "en", sure: float | None = 0.9) -> Take:
+    """A take that ends at a time in its window, or with the window."""
+    tokens = [TOKENIZER.timestamp_begin, *TOKENIZER.encode(text)]
+    if until is not None:
+        tokens.append(TOKENIZER.timestamp_begin + round(until / 0.02))
+    return Take(Hypothesis(tuple(tokens), -0.1, True), language, sure, 0.01, 0.0, 30.0, ())
+
+
+def silence() -> Take:
+    quiet = said(" you")
+    return replace(quiet, no_speech_prob=0.9, hypothesis=replace(quiet.hypothesis, sum_logprob=-99.0))
+
+
+@dataclass
+class Listener:
+    """A decoder that hears the loudness of a clip and answers by ``answers``; anything else it calls by its loudness."""
+
+    answers: dict[float, Callable[[float, str | None], Take]] = field(default_factory=dict)
+    batches: list[list[int]] = field(default_factory=list)
+    tokenizer: Any = TOKENIZER
+    model: Any = field(default_factory=lambda: SimpleNamespace(config=CONFIG))
+
+    def positions(self, samples: int, margin: float) -> int:
+        return min(1500, round((samples / RATE + margin) * 50))
+
+    def decode(
+        self, clips: Sequence[np.ndarray], options: TranscribeOptions, *, temperature: float, margin: float,
+        hints: Sequence[str | None] | None = None, carry: Any = None,
+    ) -> list[Take]:  # fmt: skip
+        self.batches.append([self.positions(len(clip), margin) for clip in clips])
+        takes = []
+        for clip, hint in zip(clips, hints or [None] * len(clips), strict=True):
+            loudness = round(float(clip[0]), 4)
+            answer = self.answers.get(loudness)
+            takes.append(answer(len(clip) / RATE, hint) if answer else said(f" {loudness:g}"))
+        return takes
+
+
+def window(start: float, seconds: float, loudness: float) -> Window:
+    return Window(start, np.full(round(seconds * RATE), loudness, np.float32))
+
+
+def recording(name: str, *loudness: float, seconds: float = 2.0) -> Recording:
+    return Recording(name, iter([window(i * seconds, seconds, level) for i, level in enumerate(loudness)]))
+
+
+def run(listener: Listener, recordings: Sequence[Recording], **more: Any) -> list[Recording]:
+    options = more.pop("options", TranscribeOptions(temperatures=(0.0,)))
+    return list(Transcriber(listener, options, **more).run(recordings))
+
+
+# How much waits.
+
+
+@pytest.mark.parametrize(
+    ("seconds", "count", "most"),
+    [(1.0, 1_000, BUFFERED_WINDOWS), (30.0, 100, BUFFERED_SECONDS / 30)],
+    ids=["short windows", "full windows"],
+)
+def test_no_more_windows_are_held_than_the_buffer_takes(seconds: float, count: int, most: float) -> None:
+    held: list[weakref.ref[np.ndarray]] = []
+    highest = 0
+
+    def windows() -> Iterator[Window]:
+        nonlocal highest
+        for index in range(count):
+            new = window(index * seconds, seconds, 0.1)
+            held.append(weakref.ref(new.samples))
+            highest = max(highest, sum(each() is not None for each in held))
+            yield new
+            del new
+
+    (done,) = run(Listener(), [Recording("long", windows())])
+    assert len(done.segments) == count
+    assert most <= highest <= most + 2
+    assert sum(each() is not None for each in held) <= 1, "windows outlive their recording"
+
+
+def test_windows_that_leave_a_rest_are_bounded_too() -> None:
+    listener = Listener({0.1: lambda seconds, hint: said(until=seconds / 2)})
+    (done,) = run(listener, [recording("long", *[0.1] * 300, seconds=8.0)])
+    assert max(map(len, listener.batches)) <= MAX_ROWS
+    assert {segment.seek for segment in done.segments} > {0, 400, 800}
+
+
+def test_results_do_not_wait_for_what_comes_later() -> None:
+    read: list[int] = []
+
+    def endless() -> Iterator[Recording]:
+        while True:
+            read.append(len(read))
+            yield recording(str(read[-1]), 0.1)
+
+    first = next(Transcriber(Listener(), TranscribeOptions()).run(endless()))
+    assert first.name == "0"
+    assert len(read) <= BUFFERED_WINDOWS
+
+
+def test_a_result_does_not_wait_for_the_end_of_a_long_recording() -> None:
+    read: list[int] = []
+
+    def long() -> Iterator[Window]:
+        for index in range(10 * BUFFERED_WINDOWS):
+            read.append(index)
+            yield window(index, 1.0, 0.1)
+
+    first = next(Transcriber(Listener(), TranscribeOptions()).run([recording("short", 0.2), Recording("long", long())]))
+    assert (first.name, first.result().text) == ("short", "0.2")
+    assert len(read) <= BUFFERED_WINDOWS
+
+
+def test_batches_fit_and_hold_clips_of_about_one_length() -> None:
+    listener = Listener()
+    lengths = [1.0 + (i * 7 % 29) for i in range(200)]
+    recordings = [recording(str(i), 0.1, seconds=length) for i, length in enumerate(lengths)]
+    run(listener, recordings, options=TranscribeOptions(context_margin=0.0, temperatures=(0.0,)))
+    assert sorted(n for batch in listener.batches for n in batch) == sorted(round(length * 50) for length in lengths)
+    assert all(len(batch) <= MAX_ROWS and sum(batch) <= MAX_POSITIONS for batch in listener.batches)
+    assert all(batch == sorted(batch, reverse=True) for batch in listener.batches)
+
+
+# What comes out.
+
+
+def test_recordings_come_out_in_the_order_they_were_given() -> None:
+    names = [f"{i}" for i in range(40)]
+    recordings = [recording(name, *[0.01 * (i + 1)] * (1 + i * 13 % 9)) for i, name in enumerate(names)]
+    counts = [1 + i * 13 % 9 for i in range(40)]
+    done = run(Listener(), recordings)
+    assert [each.name for each in done] == names
+    assert [each.result().text.split() for each in done] == [[f"{0.01 * (i + 1):g}"] * n for i, n in enumerate(counts)]
+
+
+def test_a_recording_that_fails_hurts_no_neighbour() -> None:
+    def broken() -> Iterator[Window]:
+        yield window(0.0, 2.0, 0.3)
+        raise MediaError("broken", "the sound is damaged", 2.0)
+
+    recordings = [
+        recording("a", 0.1, 0.2),
+        Recording("broken", broken()),
+        recording("b", 0.4),
+        Recording("none", iter(())),
+    ]
+    done = run(Listener(), recordings)
+    assert [each.name for each in done] == ["a", "broken", "b", "none"]
+    assert [str(each.error) if each.error else None for each in done] == [
+        None, "broken: the sound is damaged (decoding stopped after 2.00 s)", None, None,
+    ]  # fmt: skip
+    assert [each.result().text for each in done if not each.error] == ["0.1 0.2", "0.4", ""]
+
+
+def test_silent_windows_are_not_decoded_and_still_take_their_time() -> None:
+    listener, heard = Listener(), []
+    (done,) = run(listener, [recording("quiet", 0.0, 0.1, 0.00001)], progress=heard.append)
+    result = done.result()
+    assert sum(map(len, listener.batches)) == 1
+    assert (result.text, result.duration, [s.start for s in result.segments]) == ("0.1", 6.0, [2.0])
+    assert sum(heard) == pytest.approx(6.0)
+
+
+# What is left behind the last timestamp.
+
+
+def test_what_a_window_left_unsaid_is_heard_again_from_there() -> None:
+    listener, heard = Listener({0.1: lambda seconds, hint: said(f" {seconds:g}", until=4.0)}), []
+    (done,) = run(listener, [recording("long", 0.1, 0.2, seconds=10.0)], progress=heard.append)
+    times = [(s.start, s.end, s.text) for s in done.result().segments]
+    assert times == [(0.0, 4.0, " 10"), (4.0, 8.0, " 6"), (8.0, 10.0, " 2"), (10.0, 20.0, " 0.2")]
+    assert [s.id for s in done.result().segments] == [0, 1, 2, 3]
+    assert sum(heard) == pytest.approx(20.0)
+
+
+@pytest.mark.parametrize(
+    ("until", "again"), [(0.02, 0), (0.98, 0), (1.0, 28), (5.0, 5), (28.4, 1), (28.6, 0), (30.0, 0)]
+)
+def test_a_window_is_heard_again_only_while_that_gets_somewhere(until: float, again: int) -> None:
+    listener = Listener({0.1: lambda seconds, hint: said(until=until)})
+    run(listener, [recording("long", 0.1, seconds=30.0)])
+    assert len(listener.batches) == 1 + again
+
+
+def test_a_rest_without_speech_is_left() -> None:
+    samples = np.concatenate([np.full(6 * RATE, 0.1, np.float32), np.zeros(20 * RATE, np.float32)])
+    listener = Listener({0.1: lambda seconds, hint: said(until=5.5)})
+    run(listener, [Recording("half", iter([Window(0.0, samples)]))])
+    assert len(listener.batches) == 1
+
+
+def test_without_times_nothing_is_left() -> None:
+    listener = Listener({0.1: lambda seconds, hint: said(until=4.0)})
+    run(listener, [recording("a", 0.1, seconds=30.0)], options=TranscribeOptions(timestamps=False))
+    assert len(listener.batches) == 1
+
+
+# Languages.
+
+
+def speaking(language: str, sure: float) -> Callable[[float, str | None], Take]:
+    return lambda seconds, hint: said(f" {hint or language}", language=hint or language, sure=sure)
+
+
+def test_a_window_that_is_unsure_takes_the_language_spoken_most() -> None:
+    listener = Listener({0.1: speaking("en", 0.9), 0.2: speaking("cy", 0.3), 0.3: speaking("hi", 0.8)})
+    (done,) = run(listener, [recording("talk", 0.2, 0.1, 0.1, 0.3, 0.2)])
+    assert done.result().text == "en en en hi en"
+    assert [s.language for s in done.result().segments] == ["en", "en", "en", "hi", "en"]
+
+
+def test_one_recordings_language_says_nothing_about_anothers() -> None:
+    listener = Listener({0.1: speaking("en", 0.9), 0.2: speaking("cy", 0.3)})
+    first, second = run(listener, [recording("a", 0.1), recording("b", 0.2)])
+    assert (first.result().text, second.result().text) == ("en", "cy")
+
+
+def test_a_language_that_was_asked_for_is_not_settled_again() -> None:
+    listener = Listener({0.1: lambda seconds, hint: said(language="hi", sure=None)})
+    (done,) = run(listener, [recording("a", 0.1, 0.1)])
+    assert len(listener.batches) == 1
+    assert (done.result().language, done.result().language_probability) == ("hi", None)
+
+
+def test_noise_does_not_name_the_language_of_what_follows() -> None:
+    listener = Listener({0.1: lambda seconds, hint: silence(), 0.2: speaking("hi", 0.8)})
+    (done,) = run(listener, [recording("a", 0.1, 0.2)])
+    assert (done.result().language, done.result().language_probability) == ("hi", 0.8)
+    assert done.result().text == "hi"
+
+
+def test_three_languages_in_one_file_are_told_apart(default_model: WhisperMoE) -> None:
+    result = default_model.transcribe(EXAMPLES / "languages.ogg")
+    spoken = {segment.language for segment in result.segments}
+    assert spoken == {"en", "it", "ru"}
+    for segment in result.segments:
+        middle = (segment.start + segment.end) / 2
+        assert segment.language == ("en" if middle < 28 else "it" if middle < 57 else "ru"), segment
+    assert result.language == "en"
+
+
+# Fast weights carried through a recording.
+
+
+def test_carried_fast_weights_change_what_follows_and_not_what_came_before(monkeypatch: pytest.MonkeyPatch) -> None:
+    scores: list[float] = []
+    decode = WindowDecoder.decode
+
+    def spy(self: WindowDecoder, *clips: Any, **how: Any) -> list[Take]:
+        takes = decode(self, *clips, **how)
+        scores.extend(take.hypothesis.avg_logprob for take in takes)
+        return takes
+
+    def listen(*waves: np.ndarray, **options: Any) -> list[float]:
+        scores.clear()
+        trusting = {"logprob_threshold": None, "compression_ratio_threshold": None, "no_speech_threshold": None}
+        whole = {"temperatures": (0.0,), "timestamps": False, "language": "en", "context_margin": 30.0}
+        model.transcribe(list(waves), **trusting, **whole, **options)
+        return list(scores)
+
+    monkeypatch.setattr(WindowDecoder, "decode", spy)
+    model = tiny_whisper_moe()
+    wave = np.random.default_rng(0).normal(0, 0.1, 40 * RATE).astype(np.float32)
+    other = wave[::-1][: 20 * RATE]
+    alone = listen(other)
+    afresh, carried = listen(wave, other), listen(wave, other, carry_ttt=True)
+    assert len(afresh) == len(carried) == 3
+    assert carried[0] == pytest.approx(afresh[0], abs=1e-5)
+    assert abs(carried[1] - afresh[1]) > 1e-4
+    assert carried[2] == pytest.approx(alone[0], abs=1e-5), "another recording's weights were carried over"
+    assert listen(wave, other, carry_ttt=True) == carried
+
+
+def test_a_model_without_shared_ttt_layers_cannot_carry_them() -> None:
+    dense = tiny_whisper_moe(config=CONFIG.model_copy(update={"ttt": None}))
+    with pytest.raises(ValueError, match="carry_ttt"):
+        dense.transcribe(np.full(RATE, 0.1, np.float32), carry_ttt=True)

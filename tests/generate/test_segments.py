@@ -1,0 +1,186 @@
+"""A window's tokens become the segments that openai/whisper's ``transcribe`` makes of them, and none is lost or invented."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from functools import cache
+from itertools import pairwise
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from parity.openai_whisper import hub_backend
+
+from whisper_moe.generate.align import WordTiming
+from whisper_moe.generate.decode import Take
+from whisper_moe.generate.result import Segment
+from whisper_moe.generate.search import Hypothesis
+from whisper_moe.generate.segments import goes_on, numbered, segments_of, split_at_timestamps
+from whisper_moe.media.text import Tokenizer
+
+DURATION = 12.0
+"""Seconds of the window."""
+
+
+@cache
+def tokenizer() -> Tokenizer:
+    return Tokenizer(hub_backend())
+
+
+def at(seconds: float) -> int:
+    """The timestamp token."""
+    return tokenizer().timestamp_begin + round(seconds / 0.02)
+
+
+def say(text: str) -> list[int]:
+    return tokenizer().encode(text)
+
+
+def take(tokens: list[int], finished: bool = True, **changes: Any) -> Take:
+    found = Hypothesis(tuple(tokens), -0.25 * (len(tokens) + 1), finished)
+    return replace(Take(found, "en", 0.9, 0.1, 0.0, 2.0, (("hindi", 1.0),)), **changes)
+
+
+def by_openai(tokens: list[int]) -> tuple[list[dict[str, Any]], float | None]:
+    """Segments with text that openai/whisper makes of a window's tokens; where it goes on to listen in the same window."""
+    import torch
+    from whisper.decoding import DecodingResult
+    from whisper.transcribe import transcribe
+
+    again = [at(0), *say(" again"), at(0.02)]
+    answers = iter([tokens, again])
+
+    def decode(mel: torch.Tensor, options: Any) -> DecodingResult:
+        said = next(answers, None)
+        sure = 0.0 if said is None else -0.25
+        return DecodingResult(
+            mel, "en", tokens=said or [], avg_logprob=sure or -9.0, no_speech_prob=0.1 if said else 1.0,
+            temperature=0.0, compression_ratio=1.0,
+        )  # fmt: skip
+
+    model: Any = SimpleNamespace(
+        device=torch.device("cpu"), dims=SimpleNamespace(n_mels=80, n_audio_ctx=1500, n_text_ctx=448),
+        is_multilingual=True, num_languages=99, decode=decode,
+    )  # fmt: skip
+    audio = np.zeros(round(DURATION * 16_000), np.float32)
+    result = transcribe(model, audio, language="en", fp16=False, temperature=(0.0,), condition_on_previous_text=False)
+    segments: list[dict[str, Any]] = result["segments"]
+    found = [segment for segment in segments if segment["text"].strip()]
+    rest = [segment["start"] for segment in found if segment["text"] == " again"]
+    return [segment for segment in found if segment["text"] != " again"], rest[0] if rest else None
+
+
+def described(segments: list[Segment] | list[dict[str, Any]]) -> list[tuple[float, float, str, list[int]]]:
+    plain = [segment.to_dict() if isinstance(segment, Segment) else segment for segment in segments]
+    return [(round(s["start"], 3), round(s["end"], 3), s["text"], list(s["tokens"])) for s in plain]
+
+
+@st.composite
+def spoken(draw: st.DrawFn) -> list[int]:
+    """Closed segments one after another, some of them blank."""
+    count = draw(st.integers(2, 5))
+    times = sorted(draw(st.lists(st.integers(1, int(DURATION * 50)), min_size=count, max_size=count, unique=True)))
+    starts = [draw(st.integers(0, times[0] - 1)), *times[:-1]]
+    texts = draw(st.lists(st.sampled_from([" Hello.", " wörld", " ", " नमस्ते दुनिया"]), min_size=count, max_size=count))
+    tokens: list[int] = []
+    for start, end, text in zip(starts, times, texts, strict=True):
+        tokens += [at(start * 0.02), *say(text), at(end * 0.02)]
+    return tokens
+
+
+@settings(max_examples=40, deadline=None)
+@given(tokens=spoken())
+def test_closed_segments_are_openais(tokens: list[int]) -> None:
+    expected, _ = by_openai(tokens)
+    assert described(segments_of(take(tokens), 0.0, DURATION, tokenizer())) == described(expected)
+
+
+@settings(max_examples=20, deadline=None)
+@given(tokens=spoken(), text=st.sampled_from([[], [" and then"]]))
+def test_a_text_that_was_cut_off_ends_with_its_last_closed_segment(tokens: list[int], text: list[str]) -> None:
+    """There openai/whisper listens again, and so do we."""
+    last = tokens[-1]
+    tokens = [*tokens, last, *(token for words in text for token in say(words))]
+    expected, rest = by_openai(tokens)
+    cut_off = take(tokens, finished=False)
+    assert rest == pytest.approx(tokenizer().seconds(last))
+    assert goes_on(cut_off.hypothesis, DURATION, tokenizer()) == (rest >= 1.0)
+    if rest >= 1.0:  # otherwise nothing was gained, and the take does not pass for a good one
+        assert described(segments_of(cut_off, 0.0, DURATION, tokenizer())) == described(expected)
+
+
+@pytest.mark.parametrize(
+    "tokens",
+    [
+        [at(0), *say(" Hello."), at(3.5)],
+        [at(0), *say(" Hello.")],
+        say(" Hello."),
+        [at(0), *say(" "), at(3)],
+        [at(0)],
+        [at(0), at(2)],
+        [],
+    ],
+    ids=["one", "unclosed", "without times", "blank", "a time", "two times", "nothing"],
+)
+def test_a_window_of_one_segment_is_openais(tokens: list[int]) -> None:
+    expected, _ = by_openai(tokens)
+    assert described(segments_of(take(tokens), 0.0, DURATION, tokenizer())) == described(expected)
+
+
+def test_unlike_openais_a_single_segment_begins_at_its_own_time() -> None:
+    tokens = [at(0.5), *say(" Hello."), at(3)]
+    (ours,) = segments_of(take(tokens), 0.0, DURATION, tokenizer())
+    assert (ours.start, ours.end) == (0.5, 3.0)
+    assert [(s["start"], s["end"]) for s in by_openai(tokens)[0]] == [(0.0, 3.0)]
+
+
+def test_unlike_openais_a_finished_text_without_a_last_time_is_kept() -> None:
+    tokens = [at(0), *say(" Hello."), at(3), at(3), *say(" And then")]
+    ours = segments_of(take(tokens), 0.0, DURATION, tokenizer())
+    assert described(ours)[0] == described(by_openai(tokens)[0])[0]
+    assert [(s.start, s.end, s.text) for s in ours] == [(0.0, 3.0, " Hello."), (3.0, DURATION, " And then")]
+
+
+def test_nothing_ends_in_the_silence_that_was_put_behind_the_window() -> None:
+    tokens = [at(0), *say(" Hello."), at(5), at(5.5), *say(" you"), at(7)]
+    ours = segments_of(take(tokens), 0.0, 4.0, tokenizer())
+    assert [(s.start, s.end, s.text) for s in ours] == [(0.0, 4.0, " Hello.")]
+
+
+def test_a_segment_knows_its_place_in_the_recording_and_how_it_was_found() -> None:
+    tokens = [at(0), *say(" Hello."), at(3), at(3.2), *say(" Again."), at(4)]
+    first, second = segments_of(take(tokens, temperature=0.4, no_speech_prob=0.2), 61.5, DURATION, tokenizer())
+    assert (first.start, first.end, second.start, second.end) == (61.5, 64.5, 64.7, 65.5)
+    assert (first.id, second.id, first.seek, second.seek) == (0, 1, 6150, 6150)
+    assert (first.temperature, first.no_speech_prob, first.language) == (0.4, 0.2, "en")
+    assert first.avg_logprob == pytest.approx(-0.25)
+    assert first.experts == (("hindi", 1.0),)
+
+
+def test_words_after_a_pause_before_their_window_keep_their_length() -> None:
+    """The pause is counted from the window's begin, not from the recording's."""
+    tokens = [at(0), *say(" Hello you"), at(3)]
+    hello, you = say(" Hello"), say(" you")
+    timings = (WordTiming(" Hello", tuple(hello), 0.2, 1.2, 0.9), WordTiming(" you", tuple(you), 1.2, 1.5, 0.9))
+    (segment,) = segments_of(take(tokens, timings=timings), 60.0, DURATION, tokenizer())
+    assert segment.words is not None
+    assert [(word.start, word.end) for word in segment.words] == [(60.2, 61.2), (61.2, 61.5)]
+
+
+@settings(max_examples=100, deadline=None)
+@given(st.lists(st.one_of(st.integers(0, 1000), st.integers(50_364, 51_864)), max_size=20))
+def test_no_token_is_lost_between_the_pieces(tokens: list[int]) -> None:
+    pieces = split_at_timestamps(tokens, tokenizer())
+    assert [token for piece in pieces for token in piece] == tokens
+    seams = [(before[-1], after[0]) for before, after in pairwise(pieces)]
+    assert all(tokenizer().is_timestamp(token) for seam in seams for token in seam)
+    adjacent = sum(map(tokenizer().is_timestamp, tokens[:-1]))
+    assert len(pieces) <= adjacent + 1
+
+
+def test_segments_are_numbered_in_order_of_time() -> None:
+    found = segments_of(take([at(0), *say(" a"), at(1), at(1), *say(" b"), at(2)]), 0.0, DURATION, tokenizer())
+    assert [(s.id, s.text) for s in numbered(found[::-1])] == [(0, " a"), (1, " b")]

@@ -1,0 +1,150 @@
+"""Attention: the loop over segments is the masked product over the pack, and the cache is the past."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import Tensor
+
+from tests.model.masked_oracle import masked_cross_attention, masked_logits, masked_self_attention
+from tests.model.tiny import relative
+from whisper_moe.model.attention import CrossAttention, KeyValueCache, SelfAttention
+from whisper_moe.packing import Layout
+
+D, H = 24, 3
+RAGGED = Layout([5, 1, 37, 2, 1, 16])
+TOLERANCE = {torch.float64: 1e-10, torch.float32: 1e-5}
+DTYPES = pytest.mark.parametrize("dtype", TOLERANCE, ids=["f64", "f32"])
+FORMS = pytest.mark.parametrize("causal", [True, False], ids=["causal", "bidirectional"])
+
+
+def normal(*shape: int, dtype: torch.dtype = torch.float64, seed: int = 1) -> Tensor:
+    return torch.randn(shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64).to(dtype)
+
+
+def make_self(causal: bool, dtype: torch.dtype = torch.float64) -> SelfAttention:
+    torch.manual_seed(0)
+    attention = SelfAttention(D, H, causal=causal).to(dtype)
+    for parameter in attention.parameters():
+        torch.nn.init.normal_(parameter, std=0.3)
+    return attention
+
+
+def make_cross(dtype: torch.dtype = torch.float64) -> CrossAttention:
+    torch.manual_seed(0)
+    attention = CrossAttention(D, H).to(dtype)
+    for parameter in attention.parameters():
+        torch.nn.init.normal_(parameter, std=0.3)
+    return attention
+
+
+def agree(ours: Tensor, oracle: Tensor, leaves: dict[str, Tensor], tolerance: float) -> None:
+    """Values and gradients of everything that went in."""
+    assert relative(ours, oracle) < tolerance
+    weight = normal(*ours.shape, dtype=ours.dtype, seed=9)
+    found, expected = (torch.autograd.grad((y * weight).sum(), list(leaves.values())) for y in (ours, oracle))
+    for name, a, b in zip(leaves, found, expected, strict=True):
+        assert b.abs().max() > 1e-3, f"{name} gets no gradient"
+        assert relative(a, b) < tolerance, name
+
+
+@FORMS
+@DTYPES
+def test_self_attention_is_the_masked_product(dtype: torch.dtype, causal: bool) -> None:
+    attention, x = make_self(causal, dtype), normal(RAGGED.total, D, dtype=dtype).requires_grad_()
+    ours, oracle = attention(x, RAGGED), masked_self_attention(attention, x, RAGGED)
+    agree(ours, oracle, {"x": x} | dict(attention.named_parameters()), TOLERANCE[dtype])
+    whole = masked_self_attention(attention, x, Layout([RAGGED.total]))
+    assert relative(ours, whole) > 0.1, "the mask must matter, or this compares nothing"
+
+
+@DTYPES
+def test_cross_attention_is_the_masked_product(dtype: torch.dtype) -> None:
+    heard = Layout([9, 1, 4, 30, 2, 8])
+    attention, x = make_cross(dtype), normal(RAGGED.total, D, dtype=dtype).requires_grad_()
+    states = normal(heard.total, D, dtype=dtype, seed=2).requires_grad_()
+    ours = attention(x, RAGGED, attention.memory(states, heard))
+    oracle = masked_cross_attention(attention, x, RAGGED, states, heard)
+    agree(ours, oracle, {"x": x, "states": states} | dict(attention.named_parameters()), TOLERANCE[dtype])
+    whole = masked_cross_attention(attention, x, Layout([RAGGED.total]), states, Layout([heard.total]))
+    assert relative(ours, whole) > 0.1, "the mask must matter, or this compares nothing"
+
+
+@FORMS
+def test_a_broken_segment_stays_alone(causal: bool) -> None:
+    attention, x = make_self(causal), normal(RAGGED.total, D)
+    broken = x.clone()
+    broken[RAGGED.slices()[2]] = torch.nan
+    before, after = attention(x, RAGGED), attention(broken, RAGGED)
+    for segment, rows in enumerate(RAGGED.slices()):
+        assert after[rows].isnan().all() if segment == 2 else torch.equal(after[rows], before[rows])
+
+
+def test_causal_attention_does_not_see_the_future() -> None:
+    attention, x, layout = make_self(True), normal(12, D), Layout([7, 5])
+    before = attention(x, layout)
+    for changed in range(12):
+        other = x.clone()
+        other[changed] += 1
+        differs = (attention(other, layout) != before).any(dim=1)
+        end = 7 if changed < 7 else 12
+        assert differs[changed:end].all() and not differs[:changed].any() and not differs[end:].any()
+
+
+def test_alignment_logits_are_those_that_cross_attention_computes_with() -> None:
+    queries, heard = Layout([3, 1, 6]), Layout([5, 9, 2])
+    attention, x, states = make_cross(), normal(10, D), normal(16, D, seed=2)
+    memory, heads = attention.memory(states, heard), [2, 0]
+    found = attention.logits(x, queries, memory, heads)
+    whole = masked_logits(attention, x, queries, states, heard)[heads]
+    assert [tuple(logits.shape) for logits in found] == [(2, 3, 5), (2, 1, 9), (2, 6, 2)]
+    for logits, rows, columns in zip(found, queries.slices(), heard.slices(), strict=True):
+        assert relative(logits, whole[:, rows, columns]) < 1e-12
+
+
+def empty_cache(rows: int, capacity: int) -> KeyValueCache:
+    return KeyValueCache.empty(rows, H, capacity, D // H, normal(1))
+
+
+@pytest.mark.parametrize("sizes", [[1] * 11, [4, 1, 6], [11], [1, 10]], ids=str)
+@pytest.mark.parametrize("capacity", [2, 5, 16])
+def test_extending_the_cache_equals_the_whole_pass(sizes: list[int], capacity: int) -> None:
+    """Also where it must grow, by doubling or by more than that."""
+    rows, n = 3, sum(sizes)
+    attention, x = make_self(True), normal(rows, n, D)
+    expected = attention(x.flatten(0, 1), Layout([n] * rows)).view(rows, n, D)
+    cache = empty_cache(rows, capacity)
+    cache.keys.fill_(torch.nan)  # what lies behind the filled part is never read
+    with torch.no_grad():
+        steps = [attention.extend(part.flatten(0, 1), cache).view(rows, -1, D) for part in x.split(sizes, dim=1)]
+    assert relative(torch.cat(steps, dim=1), expected) < 1e-12
+    assert cache.length == n <= cache.keys.shape[2]
+
+
+def test_selected_rows_take_their_past_along_and_leave_the_old_cache_alone() -> None:
+    attention, x = make_self(True), normal(3, 8, D)
+    cache = empty_cache(3, 4)
+    order = torch.tensor([2, 2, 0])
+    with torch.no_grad():
+        attention.extend(x[:, :5].flatten(0, 1), cache)
+        moved = cache.select(order)
+        after = attention.extend(x[:, 5:].flatten(0, 1), moved).view(3, 3, D)
+        past = torch.cat([x[order, :5], x[:, 5:]], dim=1)
+        expected = attention(past.flatten(0, 1), Layout([8] * 3)).view(3, 8, D)[:, 5:]
+        assert relative(after, expected) < 1e-12
+        assert cache.length == 5 and moved.length == 8
+        stayed = attention.extend(x[:, 5:].flatten(0, 1), cache).view(3, 3, D)
+    assert relative(stayed, attention(x.flatten(0, 1), Layout([8] * 3)).view(3, 8, D)[:, 5:]) < 1e-12
+
+
+def test_memory_is_selected_by_segment() -> None:
+    memory = make_cross().memory(normal(12, D), Layout([3, 4, 5]))
+    assert [tuple(keys.shape) for keys in memory.keys] == [(1, H, n, D // H) for n in (3, 4, 5)]
+    chosen = memory.select([2, 0])
+    assert chosen.keys == (memory.keys[2], memory.keys[0]) and chosen.values == (memory.values[2], memory.values[0])
+
+
+def test_keys_start_without_a_bias_as_in_whisper() -> None:
+    alone, cross = SelfAttention(D, H, causal=True).qkv.bias.detach(), CrossAttention(D, H).kv.bias.detach()
+    assert not alone[D : 2 * D].any() and alone[:D].any() and alone[2 * D :].any()
+    assert not cross[:D].any() and cross[D:].any()

@@ -1,0 +1,191 @@
+"""Decoding token by token is the teacher-forced pass, whatever beams and segments do on the way."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from tests.model.tiny import CONFIGS, MINI_BATCH, random_mels, random_texts, relative, segment_alone, tiny_model
+from whisper_moe.model.decoder import DecoderState
+from whisper_moe.model.encoder import Encoded
+from whisper_moe.model.model import WhisperMoEModel
+from whisper_moe.packing import Layout
+
+FRAMES = (40, 9, 31)
+LENGTH = 2 * MINI_BATCH + 3
+"""Two commits of a causal TTT layer."""
+KINDS = pytest.mark.parametrize("kind", CONFIGS)
+pytestmark = pytest.mark.usefixtures("_no_gradients")
+
+
+@pytest.fixture
+def _no_gradients():
+    with torch.no_grad():
+        yield
+
+
+def forced(model: WhisperMoEModel, tokens_Rn: Tensor, encoded: Encoded) -> Tensor:
+    """The teacher-forced pass over a text for each segment, [R, n, D]."""
+    rows, n = tokens_Rn.shape
+    return model.decoder(tokens_Rn.flatten(), Layout([n] * rows), encoded).view(rows, n, -1)
+
+
+def stepwise(model: WhisperMoEModel, tokens_Rn: Tensor, state: DecoderState, sizes: Sequence[int]) -> Tensor:
+    steps = [model.decoder.extend(part, state) for part in tokens_Rn.split(list(sizes), dim=1)]
+    return torch.cat(steps, dim=1)
+
+
+def texts(rows: int, length: int, seed: int = 2) -> Tensor:
+    return torch.stack(random_texts([length] * rows, seed))
+
+
+def case(kind: str) -> tuple[WhisperMoEModel, Encoded]:
+    """A model and three segments with different experts, if there are any to choose."""
+    model = tiny_model(kind)
+    encoded = model.encoder(random_mels(FRAMES))
+    if encoded.routing is not None:
+        experts = torch.tensor([[0, 1], [3, -1], [1, 2]])
+        encoded = encoded._replace(routing=type(encoded.routing)(experts, encoded.routing.gates))
+    return model, encoded
+
+
+@pytest.mark.parametrize(
+    "sizes", [[1] * LENGTH, [4, 1, LENGTH - 5], [MINI_BATCH, 1, LENGTH - MINI_BATCH - 1], [LENGTH]]
+)
+@KINDS
+def test_step_by_step_equals_teacher_forcing(kind: str, sizes: list[int]) -> None:
+    model, encoded = case(kind)
+    tokens = texts(3, LENGTH)
+    state = model.decoder.start(encoded)
+    assert state.length == 0
+    assert relative(stepwise(model, tokens, state, sizes), forced(model, tokens, encoded)) < 1e-10
+    assert state.length == LENGTH
+
+
+@KINDS
+def test_a_cache_grows_beyond_its_first_size(kind: str) -> None:
+    model, encoded = case(kind)
+    tokens = texts(3, 140)
+    state = model.decoder.start(encoded)
+    first = state.blocks[0].cache.keys.shape[2]
+    assert first == 64
+    assert relative(stepwise(model, tokens, state, [60, 1, 9, *[1] * 60, 10]), forced(model, tokens, encoded)) < 1e-10
+    assert state.blocks[0].cache.keys.shape[2] >= 140
+
+
+@pytest.mark.parametrize("leave_after", [1, MINI_BATCH - 1, MINI_BATCH, MINI_BATCH + 2])
+@pytest.mark.parametrize("kept", [[0, 2], [1], [2, 1]], ids=str)
+@KINDS
+def test_segments_that_stay_decode_as_if_alone(kind: str, kept: list[int], leave_after: int) -> None:
+    """The others leave the batch on the way, before and after the commit of a TTT layer."""
+    model, encoded = case(kind)
+    beams, tokens = 2, texts(6, LENGTH).view(3, 2, LENGTH)
+    state = model.decoder.start(encoded, beams)
+    model.decoder.extend(tokens[:, :, :leave_after].flatten(0, 1), state)
+    state = state.keep(kept)
+    assert (state.segments, state.beams, state.length) == (len(kept), beams, leave_after)
+    rest = tokens[kept, :, leave_after:].flatten(0, 1)
+    after = stepwise(model, rest, state, [1] * (LENGTH - leave_after)).view(len(kept), beams, -1, 32)
+    for place, segment in enumerate(kept):
+        alone = model.decoder.start(segment_alone(encoded, segment), beams)
+        expected = stepwise(model, tokens[segment], alone, [LENGTH])[:, leave_after:]
+        assert relative(after[place], expected) < 1e-10
+
+
+@KINDS
+def test_beams_that_move_take_their_past_along(kind: str) -> None:
+    """Reordered within their segments at each of several steps, across two commits of a causal TTT layer."""
+    model, encoded = case(kind)
+    beams, rows = 3, 9
+    generator = torch.Generator().manual_seed(5)
+    state = model.decoder.start(encoded, beams)
+    histories = torch.empty(rows, 0, dtype=torch.int64)
+    outputs = torch.empty(rows, 0, 32, dtype=torch.float64)
+    while histories.shape[1] < LENGTH:
+        tokens = torch.randint(61, (rows, 3), generator=generator)
+        histories = torch.cat([histories, tokens], dim=1)
+        outputs = torch.cat([outputs, model.decoder.extend(tokens, state)], dim=1)
+        within = torch.randint(beams, (rows,), generator=generator)
+        order = torch.arange(rows) // beams * beams + within
+        state, histories, outputs = state.select(order), histories[order], outputs[order]
+    for row in range(rows):
+        expected = forced(model, histories[row : row + 1], segment_alone(encoded, row // beams))[0]
+        assert relative(outputs[row], expected) < 1e-10
+
+
+@KINDS
+def test_a_selected_state_does_not_change_the_one_it_came_from(kind: str) -> None:
+    """Two continuations of one past, in turn."""
+    model, encoded = case(kind)
+    tokens, other = texts(3, LENGTH), texts(3, LENGTH, seed=7)
+    state = model.decoder.start(encoded)
+    model.decoder.extend(tokens[:, :5], state)
+    branch = state.select(torch.arange(3))
+    model.decoder.extend(other[:, 5:], branch)
+    rest = stepwise(model, tokens[:, 5:], state, [1] * (LENGTH - 5))
+    assert relative(rest, forced(model, tokens, encoded)[:, 5:]) < 1e-10
+
+
+@KINDS
+def test_beams_of_a_segment_share_one_memory(kind: str) -> None:
+    model, encoded = case(kind)
+    state = model.decoder.start(encoded, beams=4)
+    for block in state.blocks:
+        assert [keys.shape[2] for keys in block.memory.keys] == [20, 5, 16], "one for each segment, not for each beam"
+        assert block.cache.keys.shape[0] == 12
+    moved = state.select(torch.arange(12).flip(0).view(3, 4).flip(0).flatten())
+    assert all(new.memory is old.memory for new, old in zip(moved.blocks, state.blocks, strict=True))
+    left = state.keep([2])
+    assert all(new.memory.keys == (old.memory.keys[2],) for new, old in zip(left.blocks, state.blocks, strict=True))
+    tokens = texts(3, 6).repeat_interleave(4, dim=0)
+    out = stepwise(model, tokens, state, [1, 5]).view(3, 4, 6, -1)
+    assert relative(out, forced(model, tokens[::4], encoded)[:, None].expand_as(out)) < 1e-10
+
+
+@KINDS
+def test_rows_listen_to_their_own_segment(kind: str) -> None:
+    model, encoded = case(kind)
+    tokens = texts(3, 8)
+    states = encoded.states_TD.clone()
+    states[encoded.layout.slices()[1]] += 1
+    before = stepwise(model, tokens, model.decoder.start(encoded), [3, 5])
+    after = stepwise(model, tokens, model.decoder.start(encoded._replace(states_TD=states)), [3, 5])
+    changes = [relative(b, a) for a, b in zip(before, after, strict=True)]
+    assert changes[0] < 1e-12 and changes[1] > 1e-2 and changes[2] < 1e-12
+
+
+def test_alignment_logits_are_those_of_the_heads_that_are_named() -> None:
+    """Softmax of them, times the values of each head, is what the layer's cross-attention gives out."""
+    model, encoded = case("segment")
+    written = random_texts([5, 1, 9])
+    layout, flat = Layout(map(len, written)), torch.cat(written)
+    seen: list[Tensor] = []
+    for block in model.decoder.blocks:
+        block.cross_attn.out.register_forward_hook(lambda module, args, out: seen.append(args[0]))
+    found = model.decoder.alignment(flat, layout, encoded, [(0, 1), (1, 0), (1, 1)])
+    assert [tuple(logits.shape) for logits in found] == [(3, 5, 20), (3, 1, 5), (3, 9, 16)]
+    for segment, rows in enumerate(layout.slices()):
+        for place, (layer, head) in enumerate([(0, 1), (1, 0), (1, 1)]):
+            memory = model.decoder.blocks[layer].cross_attn.memory(encoded.states_TD, encoded.layout)
+            mixed = found[segment][place].softmax(-1) @ memory.values[segment][0, head]
+            assert relative(mixed, seen[layer][rows].unflatten(-1, (2, -1))[:, head]) < 1e-10
+
+
+def test_more_tokens_than_positions_are_refused() -> None:
+    model, encoded = case("dense")
+    state = model.decoder.start(encoded)
+    model.decoder.extend(texts(3, 448), state)
+    with pytest.raises(ValueError, match="449 tokens; the decoder has 448 positions"):
+        model.decoder.extend(texts(3, 1), state)
+    assert state.length == 448
+
+
+def test_the_head_is_the_embedding() -> None:
+    model = tiny_model("dense")
+    x = torch.randn(3, 32, dtype=torch.float64)
+    assert torch.equal(model.decoder.head(x), F.linear(x, model.decoder.token_embedding.weight))
+    assert "decoder.head.weight" not in model.state_dict() and not list(model.decoder.head.parameters())

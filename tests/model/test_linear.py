@@ -1,0 +1,149 @@
+"""Layers arranged for a CPU: the same function, and in int8 one that no batch mate has a part in."""
+
+from __future__ import annotations
+
+import copy
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor, nn
+
+from tests.model.tiny import CONFIGS, random_mels, random_texts, relative, tiny_model
+from whisper_moe.model.linear import Arithmetic, BlockedLinear, Int8Linear, arrange
+from whisper_moe.model.model import WhisperMoEModel
+from whisper_moe.model.ttt import TTTMLP
+
+needs_onednn = pytest.mark.skipif(not torch.backends.mkldnn.is_available(), reason="this torch has no oneDNN")
+KINDS = pytest.mark.parametrize("kind", CONFIGS)
+ARITHMETIC = pytest.mark.parametrize("arithmetic", [pytest.param("float32", marks=needs_onednn), "int8"])
+SIZES = [(8, 5), (33, 7), (64, 100), (512, 96), (1280, 64)]
+pytestmark = pytest.mark.usefixtures("_inference")
+
+
+@pytest.fixture
+def _inference():
+    with torch.inference_mode():
+        yield
+
+
+def linear(inputs: int, outputs: int, bias: bool = True) -> nn.Linear:
+    torch.manual_seed(0)
+    return nn.Linear(inputs, outputs, bias=bias)
+
+
+def rows(count: int, width: int) -> Tensor:
+    """Tokens of very different size, as after a normalisation with a few large channels."""
+    generator = torch.Generator().manual_seed(1)
+    return torch.randn(count, width, generator=generator) * torch.logspace(-3, 2, count)[:, None]
+
+
+@needs_onednn
+@pytest.mark.parametrize("bias", [True, False])
+@pytest.mark.parametrize(("inputs", "outputs"), SIZES)
+def test_the_blocked_layout_computes_the_same(inputs: int, outputs: int, bias: bool) -> None:
+    stock, x = linear(inputs, outputs, bias), rows(40, inputs)
+    blocked = BlockedLinear(stock.weight, stock.bias)
+    for tokens in (x, x[:1], x[:36].view(3, 12, inputs)):
+        assert blocked(tokens).shape == stock(tokens).shape
+        assert relative(blocked(tokens), stock(tokens)) < 1e-5
+
+
+@pytest.mark.parametrize("bias", [True, False])
+@pytest.mark.parametrize(("inputs", "outputs"), SIZES)
+def test_int8_is_the_product_of_the_rounded(inputs: int, outputs: int, bias: bool) -> None:
+    """Against float64 arithmetic on both sides rounded to 127 steps of their own absolute maximum."""
+    stock, x = linear(inputs, outputs, bias), rows(40, inputs)
+    step_x, step_w = (t.double().abs().amax(1, keepdim=True) / 127 for t in (x, stock.weight))
+    rounded = ((x / step_x.float()).round() * step_x) @ ((stock.weight / step_w.float()).round() * step_w).T
+    expected = rounded + (stock.bias if bias else 0)
+    assert ((Int8Linear(stock.weight, stock.bias)(x) - expected).abs() <= 1e-5 * expected.abs().amax(1, True)).all()
+
+
+@pytest.mark.parametrize(("inputs", "outputs"), SIZES)
+def test_the_error_of_int8_is_bounded_for_every_token_however_small(inputs: int, outputs: int) -> None:
+    """Each factor is off by half a step at most, so their product by what that can add up to; in practice by 1 or 2 %."""
+    stock, x = linear(inputs, outputs, bias=False), rows(40, inputs)
+    exact = x.double() @ stock.weight.double().T
+    off = (Int8Linear(stock.weight, None)(x) - exact).abs()
+    half_x, half_w = (t.double().abs().amax(1) / 254 for t in (x, stock.weight))
+    sums_x, sums_w = x.double().abs().sum(1), stock.weight.double().abs().sum(1)
+    bound = half_x[:, None] * sums_w + sums_x[:, None] * half_w + inputs * half_x[:, None] * half_w
+    assert (off <= bound * 1.001).all()
+    assert (off.amax(1) < 0.03 * exact.abs().amax(1)).all()
+
+
+@settings(deadline=None, max_examples=60)
+@given(st.sampled_from(SIZES), st.integers(0, 39), st.integers(1, 40))
+def test_a_tokens_int8_output_does_not_depend_on_its_batch_mates(size: tuple[int, int], start: int, count: int) -> None:
+    """To the last bit: alone, in a slice, beside tokens a hundred thousand times as large."""
+    x = rows(40, size[0])
+    layer = Int8Linear(linear(*size).weight, None)
+    assert torch.equal(layer(x)[start : start + count], layer(x[start : start + count]))
+
+
+def test_zeros_stay_zeros_and_numbers_that_are_none_are_seen() -> None:
+    stock = linear(16, 8)
+    layer = Int8Linear(stock.weight, stock.bias)
+    x = torch.zeros(3, 16)
+    assert torch.equal(layer(x), stock.bias.expand(3, 8))
+    x[1, 3] = torch.nan
+    y = layer(x)
+    assert y[1].isnan().all() and torch.equal(y[::2], stock.bias.expand(2, 8))
+    assert not Int8Linear(torch.zeros(8, 16), None)(rows(2, 16)).any()
+
+
+def arranged(model: WhisperMoEModel, arithmetic: Arithmetic) -> WhisperMoEModel:
+    other = copy.deepcopy(model)
+    assert arrange(other, arithmetic) is other
+    return other
+
+
+@ARITHMETIC
+@KINDS
+def test_every_linear_layer_and_the_head_are_swapped(kind: str, arithmetic: Arithmetic) -> None:
+    model = tiny_model(kind, torch.float32)
+    linears = [name for name, module in model.named_modules() if isinstance(module, nn.Linear)]
+    other, swapped = arranged(model, arithmetic), {"float32": BlockedLinear, "int8": Int8Linear}[arithmetic]
+    names = [name for name, module in other.named_modules() if isinstance(module, swapped)]
+    rates = [name for name in linears if name.endswith(".rate")]
+    assert sorted(names) == sorted({*linears, "decoder.head"} - set(rates))
+    assert [name for name, module in other.named_modules() if isinstance(module, nn.Linear)] == rates
+    assert len(rates) == sum(isinstance(module, TTTMLP) for module in model.modules())
+
+
+def run(model: WhisperMoEModel) -> tuple[Tensor, Tensor]:
+    """States of all segments and teacher-forced logits."""
+    encoded = model.encoder(random_mels((81, 40, 7), torch.float32))
+    texts = random_texts((9, 20, 4))
+    layout = type(encoded.layout)(map(len, texts))
+    return encoded.states_TD, model.decoder.head(model.decoder(torch.cat(texts), layout, encoded))
+
+
+@ARITHMETIC
+@KINDS
+def test_an_arranged_model_computes_the_same(kind: str, arithmetic: Arithmetic) -> None:
+    """With open TTT gates: nothing that reads a layer's weights may have been swapped."""
+    model = tiny_model(kind, torch.float32)
+    tolerance = {"float32": 1e-5, "int8": 0.1}[arithmetic]
+    for found, expected in zip(run(arranged(model, arithmetic)), run(model), strict=True):
+        assert relative(found, expected) < tolerance
+
+
+def test_int8_leaves_a_packed_segment_exactly_as_it_is_beside_others() -> None:
+    """A pack of the same shape with other neighbours: one scale for the whole tensor would show here."""
+    model = arranged(tiny_model("dense", torch.float32), "int8")
+    mels = random_mels((81, 40, 7), torch.float32)
+    before = model.encoder(mels)
+    after = model.encoder([mels[0], mels[1] * 1000, mels[2]])
+    same = [torch.equal(before.states_TD[rows], after.states_TD[rows]) for rows in before.layout.slices()]
+    assert same == [True, False, True]
+
+
+def test_where_there_is_no_onednn_a_float32_model_stays_as_it_is(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.backends.mkldnn, "is_available", lambda: False)
+    model = tiny_model("dense", torch.float32)
+    kinds = [type(module) for module in arranged(model, "float32").modules()]
+    assert kinds == [type(module) for module in model.modules()]
+    assert Int8Linear in {type(module) for module in arranged(model, "int8").modules()}
