@@ -44,7 +44,7 @@ def default_model() -> WhisperMoE:
     folder = os.environ.get("WHISPER_MOE_TEST_MODEL", str(ROOT / "checkpoints"))
     if not Path(folder).is_dir():
         pytest.skip("the default model is not in this checkout")
-    return WhisperMoE.from_pretrained(folder)
+    return WhisperMoE.from_pretrained(folder, dtype="float32")
 
 
 @pytest.fixture(scope="session")

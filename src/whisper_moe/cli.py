@@ -29,7 +29,12 @@ def _option(*names: str, help: str, panel: str = "Options", **more: Any) -> Any:
 
 Model = Annotated[str | None, _option("--model", help="A whisper-moe folder, or any Whisper: Hub id, folder, .pt file, LoRA adapter. Default: the one that comes along.")]  # fmt: skip
 Device = Annotated[str, _option("--device", help="cpu, cuda, cuda:1, mps; auto takes a GPU if there is one.")]
-Dtype = Annotated[str, _option("--dtype", help="float32, int8 (CPU), bfloat16 or float16.")]
+Dtype = Annotated[
+    str,
+    _option(
+        "--dtype", help="auto (int8 on a CPU that is fast at it, else float32), float32, int8, bfloat16 or float16."
+    ),
+]
 Threads = Annotated[int | None, _option("--threads", min=1, help="CPU threads.")]
 
 
@@ -43,7 +48,7 @@ def transcribe(
     output_format: Annotated[str | None, _option("--output-format", "-f", help="txt, srt, vtt, tsv, json or all. Without -o, text is printed.")] = None,
     output_dir: Annotated[Path | None, _option("--output-dir", "-o", help="Write a file for each input here.")] = None,
     device: Device = "auto",
-    dtype: Dtype = "float32",
+    dtype: Dtype = "auto",
     threads: Threads = None,
     beam_size: Annotated[int, _option("--beam-size", min=1, help="Beams at temperature 0.", panel="Decoding")] = 1,
     best_of: Annotated[int, _option("--best-of", min=1, help="Samples at other temperatures.", panel="Decoding")] = 5,
@@ -82,7 +87,7 @@ def detect_language(
     model: Model = None,
     languages: Annotated[str | None, _option("--languages", help="Choose among these only: hi,ta,en.")] = None,
     device: Device = "auto",
-    dtype: Dtype = "float32",
+    dtype: Dtype = "auto",
     threads: Threads = None,
 ) -> None:
     """Say which language is spoken at the start of each file, and how surely."""

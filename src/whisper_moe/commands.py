@@ -29,7 +29,7 @@ if TYPE_CHECKING:
 
 SAMPLE = Path(__file__).parents[2] / "examples" / "sample.m4a"
 """What is transcribed when no file is named; it comes with a checkout."""
-_DTYPES = ("float32", "int8", "bfloat16", "float16")
+_DTYPES = ("auto", "float32", "int8", "bfloat16", "float16")
 _PRINTED_AT_ONCE = 1
 """A single file's text is printed as it is; several are told apart by their names on standard error."""
 
@@ -210,7 +210,7 @@ def _load(model: str | None, device: str, dtype: str, threads: int | None, talka
 
     loaded = WhisperMoE.from_pretrained(model, device=device, dtype=dtype, threads=threads, announce=say)  # pyright: ignore[reportArgumentType]
     if talkative:
-        say(f"{loaded.name} on {loaded.device} ({dtype}), loaded in {time.perf_counter() - started:.1f} s")
+        say(f"{loaded.name} on {loaded.device} ({loaded.dtype}), loaded in {time.perf_counter() - started:.1f} s")
     return loaded
 
 

@@ -69,7 +69,7 @@ def test_only_allowed_languages_are_detected(tiny_model: WhisperMoE) -> None:
     (bound,) = decode(tiny_model, CLIPS[1:2], allowed_languages=(other,))
     assert (bound.language, bound.language_probability) == (other, 1.0)
     probabilities = tiny_model._decoder.detect_language([CLIPS[1]], TranscribeOptions(), margin=0.5)[0]
-    assert list(probabilities)[0] == main
+    assert next(iter(probabilities)) == main
     assert probabilities[main] == pytest.approx(free[1].language_probability)
     assert sum(probabilities.values()) == pytest.approx(1.0)
 

@@ -19,6 +19,10 @@ CONFIG = ModelConfig(
 )  # fmt: skip
 
 
+TEXT = 256
+"""Tokens of text come first."""
+
+
 def tiny_tokenizer() -> Tokenizer:
     return Tokenizer(tokenizers.Tokenizer.from_buffer(tokenizer_json()), GENERATION)
 
@@ -30,5 +34,7 @@ def tiny_whisper_moe(seed: int = 0, config: ModelConfig = CONFIG) -> WhisperMoE:
     with torch.no_grad():
         for key, parameter in model.named_parameters():
             parameter.normal_(1 if key.endswith("norm.weight") else 0, 0.3)
+        model.decoder.token_embedding.weight[:TEXT] *= 5  # otherwise the many timestamps are likelier than all text
+        model.decoder.positions *= 8  # … and the last token its own best successor
     files = {"tokenizer.json": tokenizer_json()}
     return WhisperMoE(model, tiny_tokenizer(), GENERATION, name="tiny", tokenizer_files=files)

@@ -11,9 +11,12 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 
 from tests.model.tiny import CONFIGS, random_mels, random_texts, relative, tiny_model
-from whisper_moe.model.linear import Arithmetic, BlockedLinear, Int8Linear, arrange
+from whisper_moe.model.linear import FEW_TOKENS, Arithmetic, BlockedExperts, BlockedLinear, Int8Linear, arrange
 from whisper_moe.model.model import WhisperMoEModel
+from whisper_moe.model.moe import Experts
+from whisper_moe.model.router import NONE, Routing
 from whisper_moe.model.ttt import TTTMLP
+from whisper_moe.packing import Layout
 
 needs_onednn = pytest.mark.skipif(not torch.backends.mkldnn.is_available(), reason="this torch has no oneDNN")
 KINDS = pytest.mark.parametrize("kind", CONFIGS)
@@ -94,6 +97,54 @@ def test_zeros_stay_zeros_and_numbers_that_are_none_are_seen() -> None:
     assert not Int8Linear(torch.zeros(8, 16), None)(rows(2, 16)).any()
 
 
+def experts_of(d_model: int = 32, hidden: int = 24) -> Experts:
+    torch.manual_seed(2)
+    experts = Experts(d_model, hidden, 4)
+    for parameter in experts.parameters():
+        nn.init.normal_(parameter, std=0.3)
+    return experts
+
+
+CHOICES = {
+    "one for all": [[2, 0]],
+    "two runs": [[2, 0], [2, 0], [1, 3]],
+    "changing, with none": [[0, 1], [3, NONE], [1, 0], [NONE, NONE], [2, 3]],
+    "none for all": [[NONE, NONE], [NONE, NONE]],
+}
+
+
+@needs_onednn
+@pytest.mark.parametrize("rows_each", [1, 3, FEW_TOKENS, "ragged"])
+@pytest.mark.parametrize("name", CHOICES)
+def test_blocked_experts_compute_the_same(name: str, rows_each: int | str) -> None:
+    """Rows of one token, equal rows around the border between few tokens and many, and rows of different lengths."""
+    experts, choice = experts_of(), torch.tensor(CHOICES[name])
+    lengths = [1 + 7 * i for i in range(len(choice))] if isinstance(rows_each, str) else [rows_each] * len(choice)
+    layout, first = Layout(lengths), torch.linspace(0.2, 0.9, len(choice))
+    routing = Routing(choice, torch.stack([first, 1 - first], dim=1))
+    x, blocked = rows(layout.total, 32), BlockedExperts(experts)
+    expected = experts(x, routing, layout)
+    found = [blocked(x, routing, layout)]
+    if layout.total == len(routing):
+        found.append(blocked(x, routing))
+    assert expected.any() == (name != "none for all")
+    assert all(((y - expected).abs().amax(1) <= 1e-5 * expected.abs().amax(1)).all() for y in found)
+
+
+@needs_onednn
+@pytest.mark.parametrize("rows_each", [1, FEW_TOKENS])
+def test_a_broken_token_stays_alone_among_blocked_experts(rows_each: int) -> None:
+    """Also where every expert computes every token: a gate of 0 leaves NaN as it is."""
+    layout, choice = Layout([rows_each] * 3), torch.tensor([[0, 1], [2, 3], [1, NONE]])
+    routing = Routing(choice, torch.tensor([[0.7, 0.3], [0.6, 0.4], [0.5, 0.5]]))
+    blocked, x = BlockedExperts(experts_of()), rows(layout.total, 32)
+    broken = x.clone()
+    broken[rows_each] = torch.nan
+    before, after = blocked(x, routing, layout), blocked(broken, routing, layout)
+    others = torch.arange(layout.total) != rows_each
+    assert after[rows_each].isnan().all() and torch.equal(after[others], before[others])
+
+
 def arranged(model: WhisperMoEModel, arithmetic: Arithmetic) -> WhisperMoEModel:
     other = copy.deepcopy(model)
     assert arrange(other, arithmetic) is other
@@ -102,11 +153,14 @@ def arranged(model: WhisperMoEModel, arithmetic: Arithmetic) -> WhisperMoEModel:
 
 @ARITHMETIC
 @KINDS
-def test_every_linear_layer_and_the_head_are_swapped(kind: str, arithmetic: Arithmetic) -> None:
+def test_every_linear_layer_the_head_and_the_experts_are_swapped(kind: str, arithmetic: Arithmetic) -> None:
     model = tiny_model(kind, torch.float32)
     linears = [name for name, module in model.named_modules() if isinstance(module, nn.Linear)]
     other, swapped = arranged(model, arithmetic), {"float32": BlockedLinear, "int8": Int8Linear}[arithmetic]
-    names = [name for name, module in other.named_modules() if isinstance(module, swapped)]
+    names = [name for name, module in other.named_modules() if isinstance(module, swapped) and ".experts." not in name]
+    routed = [name for name, module in model.named_modules() if isinstance(module, Experts)]
+    blocked = [name for name, module in other.named_modules() if isinstance(module, BlockedExperts)]
+    assert blocked == (routed if torch.backends.mkldnn.is_available() else [])
     rates = [name for name in linears if name.endswith(".rate")]
     assert sorted(names) == sorted({*linears, "decoder.head"} - set(rates))
     assert [name for name, module in other.named_modules() if isinstance(module, nn.Linear)] == rates
@@ -117,7 +171,7 @@ def run(model: WhisperMoEModel) -> tuple[Tensor, Tensor]:
     """States of all segments and teacher-forced logits."""
     encoded = model.encoder(random_mels((81, 40, 7), torch.float32))
     texts = random_texts((9, 20, 4))
-    layout = type(encoded.layout)(map(len, texts))
+    layout = Layout(map(len, texts))
     return encoded.states_TD, model.decoder.head(model.decoder(torch.cat(texts), layout, encoded))
 
 

@@ -126,7 +126,7 @@ def moved_by(model: WhisperMoEModel, steps: int) -> set[str]:
 
 @pytest.mark.parametrize("plan", ["shared, without none", "shared, per token", "shared, TTT per expert", "TTT alone"])
 def test_the_identity_is_alive(plan: str) -> None:
-    """Every expert is chosen here. Gates and last halves of experts move in the first step, and what lies behind them from the second."""
+    """Gates and the experts' last halves move in the first step, what lies behind them from the second."""
     moe, ttt = PLANS[plan]
     config, state = upcycle(DENSE, dense_state(), moe=moe, ttt=ttt)
     first, second = moved_by(model_of(config, state), 1), moved_by(model_of(config, state), 2)

@@ -23,7 +23,7 @@ from whisper_moe.model.block import Carry
 
 MAX_ROWS = 24
 """Windows decoded together. More rows read the weights less often; the memory of their states grows."""
-MAX_POSITIONS = 3 * MAX_PACK_TOKENS
+MAX_POSITIONS = 4 * MAX_PACK_TOKENS
 """Encoder positions whose keys and values are held at a time: 24 kB each in whisper-base."""
 BUFFERED_WINDOWS = 4 * MAX_ROWS
 """Windows that wait to be sorted by length …"""
