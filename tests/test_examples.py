@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import csv
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import pytest
 
-from whisper_moe.generate.result import compression_ratio
+from whisper_moe.generate.result import Transcription, compression_ratio
 
 if TYPE_CHECKING:
     from whisper_moe import WhisperMoE
@@ -16,23 +17,43 @@ EXAMPLES = Path(__file__).parent.parent / "examples"
 MEDIA = sorted(p for p in EXAMPLES.iterdir() if p.suffix in {".m4a", ".ogg", ".mp3", ".mov", ".wav", ".flac"})
 
 
-def test_there_are_six_examples() -> None:
+@pytest.fixture(scope="module")
+def transcribed(default_model: WhisperMoE) -> dict[str, Transcription]:
+    """Each by itself, as ``make_expected.py`` does it."""
+    return {path.name: default_model.transcribe(path) for path in MEDIA}
+
+
+def test_there_are_six_examples_each_with_its_transcript() -> None:
     assert len(MEDIA) == 6
+    assert {path.name for path in (EXAMPLES / "expected").iterdir()} == {f"{path.name}.txt" for path in MEDIA}
 
 
-@pytest.mark.parametrize("path", [p for p in MEDIA if p.name != "noise.wav"], ids=lambda path: path.name)
-def test_the_transcript_is_the_expected_one(path: Path, default_model: WhisperMoE) -> None:
-    expected = (EXAMPLES / "expected" / f"{path.name}.txt").read_text(encoding="utf-8").strip()
-    assert default_model.transcribe(path).text == expected
+@pytest.mark.parametrize("name", [path.name for path in MEDIA if path.name != "noise.wav"])
+def test_the_transcript_is_the_expected_one(name: str, transcribed: dict[str, Transcription]) -> None:
+    expected = (EXAMPLES / "expected" / f"{name}.txt").read_text(encoding="utf-8").strip()
+    assert transcribed[name].text == expected
 
 
-def test_each_window_has_its_own_language(default_model: WhisperMoE) -> None:
-    result = default_model.transcribe(EXAMPLES / "languages.ogg")
-    assert list(dict.fromkeys(segment.language for segment in result.segments)) == ["en", "it", "ru"]
+def test_all_together_say_the_same(default_model: WhisperMoE, transcribed: dict[str, Transcription]) -> None:
+    names = ["sample.m4a", "clip.mov", "silence.flac", "long.mp3"]
+    together = default_model.transcribe([EXAMPLES / name for name in names])
+    assert [result.text for result in together] == [transcribed[name].text for name in names]
 
 
-def test_silence_is_empty_and_noise_is_bounded(default_model: WhisperMoE) -> None:
-    assert default_model.transcribe(EXAMPLES / "silence.flac").text == ""
-    noise = default_model.transcribe(EXAMPLES / "noise.wav").text
+def test_each_window_has_its_own_language(transcribed: dict[str, Transcription]) -> None:
+    with (EXAMPLES / "references.tsv").open(encoding="utf-8") as lines:
+        rows = [row for row in csv.DictReader(lines, delimiter="\t") if row["file"] == "languages.ogg"]
+    result = transcribed["languages.ogg"]
+    assert {segment.language for segment in result.segments} == {"en", "it", "ru"}
+    for segment in result.segments:
+        middle = (segment.start + segment.end) / 2
+        nearest = min(rows, key=lambda row: abs(float(row["start"]) + float(row["end"]) - 2 * middle))
+        assert segment.language == nearest["language"], segment
+    assert result.language == "en"
+
+
+def test_silence_is_empty_and_noise_is_bounded(transcribed: dict[str, Transcription]) -> None:
+    assert transcribed["silence.flac"].text == ""
+    noise = transcribed["noise.wav"].text
     assert len(noise) < 200
     assert not noise or compression_ratio(noise) < 2.4

@@ -150,7 +150,7 @@ _UsageError: Any = typer.BadParameter.__base__
 def main() -> None:
     """Entry point: every failure is one sentence on standard error."""
     try:
-        sys.exit(app(sys.argv[1:] or ["--help"], standalone_mode=False))
+        sys.exit(app(sys.argv[1:] or ["--help"], prog_name="whisper-moe", standalone_mode=False))
     except _UsageError as error:
         command = error.ctx.command_path if error.ctx else "whisper-moe"
         print(f"{command}: {error.format_message().rstrip('.')}; see {command} --help", file=sys.stderr)

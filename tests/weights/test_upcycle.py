@@ -109,7 +109,9 @@ def test_every_expert_is_its_own_copy(side: str, layer: int) -> None:
         assert torch.equal(upcycled[f"{block}.experts.down_weight"][expert], state[f"{block}.ffn.down.weight"].T)
         assert torch.equal(upcycled[f"{block}.experts.down_bias"][expert], state[f"{block}.ffn.down.bias"])
     upcycled[f"{block}.experts.up_weight"][0] += 1
-    assert torch.equal(upcycled[f"{block}.experts.up_weight"][1], state[f"{block}.ffn.up.weight"])
+    before = dense_state()[f"{block}.ffn.up.weight"]
+    assert torch.equal(upcycled[f"{block}.experts.up_weight"][1], before)
+    assert torch.equal(state[f"{block}.ffn.up.weight"], before), "the dense model keeps its own"
 
 
 def moved_by(model: WhisperMoEModel, steps: int) -> set[str]:

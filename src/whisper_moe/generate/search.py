@@ -170,8 +170,7 @@ def _advance(
     finished: list[Hypothesis] = []
     for sequence, (score, source) in sorted(candidates.items(), key=lambda item: -item[1][0]):
         if sequence[-1] == end_of_text:
-            if score > float("-inf"):  # with fewer continuations than beams, forbidden ones are among the candidates
-                finished.append(Hypothesis(sequence[:-1], score, True))
+            finished.append(Hypothesis(sequence[:-1], score, True))
         else:
             kept.append((_Row(list(sequence), score), source))
             if len(kept) == width:
