@@ -49,6 +49,7 @@ def commands(args: argparse.Namespace, clip: Path, folder: str) -> dict[str, lis
 def run(line: list[str], threads: int) -> dict[str, Any]:
     """Wall seconds, peak memory and standard output of one command. Raises :class:`RuntimeError` if it fails."""
     environment = os.environ | {"OMP_NUM_THREADS": str(threads)}
+    environment.pop("PYTHONDONTWRITEBYTECODE", None)  # an installed program has its bytecode
     with tempfile.TemporaryFile() as out, tempfile.TemporaryFile() as err:
         start = time.perf_counter()
         child = subprocess.Popen(line, stdin=subprocess.DEVNULL, stdout=out, stderr=err, env=environment)

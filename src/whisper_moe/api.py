@@ -85,7 +85,7 @@ class WhisperMoE:
         if dtype == "int8" and device != "cpu":
             raise ValueError(f"int8 arithmetic runs on a CPU; on {device} take bfloat16 or float16")
         dtype = _pick_dtype(dtype, device) if for_inference else "float32"
-        loaded = load_model(model, announce=announce)
+        loaded = load_model(model, keep_int8=_arranged(device, dtype, for_inference), announce=announce)
         network = _network(loaded, device, dtype, for_inference)
         return cls(
             network, loaded.tokenizer, loaded.generation, name=loaded.name, tokenizer_files=loaded.tokenizer_files,
@@ -212,14 +212,19 @@ def _pick_dtype(dtype: Dtype, device: str) -> Dtype:
     return "int8" if fast else "float32"
 
 
-def _network(loaded: Loaded, device: str, dtype: Dtype, for_inference: bool) -> WhisperMoEModel:
+def _arranged(device: str, dtype: str, for_inference: bool) -> bool:
+    """Whether the weights are laid out for the CPU, and given up for that."""
+    return for_inference and device == "cpu" and dtype in ("float32", "int8")
+
+
+def _network(loaded: Loaded, device: str, dtype: str, for_inference: bool) -> WhisperMoEModel:
     network = empty_model(loaded.config)
-    network.load_state_dict(loaded.state, assign=True)
+    network.load_state_dict(loaded.state, strict=not loaded.quantized, assign=True)
     loaded.state.clear()  # what is arranged below is then freed layer by layer
     network.eval().requires_grad_(not for_inference)
-    if for_inference and device == "cpu" and dtype in ("float32", "int8"):
+    if _arranged(device, dtype, for_inference):
         arithmetic: Arithmetic = "int8" if dtype == "int8" else "float32"
-        arrange(network, arithmetic)
+        arrange(network, arithmetic, loaded.quantized)
         return network
     return network.to(device, {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}[dtype])
 

@@ -155,7 +155,3 @@ def main() -> None:
         command = error.ctx.command_path if error.ctx else "whisper-moe"
         print(f"{command}: {error.format_message().rstrip('.')}; see {command} --help", file=sys.stderr)
         sys.exit(2)
-
-
-if __name__ == "__main__":
-    main()

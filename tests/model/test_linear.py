@@ -11,7 +11,8 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 
 from tests.model.tiny import CONFIGS, random_mels, random_texts, relative, tiny_model
-from whisper_moe.model.linear import FEW_TOKENS, Arithmetic, BlockedExperts, BlockedLinear, Int8Linear, arrange
+from whisper_moe.model.int8 import FEW_TOKENS, Int8Embedding, Int8Linear, Int8Rows
+from whisper_moe.model.linear import Arithmetic, BlockedExperts, BlockedLinear, arrange
 from whisper_moe.model.model import WhisperMoEModel
 from whisper_moe.model.moe import Experts
 from whisper_moe.model.router import NONE, Routing
@@ -34,6 +35,10 @@ def _inference():
 def linear(inputs: int, outputs: int, bias: bool = True) -> nn.Linear:
     torch.manual_seed(0)
     return nn.Linear(inputs, outputs, bias=bias)
+
+
+def int8(weight: Tensor, bias: Tensor | None) -> Int8Linear:
+    return Int8Linear(Int8Rows.of(weight), bias)
 
 
 def rows(count: int, width: int) -> Tensor:
@@ -61,7 +66,7 @@ def test_int8_is_the_product_of_the_rounded(inputs: int, outputs: int, bias: boo
     step_x, step_w = (t.double().abs().amax(1, keepdim=True) / 127 for t in (x, stock.weight))
     rounded = ((x / step_x.float()).round() * step_x) @ ((stock.weight / step_w.float()).round() * step_w).T
     expected = rounded + (stock.bias if bias else 0)
-    assert ((Int8Linear(stock.weight, stock.bias)(x) - expected).abs() <= 1e-5 * expected.abs().amax(1, True)).all()
+    assert ((int8(stock.weight, stock.bias)(x) - expected).abs() <= 1e-5 * expected.abs().amax(1, True)).all()
 
 
 @pytest.mark.parametrize(("inputs", "outputs"), SIZES)
@@ -69,7 +74,7 @@ def test_the_error_of_int8_is_bounded_for_every_token_however_small(inputs: int,
     """Each factor is off by half a step at most, so their product by what that can add up to; in practice by 1 or 2 %."""
     stock, x = linear(inputs, outputs, bias=False), rows(40, inputs)
     exact = x.double() @ stock.weight.double().T
-    off = (Int8Linear(stock.weight, None)(x) - exact).abs()
+    off = (int8(stock.weight, None)(x) - exact).abs()
     half_x, half_w = (t.double().abs().amax(1) / 254 for t in (x, stock.weight))
     sums_x, sums_w = x.double().abs().sum(1), stock.weight.double().abs().sum(1)
     bound = half_x[:, None] * sums_w + sums_x[:, None] * half_w + inputs * half_x[:, None] * half_w
@@ -82,19 +87,19 @@ def test_the_error_of_int8_is_bounded_for_every_token_however_small(inputs: int,
 def test_a_tokens_int8_output_does_not_depend_on_its_batch_mates(size: tuple[int, int], start: int, count: int) -> None:
     """To the last bit: alone, in a slice, beside tokens a hundred thousand times as large."""
     x = rows(40, size[0])
-    layer = Int8Linear(linear(*size).weight, None)
+    layer = int8(linear(*size).weight, None)
     assert torch.equal(layer(x)[start : start + count], layer(x[start : start + count]))
 
 
 def test_zeros_stay_zeros_and_numbers_that_are_none_are_seen() -> None:
     stock = linear(16, 8)
-    layer = Int8Linear(stock.weight, stock.bias)
+    layer = int8(stock.weight, stock.bias)
     x = torch.zeros(3, 16)
     assert torch.equal(layer(x), stock.bias.expand(3, 8))
     x[1, 3] = torch.nan
     y = layer(x)
     assert y[1].isnan().all() and torch.equal(y[::2], stock.bias.expand(2, 8))
-    assert not Int8Linear(torch.zeros(8, 16), None)(rows(2, 16)).any()
+    assert not int8(torch.zeros(8, 16), None)(rows(2, 16)).any()
 
 
 def experts_of(d_model: int = 32, hidden: int = 24) -> Experts:
@@ -195,9 +200,41 @@ def test_int8_leaves_a_packed_segment_exactly_as_it_is_beside_others() -> None:
     assert same == [True, False, True]
 
 
-def test_where_there_is_no_onednn_a_float32_model_stays_as_it_is(monkeypatch: pytest.MonkeyPatch) -> None:
+def halves(model: WhisperMoEModel) -> tuple[WhisperMoEModel, dict[str, Int8Rows], WhisperMoEModel]:
+    """The model without its quantised matrices, these, and the whole float32 model that they stand for."""
+    state = {key: tensor.clone() for key, tensor in model.state_dict().items()}
+    linears = [f"{name}.weight" for name, module in model.named_modules() if type(module) is nn.Linear]
+    quantized = {
+        key: Int8Rows.of(state[key]) for key in [*linears, "decoder.token_embedding.weight"] if "rate" not in key
+    }
+    whole = copy.deepcopy(model)
+    whole.load_state_dict(state | {key: rows.dequantized() for key, rows in quantized.items()})
+    part = copy.deepcopy(model).to("meta")
+    part.load_state_dict(
+        {key: value for key, value in state.items() if key not in quantized}, strict=False, assign=True
+    )
+    return part, quantized, whole
+
+
+@pytest.mark.parametrize("onednn", [pytest.param(True, marks=needs_onednn), False])
+@pytest.mark.parametrize("arithmetic", ["float32", "int8"])
+@KINDS
+def test_weights_that_are_int8_already_compute_what_their_float32_form_does(
+    kind: str, arithmetic: Arithmetic, onednn: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """To the last bit, and none of them is left on the meta device."""
+    if not onednn:
+        monkeypatch.setattr(torch.backends.mkldnn, "is_available", lambda: False)
+    part, quantized, whole = halves(tiny_model(kind, torch.float32))
+    arrange(part, arithmetic, quantized)
+    assert any(isinstance(module, Int8Embedding) for module in part.modules())
+    for found, expected in zip(run(part), run(arranged(whole, arithmetic)), strict=True):
+        assert torch.equal(found, expected)
+
+
+def test_where_there_is_no_onednn_the_layers_stay_in_their_order(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.backends.mkldnn, "is_available", lambda: False)
     model = tiny_model("dense", torch.float32)
-    kinds = [type(module) for module in arranged(model, "float32").modules()]
-    assert kinds == [type(module) for module in model.modules()]
+    for found, expected in zip(run(arranged(model, "float32")), run(model), strict=True):
+        assert torch.equal(found, expected)
     assert Int8Linear in {type(module) for module in arranged(model, "int8").modules()}

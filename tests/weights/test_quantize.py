@@ -11,14 +11,20 @@ from torch import Tensor
 pytest.importorskip("transformers")
 from weights.whispers import CONFIGS
 
+from whisper_moe.model.int8 import Int8Rows
 from whisper_moe.weights.parts import expected_shapes
-from whisper_moe.weights.quantize import dequantize_into, quantizable, quantize_rows
+from whisper_moe.weights.quantize import quantizable
 
 
 def restored(levels: Tensor, scale: Tensor) -> Tensor:
     out = torch.full(levels.shape, float("nan"))
-    dequantize_into(out, levels, scale)
+    Int8Rows(levels, scale).dequantize_into(out)
     return out
+
+
+def quantize_rows(weight: Tensor) -> tuple[Tensor, Tensor]:
+    rows = Int8Rows.of(weight)
+    return rows.levels, rows.scale
 
 
 @st.composite

@@ -14,8 +14,12 @@ class TextHead(nn.Module):
         self._tied = (embedding,)  # in a tuple, so that it is not registered a second time
 
     @property
+    def embedding(self) -> nn.Embedding:
+        return self._tied[0]
+
+    @property
     def weight(self) -> Tensor:
-        return self._tied[0].weight
+        return self.embedding.weight
 
     def forward(self, x_TD: Tensor) -> Tensor:
         return F.linear(x_TD, self.weight)

@@ -5,13 +5,12 @@ Model code keeps ``nn.Linear``; :func:`arrange` swaps the layers of a loaded mod
 ``float32``: weights re-ordered once into oneDNN's blocked layout. The stock layer re-reads a plain row-major matrix at
 every call, which at the few rows of a decoding step costs two to four times as much (figures in ``docs/lab.md``).
 
-``int8``: weights in int8 with a scale for each output, inputs in int8 with **a scale for each token**. One scale over the
-whole flat tensor would let segments that share a pack change each other's answer; a scale per token cannot.
+``int8``: :mod:`whisper_moe.model.int8`.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Literal
 
 import torch
@@ -19,14 +18,13 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from whisper_moe.model.heads import TextHead
+from whisper_moe.model.int8 import FEW_TOKENS, Int8Embedding, Int8Experts, Int8Linear, Int8Rows, equally_long
 from whisper_moe.model.moe import Experts
 from whisper_moe.model.router import NONE, Routing
 from whisper_moe.model.ttt import TTTMLP
 from whisper_moe.packing import Layout
 
 Arithmetic = Literal["float32", "int8"]
-FEW_TOKENS = 64
-"""Up to here an expert's products cost what reading its weights costs, whoever needs them."""
 
 
 class BlockedLinear(nn.Module):
@@ -41,23 +39,15 @@ class BlockedLinear(nn.Module):
         return torch.ops.mkldnn._linear_pointwise(x, self.weight, self.bias, "none", [], "")
 
 
-class Int8Linear(nn.Module):
-    """``x W^T + b`` in int8 products and int32 sums: absolute-maximum scales per output row of W and per token of x."""
+class PlainLinear(nn.Module):
+    """``x W^T + b``, where there is no oneDNN and no other layout."""
 
     def __init__(self, weight: Tensor, bias: Tensor | None) -> None:
         super().__init__()
-        scale = weight.detach().abs().amax(1, keepdim=True).clamp_min(1e-12) / 127
-        self.weight = (weight.detach() / scale).round_().to(torch.int8).t()
-        self.scale = scale[:, 0].contiguous()
-        self.bias = bias.detach() if bias is not None else torch.zeros_like(self.scale)
+        self.weight, self.bias = weight, bias.detach() if bias is not None else None
 
     def forward(self, x: Tensor) -> Tensor:
-        flat = x.reshape(-1, x.shape[-1])
-        scale = flat.abs().amax(1, keepdim=True).clamp_min(1e-12) / 127
-        product = torch._int_mm(  # pyright: ignore[reportPrivateImportUsage]
-            (flat / scale).round_().to(torch.int8), self.weight
-        )
-        return torch.addcmul(self.bias, product.float().mul_(self.scale), scale).view(*x.shape[:-1], -1)
+        return F.linear(x, self.weight, self.bias)
 
 
 class BlockedExperts(nn.Module):
@@ -78,7 +68,7 @@ class BlockedExperts(nn.Module):
         was not chosen; at this size a product costs what reading its weights costs. Many: run by run of one choice.
         """
         rows = len(x_TD) // len(routing)
-        if len(x_TD) <= FEW_TOKENS and rows * len(routing) == len(x_TD) and _all_equal(layout):
+        if len(x_TD) <= FEW_TOKENS and equally_long(layout):
             columns = [(e, gate.repeat_interleave(rows, 0) if rows > 1 else gate) for e, gate in routing.columns]
             return self._mixed(x_TD, columns)
         tokens = routing if layout is None else routing.expand(layout)
@@ -98,27 +88,46 @@ class BlockedExperts(nn.Module):
         return y_TD
 
 
-def _all_equal(layout: Layout | None) -> bool:
-    return layout is None or len(set(layout.lengths)) == 1
-
-
-def arrange(model: nn.Module, arithmetic: Arithmetic = "float32") -> nn.Module:
+def arrange(
+    model: nn.Module, arithmetic: Arithmetic = "float32", quantized: Mapping[str, Int8Rows] | None = None
+) -> nn.Module:
     """Swap every linear layer and the text head of ``model`` in place; for inference only, parameters are given up.
 
-    TTT's learning rates stay as they are: the inner loop computes them from their weights, in float32 at least. Without
-    oneDNN there is no other layout, and ``float32`` leaves the whole model as it is.
+    ``quantized``: weights that are int8 already, by their parameter's name; the model's own may be on the meta device. int8
+    products take them as they are, ``float32`` computes with what they stand for; an embedding among them stays int8.
+    TTT's learning rates stay as they are: the inner loop computes them from their weights, in float32 at least.
     """
-    if arithmetic == "float32" and not torch.backends.mkldnn.is_available():
-        return model
-    make: Callable[[Tensor, Tensor | None], nn.Module] = {"float32": BlockedLinear, "int8": Int8Linear}[arithmetic]
+    known, paths = quantized or {}, {module: path for path, module in model.named_modules()}
     for parent in list(model.modules()):
         for name, child in list(parent.named_children()):
+            rows = known.get(f"{paths[child.embedding if isinstance(child, TextHead) else child]}.weight")
             if isinstance(parent, TTTMLP) and child is parent.rate:
                 continue
             if type(child) is nn.Linear:
-                setattr(parent, name, make(child.weight, child.bias))
+                setattr(parent, name, _linear(rows or child.weight.detach(), child.bias, arithmetic))
             elif isinstance(child, TextHead):
-                setattr(parent, name, make(child.weight, None))
-            elif isinstance(child, Experts) and torch.backends.mkldnn.is_available():
-                setattr(parent, name, BlockedExperts(child))
+                setattr(parent, name, _linear(rows or child.weight.detach(), None, arithmetic))
+            elif isinstance(child, nn.Embedding) and rows is not None:
+                setattr(parent, name, Int8Embedding(rows))
+            elif isinstance(child, Experts):
+                up, down = (known.get(f"{paths[child]}.{key}") for key in ("up_weight", "down_weight"))
+                setattr(parent, name, _experts(child, up, down, arithmetic))
     return model
+
+
+def _linear(weight: Tensor | Int8Rows, bias: Tensor | None, arithmetic: Arithmetic) -> nn.Module:
+    if arithmetic == "int8":
+        return Int8Linear(weight if isinstance(weight, Int8Rows) else Int8Rows.of(weight), bias)
+    weight = weight.dequantized() if isinstance(weight, Int8Rows) else weight
+    return BlockedLinear(weight, bias) if torch.backends.mkldnn.is_available() else PlainLinear(weight, bias)
+
+
+def _experts(experts: Experts, up: Int8Rows | None, down: Int8Rows | None, arithmetic: Arithmetic) -> nn.Module:
+    if arithmetic == "int8":
+        up, down = up or Int8Rows.of(experts.up_weight.detach()), down or Int8Rows.of(experts.down_weight.detach())
+        return Int8Experts(up, experts.up_bias, down, experts.down_bias)
+    if up is not None:
+        experts.up_weight = nn.Parameter(up.dequantized(), requires_grad=False)
+    if down is not None:
+        experts.down_weight = nn.Parameter(down.dequantized(), requires_grad=False)
+    return BlockedExperts(experts) if torch.backends.mkldnn.is_available() else experts

@@ -18,13 +18,15 @@ from collections.abc import Iterable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from safetensors.torch import save
 from torch import Tensor
 
 from whisper_moe.config import ModelConfig
+from whisper_moe.media.text import read_backend
+from whisper_moe.model.int8 import LEVELS, Int8Rows
 from whisper_moe.weights.files import (
     CheckpointError,
     inside,
@@ -49,8 +51,11 @@ from whisper_moe.weights.manifest import (
     sha256,
     verify,
 )
-from whisper_moe.weights.parts import expected_shapes, file_key, part_of, require_plausible, unstack
-from whisper_moe.weights.quantize import LEVELS, SCALE, dequantize_into, quantizable, quantize_rows
+from whisper_moe.weights.parts import expected_shapes, file_key, part_of, require_plausible, spelled_alone, unstack
+from whisper_moe.weights.quantize import SCALE, quantizable
+
+if TYPE_CHECKING:
+    import tokenizers
 
 SHARD_BYTES = 44_000_000
 """Tensor bytes in one file, at most: below what hosts of git repositories refuse. A larger tensor is alone in one."""
@@ -58,13 +63,18 @@ SHARD_BYTES = 44_000_000
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """A whole checkpoint in memory; ``state`` is float32 and named as the model names it."""
+    """A whole checkpoint in memory; its tensors are named as the model names them."""
 
     directory: Path
     config: ModelConfig
     state: dict[str, Tensor]
+    """float32."""
+    quantized: dict[str, Int8Rows]
+    """Empty unless asked for: matrices that were left as they are stored; ``state`` lacks them."""
     generation: dict[str, Any]
     tokenizer: Path
+    backend: tokenizers.Tokenizer
+    """What ``tokenizer`` holds."""
     manifest: Manifest
 
 
@@ -159,8 +169,8 @@ def _write_tensors(
 def _stored(key: str, tensor: Tensor, quantize: bool) -> dict[str, Tensor]:
     """What is written for one tensor; what belongs together goes into the same file."""
     if quantize and quantizable(key):
-        levels, scale = quantize_rows(tensor)
-        return {key: levels, key + SCALE: scale}
+        rows = Int8Rows.of(tensor)
+        return {key: rows.levels, key + SCALE: rows.scale}
     half = tensor.half()
     return {key: (half if torch.equal(half.float(), tensor) else tensor).contiguous()}
 
@@ -181,9 +191,10 @@ def _shards(groups: Iterable[dict[str, Tensor]], shard_bytes: int) -> list[dict[
 # Loading
 
 
-def load_checkpoint(directory: str | Path) -> Checkpoint:
+def load_checkpoint(directory: str | Path, *, keep_int8: bool = False) -> Checkpoint:
     """Read and check everything: sha256 of every file, keys, shapes, types, finite values.
 
+    ``keep_int8``: matrices that are int8 on disk stay so.
     Raises ``CheckpointError`` that names the file at fault.
     """
     directory = Path(directory)
@@ -196,16 +207,27 @@ def load_checkpoint(directory: str | Path) -> Checkpoint:
         require_plausible(config, len(weight_map), directory / CONFIG)
         shapes = expected_shapes(config)
         _check_size(shapes, weight_map, manifest, directory / CONFIG)
-        state = {key: torch.empty(shape, dtype=torch.float32) for key, shape in shapes.items()}
-        views = dict(unstack(state))
+        kept = _stored_int8(shapes, weight_map) if keep_int8 else set()
+        state = {key: torch.empty(shape, dtype=torch.float32) for key, shape in shapes.items() if key not in kept}
+        quantized = {key: Int8Rows.empty(*shapes[key]) for key in kept}
+        views: dict[str, Tensor | Int8Rows] = dict(unstack(state)) | dict(unstack(quantized))
         files = _plan(weight_map, set(views), directory / INDEX)
 
-        def read(name: str) -> None:
-            verify(directory, name, manifest)
+        verified = pool.map(lambda name: verify(directory, name, manifest) or name, files)
+        backend = read_backend(directory / TOKENIZER)  # while the threads compute checksums
+        for name in verified:
             _fill(directory / name, {key: views.get(key) for key in files[name]})
+    generation = read_json(directory / GENERATION)
+    return Checkpoint(directory, config, state, quantized, generation, directory / TOKENIZER, backend, manifest)
 
-        list(pool.map(read, sorted(files, key=lambda name: -manifest.files[name].bytes)))
-    return Checkpoint(directory, config, state, read_json(directory / GENERATION), directory / TOKENIZER, manifest)
+
+def _stored_int8(shapes: Mapping[str, tuple[int, ...]], weight_map: Mapping[str, str]) -> set[str]:
+    """Of a stack of experts all must be."""
+    return {
+        key
+        for key, shape in shapes.items()
+        if quantizable(key) and all(name + SCALE in weight_map for name in spelled_alone(key, shape))
+    }
 
 
 def _read_index(directory: Path, manifest: Manifest) -> dict[str, str]:
@@ -247,7 +269,7 @@ def _check_size(
         raise CheckpointError(f"{path}: asks for {numbers:,} weights, the files have {stored:,} bytes")
 
 
-def _fill(path: Path, views: Mapping[str, Tensor | None]) -> None:
+def _fill(path: Path, views: Mapping[str, Tensor | Int8Rows | None]) -> None:
     """Read one file into the model's tensors. ``views``: what the index says is in it; None for scales."""
     keys = {file_key(key): key for key in views}
     file = open_tensors(path)
@@ -261,15 +283,23 @@ def _fill(path: Path, views: Mapping[str, Tensor | None]) -> None:
         stored = file.get_tensor(name)
         scale = file.get_tensor(name + SCALE) if name + SCALE in keys else None
         _check_stored(path, name, stored, scale, out)
-        if scale is None:
-            out.copy_(stored)
-        else:
-            dequantize_into(out, stored, scale)
-        if not is_finite(out if scale is None else scale * LEVELS):
+        _copy(stored, scale, out)
+        if not is_finite(stored if scale is None else scale * LEVELS):
             raise CheckpointError(f"{path}: {name} is not finite (NaN or infinity)")
 
 
-def _check_stored(path: Path, name: str, stored: Tensor, scale: Tensor | None, out: Tensor) -> None:
+def _copy(stored: Tensor, scale: Tensor | None, out: Tensor | Int8Rows) -> None:
+    if scale is None:
+        assert isinstance(out, Tensor)
+        out.copy_(stored)
+    elif isinstance(out, Tensor):
+        Int8Rows(stored, scale).dequantize_into(out)
+    else:
+        out.levels.copy_(stored)
+        out.scale.copy_(scale)
+
+
+def _check_stored(path: Path, name: str, stored: Tensor, scale: Tensor | None, out: Tensor | Int8Rows) -> None:
     kinds = (torch.float32, torch.float16, torch.bfloat16) if scale is None else (torch.int8,)
     if stored.shape != out.shape or stored.dtype not in kinds:
         found, needed = list(stored.shape), list(out.shape)

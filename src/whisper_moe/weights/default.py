@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +12,7 @@ from torch import Tensor
 
 from whisper_moe.config import ModelConfig, MoEConfig, TTTConfig
 from whisper_moe.media.text import Tokenizer, read_backend
+from whisper_moe.model.int8 import Int8Rows
 from whisper_moe.weights.checkpoint import load_checkpoint
 from whisper_moe.weights.files import CheckpointError
 from whisper_moe.weights.sources import load_whisper, resolve, to_stderr
@@ -35,6 +36,8 @@ class Loaded:
     generation: dict[str, Any]
     tokenizer: Tokenizer
     tokenizer_files: dict[str, Path | bytes]
+    quantized: dict[str, Int8Rows] = field(default_factory=dict)
+    """Empty unless asked for: matrices that are still int8; ``state`` lacks them."""
 
 
 def default() -> str:
@@ -42,17 +45,22 @@ def default() -> str:
     return str(EMBEDDED) if EMBEDDED.is_dir() else DEFAULT_SOURCE
 
 
-def load_model(model: str | os.PathLike[str] | None, *, announce: Callable[[str], None] = to_stderr) -> Loaded:
+def load_model(
+    model: str | os.PathLike[str] | None, *, keep_int8: bool = False, announce: Callable[[str], None] = to_stderr
+) -> Loaded:
     """Read a whisper-moe directory, any Whisper (:func:`~whisper_moe.weights.sources.load_whisper`), or the default (None).
 
     A Whisper stays the dense model that it is; only where the default has to be made from one is it upcycled.
+    ``keep_int8``: see :func:`~whisper_moe.weights.checkpoint.load_checkpoint`.
     """
     located = resolve(os.fspath(model) if model is not None else default(), announce=announce)
     if located.kind == "checkpoint":
-        checkpoint = load_checkpoint(located.path)
-        tokenizer = _tokenizer(checkpoint.tokenizer, checkpoint.generation)
+        checkpoint = load_checkpoint(located.path, keep_int8=keep_int8)
+        tokenizer = Tokenizer(checkpoint.backend, checkpoint.generation)
         files: dict[str, Path | bytes] = {checkpoint.tokenizer.name: checkpoint.tokenizer}
-        return Loaded(located.name, checkpoint.config, checkpoint.state, checkpoint.generation, tokenizer, files)
+        return Loaded(
+            located.name, checkpoint.config, checkpoint.state, checkpoint.generation, tokenizer, files, checkpoint.quantized
+        )  # fmt: skip
     source = load_whisper(str(located.path), announce=announce)
     config, state = source.config, dict(source.state)
     if model is None:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import hashlib
+import mmap
+import os
 import re
 from dataclasses import dataclass
 from functools import cached_property
@@ -64,8 +66,12 @@ class Description:
 
 
 def sha256(path: Path) -> str:
+    """Of a mapped file, so that other threads have the interpreter until the end."""
     with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
+        if not os.fstat(file.fileno()).st_size:  # cannot be mapped
+            return hashlib.sha256().hexdigest()
+        with mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as content:
+            return hashlib.sha256(content).hexdigest()
 
 
 def read_manifest(directory: Path) -> Manifest:

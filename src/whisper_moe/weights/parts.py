@@ -8,18 +8,20 @@ the file can take another place or move to another model. The same holds for ``â
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 from whisper_moe.config import ModelConfig
+from whisper_moe.model.int8 import Int8Rows
 from whisper_moe.model.model import WhisperMoEModel
 from whisper_moe.weights.files import CheckpointError
 
+Weight = TypeVar("Weight", Tensor, Int8Rows)
 CORE, ROUTER, ADAPT = "core", "router", "adapt"
 _MOST_SINUSOIDS = 1 << 27
 """Seventy times what the largest Whisper has."""
@@ -63,15 +65,21 @@ def require_plausible(config: ModelConfig, tensors: int, origin: str | Path) -> 
         raise CheckpointError(f"{origin}: {config.max_source_positions} positions of {config.d_model} are too many")
 
 
-def unstack(state: Mapping[str, Tensor]) -> Iterator[tuple[str, Tensor]]:
+def spelled_alone(key: str, shape: Sequence[int]) -> list[str]:
+    """The names of a tensor of the model in files: one for each expert of a stack, or its own."""
+    head, stacked, tail = key.partition(".experts.")
+    return [f"{head}{stacked}{expert}.{tail}" for expert in range(shape[0])] if stacked else [key]
+
+
+def unstack(state: Mapping[str, Weight]) -> Iterator[tuple[str, Weight]]:
     """The tensors one by one, those of stacked experts as one view for each expert."""
     for key, tensor in state.items():
-        head, stacked, tail = key.partition(".experts.")
-        if not stacked:
+        names = spelled_alone(key, tensor.shape)
+        if names == [key]:
             yield key, tensor
             continue
-        for expert, own in enumerate(tensor):
-            yield f"{head}.experts.{expert}.{tail}", own
+        views: Iterable[Weight] = tensor  # pyright: ignore[reportAssignmentType] (iterating gives the same type)
+        yield from zip(names, views, strict=True)
 
 
 def expert_of(key: str) -> int | None:
