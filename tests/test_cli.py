@@ -299,7 +299,7 @@ def test_facts_go_to_standard_error_unless_nobody_asked(run: Run, tiny: list[str
 
 def test_a_reader_that_has_gone_is_no_error(tiny: list[str], tmp_path: Path) -> None:
     path = noise(tmp_path / "a.wav", 2.0)
-    command = [sys.executable, "-m", "whisper_moe.cli", "transcribe", str(path), *tiny, "-f", "json"]
+    command = [sys.executable, "-m", "whisper_moe", "transcribe", str(path), *tiny, "-f", "json"]
     process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
     assert process.stdout is not None and process.stderr is not None
     process.stdout.close()
@@ -372,11 +372,34 @@ def test_info_counts_the_parts(run: Run) -> None:
     assert len(facts["experts"]) == 8
 
 
+# The process as a whole.
+
+
+@pytest.mark.parametrize(
+    ("arguments", "status"),
+    [(["--help"], 0), (["info", "8x74m"], 0), (["transcribe", "--task", "sing"], 2), (["sing"], 2)],
+)
+def test_the_process_hands_on_its_exit_status_and_all_of_its_output(arguments: list[str], status: int) -> None:
+    done = whole_process(*arguments)
+    assert done.returncode == status
+    assert (len(done.stdout) > 300) == (status == 0) and b"Traceback" not in done.stderr
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="this system has no /dev/full")
+@pytest.mark.parametrize("arguments", [["--help"], ["info", "8x74m"]])
+def test_output_that_cannot_be_written_is_an_error(arguments: list[str]) -> None:
+    with open("/dev/full", "w") as full:
+        command = [sys.executable, "-m", "whisper_moe", *arguments]
+        done = subprocess.run(command, stdout=full, stderr=subprocess.PIPE, timeout=120, check=False)
+    assert done.returncode == 1
+    assert b"No space left" in done.stderr and len(done.stderr.splitlines()) == 1
+
+
 # With the model that comes along.
 
 
 def whole_process(*arguments: str | Path, stdin: bytes | None = None) -> subprocess.CompletedProcess[bytes]:
-    command = [sys.executable, "-m", "whisper_moe.cli", *map(str, arguments)]
+    command = [sys.executable, "-m", "whisper_moe", *map(str, arguments)]
     return subprocess.run(command, input=stdin, capture_output=True, timeout=280, check=False)
 
 

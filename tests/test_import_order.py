@@ -12,7 +12,7 @@ import pytest
 
 PACKAGE = Path(__file__).parent.parent / "src" / "whisper_moe"
 ORDER = (
-    {"config"},
+    {"config", "heap"},
     {"media"},
     {"embed", "packing"},
     {"model"},
@@ -22,6 +22,7 @@ ORDER = (
     {"api"},
     {"commands"},
     {"cli"},
+    {"__main__"},
 )
 RANK = {layer: rank for rank, layers in enumerate(ORDER) for layer in layers}
 MODULES = sorted(PACKAGE.rglob("*.py"))

@@ -155,3 +155,6 @@ def main() -> None:
         command = error.ctx.command_path if error.ctx else "whisper-moe"
         print(f"{command}: {error.format_message().rstrip('.')}; see {command} --help", file=sys.stderr)
         sys.exit(2)
+    except OSError as error:  # help that cannot be written; what the commands do reports its own
+        print(f"whisper-moe: {error.strerror or error}", file=sys.stderr)
+        sys.exit(1)

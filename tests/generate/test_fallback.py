@@ -125,7 +125,7 @@ def clips_that_are_good_from(*attempts: int, seconds: float = 1.0) -> list[np.nd
     return [np.full(round(seconds * 16_000), number, np.float32) for number in attempts]
 
 
-def in_pairs(indices: Sequence[int], margin: float) -> list[list[int]]:
+def in_pairs(indices: Sequence[int], margin: float, temperature: float) -> list[list[int]]:
     return [list(indices[i : i + 2]) for i in range(0, len(indices), 2)]
 
 

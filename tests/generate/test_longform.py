@@ -151,6 +151,14 @@ def test_batches_fit_and_hold_clips_of_about_one_length() -> None:
     assert all(batch == sorted(batch, reverse=True) for batch in listener.batches)
 
 
+@pytest.mark.parametrize(("options", "most"), [({"beam_size": 5}, MAX_ROWS // 5), ({"beam_size": MAX_ROWS + 1}, 1)])
+def test_beams_count_among_the_rows_of_a_batch(options: dict[str, int], most: int) -> None:
+    listener = Listener()
+    run(listener, [recording(str(i), 0.1) for i in range(50)], options=TranscribeOptions(**options))
+    assert sum(map(len, listener.batches)) == 50
+    assert max(map(len, listener.batches)) == most
+
+
 # What comes out.
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Callable
 
 import pytest
 import torch
@@ -11,7 +12,7 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 
 from tests.model.tiny import CONFIGS, random_mels, random_texts, relative, tiny_model
-from whisper_moe.model.int8 import FEW_TOKENS, Int8Embedding, Int8Linear, Int8Rows
+from whisper_moe.model.int8 import FEW_TOKENS, Int8Embedding, Int8Experts, Int8Linear, Int8Rows
 from whisper_moe.model.linear import Arithmetic, BlockedExperts, BlockedLinear, arrange
 from whisper_moe.model.model import WhisperMoEModel
 from whisper_moe.model.moe import Experts
@@ -114,40 +115,79 @@ CHOICES = {
     "one for all": [[2, 0]],
     "two runs": [[2, 0], [2, 0], [1, 3]],
     "changing, with none": [[0, 1], [3, NONE], [1, 0], [NONE, NONE], [2, 3]],
+    "most of them": [[0, 1], [1, 3], [0, 3]],
     "none for all": [[NONE, NONE], [NONE, NONE]],
 }
 
 
-@needs_onednn
+def routed(name: str, rows_each: int | str) -> tuple[Layout, Routing]:
+    """Rows of one token, equal rows around the border between few tokens and many, and rows of different lengths."""
+    choice = torch.tensor(CHOICES[name])
+    lengths = [1 + 7 * i for i in range(len(choice))] if isinstance(rows_each, str) else [rows_each] * len(choice)
+    first = torch.linspace(0.2, 0.9, len(choice))
+    return Layout(lengths), Routing(choice, torch.stack([first, 1 - first], dim=1))
+
+
+def int8_experts(experts: Experts) -> Int8Experts:
+    up, down = Int8Rows.of(experts.up_weight), Int8Rows.of(experts.down_weight)
+    return Int8Experts(up, experts.up_bias, down, experts.down_bias)
+
+
+KINDS_OF_EXPERTS = pytest.mark.parametrize(
+    ("arranged_as", "tolerance"), [pytest.param(BlockedExperts, 1e-5, marks=needs_onednn), (int8_experts, 0.03)]
+)
+
+
+@KINDS_OF_EXPERTS
 @pytest.mark.parametrize("rows_each", [1, 3, FEW_TOKENS, "ragged"])
 @pytest.mark.parametrize("name", CHOICES)
-def test_blocked_experts_compute_the_same(name: str, rows_each: int | str) -> None:
-    """Rows of one token, equal rows around the border between few tokens and many, and rows of different lengths."""
-    experts, choice = experts_of(), torch.tensor(CHOICES[name])
-    lengths = [1 + 7 * i for i in range(len(choice))] if isinstance(rows_each, str) else [rows_each] * len(choice)
-    layout, first = Layout(lengths), torch.linspace(0.2, 0.9, len(choice))
-    routing = Routing(choice, torch.stack([first, 1 - first], dim=1))
-    x, blocked = rows(layout.total, 32), BlockedExperts(experts)
+def test_arranged_experts_compute_the_same(
+    name: str, rows_each: int | str, arranged_as: Callable[[Experts], nn.Module], tolerance: float
+) -> None:
+    experts, (layout, routing) = experts_of(), routed(name, rows_each)
+    x, other = rows(layout.total, 32), arranged_as(experts)
     expected = experts(x, routing, layout)
-    found = [blocked(x, routing, layout)]
+    found = [other(x, routing, layout)]
     if layout.total == len(routing):
-        found.append(blocked(x, routing))
+        found.append(other(x, routing))
     assert expected.any() == (name != "none for all")
-    assert all(((y - expected).abs().amax(1) <= 1e-5 * expected.abs().amax(1)).all() for y in found)
+    assert all(((y - expected).abs().amax(1) <= tolerance * expected.abs().amax(1)).all() for y in found)
 
 
-@needs_onednn
+@KINDS_OF_EXPERTS
 @pytest.mark.parametrize("rows_each", [1, FEW_TOKENS])
-def test_a_broken_token_stays_alone_among_blocked_experts(rows_each: int) -> None:
+def test_a_broken_token_stays_alone_among_arranged_experts(
+    rows_each: int, arranged_as: Callable[[Experts], nn.Module], tolerance: float
+) -> None:
     """Also where every expert computes every token: a gate of 0 leaves NaN as it is."""
     layout, choice = Layout([rows_each] * 3), torch.tensor([[0, 1], [2, 3], [1, NONE]])
     routing = Routing(choice, torch.tensor([[0.7, 0.3], [0.6, 0.4], [0.5, 0.5]]))
-    blocked, x = BlockedExperts(experts_of()), rows(layout.total, 32)
+    other, x = arranged_as(experts_of()), rows(layout.total, 32)
     broken = x.clone()
     broken[rows_each] = torch.nan
-    before, after = blocked(x, routing, layout), blocked(broken, routing, layout)
+    before, after = other(x, routing, layout), other(broken, routing, layout)
     others = torch.arange(layout.total) != rows_each
     assert after[rows_each].isnan().all() and torch.equal(after[others], before[others])
+
+
+@pytest.mark.parametrize("name", CHOICES)
+def test_int8_experts_give_a_token_the_same_whoever_is_in_its_batch(name: str) -> None:
+    """One token at a time, beside others that chose other experts, and in a run of its own: what differs is the sum of
+    the last biases, by float32's rounding."""
+    layout, routing = routed(name, 1)
+    other, x = int8_experts(experts_of()), rows(layout.total, 32)
+    together = other(x, routing)
+    for i in range(len(x)):
+        mine = routing.rows(torch.tensor([i]))
+        alone = other(x[i : i + 1], mine)
+        long = other(x[i : i + 1].expand(FEW_TOKENS + 1, -1), mine, Layout([FEW_TOKENS + 1]))
+        for y in (alone, long):
+            assert ((y - together[i]).abs() <= 1e-6 * together[i].abs().max()).all()
+
+
+def test_int8_experts_that_were_never_trained_add_nothing_at_all() -> None:
+    layout, routing = routed("changing, with none", 3)
+    assert not int8_experts(Experts(32, 24, 4))(rows(layout.total, 32), routing, layout).any()
 
 
 def arranged(model: WhisperMoEModel, arithmetic: Arithmetic) -> WhisperMoEModel:
@@ -163,9 +203,9 @@ def test_every_linear_layer_the_head_and_the_experts_are_swapped(kind: str, arit
     linears = [name for name, module in model.named_modules() if isinstance(module, nn.Linear)]
     other, swapped = arranged(model, arithmetic), {"float32": BlockedLinear, "int8": Int8Linear}[arithmetic]
     names = [name for name, module in other.named_modules() if isinstance(module, swapped) and ".experts." not in name]
-    routed = [name for name, module in model.named_modules() if isinstance(module, Experts)]
-    blocked = [name for name, module in other.named_modules() if isinstance(module, BlockedExperts)]
-    assert blocked == (routed if torch.backends.mkldnn.is_available() else [])
+    expert_layers = [name for name, module in model.named_modules() if isinstance(module, Experts)]
+    kind_of_experts = {"float32": BlockedExperts, "int8": Int8Experts}[arithmetic]
+    assert [name for name, module in other.named_modules() if isinstance(module, kind_of_experts)] == expert_layers
     rates = [name for name in linears if name.endswith(".rate")]
     assert sorted(names) == sorted({*linears, "decoder.head"} - set(rates))
     assert [name for name, module in other.named_modules() if isinstance(module, nn.Linear)] == rates
@@ -204,6 +244,7 @@ def halves(model: WhisperMoEModel) -> tuple[WhisperMoEModel, dict[str, Int8Rows]
     """The model without its quantised matrices, these, and the whole float32 model that they stand for."""
     state = {key: tensor.clone() for key, tensor in model.state_dict().items()}
     linears = [f"{name}.weight" for name, module in model.named_modules() if type(module) is nn.Linear]
+    linears += [f"{n}.{k}_weight" for n, m in model.named_modules() if isinstance(m, Experts) for k in ("up", "down")]
     quantized = {
         key: Int8Rows.of(state[key]) for key in [*linears, "decoder.token_embedding.weight"] if "rate" not in key
     }

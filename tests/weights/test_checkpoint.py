@@ -22,9 +22,9 @@ from whisper_moe.model.model import WhisperMoEModel
 from whisper_moe.weights import checkpoint as module
 from whisper_moe.weights import files
 from whisper_moe.weights.checkpoint import load_checkpoint, save_checkpoint
-from whisper_moe.weights.manifest import describe
+from whisper_moe.weights.manifest import INDEX, MANIFEST, describe, sha256
 from whisper_moe.weights.parts import expected_shapes
-from whisper_moe.weights.quantize import quantizable
+from whisper_moe.weights.quantize import SCALE, quantizable
 
 
 @pytest.fixture(autouse=True)
@@ -54,6 +54,44 @@ def test_what_is_saved_is_loaded_bit_for_bit(name: str, tmp_path: Path) -> None:
     assert loaded.tokenizer.read_bytes() == tokenizer_json()
     assert same(loaded.state, state)
     assert list(loaded.state) == list(WhisperMoEModel(CONFIGS[name]).state_dict())
+
+
+@pytest.mark.parametrize("quantize", [True, False])
+@pytest.mark.parametrize("name", CONFIGS)
+def test_what_stays_int8_stands_for_the_same_numbers(name: str, quantize: bool, tmp_path: Path) -> None:
+    save(tmp_path / "m", CONFIGS[name], quantize=quantize)
+    whole, halved = load_checkpoint(tmp_path / "m"), load_checkpoint(tmp_path / "m", keep_int8=True)
+    assert set(halved.quantized) == {key for key in whole.state if quantize and quantizable(key)}
+    assert same(halved.state | {key: rows.dequantized() for key, rows in halved.quantized.items()}, whole.state)
+    assert not halved.state.keys() & halved.quantized.keys() and not whole.quantized
+
+
+def test_a_stack_with_one_expert_in_float32_is_read_as_float32(tmp_path: Path) -> None:
+    """Experts are exchanged one by one: here one of an int8 checkpoint is replaced by one that is not."""
+    config = CONFIGS["shared"]
+    save(tmp_path / "m", config, quantize=True)
+    save(tmp_path / "exact", config)
+    assert config.moe is not None
+    take_files(tmp_path / "exact", tmp_path / "m", "experts/01-")
+    whole, halved = load_checkpoint(tmp_path / "m"), load_checkpoint(tmp_path / "m", keep_int8=True)
+    assert not any(".experts." in key for key in halved.quantized)
+    assert any(".experts." in key for key in halved.state)
+    assert same(halved.state | {key: rows.dequantized() for key, rows in halved.quantized.items()}, whole.state)
+
+
+def take_files(source: Path, target: Path, prefix: str) -> None:
+    """Replace what begins with ``prefix`` by the other checkpoint's, and the lists of it."""
+    documents = [(path, json.loads(path.read_text())) for path in (target / INDEX, target / MANIFEST)]
+    index, manifest = (document for _, document in documents)
+    name = next(name for name in manifest["files"] if name.startswith(prefix))
+    shutil.copy(source / name, target / name)
+    weights = {key: file for key, file in index["weight_map"].items() if not (file == name and key.endswith(SCALE))}
+    index["weight_map"] = weights
+    (target / INDEX).write_text(json.dumps(index))
+    for changed in (name, INDEX):
+        facts = {"bytes": (target / changed).stat().st_size, "sha256": sha256(target / changed)}
+        manifest["files"][changed] = facts
+    (target / MANIFEST).write_text(json.dumps(manifest))
 
 
 @pytest.mark.parametrize("name", CONFIGS)

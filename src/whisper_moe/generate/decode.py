@@ -5,12 +5,10 @@ A batch is decoded as often as its windows need (see :mod:`whisper_moe.generate.
 
 from __future__ import annotations
 
-import ctypes
 import math
-import sys
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from functools import cached_property, lru_cache
+from functools import cached_property
 from typing import Any
 
 import numpy as np
@@ -22,6 +20,7 @@ from whisper_moe.generate.align import WordTiming, align, token_probabilities
 from whisper_moe.generate.options import TranscribeOptions
 from whisper_moe.generate.rules import Rules, Timestamps
 from whisper_moe.generate.search import Hypothesis, search
+from whisper_moe.heap import give_back_memory
 from whisper_moe.media.mel import log_mel
 from whisper_moe.media.text import Tokenizer
 from whisper_moe.model.block import Carry
@@ -35,15 +34,6 @@ SAMPLES_PER_POSITION = SAMPLE_RATE // POSITIONS_PER_SECOND
 TOKENS_PER_SECOND = 40
 """More than anybody says, in the languages that cost most tokens a letter; a text that is longer is a loop."""
 MINIMUM_TOKEN_LIMIT = 32
-
-
-@lru_cache(maxsize=1)
-def _trim() -> Callable[[int], int] | None:
-    """glibc's ``malloc_trim``, where there is one."""
-    try:
-        return ctypes.CDLL("libc.so.6").malloc_trim if sys.platform == "linux" else None
-    except (OSError, AttributeError):
-        return None
 
 
 @dataclass(frozen=True)
@@ -96,12 +86,12 @@ class WindowDecoder:
         """
         carried = carry.copy() if carry is not None else None
         order, encoded = self._encode(clips, margin, carried)
+        give_back_memory()  # packs of ever other sizes leave holes that would add up to hundreds of MB
         hints = [hints[i] for i in order] if hints else [None] * len(order)
         samples = [len(clips[i]) for i in order]
         found = self._decode_encoded(encoded, samples, hints, options, temperature, margin)
         del encoded
-        if trim := _trim():  # batches of ever other sizes leave holes in the heap that would add up to hundreds of MB
-            trim(0)
+        give_back_memory()
         takes: list[Take | None] = [None] * len(order)
         for index, take in zip(order, found, strict=True):
             takes[index] = replace(take, carried=carried)

@@ -8,6 +8,7 @@ too, temperatures follow (Whisper, section 4.5). Nothing falls back silently: th
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from typing import TypeAlias
 
 import numpy as np
 
@@ -19,6 +20,7 @@ from whisper_moe.generate.segments import goes_on
 from whisper_moe.media.text import Tokenizer
 from whisper_moe.model.block import Carry
 
+Batches: TypeAlias = Callable[[Sequence[int], float, float], list[list[int]]]
 _SHORT_TEXT_TOKENS = 12
 """A text of so few tokens is never too long for its time: a cough of 0.2 s may hold a word."""
 
@@ -61,13 +63,13 @@ def decode_with_fallback(
     options: TranscribeOptions,
     *,
     hints: Sequence[str | None] | None = None,
-    groups: Callable[[Sequence[int], float], list[list[int]]],
+    groups: Batches,
     carry: Carry | None = None,
 ) -> list[tuple[Take, int]]:
     """The accepted take of each clip, and how many takes were thrown away before it.
 
-    ``groups(clip indices, margin)`` cuts clips into batches that fit. The last attempt is accepted as it is. A clip that
-    fills its window anyway is not decoded again just to be padded.
+    ``groups(clip indices, margin, temperature)`` cuts clips into batches that fit. The last attempt is accepted as it is. A
+    clip that fills its window anyway is not decoded again just to be padded.
     """
     results: dict[int, tuple[Take, int]] = {}
     pending = list(range(len(clips)))
@@ -76,7 +78,7 @@ def decode_with_fallback(
         inputs = {i: (decoder.positions(len(clips[i]), margin), temperature) for i in pending}
         wrong = [i for i in pending if tried.get(i) == inputs[i]]
         tried |= inputs
-        for batch in groups([i for i in pending if i not in wrong], margin):
+        for batch in groups([i for i in pending if i not in wrong], margin, temperature):
             batch_hints = [hints[i] for i in batch] if hints else None
             takes = decoder.decode(
                 [clips[i] for i in batch], options, temperature=temperature, margin=margin, hints=batch_hints,

@@ -14,18 +14,18 @@ import numpy as np
 
 from whisper_moe.config import MAX_PACK_TOKENS, SAMPLE_RATE
 from whisper_moe.generate.decode import Take, WindowDecoder
-from whisper_moe.generate.fallback import decode_with_fallback, is_silence
+from whisper_moe.generate.fallback import Batches, decode_with_fallback, is_silence
 from whisper_moe.generate.options import TranscribeOptions
 from whisper_moe.generate.result import Segment, Transcription
 from whisper_moe.generate.segments import LEAST_ADVANCE, numbered, segments_of
 from whisper_moe.media.windows import Window, is_silent, speech_spans
 from whisper_moe.model.block import Carry
 
-MAX_ROWS = 24
-"""Windows decoded together. More rows read the weights less often; the memory of their states grows."""
+MAX_ROWS = 40
+"""Rows decoded together: a window's beams or samples count each. More read the weights less often; their states take memory."""
 MAX_POSITIONS = 4 * MAX_PACK_TOKENS
 """Encoder positions whose keys and values are held at a time: 24 kB each in whisper-base."""
-BUFFERED_WINDOWS = 4 * MAX_ROWS
+BUFFERED_WINDOWS = 96
 """Windows that wait to be sorted by length …"""
 BUFFERED_SECONDS = 600
 """… and the audio in them: 64 kB a second."""
@@ -141,14 +141,15 @@ class Transcriber:
         if self.progress is not None:
             self.progress(seconds)
 
-    def _batches(self, clips: Sequence[np.ndarray]) -> Callable[[Sequence[int], float], list[list[int]]]:
-        def batches(indices: Sequence[int], margin: float) -> list[list[int]]:
+    def _batches(self, clips: Sequence[np.ndarray]) -> Batches:
+        def batches(indices: Sequence[int], margin: float, temperature: float) -> list[list[int]]:
             """Clips of about the same length together, as many as fit."""
+            most = max(1, MAX_ROWS // self.options.search(temperature).beams)
             found: list[list[int]] = []
             used = MAX_POSITIONS
             for index in sorted(indices, key=lambda i: -len(clips[i])):
                 positions = self.decoder.positions(len(clips[index]), margin)
-                if not found or len(found[-1]) == MAX_ROWS or used + positions > MAX_POSITIONS:
+                if not found or len(found[-1]) == most or used + positions > MAX_POSITIONS:
                     found.append([])
                     used = 0
                 found[-1].append(index)

@@ -116,9 +116,11 @@ def _draw(logits_RV: Tensor, temperature: float, streams: Sequence[torch.Generat
     """The likeliest token of each row, or one drawn from the segment's own stream (on the CPU: the same on any device)."""
     if temperature == 0:
         return logits_RV.argmax(-1)
-    groups = (logits_RV / temperature).softmax(-1).cpu().chunk(len(streams))
-    drawn = [torch.multinomial(group, 1, generator=stream) for group, stream in zip(groups, streams, strict=True)]
-    return torch.cat(drawn)[:, 0].to(logits_RV.device)
+    sums_RV = (logits_RV / temperature).softmax(-1).cpu().cumsum(-1, dtype=torch.float64)
+    rows = len(logits_RV) // len(streams)
+    draws = [torch.rand(rows, 1, generator=stream, dtype=torch.float64) for stream in streams]
+    # The first token whose sum is above the draw: one that is impossible adds nothing to it and is never the first.
+    return torch.searchsorted(sums_RV, torch.cat(draws) * sums_RV[:, -1:], right=True)[:, 0].to(logits_RV.device)
 
 
 def _beam_search(

@@ -17,6 +17,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from whisper_moe.heap import keep_heap_small
 from whisper_moe.model.heads import TextHead
 from whisper_moe.model.int8 import FEW_TOKENS, Int8Embedding, Int8Experts, Int8Linear, Int8Rows, equally_long
 from whisper_moe.model.moe import Experts
@@ -112,6 +113,7 @@ def arrange(
             elif isinstance(child, Experts):
                 up, down = (known.get(f"{paths[child]}.{key}") for key in ("up_weight", "down_weight"))
                 setattr(parent, name, _experts(child, up, down, arithmetic))
+    keep_heap_small()
     return model
 
 
