@@ -89,7 +89,9 @@ def openai_name(name: str) -> str:
 def to_hub(model: str) -> Path:
     from huggingface_hub import snapshot_download
 
-    return Path(model) if Path(model).is_dir() else Path(snapshot_download(model, local_files_only=True))
+    if Path(model).is_dir():
+        return Path(model)
+    return Path(snapshot_download(model, ignore_patterns=["*.h5", "*.msgpack"]))  # other frameworks' weights
 
 
 def to_ctranslate2(model: str, target: Path, quantization: str) -> None:

@@ -320,6 +320,7 @@ def systems(model: str) -> dict[str, System]:
         table[name] = System(make, form, **ours)
         table[f"{name}-padded"] = System(partial(make, margin=WINDOW_SECONDS), form, **ours)
         table[f"{name}-int8"] = System(partial(make, dtype="int8"), form, **ours)
+        table[f"{name}-int8-padded"] = System(partial(make, dtype="int8", margin=WINDOW_SECONDS), form, **ours)
     for kind in ("int8", "float32"):
         name, form = f"faster-whisper-{kind}", f"ct2-{kind}"
         table[name] = System(partial(FasterWhisper, compute_type=kind), form, **fast)

@@ -218,7 +218,7 @@ def build(
             wall = each["wall_seconds"]
             each["times_baseline"] = {key: base[key] / wall[key] for key in ("min", "median")}
     comparisons = []
-    for pair in pairs:
+    for pair in dict.fromkeys(pairs):  # one that was asked for may be a default too
         if len(pair) != 2 or not set(pair) <= set(found):
             raise ValueError(f"cannot compare {':'.join(pair)}: systems with results are {', '.join(found)}")
         mine, theirs = (found[name]["transcripts"] for name in pair)

@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from whisper_moe import WhisperMoE
 
 ROOT = Path(__file__).parent.parent
-SHARED = ROOT.parent / "shared"
+SHARED = Path(os.environ.get("WHISPER_MOE_TEST_DATA", ROOT.parent / "shared"))
 
 
 @pytest.fixture(scope="session")
@@ -29,11 +29,13 @@ def shared_data() -> Path:
 
 @pytest.fixture(scope="session")
 def whisper_base() -> Path:
-    """The folder of a local snapshot of ``openai/whisper-base``."""
-    snapshots = sorted((SHARED / "huggingface/hub/models--openai--whisper-base/snapshots").glob("*"))
-    if not snapshots:
-        pytest.skip("openai/whisper-base is not beside this checkout")
-    return snapshots[0]
+    """The folder of a local snapshot of ``openai/whisper-base``: beside the checkout, or in the Hub's own cache."""
+    usual = Path(os.environ.get("HF_HOME", Path.home() / ".cache/huggingface"))
+    for home in (SHARED / "huggingface", usual):
+        snapshots = sorted((home / "hub/models--openai--whisper-base/snapshots").glob("*"))
+        if snapshots:
+            return snapshots[0]
+    pytest.skip("openai/whisper-base is neither beside this checkout nor in the Hub's cache")
 
 
 @pytest.fixture(scope="session")

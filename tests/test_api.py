@@ -9,12 +9,14 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 from generate.tiny import CONFIG, tiny_whisper_moe
 from media.recordings import encode
 
 import whisper_moe
 from whisper_moe import MediaError, Segment, TranscribeOptions, Transcription, WhisperMoE
 from whisper_moe.config import PRESETS
+from whisper_moe.packing import Layout
 
 RATE = 16_000
 EXAMPLES = Path(__file__).parent.parent / "examples"
@@ -203,6 +205,11 @@ def test_real_languages_are_detected(default_model: WhisperMoE, start: int, lang
 # Which model.
 
 
+def logits(model: WhisperMoE, mel: torch.Tensor, text: torch.Tensor, routing: Any) -> torch.Tensor:
+    encoded = model.model.encoder([mel], routing=routing)
+    return model.model.decoder.head(model.model.decoder(text, Layout([len(text)]), encoded)).float()
+
+
 def test_a_saved_model_says_the_same(tiny_model: WhisperMoE, checkpoint: Path, tmp_path: Path) -> None:
     expected = tiny_model.transcribe(noise(2.0), **TRUSTING)
     trainable = WhisperMoE.from_pretrained(checkpoint, for_inference=False)
@@ -220,9 +227,22 @@ def test_a_model_for_inference_is_not_saved(checkpoint: Path, tmp_path: Path) ->
         WhisperMoE.from_pretrained(checkpoint).save_pretrained(tmp_path / "again")
 
 
+def test_a_model_with_rounded_weights_is_not_saved(checkpoint: Path, tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="for_inference=False"):
+        WhisperMoE.from_pretrained(checkpoint, dtype="bfloat16").save_pretrained(tmp_path / "again")
+    with pytest.raises(ValueError, match="'bfloat16' would round them"):
+        WhisperMoE.from_pretrained(checkpoint, dtype="bfloat16", for_inference=False)
+
+
 @pytest.mark.parametrize("dtype", ["int8", "bfloat16", "float16"])
-def test_every_arithmetic_runs_on_a_cpu(checkpoint: Path, dtype: Any) -> None:
+def test_every_arithmetic_runs_on_a_cpu(checkpoint: Path, tiny_model: WhisperMoE, dtype: Any) -> None:
     model = WhisperMoE.from_pretrained(checkpoint, device="cpu", dtype=dtype)
+    mel, text = torch.randn(CONFIG.n_mels, 400), torch.tensor([1, 7, 70, 200])
+    with torch.inference_mode():
+        routing = tiny_model.model.encoder([mel]).routing  # the same experts: their choice may tip over
+        expected = logits(tiny_model, mel, text, routing)
+        found = logits(model, mel.to(model.model.encoder.positions.dtype), text, routing)
+    assert (found - expected).abs().max() < 0.1 * expected.abs().max()
     result = model.transcribe([noise(2.0), noise(1.0)], word_timestamps=True, **TRUSTING)
     assert all(each.segments for each in result)
 

@@ -38,6 +38,7 @@ def test_a_typing_mistake_in_a_file_is_an_error(kind: type[BaseModel]) -> None:
         ({"ttt": {"base_lr": float("nan")}}, "ttt.base_lr", "finite number"),
         ({"ttt": {"base_lr": 0}}, "ttt.base_lr", "greater than 0"),
         ({"ttt": {"mini_batch": 0}}, "ttt.mini_batch", "greater than or equal to 1"),
+        ({"ttt": {"mini_batch": 2049}}, "ttt.mini_batch", "less than or equal to 2048"),
         ({"ttt": {"encoder_layers": 3}}, "ttt.encoder_layers", "valid tuple"),
         ({"model_type": "whisper"}, "model_type", "'whisper_moe'"),
         ({"format_version": 2}, "format_version", "should be 1"),
@@ -67,6 +68,14 @@ PER_EXPERT = TTTConfig(encoder_layers=(3,), per_expert=True)
         ({"moe": {"router_layer": 7}}, r"router_layer \(7\) is beyond the encoder's 6 layers"),
         ({"ttt": {"encoder_layers": [0, 6, -1]}}, r"ttt.encoder_layers \[6, -1\] are beyond the encoder's 6 layers"),
         ({"ttt": {"decoder_layers": [6]}}, r"ttt.decoder_layers \[6\] are beyond the decoder's 6 layers"),
+        (
+            {"ttt": {"encoder_layers": [0]}, "d_model": 24, "decoder_heads": 1},
+            r"ttt.encoder_layers need heads of an even width .*: d_model \(24\) / encoder_heads \(8\)",
+        ),
+        (
+            {"ttt": {"decoder_layers": [0]}, "d_model": 24, "encoder_heads": 1},
+            r"ttt.decoder_layers need heads of an even width .*: d_model \(24\) / decoder_heads \(8\)",
+        ),
         ({"ttt": PER_EXPERT}, "needs experts that are chosen per segment"),
         ({"ttt": PER_EXPERT, "moe": {"scope": "token"}}, "needs experts that are chosen per segment"),
         (
@@ -88,6 +97,9 @@ def test_what_borders_on_the_refused_is_accepted() -> None:
     assert ModelConfig(moe=MoEConfig(router_layer=6)).routed("decoder", 0)
     assert ModelConfig(moe=MoEConfig(), ttt=PER_EXPERT).ttt == PER_EXPERT
     assert MoEConfig(n_experts=2, top_k=2).top_k == 2
+    assert TTTConfig(mini_batch=2048).mini_batch == 2048
+    odd_but_without_ttt = ModelConfig(d_model=24, encoder_heads=1, ttt=TTTConfig(encoder_layers=(0,)))
+    assert odd_but_without_ttt.decoder_heads == 8
     one_layer = ModelConfig(encoder_layers=1, moe=MoEConfig(scope="token"))
     assert one_layer.routed("encoder", 0), "router_layer means nothing where every token is routed"
 

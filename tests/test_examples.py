@@ -40,6 +40,14 @@ def test_all_together_say_the_same(default_model: WhisperMoE, transcribed: dict[
     assert [result.text for result in together] == [transcribed[name].text for name in names]
 
 
+@pytest.mark.parametrize("name", ["sample.m4a", "clip.mov", "silence.flac"])
+def test_int8_arithmetic_writes_the_same(name: str, default_model: WhisperMoE) -> None:
+    """The default where the CPU is fast at it."""
+    int8 = type(default_model).from_pretrained(EXAMPLES.parent / "checkpoints", dtype="int8")
+    expected = (EXAMPLES / "expected" / f"{name}.txt").read_text(encoding="utf-8").strip()
+    assert int8.transcribe(EXAMPLES / name).text == expected
+
+
 def test_each_window_has_its_own_language(transcribed: dict[str, Transcription]) -> None:
     with (EXAMPLES / "references.tsv").open(encoding="utf-8") as lines:
         rows = [row for row in csv.DictReader(lines, delimiter="\t") if row["file"] == "languages.ogg"]

@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from whisper_moe.api import Outcome as Outcome
     from whisper_moe.api import WhisperMoE as WhisperMoE
     from whisper_moe.generate.options import TranscribeOptions as TranscribeOptions
     from whisper_moe.generate.result import Segment as Segment
@@ -13,9 +14,19 @@ if TYPE_CHECKING:
     from whisper_moe.media.audio import MediaError as MediaError
 
 __version__ = "0.1.0"
-__all__ = ["MediaError", "Segment", "TranscribeOptions", "Transcription", "WhisperMoE", "Word", "__version__"]
+__all__ = [
+    "MediaError",
+    "Outcome",
+    "Segment",
+    "TranscribeOptions",
+    "Transcription",
+    "WhisperMoE",
+    "Word",
+    "__version__",
+]
 
 _HOMES = {
+    "Outcome": "whisper_moe.api",
     "WhisperMoE": "whisper_moe.api",
     "TranscribeOptions": "whisper_moe.generate.options",
     "Segment": "whisper_moe.generate.result",

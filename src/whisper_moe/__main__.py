@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import io
 import os
 import sys
 from typing import NoReturn
@@ -14,6 +15,7 @@ def run() -> NoReturn:
     Importing torch makes hundreds of thousands of objects that live for ever: looking for garbage among them takes a tenth
     of a second, and taking them apart at the end four tenths.
     """
+    _speak_utf8()
     gc.set_threshold(200_000, 20, 100)
     from whisper_moe.cli import main
 
@@ -29,6 +31,13 @@ def run() -> NoReturn:
         os.write(2, f"whisper-moe: standard output: {error.strerror}\n".encode())
         status = status or 1
     os._exit(status)
+
+
+def _speak_utf8() -> None:
+    """Text in any script can be written whatever the locale, and file names that are no text come out as they went in."""
+    for stream, errors in ((sys.stdout, "surrogateescape"), (sys.stderr, "backslashreplace")):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(encoding="utf-8", errors=errors)
 
 
 if __name__ == "__main__":

@@ -84,6 +84,8 @@ class WhisperMoE:
         device = _pick_device(device)
         if dtype == "int8" and device != "cpu":
             raise ValueError(f"int8 arithmetic runs on a CPU; on {device} take bfloat16 or float16")
+        if not for_inference and dtype not in ("auto", "float32"):
+            raise ValueError(f"for_inference=False loads float32 weights; dtype {dtype!r} would round them")
         dtype = _pick_dtype(dtype, device) if for_inference else "float32"
         loaded = load_model(model, keep_int8=_arranged(device, dtype, for_inference), announce=announce)
         network = _network(loaded, device, dtype, for_inference)
@@ -98,9 +100,9 @@ class WhisperMoE:
 
     def save_pretrained(self, directory: str | os.PathLike[str], *, quantize: bool = False) -> None:
         """Write a checkpoint directory; ``quantize`` stores matrices as int8. Raises ``ValueError`` for a model
-        that was loaded for inference: its weights were given up for copies that only this machine understands.
+        whose weights were rounded or arranged for this machine when it was loaded.
         """
-        if not isinstance(self.model.decoder.head, TextHead):
+        if self.dtype != "float32" or not isinstance(self.model.decoder.head, TextHead):
             raise ValueError("load the model with for_inference=False to save it")
         state: dict[str, Tensor] = {key: value.float().cpu() for key, value in self.model.state_dict().items()}
         save_checkpoint(
@@ -178,8 +180,9 @@ class WhisperMoE:
             blocks: Iterator[np.ndarray] = map(_checked, [source])  # lazily: bad samples cost this recording alone
         else:
             blocks = stream_audio(source if hasattr(source, "read") else Path(source), name=name)  # pyright: ignore[reportArgumentType]
-        recording = Recording(name, iter(()))
-        windows = _timed(recording, cut_windows(blocks, max_seconds=FULL_WINDOW))
+        language = options.language or (None if self.tokenizer.is_multilingual else "en")
+        recording, window = Recording(name, iter(()), language=language), self._decoder.window_seconds
+        windows = _timed(recording, cut_windows(blocks, max_seconds=window, search_seconds=window / 3))
         recording.windows = windows if options.vad == "none" else drop_silence(windows, _DETECTORS[options.vad])
         return recording
 

@@ -6,6 +6,7 @@ Text goes to standard output, facts to standard error. Exit status: 0, 1 when so
 
 from __future__ import annotations
 
+import math
 import sys
 from pathlib import Path
 from typing import Annotated, Any
@@ -21,10 +22,32 @@ app = typer.Typer(
 
 def _option(*names: str, help: str, panel: str = "Options", **more: Any) -> Any:
     """A typer option that also answers to its underscore spellings."""
-    spellings = [
-        *names, *(f"--{n[2:].replace('-', '_')}" for n in names if n.startswith("--") and "-" in n[2:]),
-    ]  # fmt: skip
+    underscored = (_underscored(name) for name in names)
+    spellings = [*names, *(name for name in underscored if name.strip(" /"))]
     return typer.Option(*spellings, help=help, rich_help_panel=panel, **more)
+
+
+def _underscored(name: str) -> str:
+    """``--no_x`` for ``--no-x``, a space where nothing changes; of ``--on/--off`` each half is a name of its own."""
+    halves = [(half, f"--{half[2:].replace('-', '_')}") for half in name.split("/")]
+    return "/".join(new if old.startswith("--") and new != old else " " for old, new in halves)
+
+
+def _optional(*names: str, help: str, kind: type[int] | type[float], least: float = -math.inf, **more: Any) -> Any:
+    """An option whose value is a number, or the word None, with which ``whisper`` leaves a setting out."""
+
+    def read(value: Any) -> float | None:
+        if str(value).lower() == "none":
+            return None
+        try:
+            number = kind(value)
+        except ValueError:
+            raise typer.BadParameter(f"{value!r} is neither a number nor None") from None
+        if number < least:
+            raise typer.BadParameter(f"{value} is less than {least}")
+        return number
+
+    return _option(*names, help=help, parser=read, metavar=f"<{kind.__name__} or None>", **more)
 
 
 Model = Annotated[str | None, _option("--model", help="A whisper-moe folder, or any Whisper: Hub id, folder, .pt file, LoRA adapter. Default: the one that comes along.")]  # fmt: skip
@@ -35,7 +58,7 @@ Dtype = Annotated[
         "--dtype", help="auto (int8 on a CPU that is fast at it, else float32), float32, int8, bfloat16 or float16."
     ),
 ]
-Threads = Annotated[int | None, _option("--threads", min=1, help="CPU threads.")]
+Threads = Annotated[int | None, _optional("--threads", kind=int, least=0, help="CPU threads; 0 for PyTorch's default.")]
 
 
 @app.command()
@@ -49,28 +72,29 @@ def transcribe(
     output_dir: Annotated[Path | None, _option("--output-dir", "-o", help="Write a file for each input here.")] = None,
     device: Device = "auto",
     dtype: Dtype = "auto",
+    fp16: Annotated[str, _option("--fp16", help="True: the same as --dtype float16, on an NVIDIA GPU only.")] = "False",
     threads: Threads = None,
-    beam_size: Annotated[int, _option("--beam-size", min=1, help="Beams at temperature 0.", panel="Decoding")] = 1,
-    best_of: Annotated[int, _option("--best-of", min=1, help="Samples at other temperatures.", panel="Decoding")] = 5,
-    patience: Annotated[float, _option("--patience", help="Beam search patience (arXiv 2204.05424).", panel="Decoding")] = 1.0,
-    length_penalty: Annotated[float | None, _option("--length-penalty", help="Alpha of arXiv 1609.08144; default: mean log-probability.", panel="Decoding")] = None,
+    beam_size: Annotated[int | None, _optional("--beam-size", kind=int, least=1, help="Beams at temperature 0.", panel="Decoding")] = 1,
+    best_of: Annotated[int | None, _optional("--best-of", kind=int, least=1, help="Samples at other temperatures.", panel="Decoding")] = 5,
+    patience: Annotated[float | None, _optional("--patience", kind=float, help="Beam search patience (arXiv 2204.05424).", panel="Decoding")] = 1.0,
+    length_penalty: Annotated[float | None, _optional("--length-penalty", kind=float, help="Alpha of arXiv 1609.08144; default: mean log-probability.", panel="Decoding")] = None,
     temperature: Annotated[float, _option("--temperature", min=0, help="The first to try.", panel="Decoding")] = 0.0,
-    temperature_increment_on_fallback: Annotated[float, _option("--temperature-increment-on-fallback", min=0, help="Step up to 1 while a transcript looks wrong; 0 tries no other.", panel="Decoding")] = 0.2,
+    temperature_increment_on_fallback: Annotated[float | None, _optional("--temperature-increment-on-fallback", kind=float, least=0, help="Step up to 1 while a transcript looks wrong; 0 tries no other.", panel="Decoding")] = 0.2,
     initial_prompt: Annotated[str | None, _option("--initial-prompt", help="Text that comes before: names, spelling, style.", panel="Decoding")] = None,
     hotwords: Annotated[str | None, _option("--hotwords", help="Words to expect.", panel="Decoding")] = None,
     suppress_tokens: Annotated[str | None, _option("--suppress-tokens", help="Ids never to say, 1,2; -1 for annotations such as ♪. Default: the checkpoint's.", panel="Decoding")] = None,
     without_timestamps: Annotated[bool, _option("--without-timestamps", help="One segment for each window.", panel="Decoding")] = False,
     word_timestamps: Annotated[str, _option("--word-timestamps", help="True for a time on every word.", panel="Decoding")] = "False",
     highlight_words: Annotated[str, _option("--highlight-words", help="True underlines each word in srt and vtt as it is said.", panel="Subtitles")] = "False",
-    max_line_width: Annotated[int | None, _option("--max-line-width", min=1, help="Characters in a line (with word timestamps).", panel="Subtitles")] = None,
-    max_line_count: Annotated[int | None, _option("--max-line-count", min=1, help="Lines in a subtitle (with word timestamps).", panel="Subtitles")] = None,
-    max_words_per_line: Annotated[int | None, _option("--max-words-per-line", min=1, help="Words in a line (with word timestamps).", panel="Subtitles")] = None,
+    max_line_width: Annotated[int | None, _optional("--max-line-width", kind=int, least=1, help="Characters in a line (with word timestamps).", panel="Subtitles")] = None,
+    max_line_count: Annotated[int | None, _optional("--max-line-count", kind=int, least=1, help="Lines in a subtitle (with word timestamps).", panel="Subtitles")] = None,
+    max_words_per_line: Annotated[int | None, _optional("--max-words-per-line", kind=int, least=1, help="Words in a line (with word timestamps).", panel="Subtitles")] = None,
     vad: Annotated[str, _option("--vad", help="Drop what is not speech: none, energy, or silero (extra `vad`).", panel="Windows")] = "none",
     context_margin: Annotated[float | None, _option("--context-margin", min=0, help="Seconds of silence kept after a clip; 30 pads to Whisper's full window.", panel="Windows")] = None,
     carry_ttt: Annotated[bool, _option("--carry-ttt", help="Fast weights learn through a whole recording; slower.", panel="Windows")] = False,
-    compression_ratio_threshold: Annotated[float, _option("--compression-ratio-threshold", help="Above it a text repeats itself.", panel="Windows")] = 2.4,
-    logprob_threshold: Annotated[float, _option("--logprob-threshold", help="Below it a text is unsure.", panel="Windows")] = -1.0,
-    no_speech_threshold: Annotated[float, _option("--no-speech-threshold", help="Above it an unsure text is silence.", panel="Windows")] = 0.6,
+    compression_ratio_threshold: Annotated[float | None, _optional("--compression-ratio-threshold", kind=float, help="Above it a text repeats itself.", panel="Windows")] = 2.4,
+    logprob_threshold: Annotated[float | None, _optional("--logprob-threshold", kind=float, help="Below it a text is unsure.", panel="Windows")] = -1.0,
+    no_speech_threshold: Annotated[float | None, _optional("--no-speech-threshold", kind=float, help="Above it an unsure text is silence.", panel="Windows")] = 0.6,
     verbose: Annotated[str, _option("--verbose", help="False prints no facts and no progress.")] = "True",
 ) -> None:  # fmt: skip
     """Write down what is said, in its language or in English."""
@@ -106,7 +130,7 @@ def upcycle(
     shared: Annotated[bool, _option("--shared/--no-shared", help="Keep Whisper's feed-forward as a shared expert; without, every expert is a copy of it.")] = True,
     scope: Annotated[str, _option("--scope", help="One choice for each segment, or token.")] = "segment",
     router_layer: Annotated[int, _option("--router-layer", min=0, help="Encoder layers before the router's choice.")] = 2,
-    ttt_layers: Annotated[str, _option("--ttt-layers", help="Encoder layers with a TTT layer behind a closed gate: 3 or 1,3; empty for none.")] = "3",
+    ttt_layers: Annotated[str | None, _option("--ttt-layers", help="Encoder layers with a TTT layer behind a closed gate: 3 or 1,3; empty for none. Default: 3, or none without experts.")] = None,
     base: Annotated[str | None, _option("--base", help="The Whisper that a LoRA adapter belongs to, if not the one it names.")] = None,
     quantize: Annotated[bool, _option("--quantize", help="Store matrices as int8.")] = False,
     overwrite: Annotated[bool, _option("--overwrite", help="Replace a checkpoint that is there.")] = False,
@@ -143,6 +167,11 @@ def info(
     raise typer.Exit(commands.info(model, json))
 
 
+_NOT_OURS = frozenset(
+    "model_dir condition_on_previous_text carry_initial_prompt clip_timestamps hallucination_silence_threshold "
+    "prepend_punctuations append_punctuations".split()
+)
+"""Flags that ``whisper`` has and this command has not."""
 _UsageError: Any = typer.BadParameter.__base__
 """Click's, of which newer versions of Typer bring their own."""
 
@@ -153,7 +182,10 @@ def main() -> None:
         sys.exit(app(sys.argv[1:] or ["--help"], prog_name="whisper-moe", standalone_mode=False))
     except _UsageError as error:
         command = error.ctx.command_path if error.ctx else "whisper-moe"
-        print(f"{command}: {error.format_message().rstrip('.')}; see {command} --help", file=sys.stderr)
+        flag = getattr(error, "option_name", "")
+        foreign = flag.lstrip("-").replace("-", "_") in _NOT_OURS
+        said = f"whisper's flag {flag} is not supported here" if foreign else error.format_message().rstrip(".")
+        print(f"{command}: {said}; see {command} --help", file=sys.stderr)
         sys.exit(2)
     except OSError as error:  # help that cannot be written; what the commands do reports its own
         print(f"whisper-moe: {error.strerror or error}", file=sys.stderr)

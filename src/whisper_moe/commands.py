@@ -10,12 +10,13 @@ import json
 import os
 import re
 import sys
+import tempfile
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from functools import wraps
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, ParamSpec
+from typing import TYPE_CHECKING, Any, Literal, ParamSpec, TypeAlias
 
 from pydantic import ValidationError
 
@@ -25,15 +26,14 @@ from whisper_moe.media.text import language_code
 
 if TYPE_CHECKING:
     from whisper_moe.api import Outcome, WhisperMoE
-    from whisper_moe.generate.result import Segment, Transcription
+    from whisper_moe.generate.result import Segment
 
 SAMPLE = Path(__file__).parents[2] / "examples" / "sample.m4a"
 """What is transcribed when no file is named; it comes with a checkout."""
 _DTYPES = ("auto", "float32", "int8", "bfloat16", "float16")
-_PRINTED_AT_ONCE = 1
-"""A single file's text is printed as it is; several are told apart by their names on standard error."""
-
 P = ParamSpec("P")
+_Progress: TypeAlias = "tuple[Callable[[float], None] | None, Callable[[], AbstractContextManager[None]]]"
+"""What is told the seconds that are finished, and what takes the bar away for as long as something else is written."""
 
 
 class UsageError(ValueError):
@@ -83,33 +83,33 @@ def _usage() -> Iterator[None]:
 @_guarded
 def transcribe(
     files: list[str] | None, model: str | None, output_format: str | None, output_dir: Path | None, device: str,
-    dtype: str, threads: int | None, verbose: str, **flags: Any,
+    dtype: str, fp16: str, threads: int | None, verbose: str, **flags: Any,
 ) -> int:  # fmt: skip
     """Texts to standard output or to files, facts to standard error; 1 if any file failed."""
     with _usage():
         options = _transcribe_options(flags)
         subtitles = _subtitle_options(flags)
         formats = expand_formats((output_format or ("txt" if output_dir is None else "all")).split(","))
-        talkative = _truth("--verbose", verbose)
+        talkative, half = _truth("--verbose", verbose), _truth("--fp16", fp16)
         paths = _expand(files)
         if len(formats) > 1 and output_dir is None:
             raise UsageError("several formats need a folder to be written to: add -o DIR")
-        _check_output(output_dir)
         _check_machine(device, dtype)
+        _check_output(output_dir)
+    if half:
+        dtype = _half_precision(device, dtype)
     loaded = _load(model, device, dtype, threads, talkative)
     names, failed, started = output_names(paths), 0, time.perf_counter()
-    with _progress(talkative) as progress:
+    with _progress(talkative) as (progress, aside):
         outcomes = loaded.transcribe_each(map(_source, paths), progress=progress, **vars(options))
         heard = 0.0
         for path, name, outcome in zip(paths, names, outcomes, strict=True):
-            if outcome.transcription is None:
-                say(f"whisper-moe: {outcome.error}")
-                failed += 1
-                continue
-            heard += outcome.transcription.duration
-            _deliver(outcome.transcription, path, name, formats, output_dir, subtitles, len(paths) > _PRINTED_AT_ONCE)
-            if talkative:
-                say(_facts(outcome))
+            with aside():
+                heard += outcome.transcription.duration if outcome.transcription else 0.0
+                if not _deliver(outcome, path, name, formats, output_dir, subtitles, several=len(paths) > 1):
+                    failed += 1
+                elif talkative:
+                    say(_facts(outcome))
     if talkative:
         seconds = time.perf_counter() - started
         say(f"{heard:.1f} s of audio in {seconds:.1f} s: {heard / seconds:.1f} times real time")
@@ -119,16 +119,18 @@ def transcribe(
 
 
 def _transcribe_options(flags: dict[str, Any]) -> TranscribeOptions:
-    increment, first = flags["temperature_increment_on_fallback"], flags["temperature"]
+    increment, first = flags["temperature_increment_on_fallback"] or 0.0, flags["temperature"]
     count = int((1.0 - first + 1e-6) / increment) + 1 if increment > 0 and first <= 1 else 1
     language = None if flags["language"].lower() == "auto" else language_code(flags["language"])
     margin = DEFAULT_MARGIN if flags["context_margin"] is None else flags["context_margin"]
     plain = {name: flags[name] for name in (
-        "task", "beam_size", "best_of", "patience", "length_penalty", "initial_prompt", "hotwords", "vad", "carry_ttt",
+        "task", "length_penalty", "initial_prompt", "hotwords", "vad", "carry_ttt",
         "compression_ratio_threshold", "logprob_threshold", "no_speech_threshold",
     )}  # fmt: skip
     return TranscribeOptions(
-        **plain, language=language, allowed_languages=_codes(flags["languages"]),
+        **plain, beam_size=flags["beam_size"] or 1, best_of=flags["best_of"] or 1,
+        patience=1.0 if flags["patience"] is None else flags["patience"],
+        language=language, allowed_languages=_codes(flags["languages"]),
         temperatures=tuple(round(first + i * increment, 6) for i in range(count)),
         suppress_tokens=_numbers("--suppress-tokens", flags["suppress_tokens"]),
         timestamps=not flags["without_timestamps"], context_margin=margin,
@@ -187,8 +189,17 @@ def _expand(files: Sequence[str] | None) -> list[str]:
 
 
 def _check_output(directory: Path | None) -> None:
-    if directory is not None and directory.exists() and not directory.is_dir():
+    """The folder is made, and tried: a disk that refuses is better known before all the work than after it."""
+    if directory is None:
+        return
+    if directory.exists() and not directory.is_dir():
         raise UsageError(f"{directory}: is a file; -o needs a folder")
+    try:
+        directory.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=directory):
+            pass
+    except OSError as error:
+        raise UsageError(f"{directory}: cannot be written to: {error.strerror}") from error
 
 
 def _check_machine(device: str, dtype: str) -> None:
@@ -200,6 +211,17 @@ def _check_machine(device: str, dtype: str) -> None:
         raise UsageError(f"--dtype int8 runs on a CPU; on {device} take bfloat16 or float16")
 
 
+def _half_precision(device: str, dtype: str) -> str:
+    """What ``whisper``'s ``--fp16 True`` comes to: half precision only on the GPUs where ``whisper`` has it."""
+    if dtype == "auto":
+        from torch import cuda
+
+        if device.startswith("cuda") or (device == "auto" and cuda.is_available()):
+            return "float16"
+    say("whisper-moe: --fp16 True is ignored: it goes with an NVIDIA GPU and --dtype auto")
+    return dtype
+
+
 def _source(path: str) -> Any:
     return sys.stdin.buffer if path == "-" else path
 
@@ -208,40 +230,65 @@ def _load(model: str | None, device: str, dtype: str, threads: int | None, talka
     started = time.perf_counter()
     from whisper_moe.api import WhisperMoE
 
-    loaded = WhisperMoE.from_pretrained(model, device=device, dtype=dtype, threads=threads, announce=say)  # pyright: ignore[reportArgumentType]
+    loaded = WhisperMoE.from_pretrained(model, device=device, dtype=dtype, threads=threads or None, announce=say)  # pyright: ignore[reportArgumentType]
     if talkative:
         say(f"{loaded.name} on {loaded.device} ({loaded.dtype}), loaded in {time.perf_counter() - started:.1f} s")
     return loaded
 
 
 @contextmanager
-def _progress(talkative: bool) -> Iterator[Callable[[float], None] | None]:
-    """A bar of the seconds finished, where standard error is a terminal; how many there will be is not known before."""
+def _progress(talkative: bool) -> Iterator[_Progress]:
+    """A bar of the seconds finished, where standard error is a terminal; how many there will be is not known before.
+
+    Rich would redirect standard output to the terminal of the bar, even where it is a file: that is turned off.
+    """
     if not talkative or not sys.stderr.isatty():
-        yield None
+        yield None, nullcontext
         return
     from rich.console import Console
     from rich.progress import Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 
     columns = (SpinnerColumn(), TextColumn("{task.completed:.0f} s of audio done"), TimeElapsedColumn())
-    with Progress(*columns, console=Console(stderr=True), transient=True) as bar:
+    console = Console(stderr=True)
+    bar = Progress(
+        *columns, console=console, transient=True, redirect_stdout=False, redirect_stderr=False,
+        disable=not console.is_interactive,
+    )  # fmt: skip
+
+    @contextmanager
+    def aside() -> Iterator[None]:
+        bar.stop()
+        yield
+        bar.start()
+
+    with bar:
         task = bar.add_task("", total=None)
-        yield lambda seconds: bar.advance(task, seconds)
+        yield lambda seconds: bar.advance(task, seconds), aside
 
 
 def _deliver(
-    result: Transcription, path: str, name: str, formats: Sequence[str], directory: Path | None,
-    subtitles: SubtitleOptions, several: bool,
-) -> None:  # fmt: skip
-    if directory is not None:
-        save(result, directory, name, formats, subtitles)
-        return
-    if several:
-        say(f"{path}:")
-    write(result, formats[0], sys.stdout, subtitles)
-    if formats[0] == "json":
-        print()  # the file of this format has no end of line; on a terminal, and between two results, one is wanted
-    sys.stdout.flush()
+    outcome: Outcome, path: str, name: str, formats: Sequence[str], directory: Path | None, subtitles: SubtitleOptions,
+    several: bool,
+) -> bool:  # fmt: skip
+    """Write one result; whether there is one and it could be written: what ails one file costs that file alone."""
+    if outcome.transcription is None:
+        say(f"whisper-moe: {outcome.error}")
+        return False
+    try:
+        if directory is not None:
+            save(outcome.transcription, directory, name, formats, subtitles)
+        else:
+            if several:
+                say(f"{path}:")
+            write(outcome.transcription, formats[0], sys.stdout, subtitles)
+            # The file of json has no end of line; on a terminal, and between two results, one is wanted.
+            print(end="\n" if formats[0] == "json" else "", flush=True)
+    except BrokenPipeError:
+        raise
+    except (OSError, ValueError) as error:
+        say(f"whisper-moe: {path}: {_sentence(error)}")
+        return False
+    return True
 
 
 def _facts(outcome: Outcome) -> str:
@@ -254,7 +301,7 @@ def _facts(outcome: Outcome) -> str:
     if experts:
         facts.append("experts " + ", ".join(f"{name} {gate:.2f}" for name, gate in experts))
     if result.fallbacks:
-        facts.append(f"{result.fallbacks} of its windows decoded again with full padding")
+        facts.append(f"{result.fallbacks} of its windows decoded again")
     return "; ".join(facts)
 
 
@@ -290,7 +337,7 @@ def detect_language(
 @_guarded
 def upcycle(
     source: str, output: Path, experts: int, expert_dim: int | None, top_k: int, shared: bool,
-    scope: Literal["segment", "token"], router_layer: int, ttt_layers: str, base: str | None, quantize: bool,
+    scope: Literal["segment", "token"], router_layer: int, ttt_layers: str | None, base: str | None, quantize: bool,
     overwrite: bool, seed: int,
 ) -> int:  # fmt: skip
     """Write a whisper-moe directory that computes what ``source`` computes."""
@@ -299,7 +346,8 @@ def upcycle(
     if output.exists() and not overwrite:
         raise UsageError(f"{output}: exists already; --overwrite replaces it")
     with _usage():
-        layers = _numbers("--ttt-layers", ttt_layers)
+        default = "3" if experts else ""
+        layers = _numbers("--ttt-layers", default if ttt_layers is None else ttt_layers)
         ttt = TTTConfig(encoder_layers=layers) if layers else None
         moe = MoEConfig(
             n_experts=experts, expert_dim=expert_dim or 256, top_k=top_k, shared=shared, none_choice=shared, scope=scope,

@@ -68,7 +68,7 @@ class TTTConfig(_Frozen):
     """Encoder blocks that carry a bidirectional TTT layer (every block, counted from 0)."""
     decoder_layers: tuple[int, ...] = ()
     """Decoder blocks that carry a causal TTT layer."""
-    mini_batch: int = Field(default=60, ge=1)
+    mini_batch: int = Field(default=60, ge=1, le=MAX_PACK_TOKENS)
     """Tokens that share one gradient step, b."""
     base_lr: float = Field(default=0.1, gt=0)
     """Inner learning rate before the learned, per-token factor, η_base."""
@@ -116,6 +116,11 @@ class ModelConfig(_Frozen):
             beyond = [i for i in layers if not 0 <= i < depth]
             if beyond:
                 raise ValueError(f"ttt.{side}_layers {beyond} are beyond the {side}'s {depth} layers")
+            heads: int = getattr(self, f"{side}_heads")
+            if layers and self.d_model // heads % 2:
+                raise ValueError(
+                    f"ttt.{side}_layers need heads of an even width (RoPE): d_model ({self.d_model}) / {side}_heads ({heads})"
+                )
         if ttt.per_expert:
             if self.moe is None or self.moe.scope != "segment":
                 raise ValueError("ttt.per_expert needs experts that are chosen per segment")

@@ -31,7 +31,7 @@ def load(name: str) -> ModuleType:
     return module
 
 
-report = load("report")
+report, peers, convert = load("report"), load("peers"), load("convert")
 
 REFERENCES: tuple[str, ...] = ("the cat sat on the mat", "a dog barked", "birds sing in spring")
 words = st.lists(st.sampled_from(["alpha", "bravo", "delta", "echo", "golf"]), min_size=1, max_size=6).map(" ".join)
@@ -200,6 +200,31 @@ def test_pairs_put_the_padded_form_first_and_refuse_systems_that_did_not_run() -
     assert pairs == [("ours", "ours-padded"), ("ours", "peer"), ("ours-padded", "peer")]
     with pytest.raises(ValueError, match="cannot compare ours:nobody"):
         report.build({"ours": [measured(list(REFERENCES), 1.0)]}, material(), 30.0, "ours", [("ours", "nobody")])
+
+
+def test_a_pair_that_is_asked_for_and_a_default_is_listed_once_and_first() -> None:
+    runs = {name: [measured(list(REFERENCES), 1.0)] for name in ("ours", "peer", "other")}
+    pairs = [("other", "peer"), *report.default_pairs(list(runs), "peer")]
+    rows = report.build(runs, material(), 30.0, "peer", pairs)["comparisons"]
+    assert [(row["system"], row["baseline"]) for row in rows] == [("other", "peer"), ("ours", "peer")]
+
+
+def test_the_int8_form_is_compared_with_its_own_padded_form() -> None:
+    names = [name for name in peers.systems("openai/whisper-base") if name.startswith("ours")]
+    pairs = report.default_pairs(names, "nobody")
+    assert ("ours-int8", "ours-int8-padded") in pairs
+    assert ("ours-whisper-base-int8", "ours-whisper-base-int8-padded") in pairs
+
+
+def test_a_checkpoint_that_is_not_here_is_downloaded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    import huggingface_hub
+
+    def download(model: str, *, local_files_only: bool = False, **options: Any) -> str:
+        assert model == "openai/whisper-base" and not local_files_only
+        return str(tmp_path)
+
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", download)
+    assert convert.to_hub("openai/whisper-base") == convert.to_hub(str(tmp_path)) == tmp_path
 
 
 @pytest.mark.parametrize("joined", [False, True])

@@ -2,14 +2,21 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 import torch
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 from whisper_moe.config import PRESETS, ModelConfig, MoEConfig, TTTConfig
+from whisper_moe.evaluate import cost
 from whisper_moe.evaluate.cost import active_parameters, facts_of, flops, parameters, table
 from whisper_moe.model.model import WhisperMoEModel
+from whisper_moe.weights import sources
+from whisper_moe.weights.checkpoint import save_checkpoint
+from whisper_moe.weights.default import DEFAULT_MOE, DEFAULT_TTT
+from whisper_moe.weights.sources import Located, WhisperSource
 
 SMALL = ModelConfig(
     vocab_size=211, n_mels=8, d_model=32, encoder_layers=2, encoder_heads=4, encoder_ffn_dim=64, decoder_layers=3,
@@ -48,6 +55,34 @@ def test_parts_sum_to_every_tensor_of_the_model():
     assert len(experts) == 4
     assert len(set(experts)) == 1
     assert active_parameters(config) == total - 2 * experts[0]
+
+
+def test_parts_are_called_what_their_files_are_called(tmp_path: Path):
+    moe = MoEConfig(n_experts=2, expert_dim=16, router_layer=1, expert_names=("Hindi", "en US / old"))
+    config = SMALL.model_copy(update={"moe": moe, "ttt": TTTConfig(encoder_layers=(1,), per_expert=True)})
+    save_checkpoint(
+        tmp_path / "m",
+        config,
+        WhisperMoEModel(config).state_dict(),
+        generation={},
+        tokenizer_files={"tokenizer.json": b"{}"},
+    )
+    facts = facts_of(str(tmp_path / "m"))
+    assert facts["parameters"].keys() == facts["bytes"].keys() >= {"experts/00-hindi", "experts/01-en-us-old"}
+    assert facts["experts"] == ["Hindi", "en US / old"]
+    rows = [line for line in table(facts).splitlines() if "experts/" in line]
+    assert len(rows) == 2 and all("MB" in row for row in rows)
+
+
+def test_the_default_made_from_a_whisper_is_described_as_it_will_be(monkeypatch: pytest.MonkeyPatch):
+    """An installation without a checkout has no checkpoint: its default is a dense Whisper, upcycled when it is loaded."""
+    dense = WhisperSource(ModelConfig(), {}, {}, {}, "whisper-base")
+    monkeypatch.setattr(cost, "resolve", lambda _: Located("whisper", Path("nowhere"), "openai/whisper-base"))
+    monkeypatch.setattr(sources, "load_whisper", lambda _: dense)
+    upcycled = ModelConfig(moe=DEFAULT_MOE, ttt=DEFAULT_TTT)
+    assert facts_of(None)["parameters"] == parameters(upcycled)
+    assert facts_of(None)["experts"] == list(DEFAULT_MOE.names)
+    assert facts_of("openai/whisper-base")["parameters"] == parameters(ModelConfig())
 
 
 def test_a_dense_model_is_wholly_active():

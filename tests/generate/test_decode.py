@@ -122,3 +122,25 @@ def test_words_lie_within_the_sound(tiny_model: WhisperMoE) -> None:
             assert take.timings
             assert "".join(t.word for t in take.timings) == tiny_model.tokenizer.decode(take.hypothesis.tokens)
             assert all(0 <= t.start <= t.end <= len(clip) / RATE for t in take.timings)
+
+
+def test_a_prompt_does_not_change_the_language_that_is_heard(tiny_model: WhisperMoE) -> None:
+    plain = decode(tiny_model, CLIPS, beam_size=2)
+    told = decode(tiny_model, CLIPS, beam_size=2, initial_prompt="Kubernetes, Docker and so on")
+    assert [take.language for take in told] == [take.language for take in plain]
+    for one, other in zip(told, plain, strict=True):
+        assert one.language_probability == pytest.approx(other.language_probability, abs=1e-5)
+    given = decode(tiny_model, CLIPS[:2], language=told[0].language, initial_prompt="Kubernetes, Docker and so on")
+    asked = decode(tiny_model, CLIPS[:1], initial_prompt="Kubernetes, Docker and so on")
+    assert given[0].hypothesis.tokens == asked[0].hypothesis.tokens, "the step that hears the language left its traces"
+    assert given[0].hypothesis.sum_logprob == pytest.approx(asked[0].hypothesis.sum_logprob, abs=1e-4)
+
+
+def test_hotwords_outlive_a_prompt_that_is_too_long(tiny_model: WhisperMoE) -> None:
+    decoder, encode = tiny_model._decoder, tiny_model.tokenizer.encode
+    room = tiny_model.config.max_target_positions // 2 - 1
+    prompt = decoder._prompt(TranscribeOptions(hotwords="Asha", initial_prompt="x" * 500))
+    assert prompt[0] == tiny_model.tokenizer.sot_prev and len(prompt) == room + 1
+    assert prompt[1 : 1 + len(encode(" Asha"))] == encode(" Asha") and prompt[-1:] == encode("x")
+    assert len(decoder._prompt(TranscribeOptions(hotwords="y" * 500, initial_prompt="x" * 500))) == room + 1
+    assert decoder._prompt(TranscribeOptions(hotwords=" ")) == []

@@ -282,7 +282,7 @@ def test_carried_fast_weights_change_what_follows_and_not_what_came_before(monke
     def listen(*waves: np.ndarray, **options: Any) -> dict[int, float]:
         """How sure each window's text is, by the window's length."""
         scores.clear()
-        trusting = {"logprob_threshold": None, "compression_ratio_threshold": None, "no_speech_threshold": None}
+        trusting = {"logprob_threshold": 0.0, "compression_ratio_threshold": None, "no_speech_threshold": None}
         whole = {"temperatures": (0.0,), "timestamps": False, "language": "en", "context_margin": 30.0}
         model.transcribe(list(waves), **trusting, **whole, **options)
         return dict(scores)
@@ -306,3 +306,61 @@ def test_a_model_without_shared_ttt_layers_cannot_carry_them() -> None:
     dense = tiny_whisper_moe(config=CONFIG.model_copy(update={"ttt": None}))
     with pytest.raises(ValueError, match="carry_ttt"):
         dense.transcribe(np.full(RATE, 0.1, np.float32), carry_ttt=True)
+
+
+# Windows that say more than a decoder has positions.
+
+
+def cut_off(seconds: float, hint: str | None) -> Take:
+    """A long text without a single time to go on from, unless the window is short."""
+    whole = said(f" {seconds:g}")
+    return whole if seconds < 10 else replace(whole, hypothesis=replace(whole.hypothesis, finished=False))
+
+
+def test_a_window_that_says_too_much_is_halved_until_all_of_it_is_written_down() -> None:
+    listener = Listener({0.3: cut_off})
+    heard: list[float] = []
+    (done,) = run(listener, [recording("fast talker", 0.3, seconds=30.0)], progress=heard.append)
+    result = done.result()
+    assert len(result.segments) > 2 and result.fallbacks > 1
+    assert [segment.start for segment in result.segments[1:]] == [segment.end for segment in result.segments[:-1]]
+    assert (result.segments[0].start, result.segments[-1].end) == (0.0, 30.0)
+    assert sum(heard) == pytest.approx(30.0)
+
+
+def test_a_loop_is_not_halved() -> None:
+    loop = replace(
+        said("round and " * 40), hypothesis=Hypothesis(tuple(TOKENIZER.encode("round and " * 40)), -0.1, False)
+    )
+    listener = Listener({0.3: lambda seconds, hint: loop})
+    run(listener, [recording("loop", 0.3, seconds=30.0)])
+    assert {positions for batch in listener.batches for positions in batch} == {1500}
+
+
+# What a recording's text and language are.
+
+
+def test_windows_of_a_model_that_says_no_leading_space_are_told_apart() -> None:
+    listener = Listener({0.1: lambda s, h: said("ab", language="hi"), 0.2: lambda s, h: said("cd", language="ja")})
+    (done,) = run(listener, [recording("a", 0.1, 0.1, 0.2, 0.2)])
+    assert done.result().text == "ab abcdcd"
+
+
+def test_nothing_said_has_no_language_but_the_one_that_was_given() -> None:
+    quiet = np.zeros(RATE, np.float32)
+    assert tiny_whisper_moe().transcribe(quiet).language is None
+    assert tiny_whisper_moe().transcribe(quiet, language="hi").language == "hi"
+
+
+def test_a_recording_decoded_again_in_its_main_language_says_so() -> None:
+    listener = Listener({0.1: speaking("hi", 0.9), 0.2: speaking("en", 0.2)})
+    (done,) = run(listener, [recording("a", 0.1, 0.2)])
+    assert done.result().fallbacks == 1
+
+
+def test_a_model_with_a_shorter_window_hears_all_of_a_recording() -> None:
+    model = tiny_whisper_moe(config=CONFIG.model_copy(update={"max_source_positions": 250}))
+    wave = np.random.default_rng(0).normal(0, 0.1, 14 * RATE).astype(np.float32)
+    windows = list(model._recording(wave, TranscribeOptions()).windows)
+    assert max(each.duration for each in windows) <= 5.0
+    assert np.array_equal(np.concatenate([each.samples for each in windows]), wave)

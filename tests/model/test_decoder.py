@@ -67,6 +67,24 @@ def test_step_by_step_equals_teacher_forcing(kind: str, sizes: list[int]) -> Non
 
 
 @KINDS
+def test_a_restarted_state_remembers_the_sound_and_nothing_else(kind: str) -> None:
+    model, encoded = case(kind)
+    tokens = texts(6, LENGTH)
+    state = model.decoder.start(encoded, beams=2)
+    stepwise(model, texts(6, LENGTH, seed=9), state, [LENGTH])
+    again = stepwise(model, tokens, model.decoder.restarted(state), [1] * LENGTH)
+    assert torch.equal(again, stepwise(model, tokens, model.decoder.start(encoded, beams=2), [1] * LENGTH))
+
+
+def test_a_text_that_is_too_long_is_refused() -> None:
+    model, encoded = case("dense")
+    limit = model.config.max_target_positions
+    lengths = [3, limit + 1, 2]
+    with pytest.raises(ValueError, match=f"a text has {limit + 1} tokens; the decoder has {limit} positions"):
+        model.decoder(torch.zeros(sum(lengths), dtype=torch.int64), Layout(lengths), encoded)
+
+
+@KINDS
 def test_a_cache_grows_beyond_its_first_size(kind: str) -> None:
     model, encoded = case(kind)
     tokens = texts(3, 140)

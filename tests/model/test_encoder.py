@@ -113,3 +113,10 @@ def test_a_segment_longer_than_the_positions_is_refused() -> None:
     assert encoder(random_mels([3000])).layout.lengths == (1500,)
     with pytest.raises(ValueError, match="a segment has 1501 positions; the encoder has 1500"):
         encoder(random_mels([10, 3001]))
+
+
+def test_a_choice_for_segments_that_are_not_routed_is_refused() -> None:
+    mels, routing = random_mels((40,)), Routing(torch.tensor([[0, 1]]), torch.tensor([[0.5, 0.5]]))
+    for kind in ("dense", "token"):
+        with pytest.raises(ValueError, match="segments are not routed"):
+            tiny_model(kind).encoder(mels, routing=routing)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import pickle
 import shutil
 from collections.abc import Callable
@@ -17,6 +18,7 @@ pytest.importorskip("transformers")
 from weights.test_checkpoint import reseal, save
 from weights.whispers import CONFIGS, TINY
 
+from whisper_moe.model.int8 import Int8Rows
 from whisper_moe.weights.checkpoint import load_checkpoint
 from whisper_moe.weights.files import CheckpointError
 from whisper_moe.weights.manifest import describe
@@ -50,8 +52,9 @@ def edit_tensors(path: Path, change: Callable[[dict[str, torch.Tensor]], object]
 
 
 def refused(directory: Path, match: str) -> None:
-    with pytest.raises(CheckpointError, match=match):
-        load_checkpoint(directory)
+    for keep_int8 in (False, True):
+        with pytest.raises(CheckpointError, match=match):
+            load_checkpoint(directory, keep_int8=keep_int8)
 
 
 FILES = [
@@ -236,7 +239,40 @@ def test_scales_without_their_matrix_are_not_in_a_file_of_their_own(directory: P
     edit(directory / INDEX, lambda i: i["weight_map"].update({KEY + ".scale": "x.safetensors"}))
     edit(directory / MANIFEST, lambda m: m["files"].update({"x.safetensors": m["files"][CORE]}))
     reseal(directory)
-    refused(directory, rf"core\.safetensors: {KEY} is .* torch.int8|x\.safetensors: ")
+    refused(directory, rf"index\.json: {KEY}\.scale is not in the file of its matrix")
+
+
+def test_a_size_that_only_the_manifest_has_takes_no_memory(directory: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The sizes promise enough bytes for what the configuration asks for; the files do not have them."""
+    monkeypatch.setattr(Int8Rows, "empty", lambda *_: pytest.fail("memory was taken"))
+    edit(directory / "config.json", lambda c: c.update(vocab_size=10**7))
+    reseal(directory)
+    edit(directory / MANIFEST, lambda m: m["files"][CORE].update(bytes=10**15))
+    with pytest.raises(CheckpointError, match=r"core\.safetensors: has \d+ bytes, MANIFEST.json says 10{15}"):
+        load_checkpoint(directory, keep_int8=True)
+
+
+@pytest.mark.parametrize("text", ["{", "{}", '{"version": "1.0"}', ""])
+def test_a_tokenizer_that_is_none(text: str, directory: Path) -> None:
+    (directory / "tokenizer.json").write_text(text)
+    reseal(directory)
+    refused(directory, r"m/tokenizer\.json: not a tokenizer")
+
+
+@pytest.mark.parametrize("name", [*FILES, MANIFEST])
+def test_devices_and_pipes_are_not_read(name: str, directory: Path) -> None:
+    """A device is read for ever, a pipe waited for."""
+    (directory / name).unlink()
+    (directory / name).symlink_to("/dev/zero")
+    refused(directory, f"{name}: not a regular file")
+    (directory / name).unlink()
+    os.mkfifo(directory / name)
+    refused(directory, f"{name}: not a regular file")
+
+
+def test_json_of_more_than_64_megabytes_is_not_read(directory: Path) -> None:
+    os.truncate(directory / MANIFEST, 64_000_001)
+    refused(directory, r"MANIFEST\.json: has 64,000,001 bytes")
 
 
 class Payload:
@@ -273,9 +309,17 @@ def test_a_header_that_promises_more_than_there_is(directory: Path) -> None:
         (lambda c: c.update(moe=[]), "moe: Input should be"),
         (lambda c: c.update(encoder_layers=10**9), ".* cannot hold 1000000001 layers"),
         (lambda c: c["moe"].update(n_experts=10**9, expert_names=[]), ".* cannot hold .* 1000000000 experts"),
-        (lambda c: c.update(max_source_positions=10**12), ".* too many"),
-        (lambda c: c.update(vocab_size=10**12), "asks for .* weights, the files have"),
-        (lambda c: c.update(d_model=2 * 10**6), "asks for .* weights, the files have"),
+        (lambda c: (c.update(encoder_layers=99), c["moe"].update(n_experts=99, expert_names=[])), ".* cannot hold"),
+        (lambda c: c.update(max_source_positions=10**12), "max_source_positions .* too many"),
+        (lambda c: c.update(max_target_positions=10**7), "max_target_positions .* too many"),
+        (lambda c: c.update(max_target_positions=10**12), "max_target_positions .* too many"),
+        (lambda c: c.update(vocab_size=10**20), "vocab_size .* too many"),
+        (lambda c: c.update(d_model=2 * 10**20), ".* too many"),
+        (lambda c: c.update(encoder_ffn_dim=10**20), "encoder_ffn_dim .* too many"),
+        (lambda c: c["moe"].update(expert_dim=10**20), "moe.expert_dim .* too many"),
+        (lambda c: c["ttt"].update(mini_batch=10**12), "ttt.mini_batch: Input should be less than or equal to 2048"),
+        (lambda c: c.update(vocab_size=10**7), "asks for .* weights, the files have"),
+        (lambda c: c.update(d_model=10**4), "asks for .* weights, the files have"),
     ],
 )
 def test_configurations_that_are_refused(change: Callable[[Any], object], cause: str, directory: Path) -> None:
@@ -297,6 +341,18 @@ def test_a_configuration_of_another_shape(change: Callable[[Any], object], direc
 def test_a_description_of_a_changed_configuration_is_refused(directory: Path) -> None:
     edit(directory / "config.json", lambda c: c["moe"].update(top_k=1))
     with pytest.raises(CheckpointError, match=r"config.json: (sha256 differs|has)"):
+        describe(directory)
+
+
+@pytest.mark.parametrize(
+    ("change", "cause"),
+    [({"encoder_layers": 10**9}, "cannot hold"), ({"max_target_positions": 10**12}, "too many")],
+)
+def test_a_description_of_a_configuration_that_cannot_be(change: dict[str, int], cause: str, directory: Path) -> None:
+    """Whoever counts its parameters would build it."""
+    edit(directory / "config.json", lambda c: c.update(change))
+    reseal(directory)
+    with pytest.raises(CheckpointError, match=rf"config\.json: .*{cause}"):
         describe(directory)
 
 

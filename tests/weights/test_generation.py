@@ -74,7 +74,7 @@ def test_an_old_fine_tunes_config_stands_in_for_a_missing_file(tokenizer: Tokeni
 
 
 def test_alignment_heads_of_another_model_are_left_out_aloud(tokenizer: Tokenizer) -> None:
-    for heads in ([[1, 0]], [[0, 2]], [[-1, 0]], [3], [[0, 1, 0]], "all", [["a", "b"]]):
+    for heads in ([[1, 0]], [[0, 2]], [[-1, 0]], [3], [[0.0, 1]], [[0, True]], [[0, 1, 0]], "all", [["a", "b"]]):
         said: list[str] = []
         result = complete(tokenizer, {"alignment_heads": heads}, announce=said.append)
         assert "alignment_heads" not in result
@@ -91,7 +91,14 @@ def test_alignment_heads_of_another_model_are_left_out_aloud(tokenizer: Tokenize
         ({"eos_token_id": -2}, "eos_token_id has -2"),
         ({"lang_to_id": {"<|en|>": "258"}}, "lang_to_id has '258'"),
         ({"lang_to_id": {"<|en|>": 259}}, "lang_to_id gives <[|]en[|]> the id 259, the tokenizer 258"),
-        ({"lang_to_id": 7_000}, "lang_to_id has 7000"),
+        ({"suppress_tokens": 5}, "suppress_tokens has '5', which is no list"),
+        ({"suppress_tokens": [True]}, "suppress_tokens has True"),
+        ({"lang_to_id": 7_000}, "lang_to_id has '7000', which is no dict"),
+        ({"lang_to_id": 5}, "lang_to_id has '5', which is no dict"),
+        ({"lang_to_id": [258]}, "lang_to_id has '.258.', which is no dict"),
+        ({"lang_to_id": []}, "lang_to_id has '..', which is no dict"),
+        ({"max_initial_timestamp_index": "50"}, "max_initial_timestamp_index is '50', must be a number"),
+        ({"max_initial_timestamp_index": -1}, "max_initial_timestamp_index is '-1', must be a number"),
         ({"task_to_id": {"transcribe": 10**9}}, "task_to_id has 1000000000"),
     ],
 )

@@ -147,6 +147,7 @@ B = A.replace("lora_A", "lora_B")
     [
         ({B: None}, "q_proj.lora_A.weight has no partner B"),
         ({A: None}, "q_proj.lora_B.weight has no place"),
+        ({A: torch.zeros(0, 8), B: torch.zeros(8, 0)}, r"A \[0, 8\], B \[8, 0\] do not fit \[8, 8\]"),
         ({A: torch.zeros(3, 7)}, r"A \[3, 7\], B \[8, 3\] do not fit \[8, 8\]"),
         ({A: torch.zeros(2, 8)}, r"A \[2, 8\], B \[8, 3\] do not fit"),
         ({A: torch.zeros(3)}, r"A \[3\]"),

@@ -174,6 +174,8 @@ def test_an_openai_file_takes_the_tokenizer_of_its_base_and_else_says_what_it_ne
         ),
         ({"dims": {"n_audio_state": 8, "n_text_state": 8}}, "vocab_size: Input should be a valid integer"),
         ({"model_state_dict": [1]}, "lacks dims or model_state_dict"),
+        ({"model_state_dict": {"a": 7}}, "a is not a tensor with a name"),
+        ({"model_state_dict": {7: torch.zeros(1)}}, "7 is not a tensor with a name"),
         ({"model_state_dict": {}}, "0 tensors cannot hold"),
         ({"model_state_dict": {str(i): torch.zeros(1) for i in range(9)}}, "lacks decoder.blocks.0.attn.key.weight"),
     ],
@@ -376,6 +378,35 @@ def test_shards_that_are_missing_or_have_no_index(sharded: Callable[[Path], obje
     next((tmp_path / "f").glob("*.index.json")).unlink()
     with pytest.raises(CheckpointError, match="f: shards without an index"):
         load_whisper(tmp_path / "f", announce=silent)
+
+
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [
+        ("model.encoder.conv1.bias", [0.0] * 8),
+        (7, torch.zeros(1)),
+        (("a", "b"), torch.zeros(1)),
+        ("model.encoder.conv1.bias", torch.zeros(8).to_sparse()),
+        ("model.encoder.conv1.bias", torch.zeros(8, device="meta")),
+    ],
+    ids=["list", "number", "tuple", "sparse", "meta"],
+)
+@pytest.mark.parametrize("sharded", [False, True])
+def test_a_pickle_of_something_else_than_named_tensors(sharded: bool, key: Any, value: Any, tmp_path: Path) -> None:
+    folder = old_folder(tmp_path / "f", sharded=sharded)
+    file = min(folder.glob("*.bin"))
+    torch.save(torch.load(file) | {key: value}, file)
+    with pytest.raises(CheckpointError, match=rf"{file.name}: .* is not a tensor with a name"):
+        load_whisper(folder, announce=silent)
+
+
+@pytest.mark.parametrize("name", ["config.json", "generation_config.json", "tokenizer.json", "model.safetensors"])
+def test_a_pipe_in_place_of_a_file_is_not_waited_for(name: str, tmp_path: Path) -> None:
+    folder = write_folder(tmp_path / "f", hub_model())
+    (folder / name).unlink()
+    os.mkfifo(folder / name)
+    with pytest.raises(CheckpointError, match=f"{name}: not a regular file"):
+        load_whisper(folder, announce=silent)
 
 
 def test_a_pt_file_cut_in_half(tmp_path: Path) -> None:

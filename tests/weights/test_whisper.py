@@ -218,7 +218,14 @@ def test_configurations_that_are_no_whisper_are_refused(change: dict[str, object
 
 def test_a_configuration_far_larger_than_its_weights_is_refused_before_anything_is_built() -> None:
     theirs = hub_state(hub_model())
-    for change in ({"encoder_layers": 10**9}, {"max_source_positions": 10**12}):
+    for change in (
+        {"encoder_layers": 10**9},
+        {"max_source_positions": 10**12},
+        {"max_target_positions": 10**7},
+        {"max_target_positions": 10**12},
+        {"vocab_size": 10**20},
+        {"decoder_ffn_dim": 10**20},
+    ):
         with pytest.raises(CheckpointError, match=r"cannot hold|too many"):
             state_from_whisper(theirs, TINY.model_copy(update=change))
 

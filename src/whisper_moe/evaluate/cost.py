@@ -12,9 +12,9 @@ from pathlib import Path
 from typing import Any
 
 from whisper_moe.config import FRAMES_PER_SECOND, PRESETS, ModelConfig
-from whisper_moe.weights.default import default
+from whisper_moe.weights.default import DEFAULT_MOE, DEFAULT_TTT, default
 from whisper_moe.weights.manifest import describe
-from whisper_moe.weights.parts import expected_shapes, part_of
+from whisper_moe.weights.parts import expected_shapes, part_of, spelled_alone
 from whisper_moe.weights.sources import resolve
 
 WINDOW_SECONDS = 30
@@ -28,22 +28,11 @@ def parameters(config: ModelConfig) -> dict[str, int]:
     """Parameters of each part, all its tensors counted: ``core``, ``router``, ``adapt``, ``experts/NN-name``."""
     counts: dict[str, int] = {}
     for key, shape in expected_shapes(config).items():
-        if config.moe is not None and (".experts." in key or _is_expert_ttt(key, config)):
-            for expert in range(config.moe.n_experts):
-                part, share = f"experts/{expert:02d}-{config.moe.names[expert]}", prod(shape)
-                if ".experts." in key:
-                    share //= config.moe.n_experts
-                elif f".ttt.{expert}." not in key:
-                    continue
-                counts[part] = counts.get(part, 0) + share
-        else:
-            part = part_of(key, config)
-            counts[part] = counts.get(part, 0) + prod(shape)
+        names = spelled_alone(key, shape)
+        for name in names:
+            part = part_of(name, config)
+            counts[part] = counts.get(part, 0) + prod(shape) // len(names)
     return counts
-
-
-def _is_expert_ttt(key: str, config: ModelConfig) -> bool:
-    return bool(config.ttt and config.ttt.per_expert and ".ttt." in key)
 
 
 def active_parameters(config: ModelConfig) -> int:
@@ -128,7 +117,10 @@ def facts_of(model: str | None) -> dict[str, Any]:
     from whisper_moe.weights.sources import load_whisper
 
     size = located.path.stat().st_size if located.path.is_file() else _weight_bytes(located.path)
-    return {"name": located.name, **_facts(load_whisper(str(located.path)).config), "bytes": {"weights": size}}
+    config = load_whisper(str(located.path)).config
+    if model is None:  # as load_model does
+        config = ModelConfig.model_validate(config.model_dump() | {"moe": DEFAULT_MOE, "ttt": DEFAULT_TTT})
+    return {"name": located.name, **_facts(config), "bytes": {"weights": size}}
 
 
 def _weight_bytes(folder: Path) -> int:

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from whisper_moe.config import POSITIONS_PER_SECOND, SAMPLE_RATE
 from whisper_moe.generate.align import WordTiming, align, token_probabilities
-from whisper_moe.generate.options import TranscribeOptions
+from whisper_moe.generate.options import FULL_WINDOW, TranscribeOptions
 from whisper_moe.generate.rules import Rules, Timestamps
 from whisper_moe.generate.search import Hypothesis, search
 from whisper_moe.heap import give_back_memory
@@ -58,12 +58,17 @@ class WindowDecoder:
 
     def __init__(self, model: WhisperMoEModel, tokenizer: Tokenizer, generation: Mapping[str, Any]) -> None:
         self.model, self.tokenizer, self.generation = model, tokenizer, generation
-        self.window_positions = model.config.max_source_positions
+        self.window_positions = min(model.config.max_source_positions, round(FULL_WINDOW * POSITIONS_PER_SECOND))
 
     def step(self, tokens_Rn: Tensor, state: DecoderState) -> tuple[Tensor, DecoderState]:
         """The stepper of :mod:`whisper_moe.generate.search`."""
         states_RnD = self.model.decoder.extend(tokens_Rn.to(self._like.device), state)
         return self.model.decoder.head(states_RnD[:, -1]).float(), state
+
+    @property
+    def window_seconds(self) -> float:
+        """What a window may last: 30 s, or less in a model that has fewer positions."""
+        return self.window_positions / POSITIONS_PER_SECOND
 
     @property
     def _like(self) -> Tensor:
@@ -135,15 +140,17 @@ class WindowDecoder:
     ) -> list[Take]:  # fmt: skip
         tokenizer, segments, choice = self.tokenizer, len(samples), options.search(temperature)
         state = self.model.decoder.start(encoded, choice.beams)
-        opening = [*self._prompt(options), tokenizer.sot]
-        logits, state = self.step(torch.tensor([opening] * segments * choice.beams), state)
-        per_segment = logits[:: choice.beams]
-        no_speech = per_segment.softmax(-1)[:, tokenizer.no_speech].tolist()
-        languages = self._languages(per_segment, hints, options)
+        rows, prompt, heard = segments * choice.beams, self._prompt(options), None
+        if prompt and self._given_language(options) is None:  # a prompt has a language of its own
+            heard, state = self.step(torch.tensor([[tokenizer.sot]] * rows), state)
+            state = self.model.decoder.restarted(state)
+        opening = [*prompt, tokenizer.sot]
+        logits, state = self.step(torch.tensor([opening] * rows), state)
+        no_speech = logits[:: choice.beams].softmax(-1)[:, tokenizer.no_speech].tolist()
+        languages = self._languages((logits if heard is None else heard)[:: choice.beams], hints, options)
         prefixes = [self._prefix(language, options) for language, _ in languages]
         if prefixes[0]:
-            rows = [prefix for prefix in prefixes for _ in range(choice.beams)]
-            logits, state = self.step(torch.tensor(rows), state)
+            logits, state = self.step(torch.tensor(prefixes).repeat_interleave(choice.beams, 0), state)
         room = self.model.config.max_target_positions - len(opening) - len(prefixes[0])
         limits = [min(room, self._token_limit(n, margin)) for n in samples]
         best = search(
@@ -166,12 +173,15 @@ class WindowDecoder:
         return min(most, MINIMUM_TOKEN_LIMIT + math.ceil(TOKENS_PER_SECOND * samples / SAMPLE_RATE))
 
     def _prompt(self, options: TranscribeOptions) -> list[int]:
-        texts = [text.strip() for text in (options.hotwords, options.initial_prompt) if text and text.strip()]
-        if not texts:
-            return []
+        """Hotwords, then the prompt; where they are too long, as much of the prompt's end as there is room for."""
         room = self.model.config.max_target_positions // 2 - 1
-        ids = self.tokenizer.encode(" " + " ".join(texts))
-        return [self.tokenizer.sot_prev, *ids[-room:]]
+        words, prompt = (
+            self.tokenizer.encode(f" {text.strip()}") if text and text.strip() else []
+            for text in (options.hotwords, options.initial_prompt)
+        )
+        words = words[:room]
+        ids = words + prompt[max(0, len(prompt) - room + len(words)) :]
+        return [self.tokenizer.sot_prev, *ids] if ids else []
 
     def _prefix(self, language: str, options: TranscribeOptions) -> list[int]:
         """What follows the start of the transcript: language, task, and whether there are times."""
@@ -198,14 +208,16 @@ class WindowDecoder:
         self, logits_SV: Tensor, hints: Sequence[str | None], options: TranscribeOptions
     ) -> list[tuple[str, float | None]]:
         """Each window's language: asked for, hinted, or read off the logits after the start of the transcript."""
-        asked = options.language or (None if self.tokenizer.is_multilingual else "en")
-        if asked:
-            return [(asked, None)] * len(hints)
+        if given := self._given_language(options):
+            return [(given, None)] * len(hints)
         codes, probabilities = self._language_probabilities(logits_SV, options)
         best = [
             codes[index] if hint is None else hint for index, hint in zip(probabilities.argmax(-1), hints, strict=True)
         ]
         return [(code, row[codes.index(code)]) for code, row in zip(best, probabilities.tolist(), strict=True)]
+
+    def _given_language(self, options: TranscribeOptions) -> str | None:
+        return options.language or (None if self.tokenizer.is_multilingual else "en")
 
     def _language_probabilities(self, logits_SV: Tensor, options: TranscribeOptions) -> tuple[list[str], Tensor]:
         """Codes, and [S, codes] probabilities among the allowed languages only."""

@@ -16,7 +16,7 @@ from whisper_moe.config import SAMPLE_RATE
 from whisper_moe.generate.decode import TOKENS_PER_SECOND, Take, WindowDecoder
 from whisper_moe.generate.options import FULL_WINDOW, TranscribeOptions
 from whisper_moe.generate.result import compression_ratio
-from whisper_moe.generate.segments import goes_on
+from whisper_moe.generate.segments import goes_on, too_much
 from whisper_moe.media.text import Tokenizer
 from whisper_moe.model.block import Carry
 
@@ -41,13 +41,13 @@ def looks_wrong(take: Take, seconds: float, tokenizer: Tokenizer, options: Trans
     limit = options.compression_ratio_threshold
     if limit is not None and compression_ratio(tokenizer.decode(hypothesis.tokens).strip()) > limit:
         return "repetitive"
-    if not hypothesis.finished and not goes_on(hypothesis, seconds, tokenizer):
-        return "endless"
     if len(hypothesis.tokens) > max(_SHORT_TEXT_TOKENS, TOKENS_PER_SECOND * seconds):
         return "too long for its time"
     if options.logprob_threshold is not None and hypothesis.avg_logprob < options.logprob_threshold:
         return "unsure"
-    return None
+    if hypothesis.finished or goes_on(hypothesis, seconds, tokenizer) or too_much(hypothesis, seconds, tokenizer):
+        return None
+    return "endless"
 
 
 def attempts(options: TranscribeOptions) -> list[tuple[float, float]]:

@@ -14,11 +14,11 @@ import numpy as np
 
 from whisper_moe.config import MAX_PACK_TOKENS, SAMPLE_RATE
 from whisper_moe.generate.decode import Take, WindowDecoder
-from whisper_moe.generate.fallback import Batches, decode_with_fallback, is_silence
+from whisper_moe.generate.fallback import Batches, decode_with_fallback, is_silence, looks_wrong
 from whisper_moe.generate.options import TranscribeOptions
 from whisper_moe.generate.result import Segment, Transcription
-from whisper_moe.generate.segments import LEAST_ADVANCE, numbered, segments_of
-from whisper_moe.media.windows import Window, is_silent, speech_spans
+from whisper_moe.generate.segments import LEAST_ADVANCE, joined, numbered, segments_of, too_much
+from whisper_moe.media.windows import Window, halved, is_silent, speech_spans
 from whisper_moe.model.block import Carry
 
 MAX_ROWS = 40
@@ -62,9 +62,8 @@ class Recording:
     def result(self) -> Transcription:
         segments = numbered(self.segments)
         return Transcription(
-            text="".join(segment.text for segment in segments).strip(), segments=segments,
-            language=self.language or "en", language_probability=self.language_probability, duration=self.duration,
-            fallbacks=self.fallbacks,
+            text=joined(segments), segments=segments, language=self.language,
+            language_probability=self.language_probability, duration=self.duration, fallbacks=self.fallbacks,
         )  # fmt: skip
 
 
@@ -179,17 +178,24 @@ class Transcriber:
             again = decode_with_fallback(
                 self.decoder, clips, self.options, hints=list(unsure.values()), groups=self._batches(clips), carry=carry
             )
-            for index, take in zip(unsure, again, strict=True):
-                takes[index] = take
+            for index, (take, fallbacks) in zip(unsure, again, strict=True):
+                takes[index] = (take, takes[index][1] + 1 + fallbacks)
         return takes
 
     def _finish(self, job: _Job, take: Take, fallbacks: int) -> list[_Job]:
         """Give a window's segments to its recording; returns a job for speech that the take did not reach."""
         recording, window, tokenizer = job.recording, job.window, self.decoder.tokenizer
         recording.waiting -= 1
+        silence, sure = (
+            is_silence(take, self.options),
+            looks_wrong(take, window.duration, tokenizer, self.options) is None,
+        )
+        halve = sure and not silence and too_much(take.hypothesis, window.duration, tokenizer)
+        recording.fallbacks += fallbacks > 0 or halve
+        if halve:
+            recording.waiting += 2
+            return [_Job(recording, half) for half in halved(window)]
         recording.carry = take.carried or recording.carry
-        recording.fallbacks += fallbacks > 0
-        silence = is_silence(take, self.options)
         segments = [] if silence else segments_of(take, window.start, window.duration, tokenizer)
         if recording.language is None or (segments and not recording.segments):
             recording.language, recording.language_probability = take.language, take.language_probability

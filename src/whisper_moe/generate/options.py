@@ -47,7 +47,7 @@ class TranscribeOptions:
     temperatures: tuple[float, ...] = TEMPERATURES
     """Tried in turn while a transcript looks wrong."""
     initial_prompt: str | None = None
-    """Text that the recording is taken to continue: names, spelling, style."""
+    """Text that every window is taken to continue: names, spelling, style. Of a longer one than fits, the end counts."""
     hotwords: str | None = None
     """Words to expect, put before the initial prompt."""
     timestamps: bool = True

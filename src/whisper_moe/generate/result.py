@@ -82,14 +82,15 @@ class Transcription:
 
     text: str
     segments: tuple[Segment, ...]
-    language: str
-    """Code of its (first) language."""
+    language: str | None
+    """Code of its (first) language; None where nothing was said and none was given."""
     language_probability: float | None = None
     """``None`` where the language was given and not detected."""
     duration: float
     """Seconds of the recording."""
     fallbacks: int = 0
-    """Clips that were transcribed again in a full 30 s window because their first transcript looked wrong."""
+    """Windows that were decoded again because their first transcript looked wrong: with full padding, at another
+    temperature, in the recording's main language, or in two halves."""
 
     def to_dict(self) -> dict[str, Any]:
         """Keys of openai/whisper first (``text``, ``segments``, ``language``), then ours."""

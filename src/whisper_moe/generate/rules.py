@@ -54,8 +54,9 @@ class Rules:
 
     def _forbid(self, logits_RV: Tensor, tokens: tuple[int, ...]) -> None:
         if tokens:
-            columns = self._columns.setdefault(tokens, torch.tensor(tokens, device=logits_RV.device))
-            logits_RV.index_fill_(1, columns, _NEVER)
+            if tokens not in self._columns:
+                self._columns[tokens] = torch.tensor(tokens, device=logits_RV.device)
+            logits_RV.index_fill_(1, self._columns[tokens], _NEVER)
 
 
 def _pair_up(row_V: Tensor, tokens: Sequence[int], ts: Timestamps) -> None:

@@ -10,10 +10,13 @@ from whisper_moe.generate.align import add_words
 from whisper_moe.generate.decode import Take
 from whisper_moe.generate.result import Segment, compression_ratio
 from whisper_moe.generate.search import Hypothesis
-from whisper_moe.media.text import Tokenizer
+from whisper_moe.media.text import UNSPACED_LANGUAGES, Tokenizer
 
 LEAST_ADVANCE = 1.0
 """Seconds that a window must have reached for its rest to be tried again: each retry gets somewhere, so they end."""
+
+LEAST_HALVED = 8.0
+"""Seconds of a window that may hold more words than a decoder has positions. Nobody says 224 tokens in less."""
 
 
 def split_at_timestamps(tokens: Sequence[int], tokenizer: Tokenizer) -> list[list[int]]:
@@ -33,6 +36,11 @@ def goes_on(hypothesis: Hypothesis, seconds: float, tokenizer: Tokenizer) -> boo
     """
     closed = split_at_timestamps(hypothesis.tokens, tokenizer)[:-1]
     return bool(closed) and LEAST_ADVANCE <= tokenizer.seconds(closed[-1][-1]) <= seconds
+
+
+def too_much(hypothesis: Hypothesis, seconds: float, tokenizer: Tokenizer) -> bool:
+    """Whether a text was cut off at the token limit with no time in it to go on from, and its window can be halved."""
+    return not hypothesis.finished and not goes_on(hypothesis, seconds, tokenizer) and seconds >= LEAST_HALVED
 
 
 def segments_of(take: Take, start: float, duration: float, tokenizer: Tokenizer) -> list[Segment]:
@@ -73,3 +81,12 @@ def numbered(segments: Sequence[Segment]) -> tuple[Segment, ...]:
     """In order of time, with ids from 0."""
     ordered = sorted(segments, key=lambda segment: segment.start)
     return tuple(replace(segment, id=number) for number, segment in enumerate(ordered))
+
+
+def joined(segments: Sequence[Segment]) -> str:
+    """The text of all segments; those of a model that says no space before its first word get one between them."""
+    text = ""
+    for segment in segments:
+        apart = not text or text[-1].isspace() or segment.text[:1].isspace() or segment.language in UNSPACED_LANGUAGES
+        text += segment.text if apart else f" {segment.text}"
+    return text.strip()

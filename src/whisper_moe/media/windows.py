@@ -89,6 +89,13 @@ def cut_windows(
         yield Window(start / SAMPLE_RATE, held)
 
 
+def halved(window: Window) -> list[Window]:
+    """Two windows instead of one, cut in the longest pause of its middle third. At least three samples long."""
+    third = len(window.samples) // 3
+    cut = third + _pause(window.samples[third : 2 * third])
+    return [Window(window.start, window.samples[:cut]), Window(window.start + cut / SAMPLE_RATE, window.samples[cut:])]
+
+
 def _pause(samples: Samples) -> int:
     """The middle of the longest pause, as a sample index (never 0); the later one of two that are as long."""
     around = _smooth(_energies(samples), SMOOTH_STEPS)

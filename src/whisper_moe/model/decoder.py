@@ -5,7 +5,7 @@ Decoding rows: S segments with the same number of beams each, rows of a segment 
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor, nn
@@ -16,7 +16,7 @@ from whisper_moe.model.block import Block, BlockState
 from whisper_moe.model.encoder import Encoded
 from whisper_moe.model.heads import TextHead
 from whisper_moe.model.router import Routing
-from whisper_moe.model.ttt import TTTMLP
+from whisper_moe.model.ttt import TTTMLP, TTTState
 from whisper_moe.packing import Layout
 
 _FIRST_CAPACITY = 64
@@ -66,7 +66,7 @@ class Decoder(nn.Module):
 
     def forward(self, tokens_T: Tensor, layout: Layout, encoded: Encoded) -> Tensor:
         """Teacher forcing: flat tokens [T] of all segments, ``layout`` their texts. Returns states x_TD before the head."""
-        x_TD = self._embed(tokens_T, layout.positions(tokens_T.device))
+        x_TD = self._embed(tokens_T, self._places(layout, tokens_T.device))
         for block in self.blocks:
             x_TD = block(x_TD, layout, encoded.routing, self._memory(block, encoded))
         return self.norm(x_TD)
@@ -79,6 +79,15 @@ class Decoder(nn.Module):
         if routing is not None:
             routing = routing.rows(torch.arange(segments, device=routing.experts.device).repeat_interleave(beams))
         return DecoderState([self._start(block, encoded, rows) for block in self.blocks], routing, segments, beams)
+
+    def restarted(self, state: DecoderState) -> DecoderState:
+        """The state before the first token again; what was computed of the sound is kept."""
+        rows = state.segments * state.beams
+        blocks = [
+            BlockState(replace(old.cache, length=0), old.memory, _fresh_ttt(block, rows))
+            for block, old in zip(self.blocks, state.blocks, strict=True)
+        ]
+        return replace(state, blocks=blocks)
 
     def extend(self, tokens_Rn: Tensor, state: DecoderState) -> Tensor:
         """n more tokens for each row, [R, n]; advances ``state`` and returns states [R, n, D] before the head."""
@@ -100,7 +109,7 @@ class Decoder(nn.Module):
 
         Pairs come out by ascending layer, those of one layer in the order given.
         """
-        x_TD = self._embed(tokens_T, layout.positions(tokens_T.device))
+        x_TD = self._embed(tokens_T, self._places(layout, tokens_T.device))
         found: list[list[Tensor]] = [[] for _ in layout.lengths]
         for depth, block in enumerate(self.blocks):
             memory = self._memory(block, encoded)
@@ -110,6 +119,12 @@ class Decoder(nn.Module):
                     found[segment].append(logits)
             x_TD = block(x_TD, layout, encoded.routing, memory)
         return [torch.cat(logits) for logits in found]
+
+    def _places(self, layout: Layout, device: torch.device) -> Tensor:
+        longest, limit = max(layout.lengths), self.positions.shape[0]
+        if longest > limit:
+            raise ValueError(f"a text has {longest} tokens; the decoder has {limit} positions")
+        return layout.positions(device)
 
     def _embed(self, tokens_T: Tensor, places_T: Tensor) -> Tensor:
         return self.token_embedding(tokens_T) + self.positions[places_T]
@@ -123,5 +138,8 @@ class Decoder(nn.Module):
         heads, width = block.attn.heads, self.positions.shape[1]
         capacity = min(_FIRST_CAPACITY, self.positions.shape[0])
         cache = KeyValueCache.empty(rows, heads, capacity, width // heads, encoded.states_TD)
-        ttt = block.ttt.initial_state(rows) if isinstance(block.ttt, TTTMLP) else None
-        return BlockState(cache, self._memory(block, encoded), ttt)
+        return BlockState(cache, self._memory(block, encoded), _fresh_ttt(block, rows))
+
+
+def _fresh_ttt(block: nn.Module, rows: int) -> TTTState | None:
+    return block.ttt.initial_state(rows) if isinstance(block.ttt, TTTMLP) else None

@@ -49,6 +49,8 @@ class Encoder(nn.Module):
         it); default all. ``routing``: a choice made elsewhere, which the router then does not make. ``carry``: fast
         weights of the same recording's window before, advanced in place; for one segment at a time.
         """
+        if routing is not None and self.router is None:
+            raise ValueError("routing is given to a model whose segments are not routed")
         x_TD, layout = self.stem(mels)
         longest, limit = max(layout.lengths), self.positions.shape[0]
         if longest > limit:
@@ -65,6 +67,7 @@ class Encoder(nn.Module):
     def _choose(
         self, x_TD: Tensor, layout: Layout, heard: Sequence[int] | None, routing: Routing | None
     ) -> Routing | None:
-        if routing is not None or self.router is None:
+        if routing is not None:
             return routing
+        assert self.router is not None
         return self.router(pool_segments(x_TD, layout, tuple(heard) if heard is not None else None))

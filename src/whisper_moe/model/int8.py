@@ -144,10 +144,11 @@ class Int8Experts(nn.Module):
         """Some experts for all tokens; ``gates_TC`` has a column for each of them."""
         if not experts:
             return torch.zeros_like(x_TD)
-        if self.last[0] != experts:
+        last = self.last  # read once and replaced as a whole: another thread may be transcribing
+        if last[0] != experts:
             everyone = experts == tuple(range(len(self.all[0])))
-            self.last = (experts, self.all if everyone else tuple(t[list(experts)] for t in self.all))
-        up_CFD, down_CFD, up_scale, down_scale, up_bias, down_bias = self.last[1]
+            last = self.last = (experts, self.all if everyone else tuple(t[list(experts)] for t in self.all))
+        up_CFD, down_CFD, up_scale, down_scale, up_bias, down_bias = last[1]
         products = _product(x_TD, up_CFD.flatten(0, 1).t()).mul_(up_scale.flatten()).add_(up_bias.flatten())
         hidden_TCF = F.gelu(products).view(len(x_TD), *up_scale.shape).mul_(down_scale).mul_(gates_TC[..., None])
         return _product(hidden_TCF.flatten(1), down_CFD.flatten(0, 1)).addmm_(gates_TC, down_bias)

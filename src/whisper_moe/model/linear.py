@@ -106,13 +106,16 @@ def arrange(
                 continue
             if type(child) is nn.Linear:
                 setattr(parent, name, _linear(rows or child.weight.detach(), child.bias, arithmetic))
+                child._parameters.clear()  # the lists of modules here would keep them alive until the end
             elif isinstance(child, TextHead):
                 setattr(parent, name, _linear(rows or child.weight.detach(), None, arithmetic))
             elif isinstance(child, nn.Embedding) and rows is not None:
                 setattr(parent, name, Int8Embedding(rows))
             elif isinstance(child, Experts):
                 up, down = (known.get(f"{paths[child]}.{key}") for key in ("up_weight", "down_weight"))
-                setattr(parent, name, _experts(child, up, down, arithmetic))
+                setattr(parent, name, arranged := _experts(child, up, down, arithmetic))
+                if arranged is not child:
+                    child._parameters.clear()
     keep_heap_small()
     return model
 

@@ -7,7 +7,8 @@
     MANIFEST.json                    size and sha256 of every file above, checked whenever the checkpoint is loaded
 
 Tensors are stored as int8 with scales where asked, else as float16 where that is exact, else as float32; in memory they
-are float32. How tensors are spelled alone and in an expert's file: :mod:`whisper_moe.weights.parts`.
+are float32, but for int8 matrices that are asked for as they are. How tensors are spelled alone and in an expert's file:
+:mod:`whisper_moe.weights.parts`.
 """
 
 from __future__ import annotations
@@ -47,9 +48,11 @@ from whisper_moe.weights.manifest import (
     FileFacts,
     Manifest,
     read_config,
+    read_index,
     read_manifest,
     sha256,
     verify,
+    verify_size,
 )
 from whisper_moe.weights.parts import expected_shapes, file_key, part_of, require_plausible, spelled_alone, unstack
 from whisper_moe.weights.quantize import SCALE, quantizable
@@ -203,10 +206,10 @@ def load_checkpoint(directory: str | Path, *, keep_int8: bool = False) -> Checkp
         small = [name for name in manifest.files if not name.endswith(".safetensors")]
         list(pool.map(lambda name: verify(directory, name, manifest), small))
         config = read_config(directory / CONFIG)
-        weight_map = _read_index(directory, manifest)
+        weight_map = read_index(directory, manifest)
         require_plausible(config, len(weight_map), directory / CONFIG)
         shapes = expected_shapes(config)
-        _check_size(shapes, weight_map, manifest, directory / CONFIG)
+        _check_size(shapes, weight_map, manifest, directory)
         kept = _stored_int8(shapes, weight_map) if keep_int8 else set()
         state = {key: torch.empty(shape, dtype=torch.float32) for key, shape in shapes.items() if key not in kept}
         quantized = {key: Int8Rows.empty(*shapes[key]) for key in kept}
@@ -214,7 +217,7 @@ def load_checkpoint(directory: str | Path, *, keep_int8: bool = False) -> Checkp
         files = _plan(weight_map, set(views), directory / INDEX)
 
         verified = pool.map(lambda name: verify(directory, name, manifest) or name, files)
-        backend = read_backend(directory / TOKENIZER)  # while the threads compute checksums
+        backend = _read_tokenizer(directory / TOKENIZER)  # while the threads compute checksums
         for name in verified:
             _fill(directory / name, {key: views.get(key) for key in files[name]})
     generation = read_json(directory / GENERATION)
@@ -230,18 +233,11 @@ def _stored_int8(shapes: Mapping[str, tuple[int, ...]], weight_map: Mapping[str,
     }
 
 
-def _read_index(directory: Path, manifest: Manifest) -> dict[str, str]:
-    """Tensor (spelled alone) → file; the files are those that the manifest has checked."""
-    path = directory / INDEX
-    weight_map = read_json(path).get("weight_map")
-    if not isinstance(weight_map, dict):
-        raise CheckpointError(f"{path}: has no weight_map")
-    for name in weight_map.values():
-        inside(directory, name, path)
-    different = {name for name in manifest.files if name.endswith(".safetensors")} ^ set(weight_map.values())
-    if different:
-        raise CheckpointError(f"{path}: does not agree with {MANIFEST} about {listed(sorted(different))}")
-    return weight_map
+def _read_tokenizer(path: Path) -> tokenizers.Tokenizer:
+    try:
+        return read_backend(path)
+    except ValueError as error:
+        raise CheckpointError(f"{path}: not a tokenizer ({error})") from error
 
 
 def _plan(weight_map: Mapping[str, str], needed: set[str], path: Path) -> dict[str, list[str]]:
@@ -251,6 +247,9 @@ def _plan(weight_map: Mapping[str, str], needed: set[str], path: Path) -> dict[s
     if missing or extra:
         what = f"lacks {listed(missing)}" if missing else f"lists what {CONFIG} does not have: {listed(extra)}"
         raise CheckpointError(f"{path}: {what}")
+    apart = sorted(key for key in scales if weight_map[key] != weight_map.get(key.removesuffix(SCALE)))
+    if apart:  # a file is read by itself
+        raise CheckpointError(f"{path}: {listed(apart)} is not in the file of its matrix")
     files: dict[str, list[str]] = {}
     for key, name in weight_map.items():
         files.setdefault(name, []).append(key)
@@ -258,15 +257,15 @@ def _plan(weight_map: Mapping[str, str], needed: set[str], path: Path) -> dict[s
 
 
 def _check_size(
-    shapes: Mapping[str, tuple[int, ...]], weight_map: Mapping[str, str], manifest: Manifest, path: Path
+    shapes: Mapping[str, tuple[int, ...]], weight_map: Mapping[str, str], manifest: Manifest, directory: Path
 ) -> None:
-    """Before memory is taken for the weights: a number needs a byte on disk at least."""
-    numbers, stored = (
-        sum(map(math.prod, shapes.values())),
-        sum(manifest.files[n].bytes for n in set(weight_map.values())),
-    )
+    """Before memory is taken for the weights: a number needs a byte at least, on disk and not only in the manifest."""
+    names = set(weight_map.values())
+    for name in sorted(names):
+        verify_size(directory, name, manifest)
+    numbers, stored = sum(map(math.prod, shapes.values())), sum(manifest.files[name].bytes for name in names)
     if numbers > stored:
-        raise CheckpointError(f"{path}: asks for {numbers:,} weights, the files have {stored:,} bytes")
+        raise CheckpointError(f"{directory / CONFIG}: asks for {numbers:,} weights, the files have {stored:,} bytes")
 
 
 def _fill(path: Path, views: Mapping[str, Tensor | Int8Rows | None]) -> None:

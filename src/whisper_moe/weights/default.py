@@ -15,6 +15,7 @@ from whisper_moe.media.text import Tokenizer, read_backend
 from whisper_moe.model.int8 import Int8Rows
 from whisper_moe.weights.checkpoint import load_checkpoint
 from whisper_moe.weights.files import CheckpointError
+from whisper_moe.weights.generation import checked, speaking
 from whisper_moe.weights.sources import load_whisper, resolve, to_stderr
 from whisper_moe.weights.upcycle import upcycle
 
@@ -56,26 +57,29 @@ def load_model(
     located = resolve(os.fspath(model) if model is not None else default(), announce=announce)
     if located.kind == "checkpoint":
         checkpoint = load_checkpoint(located.path, keep_int8=keep_int8)
-        tokenizer = Tokenizer(checkpoint.backend, checkpoint.generation)
+        generation, tokenizer = checked(
+            checkpoint.backend, checkpoint.generation, checkpoint.config, directory=located.path, announce=announce
+        )
         files: dict[str, Path | bytes] = {checkpoint.tokenizer.name: checkpoint.tokenizer}
         return Loaded(
-            located.name, checkpoint.config, checkpoint.state, checkpoint.generation, tokenizer, files, checkpoint.quantized
+            located.name, checkpoint.config, checkpoint.state, generation, tokenizer, files, checkpoint.quantized
         )  # fmt: skip
     source = load_whisper(str(located.path), announce=announce)
     config, state = source.config, dict(source.state)
     if model is None:
         announce(f"no default model beside this installation: made from {located.name}, its experts not trained")
         config, state = upcycle(config, state, moe=DEFAULT_MOE, ttt=DEFAULT_TTT)
-    tokenizer = _tokenizer(source.tokenizer_files["tokenizer.json"], source.generation)
+    tokenizer = _tokenizer(source.tokenizer_files["tokenizer.json"], source.generation, located.path)
     return Loaded(located.name, config, state, source.generation, tokenizer, dict(source.tokenizer_files))
 
 
-def _tokenizer(file: Path | bytes, generation: dict[str, Any]) -> Tokenizer:
+def _tokenizer(file: Path | bytes, generation: dict[str, Any], origin: Path) -> Tokenizer:
     if isinstance(file, Path):
-        return Tokenizer(read_backend(file), generation)
+        return speaking(read_backend(file), generation, origin)
     import tokenizers
 
     try:
-        return Tokenizer(tokenizers.Tokenizer.from_buffer(file), generation)
+        backend = tokenizers.Tokenizer.from_buffer(file)
     except Exception as error:  # the Rust side raises bare Exceptions
-        raise CheckpointError(f"tokenizer.json: not a tokenizer ({error})") from error
+        raise CheckpointError(f"{origin}: tokenizer.json is not a tokenizer ({error})") from error
+    return speaking(backend, generation, origin)

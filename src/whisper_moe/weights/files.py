@@ -13,6 +13,7 @@ import os
 import re
 import secrets
 import shutil
+import stat
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -22,6 +23,8 @@ import torch
 from pydantic import ValidationError
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
+
+_MOST_BYTES = 64_000_000
 
 
 class CheckpointError(ValueError):
@@ -41,9 +44,24 @@ def problems(error: ValidationError) -> str:
     return "; ".join(f"{where}: {what}" if where else what for where, what in messages)
 
 
-def read_bytes(path: Path) -> bytes:
+def regular_size(path: Path) -> int:
+    """Bytes of a file. Refuses, where a link ends too, what is none: a device or a pipe could be read for ever."""
     try:
-        return path.read_bytes()
+        status = path.stat()
+    except OSError as error:
+        raise CheckpointError(f"{path}: cannot be read ({error.strerror})") from error
+    if not stat.S_ISREG(status.st_mode):
+        raise CheckpointError(f"{path}: not a regular file")
+    return status.st_size
+
+
+def read_bytes(path: Path) -> bytes:
+    """A file beside the weights: JSON, of a few megabytes at most."""
+    if (size := regular_size(path)) > _MOST_BYTES:
+        raise CheckpointError(f"{path}: has {size:,} bytes; no such file is larger than {_MOST_BYTES:,}")
+    try:
+        with path.open("rb") as file:
+            return file.read(_MOST_BYTES)  # a bound also for files whose size is not known beforehand, as in /proc
     except OSError as error:
         raise CheckpointError(f"{path}: cannot be read ({error.strerror})") from error
 
@@ -79,6 +97,8 @@ def inside(directory: Path, name: object, source: Path) -> Path:
 
 def open_tensors(path: Path) -> Any:
     """A safetensors file, mapped for lazy reading (``safe_open``); its header is checked against its length."""
+    if path.exists():
+        regular_size(path)
     try:
         return safe_open(path, framework="pt", device="cpu")
     except (SafetensorError, OSError) as error:

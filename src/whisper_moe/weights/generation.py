@@ -4,11 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from whisper_moe.config import ModelConfig
 from whisper_moe.media.text import Tokenizer, read_backend
-from whisper_moe.weights.files import CheckpointError, read_bytes
+from whisper_moe.weights.files import CheckpointError, read_bytes, regular_size
+from whisper_moe.weights.manifest import GENERATION, TOKENIZER
+
+if TYPE_CHECKING:
+    import tokenizers
 
 _LEGACY = ("suppress_tokens", "begin_suppress_tokens", "forced_decoder_ids", "max_length")
 """What ``config.json`` said before ``generation_config.json`` existed. Ids are looked up by name instead."""
@@ -23,6 +27,9 @@ def read_tokenizer(path: Path, generation: Mapping[str, Any] | None = None) -> t
     The file's own bytes where it is complete; otherwise built from ``vocab.json``, ``merges.txt`` and
     ``added_tokens.json``, with the timestamp tokens that early checkpoints leave out.
     """
+    for name in ("tokenizer.json", "vocab.json", "merges.txt", "added_tokens.json") if path.is_dir() else ("",):
+        if (path / name).exists():
+            regular_size(path / name)
     try:
         backend = read_backend(path)
         file = path / "tokenizer.json" if path.is_dir() else path
@@ -35,6 +42,29 @@ def read_tokenizer(path: Path, generation: Mapping[str, Any] | None = None) -> t
         raise
     except ValueError as error:
         raise CheckpointError(f"{path}: {error}") from error
+
+
+def checked(
+    backend: tokenizers.Tokenizer,
+    generation: Mapping[str, Any],
+    config: ModelConfig,
+    *,
+    directory: Path,
+    announce: Callable[[str], None],
+) -> tuple[dict[str, Any], Tokenizer]:
+    """What a checkpoint in ``directory`` says of its tokens, checked and completed like a foreign Whisper's."""
+    file, stated = directory / GENERATION, generation.get("is_multilingual")
+    tokenizer = speaking(backend, {} if stated is None else {"is_multilingual": stated}, directory / TOKENIZER)
+    complete = complete_generation(generation, tokenizer, config, origin=file, announce=announce)
+    return complete, speaking(backend, complete, file)
+
+
+def speaking(backend: tokenizers.Tokenizer, generation: Mapping[str, Any], origin: str | Path) -> Tokenizer:
+    """The tokenizer, with the languages that the generation config adds. ``origin``: the file that errors name."""
+    try:
+        return Tokenizer(backend, generation)
+    except ValueError as error:
+        raise CheckpointError(f"{origin}: {error}") from error
 
 
 def complete_generation(
@@ -98,25 +128,37 @@ def _check_ids(generation: Mapping[str, Any], tokenizer: Tokenizer, config: Mode
             "they belong to different models"
         )
     for key, value in generation.items():
-        ids: Any = value if key.endswith(("_token_id", "_to_id")) or key in _LISTS else []
-        if key.endswith("_to_id") and isinstance(value, Mapping):
-            ids = list(value.values())
-        wrong = [id for id in (ids if isinstance(ids, list) else [ids]) if not _is_id(id, config.vocab_size)]
+        ids = _ids(key, value, origin)
+        wrong = [id for id in ids if not _is_id(id, config.vocab_size)]
         if wrong:
             raise CheckpointError(f"{origin}: {key} has {wrong[0]!r}, which is none of {config.vocab_size} tokens")
-    for name, id in (generation.get("lang_to_id") or {}).items():
+    first = generation.get("max_initial_timestamp_index", 0)
+    if type(first) is not int or first < 0:
+        raise CheckpointError(f"{origin}: max_initial_timestamp_index is {str(first)[:80]!r}, must be a number")
+    for name, id in generation.get("lang_to_id", {}).items():
         known = tokenizer.languages.get(name.strip("<|>"), id)
         if known != id:
             raise CheckpointError(f"{origin}: lang_to_id gives {name} the id {id}, the tokenizer {known}")
 
 
+def _ids(key: str, value: Any, origin: str | Path) -> list[Any]:
+    """What must be ids in one entry of a generation config."""
+    if key in _LISTS or key.endswith("_to_id"):
+        needed = list if key in _LISTS else dict
+        if not isinstance(value, needed):
+            raise CheckpointError(f"{origin}: {key} has {str(value)[:80]!r}, which is no {needed.__name__} of tokens")
+        return list(value.values() if isinstance(value, dict) else value)
+    return (value if isinstance(value, list) else [value]) if key.endswith("_token_id") else []
+
+
 def _is_id(value: object, vocab_size: int) -> bool:
     """Whether this is a token, or the -1 that stands for all annotations."""
-    return isinstance(value, int) and -1 <= value < vocab_size
+    return type(value) is int and -1 <= value < vocab_size
 
 
 def _are_heads(heads: Any, config: ModelConfig) -> bool:
     try:
-        return all(0 <= layer < config.decoder_layers and 0 <= head < config.decoder_heads for layer, head in heads)
+        ids = all(type(part) is int for pair in heads for part in pair)
+        return ids and all(0 <= i < config.decoder_layers and 0 <= head < config.decoder_heads for i, head in heads)
     except (TypeError, ValueError):
         return False

@@ -98,7 +98,7 @@ def _scaling(module: str, rank: int, adapter: Mapping[str, Any]) -> float:
 
 def _delta(a: Tensor, b: Tensor) -> Tensor | None:
     """B·A as a weight; a convolution's A has its kernel, its B a kernel of one. None where they do not multiply."""
-    if a.ndim < 2 or b.ndim != a.ndim or b.shape[1:] != (a.shape[0], *[1] * (a.ndim - 2)):
+    if a.ndim < 2 or not len(a) or b.ndim != a.ndim or b.shape[1:] != (a.shape[0], *[1] * (a.ndim - 2)):
         return None
     return (b.flatten(1) @ a.flatten(1)).view(len(b), *a.shape[1:])
 

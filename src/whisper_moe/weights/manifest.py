@@ -14,7 +14,8 @@ from typing import Literal
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from whisper_moe.config import ModelConfig
-from whisper_moe.weights.files import CheckpointError, inside, listed, problems, read_bytes, read_json
+from whisper_moe.weights.files import CheckpointError, inside, listed, problems, read_bytes, read_json, regular_size
+from whisper_moe.weights.parts import require_plausible
 
 CONFIG, GENERATION, TOKENIZER = "config.json", "generation_config.json", "tokenizer.json"
 INDEX, MANIFEST = "model.safetensors.index.json", "MANIFEST.json"
@@ -60,10 +61,6 @@ class Description:
                 sizes[part] = sizes.get(part, 0) + facts.bytes
         return sizes
 
-    @cached_property
-    def total_bytes(self) -> int:
-        return sum(facts.bytes for facts in self.manifest.files.values())
-
 
 def sha256(path: Path) -> str:
     """Of a mapped file, so that other threads have the interpreter until the end."""
@@ -95,13 +92,32 @@ def read_config(path: Path) -> ModelConfig:
         raise CheckpointError(f"{path}: {problems(error)}") from error
 
 
-def verify(directory: Path, name: str, manifest: Manifest) -> None:
+def read_index(directory: Path, manifest: Manifest) -> dict[str, str]:
+    """Tensor (spelled alone) → file; the files are those that the manifest lists."""
+    path = directory / INDEX
+    weight_map = read_json(path).get("weight_map")
+    if not isinstance(weight_map, dict):
+        raise CheckpointError(f"{path}: has no weight_map")
+    for name in weight_map.values():
+        inside(directory, name, path)
+    different = {name for name in manifest.files if name.endswith(".safetensors")} ^ set(weight_map.values())
+    if different:
+        raise CheckpointError(f"{path}: does not agree with {MANIFEST} about {listed(sorted(different))}")
+    return weight_map
+
+
+def verify_size(directory: Path, name: str, manifest: Manifest) -> None:
     path, facts = directory / name, manifest.files[name]
+    size = regular_size(path)
+    if size != facts.bytes:
+        raise CheckpointError(f"{path}: has {size} bytes, {MANIFEST} says {facts.bytes}: incomplete or changed")
+
+
+def verify(directory: Path, name: str, manifest: Manifest) -> None:
+    verify_size(directory, name, manifest)
+    path = directory / name
     try:
-        size = path.stat().st_size
-        if size != facts.bytes:
-            raise CheckpointError(f"{path}: has {size} bytes, {MANIFEST} says {facts.bytes}: incomplete or changed")
-        if sha256(path) != facts.sha256:
+        if sha256(path) != manifest.files[name].sha256:
             raise CheckpointError(f"{path}: sha256 differs from {MANIFEST}'s: damaged or changed")
     except OSError as error:
         raise CheckpointError(f"{path}: cannot be read ({error.strerror})") from error
@@ -111,5 +127,8 @@ def describe(directory: str | Path) -> Description:
     """Configuration, files and sizes. Checks the small files it reads; the weights are not opened."""
     directory = Path(directory)
     manifest = read_manifest(directory)
-    verify(directory, CONFIG, manifest)
-    return Description(directory, read_config(directory / CONFIG), manifest)
+    for name in (CONFIG, INDEX):
+        verify(directory, name, manifest)
+    config = read_config(directory / CONFIG)
+    require_plausible(config, len(read_index(directory, manifest)), directory / CONFIG)
+    return Description(directory, config, manifest)

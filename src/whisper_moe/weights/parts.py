@@ -23,8 +23,9 @@ from whisper_moe.weights.files import CheckpointError
 
 Weight = TypeVar("Weight", Tensor, Int8Rows)
 CORE, ROUTER, ADAPT = "core", "router", "adapt"
-_MOST_SINUSOIDS = 1 << 27
-"""Seventy times what the largest Whisper has."""
+_MOST_IN_TABLE, _MOST_IN_MATRIX = 16 * 1_500 * 1_280, 16 * 51_866 * 1_280
+"""Numbers in a table of positions, which takes memory when shapes are asked for, and in any other matrix: sixteen times
+what the largest Whisper has."""
 _OF_EXPERT = re.compile(r"(?P<head>.+\.blocks\.\d+\.(?:experts|ttt))\.(?P<expert>\d+)\.(?P<tail>.+)")
 
 
@@ -58,11 +59,21 @@ def expected_shapes(config: ModelConfig) -> dict[str, tuple[int, ...]]:
 
 def require_plausible(config: ModelConfig, tensors: int, origin: str | Path) -> None:
     """Refuse a configuration that no file with so many tensors can have, before anything is built for it."""
-    layers, experts = config.encoder_layers + config.decoder_layers, config.moe.n_experts if config.moe else 0
-    if max(layers, experts) > tensors:
+    moe, layers, width = config.moe, config.encoder_layers + config.decoder_layers, config.d_model
+    unrouted = moe.router_layer if moe and moe.scope == "segment" else 0
+    experts = moe.n_experts if moe else 0
+    if layers + experts * (layers - unrouted) > tensors:
         raise CheckpointError(f"{origin}: {tensors} tensors cannot hold {layers} layers and {experts} experts")
-    if config.max_source_positions * config.d_model > _MOST_SINUSOIDS:
-        raise CheckpointError(f"{origin}: {config.max_source_positions} positions of {config.d_model} are too many")
+    sides = {
+        "max_source_positions": _MOST_IN_TABLE,
+        "max_target_positions": _MOST_IN_TABLE,
+        **dict.fromkeys(("vocab_size", "n_mels", "d_model", "encoder_ffn_dim", "decoder_ffn_dim"), _MOST_IN_MATRIX),
+    }
+    sizes = [(name, getattr(config, name), most) for name, most in sides.items()]
+    sizes += [("moe.expert_dim", moe.expert_dim, _MOST_IN_MATRIX)] if moe else []
+    for name, size, most in sizes:
+        if size * width > most:
+            raise CheckpointError(f"{origin}: {name} {size} times d_model {width} is too many")
 
 
 def spelled_alone(key: str, shape: Sequence[int]) -> list[str]:

@@ -140,7 +140,7 @@ def read_weights(folder: Path) -> tuple[Mapping[str, Tensor], Path]:
     files = hub.weight_files((file.name for file in folder.iterdir()), folder)
     if len(files) == 1 and not files[0].endswith(".json"):
         path = folder / files[0]
-        return (TensorFiles([path]) if path.suffix == ".safetensors" else unpickle(path)), path
+        return (TensorFiles([path]) if path.suffix == ".safetensors" else tensors(unpickle(path), path)), path
     index = next((folder / name for name in files if name.endswith(".index.json")), None)
     if index is None:
         raise CheckpointError(f"{folder}: shards without an index: {listed(files)}")
@@ -153,7 +153,7 @@ def _read_shards(folder: Path, index: Path) -> Mapping[str, Tensor]:
         return TensorFiles(shards)
     merged: dict[str, Tensor] = {}
     for shard in shards:
-        merged |= unpickle(shard)
+        merged |= tensors(unpickle(shard), shard)
     return merged
 
 
@@ -177,6 +177,24 @@ def unpickle(path: Path) -> dict[str, Any]:
     if not isinstance(value, dict):
         raise CheckpointError(f"{path}: holds {type(value).__name__}, not a table of tensors")
     return value
+
+
+def tensors(table: dict[Any, Any], path: Path) -> dict[str, Tensor]:
+    """The table itself, if it holds plain tensors by name and nothing else."""
+    wrong = [key for key, value in table.items() if not isinstance(key, str) or not _is_plain(value)]
+    if wrong:
+        raise CheckpointError(f"{path}: {listed(str(key)[:80] for key in wrong)} is not a tensor with a name")
+    return table
+
+
+def _is_plain(value: object) -> bool:
+    """Whether this has its numbers in memory, one beside the other."""
+    return (
+        isinstance(value, Tensor)
+        and value.layout == torch.strided
+        and not value.is_quantized
+        and value.device.type == "cpu"
+    )
 
 
 def _is_complete(folder: Path) -> bool:
@@ -206,7 +224,7 @@ def _load_openai(at: Located, base: str | None, announce: Announce) -> WhisperSo
     place = _tokenizer_for(at.path, config.vocab_size, base, announce)
     tokenizer_json, tokenizer = read_tokenizer(place)
     generation = complete_generation(None, tokenizer, config, origin=at.path, announce=announce)
-    state = state_from_openai(weights, config, origin=at.path)
+    state = state_from_openai(tensors(weights, at.path), config, origin=at.path)
     return WhisperSource(config, state, generation, {"tokenizer.json": tokenizer_json}, at.path.stem)
 
 

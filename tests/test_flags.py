@@ -1,0 +1,137 @@
+"""What becomes of flags: the spellings and words that `whisper` takes, and what they ask for; no model is loaded."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable, Iterable
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+from commandline import SAMPLE
+
+import whisper_moe
+from whisper_moe import MediaError, Outcome, WhisperMoE, cli, commands
+
+Asked = Callable[..., dict[str, Any]]
+
+
+def status(monkeypatch: pytest.MonkeyPatch, *arguments: str) -> Any:
+    monkeypatch.setattr(sys, "argv", ["whisper-moe", *arguments])
+    with pytest.raises(SystemExit) as stop:
+        cli.main()
+    return stop.value.code
+
+
+@pytest.fixture
+def asked(monkeypatch: pytest.MonkeyPatch) -> Asked:
+    """With which options a model is loaded and asked, given these flags."""
+
+    def call(*flags: str) -> dict[str, Any]:
+        seen: dict[str, Any] = {}
+
+        def transcribe_each(audio: Iterable[str], **options: Any) -> list[Outcome]:
+            seen.update(options)
+            return [Outcome(path, None, MediaError(path, "not heard")) for path in audio]
+
+        def load(model: str | None, **options: Any) -> SimpleNamespace:
+            seen.update(options)
+            return SimpleNamespace(name="", device="", dtype="", transcribe_each=transcribe_each)
+
+        monkeypatch.setattr(WhisperMoE, "from_pretrained", load)
+        assert status(monkeypatch, "transcribe", str(SAMPLE), *flags) == 1
+        return seen
+
+    return call
+
+
+def test_whispers_spellings_with_underscores_mean_the_same() -> None:
+    """Every long flag with a dash in it."""
+    command: Any = cli.typer.main.get_command(cli.app)
+    for name, sub in command.commands.items():
+        options = [option for option in sub.params if option.param_type_name == "option"]
+        flags = {flag for option in options for flag in [*option.opts, *option.secondary_opts] if len(flag) > 2}
+        assert all(flag.startswith("--") and "/" not in flag for flag in flags), name
+        assert {f"--{flag[2:].replace('-', '_')}" for flag in flags} <= flags, name
+
+
+@pytest.mark.parametrize(
+    ("flag", "field", "meant"),
+    [
+        ("--beam_size", "beam_size", 1),
+        ("--best_of", "best_of", 1),
+        ("--patience", "patience", 1.0),
+        ("--length_penalty", "length_penalty", None),
+        ("--temperature_increment_on_fallback", "temperatures", (0.0,)),
+        ("--compression_ratio_threshold", "compression_ratio_threshold", None),
+        ("--logprob_threshold", "logprob_threshold", None),
+        ("--no_speech_threshold", "no_speech_threshold", None),
+        ("--threads", "threads", None),
+    ],
+)
+def test_none_leaves_a_setting_out_as_in_whisper(asked: Asked, flag: str, field: str, meant: Any) -> None:
+    assert asked(flag, "None")[field] == asked(flag, "none")[field] == meant
+    assert asked(flag, "0.5" if field == "temperatures" else "3")[field] not in (meant, None)
+
+
+def test_subtitles_without_limits_are_what_they_are_by_default(asked: Asked) -> None:
+    assert asked("--max_line_width", "None", "--max_line_count", "None", "--max_words_per_line", "None")
+
+
+def test_no_threads_are_the_default_number(asked: Asked) -> None:
+    assert asked("--threads", "0")["threads"] is None
+
+
+@pytest.mark.parametrize(
+    ("flags", "gpu", "dtype"),
+    [
+        (["--fp16", "True"], True, "float16"),
+        (["--fp16", "True", "--device", "cuda:0"], False, "float16"),
+        (["--fp16", "True"], False, "auto"),
+        (["--fp16", "True", "--device", "cpu"], True, "auto"),
+        (["--fp16", "True", "--dtype", "bfloat16"], True, "bfloat16"),
+        (["--fp16", "False"], True, "auto"),
+    ],
+    ids=str,
+)
+def test_fp16_is_half_precision_on_a_gpu_and_says_where_it_is_ignored(
+    asked: Asked,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    flags: list[str],
+    gpu: bool,
+    dtype: str,
+) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: gpu)
+    assert asked(*flags)["dtype"] == dtype
+    ignored = "True" in flags and dtype != "float16"
+    assert capsys.readouterr().err.count("--fp16 True is ignored") == ignored
+
+
+@pytest.mark.parametrize(
+    ("flags", "expected"),
+    [
+        ([], {"shared": True, "source": "_mymodel"}),
+        (["--no_shared"], {"shared": False}),
+        (["--no-shared"], {"shared": False}),
+        (["--shared"], {"shared": True}),
+    ],
+    ids=str,
+)
+def test_a_flag_of_two_names_has_underscores_in_both_and_leaves_other_words_alone(
+    monkeypatch: pytest.MonkeyPatch, flags: list[str], expected: dict[str, Any]
+) -> None:
+    seen: dict[str, Any] = {}
+
+    def upcycle(**given: Any) -> int:
+        seen.update(given)
+        return 0
+
+    monkeypatch.setattr(commands, "upcycle", upcycle)
+    assert status(monkeypatch, "upcycle", "_mymodel", "-o", "new", *flags) == 0
+    assert expected.items() <= seen.items()
+
+
+def test_what_transcribe_each_gives_is_a_public_name() -> None:
+    assert "Outcome" in whisper_moe.__all__ and whisper_moe.Outcome.__module__ == "whisper_moe.api"
