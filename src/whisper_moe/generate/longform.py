@@ -27,7 +27,7 @@ MAX_POSITIONS = 4 * MAX_PACK_TOKENS
 """Encoder positions whose keys and values are held at a time: 24 kB each in whisper-base."""
 BUFFERED_WINDOWS = 96
 """Windows that wait to be sorted by length …"""
-BUFFERED_SECONDS = 600
+BUFFERED_SECONDS = 450
 """… and the audio in them: 64 kB a second."""
 SURE_LANGUAGE = 0.5
 """Below this probability a window takes the language that its recording has spoken most."""
