@@ -180,8 +180,8 @@ class WhisperMoE:
             blocks: Iterator[np.ndarray] = map(_checked, [source])  # lazily: bad samples cost this recording alone
         else:
             blocks = stream_audio(source if hasattr(source, "read") else Path(source), name=name)  # pyright: ignore[reportArgumentType]
-        language = options.language or (None if self.tokenizer.is_multilingual else "en")
-        recording, window = Recording(name, iter(()), language=language), self._decoder.window_seconds
+        recording = Recording(name, iter(()), language=self._decoder.given_language(options))
+        window = self._decoder.window_seconds
         windows = _timed(recording, cut_windows(blocks, max_seconds=window, search_seconds=window / 3))
         recording.windows = windows if options.vad == "none" else drop_silence(windows, _DETECTORS[options.vad])
         return recording

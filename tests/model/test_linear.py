@@ -12,10 +12,10 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 
 from tests.model.tiny import CONFIGS, random_mels, random_texts, relative, tiny_model
-from whisper_moe.model.int8 import FEW_TOKENS, Int8Embedding, Int8Experts, Int8Linear, Int8Rows
+from whisper_moe.model.int8 import Int8Embedding, Int8Experts, Int8Linear, Int8Rows
 from whisper_moe.model.linear import Arithmetic, BlockedExperts, BlockedLinear, arrange
 from whisper_moe.model.model import WhisperMoEModel
-from whisper_moe.model.moe import Experts
+from whisper_moe.model.moe import FEW_TOKENS, Experts
 from whisper_moe.model.router import NONE, Routing
 from whisper_moe.model.ttt import TTTMLP
 from whisper_moe.packing import Layout

@@ -16,6 +16,7 @@ from whisper_moe.weights.default import DEFAULT_MOE, DEFAULT_TTT, default
 from whisper_moe.weights.manifest import describe
 from whisper_moe.weights.parts import expected_shapes, part_of, spelled_alone
 from whisper_moe.weights.sources import resolve
+from whisper_moe.weights.upcycle import upcycled_config
 
 WINDOW_SECONDS = 30
 TYPICAL_TOKENS = 100
@@ -119,7 +120,7 @@ def facts_of(model: str | None) -> dict[str, Any]:
     size = located.path.stat().st_size if located.path.is_file() else _weight_bytes(located.path)
     config = load_whisper(str(located.path)).config
     if model is None:  # as load_model does
-        config = ModelConfig.model_validate(config.model_dump() | {"moe": DEFAULT_MOE, "ttt": DEFAULT_TTT})
+        config = upcycled_config(config, moe=DEFAULT_MOE, ttt=DEFAULT_TTT)
     return {"name": located.name, **_facts(config), "bytes": {"weights": size}}
 
 

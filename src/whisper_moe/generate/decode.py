@@ -141,7 +141,7 @@ class WindowDecoder:
         tokenizer, segments, choice = self.tokenizer, len(samples), options.search(temperature)
         state = self.model.decoder.start(encoded, choice.beams)
         rows, prompt, heard = segments * choice.beams, self._prompt(options), None
-        if prompt and self._given_language(options) is None:  # a prompt has a language of its own
+        if prompt and self.given_language(options) is None:  # a prompt has a language of its own
             heard, state = self.step(torch.tensor([[tokenizer.sot]] * rows), state)
             state = self.model.decoder.restarted(state)
         opening = [*prompt, tokenizer.sot]
@@ -208,7 +208,7 @@ class WindowDecoder:
         self, logits_SV: Tensor, hints: Sequence[str | None], options: TranscribeOptions
     ) -> list[tuple[str, float | None]]:
         """Each window's language: asked for, hinted, or read off the logits after the start of the transcript."""
-        if given := self._given_language(options):
+        if given := self.given_language(options):
             return [(given, None)] * len(hints)
         codes, probabilities = self._language_probabilities(logits_SV, options)
         best = [
@@ -216,7 +216,8 @@ class WindowDecoder:
         ]
         return [(code, row[codes.index(code)]) for code, row in zip(best, probabilities.tolist(), strict=True)]
 
-    def _given_language(self, options: TranscribeOptions) -> str | None:
+    def given_language(self, options: TranscribeOptions) -> str | None:
+        """The language that need not be detected: the one asked for, or an English-only model's."""
         return options.language or (None if self.tokenizer.is_multilingual else "en")
 
     def _language_probabilities(self, logits_SV: Tensor, options: TranscribeOptions) -> tuple[list[str], Tensor]:

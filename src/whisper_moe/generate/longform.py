@@ -186,11 +186,12 @@ class Transcriber:
         """Give a window's segments to its recording; returns a job for speech that the take did not reach."""
         recording, window, tokenizer = job.recording, job.window, self.decoder.tokenizer
         recording.waiting -= 1
-        silence, sure = (
-            is_silence(take, self.options),
-            looks_wrong(take, window.duration, tokenizer, self.options) is None,
+        silence = is_silence(take, self.options)
+        halve = (
+            not silence
+            and too_much(take.hypothesis, window.duration, tokenizer)
+            and looks_wrong(take, window.duration, tokenizer, self.options) is None
         )
-        halve = sure and not silence and too_much(take.hypothesis, window.duration, tokenizer)
         recording.fallbacks += fallbacks > 0 or halve
         if halve:
             recording.waiting += 2

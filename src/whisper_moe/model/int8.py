@@ -16,12 +16,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from whisper_moe.model.router import NONE, Routing
+from whisper_moe.model.moe import FEW_TOKENS, shares
+from whisper_moe.model.router import Routing
 from whisper_moe.packing import Layout
 
 LEVELS = 127
-FEW_TOKENS = 64
-"""Up to here an expert's products cost what reading its weights costs, whoever needs them."""
 _CHUNK = 1 << 17
 """Elements de-quantised at a time: the pass that multiplies finds them in the cache."""
 
@@ -118,27 +117,18 @@ class Int8Experts(nn.Module):
         """The experts that were used last: decoding asks for the same ones at every step."""
 
     def forward(self, x_TD: Tensor, routing: Routing, layout: Layout | None = None) -> Tensor:
-        """The gated sum over each token's experts, as :meth:`Experts.forward`.
+        """The gated sum over each token's experts, as :meth:`Experts.forward`."""
+        parts = shares(routing, layout, len(x_TD))
+        return torch.cat([self._mixed(x_TD[run], *self._widened(experts, gates)) for run, experts, gates in parts])
 
-        Few tokens (a decoding step): one product with every expert that any of them chose. Many: run by run of one choice.
-        """
-        if len(x_TD) <= FEW_TOKENS and equally_long(layout):
-            experts, gates = self._wanted(routing)
-            return self._mixed(x_TD, experts, gates.repeat_interleave(len(x_TD) // len(routing), 0))
-        tokens = routing if layout is None else routing.expand(layout)
-        outputs, begin = [], 0
-        for size, choice in routing.runs(layout):
-            run, slots = slice(begin, begin + size), [slot for slot, expert in enumerate(choice) if expert != NONE]
-            outputs.append(self._mixed(x_TD[run], tuple(choice[i] for i in slots), tokens.gates[run][:, slots]))
-            begin += size
-        return torch.cat(outputs)
-
-    def _wanted(self, routing: Routing) -> tuple[tuple[int, ...], Tensor]:
-        """The experts that any row chose, and every row's gates for them; all of them, where most of them are."""
-        gates = dict(routing.columns)
-        experts = tuple(gates) if 2 * len(gates) <= len(self.all[0]) else tuple(range(len(self.all[0])))
-        columns = [gates[e] if e in gates else torch.zeros_like(routing.gates[:, :1]) for e in experts]
-        return experts, torch.cat(columns, 1) if columns else routing.gates[:, :0]
+    def _widened(self, experts: tuple[int, ...], gates_TC: Tensor) -> tuple[tuple[int, ...], Tensor]:
+        """All experts, where few tokens want most of them: their weights lie side by side as they are."""
+        count = len(self.all[0])
+        if len(gates_TC) > FEW_TOKENS or 2 * len(experts) <= count or len(experts) == count:
+            return experts, gates_TC
+        return tuple(range(count)), gates_TC.new_zeros(len(gates_TC), count).index_copy_(
+            1, torch.tensor(experts, device=gates_TC.device), gates_TC
+        )
 
     def _mixed(self, x_TD: Tensor, experts: tuple[int, ...], gates_TC: Tensor) -> Tensor:
         """Some experts for all tokens; ``gates_TC`` has a column for each of them."""
@@ -152,7 +142,3 @@ class Int8Experts(nn.Module):
         products = _product(x_TD, up_CFD.flatten(0, 1).t()).mul_(up_scale.flatten()).add_(up_bias.flatten())
         hidden_TCF = F.gelu(products).view(len(x_TD), *up_scale.shape).mul_(down_scale).mul_(gates_TC[..., None])
         return _product(hidden_TCF.flatten(1), down_CFD.flatten(0, 1)).addmm_(gates_TC, down_bias)
-
-
-def equally_long(layout: Layout | None) -> bool:
-    return layout is None or len(set(layout.lengths)) == 1

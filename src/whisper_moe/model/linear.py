@@ -10,7 +10,7 @@ every call, which at the few rows of a decoding step costs two to four times as 
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import Literal
 
 import torch
@@ -19,9 +19,9 @@ from torch import Tensor, nn
 
 from whisper_moe.heap import keep_heap_small
 from whisper_moe.model.heads import TextHead
-from whisper_moe.model.int8 import FEW_TOKENS, Int8Embedding, Int8Experts, Int8Linear, Int8Rows, equally_long
-from whisper_moe.model.moe import Experts
-from whisper_moe.model.router import NONE, Routing
+from whisper_moe.model.int8 import Int8Embedding, Int8Experts, Int8Linear, Int8Rows
+from whisper_moe.model.moe import Experts, shares
+from whisper_moe.model.router import Routing
 from whisper_moe.model.ttt import TTTMLP
 from whisper_moe.packing import Layout
 
@@ -63,29 +63,14 @@ class BlockedExperts(nn.Module):
         )
 
     def forward(self, x_TD: Tensor, routing: Routing, layout: Layout | None = None) -> Tensor:
-        """The gated sum over each token's experts, as :meth:`Experts.forward`.
+        """The gated sum over each token's experts, as :meth:`Experts.forward`."""
+        parts = shares(routing, layout, len(x_TD))
+        return torch.cat([self._mixed(x_TD[run], experts, gates_TC) for run, experts, gates_TC in parts])
 
-        Few tokens (a decoding step): every expert that any of them chose computes all of them, with a gate of 0 where it
-        was not chosen; at this size a product costs what reading its weights costs. Many: run by run of one choice.
-        """
-        rows = len(x_TD) // len(routing)
-        if len(x_TD) <= FEW_TOKENS and equally_long(layout):
-            columns = [(e, gate.repeat_interleave(rows, 0) if rows > 1 else gate) for e, gate in routing.columns]
-            return self._mixed(x_TD, columns)
-        tokens = routing if layout is None else routing.expand(layout)
-        y_TD = torch.empty_like(x_TD)
-        begin = 0
-        for size, choice in routing.runs(layout):
-            run = slice(begin, begin + size)
-            gates = [(e, tokens.gates[run, slot, None]) for slot, e in enumerate(choice) if e != NONE]
-            y_TD[run] = self._mixed(x_TD[run], gates)
-            begin += size
-        return y_TD
-
-    def _mixed(self, x_TD: Tensor, gates: Sequence[tuple[int, Tensor]]) -> Tensor:
+    def _mixed(self, x_TD: Tensor, experts: tuple[int, ...], gates_TC: Tensor) -> Tensor:
         y_TD = torch.zeros_like(x_TD)
-        for expert, gate_T1 in gates:
-            y_TD.addcmul_(self.downs[expert](F.gelu(self.ups[expert](x_TD))), gate_T1.to(x_TD.dtype))
+        for expert, gate_T in zip(experts, gates_TC.to(x_TD.dtype).unbind(1), strict=True):
+            y_TD.addcmul_(self.downs[expert](F.gelu(self.ups[expert](x_TD))), gate_T[:, None])
         return y_TD
 
 

@@ -23,6 +23,9 @@ LONG_RUN = 64
 """Tokens in a run from which a slice for each run beats the grouped product: where the two cost the same on a CPU in
 float32 (width 512 with 256 hidden units and width 768 with 3,072, two of eight experts, 2 to 6 runs)."""
 
+FEW_TOKENS = 64
+"""Up to here an expert's products cost what reading its weights costs, whoever needs them."""
+
 
 class Experts(nn.Module):
     """E feed-forwards with exact (erf) GELU. They start with an output of exactly 0.
@@ -134,3 +137,21 @@ class Experts(nn.Module):
     def _each(self) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
         """Each expert's (up_weight, up_bias, down_weight), unbound at once: an index makes a gradient of all E."""
         return zip(self.up_weight.unbind(), self.up_bias.unbind(), self.down_weight.unbind(), strict=True)
+
+
+def shares(routing: Routing, layout: Layout | None, tokens: int) -> Iterator[tuple[slice, tuple[int, ...], Tensor]]:
+    """Tokens that are computed together, in order: where they lie, their experts, and a column of gates for each expert.
+
+    Few tokens (a decoding step) are one share of every expert that any of them chose, with a gate of 0 where one was not
+    chosen. Many are a share for each run of one choice. ``routing`` and ``layout`` as in :meth:`Experts.forward`.
+    """
+    if tokens <= FEW_TOKENS and (layout is None or len(set(layout.lengths)) == 1):
+        gates_NC = torch.cat([gate for _, gate in routing.columns], 1) if routing.columns else routing.gates[:, :0]
+        chosen = tuple(expert for expert, _ in routing.columns)
+        yield slice(None), chosen, gates_NC.repeat_interleave(tokens // len(routing), 0)
+        return
+    each, begin = routing if layout is None else routing.expand(layout), 0
+    for size, choice in routing.runs(layout):
+        run, slots = slice(begin, begin + size), [slot for slot, expert in enumerate(choice) if expert != NONE]
+        yield run, tuple(choice[slot] for slot in slots), each.gates[run][:, slots]
+        begin += size

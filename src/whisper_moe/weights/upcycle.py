@@ -17,6 +17,14 @@ from whisper_moe.weights.files import listed
 from whisper_moe.weights.parts import expected_shapes
 
 
+def upcycled_config(config: ModelConfig, *, moe: MoEConfig | None, ttt: TTTConfig | None) -> ModelConfig:
+    """The configuration with these parts, built anew rather than copied: so they are checked against each other.
+
+    Raises ``ValueError`` where they do not fit.
+    """
+    return ModelConfig.model_validate(config.model_dump() | {"moe": moe, "ttt": ttt})
+
+
 def upcycle(
     config: ModelConfig,
     state: Mapping[str, Tensor],
@@ -44,8 +52,7 @@ def upcycle(
                     f"without a shared expert, each expert is a copy of the {side}'s feed-forward of {hidden} hidden units; "
                     f"expert_dim is {moe.expert_dim}"
                 )
-    # Built anew rather than copied, so that the parts are checked against each other.
-    upcycled = ModelConfig.model_validate(config.model_dump() | {"moe": moe, "ttt": ttt})
+    upcycled = upcycled_config(config, moe=moe, ttt=ttt)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         new = WhisperMoEModel(upcycled).state_dict()
