@@ -14,7 +14,7 @@ import time
 from pathlib import Path
 from typing import Any
 
-from convert import weights
+from whisper_moe.evaluate.convert import weights
 
 CLIP_SECONDS = 5.0
 

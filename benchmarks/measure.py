@@ -8,45 +8,49 @@ from __future__ import annotations
 
 import importlib
 import json
-import resource
 import sys
 import time
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from convert import disk_bytes
-from peers import Adapter, Job, systems
+from peers import Adapter, Heard, Job, Ours, systems
+
+from whisper_moe.evaluate.convert import disk_bytes
+from whisper_moe.evaluate.machine import peak_bytes
 
 
 def run_pass(adapter: Adapter, clips: Sequence[str]) -> dict[str, Any]:
     """The whole job once: wall and processor seconds, seconds of each clip where they run one by one, transcripts."""
     cpu, start = time.process_time(), time.perf_counter()
     if adapter.batched:
-        texts, latencies = adapter.transcribe(clips), []
+        heard, latencies = hear(adapter, clips), []
     else:
-        texts, latencies = one_by_one(adapter, clips)
+        heard, latencies = one_by_one(adapter, clips)
     return {
         "wall": time.perf_counter() - start,
         "cpu": time.process_time() - cpu,
         "latencies": latencies,
-        "texts": [text.strip() for text in texts],
+        "texts": [each.text.strip() for each in heard],
+        "fallbacks": sum(each.fallbacks for each in heard) if isinstance(adapter, Ours) else None,
     }
 
 
-def one_by_one(adapter: Adapter, clips: Sequence[str]) -> tuple[list[str], list[float]]:
-    texts, latencies = [], []
+def one_by_one(adapter: Adapter, clips: Sequence[str]) -> tuple[list[Heard], list[float]]:
+    heard, latencies = [], []
     for clip in clips:
         start = time.perf_counter()
-        texts += adapter.transcribe([clip])
+        heard += hear(adapter, [clip])
         latencies.append(time.perf_counter() - start)
-    return texts, latencies
+    return heard, latencies
 
 
-def peak_bytes() -> int:
-    """The largest resident memory of this process so far. Linux counts in KiB, macOS in bytes."""
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return peak if sys.platform == "darwin" else peak * 1024
+def hear(adapter: Adapter, clips: Sequence[str]) -> list[Heard]:
+    """One result for each clip. Raises ``ValueError`` naming one that could not be read."""
+    heard = list(adapter.hear(clips))
+    if errors := [each.error for each in heard if each.error is not None]:
+        raise ValueError(errors[0])
+    return heard
 
 
 def measure(job: Job) -> dict[str, Any]:
@@ -58,7 +62,7 @@ def measure(job: Job) -> dict[str, Any]:
     imported = time.perf_counter()
     adapter = system.make(job)
     loaded = time.perf_counter()
-    adapter.transcribe(job.clips[:1])
+    hear(adapter, job.clips[:1])
     passes = [run_pass(adapter, job.clips) for _ in range(job.passes)]
     result = {
         "import_seconds": imported - start,
@@ -68,7 +72,7 @@ def measure(job: Job) -> dict[str, Any]:
         "disk_bytes": disk_bytes(adapter.weights),
         "batched": adapter.batched,
         "options": adapter.options,
-        "fallbacks": getattr(adapter, "fallbacks", None),
+        "fallbacks": passes[0]["fallbacks"],
     }
     if adapter.batched and job.latency_clips:
         result["one_by_one"] = one_by_one(adapter, job.clips[: job.latency_clips])[1]

@@ -15,17 +15,15 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import jiwer
-import numpy as np
-from whisper_normalizer.english import EnglishTextNormalizer
-
-RESAMPLES = 1_000
-SEED = 20_240_229
-PERCENTILES = (2.5, 97.5)
-LONGEST_UNIT = 12
-"""Words in the longest phrase whose repetition counts as a loop."""
-
-normalize = EnglishTextNormalizer()
+from whisper_moe.evaluate.metrics import (
+    Tally,
+    character_counts,
+    clip_counts,
+    interval,
+    joined_counts,
+    longest_loop,
+    paired_difference,
+)
 
 
 @dataclass(frozen=True)
@@ -37,101 +35,15 @@ class Material:
     joined: bool
 
 
-@dataclass(frozen=True)
-class Counts:
-    """Edits and reference words of every clip, aligned: two integer arrays [clips]."""
-
-    edits: np.ndarray
-    words: np.ndarray
-
-    @property
-    def rate(self) -> float:
-        return float(self.edits.sum() / self.words.sum())
-
-
-def clip_counts(references: Sequence[str], transcripts: Sequence[str]) -> Counts:
-    """Word edits clip by clip."""
-    pairs = jiwer.process_words([normalize(text) for text in references], [normalize(text) for text in transcripts])
-    edits = [sum(_cost(chunk) for chunk in chunks) for chunks in pairs.alignments]
-    return Counts(np.array(edits), np.array([len(words) for words in pairs.references]))
-
-
-def joined_counts(references: Sequence[str], transcript: str) -> Counts:
-    """Word edits of one transcript of all clips in a row, each charged to the clip that its reference word is in.
-
-    An insertion belongs to the clip of the word before it, so that the edits add up to those of the whole.
-    """
-    words = np.array([len(normalize(text).split()) for text in references])
-    owner = np.repeat(np.arange(len(references)), words)
-    whole = jiwer.process_words(" ".join(normalize(text) for text in references), normalize(transcript))
-    edits = np.zeros(len(references), dtype=int)
-    for chunk in whole.alignments[0]:
-        if chunk.type == "insert":
-            edits[owner[max(chunk.ref_start_idx - 1, 0)]] += _cost(chunk)
-        elif chunk.type != "equal":
-            np.add.at(edits, owner[chunk.ref_start_idx : chunk.ref_end_idx], 1)
-    return Counts(edits, words)
-
-
-def _cost(chunk: jiwer.AlignmentChunk) -> int:
-    if chunk.type == "equal":
-        return 0
-    return max(chunk.ref_end_idx - chunk.ref_start_idx, chunk.hyp_end_idx - chunk.hyp_start_idx)
-
-
-def counts(material: Material, transcripts: Sequence[str]) -> Counts:
+def counts(material: Material, transcripts: Sequence[str]) -> Tally:
     if material.joined:
         return joined_counts(material.references, transcripts[0])
     return clip_counts(material.references, transcripts)
 
 
 def character_error_rate(material: Material, transcripts: Sequence[str]) -> float:
-    references = [normalize(text) for text in material.references]
-    if material.joined:
-        references = [" ".join(references)]
-    return jiwer.process_characters(references, [normalize(text) for text in transcripts]).cer
-
-
-def resampled(clips: int, resamples: int = RESAMPLES) -> np.ndarray:
-    """How often each resample draws each clip: [resamples, clips]. The same for every system."""
-    random = np.random.default_rng(SEED)
-    return random.multinomial(clips, np.full(clips, 1 / clips), size=resamples)
-
-
-def interval(each: Counts) -> tuple[float, float]:
-    """The 95 % interval of the word error rate."""
-    draws = resampled(len(each.words))
-    low, high = np.percentile(draws @ each.edits / (draws @ each.words), PERCENTILES)
-    return float(low), float(high)
-
-
-def paired_difference(each: Counts, baseline: Counts) -> dict[str, float]:
-    """WER of one system less that of another on the same clips, with its 95 % interval.
-
-    ``share_worse`` is the share of resamples in which the first makes more errors than the second.
-    """
-    assert (each.words == baseline.words).all(), "the two systems were scored on different clips"
-    draws = resampled(len(each.words))
-    differences = draws @ (each.edits - baseline.edits) / (draws @ each.words)
-    low, high = np.percentile(differences, PERCENTILES)
-    return {
-        "difference": each.rate - baseline.rate,
-        "low": float(low),
-        "high": float(high),
-        "share_worse": float((differences > 0).mean()),
-    }
-
-
-def longest_loop(text: str) -> int:
-    """How often a phrase of up to 12 words is said in a row at most: 1 when nothing repeats."""
-    words = normalize(text).split()
-    longest = min(len(words), 1)
-    for unit in range(1, LONGEST_UNIT + 1):
-        run = 0
-        for index in range(unit, len(words)):
-            run = run + 1 if words[index] == words[index - unit] else 0
-            longest = max(longest, run // unit + 1)
-    return longest
+    references = [" ".join(material.references)] if material.joined else material.references
+    return character_counts(references, transcripts).value
 
 
 def changed(material: Material, transcripts: Sequence[str], baseline: Sequence[str]) -> list[dict[str, Any]] | None:
@@ -139,7 +51,7 @@ def changed(material: Material, transcripts: Sequence[str], baseline: Sequence[s
     if material.joined:
         return None
     now, before = counts(material, transcripts), counts(material, baseline)
-    rows = zip(material.names, material.references, transcripts, baseline, now.edits, before.edits, strict=True)
+    rows = zip(material.names, material.references, transcripts, baseline, now.part, before.part, strict=True)
     return [
         {"clip": name, "reference": said, "text": text, "baseline": other, "edits": int(a), "baseline_edits": int(b)}
         for name, said, text, other, a, b in rows
@@ -163,7 +75,7 @@ def summary(results: Sequence[dict[str, Any]], material: Material, seconds: floa
         "cpu_seconds": spread([each["cpu"] for each in passes]),
         "real_time_factor": {"best": seconds / min(walls), "median": seconds / statistics.median(walls)},
         "latency": latency(first, passes),
-        "wer": {"value": errors.rate, "low": low, "high": high, "words": int(errors.words.sum())},
+        "wer": {"value": errors.value, "low": low, "high": high, "words": int(errors.whole.sum())},
         "cer": character_error_rate(material, texts),
         "longest_loop": max(longest_loop(text) for text in texts),
         "same_transcripts_every_time": all(each["texts"] == texts for each in passes),

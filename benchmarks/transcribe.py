@@ -10,7 +10,6 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import platform
 import shutil
 import subprocess
 import sys
@@ -19,7 +18,6 @@ import wave
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass, replace
 from datetime import UTC, datetime
-from importlib.metadata import PackageNotFoundError, version
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -27,11 +25,12 @@ from typing import Any
 import command
 import numpy as np
 import report
-from convert import weights
 from peers import SAMPLE_RATE, WINDOW_SECONDS, Job, decode, systems
 
+from whisper_moe.evaluate.convert import weights
+from whisper_moe.evaluate.machine import THREAD_VARIABLES, machine, versions
+
 PAUSE_SECONDS = 0.5
-THREAD_VARIABLES = ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS")
 
 
 @dataclass(frozen=True)
@@ -167,34 +166,6 @@ def run_all(jobs: dict[str, Job], repeats: int, seconds: float) -> tuple[dict[st
                 wall = min(each["wall"] for each in result["passes"])
                 say(f"[{repeat + 1}/{repeats}] {name}: {wall:.2f} s, {seconds / wall:.2f} times real time")
     return {name: results for name, results in runs.items() if name not in failed}, failed
-
-
-def machine() -> dict[str, Any]:
-    """What the figures were measured on."""
-    return {
-        "cpu": cpu_name(),
-        "cores": os.cpu_count(),
-        "system": platform.platform(),
-        "python": platform.python_version(),
-        "openblas_coretype": os.environ.get("OPENBLAS_CORETYPE"),
-    }
-
-
-def cpu_name() -> str:
-    info = Path("/proc/cpuinfo")
-    lines = info.read_text().splitlines() if info.exists() else []
-    names = [line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")]
-    return names[0] if names else platform.processor()
-
-
-def versions(packages: Iterable[str]) -> dict[str, str]:
-    found = {}
-    for package in sorted(set(packages)):
-        try:
-            found[package] = version(package)
-        except PackageNotFoundError:
-            found[package] = "from the source tree"
-    return found
 
 
 def provide_ffmpeg(cache: Path) -> None:

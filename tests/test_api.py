@@ -16,6 +16,7 @@ from media.recordings import encode
 import whisper_moe
 from whisper_moe import MediaError, Segment, TranscribeOptions, Transcription, WhisperMoE
 from whisper_moe.config import PRESETS
+from whisper_moe.generate.decode import WindowDecoder
 from whisper_moe.packing import Layout
 
 RATE = 16_000
@@ -148,6 +149,8 @@ def test_transcribe_raises_for_the_first_that_cannot_be_read(tiny_model: Whisper
         ({"patience": 0.0}, "patience must be positive"),
         ({"context_margin": -1.0}, "context_margin must be at least 0"),
         ({"context_margin": float("nan")}, "context_margin"),
+        ({"window": 0.5}, "window must be 1 to 30 seconds, got 0.5"),
+        ({"window": float("nan")}, "window must be"),
         ({"temperatures": ()}, "temperatures"),
         ({"temperatures": (0.0, -0.2)}, "temperatures"),
         ({"vad": "magic"}, "vad must be none, energy or silero"),
@@ -166,6 +169,24 @@ def test_options_are_checked_before_anything_is_read(
 def test_an_unknown_option_is_not_swallowed(tiny_model: WhisperMoE) -> None:
     with pytest.raises(TypeError, match="beams"):
         tiny_model.transcribe(noise(1.0), beams=5)
+
+
+@pytest.mark.parametrize(
+    ("options", "longest"), [({}, 20), ({"context_margin": 30.0}, 30), ({"window": 5.0, "context_margin": 30.0}, 5)]
+)
+def test_a_long_recording_is_cut_into_windows(
+    tiny_model: WhisperMoE, options: dict[str, Any], longest: float, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seen: list[float] = []
+    decode = WindowDecoder.decode
+
+    def listening(self: WindowDecoder, clips: list[np.ndarray], *args: Any, **kwargs: Any) -> Any:
+        seen.extend(len(clip) / RATE for clip in clips)
+        return decode(self, clips, *args, **kwargs)
+
+    monkeypatch.setattr(WindowDecoder, "decode", listening)
+    tiny_model.transcribe(noise(61.0), **TRUSTING | {"context_margin": 2.5, "timestamps": False} | options)
+    assert longest / 2 <= max(seen) <= longest
 
 
 def test_languages_go_by_code_or_name(tiny_model: WhisperMoE) -> None:

@@ -6,6 +6,7 @@ import errno
 import io
 import json
 import re
+import subprocess
 import sys
 import tempfile
 from collections.abc import Callable
@@ -128,6 +129,18 @@ def test_a_flag_that_cannot_work_is_said_in_one_sentence(run: Run, flags: list[s
         (["upcycle", "source", "-o", "new", "--top-k", "9"], "top_k (9) is greater than n_experts (8)"),
         (["upcycle", "source", "-o", "new", "--scope", "word"], "scope: Input should be 'segment' or 'token'"),
         (["upcycle", "source", "-o", "new", "--ttt-layers", "1,b"], "--ttt-layers must be numbers"),
+        (
+            ["upcycle", "source", "-o", "new", "--add-language", "or=odia:bn"],
+            "a new language is given as or, or=odia or",
+        ),
+        (
+            ["upcycle", "source", "-o", "new", "--add-language", "or=hindi"],
+            "'hindi' cannot be the name of the language",
+        ),
+        (
+            ["upcycle", "s", "-o", "new", "--add-language", "or", "--add-language", "or"],
+            "--add-language gives 'or' twice",
+        ),
         (["export", "source", "-o", str(ROOT)], "exists already"),
         (["export", "source", "-o", "new", "--to", "tape"], "--to must be whisper, got 'tape'"),
     ],
@@ -350,6 +363,104 @@ def test_a_whisper_becomes_a_mixture_and_a_dense_one_goes_back(run: Run, tmp_pat
     with torch.inference_mode():
         logits = [model.eval()(features, decoder_input_ids=ids).logits for model in (first, back)]
     assert torch.equal(*logits)
+
+
+@pytest.fixture(scope="module")
+def whisper(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A dense Whisper as transformers writes it, which knows English and Hindi."""
+    dense = CONFIG.model_copy(update={"moe": None, "ttt": None})
+    return write_folder(tmp_path_factory.mktemp("whisper") / "dense", hub_model(dense))
+
+
+def test_a_language_is_added_and_then_spoken_and_detected_by_name(run: Run, whisper: Path, tmp_path: Path) -> None:
+    flags = ["--expert-dim", "6", "--router-layer", "1", "--ttt-layers", "1"]
+    new = ["--add-language", "or=odia:like=hi", "--add_language", "tcy=Tulu"]
+    done = run("upcycle", whisper, "-o", tmp_path / "m", *flags, *new)
+    assert done.status == 0 and "with 8 experts, odia (or), tulu (tcy), " in done.err
+    assert (tmp_path / "m" / "tokens.safetensors").is_file()
+    sound = noise(tmp_path / "a.wav", 2.0)
+    quick = ["--model", tmp_path / "m", "--dtype", "float32", "--temperature-increment-on-fallback", "0"]
+    for name, code in (("or", "or"), ("Oriya", "or"), ("tulu", "tcy"), ("TCY", "tcy"), ("hindi", "hi")):
+        result = run("transcribe", sound, "-f", "json", "--language", name, *quick)
+        assert result.status == 0 and json.loads(result.out)["language"] == code
+    within = run("transcribe", sound, "-f", "json", "--languages", "odia,tulu", *quick)
+    assert json.loads(within.out)["language"] in ("or", "tcy")
+    told = run("detect-language", sound, "--languages", "tulu", "--model", tmp_path / "m")
+    assert (told.status, told.out) == (0, f"tcy\t1.0000\t{sound}\n")
+    free = run("detect-language", sound, "--model", tmp_path / "m")
+    assert free.out.split("\t")[0] in ("en", "hi")
+
+
+def no_torch(*arguments: str | Path) -> tuple[int, str]:
+    """Status and what is said of a command line in a process of its own, which must end without having imported torch."""
+    code = (
+        "import sys\nfrom whisper_moe.cli import main\n"
+        "try:\n    main()\nexcept SystemExit as stop:\n    print(stop.code, 'torch' in sys.modules)"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code, *map(str, arguments)], capture_output=True, text=True, check=True
+    )
+    status, torch_there = done.stdout.split()
+    assert torch_there == "False"
+    return int(status), done.stderr
+
+
+def test_a_language_nobody_knows_is_said_before_any_loading(run: Run, whisper: Path, tmp_path: Path) -> None:
+    """Also where a model's own list had to be looked at; of a model on the Hub, only once it is there."""
+    sound = noise(tmp_path / "a.wav", 2.0)
+    assert run("upcycle", whisper, "-o", tmp_path / "m", "--router-layer", "1", "--ttt-layers", "1",
+               "--add-language", "tcy=tulu").status == 0  # fmt: skip
+    for flags in (["--language", "tuluu"], ["--languages", "hi,tuluu"]):
+        status, said = no_torch("transcribe", sound, "--model", tmp_path / "m", *flags)
+        assert (status, said) == (2, "whisper-moe: unknown language 'tuluu': did you mean tulu or telugu?\n")
+    for model in ([], ["--model", whisper]):
+        status, said = no_torch("transcribe", sound, "--language", "tulu", *model)
+        assert status == 2 and said.startswith("whisper-moe: unknown language 'tulu'") and len(said.splitlines()) == 1
+
+
+def test_a_language_that_only_the_loaded_model_can_refuse_is_refused_alike(
+    run: Run, whisper: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    sound = noise(tmp_path / "a.wav", 2.0)
+    for flags in (["--language", "odia"], ["--languages", "en,odia"], ["--language", "bengali"]):
+        done = run("transcribe", sound, "--model", whisper, "--verbose", "False", *flags)
+        assert (done.status, done.out, len(done.err.splitlines())) == (2, "", 1)
+        assert done.err.startswith("whisper-moe: this model does not know the language ")
+        assert done.err.endswith("it knows en, hi\n")
+    assert run("detect-language", sound, "--model", whisper, "--languages", "odia").status == 2
+
+    def load(model: str, **options: Any) -> WhisperMoE:
+        assert model == "somebody/whisper-tulu", "a Hub id: nothing is known of it before it is loaded"
+        return real(whisper, **options)
+
+    real = WhisperMoE.from_pretrained
+    monkeypatch.setattr(WhisperMoE, "from_pretrained", load)
+    done = run("transcribe", sound, "--model", "somebody/whisper-tulu", "--language", "tulu", "--verbose", "False")
+    assert done.status == 2 and done.err.startswith("whisper-moe: unknown language 'tulu'")
+
+
+def test_a_dense_model_with_a_language_more_goes_back(run: Run, whisper: Path, tmp_path: Path) -> None:
+    from transformers import WhisperForConditionalGeneration
+
+    assert run("upcycle", whisper, "-o", tmp_path / "m", "--experts", "0", "--add-language", "or").status == 0
+    assert run("export", tmp_path / "m", "-o", tmp_path / "back").status == 0
+    back = WhisperForConditionalGeneration.from_pretrained(tmp_path / "back")
+    assert back.config.vocab_size == CONFIG.vocab_size + 1
+    assert back.generation_config.lang_to_id["<|or|>"] == CONFIG.vocab_size
+    sound = noise(tmp_path / "a.wav", 2.0)
+    flags = [
+        "--dtype",
+        "float32",
+        "--temperature-increment-on-fallback",
+        "0",
+        "--no-speech-threshold",
+        "1",
+        "-f",
+        "tsv",
+    ]
+    said = [run("transcribe", sound, "--model", tmp_path / name, "--language", "or", *flags) for name in ("m", "back")]
+    assert said[0].status == 0 and said[0].out == said[1].out
+    assert len(said[0].out.splitlines()) > 1
 
 
 def test_info_counts_the_parts(run: Run) -> None:

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 from pydantic import BaseModel, ValidationError
 
-from whisper_moe.config import PRESETS, ModelConfig, MoEConfig, TTTConfig
+from whisper_moe.config import PRESETS, ModelConfig, MoEConfig, TTTConfig, problems
 from whisper_moe.weights.parts import expected_shapes
 
 
@@ -42,6 +42,14 @@ def test_a_typing_mistake_in_a_file_is_an_error(kind: type[BaseModel]) -> None:
         ({"ttt": {"encoder_layers": 3}}, "ttt.encoder_layers", "valid tuple"),
         ({"model_type": "whisper"}, "model_type", "'whisper_moe'"),
         ({"format_version": 2}, "format_version", "should be 1"),
+        ({"new_tokens": ["or"]}, "", "new_tokens must be different names such as <|or|>, got ['or']"),
+        ({"new_tokens": ["<|or|>", "<|or|>"]}, "", "must be different names such as <|or|>"),
+        ({"new_tokens": ["<| |>"]}, "", "must be different names such as <|or|>"),
+        (
+            {"vocab_size": 1, "new_tokens": ["<|or|>"]},
+            "",
+            "vocab_size (1) counts the 1 new tokens and the source's own",
+        ),
     ],
 )
 def test_a_value_that_cannot_be_is_refused_by_its_name(change: dict[str, Any], field: str, cause: str) -> None:
@@ -50,6 +58,25 @@ def test_a_value_that_cannot_be_is_refused_by_its_name(change: dict[str, Any], f
     found = [(".".join(map(str, error["loc"])), error["msg"]) for error in caught.value.errors()]
     assert [name for name, _ in found] == [field]
     assert cause in found[0][1]
+
+
+def test_findings_are_one_line_that_names_each_field() -> None:
+    with pytest.raises(ValidationError) as caught:
+        ModelConfig.model_validate({"d_model": "wide", "moe": {"top_k": 9}})
+    said = problems(caught.value)
+    assert said.startswith("d_model: Input should be a valid integer") and "\n" not in said
+    assert said.endswith("; moe: top_k (9) is greater than n_experts (8)")
+    with pytest.raises(ValidationError) as caught:
+        ModelConfig(vocab_size=1, new_tokens=("<|or|>",))
+    assert problems(caught.value).startswith("vocab_size (1) counts"), (
+        "what concerns several fields has no name before it"
+    )
+
+
+def test_new_tokens_are_counted_in_the_vocabulary() -> None:
+    config = ModelConfig(vocab_size=51_867, new_tokens=("<|or|>", "<|sat|>"))
+    assert config.source_vocab_size == 51_865
+    assert ModelConfig().source_vocab_size == ModelConfig().vocab_size
 
 
 PER_EXPERT = TTTConfig(encoder_layers=(3,), per_expert=True)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import re
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -32,6 +33,30 @@ def test_there_are_six_examples_each_with_its_transcript() -> None:
 def test_the_transcript_is_the_expected_one(name: str, transcribed: dict[str, Transcription]) -> None:
     expected = (EXAMPLES / "expected" / f"{name}.txt").read_text(encoding="utf-8").strip()
     assert transcribed[name].text == expected
+
+
+def test_the_transcripts_are_near_what_is_said(transcribed: dict[str, Transcription]) -> None:
+    """What the default writes is compared with what people read out, so that an expected transcript cannot go bad unseen."""
+    with (EXAMPLES / "references.tsv").open(encoding="utf-8") as lines:
+        said: dict[str, list[str]] = {}
+        for row in csv.DictReader(lines, delimiter="\t"):
+            said.setdefault(row["file"], []).append(row["text"])
+    errors = words = 0
+    for name, texts in said.items():
+        reference, found = (re.findall(r"\w+", text.lower()) for text in (" ".join(texts), transcribed[name].text))
+        errors += edits(reference, found)
+        words += len(reference)
+    assert words > 250 and errors / words < 0.15, f"{errors} of {words} words"
+
+
+def edits(reference: list[str], found: list[str]) -> int:
+    """Word edits from one to the other (Levenshtein)."""
+    row = list(range(len(found) + 1))
+    for i, word in enumerate(reference, 1):
+        previous, row[0] = row[0], i
+        for j, other in enumerate(found, 1):
+            previous, row[j] = row[j], min(row[j] + 1, row[j - 1] + 1, previous + (word != other))
+    return row[-1]
 
 
 def test_all_together_say_the_same(default_model: WhisperMoE, transcribed: dict[str, Transcription]) -> None:

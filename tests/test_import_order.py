@@ -20,6 +20,7 @@ ORDER = (
     {"generate"},
     {"data", "evaluate", "train", "merge", "compress"},
     {"api"},
+    {"flags"},
     {"commands"},
     {"cli"},
     {"__main__"},
@@ -111,7 +112,7 @@ except SystemExit as stop:
 else:
     raise AssertionError("--help did not end the program")
 """
-COMMANDS = ["transcribe", "detect-language", "upcycle", "export", "info"]
+COMMANDS = ["transcribe", "detect-language", "upcycle", "export", "info", "evaluate"]
 
 
 @pytest.mark.parametrize(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO, Literal, Self, TypeAlias, get_args, overload
@@ -17,8 +18,9 @@ from whisper_moe.generate.decode import WindowDecoder
 from whisper_moe.generate.longform import Recording, Transcriber
 from whisper_moe.generate.options import FULL_WINDOW, TranscribeOptions
 from whisper_moe.generate.result import Transcription
+from whisper_moe.heap import weights_apart
 from whisper_moe.media.audio import MediaError, stream_audio
-from whisper_moe.media.text import Tokenizer, language_code
+from whisper_moe.media.text import Tokenizer
 from whisper_moe.media.windows import Window, cut_windows, drop_silence, is_silent, speech_spans, speech_spans_silero
 from whisper_moe.model.heads import TextHead
 from whisper_moe.model.linear import Arithmetic, arrange
@@ -87,8 +89,9 @@ class WhisperMoE:
         if not for_inference and dtype not in ("auto", "float32"):
             raise ValueError(f"for_inference=False loads float32 weights; dtype {dtype!r} would round them")
         dtype = _pick_dtype(dtype, device) if for_inference else "float32"
-        loaded = load_model(model, keep_int8=_arranged(device, dtype, for_inference), announce=announce)
-        network = _network(loaded, device, dtype, for_inference)
+        with weights_apart() if _arranged(device, dtype, for_inference) else nullcontext():
+            loaded = load_model(model, keep_int8=_arranged(device, dtype, for_inference), announce=announce)
+            network = _network(loaded, device, dtype, for_inference)
         return cls(
             network, loaded.tokenizer, loaded.generation, name=loaded.name, tokenizer_files=loaded.tokenizer_files,
             device=device, dtype=dtype,
@@ -149,7 +152,7 @@ class WhisperMoE:
         """
         if not self.tokenizer.is_multilingual:
             raise ValueError(f"{self.name}: an English-only model cannot detect languages")
-        options = self._options({"allowed_languages": tuple(languages)})
+        options = self._options({"allowed_languages": tuple(languages), "window": FULL_WINDOW})
         windows = self._recording(audio, options).windows
         window = next((window for window in windows if not is_silent(window.samples)), None)
         if window is None:
@@ -159,9 +162,9 @@ class WhisperMoE:
     def _options(self, options: dict[str, Any]) -> TranscribeOptions:
         fields = dict(options)
         if fields.get("language"):
-            fields["language"] = language_code(fields["language"], self.tokenizer.languages)
+            fields["language"] = self.tokenizer.language_code(fields["language"])
         names: Sequence[str] = fields.get("allowed_languages", ())
-        known = tuple(language_code(name, self.tokenizer.languages) for name in names)
+        known = tuple(map(self.tokenizer.language_code, names))
         fields["allowed_languages"] = known
         asked = TranscribeOptions(**fields)
         if asked.vad == "silero":
@@ -181,8 +184,8 @@ class WhisperMoE:
         else:
             blocks = stream_audio(source if hasattr(source, "read") else Path(source), name=name)  # pyright: ignore[reportArgumentType]
         recording = Recording(name, iter(()), language=self._decoder.given_language(options))
-        window = self._decoder.window_seconds
-        windows = _timed(recording, cut_windows(blocks, max_seconds=window, search_seconds=window / 3))
+        window = min(options.window_seconds, self._decoder.window_seconds)
+        windows = _timed(recording, cut_windows(blocks, max_seconds=window, search_seconds=window / 2))
         recording.windows = windows if options.vad == "none" else drop_silence(windows, _DETECTORS[options.vad])
         return recording
 

@@ -91,6 +91,7 @@ def transcribe(
     max_words_per_line: Annotated[int | None, _optional("--max-words-per-line", kind=int, least=1, help="Words in a line (with word timestamps).", panel="Subtitles")] = None,
     vad: Annotated[str, _option("--vad", help="Drop what is not speech: none, energy, or silero (extra `vad`).", panel="Windows")] = "none",
     context_margin: Annotated[float | None, _option("--context-margin", min=0, help="Seconds of silence kept after a clip; 30 pads to Whisper's full window.", panel="Windows")] = None,
+    window: Annotated[float | None, _option("--window", min=1, max=30, help="Seconds that a long recording is cut into, at most. Default: 20.", panel="Windows")] = None,
     carry_ttt: Annotated[bool, _option("--carry-ttt", help="Fast weights learn through a whole recording; slower.", panel="Windows")] = False,
     compression_ratio_threshold: Annotated[float | None, _optional("--compression-ratio-threshold", kind=float, help="Above it a text repeats itself.", panel="Windows")] = 2.4,
     logprob_threshold: Annotated[float | None, _optional("--logprob-threshold", kind=float, help="Below it a text is unsure.", panel="Windows")] = -1.0,
@@ -131,6 +132,7 @@ def upcycle(
     scope: Annotated[str, _option("--scope", help="One choice for each segment, or token.")] = "segment",
     router_layer: Annotated[int, _option("--router-layer", min=0, help="Encoder layers before the router's choice.")] = 2,
     ttt_layers: Annotated[str | None, _option("--ttt-layers", help="Encoder layers with a TTT layer behind a closed gate: 3 or 1,3; empty for none. Default: 3, or none without experts.")] = None,
+    add_language: Annotated[list[str] | None, _option("--add-language", help="A language that Whisper lacks gets a token: or=odia, or=odia:like=bn,as (its token starts as their mean). Once for each.", show_default=False)] = None,
     base: Annotated[str | None, _option("--base", help="The Whisper that a LoRA adapter belongs to, if not the one it names.")] = None,
     quantize: Annotated[bool, _option("--quantize", help="Store matrices as int8.")] = False,
     overwrite: Annotated[bool, _option("--overwrite", help="Replace a checkpoint that is there.")] = False,
@@ -165,6 +167,88 @@ def info(
     from whisper_moe import commands
 
     raise typer.Exit(commands.info(model, json))
+
+
+@app.command()
+def evaluate(
+    model: Annotated[str, typer.Argument(help="A whisper-moe folder, any Whisper, a peer (see --compare), or default.", show_default=False)],
+    data: Annotated[list[str], typer.Argument(help="Tables (path, text …), folders or Hub ids; a kind may come first: kathbath:FOLDER.", show_default=False)],
+    compare: Annotated[list[str] | None, _option("--compare", help="Another model or a peer: faster-whisper:NAME, faster-whisper-float32:NAME, openai:NAME, transformers:NAME, transcripts:FILE.tsv. Once for each.", show_default=False)] = None,
+    split: Annotated[str | None, _option("--split", help="train, valid, test …; default: what each corpus is evaluated on.", panel="Data")] = None,
+    languages: Annotated[str | None, _option("--languages", help="These only: hi,or. Of a table: of rows that do not say.", panel="Data")] = None,
+    task: Annotated[str | None, _option("--task", help="Table: the task of rows that do not say: transcribe, translate …", panel="Data")] = None,
+    limit: Annotated[int | None, _option("--limit", min=1, help="The first so many samples of each.", panel="Data")] = None,
+    detect: Annotated[bool, _option("--detect-language", help="Let the systems detect the language; else they are told.", panel="Data")] = False,
+    output: Annotated[Path | None, _option("--output-dir", "-o", help="Write report.json, report.md, report.html and transcripts.tsv here. Without, tables are printed.")] = None,
+    device: Device = "auto",
+    dtype: Dtype = "auto",
+    threads: Threads = None,
+    beam: Annotated[int, _option("--beam-size", min=1, help="Beams at temperature 0; 1 is greedy.", panel="Decoding")] = 1,
+    fallback: Annotated[bool, _option("--fallback/--no-fallback", help="Decode again at other temperatures what looks wrong.", panel="Decoding")] = True,
+    margin: Annotated[float | None, _option("--context-margin", min=0, help="Seconds of silence kept after a clip by this project's models.", panel="Decoding")] = None,
+    latency_clips: Annotated[int, _option("--latency-clips", min=0, help="Clips that are also transcribed one at a time.")] = 40,
+) -> None:  # fmt: skip
+    """Measure a model on corpora: errors by language, with intervals, speed, memory, cost; and peers beside it."""
+    from whisper_moe import commands
+
+    given = dict(locals())
+    given.pop("commands")
+    raise typer.Exit(commands.evaluate(**given))
+
+
+data = typer.Typer(help="Training data: what is in it.", context_settings={"help_option_names": ["-h", "--help"]})
+app.add_typer(data, name="data")
+
+
+@data.command("inspect")
+def data_inspect(
+    sources: Annotated[list[str], typer.Argument(help="Tables, folders or Hub ids.", show_default=False)],
+    kind: Annotated[str, _option("--kind", help="kathbath, include, wiki-translate, table; auto goes by the Hub id or by what lies in the folder.")] = "auto",
+    split: Annotated[str, _option("--split", help="train, valid, test …")] = "train",
+    languages: Annotated[str | None, _option("--languages", help="These only: hi,or. Of a table: of rows that do not say.")] = None,
+    directions: Annotated[str | None, _option("--directions", help="wiki-translate: en>hi,any>en.")] = None,
+    task: Annotated[str | None, _option("--task", help="Table: the task of rows that do not say.")] = None,
+    columns: Annotated[str | None, _option("--columns", help="Table: names of the columns of a file without them: path,text.")] = None,
+    path: Annotated[str | None, _option("--path", help="Table: where a row's file lies, from its columns: {language}/{path}.")] = None,
+    text: Annotated[str | None, _option("--text", help="Table: file-name for recordings that are named after what is said, none for those without a text.")] = None,
+    videos: Annotated[str | None, _option("--videos", help="INCLUDE: the folder of the videos.")] = None,
+    include_50: Annotated[bool, _option("--include-50", help="INCLUDE: the 50 words of INCLUDE-50.")] = False,
+    streaming: Annotated[bool, _option("--streaming", help="Read row after row, without preparing a copy.")] = False,
+    limit: Annotated[int | None, _option("--limit", min=1, help="The first so many samples of each.")] = None,
+    decode: Annotated[bool, _option("--decode", help="Decode everything, instead of reading headers.")] = False,
+    json: Annotated[bool, typer.Option("--json", help="As JSON, with the name of every unusable sample.")] = False,
+) -> None:  # fmt: skip
+    """Samples, hours, languages, speakers and tasks, a histogram of durations, and what cannot be used, by name."""
+    from whisper_moe.data import inspect
+
+    given = dict(locals())
+    given.pop("inspect")
+    raise typer.Exit(inspect.run(**given))
+
+
+@app.command()
+def train(
+    recipe: Annotated[Path, typer.Argument(help="A YAML file: model, data, optimisation, losses, evaluation.", show_default=False)],
+    overrides: Annotated[list[str] | None, typer.Argument(metavar="[KEY=VALUE]...", help="Changes to it: optimisation.lr=1e-5 data.train.0.limit=100.", show_default=False)] = None,
+    output: Annotated[Path | None, _option("--output", "-o", help="The run's directory; default: the recipe's, or runs/ and its name.")] = None,
+    resume: Annotated[bool, _option("--resume", help="Go on from the newest checkpoint in the directory, if there is one.")] = False,
+) -> None:  # fmt: skip
+    """Train as a recipe says; under torchrun, with all of its processes. 130 and 143: stopped by a signal, to be resumed."""
+    from whisper_moe.train import run
+
+    raise typer.Exit(run.train(recipe, overrides or [], output, resume))
+
+
+@app.command()
+def grok(
+    recipe: Annotated[Path, typer.Argument(help="A YAML file such as recipes/grokking.yaml.", show_default=False)],
+    overrides: Annotated[list[str] | None, typer.Argument(metavar="[KEY=VALUE]...", help="Changes to it: grokfast=[0.98,2.0].", show_default=False)] = None,
+    output: Annotated[Path, _option("--output", "-o", help="A folder for curve, figures and plot.")] = Path("runs/grokking"),
+) -> None:  # fmt: skip
+    """Watch a small model understand long after it has learned by heart."""
+    from whisper_moe.train import grokking
+
+    raise typer.Exit(grokking.run(recipe, overrides or [], output))
 
 
 _NOT_OURS = frozenset(

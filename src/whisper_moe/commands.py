@@ -18,11 +18,20 @@ from functools import wraps
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, ParamSpec, TypeAlias
 
-from pydantic import ValidationError
-
-from whisper_moe.generate.options import DEFAULT_MARGIN, TranscribeOptions
+from whisper_moe.flags import (
+    UsageError,
+    check_languages,
+    names,
+    new_languages,
+    numbers,
+    require_languages,
+    sentence,
+    subtitle_options,
+    transcribe_options,
+    truth,
+    usage,
+)
 from whisper_moe.generate.text import SubtitleOptions, expand_formats, output_names, save, write
-from whisper_moe.media.text import language_code
 
 if TYPE_CHECKING:
     from whisper_moe.api import Outcome, WhisperMoE
@@ -34,10 +43,6 @@ _DTYPES = ("auto", "float32", "int8", "bfloat16", "float16")
 P = ParamSpec("P")
 _Progress: TypeAlias = "tuple[Callable[[float], None] | None, Callable[[], AbstractContextManager[None]]]"
 """What is told the seconds that are finished, and what takes the bar away for as long as something else is written."""
-
-
-class UsageError(ValueError):
-    """Flags or paths that cannot work; exit status 2."""
 
 
 def say(text: str) -> None:
@@ -55,29 +60,10 @@ def _guarded(command: Callable[P, int]) -> Callable[P, int]:
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
             return 0
         except (ValueError, ImportError, OSError) as error:
-            say(f"whisper-moe: {_sentence(error)}")
+            say(f"whisper-moe: {sentence(error)}")
             return 2 if isinstance(error, UsageError) else 1
 
     return run
-
-
-def _sentence(error: Exception) -> str:
-    """What an error says, on one line; of pydantic's only what is wrong with which field."""
-    if isinstance(error, ValidationError):
-        causes = [
-            (".".join(map(str, cause["loc"])), cause["msg"].removeprefix("Value error, ")) for cause in error.errors()
-        ]
-        return "; ".join(f"{field}: {message}" if field else message for field, message in causes)
-    return " ".join(str(error).split())
-
-
-@contextmanager
-def _usage() -> Iterator[None]:
-    """Errors in here are the flags' fault."""
-    try:
-        yield
-    except ValueError as error:
-        raise UsageError(_sentence(error)) from error
 
 
 @_guarded
@@ -86,11 +72,13 @@ def transcribe(
     dtype: str, fp16: str, threads: int | None, verbose: str, **flags: Any,
 ) -> int:  # fmt: skip
     """Texts to standard output or to files, facts to standard error; 1 if any file failed."""
-    with _usage():
-        options = _transcribe_options(flags)
-        subtitles = _subtitle_options(flags)
+    with usage():
+        options = transcribe_options(flags)
+        spoken = (options.language, *options.allowed_languages)
+        check_languages(spoken, model)
+        subtitles = subtitle_options(flags)
         formats = expand_formats((output_format or ("txt" if output_dir is None else "all")).split(","))
-        talkative, half = _truth("--verbose", verbose), _truth("--fp16", fp16)
+        talkative, half = truth("--verbose", verbose), truth("--fp16", fp16)
         paths = _expand(files)
         if len(formats) > 1 and output_dir is None:
             raise UsageError("several formats need a folder to be written to: add -o DIR")
@@ -99,11 +87,13 @@ def transcribe(
     if half:
         dtype = _half_precision(device, dtype)
     loaded = _load(model, device, dtype, threads, talkative)
-    names, failed, started = output_names(paths), 0, time.perf_counter()
+    with usage():
+        require_languages(spoken, loaded, options.task)
+    outputs, failed, started = output_names(paths), 0, time.perf_counter()
     with _progress(talkative) as (progress, aside):
         outcomes = loaded.transcribe_each(map(_source, paths), progress=progress, **vars(options))
         heard = 0.0
-        for path, name, outcome in zip(paths, names, outcomes, strict=True):
+        for path, name, outcome in zip(paths, outputs, outcomes, strict=True):
             with aside():
                 heard += outcome.transcription.duration if outcome.transcription else 0.0
                 if not _deliver(outcome, path, name, formats, output_dir, subtitles, several=len(paths) > 1):
@@ -116,56 +106,6 @@ def transcribe(
     if failed and len(paths) > 1:
         say(f"whisper-moe: {failed} of {len(paths)} files failed")
     return 1 if failed else 0
-
-
-def _transcribe_options(flags: dict[str, Any]) -> TranscribeOptions:
-    increment, first = flags["temperature_increment_on_fallback"] or 0.0, flags["temperature"]
-    count = int((1.0 - first + 1e-6) / increment) + 1 if increment > 0 and first <= 1 else 1
-    language = None if flags["language"].lower() == "auto" else language_code(flags["language"])
-    margin = DEFAULT_MARGIN if flags["context_margin"] is None else flags["context_margin"]
-    plain = {name: flags[name] for name in (
-        "task", "length_penalty", "initial_prompt", "hotwords", "vad", "carry_ttt",
-        "compression_ratio_threshold", "logprob_threshold", "no_speech_threshold",
-    )}  # fmt: skip
-    return TranscribeOptions(
-        **plain, beam_size=flags["beam_size"] or 1, best_of=flags["best_of"] or 1,
-        patience=1.0 if flags["patience"] is None else flags["patience"],
-        language=language, allowed_languages=_codes(flags["languages"]),
-        temperatures=tuple(round(first + i * increment, 6) for i in range(count)),
-        suppress_tokens=_numbers("--suppress-tokens", flags["suppress_tokens"]),
-        timestamps=not flags["without_timestamps"], context_margin=margin,
-        word_timestamps=_truth("--word-timestamps", flags["word_timestamps"]),
-    )  # fmt: skip
-
-
-def _subtitle_options(flags: dict[str, Any]) -> SubtitleOptions:
-    options = SubtitleOptions(
-        highlight_words=_truth("--highlight-words", flags["highlight_words"]), max_line_width=flags["max_line_width"],
-        max_line_count=flags["max_line_count"], max_words_per_line=flags["max_words_per_line"],
-    )  # fmt: skip
-    if options != SubtitleOptions() and not _truth("--word-timestamps", flags["word_timestamps"]):
-        raise UsageError("--highlight-words and the --max-… options need --word-timestamps True")
-    return options
-
-
-def _numbers(name: str, value: str | None) -> tuple[int, ...] | None:
-    if value is None:
-        return None
-    try:
-        return tuple(int(number) for number in value.split(",") if number.strip())
-    except ValueError:
-        raise UsageError(f"{name} must be numbers with commas between them, got {value!r}") from None
-
-
-def _truth(name: str, value: str) -> bool:
-    """``whisper``'s booleans are the words True and False."""
-    if value.lower() not in ("true", "false"):
-        raise UsageError(f"{name} must be True or False, got {value!r}")
-    return value.lower() == "true"
-
-
-def _codes(languages: str | None) -> tuple[str, ...]:
-    return tuple(language_code(name.strip()) for name in languages.split(",")) if languages else ()
 
 
 def _expand(files: Sequence[str] | None) -> list[str]:
@@ -286,7 +226,7 @@ def _deliver(
     except BrokenPipeError:
         raise
     except (OSError, ValueError) as error:
-        say(f"whisper-moe: {path}: {_sentence(error)}")
+        say(f"whisper-moe: {path}: {sentence(error)}")
         return False
     return True
 
@@ -318,10 +258,13 @@ def detect_language(
     files: list[str], model: str | None, languages: str | None, device: str, dtype: str, threads: int | None
 ) -> int:
     """One line a file: language, probability, file name."""
-    with _usage():
-        allowed, paths = _codes(languages), _expand(files)
+    with usage():
+        allowed, paths = names(languages), _expand(files)
+        check_languages(allowed, model)
         _check_machine(device, dtype)
     loaded, failed = _load(model, device, dtype, threads, talkative=True), 0
+    with usage():
+        require_languages(allowed, loaded)
     from whisper_moe.media.audio import MediaError
 
     for path in paths:
@@ -338,16 +281,17 @@ def detect_language(
 def upcycle(
     source: str, output: Path, experts: int, expert_dim: int | None, top_k: int, shared: bool,
     scope: Literal["segment", "token"], router_layer: int, ttt_layers: str | None, base: str | None, quantize: bool,
-    overwrite: bool, seed: int,
+    overwrite: bool, seed: int, add_language: list[str] | None = None,
 ) -> int:  # fmt: skip
-    """Write a whisper-moe directory that computes what ``source`` computes."""
+    """Write a whisper-moe directory that computes what ``source`` computes, with tokens for languages that it lacks."""
     from whisper_moe.config import MoEConfig, TTTConfig
 
     if output.exists() and not overwrite:
         raise UsageError(f"{output}: exists already; --overwrite replaces it")
-    with _usage():
+    with usage():
+        languages = new_languages(add_language)
         default = "3" if experts else ""
-        layers = _numbers("--ttt-layers", default if ttt_layers is None else ttt_layers)
+        layers = numbers("--ttt-layers", default if ttt_layers is None else ttt_layers)
         ttt = TTTConfig(encoder_layers=layers) if layers else None
         moe = MoEConfig(
             n_experts=experts, expert_dim=expert_dim or 256, top_k=top_k, shared=shared, none_choice=shared, scope=scope,
@@ -355,19 +299,22 @@ def upcycle(
         ) if experts else None  # fmt: skip
     from whisper_moe.weights.checkpoint import save_checkpoint
     from whisper_moe.weights.sources import load_whisper
+    from whisper_moe.weights.tokens import add_languages
     from whisper_moe.weights.upcycle import upcycle as upcycled
 
     whisper = load_whisper(source, base=base, announce=say)
     if moe is not None and not shared and expert_dim is None:
         moe = moe.model_copy(update={"expert_dim": whisper.config.encoder_ffn_dim})
     config, state = upcycled(whisper.config, whisper.state, moe=moe, ttt=ttt, seed=seed)
+    with usage():
+        new = add_languages(config, state, whisper.generation, whisper.tokenizer_files, languages)
     save_checkpoint(
-        output, config, state, generation=whisper.generation, tokenizer_files=whisper.tokenizer_files,
+        output, new.config, new.state, generation=new.generation, tokenizer_files=new.tokenizer_files,
         quantize=quantize, overwrite=overwrite,
     )  # fmt: skip
-    say(
-        f"{output}: {whisper.name} with {experts} experts, {sum(t.numel() for t in state.values()) / 1e6:.1f} M parameters"
-    )
+    size = f"{sum(tensor.numel() for tensor in new.state.values()) / 1e6:.1f} M parameters"
+    spoken = "".join(f", {language.name} ({language.code})" for language in languages)
+    say(f"{output}: {whisper.name} with {experts} experts{spoken}, {size}")
     return 0
 
 
@@ -397,3 +344,17 @@ def info(model: str | None, as_json: bool) -> int:
     facts = facts_of(model)
     print(json.dumps(facts, indent=2) if as_json else table(facts))
     return 0
+
+
+@_guarded
+def evaluate(model: str, data: list[str], threads: int | None, languages: str | None, **flags: Any) -> int:
+    """Figures of a model and of what it is compared with; 1 if a file, a clip or a system failed."""
+    from whisper_moe.evaluate import run
+
+    with usage():
+        _check_machine(flags["device"], flags["dtype"])
+        usable = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+        asked = run.plan(model, data, threads=threads or usable or 1, languages=names(languages), **flags)
+    from whisper_moe.api import WhisperMoE
+
+    return run.evaluate(asked, WhisperMoE.from_pretrained, say=say)

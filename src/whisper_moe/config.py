@@ -6,9 +6,11 @@ Dimensions follow Whisper's names; the defaults of :class:`ModelConfig` are whis
 
 from __future__ import annotations
 
+import re
+from pathlib import Path
 from typing import Literal, Self
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 SAMPLE_RATE = 16_000
 """Samples a second that every log-mel is computed at."""
@@ -18,6 +20,14 @@ POSITIONS_PER_SECOND = 50
 """Encoder positions a second: the stem's second convolution halves the frames."""
 MAX_PACK_TOKENS = 2_048
 """The context that segments are packed into (Patch-n-Pack)."""
+EMBEDDED = Path(__file__).parents[2] / "checkpoints"
+"""The default model of a checkout."""
+
+
+def problems(error: ValidationError) -> str:
+    """Pydantic's findings in one line: ``moe.top_k: Input should be a valid integer``."""
+    messages = [(".".join(map(str, e["loc"])), e["msg"].removeprefix("Value error, ")) for e in error.errors()]
+    return "; ".join(f"{where}: {what}" if where else what for where, what in messages)
 
 
 class _Frozen(BaseModel):
@@ -41,6 +51,8 @@ class MoEConfig(_Frozen):
     """``segment``: one choice per segment, read at ``router_layer``. ``token``: one per layer and token (Mixtral)."""
     router_layer: int = Field(default=2, ge=0)
     """Segment scope: the router reads the states after this many encoder layers; they are unrouted, the rest are routed."""
+    balance_bias: bool = False
+    """The router has a bias for each choice, which training moves to keep experts in balance (arXiv 2408.15664)."""
     expert_names: tuple[str, ...] = ()
     """A name for each expert, shown in every transcript; default ``expert-0`` …"""
 
@@ -76,12 +88,43 @@ class TTTConfig(_Frozen):
     """One TTT layer for each routed expert (segment scope only) instead of one for all."""
 
 
+class ConformerConfig(_Frozen):
+    """The Conformer's convolution module in encoder blocks (arXiv 2005.08100, section 2.2), behind a gate that starts at 0."""
+
+    encoder_layers: tuple[int, ...] = ()
+    """Encoder blocks that carry one."""
+    kernel_size: int = Field(default=31, ge=1, le=255)
+    """Positions that a convolution sees, odd; 31 are 0.6 s."""
+
+    @model_validator(mode="after")
+    def _check(self) -> Self:
+        if self.kernel_size % 2 == 0:
+            raise ValueError(f"kernel_size must be odd, got {self.kernel_size}")
+        return self
+
+
+class AdaptConfig(_Frozen):
+    """What is always on beside a frozen core: it starts as the identity and learns what the core was not trained for."""
+
+    encoder_layers: tuple[int, ...] = ()
+    """Encoder blocks that are adapted."""
+    decoder_layers: tuple[int, ...] = ()
+    """Decoder blocks that are adapted."""
+    norms: bool = True
+    """Their LayerNorms carry a learned difference."""
+    adapter_dim: int = Field(default=0, ge=0)
+    """Hidden units of a slim feed-forward beside each one's own (an adapter, arXiv 1902.00751, in parallel); 0 for none."""
+
+
 class ModelConfig(_Frozen):
     """The whole encoder-decoder. The defaults are the shape of ``openai/whisper-base``."""
 
     model_type: Literal["whisper_moe"] = "whisper_moe"
     format_version: Literal[1] = 1
     vocab_size: int = Field(default=51_865, ge=1)
+    """Of all tokens: the source's own, then the new ones."""
+    new_tokens: tuple[str, ...] = ()
+    """Control tokens that the source lacks, such as ``<|or|>``, by name and in the order of their ids: the last ones."""
     n_mels: int = Field(default=80, ge=1)
     d_model: int = Field(default=512, ge=4, multiple_of=2)
     """Even: half of a sinusoidal position is sines."""
@@ -95,6 +138,8 @@ class ModelConfig(_Frozen):
     max_target_positions: int = Field(default=448, ge=1)
     moe: MoEConfig | None = None
     ttt: TTTConfig | None = None
+    adapt: AdaptConfig | None = None
+    conformer: ConformerConfig | None = None
 
     @model_validator(mode="after")
     def _check(self) -> Self:
@@ -106,16 +151,38 @@ class ModelConfig(_Frozen):
             raise ValueError(
                 f"router_layer ({self.moe.router_layer}) is beyond the encoder's {self.encoder_layers} layers"
             )
+        if self.adapt:
+            self._check_depths("adapt", self.adapt)
+        if self.conformer:
+            self._check_depths("conformer", self.conformer)
         if self.ttt:
+            self._check_depths("ttt", self.ttt)
             self._check_ttt(self.ttt)
+        self._check_new_tokens()
         return self
+
+    def _check_new_tokens(self) -> None:
+        names = self.new_tokens
+        odd = [name for name in names if not re.fullmatch(r"<\|[^\s<|>]{1,64}\|>", name)]
+        if odd or len(set(names)) < len(names):
+            raise ValueError(f"new_tokens must be different names such as <|or|>, got {odd or list(names)}")
+        if len(names) >= self.vocab_size:
+            raise ValueError(f"vocab_size ({self.vocab_size}) counts the {len(names)} new tokens and the source's own")
+
+    @property
+    def source_vocab_size(self) -> int:
+        """Tokens that the source came with; the ids of new ones begin here."""
+        return self.vocab_size - len(self.new_tokens)
+
+    def _check_depths(self, name: str, part: TTTConfig | AdaptConfig | ConformerConfig) -> None:
+        for side in ("encoder", "decoder"):
+            depth: int = getattr(self, f"{side}_layers")
+            beyond = [i for i in getattr(part, f"{side}_layers", ()) if not 0 <= i < depth]
+            if beyond:
+                raise ValueError(f"{name}.{side}_layers {beyond} are beyond the {side}'s {depth} layers")
 
     def _check_ttt(self, ttt: TTTConfig) -> None:
         for side, layers in (("encoder", ttt.encoder_layers), ("decoder", ttt.decoder_layers)):
-            depth: int = getattr(self, f"{side}_layers")
-            beyond = [i for i in layers if not 0 <= i < depth]
-            if beyond:
-                raise ValueError(f"ttt.{side}_layers {beyond} are beyond the {side}'s {depth} layers")
             heads: int = getattr(self, f"{side}_heads")
             if layers and self.d_model // heads % 2:
                 raise ValueError(
@@ -129,6 +196,13 @@ class ModelConfig(_Frozen):
             unrouted = [i for i in ttt.encoder_layers if i < self.moe.router_layer]
             if unrouted:
                 raise ValueError(f"ttt.per_expert: encoder layers {unrouted} come before the router's choice")
+
+    def adapted(self, side: Literal["encoder", "decoder"], layer: int) -> AdaptConfig | None:
+        """How this block is adapted, if it is."""
+        if self.adapt is None:
+            return None
+        layers = self.adapt.encoder_layers if side == "encoder" else self.adapt.decoder_layers
+        return self.adapt if layer in layers else None
 
     def routed(self, side: Literal["encoder", "decoder"], layer: int) -> bool:
         """Whether this block's feed-forward is a mixture of experts."""

@@ -1,9 +1,12 @@
-"""Memory that glibc keeps after it was freed: packs of ever other sizes would leave hundreds of MB of holes in its heap."""
+"""Memory that stays taken after it was freed: by glibc, whose heap packs of ever other sizes fill with holes, and by oneDNN."""
 
 from __future__ import annotations
 
 import ctypes
+import os
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from functools import lru_cache
 
 _M_MMAP_THRESHOLD = -3
@@ -11,17 +14,36 @@ _LARGE = 16 << 20
 """Bytes from which a tensor is mapped by itself, and unmapped when it is freed. glibc would raise this to 32 MB as it goes."""
 
 
-def keep_heap_small() -> None:
-    """For the whole process: large tensors stay out of the heap. What is free now goes back to the system."""
-    if libc := _glibc():
-        libc.mallopt(_M_MMAP_THRESHOLD, _LARGE)
-    give_back_memory()
+_WEIGHT = 128 << 10
+"""The same while weights are loaded."""
+_KERNELS = "64"
+"""Products that oneDNN keeps compiled, one for each shape. Its own limit of 1,024 takes 60 MB within a minute of decoding."""
+
+
+@contextmanager
+def weights_apart() -> Iterator[None]:
+    """While weights are loaded, each is mapped by itself: what loading leaves free would lie in pieces between them.
+
+    From then on, for the whole process, the heap is kept small: large tensors stay out of it, and what is free goes back.
+    """
+    os.environ.setdefault("ONEDNN_PRIMITIVE_CACHE_CAPACITY", _KERNELS)  # read once, by the first product
+    _map_from(_WEIGHT)
+    try:
+        yield
+    finally:
+        _map_from(_LARGE)
+        give_back_memory()
 
 
 def give_back_memory() -> None:
     """Return freed memory to the system."""
     if libc := _glibc():
         libc.malloc_trim(0)
+
+
+def _map_from(size: int) -> None:
+    if libc := _glibc():
+        libc.mallopt(_M_MMAP_THRESHOLD, size)
 
 
 @lru_cache(maxsize=1)

@@ -2,17 +2,23 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
+from torch._subclasses.fake_tensor import FakeTensorMode, unset_fake_temporarily
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
-from whisper_moe.config import PRESETS, ModelConfig, MoEConfig, TTTConfig
+from whisper_moe.config import PRESETS, AdaptConfig, ConformerConfig, ModelConfig, MoEConfig, TTTConfig
 from whisper_moe.evaluate import cost
 from whisper_moe.evaluate.cost import active_parameters, facts_of, flops, parameters, table
+from whisper_moe.model import ttt
 from whisper_moe.model.model import WhisperMoEModel
+from whisper_moe.model.router import Routing
+from whisper_moe.packing import Layout
 from whisper_moe.weights import sources
 from whisper_moe.weights.checkpoint import save_checkpoint
 from whisper_moe.weights.default import DEFAULT_MOE, DEFAULT_TTT
@@ -25,25 +31,81 @@ SMALL = ModelConfig(
 MOE = SMALL.model_copy(update={"moe": MoEConfig(n_experts=4, expert_dim=16, router_layer=1)})
 
 
+SCOPES = {
+    "dense": SMALL,
+    "per segment": SMALL.model_copy(
+        update={"moe": MoEConfig(n_experts=4, expert_dim=16, router_layer=1, none_choice=False)}
+    ),
+    "per token": SMALL.model_copy(
+        update={"moe": MoEConfig(n_experts=4, expert_dim=16, none_choice=False, scope="token")}
+    ),
+    "ttt": SMALL.model_copy(update={"ttt": TTTConfig(encoder_layers=(0,), decoder_layers=(1,), mini_batch=6)}),
+    "adapted": SMALL.model_copy(
+        update={
+            "adapt": AdaptConfig(encoder_layers=(0, 1), decoder_layers=(1,), adapter_dim=8),
+            "conformer": ConformerConfig(encoder_layers=(1,), kernel_size=5),
+        }
+    ),
+    "ttt per expert": SMALL.model_copy(
+        update={
+            "moe": MoEConfig(n_experts=4, expert_dim=16, router_layer=1, none_choice=False),
+            "ttt": TTTConfig(encoder_layers=(1,), mini_batch=6, per_expert=True),
+        }
+    ),
+}
+
+
+def grouped(a: torch.Size, b: torch.Size, *_: Any, out_shape: torch.Size | None = None, **__: Any) -> int:
+    """Rows [P, K], each with its group's [K, N]: torch's counter does not know the operation."""
+    return 2 * a[0] * a[1] * b[-1]
+
+
 def counted(config: ModelConfig, frames: int, tokens: int) -> int:
+    """What torch's counter sees of one window. Gradients stay on, so that TTT layers are computed whatever their gates."""
     model = WhisperMoEModel(config).eval()
+    known = {torch.ops.aten._grouped_mm: grouped}
     # The fused attention kernel of the CPU is unknown to the counter; the plain one is made of products that it sees.
-    with torch.no_grad(), sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
+    with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False, custom_mapping=known) as counter:
         state = model.decoder.start(model.encoder([torch.randn(config.n_mels, frames)]))
         for _ in range(tokens):
             model.decoder.head(model.decoder.extend(torch.zeros(1, 1, dtype=torch.long), state))
     return counter.get_total_flops()
 
 
-def test_formula_equals_torchs_counter_for_a_dense_model():
-    gap = 2 * 3 * 32 * (2 * 8 + 1 * 32)  # two frames of zeros behind the segment, one position, in both convolutions
-    assert flops(SMALL, seconds=0.8, tokens=7).total + gap == counted(SMALL, 80, 7)
+def gap(config: ModelConfig) -> int:
+    """The stem's own: two frames of zeros behind the segment, one position, in both convolutions."""
+    return 2 * 3 * config.d_model * (2 * config.n_mels + 1 * config.d_model)
+
+
+@pytest.mark.parametrize("name", SCOPES)
+def test_formula_equals_torchs_counter(name: str):
+    """Positions are no multiple of the TTT mini-batch, and the decoder fills one mini-batch and begins another."""
+    config = SCOPES[name]
+    assert flops(config, seconds=0.8, tokens=7).total + gap(config) == counted(config, 80, 7)
+
+
+def test_formula_equals_torchs_counter_at_full_size(monkeypatch: pytest.MonkeyPatch):
+    """The default's shape, 30 s, without computing anything: fake tensors, and a choice that needs no data."""
+
+    def outside(function: Callable[..., Any]) -> Callable[..., Any]:
+        def run(*args: Any) -> Any:
+            with unset_fake_temporarily():
+                return function(*args)
+
+        return run
+
+    for owner, name in ((Layout, "positions"), (Layout, "segment_ids"), (ttt, "plan_chunks")):
+        monkeypatch.setattr(owner, name, outside(getattr(owner, name)))
+    monkeypatch.setattr(Routing, "choices", property(lambda self: ((0, 1),) * len(self)))
+    config = ModelConfig(moe=DEFAULT_MOE, ttt=DEFAULT_TTT)
+    with FakeTensorMode(allow_non_fake_inputs=True):
+        assert flops(config, 30, 5).total + gap(config) == counted(config, 3000, 5)
 
 
 def test_experts_add_what_the_chosen_ones_cost():
     dense, routed = flops(SMALL, 0.8, 7).total, flops(MOE, 0.8, 7).total
-    chosen_units = 2 * 16
-    assert routed - dense == 2 * 2 * 32 * chosen_units * (40 * 1 + 7 * 3)
+    chosen_units, tokens, router = 2 * 16, 40 * 1 + 7 * 3, 2 * 32 * 5
+    assert routed - dense == (2 * 2 * 32 * chosen_units + 2 * 32 * 4) * tokens + router
 
 
 def test_parts_sum_to_every_tensor_of_the_model():

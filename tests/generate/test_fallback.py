@@ -166,14 +166,14 @@ def test_hints_stay_with_their_clips() -> None:
 
 def test_the_second_attempt_hears_a_full_window(tiny_model: WhisperMoE, monkeypatch: pytest.MonkeyPatch) -> None:
     heard: list[list[int]] = []
-    encode = WindowDecoder._encode
+    encode = WindowDecoder.encode
 
     def spy(self: WindowDecoder, *args: Any) -> Any:
         order, encoded = encode(self, *args)
         heard.append(list(encoded.layout.lengths))
         return order, encoded
 
-    monkeypatch.setattr(WindowDecoder, "_encode", spy)
+    monkeypatch.setattr(WindowDecoder, "encode", spy)
     unsatisfiable = {"logprob_threshold": 1.0, "no_speech_threshold": None, "temperatures": (0.0,)}
     result = tiny_model.transcribe(SECOND, context_margin=0.5, **unsatisfiable)
     assert heard == [[75], [1500]]
@@ -186,5 +186,5 @@ def test_the_second_attempt_hears_a_full_window(tiny_model: WhisperMoE, monkeypa
 def test_how_many_windows_fell_back_is_reported(tiny_model: WhisperMoE) -> None:
     minute = np.random.default_rng(0).normal(0, 0.1, 65 * 16_000).astype(np.float32)
     options: dict[str, Any] = {"no_speech_threshold": None, "timestamps": False, "logprob_threshold": 1.0}
-    assert tiny_model.transcribe(minute, temperatures=(0.0, 0.5), **options).fallbacks == 3
+    assert tiny_model.transcribe(minute, temperatures=(0.0, 0.5), window=30.0, **options).fallbacks == 3
     assert tiny_model.transcribe(minute, temperatures=(0.0,), context_margin=30.0, **options).fallbacks == 0

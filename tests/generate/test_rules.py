@@ -90,14 +90,23 @@ def test_the_same_tokens_are_forbidden(
 
 
 @settings(max_examples=100, deadline=None)
-@given(sampled=histories, seed=st.integers(0, 10**6), louder=st.sampled_from([-6.0, 0.0, 3.0]))
-def test_tokens_behind_the_last_timestamp_are_left_alone(sampled: list[list[int]], seed: int, louder: float) -> None:
+@given(
+    sampled=histories, seed=st.integers(0, 10**6), louder=st.sampled_from([-6.0, 0.0, 3.0]),
+    weight=st.sampled_from([0.0, 3.0, 6.0]),
+)  # fmt: skip
+def test_text_that_somebody_appended_is_text_like_any_other(
+    sampled: list[list[int]], seed: int, louder: float, weight: float
+) -> None:
+    """The same rules as for a vocabulary in which these tokens stand before the end of text."""
     appended = 5
     logits = random_logits(len(sampled), END + 1 + appended, seed, louder)
-    within = Rules(SUPPRESS, SUPPRESS_FIRST, TIMES).apply(logits[:, : END + 1].clone(), sampled)
+    logits[:, END + 1 :] += weight  # often between the loudest text and all times together
     ruled = Rules(SUPPRESS, SUPPRESS_FIRST, TIMES).apply(logits.clone(), sampled)
-    assert torch.equal(ruled[:, END + 1 :], logits[:, END + 1 :])
-    assert torch.equal(ruled[:, : END + 1], within)
+    order = [*range(END + 1, END + 1 + appended), *range(END + 1)]
+    elsewhere = Timestamps(BEGIN + appended, END + appended, END_OF_TEXT + appended, MAX_INITIAL)
+    moved = Rules(*(tuple(i + appended for i in ids) for ids in (SUPPRESS, SUPPRESS_FIRST)), elsewhere)
+    expected = moved.apply(logits[:, order].clone(), [[token + appended for token in row] for row in sampled])
+    assert torch.equal(ruled[:, order], expected)
 
 
 def test_a_token_behind_the_last_timestamp_is_no_time() -> None:

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
-from whisper_moe.config import ModelConfig, MoEConfig, TTTConfig
+from whisper_moe.config import AdaptConfig, ConformerConfig, ModelConfig, MoEConfig, TTTConfig
 from whisper_moe.model.encoder import Encoded
 from whisper_moe.model.model import WhisperMoEModel
 from whisper_moe.model.router import NONE, Routing
@@ -33,8 +33,15 @@ CONFIGS = {
             "ttt": TTTConfig(encoder_layers=(1,), mini_batch=MINI_BATCH, per_expert=True),
         }
     ),
+    "conformer": _SHAPE.model_copy(
+        update={
+            "adapt": AdaptConfig(encoder_layers=(0,), decoder_layers=(1,), adapter_dim=8),
+            "conformer": ConformerConfig(encoder_layers=(0, 1), kernel_size=7),
+        }
+    ),
 }
-"""Without experts; experts chosen per segment or per token beside a shared one; experts alone, each with its own TTT."""
+"""Without experts; experts chosen per segment or per token beside a shared one; experts alone, each with its own TTT; without
+experts, adapted and with convolutions."""
 
 
 def tiny_model(name: str, dtype: torch.dtype = torch.float64, seed: int = 0) -> WhisperMoEModel:
@@ -47,7 +54,7 @@ def tiny_model(name: str, dtype: torch.dtype = torch.float64, seed: int = 0) -> 
                 parameter.normal_(1, 0.2)
             elif ".gate_" in key or ".router." in key:
                 parameter.normal_(0, 0.5)
-            elif parameter.ndim == 1 or ".experts." in key or ".ttt." in key:
+            elif parameter.ndim == 1 or ".experts." in key or ".ttt." in key or ".adapter." in key:
                 parameter.normal_(0, 0.2)
     return model
 

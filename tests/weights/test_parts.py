@@ -79,6 +79,7 @@ def test_every_expert_has_the_same_keys_and_no_two_tensors_of_a_part_share_one(n
 def test_parts_by_name() -> None:
     config = CONFIGS["shared"]
     assert part_of("decoder.token_embedding.weight", config) == "core"
+    assert part_of("decoder.new_tokens.weight", config) == "tokens"
     assert part_of("encoder.blocks.2.ffn.up.weight", config) == "core"
     assert part_of("encoder.router.weight", config) == "router"
     assert part_of("decoder.blocks.0.router.weight", CONFIGS["token"]) == "router"

@@ -1,7 +1,7 @@
 """What a model costs: parameters total and active, bytes on disk, floating-point operations.
 
 Operations are counted by formula, two for each multiplication with addition, matrix products and convolutions only; they
-equal what ``torch.utils.flop_counter`` sees of a dense model.
+equal what ``torch.utils.flop_counter`` sees.
 """
 
 from __future__ import annotations
@@ -60,51 +60,89 @@ class Flops:
 
 
 def flops(config: ModelConfig, seconds: float = WINDOW_SECONDS, tokens: int = TYPICAL_TOKENS) -> Flops:
-    """Operations for a window of ``seconds`` written in ``tokens`` tokens, each computed in a step of its own."""
+    """Operations for a window of ``seconds`` written in ``tokens`` tokens, each computed in a step of its own.
+
+    Every chosen expert is counted: a segment that the router sends to *none* costs less. TTT gates are counted as open.
+    """
     frames = round(seconds * FRAMES_PER_SECOND)
     positions, width = (frames + 1) // 2, config.d_model
     stem = 2 * 3 * width * (frames * config.n_mels + positions * width)
     layers = sum(_encoder_layer(config, layer, positions) for layer in range(config.encoder_layers))
+    choice = _choice(config) if config.moe and config.moe.scope == "segment" else 0
     memory = config.decoder_layers * 2 * positions * 2 * width**2
     decoder = sum(_decoder_token(config, positions, past) for past in range(1, tokens + 1))
-    return Flops(stem + layers, memory, decoder)
+    return Flops(stem + layers + choice, memory, decoder)
 
 
 def _encoder_layer(config: ModelConfig, layer: int, positions: int) -> int:
     width = config.d_model
     attention = 2 * positions * 4 * width**2 + 2 * 2 * positions**2 * width
-    return attention + positions * (_feed_forward(config, "encoder", layer) + _ttt(config, "encoder", layer))
+    pointwise = _feed_forward(config, "encoder", layer) + _convolution(config, layer)
+    return attention + positions * pointwise + _encoder_ttt(config, layer, positions)
+
+
+def _convolution(config: ModelConfig, layer: int) -> int:
+    """Of one position: the Conformer's two pointwise products, and the depthwise one between them."""
+    if config.conformer is None or layer not in config.conformer.encoder_layers:
+        return 0
+    return 2 * config.d_model * (3 * config.d_model + config.conformer.kernel_size)
 
 
 def _decoder_token(config: ModelConfig, positions: int, past: int) -> int:
+    """Of the token with which there are ``past``."""
     width = config.d_model
     own = 2 * 4 * width**2 + 2 * 2 * past * width
     cross = 2 * 2 * width**2 + 2 * 2 * positions * width
     layers = (
-        own + cross + _feed_forward(config, "decoder", i) + _ttt(config, "decoder", i)
+        own + cross + _feed_forward(config, "decoder", i) + _decoder_ttt(config, i, past)
         for i in range(config.decoder_layers)
     )  # fmt: skip
     return sum(layers) + 2 * config.vocab_size * width
 
 
 def _feed_forward(config: ModelConfig, side: Any, layer: int) -> int:
-    """Of one token: the dense or shared feed-forward, and ``top_k`` experts."""
+    """Of one token: dense or shared feed-forward, ``top_k`` experts with the sum of their biases, and a choice made here."""
     hidden = config.encoder_ffn_dim if side == "encoder" else config.decoder_ffn_dim
-    if config.moe is not None and config.routed(side, layer):
-        hidden = hidden * config.moe.shared + config.moe.top_k * config.moe.expert_dim
-    return 2 * 2 * config.d_model * hidden
+    moe, extra = config.moe, 0
+    if moe is not None and config.routed(side, layer):
+        hidden = hidden * moe.shared + moe.top_k * moe.expert_dim
+        extra = 2 * moe.n_experts * config.d_model + (_choice(config) if moe.scope == "token" else 0)
+    adapt = config.adapted(side, layer)
+    hidden += adapt.adapter_dim if adapt else 0
+    return 2 * 2 * config.d_model * hidden + extra
 
 
-def _ttt(config: ModelConfig, side: Any, layer: int) -> int:
-    """Of one token in a layer whose gates are open; fast weights are [d, 4d] and [4d, d] for each head of d."""
-    ttt = config.ttt
-    if ttt is None or layer not in (ttt.encoder_layers if side == "encoder" else ttt.decoder_layers):
+def _choice(config: ModelConfig) -> int:
+    """One choice of a router: a logit for each expert and for *none*."""
+    return 2 * (config.moe.n_experts + config.moe.none_choice) * config.d_model if config.moe else 0
+
+
+def _encoder_ttt(config: ModelConfig, layer: int, positions: int) -> int:
+    """Both directions of a segment; each is cut into mini-batches, of which the last is filled up with padding.
+
+    Fast weights are [d, 4d] and [4d, d] for each head of d.
+    """
+    ttt, width, heads = config.ttt, config.d_model, config.encoder_heads
+    if ttt is None or layer not in ttt.encoder_layers:
         return 0
-    width, heads = config.d_model, config.encoder_heads if side == "encoder" else config.decoder_heads
-    directions = 2 if side == "encoder" else 1
-    inner = directions * _TTT_PRODUCTS * 2 * width * 4 * (width // heads)
-    copies = config.moe.top_k if ttt.per_expert and config.moe else 1
-    return copies * (2 * 4 * width**2 + inner)
+    padded = -(-positions // ttt.mini_batch) * ttt.mini_batch
+    inner = 2 * padded * _TTT_PRODUCTS * 2 * width * 4 * (width // heads)
+    outer = (
+        positions * 2 * width * (3 * width + heads + 2 * width)
+    )  # q, k, v; learning rates; an output for each direction
+    return (config.moe.top_k if ttt.per_expert and config.moe else 1) * (inner + outer)
+
+
+def _decoder_ttt(config: ModelConfig, layer: int, past: int) -> int:
+    """The dual form, a token at a time: scores against the open mini-batch, and its commit when it is full."""
+    ttt, width, heads = config.ttt, config.d_model, config.decoder_heads
+    if ttt is None or layer not in ttt.decoder_layers:
+        return 0
+    opened = (past - 1) % ttt.mini_batch + 1
+    weight = 2 * width * 4 * (width // heads)
+    inner = 5 * weight + 2 * opened * 2 * (width + 4 * width)
+    commit = 2 * weight * ttt.mini_batch if opened == ttt.mini_batch else 0
+    return inner + commit + 2 * width * (3 * width + heads + width)
 
 
 def facts_of(model: str | None) -> dict[str, Any]:

@@ -63,7 +63,17 @@ class WindowDecoder:
     def step(self, tokens_Rn: Tensor, state: DecoderState) -> tuple[Tensor, DecoderState]:
         """The stepper of :mod:`whisper_moe.generate.search`."""
         states_RnD = self.model.decoder.extend(tokens_Rn.to(self._like.device), state)
+        return self.model.decoder.own_logits(states_RnD[:, -1]).float(), state
+
+    def _hear(self, tokens_Rn: Tensor, state: DecoderState) -> tuple[Tensor, DecoderState]:
+        """A step whose logits are those of new tokens too: a language may be among them, but none of them is ever said."""
+        states_RnD = self.model.decoder.extend(tokens_Rn.to(self._like.device), state)
         return self.model.decoder.head(states_RnD[:, -1]).float(), state
+
+    def _own(self, logits_RV: Tensor) -> Tensor:
+        """The logits without those of new tokens, laid out as if there were none: sums then round alike."""
+        own = self.model.config.source_vocab_size
+        return logits_RV if logits_RV.shape[1] == own else logits_RV[:, :own].contiguous()
 
     @property
     def window_seconds(self) -> float:
@@ -90,11 +100,11 @@ class WindowDecoder:
         ``carry``: what the window before this single one left; it is not changed, the take has what comes after.
         """
         carried = carry.copy() if carry is not None else None
-        order, encoded = self._encode(clips, margin, carried)
+        order, encoded = self.encode(clips, margin, carried)
         give_back_memory()  # packs of ever other sizes leave holes that would add up to hundreds of MB
         hints = [hints[i] for i in order] if hints else [None] * len(order)
         samples = [len(clips[i]) for i in order]
-        found = self._decode_encoded(encoded, samples, hints, options, temperature, margin)
+        found = self.decode_encoded(encoded, samples, hints, options, temperature, margin)
         del encoded
         give_back_memory()
         takes: list[Take | None] = [None] * len(order)
@@ -107,16 +117,16 @@ class WindowDecoder:
         self, clips: Sequence[np.ndarray], options: TranscribeOptions, margin: float
     ) -> list[dict[str, float]]:
         """Probabilities of the allowed languages for each clip, likeliest first."""
-        order, encoded = self._encode(clips, margin)
+        order, encoded = self.encode(clips, margin)
         state = self.model.decoder.start(encoded)
-        logits, _ = self.step(torch.full((len(order), 1), self.tokenizer.sot), state)
+        logits, _ = self._hear(torch.full((len(order), 1), self.tokenizer.sot), state)
         codes, probabilities = self._language_probabilities(logits, options)
         results: list[dict[str, float]] = [{} for _ in order]
         for index, row in zip(order, probabilities.tolist(), strict=True):
             results[index] = dict(sorted(zip(codes, row, strict=True), key=lambda item: -item[1]))
         return results
 
-    def _encode(
+    def encode(
         self, clips: Sequence[np.ndarray], margin: float, carry: Carry | None = None
     ) -> tuple[list[int], Encoded]:
         """Pack and encode; returns the clips' order in the packs, and the states of all packs in that order."""
@@ -134,7 +144,7 @@ class WindowDecoder:
         mel = log_mel(torch.from_numpy(clip[:samples]), self.model.config.n_mels, samples=samples)
         return mel.to(self._like)
 
-    def _decode_encoded(
+    def decode_encoded(
         self, encoded: Encoded, samples: Sequence[int], hints: Sequence[str | None], options: TranscribeOptions,
         temperature: float, margin: float,
     ) -> list[Take]:  # fmt: skip
@@ -142,12 +152,13 @@ class WindowDecoder:
         state = self.model.decoder.start(encoded, choice.beams)
         rows, prompt, heard = segments * choice.beams, self._prompt(options), None
         if prompt and self.given_language(options) is None:  # a prompt has a language of its own
-            heard, state = self.step(torch.tensor([[tokenizer.sot]] * rows), state)
+            heard, state = self._hear(torch.tensor([[tokenizer.sot]] * rows), state)
             state = self.model.decoder.restarted(state)
         opening = [*prompt, tokenizer.sot]
-        logits, state = self.step(torch.tensor([opening] * rows), state)
+        opened, state = self._hear(torch.tensor([opening] * rows), state)
+        logits = self._own(opened)
         no_speech = logits[:: choice.beams].softmax(-1)[:, tokenizer.no_speech].tolist()
-        languages = self._languages((logits if heard is None else heard)[:: choice.beams], hints, options)
+        languages = self._languages((opened if heard is None else heard)[:: choice.beams], hints, options)
         prefixes = [self._prefix(language, options) for language, _ in languages]
         if prefixes[0]:
             logits, state = self.step(torch.tensor(prefixes).repeat_interleave(choice.beams, 0), state)
@@ -196,13 +207,15 @@ class WindowDecoder:
     def _rules(self, options: TranscribeOptions) -> Rules:
         tokenizer = self.tokenizer
         asked = self._suppressed if options.suppress_tokens is None else options.suppress_tokens
-        never = {*tokenizer.suppressed(asked), tokenizer.no_timestamps}
-        first = tuple(self.generation.get("begin_suppress_tokens") or (*tokenizer.encode(" "), tokenizer.eot))
+        own = self.model.config.source_vocab_size  # new tokens are never said: their logits are not even computed
+        padding = range(tokenizer.vocab_size, own)
+        never = {id for id in (*tokenizer.suppressed(asked), tokenizer.no_timestamps, *padding) if id < own}
+        first = self.generation.get("begin_suppress_tokens") or (*tokenizer.encode(" "), tokenizer.eot)
         times = None
         if options.timestamps:
             most = self.generation.get("max_initial_timestamp_index", 50)
             times = Timestamps(tokenizer.timestamp_begin, tokenizer.timestamp_end, tokenizer.eot, most)
-        return Rules(tuple(sorted(never)), first, times)
+        return Rules(tuple(sorted(never)), tuple(id for id in first if id < own), times)
 
     def _languages(
         self, logits_SV: Tensor, hints: Sequence[str | None], options: TranscribeOptions
@@ -223,7 +236,7 @@ class WindowDecoder:
     def _language_probabilities(self, logits_SV: Tensor, options: TranscribeOptions) -> tuple[list[str], Tensor]:
         """Codes, and [S, codes] probabilities among the allowed languages only."""
         allowed = {code: self.tokenizer.language_id(code) for code in options.allowed_languages}
-        ids = allowed or self.tokenizer.languages
+        ids = allowed or self.tokenizer.detected
         return list(ids), logits_SV[:, list(ids.values())].softmax(-1)
 
     def _experts(self, routing: Routing | None, segments: int) -> list[tuple[tuple[str, float], ...]]:
@@ -255,7 +268,7 @@ class WindowDecoder:
         layout, flat = Layout(map(len, inputs)), torch.tensor([token for tokens in inputs for token in tokens])
         flat = flat.to(self._like.device)
         attention = self.model.decoder.alignment(flat, layout, encoded, self._alignment_heads)
-        logits_TV = self.model.decoder.head(self.model.decoder(flat, layout, encoded))
+        logits_TV = self.model.decoder.own_logits(self.model.decoder(flat, layout, encoded))
         timings = []
         for index, (rows, text, language) in enumerate(zip(layout.slices(), texts, languages, strict=True)):
             heard = attention[index][..., : self.positions(samples[index], 0)]  # no word lies in the silence behind

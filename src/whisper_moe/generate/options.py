@@ -10,6 +10,8 @@ FULL_WINDOW = 30.0
 """Seconds that Whisper was trained on; a margin of as much is the padded transcription of old."""
 DEFAULT_MARGIN = 2.5
 """Seconds of silence kept after each clip; chosen by measurement (``docs/lab.md``)."""
+DEFAULT_WINDOW = 20.0
+"""Seconds of a long recording that are decoded as one; chosen by measurement (``docs/lab.md``)."""
 TEMPERATURES = (0.0, 0.2, 0.4, 0.6, 0.8, 1.0)
 
 
@@ -56,6 +58,9 @@ class TranscribeOptions:
     """Tokens never to say; -1 stands for annotations such as ♪. None: what the checkpoint lists."""
     context_margin: float = DEFAULT_MARGIN
     """Seconds of silence kept after each clip, up to the 30 s window; 30 pads as Whisper always did."""
+    window: float | None = None
+    """Seconds that a recording is cut into, at most: shorter windows share more batches, longer ones have more context. None
+    takes 20 s, and Whisper's 30 s where every window is padded to them anyway."""
     vad: Literal["none", "energy", "silero"] = "none"
     """Drop what is not speech before transcribing."""
     compression_ratio_threshold: float | None = 2.4
@@ -75,10 +80,19 @@ class TranscribeOptions:
             value = getattr(self, name)
             if not (math.isfinite(value) and value >= least):
                 raise ValueError(f"{name} must be {'positive' if least else 'at least 0'}, got {value}")
+        if self.window is not None and not 1 <= self.window <= FULL_WINDOW:  # NaN fails too
+            raise ValueError(f"window must be 1 to {FULL_WINDOW:.0f} seconds, got {self.window}")
         if not self.temperatures or not all(math.isfinite(t) and t >= 0 for t in self.temperatures):
             raise ValueError(f"temperatures must be numbers of at least 0, got {self.temperatures}")
         if any(token < -1 for token in self.suppress_tokens or ()):
             raise ValueError(f"suppress_tokens are token ids, or -1 for annotations, got {self.suppress_tokens}")
+
+    @property
+    def window_seconds(self) -> float:
+        """What a window may last."""
+        if self.window is not None:
+            return self.window
+        return DEFAULT_WINDOW if self.context_margin < FULL_WINDOW else FULL_WINDOW
 
     def search(self, temperature: float) -> SearchOptions:
         """Beams without a temperature, samples with one."""

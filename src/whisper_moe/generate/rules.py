@@ -1,7 +1,7 @@
 """What may be said next: suppression and timestamp rules (Whisper, section 2.3 and ``openai/whisper`` decoding).
 
 Rules write −inf into a [R, vocab] tensor of unnormalised log-probabilities. They look at the tokens sampled so far, without
-the prompt. Timestamps are the range [begin, end], so tokens appended behind it are not taken for times.
+the prompt. Timestamps are the range [begin, end]: tokens appended behind it are no times, but text as what lies before it.
 """
 
 from __future__ import annotations
@@ -62,7 +62,7 @@ class Rules:
 def _pair_up(row_V: Tensor, tokens: Sequence[int], ts: Timestamps) -> None:
     """Timestamps come in pairs (end, begin) and never go back; the first token is one, near the window's start."""
     if not tokens:
-        row_V[: ts.begin] = _NEVER
+        _forbid_others(row_V, ts, ts.begin)
         if ts.max_initial is not None:
             row_V[ts.begin + ts.max_initial + 1 : ts.end + 1] = _NEVER
         return
@@ -71,7 +71,7 @@ def _pair_up(row_V: Tensor, tokens: Sequence[int], ts: Timestamps) -> None:
     if last and before_last:
         row_V[ts.begin : ts.end + 1] = _NEVER
     elif last:
-        row_V[: ts.end_of_text] = _NEVER
+        _forbid_others(row_V, ts, ts.end_of_text)
     seen = next((t for t in reversed(tokens) if ts.begin <= t <= ts.end), None)
     if seen is not None:
         lowest = seen if last and not before_last else seen + 1
@@ -82,5 +82,13 @@ def _prefer_timestamps(logits_RV: Tensor, ts: Timestamps) -> None:
     """Where all timestamps together are likelier than any one text token, only a timestamp may come."""
     times = logits_RV[:, ts.begin : ts.end + 1].logsumexp(-1)
     text = logits_RV[:, : ts.begin].amax(-1)
+    if logits_RV.shape[1] > ts.end + 1:
+        text = torch.maximum(text, logits_RV[:, ts.end + 1 :].amax(-1))
     for row in (times > text).nonzero()[:, 0].tolist():
-        logits_RV[row, : ts.begin] = _NEVER
+        _forbid_others(logits_RV[row], ts, ts.begin)
+
+
+def _forbid_others(row_V: Tensor, ts: Timestamps, below: int) -> None:
+    """What comes before ``below``, and what was appended behind the timestamps."""
+    row_V[:below] = _NEVER
+    row_V[ts.end + 1 :] = _NEVER

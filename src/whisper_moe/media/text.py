@@ -2,7 +2,7 @@
 
 A thin layer over ``tokenizers``: byte-level BPE (GPT-2), Whisper's control tokens (arXiv 2212.04356, section 2.3) and
 timestamps every 0.02 s. Ids are looked up by name: the vocabularies of Whisper (51,864 / 51,865 / 51,866) and of its
-fine-tunes differ. ``tokenizers`` is imported when a tokenizer is built, so the language tables are free to import.
+fine-tunes differ. ``tokenizers`` is imported when a tokenizer is built.
 """
 
 from __future__ import annotations
@@ -10,45 +10,17 @@ from __future__ import annotations
 import json
 import re
 import string
-from collections.abc import Collection, Iterable, Mapping, Sequence
-from difflib import get_close_matches
+from collections.abc import Iterable, Mapping, Sequence
 from functools import cached_property
 from itertools import groupby
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from whisper_moe.media.languages import FURTHER_LANGUAGES, LANGUAGES, UNSPACED_LANGUAGES, language_code
+from whisper_moe.media.languages import LANGUAGE_CODES as LANGUAGE_CODES
+
 if TYPE_CHECKING:
     import tokenizers
-
-_LANGUAGE_TABLE = """
-af afrikaans, am amharic, ar arabic, as assamese, az azerbaijani, ba bashkir, be belarusian, bg bulgarian, bn bengali,
-bo tibetan, br breton, bs bosnian, ca catalan, cs czech, cy welsh, da danish, de german, el greek, en english,
-es spanish, et estonian, eu basque, fa persian, fi finnish, fo faroese, fr french, gl galician, gu gujarati, ha hausa,
-haw hawaiian, he hebrew, hi hindi, hr croatian, ht haitian creole, hu hungarian, hy armenian, id indonesian,
-is icelandic, it italian, ja japanese, jw javanese, ka georgian, kk kazakh, km khmer, kn kannada, ko korean, la latin,
-lb luxembourgish, ln lingala, lo lao, lt lithuanian, lv latvian, mg malagasy, mi maori, mk macedonian, ml malayalam,
-mn mongolian, mr marathi, ms malay, mt maltese, my myanmar, ne nepali, nl dutch, nn nynorsk, no norwegian, oc occitan,
-pa punjabi, pl polish, ps pashto, pt portuguese, ro romanian, ru russian, sa sanskrit, sd sindhi, si sinhala,
-sk slovak, sl slovenian, sn shona, so somali, sq albanian, sr serbian, su sundanese, sv swedish, sw swahili, ta tamil,
-te telugu, tg tajik, th thai, tk turkmen, tl tagalog, tr turkish, tt tatar, uk ukrainian, ur urdu, uz uzbek,
-vi vietnamese, yi yiddish, yo yoruba, yue cantonese, zh chinese
-"""
-_ALIAS_TABLE = """
-burmese my, castilian es, flemish nl, haitian ht, letzeburgesch lb, mandarin zh, moldavian ro, moldovan ro, panjabi pa,
-pushto ps, sinhalese si, valencian ca
-"""
-
-
-def _pairs(table: str) -> dict[str, str]:
-    return dict(entry.strip().split(" ", 1) for entry in table.split(","))
-
-
-LANGUAGES: dict[str, str] = _pairs(_LANGUAGE_TABLE)
-"""Whisper's language codes, each with its English name."""
-LANGUAGE_CODES: dict[str, str] = {name: code for code, name in LANGUAGES.items()} | _pairs(_ALIAS_TABLE)
-"""Language names and their aliases, each with its code."""
-UNSPACED_LANGUAGES = frozenset({"zh", "ja", "th", "lo", "my", "yue"})
-"""Languages written without spaces between words: every character may begin a word."""
 
 TIMESTAMP_SECONDS = 0.02
 """Seconds between one timestamp token and the next."""
@@ -56,7 +28,7 @@ TASKS = ("transcribe", "translate")
 
 _TIMESTAMPS = tuple(f"<|{i * TIMESTAMP_SECONDS:.2f}|>" for i in range(1501))
 _MULTILINGUAL_VOCABULARY = 51_865
-"""Whisper's English-only vocabulary is smaller than this, every multilingual one is not."""
+"""Whisper's English-only vocabulary, which ends with the timestamps, is smaller than this; every multilingual one is not."""
 _UNENCODABLE = re.compile("[\0\ud800-\udfff]")
 _REPLACEMENT = "\ufffd"
 
@@ -66,21 +38,6 @@ _ANNOTATIONS = (
     *("♪♪", "♪♪♪"),
 )
 _MUSIC = tuple("♩♪♫♬♭♮♯")
-
-
-def language_code(name: str, extra: Collection[str] = ()) -> str:
-    """The code of a language given by code, name or alias, in any case: ``Hindi`` → ``hi``.
-
-    ``extra`` are further codes that a model knows. Raises ``ValueError`` with the closest names for an unknown one.
-    """
-    wanted = name.strip().lower()
-    if wanted in LANGUAGES or wanted in extra:
-        return wanted
-    if wanted in LANGUAGE_CODES:
-        return LANGUAGE_CODES[wanted]
-    close = get_close_matches(wanted, [*LANGUAGE_CODES, *LANGUAGES, *extra])
-    hint = f"did you mean {' or '.join(close)}?" if close else "give a code such as en or a name such as english"
-    raise ValueError(f"unknown language {name!r}: {hint}")
 
 
 def read_backend(path: Path) -> tokenizers.Tokenizer:
@@ -137,8 +94,10 @@ class Tokenizer:
     """Whisper's tokenizer.
 
     ``languages`` and ``tasks`` map codes to ids and are empty for an English-only model, whose vocabulary lists such
-    tokens although the model was never trained on them. Timestamp tokens are ``timestamp_begin`` to ``timestamp_end``,
-    both included; ids beyond belong to whoever appended them.
+    tokens although the model was never trained on them. ``language_names`` are those that the model's own list gives.
+    ``detected``: the languages that detection chooses among unless it is told otherwise. Of those that somebody appended they
+    are the ones that the model lists, and never one of its ``undetected_languages``, which nobody has trained yet.
+    Timestamp tokens are ``timestamp_begin`` to ``timestamp_end``, both included; ids beyond belong to whoever appended them.
     """
 
     def __init__(self, backend: tokenizers.Tokenizer, generation_config: Mapping[str, Any] | None = None) -> None:
@@ -165,8 +124,10 @@ class Tokenizer:
         if self.timestamp_end - self.timestamp_begin != len(_TIMESTAMPS) - 1:
             raise ValueError("the tokenizer's timestamp tokens are not consecutive")
 
-        self.is_multilingual = bool(config.get("is_multilingual", self.vocab_size >= _MULTILINGUAL_VOCABULARY))
+        self.is_multilingual = bool(config.get("is_multilingual", self.timestamp_end + 1 >= _MULTILINGUAL_VOCABULARY))
+        self.language_names: dict[str, str] = dict(config.get("language_names") or {})
         self.languages = self._read_languages(config.get("lang_to_id") or {}) if self.is_multilingual else {}
+        self.detected = self._detected(config)
         self.tasks = {task: self._id(f"<|{task}|>") for task in TASKS} if self.is_multilingual else {}
 
     @classmethod
@@ -185,9 +146,22 @@ class Tokenizer:
         for name, id in lang_to_id.items():
             if self._id(name) != id:
                 raise ValueError(f"the generation config gives {name} the id {id}, the tokenizer {self._id(name)}")
-        names = {code: f"<|{code}|>" for code in LANGUAGES} | {name.strip("<|>"): name for name in lang_to_id}
+        known = [*LANGUAGES, *FURTHER_LANGUAGES]
+        names = {code: f"<|{code}|>" for code in known} | {name.strip("<|>"): name for name in lang_to_id}
         ids = {code: self._backend.token_to_id(name) for code, name in names.items()}
         return {code: id for code, id in ids.items() if id is not None}
+
+    def _detected(self, config: Mapping[str, Any]) -> dict[str, int]:
+        listed, left_out = (config.get(key) or () for key in ("lang_to_id", "undetected_languages"))
+        return {
+            code: id
+            for code, id in self.languages.items()
+            if code not in left_out and (id <= self.timestamp_end or f"<|{code}|>" in listed)
+        }
+
+    def token_id(self, name: str) -> int | None:
+        """The id of a token such as ``<|or|>``."""
+        return self._backend.token_to_id(name)
 
     @property
     def vocab_size(self) -> int:
@@ -223,9 +197,13 @@ class Tokenizer:
         """The ids that stand for text: no control and no timestamp tokens."""
         return [id for id in ids if id not in self._special]
 
+    def language_code(self, language: str) -> str:
+        """The code of a language given by code or name, of those that only this model knows too; else ``ValueError``."""
+        return language_code(language, self.languages, self.language_names)
+
     def language_id(self, language: str) -> int:
         """The token of a language given by code or name; ``ValueError`` if this model has none."""
-        code = language_code(language, self.languages)
+        code = self.language_code(language)
         if code not in self.languages:
             known = ", ".join(sorted(self.languages)) or "only English, without a language token"
             raise ValueError(f"this model does not know the language {language!r}; it knows {known}")
@@ -261,12 +239,16 @@ class Tokenizer:
         return tuple(sorted(ids))
 
     def suppressed(self, requested: Iterable[int] = (-1,)) -> tuple[int, ...]:
-        """Tokens that may never be sampled: ``requested``, with -1 for all non-speech ones, and the control tokens."""
+        """Tokens that may never be sampled: ``requested``, with -1 for all non-speech ones, and the control tokens.
+
+        Among these are all that was appended to Whisper's vocabulary but text: languages, tasks, padding with a name.
+        """
         wanted = set(requested)
         if -1 in wanted:
             wanted = (wanted - {-1}) | set(self.non_speech_tokens)
         control = {self.sot, self.sot_lm, self.sot_prev, self.transcribe, self.translate, self.no_speech}
-        return tuple(sorted(wanted | control))
+        appended = {id for id in self._special if id > self.timestamp_end}
+        return tuple(sorted(wanted | control | appended))
 
     def split_to_words(self, ids: Sequence[int], language: str | None = None) -> tuple[list[str], list[list[int]]]:
         """Group tokens into words: (texts, ids of each). Together they hold every id, in order.

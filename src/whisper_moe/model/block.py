@@ -1,25 +1,33 @@
 """One residual block, encoder or decoder; its ``forward`` is its residual sum.
 
-Self-attention → (decoder: cross-attention to the own segment) → TTT-MLP behind its gate → feed-forward: dense, or experts,
-or both (the dense one is then the shared expert).
+Self-attention → (decoder: cross-attention to the own segment) → TTT-MLP behind its gate →
+(conformer variant: convolution module behind a gate) → feed-forward: dense, or experts,
+or both (the dense one is then the shared expert), and a slim adapter beside them.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import Literal, TypeAlias
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from whisper_moe.config import ModelConfig
+from whisper_moe.model.adapt import AdaptedNorm, Adapter
 from whisper_moe.model.attention import CrossAttention, KeyValueCache, Memory, SelfAttention
+from whisper_moe.model.conformer import ConvolutionModule
 from whisper_moe.model.fast_weights import FastWeights
 from whisper_moe.model.moe import Experts
-from whisper_moe.model.router import Router, Routing
+from whisper_moe.model.router import Choices, Router, Routing
 from whisper_moe.model.ttt import TTTMLP, TTTState
 from whisper_moe.model.ttt_experts import ExpertTTT
 from whisper_moe.packing import Layout
+
+Source: TypeAlias = "tuple[Tensor, Layout]"
+"""The encoder's states and where its segments lie: what a decoder block makes keys and values of."""
 
 
 class FeedForward(nn.Module):
@@ -68,40 +76,68 @@ def _ttt(config: ModelConfig, side: Literal["encoder", "decoder"], layer: int) -
 class Block(nn.Module):
     """A block of the encoder or the decoder at depth ``layer``; the configuration says which parts it carries."""
 
+    recompute = False
+    """Activation checkpointing (arXiv 1604.06174): a training pass keeps the block's input only, and computes it again."""
+
     def __init__(self, config: ModelConfig, side: Literal["encoder", "decoder"], layer: int) -> None:
         super().__init__()
         self.layer = layer
         d, decoder = config.d_model, side == "decoder"
         heads = config.decoder_heads if decoder else config.encoder_heads
         hidden = config.decoder_ffn_dim if decoder else config.encoder_ffn_dim
-        self.attn_norm = nn.LayerNorm(d)
+        adapt = config.adapted(side, layer)
+        norm = AdaptedNorm if adapt and adapt.norms else nn.LayerNorm
+        self.attn_norm = norm(d)
         self.attn = SelfAttention(d, heads, causal=decoder)
-        self.cross_norm = nn.LayerNorm(d) if decoder else None
+        self.cross_norm = norm(d) if decoder else None
         self.cross_attn = CrossAttention(d, heads) if decoder else None
         self.ttt = _ttt(config, side, layer)
         self.ttt_norm = nn.LayerNorm(d) if self.ttt is not None else None
-        self.ffn_norm = nn.LayerNorm(d)
+        conformer = config.conformer if not decoder else None
+        carries = conformer is not None and layer in conformer.encoder_layers
+        self.conv = ConvolutionModule(d, conformer.kernel_size) if conformer and carries else None
+        self.conv_norm = nn.LayerNorm(d) if carries else None
+        self.ffn_norm = norm(d)
+        self.adapter = Adapter(d, adapt.adapter_dim) if adapt and adapt.adapter_dim else None
         moe = config.moe if config.routed(side, layer) else None
         self.ffn = FeedForward(d, hidden) if moe is None or moe.shared else None
         self.experts = Experts(d, moe.expert_dim, moe.n_experts) if moe else None
         self.router = None
         if moe and moe.scope == "token":
-            self.router = Router(d, moe.n_experts, moe.top_k, moe.none_choice)
+            self.router = Router(d, moe.n_experts, moe.top_k, moe.none_choice, biased=moe.balance_bias)
 
     def forward(
-        self, x_TD: Tensor, layout: Layout, routing: Routing | None, memory: Memory | None = None,
-        carry: Carry | None = None,
+        self, x_TD: Tensor, layout: Layout, routing: Routing | None, memory: Memory | Source | None = None,
+        carry: Carry | None = None, choices: Choices | None = None,
     ) -> Tensor:  # fmt: skip
         """Whole segments at once. ``routing``: one choice per segment; ``memory``: what a decoder block attends to.
 
         ``carry``: the one segment goes on where the recording's window before left the fast weights; it is advanced.
+        ``choices``: where the choice of this block's own router, if it has one, is noted.
         """
+        if self.recompute and torch.is_grad_enabled():
+            x_TD, chosen = checkpoint(
+                self._compute, x_TD, layout, routing, memory, carry, use_reentrant=False, preserve_rng_state=False
+            )  # pyright: ignore[reportGeneralTypeIssues]
+        else:
+            x_TD, chosen = self._compute(x_TD, layout, routing, memory, carry)
+        if choices is not None and chosen is not None:
+            choices.made.append(chosen)
+        return x_TD
+
+    def _compute(
+        self, x_TD: Tensor, layout: Layout, routing: Routing | None, memory: Memory | Source | None, carry: Carry | None
+    ) -> tuple[Tensor, Routing | None]:
+        """The residual sum, and what this block's own router chose."""
         x_TD = x_TD + self.attn(self.attn_norm(x_TD), layout)
         if self.cross_attn is not None and self.cross_norm is not None:
             assert memory is not None, "a decoder block needs the encoder's states"
+            memory = memory if isinstance(memory, Memory) else self.cross_attn.memory(*memory)
             x_TD = x_TD + self.cross_attn(self.cross_norm(x_TD), layout, memory)
         if self.ttt is not None and self.ttt_norm is not None and not self.ttt.skippable():
             x_TD = x_TD + self._adapt(self.ttt_norm(x_TD), layout, routing, carry)
+        if self.conv is not None and self.conv_norm is not None:
+            x_TD = x_TD + self.conv(self.conv_norm(x_TD), layout)
         return self._feed_forward(x_TD, layout, routing)
 
     def extend(self, x_TD: Tensor, layout: Layout, routing: Routing | None, state: BlockState, beams: Layout) -> Tensor:
@@ -113,7 +149,7 @@ class Block(nn.Module):
             assert state.ttt is not None
             update, state.ttt = self.ttt.extend(self.ttt_norm(x_TD).view(len(layout), -1, x_TD.shape[1]), state.ttt)
             x_TD = x_TD + update.flatten(0, 1)
-        return self._feed_forward(x_TD, layout, routing)
+        return self._feed_forward(x_TD, layout, routing)[0]
 
     def _adapt(self, x_TD: Tensor, layout: Layout, routing: Routing | None, carry: Carry | None) -> Tensor:
         if isinstance(self.ttt, ExpertTTT):
@@ -132,13 +168,17 @@ class Block(nn.Module):
         x_TD = x_TD + self.attn(self.attn_norm(x_TD), layout)
         return self.cross_attn.logits(self.cross_norm(x_TD), layout, memory, heads)
 
-    def _feed_forward(self, x_TD: Tensor, layout: Layout, routing: Routing | None) -> Tensor:
-        normed = self.ffn_norm(x_TD)
+    def _feed_forward(self, x_TD: Tensor, layout: Layout, routing: Routing | None) -> tuple[Tensor, Routing | None]:
+        """Its residual sum, and the choice of this block's own router, if it has one."""
+        normed, chosen = self.ffn_norm(x_TD), None
         if self.ffn is not None:
             x_TD = x_TD + self.ffn(normed)
+        if self.adapter is not None:
+            x_TD = x_TD + self.adapter(normed)
         if self.experts is None:
-            return x_TD
+            return x_TD, chosen
         if self.router is not None:
-            return x_TD + self.experts(normed, self.router(normed))
+            chosen = self.router(normed)
+            return x_TD + self.experts(normed, chosen), chosen
         assert routing is not None, "experts that are chosen per segment need the router's choice"
-        return x_TD + self.experts(normed, routing, layout)
+        return x_TD + self.experts(normed, routing, layout), chosen

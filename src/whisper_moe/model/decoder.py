@@ -15,7 +15,7 @@ from whisper_moe.model.attention import KeyValueCache, Memory
 from whisper_moe.model.block import Block, BlockState
 from whisper_moe.model.encoder import Encoded
 from whisper_moe.model.heads import TextHead
-from whisper_moe.model.router import Routing
+from whisper_moe.model.router import Choices, Routing
 from whisper_moe.model.ttt import TTTMLP, TTTState
 from whisper_moe.packing import Layout
 
@@ -58,17 +58,27 @@ class Decoder(nn.Module):
 
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
-        self.token_embedding = nn.Embedding(config.vocab_size, config.d_model)
+        self.token_embedding = nn.Embedding(config.source_vocab_size, config.d_model)
+        self._own_tokens = config.source_vocab_size
         self.positions = nn.Parameter(torch.randn(config.max_target_positions, config.d_model) * 0.02)
         self.blocks = nn.ModuleList(Block(config, "decoder", i) for i in range(config.decoder_layers))
         self.norm = nn.LayerNorm(config.d_model)
-        self.head: nn.Module = TextHead(self.token_embedding)
+        self.new_tokens = nn.Embedding(len(config.new_tokens), config.d_model) if config.new_tokens else None
+        self.head: nn.Module = TextHead(self.token_embedding, self.new_tokens)
 
-    def forward(self, tokens_T: Tensor, layout: Layout, encoded: Encoded) -> Tensor:
-        """Teacher forcing: flat tokens [T] of all segments, ``layout`` their texts. Returns states x_TD before the head."""
+    def forward(
+        self, tokens_T: Tensor, layout: Layout, encoded: Encoded, choices: Choices | None = None,
+        depths: list[Tensor] | None = None,
+    ) -> Tensor:  # fmt: skip
+        """Teacher forcing: flat tokens [T] of all segments, ``layout`` their texts. Returns states x_TD before the head.
+
+        ``choices``: where what the tokens' routers choose is noted. ``depths``: where the states behind each block are.
+        """
         x_TD = self._embed(tokens_T, self._places(layout, tokens_T.device))
         for block in self.blocks:
-            x_TD = block(x_TD, layout, encoded.routing, self._memory(block, encoded))
+            x_TD = block(x_TD, layout, encoded.routing, (encoded.states_TD, encoded.layout), choices=choices)
+            if depths is not None:
+                depths.append(x_TD)
         return self.norm(x_TD)
 
     def start(self, encoded: Encoded, beams: int = 1) -> DecoderState:
@@ -126,8 +136,20 @@ class Decoder(nn.Module):
             raise ValueError(f"a text has {longest} tokens; the decoder has {limit} positions")
         return layout.positions(device)
 
+    def own_logits(self, x_TD: Tensor) -> Tensor:
+        """[…, vocabulary] of the source's own tokens, the same to the last bit whether there are new ones or not.
+
+        ``head`` gives those of the new tokens too.
+        """
+        return self.head(x_TD) if self.new_tokens is None else self.head.own(x_TD)  # pyright: ignore[reportCallIssue]
+
     def _embed(self, tokens_T: Tensor, places_T: Tensor) -> Tensor:
-        return self.token_embedding(tokens_T) + self.positions[places_T]
+        if self.new_tokens is None:
+            return self.token_embedding(tokens_T) + self.positions[places_T]
+        beyond_T = tokens_T - self._own_tokens
+        own_TD = self.token_embedding(tokens_T.clamp_max(self._own_tokens - 1))
+        added_TD = self.new_tokens(beyond_T.clamp_min(0))
+        return torch.where((beyond_T >= 0)[:, None], added_TD, own_TD) + self.positions[places_T]
 
     def _memory(self, block: nn.Module, encoded: Encoded) -> Memory:
         assert isinstance(block, Block) and block.cross_attn is not None

@@ -11,7 +11,7 @@ from whisper_moe.config import ModelConfig
 from whisper_moe.embed.audio import AudioStem
 from whisper_moe.embed.positions import sinusoids
 from whisper_moe.model.block import Block, Carry
-from whisper_moe.model.router import Router, Routing, pool_segments
+from whisper_moe.model.router import Choices, Router, Routing, pool_segments
 from whisper_moe.packing import Layout
 
 
@@ -36,18 +36,22 @@ class Encoder(nn.Module):
         self.norm = nn.LayerNorm(config.d_model)
         self.router, self.router_layer = None, None
         if config.moe and config.moe.scope == "segment":
-            self.router = Router(config.d_model, config.moe.n_experts, config.moe.top_k, config.moe.none_choice)
+            moe = config.moe
+            self.router = Router(
+                config.d_model, moe.n_experts, moe.top_k, moe.none_choice, biased=moe.balance_bias
+            )  # fmt: skip
             self.router_layer = config.moe.router_layer
 
     def forward(
         self, mels: Sequence[Tensor], *, heard: Sequence[int] | None = None, routing: Routing | None = None,
-        carry: Carry | None = None,
+        carry: Carry | None = None, choices: Choices | None = None,
     ) -> Encoded:  # fmt: skip
         """``mels``: [n_mels, frames] a segment.
 
         ``heard``: how many positions of each segment the router reads (those of the sound, not of the silence kept after
         it); default all. ``routing``: a choice made elsewhere, which the router then does not make. ``carry``: fast
-        weights of the same recording's window before, advanced in place; for one segment at a time.
+        weights of the same recording's window before, advanced in place; for one segment at a time. ``choices``: where
+        what the routers choose is noted.
         """
         if routing is not None and self.router is None:
             raise ValueError("routing is given to a model whose segments are not routed")
@@ -59,9 +63,11 @@ class Encoder(nn.Module):
         for depth, block in enumerate(self.blocks):
             if depth == self.router_layer:
                 routing = self._choose(x_TD, layout, heard, routing)
-            x_TD = block(x_TD, layout, routing, carry=carry)
+            x_TD = block(x_TD, layout, routing, carry=carry, choices=choices)
         if self.router_layer == len(self.blocks):
             routing = self._choose(x_TD, layout, heard, routing)
+        if choices is not None and routing is not None:
+            choices.made.append(routing)
         return Encoded(self.norm(x_TD), layout, routing)
 
     def _choose(

@@ -17,8 +17,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from whisper_moe.heap import keep_heap_small
-from whisper_moe.model.heads import TextHead
+from whisper_moe.model.adapt import AdaptedNorm
+from whisper_moe.model.heads import SplitHead, TextHead
 from whisper_moe.model.int8 import Int8Embedding, Int8Experts, Int8Linear, Int8Rows
 from whisper_moe.model.moe import Experts, shares
 from whisper_moe.model.router import Routing
@@ -93,7 +93,9 @@ def arrange(
                 setattr(parent, name, _linear(rows or child.weight.detach(), child.bias, arithmetic))
                 child._parameters.clear()  # the lists of modules here would keep them alive until the end
             elif isinstance(child, TextHead):
-                setattr(parent, name, _linear(rows or child.weight.detach(), None, arithmetic))
+                setattr(parent, name, _head(child, rows or child.weight.detach(), arithmetic))
+            elif isinstance(child, AdaptedNorm):
+                setattr(parent, name, child.folded())
             elif isinstance(child, nn.Embedding) and rows is not None:
                 setattr(parent, name, Int8Embedding(rows))
             elif isinstance(child, Experts):
@@ -101,7 +103,6 @@ def arrange(
                 setattr(parent, name, arranged := _experts(child, up, down, arithmetic))
                 if arranged is not child:
                     child._parameters.clear()
-    keep_heap_small()
     return model
 
 
@@ -110,6 +111,12 @@ def _linear(weight: Tensor | Int8Rows, bias: Tensor | None, arithmetic: Arithmet
         return Int8Linear(weight if isinstance(weight, Int8Rows) else Int8Rows.of(weight), bias)
     weight = weight.dequantized() if isinstance(weight, Int8Rows) else weight
     return BlockedLinear(weight, bias) if torch.backends.mkldnn.is_available() else PlainLinear(weight, bias)
+
+
+def _head(head: TextHead, weight: Tensor | Int8Rows, arithmetic: Arithmetic) -> nn.Module:
+    """Rows of new tokens stay float32: there are few of them."""
+    own = _linear(weight, None, arithmetic)
+    return own if head.added is None else SplitHead(own, PlainLinear(head.added.weight.detach(), None))
 
 
 def _experts(experts: Experts, up: Int8Rows | None, down: Int8Rows | None, arithmetic: Arithmetic) -> nn.Module:

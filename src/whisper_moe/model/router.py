@@ -79,16 +79,30 @@ class Routing:
         return [(sum(length for _, length in run), choice) for choice, run in groupby(pairs, key=itemgetter(0))]
 
 
+class Choices:
+    """Gathers what the routers of one pass chose, for the losses that training puts on it.
+
+    No dataclass: FSDP2 hands a module copies of those, and what a copy gathers is lost.
+    """
+
+    def __init__(self) -> None:
+        self.made: list[Routing] = []
+
+
 class Router(nn.Module):
     """One linear map from features to a logit for each expert and, if asked for, *none*."""
 
-    def __init__(self, d_model: int, n_experts: int, top_k: int, none_choice: bool) -> None:
+    bias: Tensor | None
+    """[E] or, with a *none* choice, [E + 1]: added to the logits where the choice is made, not to the gates."""
+
+    def __init__(self, d_model: int, n_experts: int, top_k: int, none_choice: bool, *, biased: bool = False) -> None:
         super().__init__()
         assert 1 <= top_k <= n_experts, (top_k, n_experts)
         self.n_experts = n_experts
         self.top_k = top_k
         self.none_choice = none_choice
         self.weight = nn.Parameter(torch.empty(n_experts + none_choice, d_model))
+        self.register_buffer("bias", torch.zeros(n_experts + none_choice) if biased else None)
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
@@ -102,13 +116,26 @@ class Router(nn.Module):
         """
         with torch.autocast(features_ND.device.type, enabled=False):
             logits = _at_least_float32(features_ND) @ _at_least_float32(self.weight).T
-            candidates = logits
-            if self.none_choice:
-                candidates = torch.cat([logits, logits[:, -1:].expand(-1, self.top_k - 1)], dim=1)
-            # topk does not say which of two equal values it takes; a stable sort does.
-            best, index = candidates.sort(dim=1, descending=True, stable=True)
-            best, index = best[:, : self.top_k], index[:, : self.top_k]
+            candidates = self._with_none(logits)
+            if self.bias is None:
+                best, index = _strongest(candidates, self.top_k)
+            else:
+                _, chosen = _strongest(self._with_none(logits + self.bias), self.top_k)
+                best, order = _strongest(candidates.gather(1, chosen), self.top_k)
+                index = chosen.gather(1, order)
             return Routing(index.masked_fill(index >= self.n_experts, NONE), best.softmax(dim=1), logits)
+
+    def _with_none(self, logits: Tensor) -> Tensor:
+        """*None* once for each slot."""
+        if not self.none_choice:
+            return logits
+        return torch.cat([logits, logits[:, -1:].expand(-1, self.top_k - 1)], dim=1)
+
+
+def _strongest(values_NC: Tensor, k: int) -> tuple[Tensor, Tensor]:
+    """The k largest of each row and where they are; topk does not say which of two equal values it takes."""
+    values, index = values_NC.sort(dim=1, descending=True, stable=True)
+    return values[:, :k], index[:, :k]
 
 
 def pool_segments(x_TD: Tensor, layout: Layout, valid: Sequence[int] | None = None) -> Tensor:

@@ -1,7 +1,7 @@
 """This project's checkpoint: a directory of safetensors and JSON with one file for each part of the model.
 
     config.json  generation_config.json  tokenizer.json
-    core.safetensors (or core-00001-of-0000N.safetensors)   router.safetensors   adapt.safetensors
+    core.safetensors (or core-00001-of-0000N.safetensors)   router.safetensors   adapt.safetensors   tokens.safetensors
     experts/00-name.safetensors …
     model.safetensors.index.json     which file each tensor is in
     MANIFEST.json                    size and sha256 of every file above, checked whenever the checkpoint is loaded

@@ -10,7 +10,7 @@ from typing import Any
 
 from torch import Tensor
 
-from whisper_moe.config import ModelConfig, MoEConfig, TTTConfig
+from whisper_moe.config import EMBEDDED, ModelConfig, MoEConfig, TTTConfig
 from whisper_moe.media.text import Tokenizer, read_backend
 from whisper_moe.model.int8 import Int8Rows
 from whisper_moe.weights.checkpoint import load_checkpoint
@@ -19,8 +19,6 @@ from whisper_moe.weights.generation import checked, speaking
 from whisper_moe.weights.sources import load_whisper, resolve, to_stderr
 from whisper_moe.weights.upcycle import upcycle
 
-EMBEDDED = Path(__file__).parents[3] / "checkpoints"
-"""The default model of a checkout."""
 DEFAULT_SOURCE = "openai/whisper-base"
 """What the default is made from; an installation without a checkout makes it from there."""
 DEFAULT_MOE = MoEConfig()

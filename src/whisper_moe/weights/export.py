@@ -11,6 +11,7 @@ from torch import Tensor
 
 from whisper_moe.config import SAMPLE_RATE, ModelConfig
 from whisper_moe.weights.files import json_bytes, new_folder, read_bytes
+from whisper_moe.weights.tokens import one_vocabulary
 from whisper_moe.weights.whisper import config_to_whisper, state_to_whisper
 
 _WINDOW_SECONDS = 30
@@ -28,11 +29,13 @@ def save_whisper(
 ) -> None:
     """Write a ``WhisperForConditionalGeneration`` with its processor, in the precision of ``state``.
 
+    New tokens become the last rows of its one embedding.
     Raises ``ValueError`` for a model with experts or TTT layers, and for a directory that exists.
     """
     directory = Path(directory).resolve()
     if directory.exists():
         raise ValueError(f"{directory}: exists already; name another directory")
+    config, state = one_vocabulary(config, state)
     ids = {key: generation[key] for key in _TOKEN_IDS if key in generation}
     documents = {
         "config.json": config_to_whisper(config) | ids,

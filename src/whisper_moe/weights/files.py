@@ -20,7 +20,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from pydantic import ValidationError
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
@@ -36,12 +35,6 @@ def listed(names: Iterable[object], limit: int = 5) -> str:
     known = [str(name) for name in names]
     more = f" and {len(known) - limit} more" if len(known) > limit else ""
     return ", ".join(known[:limit]) + more
-
-
-def problems(error: ValidationError) -> str:
-    """Pydantic's findings in one line: ``moe.top_k: Input should be a valid integer``."""
-    messages = [(".".join(map(str, e["loc"])), e["msg"].removeprefix("Value error, ")) for e in error.errors()]
-    return "; ".join(f"{where}: {what}" if where else what for where, what in messages)
 
 
 def regular_size(path: Path) -> int:

@@ -127,6 +127,11 @@ def _check_ids(generation: Mapping[str, Any], tokenizer: Tokenizer, config: Mode
             f"{origin}: the tokenizer has ids up to {tokenizer.timestamp_end}, the embedding {config.vocab_size} rows; "
             "they belong to different models"
         )
+    for place, name in enumerate(config.new_tokens, config.source_vocab_size):
+        if tokenizer.token_id(name) != place:
+            raise CheckpointError(
+                f"{origin}: the new token {name} has the row {place}, in the tokenizer the id {tokenizer.token_id(name)}"
+            )
     for key, value in generation.items():
         ids = _ids(key, value, origin)
         wrong = [id for id in ids if not _is_id(id, config.vocab_size)]
@@ -139,6 +144,20 @@ def _check_ids(generation: Mapping[str, Any], tokenizer: Tokenizer, config: Mode
         known = tokenizer.languages.get(name.strip("<|>"), id)
         if known != id:
             raise CheckpointError(f"{origin}: lang_to_id gives {name} the id {id}, the tokenizer {known}")
+    _check_languages(generation, tokenizer, origin)
+
+
+def _check_languages(generation: Mapping[str, Any], tokenizer: Tokenizer, origin: str | Path) -> None:
+    names, left_out = generation.get("language_names", {}), generation.get("undetected_languages", [])
+    if not isinstance(names, dict) or not all(isinstance(name, str) for name in names.values()):
+        raise CheckpointError(f"{origin}: language_names is {str(names)[:80]!r}, must be a table of names")
+    known = {*tokenizer.languages, *(name.strip("<|>") for name in generation.get("lang_to_id", {}))}
+    if not isinstance(left_out, list) or not all(isinstance(code, str) and code in known for code in left_out):
+        raise CheckpointError(
+            f"{origin}: undetected_languages is {str(left_out)[:80]!r}, must be a list of its languages"
+        )
+    if known and known <= set(left_out):
+        raise CheckpointError(f"{origin}: undetected_languages leaves no language that could be detected")
 
 
 def _ids(key: str, value: Any, origin: str | Path) -> list[Any]:

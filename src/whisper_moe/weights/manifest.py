@@ -13,8 +13,8 @@ from typing import Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
-from whisper_moe.config import ModelConfig
-from whisper_moe.weights.files import CheckpointError, inside, listed, problems, read_bytes, read_json, regular_size
+from whisper_moe.config import ModelConfig, problems
+from whisper_moe.weights.files import CheckpointError, inside, listed, read_bytes, read_json, regular_size
 from whisper_moe.weights.parts import require_plausible
 
 CONFIG, GENERATION, TOKENIZER = "config.json", "generation_config.json", "tokenizer.json"

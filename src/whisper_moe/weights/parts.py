@@ -22,10 +22,13 @@ from whisper_moe.model.model import WhisperMoEModel
 from whisper_moe.weights.files import CheckpointError
 
 Weight = TypeVar("Weight", Tensor, Int8Rows)
-CORE, ROUTER, ADAPT = "core", "router", "adapt"
+CORE, ROUTER, ADAPT, TOKENS = "core", "router", "adapt", "tokens"
+EMBEDDING, NEW_TOKENS = "decoder.token_embedding.weight", "decoder.new_tokens.weight"
+"""[V, D] of the source's own tokens, and [N, D] of those that it lacks."""
 _MOST_IN_TABLE, _MOST_IN_MATRIX = 16 * 1_500 * 1_280, 16 * 51_866 * 1_280
 """Numbers in a table of positions, which takes memory when shapes are asked for, and in any other matrix: sixteen times
 what the largest Whisper has."""
+_ADAPTING = (".ttt.", ".ttt_norm.", ".adapter.", "norm.delta_", ".conv.", ".conv_norm.")
 _OF_EXPERT = re.compile(r"(?P<head>.+\.blocks\.\d+\.(?:experts|ttt))\.(?P<expert>\d+)\.(?P<tail>.+)")
 
 
@@ -105,17 +108,20 @@ def file_key(key: str) -> str:
 
 
 def part_of(key: str, config: ModelConfig) -> str:
-    """``core``, ``router``, ``adapt`` or ``experts/NN-name``: the part that a tensor (spelled alone) belongs to.
+    """``core``, ``router``, ``adapt``, ``tokens`` or ``experts/NN-name``: the part that a tensor (spelled alone) belongs to.
 
-    ``adapt`` is what is always on beside the core: TTT layers that all experts share, and every TTT layer's norm.
+    ``adapt`` is what is always on beside the core: TTT layers that all experts share, every TTT layer's norm, adapters, the
+    differences of norms, and convolution modules. ``tokens``: the rows of new tokens.
     Raises ``ValueError`` for an expert that the configuration does not have.
     """
     expert = expert_of(key)
     if expert is not None:
         return expert_part(expert, config)
+    if key == NEW_TOKENS:
+        return TOKENS
     if ".router." in key:
         return ROUTER
-    return ADAPT if ".ttt." in key or ".ttt_norm." in key else CORE
+    return ADAPT if any(mark in key for mark in _ADAPTING) else CORE
 
 
 def expert_part(expert: int, config: ModelConfig) -> str:

@@ -11,10 +11,10 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
-from whisper_moe.config import ModelConfig, MoEConfig, TTTConfig
+from whisper_moe.config import AdaptConfig, ConformerConfig, ModelConfig, MoEConfig, TTTConfig
 from whisper_moe.model.model import WhisperMoEModel
 from whisper_moe.weights.files import listed
-from whisper_moe.weights.parts import expected_shapes
+from whisper_moe.weights.parts import ADAPT, expected_shapes, part_of
 
 
 def upcycled_config(config: ModelConfig, *, moe: MoEConfig | None, ttt: TTTConfig | None) -> ModelConfig:
@@ -70,3 +70,29 @@ def _copy_into_experts(new: dict[str, Tensor], dense: Mapping[str, Tensor], n_ex
         source = dense[f"{block}.ffn.{half}.{kind}"]
         source = source.T if name == "down_weight" else source
         new[key] = source.expand(n_experts, *source.shape).clone()
+
+
+def add_parts(
+    config: ModelConfig,
+    state: Mapping[str, Tensor],
+    *,
+    adapt: AdaptConfig | None = None,
+    conformer: ConformerConfig | None = None,
+    seed: int = 0,
+) -> tuple[ModelConfig, dict[str, Tensor]]:
+    """Put parts beside a core, with experts or without, that are always on; the function stays the same, exactly.
+
+    ``seed`` is of what starts at random behind a closed gate. Raises ``ValueError`` if the model has such a part already.
+    """
+    wanted = {name: part for name, part in (("adapt", adapt), ("conformer", conformer)) if part is not None}
+    for name in wanted:
+        if getattr(config, name) is not None:
+            raise ValueError(f"the model has {name} already: what it has can be trained on, not added a second time")
+    extended = ModelConfig.model_validate(config.model_dump() | wanted)
+    without = {"moe": None, "ttt": None}
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        fresh = WhisperMoEModel(ModelConfig.model_validate(extended.model_dump() | without)).state_dict()
+    return extended, dict(state) | {
+        key: fresh[key] for key in fresh if part_of(key, extended) == ADAPT and key not in state
+    }

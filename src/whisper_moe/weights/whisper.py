@@ -15,8 +15,8 @@ import torch
 from pydantic import ValidationError
 from torch import Tensor
 
-from whisper_moe.config import ModelConfig
-from whisper_moe.weights.files import CheckpointError, is_finite, listed, problems
+from whisper_moe.config import ModelConfig, problems
+from whisper_moe.weights.files import CheckpointError, is_finite, listed
 from whisper_moe.weights.parts import expected_shapes, require_plausible
 
 

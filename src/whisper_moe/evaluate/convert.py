@@ -1,6 +1,6 @@
 """One Whisper checkpoint of the Hugging Face Hub in the formats that the peers read, so that all compare the same weights.
 
-``python benchmarks/convert.py FORMAT MODEL FOLDER`` writes one format and prints the path; :func:`weights` does it once
+``python -m whisper_moe.evaluate.convert FORMAT MODEL FOLDER`` writes one format and prints the path; :func:`weights` does it once
 per format and keeps it. Conversions run in a process of their own: they need several times the memory of the weights.
 
     hub           the checkpoint as it is (transformers, this project)
@@ -63,7 +63,7 @@ def weights(form: str, model: str, cache: Path) -> Path:
     target = cache / f"{model.strip('/').replace('/', '--')}-{form}"
     if form != "hub" and target.exists():
         return target
-    command = [sys.executable, __file__, form, model, str(target)]
+    command = [sys.executable, "-m", "whisper_moe.evaluate.convert", form, model, str(target)]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     if done.returncode:
         raise RuntimeError(f"cannot convert {model} to {form}:\n{done.stderr.strip()[-2000:]}")

@@ -1,0 +1,1 @@
+"""Corpora to samples, and samples to packs that the model is trained and evaluated on."""

@@ -1,0 +1,322 @@
+"""A sample becomes an example (what goes into the encoder, what the decoder is to say); examples share packs.
+
+Encoder and decoder tokens of an example count together: a pack of 2,048 tokens holds a full window (1,500) with the
+longest transcript (448). torch is imported when the first sound is read, so that a recipe can be checked without it.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+import unicodedata
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, replace
+from hashlib import blake2b
+from typing import TYPE_CHECKING, Literal, Self
+
+from pydantic import BaseModel, ConfigDict, Field, model_validator
+
+from whisper_moe.config import MAX_PACK_TOKENS, POSITIONS_PER_SECOND, SAMPLE_RATE, ModelConfig
+from whisper_moe.data.mel_cache import MelCache
+from whisper_moe.data.sample import DataError, Sample
+from whisper_moe.media.audio import MediaError
+from whisper_moe.media.text import TIMESTAMP_SECONDS, UNSPACED_LANGUAGES, Tokenizer
+from whisper_moe.packing import Layout, first_fit_decreasing
+
+if TYPE_CHECKING:
+    import torch
+    from torch import Tensor
+
+SAMPLES_PER_POSITION = SAMPLE_RATE // POSITIONS_PER_SECOND
+FULL_WINDOW = 30.0
+"""Seconds that Whisper was trained on; as a margin, every clip is padded to them."""
+IGNORED = -100
+"""The label of a token after which nothing is to be learned: torch's ``ignore_index``."""
+
+_EDGE_SAMPLES = 240
+"""With so much silence after it a sound's last frames do not depend on how long the silence is: a window (200 samples to
+each side, mirrored at the end) that reaches the sound does not reach the end."""
+_TIMESTAMP = re.compile(r"<\|(\d{1,2}\.\d\d)\|>")
+
+
+class ExampleConfig(BaseModel):
+    """How samples are read."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
+
+    margin: float | tuple[float, float] = Field(default=2.5)
+    """Seconds of silence kept after each clip, within the 30 s window; 30 pads as Whisper always did. Two numbers: each
+    sample gets another margin between them in every epoch."""
+    too_long: Literal["skip", "error"] = "skip"
+    """What happens to clips over the window and to texts over the decoder's positions."""
+    leading_space: bool = True
+    """Begin the text with a space, as Whisper's own transcripts do in languages that put spaces between words."""
+    empty_text: bool = False
+    """Take samples without text (for a teacher to transcribe, or silence); otherwise such a sample counts as corrupt."""
+
+    @model_validator(mode="after")
+    def _check(self) -> Self:
+        low, high = self.margins
+        if not 0 <= low <= high <= FULL_WINDOW:
+            raise ValueError(f"margin must be within 0 and 30 s, the lower number first; got {self.margin}")
+        return self
+
+    @property
+    def margins(self) -> tuple[float, float]:
+        return self.margin if isinstance(self.margin, tuple) else (self.margin, self.margin)
+
+    def margin_of(self, id: str, seed: int, epoch: int) -> float:
+        """Seconds of silence after this sample in this epoch: the same on every machine and in every order."""
+        low, high = self.margins
+        if low == high:
+            return low
+        digest = blake2b(f"{seed}/{epoch}/{id}".encode(), digest_size=8).digest()
+        return low + (high - low) * int.from_bytes(digest, "big") / 2**64
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Skipped:
+    """A sample that is left out, and why."""
+
+    id: str
+    cause: str
+    corrupt: bool
+    """False for a sound one that is too long for the model."""
+
+
+class TooLong(ValueError):
+    """A sound sample that does not fit the model; the message names it."""
+
+    def __init__(self, id: str, cause: str) -> None:
+        super().__init__(id, cause)
+        self.id, self.cause = id, cause
+
+    def __str__(self) -> str:
+        return f"{self.id}: {self.cause}"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Example:
+    """One segment, ready for the model."""
+
+    id: str
+    mel: Tensor
+    """[n_mels, frames] float32, two frames a position."""
+    heard: int
+    """Positions of the sound, without the silence kept after it."""
+    tokens: tuple[int, ...]
+    """[n] what the decoder reads: start, language, task, ``<|notimestamps|>`` unless the text has timestamps, text."""
+    labels: tuple[int, ...]
+    """[n] what it is to say after each: the next token, at last the end of text; -100 within the prompt."""
+    language: str
+    """Code of what is heard."""
+    task: str
+    seconds: float
+    """Of sound, without the silence."""
+
+    @property
+    def positions(self) -> int:
+        return self.mel.shape[1] // 2
+
+    @property
+    def size(self) -> int:
+        """Tokens of encoder and decoder together."""
+        return self.positions + len(self.tokens)
+
+
+def positions(samples: int, margin: float, limit: int) -> int:
+    """Encoder positions of a clip with its margin of silence; the same rule as in transcription."""
+    wanted = math.ceil((samples + margin * SAMPLE_RATE) / SAMPLES_PER_POSITION)
+    return max(1, min(wanted, limit))
+
+
+class ExampleReader:
+    """Samples to examples, for one model and tokenizer. It can be pickled: loader workers have a copy each."""
+
+    def __init__(
+        self, tokenizer: Tokenizer, model: ModelConfig, config: ExampleConfig, cache: MelCache | None = None
+    ) -> None:
+        self._tokenizer, self._config, self._cache = tokenizer, config, cache
+        self._n_mels = model.n_mels
+        self.strict = config.too_long == "error"
+        self.max_positions = min(model.max_source_positions, round(FULL_WINDOW * POSITIONS_PER_SECOND))
+        self.max_tokens = model.max_target_positions
+        if self.max_positions + self.max_tokens > MAX_PACK_TOKENS:
+            raise ValueError(
+                f"the model's longest sound ({self.max_positions}) and text ({self.max_tokens} tokens) do not fit a "
+                f"pack of {MAX_PACK_TOKENS} together"
+            )
+
+    def tokens(self, sample: Sample) -> tuple[list[int], list[int]]:
+        """The prompt and the text's tokens, without the end of text.
+
+        Raises :class:`DataError` for a text that is none, :class:`TooLong` for one over the decoder's positions, and
+        ``ValueError`` for what this model has no input or no token for, which is no fault of the sample.
+        """
+        if sample.audio is None or sample.task not in ("transcribe", "translate"):
+            raise ValueError(f"{sample.id}: the task {sample.task!r} needs an input that this model does not have yet")
+        said = "en" if sample.task == "translate" else sample.language
+        if sample.target_language != said:
+            raise ValueError(
+                f"{sample.id}: {sample.task} from {sample.language!r} gives {said!r}, not {sample.target_language!r}"
+            )
+        prompt = self._tokenizer.sot_sequence(sample.language, sample.task)
+        text, timed = self._text(sample)
+        if not timed:
+            prompt.append(self._tokenizer.no_timestamps)
+        if len(prompt) + len(text) > self.max_tokens:
+            cause = f"its text has {len(prompt) + len(text)} tokens; the decoder has {self.max_tokens} positions"
+            raise TooLong(sample.id, cause)
+        return prompt, text
+
+    def _text(self, sample: Sample) -> tuple[list[int], bool]:
+        """Tokens of the text in NFC, and whether timestamps are among them."""
+        text = unicodedata.normalize("NFC", sample.text).strip()
+        if not text and not self._config.empty_text:
+            raise DataError(sample.id, "it has no text", column="text")
+        pieces = _TIMESTAMP.split(text)  # text, time, text, time, …, text
+        timed = len(pieces) > 1
+        space = " " if self._config.leading_space and sample.target_language not in UNSPACED_LANGUAGES else ""
+        ids, before = [], 0
+        for piece, time in zip(pieces[::2], [*pieces[1::2], None], strict=True):
+            try:
+                ids += self._tokenizer.encode(space + stripped) if (stripped := piece.strip()) else []
+            except ValueError as error:
+                raise DataError(sample.id, str(error), column="text") from error
+            if time is not None:
+                step = self._step(sample, time, before)
+                ids.append(self._tokenizer.timestamp_begin + step)
+                before = step
+        if timed and pieces[0].strip():
+            raise DataError(sample.id, "a text with timestamps must begin with one", column="text")
+        return ids, timed
+
+    def _step(self, sample: Sample, time: str, before: int) -> int:
+        """A timestamp such as ``1.24`` as the number of its token; they must not go back."""
+        step = round(float(time) / TIMESTAMP_SECONDS)
+        if abs(step * TIMESTAMP_SECONDS - float(time)) > 1e-6 or not before <= step <= 1500:
+            cause = f"the timestamp {time} is not a multiple of 0.02 up to 30.00, or is before the one before it"
+            raise DataError(sample.id, cause, column="text")
+        return step
+
+    def read(self, sample: Sample, margin: float) -> Example:
+        """Decode and transform. Raises what :meth:`tokens` raises, ``MediaError`` for a file that cannot be decoded and
+        :class:`TooLong` for a clip over the window."""
+        prompt, text = self.tokens(sample)
+        mel, samples = self._mel(sample, margin)
+        return Example(
+            id=sample.id, mel=mel, heard=positions(samples, 0, self.max_positions), tokens=(*prompt, *text),
+            labels=(*[IGNORED] * (len(prompt) - 1), *text, self._tokenizer.eot), language=sample.language,
+            task=sample.task, seconds=samples / SAMPLE_RATE,
+        )  # fmt: skip
+
+    def _mel(self, sample: Sample, margin: float) -> tuple[Tensor, int]:
+        """[n_mels, frames] with the margin, and the number of samples of sound.
+
+        With margins from a range, the spectrogram with the widest one is computed (and cached), and its beginning taken:
+        frames of silence are all the same. Only where the sound's last window would reach the end this is not so.
+        """
+        cache = self._cache
+        widest = self._config.margins[1]
+        key = cache.key(sample, self._n_mels, widest, self.max_positions) if cache else ""
+        found = cache.get(key) if cache else None
+        sound: Tensor | None = None
+        if found is None:
+            sound = self._sound(sample)
+            found = self._padded_mel(sound, positions(len(sound), widest, self.max_positions)), len(sound)
+            if cache:
+                cache.put(key, *found)
+        mel, samples = found
+        wanted = positions(samples, margin, self.max_positions)
+        if 2 * wanted == mel.shape[1]:
+            return mel, samples
+        if wanted * SAMPLES_PER_POSITION - samples >= _EDGE_SAMPLES:
+            return mel[:, : 2 * wanted].clone(), samples
+        return self._padded_mel(self._sound(sample) if sound is None else sound, wanted), samples
+
+    def _sound(self, sample: Sample) -> Tensor:
+        import torch
+
+        assert sample.audio is not None
+        sound = sample.audio.read()
+        if not len(sound):
+            raise MediaError(sample.audio.name, "it holds no sound")
+        if len(sound) > self.max_positions * SAMPLES_PER_POSITION:
+            raise TooLong(sample.id, self.too_long(len(sound)))
+        return torch.from_numpy(sound)
+
+    def too_long(self, samples: int) -> str:
+        window = self.max_positions / POSITIONS_PER_SECOND
+        return f"its sound has {samples / SAMPLE_RATE:.2f} s; the window has {window:g}"
+
+    def _padded_mel(self, sound: Tensor, wanted: int) -> Tensor:
+        from whisper_moe.media.mel import log_mel
+
+        return log_mel(sound, self._n_mels, samples=wanted * SAMPLES_PER_POSITION)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Pack:
+    """Segments that share a context. All tuples have one entry a segment; flat tensors hold them one after another."""
+
+    ids: tuple[str, ...]
+    mels: tuple[Tensor, ...]
+    """[n_mels, frames] float32 each."""
+    heard: tuple[int, ...]
+    tokens_T: Tensor
+    """[Σ n] int64, what the decoder reads."""
+    labels_T: Tensor
+    """[Σ n] int64, the token after each; -100 where nothing is to be learned."""
+    texts: Layout
+    """Where each segment's tokens lie in ``tokens_T`` and ``labels_T``."""
+    languages: tuple[str, ...]
+    tasks: tuple[str, ...]
+    seconds: float
+    """Of sound in all segments, without the silence."""
+
+    @property
+    def encoder_tokens(self) -> int:
+        return sum(mel.shape[1] // 2 for mel in self.mels)
+
+    @property
+    def decoder_tokens(self) -> int:
+        return self.texts.total
+
+    @property
+    def fill(self) -> float:
+        """The share of the 2,048 tokens that is used."""
+        return (self.encoder_tokens + self.decoder_tokens) / MAX_PACK_TOKENS
+
+    def to(self, device: torch.device | str, dtype: torch.dtype | None = None) -> Pack:
+        """The same pack elsewhere; ``dtype`` is that of the mels."""
+        return replace(
+            self, mels=tuple(mel.to(device, dtype) for mel in self.mels), tokens_T=self.tokens_T.to(device),
+            labels_T=self.labels_T.to(device),
+        )  # fmt: skip
+
+
+def pack_examples(examples: Sequence[Example]) -> list[Pack]:
+    """The pack that was planned for these examples; more than one if they turned out longer than their corpus said."""
+    if not examples:
+        return []
+    sizes = [example.size for example in examples]
+    fits = sum(sizes) <= MAX_PACK_TOKENS
+    groups = [list(range(len(examples)))] if fits else first_fit_decreasing(sizes)
+    return [_pack([examples[index] for index in group]) for group in groups]
+
+
+def _pack(examples: Sequence[Example]) -> Pack:
+    return Pack(
+        ids=tuple(example.id for example in examples), mels=tuple(example.mel for example in examples),
+        heard=tuple(example.heard for example in examples),
+        tokens_T=_flat(example.tokens for example in examples), labels_T=_flat(example.labels for example in examples),
+        texts=Layout(len(example.tokens) for example in examples),
+        languages=tuple(example.language for example in examples), tasks=tuple(example.task for example in examples),
+        seconds=sum(example.seconds for example in examples),
+    )  # fmt: skip
+
+
+def _flat(parts: Iterable[Sequence[int]]) -> Tensor:
+    import torch
+
+    return torch.tensor([id for part in parts for id in part], dtype=torch.int64)

@@ -1,0 +1,134 @@
+"""Rows of the Hub's layout, from the Hub or from a local copy, through ``datasets``; their sound as it is encoded."""
+
+from __future__ import annotations
+
+import re
+import struct
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from whisper_moe.data.corpora import CorpusConfig
+from whisper_moe.data.sample import AudioRef, DataError
+
+if TYPE_CHECKING:
+    from datasets import Dataset, IterableDataset
+
+_BUILDERS = {".parquet": "parquet", ".jsonl": "json", ".json": "json", ".csv": "csv", ".tsv": "csv"}
+
+
+def one_line(error: BaseException) -> str:
+    """The first sentence or so of what a library says."""
+    return " ".join(str(error).split())[:300] or type(error).__name__
+
+
+def files_of_split(root: Path, split: str, *suffixes: str, within: str | None = None) -> list[Path]:
+    """The files below a folder (its own name counts) that belong to a split by their own name or by that of a folder.
+
+    :param within: only below a folder of this name.
+    """
+    forms = {"valid": "(valid|val|dev)", "val": "(valid|val|dev)"}
+    wanted = re.compile(rf"{forms.get(split, re.sub('[-_]', '[-_]', split))}(ation)?([-_.]?\d.*)?$", re.IGNORECASE)
+    found = []
+    for file in sorted(file for file in root.rglob("*") if file.suffix.lower() in suffixes):
+        folders = [root.resolve().name, *file.relative_to(root).parts[:-1]]
+        if within is not None:
+            if within not in folders:
+                continue
+            folders = folders[folders.index(within) + 1 :]
+        if any(wanted.match(name) for name in (file.stem, *folders)):
+            found.append(file)
+    return found
+
+
+def load_rows(
+    config: CorpusConfig,
+    *,
+    split: str,
+    configuration: str | None = None,
+    files: Sequence[Path] | None = None,
+    spellings: Sequence[str] = (),
+    needed: Iterable[str] = (),
+    sound: str | None = None,
+) -> Dataset | IterableDataset:
+    """Rows of a split from the Hub, or of local ``files``; every cause for which there are none is a :class:`DataError`.
+
+    :param configuration: the Hub's name of the part to read.
+    :param spellings: what the Hub may call the split instead.
+    :param needed: columns that must be there.
+    :param sound: the column of sounds, which stay encoded.
+    """
+    from datasets import Audio, IterableDataset
+
+    place = str(files[0].parent) if files else config.source
+    try:
+        dataset = _load(config, (split, *spellings), configuration, files)
+        features = dataset.features
+        if features is None and isinstance(dataset, IterableDataset):
+            dataset = dataset._resolve_features()  # looks into the first rows
+            features = dataset.features
+    except Exception as error:  # the Hub, its gate, the network, parquet: each has errors of its own
+        raise DataError(place, f"cannot be read: {one_line(error)}") from error
+    assert features is not None
+    there = list(features)
+    for column in needed:
+        if column not in there:
+            raise DataError(place, f"the column is missing; there are {', '.join(there)}", column=column)
+    if sound is not None and isinstance(features[sound], Audio):
+        dataset = dataset.cast_column(sound, Audio(decode=False))
+    return dataset
+
+
+def _load(
+    config: CorpusConfig, splits: Sequence[str], configuration: str | None, files: Sequence[Path] | None
+) -> Dataset | IterableDataset:
+    from datasets import load_dataset
+
+    options: dict[str, Any] = {"streaming": config.streaming, "cache_dir": config.cache_dir}
+    if files is not None:
+        kind = files[0].suffix.lower()
+        options |= {"sep": "\t"} if kind == ".tsv" else {}
+        data_files = {splits[0]: [str(file) for file in files]}
+        return load_dataset(_BUILDERS[kind], data_files=data_files, split=splits[0], **options)
+    for split in splits[:-1]:
+        try:
+            return load_dataset(config.source, configuration, split=split, revision=config.revision, **options)
+        except ValueError as error:
+            if "split" not in str(error).lower():
+                raise
+    return load_dataset(config.source, configuration, split=splits[-1], revision=config.revision, **options)
+
+
+def audio_ref(cell: object, *, folder: Path, name: str) -> AudioRef:
+    """The sound of a cell: {bytes, path} or {path} as ``Audio(decode=False)`` gives it, {array, sampling_rate}, or a path.
+
+    :param folder: where relative paths start.
+    :param name: what messages call the sample.
+    """
+    if isinstance(cell, str) and cell:
+        return AudioRef(path=str(folder / cell))
+    if isinstance(cell, dict):
+        if cell.get("bytes"):
+            return AudioRef(path=name, data=bytes(cell["bytes"]))
+        if cell.get("array") is not None:
+            return AudioRef(path=name, data=_wav(cell["array"], cell.get("sampling_rate"), name))
+        if cell.get("path"):
+            return AudioRef(path=str(folder / cell["path"]))
+    raise DataError(
+        name, f"no sound: neither bytes, nor an array, nor a path, but {type(cell).__name__}", column="audio"
+    )
+
+
+def _wav(array: Any, rate: Any, name: str) -> bytes:
+    """Samples as a float WAV: from there on, they are a sound like any other."""
+    try:
+        samples = np.asarray(array, np.float32)
+        if samples.ndim != 1 or not isinstance(rate, int) or not 0 < rate < 1 << 30:
+            raise ValueError(f"{samples.ndim} dimensions at {rate!r} Hz")
+    except (TypeError, ValueError) as error:
+        raise DataError(name, f"not an array of samples: {one_line(error)}", column="audio") from None
+    sound = samples.astype("<f4").tobytes()
+    form = struct.pack("<4s4sIHHIIHH4sI", b"WAVE", b"fmt ", 16, 3, 1, rate, rate * 4, 4, 32, b"data", len(sound))
+    return struct.pack("<4sI", b"RIFF", len(form) + len(sound)) + form + sound

@@ -1,0 +1,288 @@
+"""What is in a corpus: samples, hours, languages, speakers and tasks, a histogram of durations, and what cannot be used.
+
+Every sample is looked at: its row, and the header of its sound or film; with ``decode`` all of it. What fails is counted
+and named, and costs nothing else.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import asdict, dataclass, field
+from itertools import islice
+from json import dumps
+from pathlib import Path
+from typing import Any, TypeAlias
+
+from pydantic import ValidationError
+
+from whisper_moe.config import SAMPLE_RATE, problems
+from whisper_moe.data.corpora import PROBES, Corpus, CorpusConfig, open_corpus
+from whisper_moe.data.kathbath import LANGUAGES, TRANSCRIPTS
+from whisper_moe.data.sample import DataError, Sample
+from whisper_moe.media.audio import MediaError
+from whisper_moe.media.video import load_frames
+
+EDGES = (0, 1, 2, 3, 4, 5, 6, 8, 10, 12, 15, 20, 25, 30)
+"""Seconds at which the histogram's bars begin; what is longer than the last does not fit Whisper's window."""
+NAMED = 20
+"""Unusable samples that the table names; JSON has all of them."""
+_BAR = 40
+_CHUNK = 64 * PROBES
+"""Samples that are looked at together: of a stream, no more are held."""
+
+_Read: TypeAlias = Callable[[], Sample]
+
+
+@dataclass(frozen=True, slots=True)
+class Unusable:
+    """A sample that is there and cannot be used."""
+
+    name: str
+    cause: str
+
+
+_Seen: TypeAlias = "tuple[Sample, float] | Unusable"
+"""A sample and its seconds; or what is wrong with it."""
+
+
+@dataclass(slots=True)
+class Group:
+    """The samples of one corpus, task and pair of languages."""
+
+    corpus: str
+    split: str
+    task: str
+    language: str
+    """Code, or two with ``>`` between them where the text is in another one."""
+    samples: int = 0
+    seconds: float = 0.0
+    longest: float = 0.0
+    speakers: set[str] = field(default_factory=set)
+
+
+@dataclass(slots=True)
+class Inspection:
+    """What :func:`inspect` has seen."""
+
+    groups: dict[tuple[str, str, str, str], Group] = field(default_factory=dict)
+    histogram: Counter[int] = field(default_factory=Counter)
+    """Edge in seconds: samples of sound or film from there to the next one."""
+    corrupt: list[Unusable] = field(default_factory=list)
+    missing: list[str] = field(default_factory=list)
+    """What corpora list and do not have."""
+
+    @property
+    def samples(self) -> int:
+        return sum(group.samples for group in self.groups.values())
+
+    @property
+    def seconds(self) -> float:
+        return sum(group.seconds for group in self.groups.values())
+
+    def add(self, split: str, corpus: str, sample: Sample, seconds: float) -> None:
+        same = sample.language == sample.target_language
+        language = sample.language if same else f"{sample.language}>{sample.target_language}"
+        key = (corpus, split, sample.task, language)
+        group = self.groups.setdefault(key, Group(*key))
+        group.samples += 1
+        group.seconds += seconds
+        group.longest = max(group.longest, seconds)
+        if sample.speaker is not None:
+            group.speakers.add(sample.speaker)
+        if sample.audio is not None or sample.video is not None:
+            self.histogram[max(edge for edge in EDGES if edge <= seconds)] += 1
+
+    def as_json(self) -> dict[str, Any]:
+        """Plain data: everything, with each unusable sample's name."""
+        groups = [{**asdict(group), "speakers": len(group.speakers)} for group in self.groups.values()]
+        return {
+            "samples": self.samples,
+            "seconds": round(self.seconds, 3),
+            "groups": [{**group, "seconds": round(group["seconds"], 3)} for group in groups],
+            "histogram": [{"from_seconds": edge, "samples": self.histogram[edge]} for edge in EDGES],
+            "corrupt": [asdict(each) for each in self.corrupt],
+            "missing": self.missing,
+        }
+
+    def __str__(self) -> str:
+        parts = [_table(self), _bars(self.histogram)]
+        unusable = [
+            each.cause if each.cause.startswith(each.name) else f"{each.name}: {each.cause}" for each in self.corrupt
+        ]
+        for title, names in (("corrupt", unusable), ("missing", self.missing)):
+            if names:
+                more = [f"  … and {len(names) - NAMED:,} more; --json names all"] if len(names) > NAMED else []
+                parts.append("\n".join([f"{title}: {len(names):,}", *(f"  {name}" for name in names[:NAMED]), *more]))
+        return "\n\n".join(part for part in parts if part)
+
+
+def inspect(configs: Iterable[CorpusConfig], *, decode: bool = False) -> Inspection:
+    """Look at every sample of these corpora.
+
+    :param decode: decode sound and films to their ends, instead of reading their headers.
+    :raises DataError: for a corpus that cannot be opened.
+    """
+    seen = Inspection()
+    for config in configs:
+        _inspect(seen, config, decode)
+    return seen
+
+
+def _inspect(seen: Inspection, config: CorpusConfig, decode: bool) -> None:
+    corpus = open_corpus(config)
+    seen.missing += corpus.missing
+    for found in _look(corpus, decode):
+        if isinstance(found, Unusable):
+            seen.corrupt.append(found)
+        else:
+            seen.add(config.split, corpus.name, *found)
+
+
+def _look(corpus: Corpus, decode: bool) -> Iterator[_Seen]:
+    """Every sample of a corpus, some at a time."""
+    reads = _streamed(corpus) if corpus.streaming else _indexed(corpus)
+    with ThreadPoolExecutor(PROBES) as pool:
+        while chunk := list(islice(reads, _CHUNK)):
+            yield from pool.map(lambda read: _seconds(read, decode), chunk)
+
+
+def _indexed(corpus: Corpus) -> Iterator[_Read]:
+    for index in range(len(corpus)):
+        yield lambda index=index: corpus[index]
+
+
+def _streamed(corpus: Corpus) -> Iterator[_Read]:
+    samples = iter(corpus)
+    while True:
+        try:
+            sample = next(samples)
+        except StopIteration:
+            return
+        except DataError as error:
+            yield lambda error=error: _raise(error)
+        else:
+            yield lambda sample=sample: sample
+
+
+def _raise(error: Exception) -> Sample:
+    raise error
+
+
+def _seconds(read: _Read, decode: bool) -> _Seen:
+    try:
+        sample = read()
+    except DataError as error:
+        return Unusable(error.file, str(error))
+    try:
+        if not decode:
+            return _heard(sample, sample.seconds())
+        if sample.audio is not None:
+            return _heard(sample, len(sample.audio.read()) / SAMPLE_RATE)
+        if sample.video is not None:
+            load_frames(sample.video, rate=1.0, short_side=32)
+        return sample, sample.seconds()
+    except (MediaError, DataError) as error:
+        return Unusable(sample.id, str(error))
+
+
+def _heard(sample: Sample, seconds: float) -> _Seen:
+    if sample.audio is not None and seconds == 0.0:
+        return Unusable(sample.id, f"{sample.audio.name}: it holds no sound")
+    return sample, seconds
+
+
+# Text.
+
+
+def _table(seen: Inspection) -> str:
+    head = ("corpus", "split", "task", "language", "samples", "hours", "mean s", "longest s", "speakers")
+    rows = [
+        (
+            *(
+                group.corpus,
+                group.split,
+                group.task,
+                group.language,
+                f"{group.samples:,}",
+                f"{group.seconds / 3600:.2f}",
+            ),
+            *(f"{group.seconds / group.samples:.2f}", f"{group.longest:.2f}", f"{len(group.speakers):,}"),
+        )
+        for group in sorted(seen.groups.values(), key=lambda group: (group.corpus, group.split, group.language))
+    ]
+    rows.append(("total", "", "", "", f"{seen.samples:,}", f"{seen.seconds / 3600:.2f}", "", "", ""))
+    widths = [max(len(row[column]) for row in [head, *rows]) for column in range(len(head))]
+    words = 4  # columns of words stand left, numbers right
+    lines = [
+        "  ".join(
+            cell.ljust(width) if column < words else cell.rjust(width)
+            for column, (cell, width) in enumerate(zip(row, widths, strict=True))
+        ).rstrip()
+        for row in [head, *rows]
+    ]
+    return "\n".join([lines[0], "─" * len(lines[0]), *lines[1:]])
+
+
+def _bars(histogram: Counter[int]) -> str:
+    """The histogram of durations, from the first bar that is not empty to the last."""
+    used = [edge for edge in EDGES if histogram[edge]]
+    if not used:
+        return ""
+    lines = ["seconds   samples"]
+    ends = (*EDGES[1:], None)
+    for edge, end in zip(EDGES, ends, strict=True):
+        if used[0] <= edge <= used[-1]:
+            count = histogram[edge]
+            bar = "█" * round(_BAR * count / max(histogram.values())) or ("▏" if count else "")
+            lines.append(f"{f'{edge}–{end}' if end else f'over {edge}':<8} {count:>8,} {bar}".rstrip())
+    return "\n".join(lines)
+
+
+# The command.
+
+
+_LISTS = ("languages", "directions", "columns")
+
+
+def run(sources: Sequence[str], *, kind: str, decode: bool, json: bool, **settings: Any) -> int:
+    """``whisper-moe data inspect``: prints, and returns the exit status; 1 where something cannot be used, 2 for usage.
+
+    :param settings: of :class:`CorpusConfig`; None for what was not given, lists with commas.
+    """
+    given = {name: value for name, value in settings.items() if value is not None}
+    for name in given.keys() & set(_LISTS):
+        given[name] = tuple(part.strip() for part in given[name].split(",") if part.strip())
+    try:
+        configs = [CorpusConfig(source=source, kind=kind_of(source, kind), **given) for source in sources]
+    except ValidationError as error:
+        print(f"whisper-moe: {problems(error)}", file=sys.stderr)
+        return 2
+    seen, failed = Inspection(), 0
+    for config in configs:
+        try:
+            _inspect(seen, config, decode)
+        except (DataError, ImportError, OSError) as error:
+            print(f"whisper-moe: {' '.join(str(error).split())}", file=sys.stderr)
+            failed += 1
+    if failed < len(configs):
+        print(dumps(seen.as_json(), ensure_ascii=False, indent=2) if json else seen)
+    return 1 if failed or seen.corrupt or seen.missing else 0
+
+
+def kind_of(source: str, given: str = "auto") -> Any:
+    """The kind that was given; for ``auto``, by the Hub id or by what lies in the folder."""
+    if given != "auto":
+        return given
+    path, plain = Path(source), source.lower()
+    if path.is_file():
+        return "table"
+    if not path.is_dir():
+        return next((kind for kind in ("kathbath", "include", "wiki-translate") if plain.endswith(f"/{kind}")), "table")
+    if any(path.rglob("include*_train.txt")) or any(path.rglob("include*_test.txt")):
+        return "include"
+    if any(path.rglob(TRANSCRIPTS)) or any((path / name).is_dir() for name in LANGUAGES):
+        return "kathbath"
+    return "table"

@@ -1,0 +1,281 @@
+"""The training loader: batches of packs for one rank, in an order that workers and ranks do not change.
+
+The plan is made in the training process (:mod:`whisper_moe.data.planner`); workers get the samples of a batch and read
+them. So the only state is the place in the plan, it is the same on every rank, and any number of workers and ranks can
+go on from it.
+"""
+
+from __future__ import annotations
+
+import math
+from collections import deque
+from collections.abc import Iterator, Sequence
+from contextlib import closing
+from dataclasses import dataclass, fields, replace
+from typing import Any, TypeAlias
+
+import torch
+from torch.utils.data import DataLoader, Dataset, get_worker_info
+
+from whisper_moe.config import MAX_PACK_TOKENS, ModelConfig
+from whisper_moe.data.draws import AnyCorpus, left_out, open_draws
+from whisper_moe.data.examples import IGNORED, Example, ExampleReader, Pack, Skipped, TooLong, pack_examples
+from whisper_moe.data.mel_cache import MelCache
+from whisper_moe.data.planner import Draw, LoaderConfig, PlannedBatch, Position, plan
+from whisper_moe.data.sample import DataError
+from whisper_moe.media.audio import MediaError
+from whisper_moe.media.text import Tokenizer
+
+STATE_VERSION = 1
+NAMED = 3
+"""Corrupt samples that an error names."""
+
+_Work: TypeAlias = tuple[tuple[Draw, ...], ...]
+_Read: TypeAlias = "tuple[list[list[Example]], list[Skipped]] | _Sent | ValueError"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Batch:
+    """One rank's share of a batch. It may be empty: in an epoch's last batch, or if nothing of it can be read."""
+
+    packs: tuple[Pack, ...]
+    epoch: int
+    index: int
+    """Batches of this epoch before it; the same on all ranks."""
+    skipped: tuple[Skipped, ...] = ()
+    """This share of the samples that are left out."""
+
+    @property
+    def ids(self) -> tuple[str, ...]:
+        return tuple(id for pack in self.packs for id in pack.ids)
+
+    @property
+    def examples(self) -> int:
+        return sum(len(pack.ids) for pack in self.packs)
+
+    @property
+    def seconds(self) -> float:
+        """Of sound, without the silence."""
+        return sum(pack.seconds for pack in self.packs)
+
+    @property
+    def tokens(self) -> int:
+        """Of encoder and decoder."""
+        return sum(pack.encoder_tokens + pack.decoder_tokens for pack in self.packs)
+
+    @property
+    def targets(self) -> int:
+        """Tokens that are learned from: what a mean loss divides by."""
+        return sum(int((pack.labels_T != IGNORED).sum()) for pack in self.packs)
+
+    @property
+    def fill(self) -> float:
+        """The share of the packs' tokens that is used; 0 for an empty batch."""
+        return self.tokens / (MAX_PACK_TOKENS * len(self.packs)) if self.packs else 0.0
+
+
+class PackedLoader:
+    """Iterating yields the batches from where the loader is to the end of the epoch; then the next epoch begins.
+
+    Leaving an iteration early and iterating again goes on behind the last batch that was handed out.
+    """
+
+    def __init__(
+        self, corpora: Sequence[AnyCorpus], tokenizer: Tokenizer, model: ModelConfig, config: LoaderConfig,
+        *, rank: int = 0, world: int = 1,
+    ) -> None:  # fmt: skip
+        """Survey the corpora. Raises ``ValueError`` for what does not fit together, :class:`DataError` where too many
+        samples are corrupt.
+
+        :param rank: the share of every batch that this loader gives, of ``world`` shares.
+        """
+        if not 0 <= rank < world:
+            raise ValueError(f"rank must be within 0 and {world - 1}, got {rank}")
+        if config.batch_size < world:
+            raise ValueError(f"a batch of {config.batch_size} {config.batch_unit} cannot be shared by {world} ranks")
+        self.config, self._rank, self._world = config, rank, world
+        cache = MelCache(config.cache_dir, config.cache_limit_mb << 20) if config.cache_dir else None
+        reader = ExampleReader(tokenizer, model, config.reading, cache)
+        self._draws = open_draws(corpora, reader, config)
+        self._dataset = _Reading(list(corpora), reader)
+        self._position = Position()
+        self._tally = _Tally(config.max_corrupt_share, self._draws.size, self.excluded)
+
+    @property
+    def excluded(self) -> tuple[Skipped, ...]:
+        """What was left out before the first batch; of streams, and where decoding fails, batches say it."""
+        return self._draws.excluded
+
+    @property
+    def epoch(self) -> int:
+        return self._position.epoch
+
+    def start(self, epoch: int) -> None:
+        """Go to the first batch of an epoch."""
+        self._position = Position(epoch=epoch)
+
+    def state_dict(self) -> dict[str, Any]:
+        """Where the next batch is and what the order depends on: plain data for JSON, the same on every rank."""
+        return {"version": STATE_VERSION, "position": self._position.state(), "order": self._settings()}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Go on behind the batch after which ``state`` was taken, with any number of workers and ranks.
+
+        Raises ``ValueError`` naming what has changed, if the order is not the one that the state is of.
+        """
+        if state.get("version") != STATE_VERSION:
+            raise ValueError(f"the state of a loader has version {STATE_VERSION}, got {state.get('version')!r}")
+        then, now = state.get("order", {}), self._settings()
+        if changed := [name for name in sorted({*then, *now}) if then.get(name) != now.get(name)]:
+            differences = "; ".join(f"{name}: {then.get(name)!r} then, {now.get(name)!r} now" for name in changed)
+            raise ValueError(f"cannot go on in the middle of other data: {differences}")
+        self._position = Position.from_state(state["position"])
+
+    def _settings(self) -> dict[str, Any]:
+        """Everything that the order of samples and their margins depend on."""
+        config = self.config
+        ordering = config.model_dump(
+            mode="json", include={"batch_size", "batch_unit", "mode", "planning_buffer", "seed", "mixing"}
+        )
+        return ordering | {"margin": list(config.reading.margins), "data": self._draws.fingerprint}
+
+    def __iter__(self) -> Iterator[Batch]:
+        epoch = self._position.epoch
+        with closing(plan(self._draws, self._position, self.config, self._draws.skipped)) as batches:
+            ahead: deque[PlannedBatch] = deque()
+            for read in self._workers(_Plan(batches, ahead, self._rank, self._world)):
+                planned = ahead.popleft()
+                batch = self._batch(planned, read)
+                self._position = planned.after
+                yield batch
+        self._tally.judge()
+        if self._position.epoch == epoch:
+            self._position = Position(epoch=epoch + 1)
+
+    def _workers(self, work: _Plan) -> DataLoader[Any]:
+        workers = self.config.workers
+        return DataLoader(
+            self._dataset, batch_size=None, sampler=work, num_workers=workers, collate_fn=_as_it_is,  # pyright: ignore[reportArgumentType]
+            prefetch_factor=self.config.prefetch if workers else None,
+            generator=torch.Generator(),  # its own: the run's random numbers do not depend on how often it was resumed
+        )  # fmt: skip
+
+    def _batch(self, planned: PlannedBatch, read: _Read) -> Batch:
+        if isinstance(read, ValueError):
+            raise read
+        groups, skipped = read if isinstance(read, tuple) else (read.examples(), read.skipped)
+        # Every rank draws from the same streams: each says its share of what was left out there.
+        skipped = [*planned.skipped[self._rank :: self._world], *skipped]
+        batch = Batch(
+            packs=tuple(pack for group in groups for pack in pack_examples(group)), epoch=planned.position.epoch,
+            index=planned.position.index, skipped=tuple(skipped),
+        )  # fmt: skip
+        self._tally.add(batch.examples, skipped)
+        return batch
+
+
+class _Tally:
+    """How many samples were read, and which were corrupt."""
+
+    def __init__(self, limit: float, usable: int, excluded: Sequence[Skipped]) -> None:
+        """``usable`` and ``excluded``: what a survey found; its corrupt samples count, too."""
+        self._limit, self._surveyed = limit, 0.0
+        self._read = self._corrupt = 0
+        self._first: list[Skipped] = []
+        self.add(usable, excluded)
+        self.judge()
+        if self._read:
+            self._surveyed = self._corrupt / self._read
+            self._read = self._corrupt = 0
+
+    def add(self, read: int, skipped: Sequence[Skipped]) -> None:
+        """Raise :class:`DataError` if the share is over the limit by more than chance would explain."""
+        corrupt = [sample for sample in skipped if sample.corrupt]
+        self._corrupt += len(corrupt)
+        self._read += read + len(corrupt)
+        self._first = (self._first + corrupt)[:NAMED]
+        expected = self._limit * self._read
+        self._judge(expected + 3 * math.sqrt(expected))
+
+    def judge(self) -> None:
+        """Raise :class:`DataError` if the share is over the limit."""
+        self._judge(self._limit * self._read)
+
+    def _judge(self, allowed: float) -> None:
+        if self._corrupt + self._surveyed * self._read > allowed:
+            share = self._surveyed + self._corrupt / self._read
+            named = "; ".join(f"{sample.id}: {sample.cause}" for sample in self._first)
+            raise DataError(
+                "training data", f"{share:.1%} of {self._read:,} samples are corrupt, more than {self._limit:.1%}; "
+                f"the first: {named}",
+            )  # fmt: skip
+
+
+class _Plan:
+    """This rank's work, batch by batch, for the DataLoader; what is handed to it is remembered in ``ahead``."""
+
+    def __init__(self, batches: Iterator[PlannedBatch], ahead: deque[PlannedBatch], rank: int, world: int) -> None:
+        self._batches, self._ahead, self._rank, self._world = batches, ahead, rank, world
+
+    def __iter__(self) -> Iterator[_Work]:
+        for planned in self._batches:
+            work = planned.share(self._rank, self._world)
+            self._ahead.append(replace(planned, packs=()))  # what is read need not be held twice
+            yield work
+
+
+class _Reading(Dataset[_Read]):
+    """Reads the samples of a batch: in a worker, or in the training process."""
+
+    def __init__(self, corpora: list[AnyCorpus], reader: ExampleReader) -> None:
+        self._corpora, self._reader = corpora, reader
+
+    def __getitem__(self, work: _Work) -> _Read:
+        try:
+            read = [[self._read(draw) for draw in pack] for pack in work]
+        except ValueError as error:  # as a value: DataLoader would wrap it into a traceback's text
+            return error
+        groups = [[example for example in pack if isinstance(example, Example)] for pack in read]
+        skipped = [sample for pack in read for sample in pack if isinstance(sample, Skipped)]
+        return _Sent(groups, skipped) if get_worker_info() else (groups, skipped)
+
+    def _read(self, draw: Draw) -> Example | Skipped:
+        """The example, or why there is none. Raises ``ValueError`` for what is wrong with more than this sample."""
+        name = "a sample"
+        try:
+            if isinstance(draw.source, tuple):
+                corpus, row = draw.source
+                name = f"{self._corpora[corpus].name}, row {row + 1}"
+                sample = self._corpora[corpus][row]
+            else:
+                sample = draw.source
+            name = sample.id
+            return self._reader.read(sample, draw.margin)
+        except (DataError, MediaError, TooLong) as error:
+            return left_out(name, error, self._reader.strict)
+
+
+class _Sent:
+    """Examples on their way from a worker: all their mels are one tensor, for each tensor takes a file descriptor."""
+
+    def __init__(self, groups: list[list[Example]], skipped: list[Skipped]) -> None:
+        self.skipped = skipped
+        self._groups = [[self._rest(example) for example in group] for group in groups]
+        mels = [example.mel for group in groups for example in group]
+        self._shapes = [mel.shape for mel in mels]
+        self._mels = torch.cat([mel.reshape(-1) for mel in mels]) if mels else None
+
+    @staticmethod
+    def _rest(example: Example) -> dict[str, Any]:
+        return {field.name: getattr(example, field.name) for field in fields(example) if field.name != "mel"}
+
+    def examples(self) -> list[list[Example]]:
+        if self._mels is None:
+            return []
+        flat = self._mels.split([shape.numel() for shape in self._shapes])
+        mels = (part.view(shape) for part, shape in zip(flat, self._shapes, strict=True))
+        return [[Example(mel=next(mels), **rest) for rest in group] for group in self._groups]
+
+
+def _as_it_is(read: Any) -> Any:
+    return read

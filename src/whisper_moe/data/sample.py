@@ -1,0 +1,111 @@
+"""What every corpus becomes: samples, read when they are needed, and errors that name file, row and column."""
+
+from __future__ import annotations
+
+import io
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal, TypeAlias, get_args
+
+import numpy as np
+from numpy.typing import NDArray
+
+from whisper_moe.config import SAMPLE_RATE
+from whisper_moe.media.audio import MediaError, stream_audio
+from whisper_moe.media.video import header_seconds
+
+Task: TypeAlias = Literal["transcribe", "translate", "translate-text", "sign"]
+"""Speech to its text, speech to English text, text to text, sign-language video to text."""
+TASKS: tuple[Task, ...] = get_args(Task)
+
+
+class DataError(ValueError):
+    """A corpus or a sample that cannot be used as it is: which file, row (from 1) and column, and why."""
+
+    def __init__(self, file: str | Path, cause: str, *, row: int | None = None, column: str | None = None) -> None:
+        self.file, self.row, self.column, self.cause = str(file), row, column, cause
+        place = [self.file, *([f"row {row}"] if row is not None else []), *([f"column {column!r}"] if column else [])]
+        super().__init__(f"{', '.join(place)}: {cause}")
+
+    def __reduce__(self) -> tuple[object, ...]:  # it crosses from loader workers
+        return _rebuilt, (self.file, self.cause, self.row, self.column)
+
+
+def _rebuilt(file: str, cause: str, row: int | None, column: str | None) -> DataError:
+    return DataError(file, cause, row=row, column=column)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class AudioRef:
+    """Where a sample's sound lies: a file, or an encoded file's bytes; all of it, or ``start`` to ``end`` seconds."""
+
+    path: str | None = None
+    """The file; beside ``data``, what messages call it."""
+    data: bytes | None = None
+    start: float = 0.0
+    end: float | None = None
+
+    @property
+    def name(self) -> str:
+        return self.path or "audio bytes"
+
+    def _source(self) -> io.BytesIO | Path:
+        return io.BytesIO(self.data) if self.data is not None else Path(self.name)
+
+    def read(self) -> NDArray[np.float32]:
+        """float32 samples, mono at 16 kHz. Raises ``MediaError`` naming the file and the cause.
+
+        Nothing after ``end`` is decoded. A piece that the sound ends before is an error; one that it ends within is
+        shorter.
+        """
+        first = round(self.start * SAMPLE_RATE)
+        last = None if self.end is None else round(self.end * SAMPLE_RATE)
+        pieces, position = [np.zeros(0, np.float32)], 0
+        for block in stream_audio(self._source(), name=self.name):
+            stop = len(block) if last is None else last - position
+            pieces.append(block[max(0, first - position) : stop])
+            position += len(block)
+            if stop <= len(block) and last is not None:
+                break
+        if first and first >= position:
+            raise MediaError(
+                self.name, f"it ends at {position / SAMPLE_RATE:.2f} s, before the piece at {self.start:g} s"
+            )
+        return np.concatenate(pieces)
+
+    def seconds(self) -> float:
+        """How long the sound is by its header, which costs no decoding. Raises ``MediaError``."""
+        whole = self.end if self.end is not None else header_seconds(self._source(), name=self.name)
+        return max(0.0, whole - self.start)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Sample:
+    """One utterance, sentence pair or sign. What it does not have is None."""
+
+    id: str
+    """The same in every run and on every rank: corpus, split and key, e.g. ``kathbath/hindi/train/844424930-123-f``."""
+    task: Task
+    text: str
+    """What the model is to say; empty where nobody has written it down."""
+    language: str
+    """Code of what goes in (``hi``, ``or``); ``ins`` for Indian Sign Language."""
+    target_language: str
+    """Code of ``text``."""
+    audio: AudioRef | None = None
+    video: str | None = None
+    """Path of a video file."""
+    source_text: str | None = None
+    duration: float | None = None
+    """Seconds of sound or video, where the corpus says so; :meth:`seconds` looks into the header where it does not."""
+    speaker: str | None = None
+    domain: str | None = None
+    """A corpus's own division: ``known``, ``unknown-noisy``, a category of signs."""
+
+    def seconds(self) -> float:
+        """Seconds of sound or video, by the corpus or by the file's header; 0 for text. Raises ``MediaError``."""
+        if self.duration is not None:
+            return self.duration
+        if self.audio is not None:
+            return self.audio.seconds()
+        return header_seconds(Path(self.video)) if self.video is not None else 0.0

@@ -1,0 +1,133 @@
+"""Languages by code and name: Whisper's own, and those that it has no token for.
+
+Nothing here costs an import: the command line checks names before it loads anything.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Collection, Mapping
+from dataclasses import dataclass
+from difflib import get_close_matches
+from pathlib import Path
+
+_LANGUAGE_TABLE = """
+af afrikaans, am amharic, ar arabic, as assamese, az azerbaijani, ba bashkir, be belarusian, bg bulgarian, bn bengali,
+bo tibetan, br breton, bs bosnian, ca catalan, cs czech, cy welsh, da danish, de german, el greek, en english,
+es spanish, et estonian, eu basque, fa persian, fi finnish, fo faroese, fr french, gl galician, gu gujarati, ha hausa,
+haw hawaiian, he hebrew, hi hindi, hr croatian, ht haitian creole, hu hungarian, hy armenian, id indonesian,
+is icelandic, it italian, ja japanese, jw javanese, ka georgian, kk kazakh, km khmer, kn kannada, ko korean, la latin,
+lb luxembourgish, ln lingala, lo lao, lt lithuanian, lv latvian, mg malagasy, mi maori, mk macedonian, ml malayalam,
+mn mongolian, mr marathi, ms malay, mt maltese, my myanmar, ne nepali, nl dutch, nn nynorsk, no norwegian, oc occitan,
+pa punjabi, pl polish, ps pashto, pt portuguese, ro romanian, ru russian, sa sanskrit, sd sindhi, si sinhala,
+sk slovak, sl slovenian, sn shona, so somali, sq albanian, sr serbian, su sundanese, sv swedish, sw swahili, ta tamil,
+te telugu, tg tajik, th thai, tk turkmen, tl tagalog, tr turkish, tt tatar, uk ukrainian, ur urdu, uz uzbek,
+vi vietnamese, yi yiddish, yo yoruba, yue cantonese, zh chinese
+"""
+_ALIAS_TABLE = """
+burmese my, castilian es, flemish nl, haitian ht, letzeburgesch lb, mandarin zh, moldavian ro, moldovan ro, panjabi pa,
+pushto ps, sinhalese si, valencian ca
+"""
+
+
+def _pairs(table: str) -> dict[str, str]:
+    return dict(entry.strip().split(" ", 1) for entry in table.split(","))
+
+
+LANGUAGES: dict[str, str] = _pairs(_LANGUAGE_TABLE)
+"""Whisper's language codes, each with its English name."""
+LANGUAGE_CODES: dict[str, str] = {name: code for code, name in LANGUAGES.items()} | _pairs(_ALIAS_TABLE)
+"""Language names and their aliases, each with its code."""
+UNSPACED_LANGUAGES = frozenset({"zh", "ja", "th", "lo", "my", "yue"})
+"""Languages written without spaces between words: every character may begin a word."""
+
+_FURTHER_TABLE = """
+ase american sign language, brx bodo, doi dogri, ins indian sign language, kok konkani, ks kashmiri, mai maithili,
+mni manipuri, or odia, sat santali
+"""
+FURTHER_LANGUAGES: dict[str, str] = _pairs(_FURTHER_TABLE)
+"""Languages that Whisper has no token for (ISO 639-1, else 639-3), each with its English name."""
+_FURTHER_CODES = {name: code for code, name in FURTHER_LANGUAGES.items()} | _pairs("meitei mni, oriya or")
+_RELATIVES = _pairs("brx as, doi pa hi, kok mr, ks ur pa, mai hi bn ne, mni bn as, or bn as, sat bn hi")
+"""Of the same family, or else written by the same people: what a new token starts from."""
+
+_CODE = re.compile(r"[a-z]{2,8}(-[a-z0-9]{1,8})*")
+
+
+@dataclass(frozen=True, kw_only=True)
+class NewLanguage:
+    """A language that a model is to have a token for. Raises ``ValueError`` for what cannot be one."""
+
+    code: str
+    """As in ``<|or|>``: lower-case letters, ISO 639."""
+    name: str = ""
+    """In English; default: the known one, else the code."""
+    like: tuple[str, ...] = ()
+    """Languages of the model, by code or name, whose mean the token starts as; default: relatives, else all."""
+
+    def __post_init__(self) -> None:
+        code, name = self.code.strip().lower(), " ".join(self.name.lower().split())
+        name = name or FURTHER_LANGUAGES.get(code) or LANGUAGES.get(code) or code
+        if not _CODE.fullmatch(code):
+            raise ValueError(f"a language's code is of lower-case letters, as or or ase, got {self.code!r}")
+        owner = name if name in LANGUAGES else LANGUAGE_CODES.get(name, code)
+        if owner != code:
+            raise ValueError(f"{name!r} cannot be the name of the language {code!r}: it is that of {owner!r}")
+        object.__setattr__(self, "code", code)
+        object.__setattr__(self, "name", name)
+
+    @classmethod
+    def parse(cls, text: str) -> NewLanguage:
+        """From ``or``, ``or=odia`` or ``or=odia:like=bn,as``."""
+        language, marked, like = text.partition(":like=")
+        code, named, name = language.partition("=")
+        relatives = tuple(part.strip() for part in like.split(","))
+        if ":" in language or (named and not name.strip()) or (marked and not all(relatives)):
+            raise ValueError(f"a new language is given as or, or=odia or or=odia:like=bn,as, got {text!r}")
+        return cls(code=code, name=name, like=relatives if marked else ())
+
+    @property
+    def relatives(self) -> tuple[str, ...]:
+        """``like``, or the codes that are known to be related; empty where neither says anything."""
+        return self.like or tuple(_RELATIVES.get(self.code, "").split())
+
+
+def language_code(name: str, extra: Collection[str] = (), names: Mapping[str, str] | None = None) -> str:
+    """The code of a language given by code, name or alias, in any case: ``Hindi`` → ``hi``, ``Oriya`` → ``or``.
+
+    ``extra``: further codes that a model knows; ``names``: of these, by code. Raises ``ValueError`` with the closest names
+    for an unknown one. That a model has the language is not said by this.
+    """
+    wanted = " ".join(name.lower().split())
+    if wanted in LANGUAGES or wanted in FURTHER_LANGUAGES or wanted in extra:
+        return wanted
+    codes = _FURTHER_CODES | {own: code for code, own in (names or {}).items()} | LANGUAGE_CODES
+    if wanted in codes:
+        return codes[wanted]
+    close = get_close_matches(wanted, dict.fromkeys([*codes, *LANGUAGES, *FURTHER_LANGUAGES, *extra]))
+    hint = f"did you mean {' or '.join(close)}?" if close else "give a code such as en or a name such as english"
+    raise ValueError(f"unknown language {name!r}: {hint}")
+
+
+def stated_languages(folder: Path) -> dict[str, str] | None:
+    """The languages that a model's folder adds to those known here, code → name; None where it does not say.
+
+    They are listed in its ``generation_config.json``: what is not there is not read from a tokenizer either. An adapter's are
+    those of a model elsewhere, and a file that cannot be read is for whoever loads the model to tell of.
+    """
+    if not (folder / "config.json").is_file():
+        return None
+    try:
+        said = json.loads((folder / "generation_config.json").read_bytes())
+        names = said.get("language_names") or {}
+        return {code: str(names.get(code, code)) for code in map(_bare, said.get("lang_to_id") or {})}
+    except FileNotFoundError:
+        return {}
+    except (OSError, ValueError, AttributeError, TypeError):
+        return None
+
+
+def _bare(token: str) -> str:
+    """``or`` of ``<|or|>``."""
+    return token.strip("<|>")

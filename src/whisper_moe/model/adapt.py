@@ -1,0 +1,46 @@
+"""What is always on beside a frozen core, and begins as the identity: norms with a difference, and slim feed-forwards."""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+
+class AdaptedNorm(nn.LayerNorm):
+    """LayerNorm whose scale and shift are the core's plus a learned difference, which starts at 0."""
+
+    def __init__(self, width: int) -> None:
+        super().__init__(width)
+        self.delta_weight = nn.Parameter(torch.zeros(width))
+        self.delta_bias = nn.Parameter(torch.zeros(width))
+
+    def forward(self, input: Tensor) -> Tensor:
+        weight, bias = self.weight + self.delta_weight, self.bias + self.delta_bias
+        return F.layer_norm(input, self.normalized_shape, weight, bias, self.eps)
+
+    @torch.no_grad()
+    def folded(self) -> nn.LayerNorm:
+        """The same function as a plain LayerNorm; for inference."""
+        plain = nn.LayerNorm(list(self.normalized_shape), eps=self.eps, device="meta")
+        plain.weight = nn.Parameter(self.weight + self.delta_weight, requires_grad=False)
+        plain.bias = nn.Parameter(self.bias + self.delta_bias, requires_grad=False)
+        return plain
+
+
+class Adapter(nn.Module):
+    """A slim feed-forward beside the block's own (arXiv 1902.00751, in parallel as in 2110.04366); exact (erf) GELU.
+
+    Its output starts at exactly 0, and alive: ``up`` is random, so ``down`` has a gradient.
+    """
+
+    def __init__(self, d_model: int, hidden: int) -> None:
+        super().__init__()
+        self.up = nn.Linear(d_model, hidden)
+        self.down = nn.Linear(hidden, d_model)
+        nn.init.normal_(self.up.weight, std=0.02)
+        for parameter in (self.up.bias, self.down.weight, self.down.bias):
+            nn.init.zeros_(parameter)
+
+    def forward(self, x_TD: Tensor) -> Tensor:
+        return self.down(F.gelu(self.up(x_TD)))

@@ -1,0 +1,1 @@
+"""Recipes to runs: the loop, its losses and optimizer, and what survives a kill at any moment."""

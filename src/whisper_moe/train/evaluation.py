@@ -1,0 +1,128 @@
+"""How a model in training is judged: by the cross-entropy of the texts it should say, and by the texts that it says."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from itertools import islice
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from whisper_moe.data.draws import AnyCorpus
+from whisper_moe.data.examples import Example, ExampleReader, TooLong, pack_examples
+from whisper_moe.data.sample import DataError, Sample
+from whisper_moe.generate.decode import WindowDecoder
+from whisper_moe.generate.options import TranscribeOptions
+from whisper_moe.media.audio import MediaError
+from whisper_moe.media.text import Tokenizer
+from whisper_moe.model.model import WhisperMoEModel
+from whisper_moe.train.losses import IGNORED, cross_entropy, run_packs
+
+
+@dataclass
+class Judged:
+    """Sums over the samples of a corpus."""
+
+    cross_entropy: float = 0.0
+    tokens: int = 0
+    left_out: int = 0
+    references: list[str] | None = None
+    texts: list[str] | None = None
+    languages: list[str] | None = None
+
+
+class Judge:
+    """Judges a model on corpora, always alike: greedily, without timestamps, in the language that the corpus gives."""
+
+    def __init__(
+        self, corpora: Sequence[AnyCorpus], reader: ExampleReader, tokenizer: Tokenizer, generation: Mapping[str, Any], *,
+        margin: float, batch_size: int, limit: int | None, decode: bool,
+    ) -> None:  # fmt: skip
+        """``margin``: seconds of silence kept after each clip. ``decode``: also write the texts down, for WER and CER."""
+        self._corpora, self._reader, self._tokenizer, self._generation = corpora, reader, tokenizer, generation
+        self._margin, self._batch, self._limit, self._decode = margin, batch_size, limit, decode
+
+    def __call__(self, model: WhisperMoEModel) -> dict[str, float]:
+        """``loss`` (nats a token), ``wer`` and ``cer`` (fractions) of all corpora, and of each as ``wer/name``."""
+        training = model.training
+        model.eval()
+        found = {corpus.name: self._judge(model, corpus) for corpus in self._corpora}
+        model.train(training)
+        metrics: dict[str, float] = {}
+        for name, judged in found.items() if len(found) > 1 else ():
+            metrics |= {f"{key}/{name}": value for key, value in self._figures([judged]).items()}
+        return self._figures(list(found.values())) | metrics
+
+    def _judge(self, model: WhisperMoEModel, corpus: AnyCorpus) -> Judged:
+        judged = Judged(references=[], texts=[], languages=[])
+        device = next(model.parameters()).device
+        decoder = WindowDecoder(model, self._tokenizer, self._generation)
+        for batch in self._batches(corpus, judged):
+            samples, clips, examples = zip(*batch, strict=True)
+            with torch.inference_mode():
+                for pack in pack_examples(examples):
+                    pack = pack.to(device)
+                    judged.cross_entropy += float(cross_entropy(run_packs(model, [pack]).logits, pack.labels_T))
+                    judged.tokens += int((pack.labels_T != IGNORED).sum())
+            if self._decode:
+                self._transcribe(decoder, samples, clips, judged)
+        return judged
+
+    def _batches(
+        self, corpus: AnyCorpus, judged: Judged
+    ) -> Iterator[list[tuple[Sample, NDArray[np.float32], Example]]]:
+        samples = iter(self._readable(corpus, judged))
+        while batch := list(islice(samples, self._batch)):
+            yield batch
+
+    def _readable(self, corpus: AnyCorpus, judged: Judged) -> Iterator[tuple[Sample, NDArray[np.float32], Example]]:
+        """Samples with their sound; what cannot be read is left out and counted."""
+        samples, number = iter(corpus), 0
+        while self._limit is None or number < self._limit:
+            number += 1
+            try:
+                sample = next(samples)
+                assert sample.audio is not None
+                yield sample, sample.audio.read(), self._reader.read(sample, self._margin)
+            except StopIteration:
+                return
+            except (DataError, MediaError, TooLong):
+                judged.left_out += 1
+
+    def _transcribe(
+        self, decoder: WindowDecoder, samples: Sequence[Sample], clips: Sequence[NDArray[np.float32]], judged: Judged
+    ) -> None:
+        """Clips of one task and language are decoded together."""
+        kinds = sorted({(sample.task, sample.language) for sample in samples})
+        for task, language in kinds:
+            chosen = [i for i, sample in enumerate(samples) if (sample.task, sample.language) == (task, language)]
+            multilingual = self._tokenizer.is_multilingual
+            options = TranscribeOptions(
+                task="translate" if task == "translate" else "transcribe", timestamps=False,
+                language=language if multilingual else None,
+            )  # fmt: skip
+            takes = decoder.decode([clips[i] for i in chosen], options, temperature=0.0, margin=self._margin)
+            for index, take in zip(chosen, takes, strict=True):
+                ids = self._tokenizer.text_ids(take.hypothesis.tokens)
+                judged.references.append(samples[index].text)  # pyright: ignore[reportOptionalMemberAccess]
+                judged.texts.append(self._tokenizer.decode(ids))  # pyright: ignore[reportOptionalMemberAccess]
+                judged.languages.append(samples[index].target_language)  # pyright: ignore[reportOptionalMemberAccess]
+
+    def _figures(self, judged: Sequence[Judged]) -> dict[str, float]:
+        tokens = sum(part.tokens for part in judged)
+        figures = {"loss": sum(part.cross_entropy for part in judged) / tokens if tokens else float("nan")}
+        if self._decode:
+            from whisper_moe.evaluate.metrics import character_counts, clip_counts
+
+            references, texts, languages = (
+                [entry for part in judged for entry in getattr(part, name) or ()]
+                for name in ("references", "texts", "languages")
+            )
+            figures["wer"] = clip_counts(references, texts, languages).value
+            figures["cer"] = character_counts(references, texts, languages).value
+        if left_out := sum(part.left_out for part in judged):
+            figures["left_out"] = float(left_out)
+        return figures

@@ -1,0 +1,209 @@
+"""Grokking: a small model that learns a table by heart, and long after that understands it (arXiv 2201.02177).
+
+Modular division a / b mod p as the tokens ``a / b =``, the loss on the answer alone, half of all equations for training. The
+model is this project's own decoder block, without cross-attention: what is seen here is seen of the code that speech is
+trained with. :class:`~whisper_moe.train.plateau.Plateau` tells any run when it looks like the time before.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+import time
+from collections import deque
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from torch import Tensor, nn
+
+from whisper_moe.config import ModelConfig, problems
+from whisper_moe.model.block import Block
+from whisper_moe.packing import Layout
+from whisper_moe.train.optim import GrokfastAdamW
+from whisper_moe.train.plateau import Plateau
+from whisper_moe.train.recipe import RecipeError, read_tree
+
+METRICS, PLOT = "metrics.jsonl", "curve.png"
+
+
+class GrokkingRecipe(BaseModel):
+    """``recipes/grokking.yaml``; the defaults are the paper's (appendix A.1.2), as far as it says."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
+
+    prime: int = Field(default=97, ge=3)
+    """p: there are p (p − 1) equations."""
+    train_share: float = Field(default=0.5, gt=0, lt=1)
+    layers: int = Field(default=2, ge=1)
+    width: int = Field(default=128, ge=4)
+    heads: int = Field(default=4, ge=1)
+    steps: int = Field(default=10_000, ge=1)
+    batch_size: int = Field(default=512, ge=1)
+    lr: float = Field(default=1e-3, gt=0)
+    warmup: int = Field(default=10, ge=0)
+    weight_decay: float = Field(default=1.0, ge=0)
+    betas: tuple[float, float] = (0.9, 0.98)
+    grokfast: tuple[float, float] | None = None
+    """(α, λ) of Grokfast-EMA; None trains with AdamW alone."""
+    seed: int = Field(default=0, ge=0)
+    evaluate_every: int = Field(default=100, ge=1)
+    stop_at: float = Field(default=0.99, gt=0, le=1)
+    """Validation accuracy at which the run ends."""
+    threads: int = Field(default=1, ge=1)
+
+
+@dataclass(frozen=True)
+class Point:
+    """The curve at one step."""
+
+    step: int
+    train_loss: float
+    train_accuracy: float
+    validation_loss: float
+    validation_accuracy: float
+    seconds: float
+
+
+def equations(prime: int) -> tuple[Tensor, Tensor]:
+    """All a / b = c mod p with b ≠ 0: tokens [p (p − 1), 4] of ``a / b =``, and answers [p (p − 1)]."""
+    a, b = torch.meshgrid(torch.arange(prime), torch.arange(1, prime), indexing="ij")
+    a, b = a.flatten(), b.flatten()
+    inverse = torch.tensor([pow(int(n), -1, prime) for n in range(1, prime)])
+    divided_by, equals = torch.full_like(a, prime), torch.full_like(a, prime + 1)
+    return torch.stack([a, divided_by, b, equals], dim=1), a * inverse[b - 1] % prime
+
+
+class Divider(nn.Module):
+    """Embedding, positions, decoder blocks without cross-attention, norm, linear: [N, 4] tokens → [N, p] logits."""
+
+    def __init__(self, recipe: GrokkingRecipe) -> None:
+        super().__init__()
+        width, heads = recipe.width, recipe.heads
+        config = ModelConfig(
+            d_model=width,
+            encoder_heads=heads,
+            decoder_layers=recipe.layers,
+            decoder_heads=heads,
+            decoder_ffn_dim=4 * width,
+        )
+        self.embedding = nn.Embedding(recipe.prime + 2, width)
+        self.positions = nn.Parameter(torch.randn(4, width) * 0.02)
+        self.blocks = nn.ModuleList(Block(config, "decoder", layer) for layer in range(recipe.layers))
+        self.norm = nn.LayerNorm(width)
+        self.head = nn.Linear(width, recipe.prime, bias=False)
+        nn.init.normal_(self.embedding.weight, std=0.02)
+        for block in self.blocks:
+            assert isinstance(block, Block)
+            block.cross_attn, block.cross_norm = None, None
+
+    def forward(self, tokens_Nn: Tensor) -> Tensor:
+        rows, n = tokens_Nn.shape
+        x_TD, layout = (self.embedding(tokens_Nn) + self.positions).flatten(0, 1), Layout([n] * rows)
+        for block in self.blocks:
+            x_TD = block(x_TD, layout, None)
+        return self.head(self.norm(x_TD.view(rows, n, -1)[:, -1]))
+
+
+def build_optimizer(model: nn.Module, recipe: GrokkingRecipe) -> torch.optim.AdamW:
+    options: dict[str, Any] = {"lr": recipe.lr, "betas": recipe.betas, "weight_decay": recipe.weight_decay}
+    if recipe.grokfast is None:
+        return torch.optim.AdamW(model.parameters(), **options)
+    alpha, amplification = recipe.grokfast
+    return GrokfastAdamW(model.parameters(), alpha=alpha, amplification=amplification, **options)
+
+
+def train(
+    recipe: GrokkingRecipe, tell: Callable[[Point, str | None], None] = lambda point, warning: None
+) -> list[Point]:
+    """The curve, from before the first step to the last; ``tell`` hears each point, and a plateau that is seen there."""
+    torch.manual_seed(recipe.seed)
+    tokens, answers = equations(recipe.prime)
+    order = torch.randperm(len(tokens))
+    half = round(len(tokens) * recipe.train_share)
+    training, validation = order[:half], order[half:]
+    model = Divider(recipe)
+    optimizer = build_optimizer(model, recipe)
+    curve: list[Point] = []
+    queue: deque[Tensor] = deque()
+    plateau, began = Plateau(), time.perf_counter()
+    for step in range(recipe.steps + 1):
+        if step % recipe.evaluate_every == 0 or step == recipe.steps:
+            known, new = (judged(model, tokens[rows], answers[rows]) for rows in (training, validation))
+            curve.append(point := Point(step, *known, *new, time.perf_counter() - began))
+            tell(point, plateau.seen(step, point.train_loss, point.validation_loss))
+            if point.validation_accuracy >= recipe.stop_at:
+                break
+        if not queue:
+            queue.extend(training[torch.randperm(half)].split(recipe.batch_size))
+        rows = queue.popleft()
+        for group in optimizer.param_groups:
+            group["lr"] = recipe.lr * min(1.0, (step + 1) / max(1, recipe.warmup))
+        optimizer.zero_grad()
+        F.cross_entropy(model(tokens[rows]), answers[rows]).backward()
+        optimizer.step()
+    return curve
+
+
+@torch.no_grad()
+def judged(model: nn.Module, tokens: Tensor, answers: Tensor) -> tuple[float, float]:
+    """Loss and accuracy."""
+    logits = model(tokens)
+    return float(F.cross_entropy(logits, answers)), float((logits.argmax(1) == answers).double().mean())
+
+
+def run(path: Path, overrides: Sequence[str], output: Path) -> int:
+    """What ``whisper-moe grok`` does: curve, figures and plot in a folder; returns the exit status."""
+    try:
+        recipe = load(path, overrides)
+    except RecipeError as error:
+        say(f"whisper-moe: {error}")
+        return 2
+    torch.set_num_threads(recipe.threads)
+    output.mkdir(parents=True, exist_ok=True)
+    with (output / METRICS).open("w", encoding="utf-8") as file:
+
+        def tell(point: Point, warning: str | None) -> None:
+            file.write(json.dumps(asdict(point)) + "\n")
+            file.flush()
+            say(f"step {point.step}: train {point.train_accuracy:.3f}, validation {point.validation_accuracy:.3f}")
+            if warning:
+                say(warning)
+
+        curve = train(recipe, tell)
+    (output / "recipe.json").write_text(recipe.model_dump_json(indent=2) + "\n", "utf-8")
+    plot({"AdamW" if recipe.grokfast is None else "Grokfast-EMA": curve}, output / PLOT)
+    return 0
+
+
+def load(path: Path, overrides: Sequence[str] = ()) -> GrokkingRecipe:
+    """Raises :class:`RecipeError` that names the file and the key."""
+    try:
+        return GrokkingRecipe.model_validate(read_tree(path, overrides))
+    except ValidationError as error:
+        raise RecipeError(f"{path}: {problems(error)}") from None
+
+
+def plot(curves: dict[str, list[Point]], path: Path) -> None:
+    """Accuracy by step, train dashed, validation solid; raises ``ImportError`` that says what is missing."""
+    try:
+        from matplotlib.figure import Figure
+    except ImportError as error:
+        raise ImportError("the plot needs matplotlib: pip install 'whisper-moe[evaluate]'") from error
+    figure = Figure(figsize=(7, 4), layout="constrained")
+    axes = figure.subplots()
+    for index, (name, curve) in enumerate(curves.items()):
+        steps = [max(point.step, 1) for point in curve]
+        axes.plot(steps, [point.train_accuracy for point in curve], "--", color=f"C{index}", label=f"{name}, train")
+        axes.plot(steps, [point.validation_accuracy for point in curve], color=f"C{index}", label=f"{name}, validation")
+    axes.set(xscale="log", xlabel="step", ylabel="accuracy", title="Division modulo a prime")
+    axes.legend()
+    figure.savefig(path, dpi=120)
+
+
+def say(line: str) -> None:
+    print(line, file=sys.stderr, flush=True)

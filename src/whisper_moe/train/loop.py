@@ -1,0 +1,359 @@
+"""The training loop: one step after another, until the last, the best, a signal, or too many bad ones.
+
+A step is: some packs of samples, a forward and a backward pass for each batch, one update. Losses are divided by the label
+tokens of the whole step, of all its passes and all processes, so that how it is cut does not change it.
+
+Everything that a run remembers is in :meth:`Trainer.state`; with it, a new trainer goes on bit for bit (on a CPU).
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import nullcontext
+from dataclasses import asdict, dataclass, field
+from typing import Any, Literal, Protocol
+
+import torch
+from torch import Tensor, nn
+
+from whisper_moe.data.examples import Pack
+from whisper_moe.data.loader import Batch
+from whisper_moe.model.model import WhisperMoEModel
+from whisper_moe.train.losses import Terms, Totals, balance_biases
+from whisper_moe.train.optim import set_rates
+from whisper_moe.train.single import Parallel
+from whisper_moe.train.state import join, load_optimizer_state, optimizer_state, random_state, set_random_state, split
+
+Precision = Literal["float32", "bfloat16", "float16"]
+End = Literal["finished", "stopped early", "interrupted"]
+
+
+class NonFiniteError(ValueError):
+    """Too many steps in a row had a loss or a gradient that is not finite."""
+
+
+class Batches(Protocol):
+    """What gives batches, epoch after epoch, and can say where it is."""
+
+    def __iter__(self) -> Iterator[Batch]: ...
+    def state_dict(self) -> dict[str, Any]: ...
+    def load_state_dict(self, state: dict[str, Any]) -> None: ...
+
+
+class Objective(Protocol):
+    """The losses of one batch's packs, as shares of the step's."""
+
+    def totals(self, packs: Sequence[Pack]) -> Totals:
+        """What they add to the step's totals; asked before any pass."""
+        ...
+
+    def __call__(self, model: nn.Module, packs: Sequence[Pack], totals: Totals, parallel: Parallel) -> Terms: ...
+
+
+class Observer(Protocol):
+    """Is told what happens."""
+
+    def stepped(self, report: StepReport) -> None: ...
+    def skipped(self, report: StepReport, cause: str, ids: Sequence[str]) -> None: ...
+    def evaluated(self, step: int, metrics: Mapping[str, float], best: bool) -> None: ...
+
+
+@dataclass(frozen=True, kw_only=True)
+class LoopSettings:
+    """What the loop itself is told; see the recipe's fields of these names."""
+
+    steps: int
+    accumulate: int = 1
+    clip: float = 1.0
+    precision: Precision = "float32"
+    factor: Callable[[int], float]
+    """Step, counted from 0 → what peak rates are multiplied with."""
+    balance_rate: float = 0.0
+    """Above 0: routers' biases are moved by so much a step."""
+    most_bad_steps: int = 10
+    evaluate_every: int | None = None
+    checkpoint_every: int | None = None
+    metric: str = "wer"
+    patience: int | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class StepReport:
+    """One step in figures, of all processes."""
+
+    step: int
+    """Counted from 1."""
+    loss: float
+    parts: dict[str, float]
+    rate: float
+    """What the peak rates were multiplied with."""
+    gradient_norm: float
+    label_tokens: int
+    tokens: int
+    """Of encoder and decoder."""
+    segments: int
+    packs: int
+    skipped_samples: int
+    load: tuple[float, ...] = ()
+    """Each choice's share of all slots, *none* last."""
+
+
+class LossScale:
+    """float16's gradients are computed of a loss that is scaled up (arXiv 1710.03740, section 3.2); in other types, by 1.
+
+    Halved where they overflow, which costs that step, doubled after 2,000 steps without. Decided on the norm of all
+    gradients, so that all processes decide alike.
+    """
+
+    growth_steps = 2_000
+
+    def __init__(self, *, enabled: bool) -> None:
+        self.enabled, self.value, self._good = enabled, 65_536.0 if enabled else 1.0, 0
+
+    def remove(self, parameters: Sequence[nn.Parameter]) -> None:
+        """Undo the scale in the gradients."""
+        if self.enabled:
+            for parameter in parameters:
+                if parameter.grad is not None:
+                    parameter.grad /= self.value
+
+    def grow(self) -> None:
+        self._good += 1
+        if self.enabled and self._good % self.growth_steps == 0:
+            self.value *= 2
+
+    def halve(self) -> bool:
+        """Whether a smaller scale may help."""
+        self._good = 0
+        if not self.enabled or self.value <= 1:
+            return False
+        self.value /= 2
+        return True
+
+    def state(self) -> dict[str, float]:
+        return {"value": self.value, "good": self._good}
+
+    def load_state(self, state: Mapping[str, float]) -> None:
+        self._good = int(state["good"])
+        if self.enabled:
+            self.value = state["value"]
+
+
+@dataclass
+class Progress:
+    """Counters of a run."""
+
+    step: int = 0
+    """Steps done, those that were skipped included."""
+    tokens: int = 0
+    segments: int = 0
+    bad_steps: int = 0
+    bad_in_a_row: int = 0
+    skipped_samples: int = 0
+    best: float | None = None
+    best_step: int = 0
+    worse_in_a_row: int = 0
+    score: float | None = None
+    """Of the last evaluation, if it was after the last step."""
+    history: list[dict[str, float]] = field(default_factory=list)
+    """Every evaluation, with its ``step``."""
+
+
+class Trainer:
+    """A model on its way. ``evaluate`` and ``save`` are called by every process; only files are rank 0's business."""
+
+    def __init__(
+        self, model: WhisperMoEModel, network: nn.Module, objective: Objective, batches: Batches,
+        optimizer: torch.optim.Optimizer, settings: LoopSettings, parallel: Parallel, observer: Observer, *,
+        evaluate: Callable[[], Mapping[str, float]] | None = None, save: Callable[[Trainer], None] | None = None,
+        stop_requested: Callable[[], bool] = lambda: False,
+    ) -> None:  # fmt: skip
+        """``network`` is what ``parallel`` made of ``model`` before the ``optimizer`` was made of its parameters."""
+        self.model, self.network, self.objective, self.batches = model, network, objective, batches
+        self.optimizer, self.settings, self.parallel, self.observer = optimizer, settings, parallel, observer
+        self._evaluation, self._save, self._stop_requested = evaluate, save, stop_requested
+        self.scale = LossScale(enabled=settings.precision == "float16")
+        self.progress = Progress()
+        self._stream = self._endless()
+
+    def run(self) -> End:
+        """Go on to the end. Raises :class:`NonFiniteError`."""
+        progress, settings = self.progress, self.settings
+        saved = progress.step
+        while progress.step < settings.steps:
+            self.step()
+            last = progress.step == settings.steps
+            if self._due(settings.evaluate_every) or last:
+                self._evaluate()
+            early = settings.patience is not None and progress.worse_in_a_row >= settings.patience
+            stop = self.parallel.any(self._stop_requested()) and not last
+            if last or early or stop or progress.score is not None or self._due(settings.checkpoint_every):
+                self._keep()
+                saved = progress.step
+            if early or stop:
+                return "stopped early" if early else "interrupted"
+        if saved < progress.step:
+            self._keep()
+        return "finished"
+
+    def step(self) -> StepReport:
+        """One update, or one that is left out because its loss or gradient is not finite."""
+        self.progress.score = None
+        batches = [next(self._stream) for _ in range(self.settings.accumulate)]
+        totals = self._totals(batches)
+        self.network.train()
+        passes = [self._pass(batch, totals, last=batch is batches[-1]) for batch in batches]
+        self.scale.remove(self._trained())
+        norm = float(self.parallel.clip(self._trained(), self.settings.clip))
+        report = self._report(batches, passes, totals, norm)
+        if math.isfinite(report.loss) and math.isfinite(norm):
+            self._update(passes)
+            self.progress.bad_in_a_row = 0
+            self.observer.stepped(report)
+        elif not (math.isfinite(report.loss) and self.scale.halve()):
+            self._skip(report, batches, passes)
+        self.progress.step += 1
+        self.optimizer.zero_grad(set_to_none=True)
+        return report
+
+    def _pass(self, batch: Batch, totals: Totals, *, last: bool) -> Terms:
+        """Forward and backward over one batch; gradients add up."""
+        device = self.parallel.device.type
+        half = {"bfloat16": torch.bfloat16, "float16": torch.float16}.get(self.settings.precision)
+        with nullcontext() if last else self.parallel.accumulating(self.network):
+            with torch.autocast(device, half) if half else nullcontext():
+                terms = self.objective(self.network, batch.packs, totals, self.parallel)
+            # Processes average their gradients, but each one's loss is already a share of the sum.
+            (terms.loss * (self.parallel.data_size * self.scale.value)).backward()
+        return Terms(terms.loss.detach(), terms.parts, terms.counts)
+
+    def _update(self, passes: Sequence[Terms]) -> None:
+        set_rates(self.optimizer, self.settings.factor(self.progress.step))
+        self.optimizer.step()
+        if self.settings.balance_rate:
+            balance_biases(self.model, _sum([terms.counts for terms in passes]), self.settings.balance_rate)
+        self.scale.grow()
+
+    def _skip(self, report: StepReport, batches: Sequence[Batch], passes: Sequence[Terms]) -> None:
+        """Nothing is updated. The batches whose own loss is at fault are named, or all where only the gradient is."""
+        progress = self.progress
+        progress.bad_steps += 1
+        progress.bad_in_a_row += 1
+        bad = [batch for batch, terms in zip(batches, passes, strict=True) if not terms.loss.isfinite()]
+        own = batches if math.isfinite(report.loss) else bad
+        ids = self.parallel.gather([name for batch in own for pack in batch.packs for name in pack.ids])
+        cause = (
+            f"the loss is {report.loss}"
+            if not math.isfinite(report.loss)
+            else f"the gradient is {report.gradient_norm}"
+        )
+        self.observer.skipped(report, cause, ids)
+        if progress.bad_in_a_row >= self.settings.most_bad_steps:
+            raise NonFiniteError(
+                f"step {report.step}: {cause}, as in the {progress.bad_in_a_row - 1} steps before; lower the rate, look at "
+                f"the samples ({', '.join(ids[:5])} …), or train in float32"
+            )
+
+    def _totals(self, batches: Sequence[Batch]) -> Totals:
+        own = [self.objective.totals(batch.packs) for batch in batches]
+        numbers = [[t.tokens, t.segments] for t in own]
+        sums = self.parallel.sum(torch.tensor(numbers, dtype=torch.float64, device=self.parallel.device).sum(0))
+        tokens, segments = sums.tolist()
+        return Totals(max(tokens, 1.0), max(segments, 1.0))
+
+    def _report(self, batches: Sequence[Batch], passes: Sequence[Terms], totals: Totals, norm: float) -> StepReport:
+        """The step's figures, of all processes, and the progress that they make."""
+        names = sorted({name for terms in passes for name in terms.parts})
+        figures = [_sum([terms.loss for terms in passes])]
+        figures += [_sum([terms.parts[name] for terms in passes if name in terms.parts]) for name in names]
+        own = [(batch.tokens, len(batch.packs), len(batch.skipped)) for batch in batches]
+        counted = torch.tensor(own, dtype=torch.float64).sum(0)
+        sums = self.parallel.sum(torch.cat([torch.stack(figures).double().cpu(), counted]).to(self.parallel.device))
+        loss, *parts, tokens, packs, skipped = sums.tolist()
+        counts, progress = _sum([terms.counts for terms in passes]).sum(0), self.progress
+        progress.tokens += int(tokens)
+        progress.segments += int(totals.segments)
+        progress.skipped_samples += int(skipped)
+        return StepReport(
+            step=progress.step + 1, loss=loss, parts=dict(zip(names, parts, strict=True)),
+            rate=self.settings.factor(progress.step), gradient_norm=norm, label_tokens=int(totals.tokens),
+            tokens=int(tokens), segments=int(totals.segments), packs=int(packs), skipped_samples=int(skipped),
+            load=tuple((counts / counts.sum().clamp_min(1)).tolist()) if counts.numel() else (),
+        )  # fmt: skip
+
+    def _evaluate(self) -> None:
+        if self._evaluation is None:
+            return
+        progress = self.progress
+        self.network.eval()
+        metrics = dict(self._evaluation())
+        score = metrics.get(self.settings.metric)
+        better = score is not None and math.isfinite(score) and (progress.best is None or score < progress.best)
+        if better:
+            progress.best, progress.best_step, progress.worse_in_a_row = score, progress.step, 0
+        else:
+            progress.worse_in_a_row += 1
+        progress.score = score
+        progress.history.append({"step": progress.step, **metrics})
+        self.observer.evaluated(progress.step, metrics, better)
+
+    def _keep(self) -> None:
+        if self._save is not None:
+            self._save(self)
+
+    def _due(self, every: int | None) -> bool:
+        return every is not None and self.progress.step % every == 0
+
+    def _trained(self) -> list[nn.Parameter]:
+        return [parameter for group in self.optimizer.param_groups for parameter in group["params"]]
+
+    def _endless(self) -> Iterator[Batch]:
+        while True:
+            empty = True
+            for batch in self.batches:
+                empty = False
+                yield batch
+            if empty:
+                raise ValueError("the training data gives no batch: it is empty, or every sample was skipped")
+
+    def state(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
+        """Tensors by name, whole and on the CPU, and plain JSON. Every process calls it and gets the same."""
+        whole = self.parallel.full
+        tensors = {f"model/{name}": whole(tensor) for name, tensor in self.model.state_dict().items()}
+        own, optimizer = split(optimizer_state(self.optimizer, self.model.named_parameters()), "optimizer")
+        tensors |= {name: whole(tensor) for name, tensor in own.items()}
+        meta = {
+            "optimizer": optimizer, "scale": self.scale.state(), "progress": asdict(self.progress),
+            "random": random_state(), "batches": self.batches.state_dict(),
+        }  # fmt: skip
+        return tensors, meta
+
+    def load_state(self, tensors: Mapping[str, Tensor], meta: Mapping[str, Any]) -> None:
+        """Go on where :meth:`state` was taken."""
+        with torch.no_grad():
+            for name, tensor in self.model.state_dict().items():
+                tensor.copy_(self.parallel.share(tensors[f"model/{name}"], tensor))
+        parameters = dict(self.model.named_parameters())
+        optimizer = join(meta["optimizer"], tensors)
+        for name, values in optimizer["state"].items():
+            for key, value in values.items():
+                if isinstance(value, Tensor) and value.ndim:
+                    values[key] = self.parallel.share(value, parameters[name])
+        fused = [group.get("fused") for group in self.optimizer.param_groups]
+        load_optimizer_state(self.optimizer, parameters.items(), optimizer)
+        for group, own in zip(self.optimizer.param_groups, fused, strict=True):
+            group["fused"] = own  # how it is computed here, not where it was saved
+        self.scale.load_state(meta["scale"])
+        self.progress = Progress(**meta["progress"])
+        self.batches.load_state_dict(meta["batches"])
+        self._stream = self._endless()
+        set_random_state(meta["random"])
+
+
+def _sum(tensors: Sequence[Tensor]) -> Tensor:
+    """In order, so that the result does not depend on how many there are of a kind."""
+    total = tensors[0]
+    for tensor in tensors[1:]:
+        total = total + tensor
+    return total

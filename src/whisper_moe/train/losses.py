@@ -1,0 +1,179 @@
+"""Losses of one pass, each a sum that is divided by a whole step's totals: passes and processes simply add up.
+
+- Cross-entropy over the label tokens (-100 is ignored), divided by all label tokens of the step.
+- Router: balance loss (Switch, arXiv 2101.03961, section 2.2, for top-k) and z-loss (ST-MoE, arXiv 2202.08906, section 4)
+  per layer; or no loss but a bias on the choice (arXiv 2408.15664).
+
+Those of context adaptation are in :mod:`whisper_moe.train.adapt_context`.
+
+*None* is a choice like an expert here. A router whose rows all take *none* therefore still gets a gradient, although
+gates that are all *none*'s give it none: no other loss would ever bring it back.
+
+N rows (segments, or one layer's tokens), C choices (experts, and *none* last), K slots, T tokens, D width.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from whisper_moe.data.examples import IGNORED, Pack
+from whisper_moe.model.model import Output, WhisperMoEModel
+from whisper_moe.model.router import NONE, Router, Routing
+from whisper_moe.packing import Layout
+from whisper_moe.train.single import Parallel
+
+
+@dataclass(frozen=True)
+class Totals:
+    """What a step's losses are divided by: its label tokens and segments, of all passes and processes."""
+
+    tokens: float
+    segments: float
+
+
+@dataclass(frozen=True, kw_only=True)
+class RouterLosses:
+    """Factors of the routers' losses."""
+
+    balance: float = 0.0
+    """Factor of the balance loss, α; 0 leaves it out."""
+    z: float = 0.0
+    """Factor of the z-loss; 0 leaves it out."""
+
+
+@dataclass(frozen=True)
+class Terms:
+    """The losses of one pass, shares of the step's."""
+
+    loss: Tensor
+    """What gradients are taken of."""
+    parts: dict[str, Tensor]
+    """Its parts before their factors, detached; ``balance`` and ``z`` are means over the routers."""
+    counts: Tensor
+    """[routers, C]: slots that went to each choice, in all processes; [0, 0] without experts."""
+
+
+def cross_entropy(logits_TV: Tensor, labels_T: Tensor, *, smoothing: float = 0.0) -> Tensor:
+    """The sum over all tokens that have a label, in at least float32. ``smoothing``: weight of a uniform target."""
+    return F.cross_entropy(
+        _exact(logits_TV), labels_T, ignore_index=IGNORED, reduction="sum", label_smoothing=smoothing
+    )
+
+
+def _exact(x: Tensor) -> Tensor:
+    return x.to(torch.promote_types(x.dtype, torch.float32))
+
+
+def choice_counts(routing: Routing) -> Tensor:
+    """[C] float32: how many slots went to each expert and, if it can be chosen, to *none*."""
+    assert routing.logits is not None
+    choices = routing.logits.shape[1]
+    slots = torch.where(routing.experts == NONE, choices - 1, routing.experts)
+    return torch.bincount(slots.flatten(), minlength=choices).float()
+
+
+def balance_loss(routing: Routing, counts: Tensor) -> Tensor:
+    """(C / K) Σ_c f_c P_c: 1 where every choice gets its part, C / K where K experts get all, C where *none* does.
+
+    ``counts`` [C]: :func:`choice_counts` summed over all processes. f_c is the mean number of slots of a row that go to c,
+    P_c the mean probability; of this process's rows, so that the processes' results add up.
+    """
+    assert routing.logits is not None
+    slots = routing.experts.shape[1]
+    rows = (counts.sum() / slots).clamp_min(1)
+    probability = routing.logits.softmax(dim=1).sum(dim=0) / rows
+    return len(counts) / slots * (counts / rows * probability).sum()
+
+
+def z_loss(routing: Routing, counts: Tensor) -> Tensor:
+    """The mean of logsumexp², which keeps logits small; processes add up as in :func:`balance_loss`."""
+    assert routing.logits is not None
+    rows = (counts.sum() / routing.experts.shape[1]).clamp_min(1)
+    return routing.logits.logsumexp(dim=1).square().sum() / rows
+
+
+def router_terms(
+    routings: Sequence[Routing], share: float, factors: RouterLosses, everywhere: Callable[[Tensor], Tensor], *,
+    real: bool = True,
+) -> tuple[Tensor | float, dict[str, Tensor], Tensor]:  # fmt: skip
+    """Loss, parts and counts of one pass's routers. ``share``: the pass's part of the step's segments.
+
+    ``everywhere`` sums over processes; ``real`` is False for a placeholder, which counts for nothing. The losses of
+    several layers are added, as in Switch. Counts are of one pass: opposite imbalances of two layers cannot cancel, those
+    of two accumulated passes can.
+    """
+    if not routings:
+        return 0.0, {}, torch.zeros(0, 0)
+    counts = everywhere(torch.stack([choice_counts(routing) for routing in routings]) * real)
+    share *= real
+    balance = torch.stack([balance_loss(*pair) for pair in zip(routings, counts, strict=True)]) * share
+    z = torch.stack([z_loss(*pair) for pair in zip(routings, counts, strict=True)]) * share
+    loss = factors.balance * balance.sum() + factors.z * z.sum()
+    return loss, {"balance": balance.mean().detach(), "z": z.mean().detach()}, counts
+
+
+def routers(model: WhisperMoEModel) -> list[Router]:
+    """In the order in which a pass's routings come."""
+    return [module for module in model.modules() if isinstance(module, Router)]
+
+
+@torch.no_grad()
+def balance_biases(model: nn.Module, counts: Tensor, rate: float) -> None:
+    """b_c ← b_c + rate · sign(mean − count_c): what was chosen too often is chosen less (arXiv 2408.15664, algorithm 1).
+
+    ``counts`` [routers, C] of a whole step. Gates are not changed by it.
+    """
+    assert isinstance(model, WhisperMoEModel)
+    for router, count in zip(routers(model), counts, strict=True):
+        assert router.bias is not None, "a router without a bias cannot be balanced by one"
+        router.bias += rate * (count.mean() - count).sign().to(router.bias)
+
+
+@dataclass(frozen=True, kw_only=True)
+class SpeechObjective:
+    """Cross-entropy of what is said, and the routers' losses."""
+
+    smoothing: float = 0.0
+    routing: RouterLosses = RouterLosses()
+
+    def totals(self, packs: Sequence[Pack]) -> Totals:
+        labelled = sum(int((pack.labels_T != IGNORED).sum()) for pack in packs)
+        return Totals(labelled, sum(len(pack.ids) for pack in packs))
+
+    def __call__(self, model: nn.Module, packs: Sequence[Pack], totals: Totals, parallel: Parallel) -> Terms:
+        """One pass over all packs: they are one flat tensor, whose segments do not see each other anyway.
+
+        A process that has no pack while others do passes a placeholder, for its peers wait for its gradients.
+        """
+        own = self.totals(packs).segments
+        here = [pack.to(parallel.device) for pack in packs] or [_placeholder(model, parallel.device)]
+        output = run_packs(model, here)
+        cross = cross_entropy(output.logits, torch.cat([p.labels_T for p in here]), smoothing=self.smoothing)
+        cross = cross / totals.tokens
+        segments = float(parallel.sum(torch.tensor(float(own), device=parallel.device)))
+        loss, parts, counts = router_terms(
+            output.routings, segments / totals.segments, self.routing, parallel.sum, real=own > 0
+        )
+        return Terms(cross + loss, {"cross_entropy": cross.detach(), **parts}, counts)
+
+
+def run_packs(model: nn.Module, packs: Sequence[Pack]) -> Output:
+    """A training pass over packs."""
+    texts = [text for pack in packs for text in pack.tokens_T.split(pack.texts.lengths)]
+    mels = [mel for pack in packs for mel in pack.mels]
+    return model(mels, texts, heard=[n for pack in packs for n in pack.heard], detailed=True)
+
+
+def _placeholder(model: nn.Module, device: torch.device) -> Pack:
+    """One position of silence and one token without a label."""
+    config = next(module.config for module in model.modules() if isinstance(module, WhisperMoEModel))
+    one = torch.zeros(1, dtype=torch.int64, device=device)
+    return Pack(
+        ids=("",), mels=(torch.zeros(config.n_mels, 2, device=device),), heard=(1,), tokens_T=one,
+        labels_T=torch.full_like(one, IGNORED), texts=Layout([1]), languages=("",), tasks=("",), seconds=0.0,
+    )  # fmt: skip

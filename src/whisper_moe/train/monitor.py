@@ -1,0 +1,191 @@
+"""What a run says while it goes: a line of ``metrics.jsonl`` for each step, a bar or lines on stderr, TensorBoard.
+
+Only the process of rank 0 has one; the others stay silent.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import sys
+import time
+from collections import deque
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from whisper_moe.config import MAX_PACK_TOKENS
+from whisper_moe.train.plateau import Plateau
+
+if TYPE_CHECKING:
+    from rich.progress import Progress, TaskID
+    from torch.utils.tensorboard import SummaryWriter
+
+    from whisper_moe.train.loop import StepReport
+
+METRICS = "metrics.jsonl"
+EVENTS = "tensorboard"
+RECENT = 20
+"""Steps whose mean training loss an evaluation is compared with."""
+SECONDS_BETWEEN_LINES = 10.0
+"""Where there is no terminal for a bar."""
+
+
+class Silent:
+    """The observer of every process but the first."""
+
+    def stepped(self, report: StepReport) -> None: ...
+    def skipped(self, report: StepReport, cause: str, ids: Sequence[str]) -> None: ...
+    def evaluated(self, step: int, metrics: Mapping[str, float], best: bool) -> None: ...
+
+
+class Monitor:
+    """Writes down and shows what happens. Use as a context: the bar and the files are closed at its end."""
+
+    def __init__(
+        self, run: Path, *, steps: int, rate: float, choices: Sequence[str] = (), log_every: int = 1,
+        tensorboard: bool = False, say: Callable[[str], None] | None = None,
+    ) -> None:  # fmt: skip
+        """``rate``: the peak that shares of it are shown of. ``choices``: names of experts, *none* last.
+
+        Raises ``ImportError`` that names the extra if TensorBoard is asked for and not there.
+        """
+        self._run, self._steps, self._rate, self._choices, self._log_every = run, steps, rate, choices, log_every
+        self._board = _board(run / EVENTS) if tensorboard else None
+        self._say = say or _to_stderr
+        self._bar: Progress | None = None
+        self._task: TaskID | None = None
+        self._clock = self._spoken = time.perf_counter()
+        self._plateau, self._recent = Plateau(), deque[float](maxlen=RECENT)
+
+    def resume(self, step: int) -> None:
+        """Forget what a run that was killed wrote after its last checkpoint, which is of ``step``."""
+        path = self._run / METRICS
+        if path.exists():
+            kept = [line for line in path.read_text("utf-8").splitlines() if _step_of(line) <= step]
+            scratch = path.with_suffix(".new")
+            scratch.write_text("".join(f"{line}\n" for line in kept), "utf-8")
+            scratch.replace(path)
+
+    def __enter__(self) -> Monitor:
+        if self._say is _to_stderr and sys.stderr.isatty():
+            self._bar, self._task = _bar(self._steps)
+            self._bar.start()
+        self._clock = time.perf_counter()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if self._bar is not None:
+            self._bar.stop()
+        if self._board is not None:
+            self._board.close()
+
+    def stepped(self, report: StepReport) -> None:
+        now = time.perf_counter()
+        seconds, self._clock = now - self._clock, now
+        fill = report.tokens / (report.packs * MAX_PACK_TOKENS) if report.packs else 0.0
+        figures: dict[str, Any] = {
+            "loss": report.loss, **report.parts, "lr": self._rate * report.rate,
+            "gradient_norm": report.gradient_norm, "tokens": report.tokens, "label_tokens": report.label_tokens,
+            "segments": report.segments, "packs": report.packs, "fill": fill,
+        }  # fmt: skip
+        if "cross_entropy" in report.parts:  # what an evaluation's loss can be compared with
+            self._recent.append(report.parts["cross_entropy"])
+        if report.load:
+            figures["load"] = dict(zip(self._choices, report.load, strict=True))
+        if report.skipped_samples:
+            figures["skipped_samples"] = report.skipped_samples
+        figures["seconds"] = seconds
+        if report.step % self._log_every == 0 or report.step in (1, self._steps):
+            self._write({"step": report.step, **figures})
+            self._plot(report.step, "train", figures)
+        self._show(report.step, now, self._line(report, fill, seconds))
+
+    def skipped(self, report: StepReport, cause: str, ids: Sequence[str]) -> None:
+        self._clock = time.perf_counter()
+        self._write({"step": report.step, "skipped": cause, "ids": list(ids)})
+        self.tell(f"WARNING: step {report.step} is skipped: {cause}; samples {', '.join(ids[:5])} …")
+
+    def evaluated(self, step: int, metrics: Mapping[str, float], best: bool) -> None:
+        self._clock = time.perf_counter()
+        self._write({"step": step, "evaluation": dict(metrics), "best": best})
+        self._plot(step, "evaluation", metrics)
+        figures = ", ".join(f"{name} {value:.4f}" for name, value in metrics.items())
+        self.tell(f"step {step}: {figures}{' (the best so far)' if best else ''}")
+        if self._recent and "loss" in metrics:
+            warning = self._plateau.seen(step, sum(self._recent) / len(self._recent), metrics["loss"])
+            if warning:
+                self.tell(warning)
+
+    def tell(self, line: str) -> None:
+        """One line, above the bar where there is one."""
+        if self._bar is not None:
+            self._bar.console.print(line, highlight=False, markup=False)
+        else:
+            self._say(line)
+
+    def _line(self, report: StepReport, fill: float, seconds: float) -> str:
+        parts = [
+            f"loss {report.loss:.4f}", f"lr {self._rate * report.rate:.2e}",
+            f"{report.tokens / max(seconds, 1e-9):,.0f} tokens/s", f"fill {fill:.0%}",
+        ]  # fmt: skip
+        if report.load:
+            ranked = sorted(zip(report.load, self._choices, strict=True), reverse=True)
+            parts.append("load " + " ".join(f"{name} {share:.0%}" for share, name in ranked[:3]))
+        return "  ".join(parts)
+
+    def _show(self, step: int, now: float, line: str) -> None:
+        if self._bar is not None and self._task is not None:
+            self._bar.update(self._task, completed=step, figures=line)
+        elif now - self._spoken >= SECONDS_BETWEEN_LINES or step in (1, self._steps):
+            self._spoken = now
+            self._say(f"step {step}/{self._steps}  {line}")
+
+    def _write(self, record: Mapping[str, Any]) -> None:
+        with (self._run / METRICS).open("a", encoding="utf-8") as file:
+            file.write(json.dumps(_plain(record), ensure_ascii=False) + "\n")
+
+    def _plot(self, step: int, group: str, figures: Mapping[str, Any]) -> None:
+        if self._board is None:
+            return
+        for name, value in figures.items():
+            if isinstance(value, Mapping):
+                self._plot(step, f"{group}/{name}", value)
+            else:
+                self._board.add_scalar(f"{group}/{name}", value, step)
+
+
+def _plain(value: Any) -> Any:
+    """JSON has no NaN and no infinity: they are written as text."""
+    if isinstance(value, Mapping):
+        return {key: _plain(inner) for key, inner in value.items()}
+    return str(value) if isinstance(value, float) and not math.isfinite(value) else value
+
+
+def _step_of(line: str) -> float:
+    """Infinity for a line that was cut off."""
+    try:
+        return json.loads(line)["step"]
+    except (ValueError, KeyError, TypeError):
+        return math.inf
+
+
+def _to_stderr(line: str) -> None:
+    print(line, file=sys.stderr, flush=True)
+
+
+def _bar(steps: int) -> tuple[Progress, TaskID]:
+    from rich.console import Console
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+    columns = (BarColumn(20), MofNCompleteColumn(), TextColumn("{task.fields[figures]}"), TimeRemainingColumn())
+    bar = Progress(*columns, console=Console(stderr=True), redirect_stdout=False, redirect_stderr=False)
+    return bar, bar.add_task("", total=steps, figures="")
+
+
+def _board(folder: Path) -> SummaryWriter:
+    try:
+        from torch.utils.tensorboard import SummaryWriter
+    except ImportError as error:
+        raise ImportError("run.tensorboard needs TensorBoard: pip install 'whisper-moe[train]'") from error
+    return SummaryWriter(str(folder))

@@ -1,0 +1,343 @@
+"""A run from a recipe to a trained checkpoint, in one directory that holds all there is to know about it.
+
+    RUN/run.json            recipe, versions, git state, seeds, parameters, how it ended
+    RUN/start/              configuration and tokenizer that the run began with
+    RUN/metrics.jsonl       a line for each step and each evaluation
+    RUN/checkpoints/        what a run goes on from (:mod:`whisper_moe.train.checkpoint`)
+    RUN/model/              what it has learned: the best of its checkpoints as a model that commands load
+
+Exit status: 0 finished or stopped early; 1 an error; 2 a recipe or a path that cannot be used; 130 and 143 stopped by
+SIGINT and SIGTERM with a checkpoint written: ``--resume`` goes on from it, bit for bit on a CPU.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import random
+import signal
+import subprocess
+import sys
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass
+from datetime import datetime
+from functools import partial
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from whisper_moe.train.recipe import Recipe, RecipeError, load_recipe
+
+if TYPE_CHECKING:
+    from whisper_moe.train.loop import Trainer
+    from whisper_moe.train.monitor import Monitor
+    from whisper_moe.train.single import Parallel
+    from whisper_moe.train.start import Start
+
+RECORD, MODEL = "run.json", "model"
+_PACKAGES = ("whisper-moe", "torch", "numpy", "datasets", "tokenizers", "safetensors", "av", "pydantic")
+_FREE = (
+    "run", "evaluation", "name", "parallel", "data.evaluation", "data.loader.workers", "data.loader.prefetch",
+    "data.loader.reading.cache_dir", "data.loader.cache_dir", "data.loader.cache_limit_mb", "optimisation.recompute",
+    "losses.context.lessons", "losses.context.limit_mb",
+)  # fmt: skip
+"""Parts of a recipe that may differ where a run goes on: they do not change what is learned."""
+
+
+def train(path: Path, overrides: Sequence[str], output: Path | None, resume: bool) -> int:
+    """What ``whisper-moe train`` does; returns the exit status."""
+    try:
+        recipe = load_recipe(path, overrides)
+        directory = output or Path(recipe.run.directory or f"runs/{recipe.name}")
+        return run(recipe, directory, resume=resume)
+    except (ValueError, ImportError, OSError) as error:
+        if os.environ.get("RANK", "0") == "0" or not isinstance(error, RecipeError):
+            say(f"whisper-moe: {' '.join(str(error).split())}")
+        return 2 if isinstance(error, RecipeError) else 1
+
+
+def run(recipe: Recipe, directory: Path, *, resume: bool = False) -> int:
+    """Train in ``directory``; returns the exit status. Raises ``ValueError``, ``ImportError``, ``OSError`` with one sentence.
+
+    A directory that has a run is only used with ``resume``; one that has none is begun in any case, so that a restarted
+    job can always say ``resume``.
+    """
+    from whisper_moe.train.lock import run_lock
+
+    begun = (directory / RECORD).exists()
+    if begun and not resume:
+        raise RecipeError(f"{directory}: has a run already; --resume goes on with it, -o names another directory")
+    if directory.exists() and not directory.is_dir():
+        raise RecipeError(f"{directory}: is a file; a run needs a directory")
+    with _processes(recipe) as parallel, run_lock(directory, announce=say) if parallel.rank == 0 else nullcontext():
+        parallel.barrier()
+        if begun:
+            _check_same(recipe, directory)
+        return _run(recipe, directory, parallel)
+
+
+def _run(recipe: Recipe, directory: Path, parallel: Parallel) -> int:
+    from whisper_moe.train import checkpoint
+    from whisper_moe.train.build import build_trainer
+
+    first = parallel.rank == 0
+    announce = say if first else _silent
+    if first:
+        checkpoint.clean(directory)
+        _warn(recipe, announce)
+    _seed(recipe)
+    if recipe.run.threads:
+        import torch
+
+        torch.set_num_threads(recipe.run.threads)
+    found = checkpoint.latest(directory, announce=announce) if first else None
+    found_path = parallel.broadcast(str(found or ""))
+    start = _start(recipe, directory, parallel, goes_on=found_path != "")
+    stop = _Stop()
+    with _monitor(recipe, directory, start, first) as monitor:
+        save = partial(_save, directory, recipe.run.keep)
+        trainer = build_trainer(
+            recipe, start, parallel, monitor, save=save, stop_requested=stop.requested, directory=directory
+        )
+        if first:
+            _write_record(directory, recipe, trainer, parallel, resumed=bool(found_path))
+        if found_path:
+            loaded = checkpoint.load(Path(found_path))
+            trainer.load_state(loaded.tensors, loaded.meta)
+            announce(f"{directory}: goes on after step {trainer.progress.step}")
+        if monitor is not None:
+            monitor.resume(trainer.progress.step)
+        with stop:  # until here a signal ends the process as it ends any
+            end = trainer.run()
+    if first:
+        if end != "interrupted":
+            export(directory, start, announce)
+        _finish_record(directory, end, trainer)
+        if end != "finished":
+            announce(f"{directory}: {end} after step {trainer.progress.step}")
+    parallel.barrier()
+    return 128 + (stop.signal or 0) if end == "interrupted" else 0
+
+
+# What a run is made of
+
+
+@dataclass(frozen=True)
+class _Settings:
+    """What :func:`whisper_moe.train.parallel.processes` reads."""
+
+    device: str
+    parallel: dict[str, int | str | bool]
+
+
+@contextmanager
+def _processes(recipe: Recipe) -> Iterator[Parallel]:
+    """One process, or those that torchrun started."""
+    import torch
+
+    from whisper_moe.train.single import SingleProcess
+
+    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        from whisper_moe.train.parallel import processes
+
+        with processes(_Settings(recipe.run.device, recipe.parallel.model_dump())) as parallel:
+            yield parallel
+        return
+    device = recipe.run.device
+    if device == "auto":
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+    yield SingleProcess(device)
+
+
+def _start(recipe: Recipe, directory: Path, parallel: Parallel, *, goes_on: bool) -> Start:
+    """From the run's folder where a checkpoint will give the weights, else from the source."""
+    from whisper_moe.train.start import from_source, read_start, write_start
+
+    if goes_on:
+        return read_start(directory)
+    start = from_source(
+        recipe.model, biased=recipe.losses.balancing == "bias", seed=recipe.run.seed,
+        announce=say if parallel.rank == 0 else _silent,
+    )  # fmt: skip
+    if parallel.rank == 0:
+        write_start(directory, start)
+    parallel.barrier()
+    return start
+
+
+@contextmanager
+def _monitor(recipe: Recipe, directory: Path, start: Start, first: bool) -> Iterator[Monitor | None]:
+    if not first:
+        yield None
+        return
+    from whisper_moe.train.monitor import Monitor
+
+    moe = start.config.moe
+    names = (*moe.names, *(["none"] if moe.none_choice else [])) if moe else ()
+    with Monitor(
+        directory, steps=recipe.optimisation.steps, rate=recipe.optimisation.lr, choices=names,
+        log_every=recipe.run.log_every, tensorboard=recipe.run.tensorboard,
+    ) as monitor:  # fmt: skip
+        yield monitor
+
+
+@dataclass
+class _Stop:
+    """Notes SIGTERM and SIGINT, the first of them; a second SIGINT interrupts there and then."""
+
+    signal: int | None = None
+
+    def requested(self) -> bool:
+        return self.signal is not None
+
+    def __enter__(self) -> _Stop:
+        self._before = {number: signal.signal(number, self._note) for number in (signal.SIGTERM, signal.SIGINT)}
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for number, handler in self._before.items():
+            signal.signal(number, handler)
+
+    def _note(self, number: int, _: Any) -> None:
+        if self.signal is not None and number == signal.SIGINT:
+            raise KeyboardInterrupt
+        self.signal = self.signal or number
+
+
+# What is kept
+
+
+def _save(directory: Path, keep: int, trainer: Trainer) -> None:
+    from whisper_moe.train import checkpoint
+
+    tensors, meta = trainer.state()
+    if trainer.parallel.rank == 0:
+        checkpoint.save(
+            directory, trainer.progress.step, tensors, meta, keep=keep, score=_finite(trainer.progress.score)
+        )
+    trainer.parallel.barrier()
+
+
+def _finite(score: float | None) -> float | None:
+    return score if score is not None and abs(score) < float("inf") else None
+
+
+def export(directory: Path, start: Start, announce: Callable[[str], None]) -> Path:
+    """Write the run's best checkpoint, or its last where none was judged, as a model; returns its folder."""
+    from whisper_moe.train import checkpoint
+    from whisper_moe.weights.checkpoint import save_checkpoint
+
+    path = checkpoint.best(directory, announce=announce) or checkpoint.latest(directory, announce=announce)
+    if path is None:
+        raise ValueError(f"{directory}: has no checkpoint to make a model of")
+    loaded = checkpoint.load(path, ["model"])
+    state = {name.removeprefix("model/"): tensor.float() for name, tensor in loaded.tensors.items()}
+    save_checkpoint(
+        directory / MODEL, start.config, state, generation=start.generation,
+        tokenizer_files={"tokenizer.json": start.tokenizer_json}, overwrite=True,
+    )  # fmt: skip
+    announce(f"{directory / MODEL}: the model of step {loaded.step}")
+    return directory / MODEL
+
+
+def _write_record(directory: Path, recipe: Recipe, trainer: Trainer, parallel: Parallel, *, resumed: bool) -> None:
+    path = directory / RECORD
+    before: dict[str, Any] = json.loads(path.read_text("utf-8")) if path.exists() else {}
+    groups = {group["name"]: sum(p.numel() for p in group["params"]) for group in trainer.optimizer.param_groups}
+    sessions = [*before.get("sessions", []), {"begun": _now(), "resumed": resumed, "command": sys.argv[1:]}]
+    record = {
+        "recipe": recipe.model_dump(mode="json"), "seeds": {"run": recipe.run.seed, "loader": recipe.data.loader.seed},
+        "versions": {"python": sys.version.split()[0]} | {name: _version(name) for name in _PACKAGES},
+        "git": git_state(), "device": str(parallel.device), "precision": trainer.settings.precision,
+        "processes": parallel.world_size, "trained_parameters": groups, "sessions": sessions, "status": "running",
+    }  # fmt: skip
+    _replace(path, record)
+
+
+def _finish_record(directory: Path, end: str, trainer: Trainer) -> None:
+    record = json.loads((directory / RECORD).read_text("utf-8"))
+    progress = trainer.progress
+    record |= {
+        "status": end, "step": progress.step, "best": progress.best, "best_step": progress.best_step,
+        "bad_steps": progress.bad_steps, "skipped_samples": progress.skipped_samples, "ended": _now(),
+    }  # fmt: skip
+    _replace(directory / RECORD, record)
+
+
+def _replace(path: Path, record: Mapping[str, Any]) -> None:
+    scratch = path.with_suffix(".new")
+    scratch.write_text(json.dumps(record, indent=2, ensure_ascii=False) + "\n", "utf-8")
+    os.replace(scratch, path)
+
+
+def _check_same(recipe: Recipe, directory: Path) -> None:
+    """Raise :class:`RecipeError` where a run would go on with another recipe than it began with."""
+    then = json.loads((directory / RECORD).read_text("utf-8"))["recipe"]
+    now = recipe.model_dump(mode="json")
+    changed = [
+        f"{key} was {before!r}, is {after!r}"
+        for key, before, after in _differences(then, now, "")
+        if not any(key == free or key.startswith(f"{free}.") for free in _FREE)
+    ]
+    if changed:
+        raise RecipeError(f"{directory}: a run goes on only with its own recipe; {'; '.join(changed)}")
+
+
+def _differences(then: Any, now: Any, where: str) -> Iterator[tuple[str, Any, Any]]:
+    if isinstance(then, dict) and isinstance(now, dict):
+        for key in sorted(then.keys() | now.keys()):
+            yield from _differences(then.get(key), now.get(key), f"{where}.{key}" if where else key)
+    elif then != now:
+        yield where, then, now
+
+
+def _warn(recipe: Recipe, announce: Callable[[str], None]) -> None:
+    from whisper_moe.train.optim import warmup_warning
+
+    given = recipe.optimisation
+    line = warmup_warning(rate=given.lr, steps=given.steps, warmup=given.warmup)
+    if line:
+        announce(line)
+
+
+def _seed(recipe: Recipe) -> None:
+    import numpy as np
+    import torch
+
+    random.seed(recipe.run.seed)
+    np.random.seed(recipe.run.seed)  # noqa: NPY002 (the global one, which libraries use)
+    torch.manual_seed(recipe.run.seed)
+
+
+def git_state() -> dict[str, Any] | None:
+    """Commit and whether anything was changed since, of the checkout that this code is in; None outside of one."""
+    here = Path(__file__).parent
+
+    def git(*words: str) -> str:
+        done = subprocess.run(["git", "-C", str(here), *words], capture_output=True, text=True, timeout=20, check=True)
+        return done.stdout.strip()
+
+    try:
+        return {"commit": git("rev-parse", "HEAD"), "changed": bool(git("status", "--porcelain"))}
+    except (OSError, subprocess.SubprocessError):
+        return None
+
+
+def _version(package: str) -> str | None:
+    try:
+        return version(package)
+    except PackageNotFoundError:
+        return None
+
+
+def _now() -> str:
+    return datetime.now().astimezone().isoformat(timespec="seconds")
+
+
+def say(line: str) -> None:
+    print(line, file=sys.stderr, flush=True)
+
+
+def _silent(_: str) -> None:
+    pass

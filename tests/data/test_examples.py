@@ -1,0 +1,310 @@
+"""Examples: prompt, text and labels line up; the spectrogram is the clip's own; faults name their sample."""
+
+from __future__ import annotations
+
+import unicodedata
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from data.memory import CORRUPT, clip, damaged, noise, tiny_reader
+from generate.tiny import tiny_tokenizer
+
+from whisper_moe.config import MAX_PACK_TOKENS, ModelConfig
+from whisper_moe.data.examples import (
+    IGNORED,
+    Example,
+    ExampleConfig,
+    ExampleReader,
+    TooLong,
+    pack_examples,
+    positions,
+)
+from whisper_moe.data.mel_cache import MelCache
+from whisper_moe.data.sample import AudioRef, DataError, Sample
+from whisper_moe.media.audio import MediaError
+from whisper_moe.media.mel import log_mel
+from whisper_moe.packing import Layout
+
+TOKENIZER = tiny_tokenizer()
+
+
+def mel_of(sample: Sample, margin: float) -> torch.Tensor:
+    assert sample.audio is not None
+    sound = torch.from_numpy(sample.audio.read())
+    return log_mel(sound, samples=320 * positions(len(sound), margin, 1_500))
+
+
+def test_labels_are_the_next_tokens_after_the_prompt() -> None:
+    example = tiny_reader().read(clip("a", 1.0, "Good morning", language="hi"), 2.5)
+    prompt = [*TOKENIZER.sot_sequence("hi", "transcribe"), TOKENIZER.no_timestamps]
+    text = TOKENIZER.encode(" Good morning")
+    assert list(example.tokens) == [*prompt, *text]
+    assert list(example.labels) == [IGNORED] * 3 + [*text, TOKENIZER.eot]
+    assert (example.language, example.task, example.seconds) == ("hi", "transcribe", 1.0)
+
+
+def test_a_translation_is_asked_for_in_the_language_that_is_heard() -> None:
+    example = tiny_reader().read(clip("a", 1.0, "Good morning", language="hi", task="translate"), 2.5)
+    assert list(example.tokens[:3]) == TOKENIZER.sot_sequence("hi", "translate")
+
+
+def test_timestamps_in_the_text_become_tokens() -> None:
+    example = tiny_reader().read(clip("a", 1.0, "<|0.00|> One.<|0.48|><|0.50|> Two.<|1.00|>"), 2.5)
+    begin = TOKENIZER.timestamp_begin
+    said = [begin, *TOKENIZER.encode(" One."), begin + 24, begin + 25, *TOKENIZER.encode(" Two."), begin + 50]
+    assert list(example.tokens) == [*TOKENIZER.sot_sequence("en"), *said]
+    assert list(example.labels) == [IGNORED, IGNORED, *said, TOKENIZER.eot]
+
+
+@pytest.mark.parametrize(
+    "text", ["<|0.01|> a", "<|0.00|> a<|31.00|>", "<|2.00|> a<|1.00|>", "a<|1.00|>", "", "  ", "nul\0", "\ud800"]
+)
+def test_a_text_that_is_none_names_its_sample(text: str) -> None:
+    with pytest.raises(DataError, match=r"^clip-7, column 'text': "):
+        tiny_reader().tokens(clip("clip-7", 0.1, text))
+
+
+def test_control_tokens_in_a_text_are_only_letters() -> None:
+    _, text = tiny_reader().tokens(clip("a", 0.1, "say <|endoftext|> and <|en|>"))
+    assert max(text) < 256
+
+
+def test_texts_are_in_nfc_and_begin_with_a_space_where_words_have_spaces() -> None:
+    letters = "क़ é"  # decomposed on purpose below; NFC keeps the first apart and joins the second
+    decomposed = unicodedata.normalize("NFD", letters)
+    assert decomposed != unicodedata.normalize("NFC", letters)
+    _, text = tiny_reader().tokens(clip("a", 0.1, f"  {decomposed} ", language="hi"))
+    assert TOKENIZER.decode(text) == " " + unicodedata.normalize("NFC", letters)
+    _, bare = tiny_reader(leading_space=False).tokens(clip("a", 0.1, letters, language="hi"))
+    assert TOKENIZER.decode(bare) == unicodedata.normalize("NFC", letters)
+
+
+def test_silence_has_no_text_only_where_that_is_meant() -> None:
+    example = tiny_reader(empty_text=True).read(clip("a", 0.1, ""), 0.5)
+    assert example.labels[-1] == TOKENIZER.eot and set(example.labels[:-1]) == {IGNORED}
+
+
+@pytest.mark.parametrize("margin", [0.0, 0.013, 0.5, 2.5, 30.0])
+@pytest.mark.parametrize("seconds", [0.001, 0.5, 1.2345, 29.9])
+def test_the_spectrogram_is_that_of_the_clip_with_its_margin(seconds: float, margin: float) -> None:
+    sample = clip("a", seconds)
+    example = tiny_reader(margin=margin).read(sample, margin)
+    assert torch.equal(example.mel, mel_of(sample, margin))
+    assert example.positions == min(1_500, -(-round((seconds + margin) * 16_000) // 320))
+    assert example.heard == -(-round(seconds * 16_000) // 320)
+    assert example.size == example.positions + len(example.tokens)
+    if margin == 30:
+        assert example.mel.shape == (80, 3_000)
+
+
+def test_a_margin_from_a_range_gives_the_beginning_of_the_widest() -> None:
+    sample, reader = clip("a", 0.7), tiny_reader(margin=(0, 4))
+    for margin in (0.0, 0.004, 0.0161, 0.3, 1.7, 4.0):
+        example = reader.read(sample, margin)
+        torch.testing.assert_close(example.mel, mel_of(sample, margin), rtol=0, atol=2e-4)
+
+
+def test_margins_are_spread_over_the_range_and_fixed_for_seed_epoch_and_id() -> None:
+    config = ExampleConfig(margin=(1, 3))
+    drawn = [config.margin_of(f"id{i}", 0, 0) for i in range(2_000)]
+    assert 1 <= min(drawn) < 1.01 and 2.99 < max(drawn) <= 3
+    assert abs(sum(drawn) / len(drawn) - 2) < 4 * (2 / 12**0.5) / 2_000**0.5
+    assert config.margin_of("id0", 0, 0) == drawn[0]
+    assert len({drawn[0], config.margin_of("id0", 1, 0), config.margin_of("id0", 0, 1)}) == 3
+    assert ExampleConfig(margin=2).margin_of("id0", 5, 7) == 2
+
+
+@pytest.mark.parametrize("margin", [-0.1, 31, (3, 1), (0, 40), float("nan"), "long"])
+def test_a_margin_that_cannot_be_is_refused(margin: object) -> None:
+    with pytest.raises(ValueError, match="margin"):
+        ExampleConfig.model_validate({"margin": margin})
+
+
+def test_what_is_too_long_is_named_and_says_how_long() -> None:
+    with pytest.raises(TooLong, match=r"^long: its sound has 30\.01 s; the window has 30$"):
+        tiny_reader().read(clip("long", 30.01), 0)
+    assert tiny_reader().read(clip("fits", 30.0), 0).positions == 1_500
+    with pytest.raises(TooLong, match=r"^wordy: its text has 449 tokens; the decoder has 448 positions$"):
+        tiny_reader().tokens(clip("wordy", 0.1, "x" * 444))
+    assert len(tiny_reader().tokens(clip("fits", 0.1, "x" * 443))[1]) == 444
+
+
+def test_a_sound_that_cannot_be_read_names_its_file(tmp_path: Path) -> None:
+    reader = tiny_reader()
+    with pytest.raises(MediaError, match=r"broken\.wav"):
+        reader.read(damaged(clip("a", 1.0)), 0)
+    with pytest.raises(MediaError, match=r"missing\.wav"):
+        reader.read(replace(clip("a", 1.0), audio=AudioRef(path=str(tmp_path / "missing.wav"))), 0)
+    with pytest.raises(MediaError, match=r"a\.wav: it holds no sound"):
+        reader.read(clip("a", 0.0), 0)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"task": "translate-text", "audio": None, "source_text": "x"}, "task 'translate-text' needs an input"),
+        ({"task": "sign", "audio": None, "video": "a.mov", "language": "ins"}, "task 'sign' needs an input"),
+        ({"language": "or", "target_language": "or"}, "'or'"),
+        ({"target_language": "hi"}, "gives 'en', not 'hi'"),
+    ],
+)
+def test_what_this_model_cannot_learn_is_no_fault_of_a_sample(change: dict[str, str], message: str) -> None:
+    with pytest.raises(ValueError, match=message) as raised:
+        tiny_reader().tokens(replace(clip("a", 0.1), **change))  # pyright: ignore[reportArgumentType]
+    assert not isinstance(raised.value, DataError | TooLong)
+
+
+def test_a_model_whose_longest_example_fills_more_than_a_pack_is_refused() -> None:
+    with pytest.raises(ValueError, match="do not fit a pack"):
+        ExampleReader(TOKENIZER, ModelConfig(max_target_positions=600), ExampleConfig())
+
+
+def made(key: str, size: int) -> Example:
+    tokens = tuple(range(size % 7 + 1))
+    return Example(
+        id=key, mel=torch.full((80, 2 * (size - len(tokens))), float(size)), heard=1, tokens=tokens,
+        labels=tuple(token + 1 for token in tokens), language="en", task="transcribe", seconds=size / 50,
+    )  # fmt: skip
+
+
+def test_a_pack_holds_its_segments_one_after_another() -> None:
+    examples = [made("a", 100), made("b", 900), made("c", 1_048)]
+    (pack,) = pack_examples(examples)
+    assert pack.ids == ("a", "b", "c") and pack.fill == 1
+    assert pack.encoder_tokens + pack.decoder_tokens == MAX_PACK_TOKENS
+    assert repr(pack.texts) == repr(Layout(len(example.tokens) for example in examples))
+    for example, rows, mel in zip(examples, pack.texts.slices(), pack.mels, strict=True):
+        assert pack.tokens_T[rows].tolist() == list(example.tokens)
+        assert pack.labels_T[rows].tolist() == list(example.labels)
+        assert mel is example.mel
+    assert pack.to("cpu", torch.float64).mels[1].dtype == torch.float64
+    assert pack.seconds == pytest.approx(sum(example.seconds for example in examples))
+
+
+def test_clips_longer_than_announced_get_another_pack_and_none_is_lost() -> None:
+    packs = pack_examples([made(name, 700) for name in "abcd"])
+    assert sorted(id for pack in packs for id in pack.ids) == list("abcd")
+    assert len(packs) == 2 and all(pack.fill <= 1 for pack in packs)
+    assert pack_examples([]) == []
+
+
+# The cache.
+
+
+def reader_with_cache(folder: Path, limit: int = 1 << 20, **settings: object) -> ExampleReader:
+    return ExampleReader(TOKENIZER, ModelConfig(), ExampleConfig.model_validate(settings), MelCache(folder, limit))
+
+
+def entries(folder: Path) -> list[Path]:
+    return sorted(folder.rglob("*.mel"))
+
+
+def test_a_cached_spectrogram_is_the_same_without_decoding(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    sample = clip("a", 0.5)
+    fresh = tiny_reader(margin=(0.5, 1)).read(sample, 0.7)
+    first = reader_with_cache(tmp_path, margin=(0.5, 1)).read(sample, 0.7)
+    monkeypatch.setattr(AudioRef, "read", lambda self: pytest.fail("decoded again"))
+    again = reader_with_cache(tmp_path, margin=(0.5, 1)).read(sample, 0.7)
+    other = reader_with_cache(tmp_path, margin=(0.5, 1)).read(sample, 0.9)
+    assert torch.equal(first.mel, fresh.mel) and torch.equal(again.mel, fresh.mel)
+    assert again.heard == fresh.heard and again.seconds == fresh.seconds
+    assert other.positions == 70 and len(entries(tmp_path)) == 1
+
+
+def test_what_the_spectrogram_depends_on_is_in_its_name(tmp_path: Path) -> None:
+    file = tmp_path / "a.wav"
+    file.write_bytes(noise(0.5))
+    sample = replace(clip("a", 0.5), audio=AudioRef(path=str(file)))
+    cache = tmp_path / "cache"
+    plain = reader_with_cache(cache).read(sample, 2.5).mel
+    reader_with_cache(cache, margin=1).read(sample, 1)
+    reader_with_cache(cache).read(replace(sample, audio=AudioRef(path=str(file), start=0.1)), 2.5)
+    reader_with_cache(cache).read(replace(sample, audio=AudioRef(data=noise(0.5, 3))), 2.5)
+    assert len(entries(cache)) == 4
+    file.write_bytes(noise(0.6, seed=1))
+    changed = reader_with_cache(cache).read(sample, 2.5).mel
+    assert changed.shape != plain.shape and len(entries(cache)) == 5
+
+
+@pytest.mark.parametrize("damage", ["cut", "flip", "empty"])
+def test_a_damaged_entry_is_computed_anew(tmp_path: Path, damage: str) -> None:
+    sample, reader = clip("a", 0.5), reader_with_cache(tmp_path)
+    whole = reader.read(sample, 2.5).mel
+    (entry,) = entries(tmp_path)
+    content = bytearray(entry.read_bytes())
+    content[len(content) // 2] ^= 1
+    entry.write_bytes({"cut": bytes(content[:-9]), "flip": bytes(content), "empty": b""}[damage])
+    assert torch.equal(reader.read(sample, 2.5).mel, whole)
+    content[len(content) // 2] ^= 1
+    assert entry.read_bytes() == bytes(content)
+
+
+def test_the_least_recently_used_go_first_and_the_limit_holds(tmp_path: Path) -> None:
+    def entry_of(key: str) -> Path:
+        before = set(entries(tmp_path))
+        reader.read(samples[key], 2.5)
+        (new,) = set(entries(tmp_path)) - before
+        return new
+
+    samples = {key: clip(key, 0.5, seed=i) for i, key in enumerate("abcd")}
+    size = 28 + 80 * 300 * 4
+    reader = reader_with_cache(tmp_path, limit=3 * size + size // 2)
+    import os
+
+    a, b, c = (entry_of(key) for key in "abc")
+    assert a.stat().st_size == size
+    for second, path in enumerate((a, b, c)):  # the clock of a file system may be coarse
+        os.utime(path, (second, second))
+    reader.read(samples["a"], 2.5)
+    d = entry_of("d")
+    left = set(entries(tmp_path))
+    assert b not in left and {a, d} <= left
+    assert sum(path.stat().st_size for path in left) <= 3 * size + size // 2
+    assert len(left) == 3 or c not in left
+
+
+def _fill(folder: str, first: int) -> None:
+    cache = MelCache(folder, 100_000)
+    for i in range(40):
+        key = f"{(first + i) % 60:04d}" * 10
+        found = cache.get(key)
+        if found is None:
+            cache.put(key, torch.full((8, 100), float((first + i) % 60)), i)
+        else:
+            assert torch.equal(found[0], torch.full((8, 100), float((first + i) % 60)))
+
+
+def test_processes_share_a_cache_and_its_limit_holds(tmp_path: Path) -> None:
+    import multiprocessing
+
+    context = multiprocessing.get_context("fork")
+    processes = [context.Process(target=_fill, args=(str(tmp_path), 13 * i)) for i in range(4)]
+    for process in processes:
+        process.start()
+    largest = 0
+    while any(process.is_alive() for process in processes):
+        sizes = []
+        for path in entries(tmp_path):
+            try:
+                sizes.append(path.stat().st_size)
+            except FileNotFoundError:
+                sizes.append(0)
+        largest = max(largest, sum(sizes))
+    assert [process.exitcode for process in processes] == [0] * 4
+    assert largest <= 100_000 + 3_228  # one may be replaced while it is listed
+    assert len(entries(tmp_path)) > 10 and not list(tmp_path.rglob("*.tmp"))
+    assert sum(path.stat().st_size for path in entries(tmp_path)) == int((tmp_path / "bytes").read_text())
+
+
+def test_a_folder_that_cannot_be_written_is_refused_at_once(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    with pytest.raises(ValueError, match=r"cache_dir .*file"):
+        MelCache(tmp_path / "file" / "cache", 1_000)
+
+
+def test_an_entry_over_the_limit_is_not_kept(tmp_path: Path) -> None:
+    reader = reader_with_cache(tmp_path, limit=1_000)
+    assert torch.equal(reader.read(clip("a", 0.5), 2.5).mel, mel_of(clip("a", 0.5), 2.5))
+    assert entries(tmp_path) == [] and CORRUPT.data is not None

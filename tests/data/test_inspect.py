@@ -1,0 +1,161 @@
+"""``whisper-moe data inspect``: what is counted, what is named, and what it costs to ask."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+from data.miniatures import WIKI, archives, parquet, sign_lists, signs
+from media.recordings import encode, tone
+
+from whisper_moe import cli
+from whisper_moe.data.corpora import CorpusConfig
+from whisper_moe.data.inspect import EDGES, inspect
+
+
+@pytest.fixture
+def mine(tmp_path: Path) -> Path:
+    """Sound of 0.5, 1.5, 1.6 and 31 s, one file that is no sound, one with damage at its end, one that is not there."""
+    folder = tmp_path / "mine"
+    folder.mkdir()
+    for name, seconds in (("a", 0.5), ("b", 1.5), ("c", 1.6), ("d", 31.0)):
+        encode(folder / f"{name}.wav", tone(seconds, 8_000), 8_000, "pcm_s16le")
+    (folder / "noise.wav").write_bytes(b"no sound at all")
+    flac = encode(folder / "damaged.flac", tone(2.5, level=0.9), 16_000, "flac")
+    data = bytearray(flac.read_bytes())
+    data[-40] ^= 0xFF
+    flac.write_bytes(data)
+    rows = [f"{name}.wav\tyes\tspeaker-{name in 'ab'}" for name in ("a", "b", "c", "d", "noise", "gone")]
+    (folder / "transcripts.tsv").write_text("\n".join(["path\ttext\tspeaker", *rows, "damaged.flac\tno\t"]))
+    return folder
+
+
+def config(folder: Path, **settings: Any) -> CorpusConfig:
+    return CorpusConfig(kind="table", source=str(folder), languages=["en"], **settings)  # pyright: ignore[reportArgumentType]
+
+
+@pytest.mark.parametrize("streaming", [False, True], ids=["map", "streaming"])
+def test_samples_are_counted_and_what_cannot_be_used_is_named(mine: Path, streaming: bool) -> None:
+    seen = inspect([config(mine, streaming=streaming)])
+    (group,) = seen.groups.values()
+    assert (group.corpus, group.split, group.task, group.language) == ("mine", "train", "transcribe", "en")
+    assert (seen.samples, group.samples, len(group.speakers)) == (5, 5, 2)
+    assert seen.seconds == pytest.approx(0.5 + 1.5 + 1.6 + 31 + 2.5, abs=0.01) and group.longest == 31
+    assert {edge: count for edge, count in seen.histogram.items() if count} == {0: 1, 1: 2, 2: 1, 30: 1}
+    assert [each.name for each in seen.corrupt] == ["mine/train/noise.wav"]
+    assert "not film or sound" in seen.corrupt[0].cause
+    assert seen.missing == ["mine/train/gone.wav: no such file"]
+
+
+def test_decoding_finds_what_headers_do_not_tell(mine: Path) -> None:
+    seen = inspect([config(mine)], decode=True)
+    assert [each.name for each in seen.corrupt] == ["mine/train/noise.wav", "mine/train/damaged.flac"]
+    assert seen.samples == 4 and seen.seconds == pytest.approx(0.5 + 1.5 + 1.6 + 31, abs=0.01)
+
+
+def test_the_text_says_what_the_json_says(mine: Path) -> None:
+    seen = inspect([config(mine)])
+    said, facts = str(seen), json.loads(json.dumps(seen.as_json()))
+    assert facts["samples"] == 5 and facts["groups"][0]["speakers"] == 2
+    assert [bar["from_seconds"] for bar in facts["histogram"]] == list(EDGES)
+    assert sum(bar["samples"] for bar in facts["histogram"]) == 5
+    row = next(line for line in said.splitlines() if line.startswith("mine")).split()
+    assert row == ["mine", "train", "transcribe", "en", "5", "0.01", "7.42", "31.00", "2"]
+    assert "1–2             2 " + "█" * 40 in said and "over 30         1 " + "█" * 20 in said
+    assert "corrupt: 1\n" in said and "missing: 1\n" in said
+    assert "  mine/train/noise.wav: " in said and "  mine/train/gone.wav: no such file" in said
+
+
+def test_every_kind_of_corpus_is_summed_up(tmp_path: Path) -> None:
+    folder = sign_lists(signs(tmp_path / "signs"))
+    wiki = parquet(tmp_path / "wiki" / "train.parquet", WIKI)
+    settings: list[dict[str, Any]] = [
+        {"kind": "kathbath", "source": str(archives(tmp_path / "k"))},
+        {"kind": "include", "source": str(folder)},
+        {"kind": "wiki-translate", "source": str(wiki), "directions": ["en>or"], "streaming": True},
+    ]
+    seen = inspect(CorpusConfig(**each) for each in settings)
+    groups = {(g.corpus, g.task, g.language): (g.samples, len(g.speakers)) for g in seen.groups.values()}
+    assert groups == {
+        ("kathbath", "transcribe", "hi"): (3, 3),
+        ("kathbath", "transcribe", "or"): (3, 3),
+        ("include", "sign", "ins>en"): (3, 0),
+        ("wiki-translate", "translate-text", "en>or"): (2, 0),
+    }
+    assert sum(seen.histogram.values()) == 9, "pairs of texts have no duration"
+
+
+def test_a_row_of_a_stream_that_is_no_sample_is_named_and_the_stream_goes_on(tmp_path: Path) -> None:
+    rows = {"doc_id": [1, 2], "eng_Latn": [["One.", "Two."], ["Three."]], "hin_Deva": [["एक।"], ["तीन।"]]}
+    wiki = parquet(tmp_path / "train.parquet", rows)
+    seen = inspect([CorpusConfig(kind="wiki-translate", source=str(wiki), directions=("en>hi",), streaming=True)])
+    assert seen.samples == 1
+    assert [(each.name, each.cause) for each in seen.corrupt] == [
+        (
+            "wiki-translate/train/1/en-hi",
+            "wiki-translate/train/1/en-hi: 2 sentences against 1: they cannot be paired",
+        )
+    ]
+
+
+# The command.
+
+
+def command(monkeypatch: pytest.MonkeyPatch, *arguments: object) -> int:
+    monkeypatch.setattr(sys, "argv", ["whisper-moe", "data", "inspect", *map(str, arguments)])
+    with pytest.raises(SystemExit) as stop:
+        cli.main()
+    return int(stop.value.code or 0)
+
+
+def test_the_command_guesses_the_kind_and_says_by_its_status_whether_all_can_be_used(
+    mine: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert command(monkeypatch, mine, "--languages", "en") == 1
+    assert "mine    train  transcribe  en" in capsys.readouterr().out
+    for source, name in ((archives(tmp_path / "k"), "kathbath"), (sign_lists(signs(tmp_path / "s")), "include")):
+        assert command(monkeypatch, source, "--json") == 0
+        facts = json.loads(capsys.readouterr().out)
+        assert {group["corpus"] for group in facts["groups"]} == {name} and facts["corrupt"] == []
+    assert command(monkeypatch, tmp_path / "k", tmp_path / "nowhere", "--json") == 1
+    captured = capsys.readouterr()
+    assert json.loads(captured.out)["samples"] == 6 and "nowhere: no such file or folder" in captured.err
+    assert command(monkeypatch, mine / "transcripts.tsv", "--languages", "en", "--limit", 2, "--json") == 1
+    assert json.loads(capsys.readouterr().out)["samples"] == 2
+
+
+@pytest.mark.parametrize(
+    ("arguments", "status", "said"),
+    [
+        (["x", "--kind", "libri"], 2, "kind: Input should be 'kathbath'"),
+        (["x", "--languages", "klingon"], 2, "languages: unknown language 'klingon'"),
+        (["x", "--directions", "en>hi"], 2, "directions is a setting of wiki-translate"),
+        (["x", "--limit", "0"], 2, "'--limit': Input should be greater"),
+        ([], 2, "Missing argument 'sources'"),
+        (["no such folder"], 1, "no such folder: no such file or folder"),
+    ],
+)
+def test_what_cannot_work_is_one_sentence(
+    arguments: list[str], status: int, said: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert command(monkeypatch, *arguments) == status
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith("whisper-moe") and said in line
+
+
+def test_neither_help_nor_a_mistake_imports_torch_or_datasets() -> None:
+    code = (
+        "import sys\nfrom whisper_moe.cli import main\nsys.argv = ['whisper-moe', *{!r}]\n"
+        "try: main()\nexcept SystemExit: pass\nprint(*{{name.partition('.')[0] for name in sys.modules}})"
+    )
+    for arguments in (["data", "inspect", "--help"], ["data", "inspect", "x", "--languages", "klingon"]):
+        run = subprocess.run(
+            [sys.executable, "-c", code.format(arguments)], capture_output=True, text=True, timeout=280
+        )
+        assert run.returncode == 0, run.stderr
+        assert {"torch", "datasets", "pandas"} & set(run.stdout.splitlines()[-1].split()) == set()
+        assert "whisper_moe" in run.stdout.splitlines()[-1]

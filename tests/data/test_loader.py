@@ -1,0 +1,358 @@
+"""The loader: the same batches for any number of workers and ranks, from any place; bad samples cost only themselves."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from dataclasses import replace
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from data.memory import MODEL, MemoryCorpus, clip, clips, damaged
+from generate.tiny import tiny_tokenizer
+
+from whisper_moe.config import MAX_PACK_TOKENS
+from whisper_moe.data.examples import IGNORED, positions
+from whisper_moe.data.loader import Batch, PackedLoader
+from whisper_moe.data.planner import LoaderConfig
+from whisper_moe.data.sample import DataError, Sample
+from whisper_moe.media.mel import log_mel
+
+TOKENIZER = tiny_tokenizer()
+SAMPLES = [*clips(18), *clips(9, "h", language="hi"), *clips(5, "t", language="hi", task="translate")]
+
+
+def loader_of(
+    samples: Sequence[Sample | DataError] = SAMPLES, *, rank: int = 0, world: int = 1, streaming: bool = False,
+    **changes: Any,
+) -> PackedLoader:  # fmt: skip
+    return loader_over([MemoryCorpus(samples, streaming=streaming)], rank=rank, world=world, **changes)
+
+
+def loader_over(corpora: Sequence[MemoryCorpus], *, rank: int = 0, world: int = 1, **changes: Any) -> PackedLoader:
+    settings: dict[str, Any] = {"batch_size": 5, "planning_buffer": 14, "examples": {"margin": [0.2, 1.0]}}
+    config = LoaderConfig.model_validate(settings | changes)
+    return PackedLoader(corpora, TOKENIZER, MODEL, config, rank=rank, world=world)
+
+
+def same(a: Sequence[Batch], b: Sequence[Batch]) -> bool:
+    """Whether all batches are equal, bit for bit."""
+    return len(a) == len(b) and all(_same(x, y) for x, y in zip(a, b, strict=True))
+
+
+def _same(a: Batch, b: Batch) -> bool:
+    if (a.epoch, a.index, a.ids, a.skipped, len(a.packs)) != (b.epoch, b.index, b.ids, b.skipped, len(b.packs)):
+        return False
+    return all(
+        (x.heard, x.languages, x.tasks, x.seconds, x.texts.lengths)
+        == (y.heard, y.languages, y.tasks, y.seconds, y.texts.lengths)
+        and torch.equal(x.tokens_T, y.tokens_T) and torch.equal(x.labels_T, y.labels_T)
+        and all(torch.equal(m, n) for m, n in zip(x.mels, y.mels, strict=True))
+        for x, y in zip(a.packs, b.packs, strict=True)
+    )  # fmt: skip
+
+
+FEW = SAMPLES[::3]
+UNITS = [
+    {}, {"batch_unit": "packs", "batch_size": 2}, {"mode": "padded", "samples": FEW}, {"streaming": True}
+]  # fmt: skip
+"""Ways to make batches. Spectrograms of 30 s take a while: of them fewer."""
+
+
+def named(changes: dict[str, Any]) -> str:
+    return " ".join(f"{key}={value}" for key, value in changes.items() if key != "samples") or "default"
+
+
+@pytest.mark.parametrize("changes", UNITS, ids=named)
+def test_every_sample_comes_once_in_every_epoch(changes: dict[str, Any]) -> None:
+    loader, samples = loader_of(**changes), changes.get("samples", SAMPLES)
+    epochs = [list(loader), list(loader)]
+    for number, batches in enumerate(epochs):
+        assert sorted(id for batch in batches for id in batch.ids) == sorted(sample.id for sample in samples)
+        assert [(batch.epoch, batch.index) for batch in batches] == [(number, i) for i in range(len(batches))]
+    assert loader.epoch == 2
+    assert [batch.ids for batch in epochs[0]] != [batch.ids for batch in epochs[1]]
+    fresh = loader_of(**changes)
+    fresh.start(1)
+    assert same(list(fresh), epochs[1])
+
+
+def test_a_batch_has_what_the_model_and_its_loss_need() -> None:
+    known = {sample.id: sample for sample in SAMPLES}
+    prompts: dict[tuple[str, str], list[int]] = {
+        (language, task): [*TOKENIZER.sot_sequence(language, task), TOKENIZER.no_timestamps]
+        for language in ("en", "hi") for task in ("transcribe", "translate")
+    }  # fmt: skip
+    loader = loader_of()
+    margins = loader.config.examples
+    for batch in loader:
+        assert 0 < batch.fill <= 1 and batch.tokens == sum(round(pack.fill * MAX_PACK_TOKENS) for pack in batch.packs)
+        assert batch.examples == len(batch.ids) and batch.targets > 0
+        for pack in batch.packs:
+            assert pack.encoder_tokens + pack.decoder_tokens <= MAX_PACK_TOKENS
+            assert len(pack.ids) == len(pack.mels) == len(pack.heard) == len(pack.texts)
+            assert pack.seconds == pytest.approx(sum(known[id].duration or 0 for id in pack.ids), abs=1e-3)
+            for i, rows in enumerate(pack.texts.slices()):
+                sample = known[pack.ids[i]]
+                assert (pack.languages[i], pack.tasks[i]) == (sample.language, sample.task)
+                tokens, labels = pack.tokens_T[rows].tolist(), pack.labels_T[rows].tolist()
+                prompt = prompts[sample.language, sample.task]
+                assert tokens == [*prompt, *TOKENIZER.encode(" " + sample.text)]
+                assert labels[:3] == [IGNORED] * 3 and labels[3:] == [*tokens[4:], TOKENIZER.eot]
+                assert sample.audio is not None
+                sound = torch.from_numpy(sample.audio.read())
+                margin = margins.margin_of(sample.id, 42, 0)
+                own = log_mel(sound, samples=320 * positions(len(sound), margin, 1_500))
+                torch.testing.assert_close(pack.mels[i], own, rtol=0, atol=2e-4)
+                assert pack.heard[i] == positions(len(sound), 0, 1_500)
+
+
+@pytest.mark.filterwarnings("ignore:This DataLoader will create")
+@pytest.mark.parametrize("changes", UNITS, ids=named)
+def test_workers_change_nothing(changes: dict[str, Any]) -> None:
+    alone = loader_of(**changes)
+    batches = list(alone)
+    for workers in (1, 3) if not changes else (2,):
+        loader = loader_of(workers=workers, **changes)
+        assert same(list(loader), batches)
+        assert loader.state_dict() == alone.state_dict()
+
+
+@pytest.mark.parametrize("changes", UNITS, ids=named)
+@pytest.mark.parametrize("world", [2, 4])
+def test_ranks_divide_the_same_batches(changes: dict[str, Any], world: int) -> None:
+    changes = changes | ({"batch_size": 4} if changes.get("batch_unit") else {})
+    alone = loader_of(**changes)
+    ranks = [loader_of(rank=rank, world=world, **changes) for rank in range(world)]
+    for whole, *shares in zip(alone, *ranks, strict=True):
+        assert sorted(id for share in shares for id in share.ids) == sorted(whole.ids)
+        mels = {id: mel for pack in whole.packs for id, mel in zip(pack.ids, pack.mels, strict=True)}
+        for share in shares:
+            assert (share.epoch, share.index) == (whole.epoch, whole.index)
+            for pack in share.packs:
+                assert all(torch.equal(mel, mels[id]) for id, mel in zip(pack.ids, pack.mels, strict=True))
+        assert all(loader.state_dict() == alone.state_dict() for loader in ranks)
+
+
+@pytest.mark.parametrize("changes", UNITS, ids=named)
+def test_after_every_batch_the_rest_is_the_same_as_without_a_stop(changes: dict[str, Any]) -> None:
+    loader = loader_of(**changes)
+    batches, states = [], [json.dumps(loader.state_dict())]
+    for batch in loader:
+        batches.append(batch)
+        states.append(json.dumps(loader.state_dict()))
+    following = list(loader)
+    for done, state in enumerate(states):
+        resumed = loader_of(**changes)
+        resumed.load_state_dict(json.loads(state))
+        rest = list(resumed)
+        assert same(rest, batches[done:] if done < len(batches) else following)
+        assert resumed.epoch == (1 if done < len(batches) else 2)
+
+
+def test_a_run_goes_on_with_other_numbers_of_ranks_and_workers() -> None:
+    whole = list(loader_of(batch_size=4))
+    state = loader_of(batch_size=4).state_dict()
+    done = 0
+    for world, workers in ((2, 0), (1, 1), (4, 0)):
+        ranks = [loader_of(batch_size=4, rank=rank, world=world, workers=workers) for rank in range(world)]
+        for loader in ranks:
+            loader.load_state_dict(json.loads(json.dumps(state)))
+        for shares in zip(*ranks, strict=True):
+            assert sorted(id for share in shares for id in share.ids) == sorted(whole[done].ids)
+            done += 1
+            if done % 3 == 0 and world != 4:
+                break
+        state = ranks[-1].state_dict()
+    assert done == len(whole)
+
+
+def test_leaving_an_iteration_early_loses_nothing() -> None:
+    loader = loader_of(workers=1)
+    first = [batch for batch, _ in zip(loader, range(2), strict=False)]
+    position = loader.state_dict()["position"]["index"]
+    assert position in (2, 3)  # zip takes one more than it gives
+    rest = list(loader)
+    assert same([*first, *rest], [batch for batch in loader_of() if batch.index < 2 or batch.index >= position])
+
+
+def test_the_random_numbers_of_a_run_are_left_alone() -> None:
+    torch.manual_seed(0)
+    before, numpy_before = torch.get_rng_state(), np.random.get_state()[1]  # noqa: NPY002
+    for workers in (0, 1):
+        list(loader_of(workers=workers))
+    assert torch.equal(torch.get_rng_state(), before)
+    assert np.array_equal(np.random.get_state()[1], numpy_before)  # noqa: NPY002
+
+
+@pytest.mark.parametrize(
+    ("change", "named"),
+    [
+        ({"seed": 1}, "seed: 42 then, 1 now"),
+        ({"batch_size": 6}, "batch_size"),
+        ({"examples": {"margin": 1}}, "margin"),
+        ({"mode": "padded"}, "mode"),
+        ({"mixing": {"temperature": 3}}, "mixing"),
+        ({"samples": SAMPLES[:-1]}, "data"),
+        ({"samples": [*SAMPLES[:-1], replace(SAMPLES[-1], text="something else")]}, "data"),
+    ],
+)
+def test_a_state_of_other_data_is_refused(change: dict[str, Any], named: str) -> None:
+    with pytest.raises(ValueError, match=named):
+        loader_of(**change).load_state_dict(loader_of().state_dict())
+
+
+def test_a_state_of_another_version_is_refused() -> None:
+    with pytest.raises(ValueError, match="version 1, got 9"):
+        loader_of().load_state_dict(loader_of().state_dict() | {"version": 9})
+
+
+def test_temperature_makes_small_languages_heard() -> None:
+    english, hindi = MemoryCorpus(clips(40), "en"), MemoryCorpus(clips(10, "h", language="hi"), "hi")
+    loader = loader_over([english, hindi], mixing={"temperature": 2})
+    heard = [language for batch in loader for pack in batch.packs for language in pack.languages]
+    assert len(heard) == 50
+    assert abs(heard.count("hi") - 50 * 10**0.5 / (40**0.5 + 10**0.5)) < 1
+
+
+# Samples that cannot be used.
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_a_corrupt_sample_costs_only_itself(workers: int) -> None:
+    broken = [damaged(sample) if sample.id in ("c3", "t1") else sample for sample in SAMPLES]
+    with_both = list(loader_of())
+    batches = list(loader_of(broken, workers=workers, max_corrupt_share=0.1))
+    skipped = {sample.id: sample for batch in batches for sample in batch.skipped}
+    assert set(skipped) == {"c3", "t1"} and all("broken.wav" in sample.cause for sample in skipped.values())
+    for whole, batch in zip(with_both, batches, strict=True):
+        assert [id for id in whole.ids if id not in skipped] == list(batch.ids)
+        mels = {id: mel for pack in whole.packs for id, mel in zip(pack.ids, pack.mels, strict=True)}
+        for pack in batch.packs:
+            assert all(torch.equal(mel, mels[id]) for id, mel in zip(pack.ids, pack.mels, strict=True))
+
+
+def test_too_many_corrupt_samples_stop_the_run_and_are_named() -> None:
+    broken = [damaged(sample) if i % 10 == 0 else sample for i, sample in enumerate(SAMPLES)]  # 4 of 32
+    with pytest.raises(DataError, match=r"12\.5% of 32 samples are corrupt, more than 5\.0%; the first: .*broken\.wav"):
+        list(loader_of(broken))
+    assert len([1 for batch in loader_of(broken, max_corrupt_share=0.125) for _ in batch.skipped]) == 4
+    read = 0
+    with pytest.raises(DataError, match="corrupt"):  # noqa: PT012
+        for batch in loader_of([damaged(sample) for sample in SAMPLES]):
+            read += len(batch.skipped)
+    assert read <= 5  # the first batches are enough to know
+
+
+def test_what_a_survey_finds_is_named_before_the_first_batch() -> None:
+    unusable = [
+        DataError("memory.tsv", "no such column", row=7),
+        clip("mute", 0.3, " "),
+        clip("wordy", 0.3, "x" * 500),
+        replace(clip("long", 0.3), duration=31.0),
+        replace(damaged(clip("broken", 0.3)), duration=None),
+    ]
+    loader = loader_of([*SAMPLES, *unusable], max_corrupt_share=0.2)
+    assert {sample.id: sample.corrupt for sample in loader.excluded} == {
+        "memory, row 33": True, "mute": True, "wordy": False, "long": False, "broken": True
+    }  # fmt: skip
+    assert "memory.tsv, row 7: no such column" in loader.excluded[0].cause
+    assert sorted(id for batch in loader for id in batch.ids) == sorted(sample.id for sample in SAMPLES)
+    with pytest.raises(DataError, match=r"8\.6% of 35"):
+        loader_of([*SAMPLES, *unusable])
+    with pytest.raises(ValueError, match="wordy: its text has"):
+        loader_of([*SAMPLES, unusable[2]], examples={"too_long": "error"})
+    with pytest.raises(ValueError, match=r"no sample of .* can be used.*wordy"):
+        loader_of([unusable[2]])
+
+
+def test_corrupt_samples_of_the_survey_and_of_reading_add_up() -> None:
+    both = [*(damaged(s) for s in SAMPLES[:1]), *SAMPLES[1:], DataError("memory.tsv", "no such column", row=7)]
+    assert list(loader_of(both, max_corrupt_share=0.07))
+    with pytest.raises(DataError, match="corrupt"):
+        list(loader_of(both, max_corrupt_share=0.05))
+
+
+def test_clips_longer_than_their_corpus_says_stay_within_a_pack() -> None:
+    lying = [replace(sample, duration=(sample.duration or 0) / 2) for sample in clips(40, shortest=8, longest=12)]
+    batches = list(loader_of(lying, planning_buffer=40))
+    assert sorted(id for batch in batches for id in batch.ids) == sorted(sample.id for sample in lying)
+    assert max(pack.fill for batch in batches for pack in batch.packs) <= 1
+    assert all(batch.examples == 5 for batch in batches)
+    over = [replace(clip("over", 30.5), duration=29.0), *SAMPLES]
+    skipped = [sample for batch in loader_of(over) for sample in batch.skipped]
+    assert [(sample.id, sample.corrupt) for sample in skipped] == [("over", False)]
+    with pytest.raises(ValueError, match=r"over: its sound has 30\.50 s"):
+        list(loader_of(over, examples={"too_long": "error"}, workers=1))
+
+
+def test_lengths_that_nobody_gives_are_read_from_the_headers() -> None:
+    unknown = [replace(sample, duration=None) for sample in SAMPLES]
+    assert same(list(loader_of(unknown)), list(loader_of()))
+
+
+def test_what_the_model_cannot_learn_is_an_error_not_a_skipped_sample() -> None:
+    odia = clip("o", 0.3, language="or")
+    for streaming in (False, True):
+        with pytest.raises(ValueError, match="'or'") as raised:
+            list(loader_of([*SAMPLES, odia], streaming=streaming))
+        assert not isinstance(raised.value, DataError)
+
+
+# Streams.
+
+
+def test_a_stream_tells_what_it_leaves_out_once() -> None:
+    unusable = [DataError("memory.tsv", "no such column", row=7), clip("wordy", 0.3, "x" * 500)]
+    stream = [*SAMPLES[:10], unusable[0], *SAMPLES[10:30], unusable[1], *SAMPLES[30:]]
+    batches = list(loader_of(stream, streaming=True))
+    assert sorted(id for batch in batches for id in batch.ids) == sorted(sample.id for sample in SAMPLES)
+    assert [sample.id for batch in batches for sample in batch.skipped] == ["memory", "wordy"]
+    ranks = [loader_of(stream, streaming=True, rank=rank, world=2, max_corrupt_share=0.1) for rank in (0, 1)]
+    told = [sample.id for loader in ranks for batch in loader for sample in batch.skipped]
+    assert sorted(told) == ["memory", "wordy"]
+
+
+def test_a_stream_that_gives_nothing_usable_is_given_up(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("whisper_moe.data.draws.MOST_SKIPPED_IN_A_ROW", 20)
+    rows = [DataError("memory.tsv", "no such column", row=i) for i in range(30)]
+    with pytest.raises(DataError, match=r"20 samples in a row cannot be used; the last: .*row 19"):
+        list(loader_of([*SAMPLES, *rows], streaming=True))
+
+
+def test_a_stream_beside_a_corpus_with_an_index() -> None:
+    corpora = [MemoryCorpus(SAMPLES[:20], "map"), MemoryCorpus(SAMPLES[20:], "stream", streaming=True)]
+    loader = loader_over(corpora, mixing={"weights": {"stream": 2}})
+    batches = list(loader)
+    assert sorted(id for batch in batches for id in batch.ids) == sorted(sample.id for sample in SAMPLES)
+    resumed = loader_over(corpora, mixing={"weights": {"stream": 2}})
+    resumed.load_state_dict(loader.state_dict() | {"position": resumed.state_dict()["position"]})
+    assert same(list(resumed), batches)
+
+
+@pytest.mark.parametrize(
+    ("corpora", "changes", "message"),
+    [
+        ([], {}, "different names"),
+        ([MemoryCorpus(SAMPLES), MemoryCorpus(SAMPLES)], {}, "different names"),
+        ([MemoryCorpus(SAMPLES)], {"world": 6}, "cannot be shared by 6 ranks"),
+        ([MemoryCorpus(SAMPLES)], {"rank": 2, "world": 2}, "rank must be within 0 and 1"),
+        ([MemoryCorpus(SAMPLES)], {"mixing": {"weights": {"other": 2}}}, "other"),
+        ([MemoryCorpus(SAMPLES, streaming=True)], {"mixing": {"temperature": 2}}, "needs sizes"),
+    ],
+)
+def test_what_does_not_fit_together_is_refused(
+    corpora: list[MemoryCorpus], changes: dict[str, Any], message: str
+) -> None:
+    with pytest.raises(ValueError, match=message):
+        loader_over(corpora, **changes)
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_a_cache_changes_nothing(tmp_path: Any, workers: int) -> None:
+    batches = list(loader_of())
+    for _ in range(2):
+        assert same(list(loader_of(cache_dir=str(tmp_path), workers=workers)), batches)
+    assert len(list(tmp_path.rglob("*.mel"))) == len(SAMPLES)

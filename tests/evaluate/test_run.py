@@ -1,0 +1,285 @@
+"""The whole evaluation of a tiny model: what the report says follows from what was heard, and it is whole or not there."""
+
+from __future__ import annotations
+
+import json
+import re
+from html.parser import HTMLParser
+from pathlib import Path
+from typing import Any
+from xml.etree import ElementTree
+
+import pytest
+
+for needed in ("datasets", "jiwer", "sacrebleu", "whisper_normalizer"):
+    pytest.importorskip(needed, reason="what evaluation needs is an extra")
+
+from commandline import trusting_flags
+from evaluate.corpora import TEXTS, clips, table, written
+
+from whisper_moe import WhisperMoE
+from whisper_moe.evaluate import report as reports
+from whisper_moe.evaluate import run as module
+from whisper_moe.evaluate.cost import flops
+from whisper_moe.evaluate.measure import SystemFailed, measure
+from whisper_moe.evaluate.run import evaluate, plan
+
+FILES = {"report.json", "report.md", "report.html", "transcripts.tsv"}
+
+
+def saved(model: WhisperMoE, folder: Path) -> str:
+    trusting_flags(model, folder)
+    return str(folder)
+
+
+def ids(file: Path) -> list[str]:
+    return [clip.sample.id for clip in clips(file)]
+
+
+def evaluated(folder: Path, model: str, file: Path, **settings: Any) -> tuple[int, dict[str, Any]]:
+    """Status and report, measured in this process."""
+    output = folder / "out"
+    asked = plan(model, [str(file)], output=output, dtype="float32", fallback=False, latency_clips=2, **settings)
+    status = evaluate(asked, WhisperMoE.from_pretrained, measure=measure, say=lambda _: None)
+    return status, json.loads((output / "report.json").read_text(encoding="utf-8"))
+
+
+def perfect(folder: Path, file: Path, name: str = "perfect") -> str:
+    return written(folder, name, dict(zip(ids(file), TEXTS, strict=True)))
+
+
+def test_a_model_beside_a_peer(tmp_path: Path, tiny_model: WhisperMoE):
+    file = table(tmp_path, domain=["home", "home", "street", "street"])
+    peer = perfect(tmp_path, file)
+    status, report = evaluated(tmp_path, saved(tiny_model, tmp_path / "m"), file, compare=[peer])
+    assert status == 0
+    assert {path.name for path in (tmp_path / "out").iterdir()} == FILES
+    ours, theirs = report["systems"]["m"], report["systems"]["transcripts:perfect.tsv"]
+    speech = theirs["quality"]["transcribe"]
+    assert (speech["figures"]["wer"]["value"], speech["figures"]["script"]["value"]) == (0, 1)
+    assert speech["by"]["language"].keys() == {"en", "hi"}
+    assert speech["by"]["domain"]["home"]["clips"] == 2
+    assert [part["clips"] for part in speech["by"]["duration"].values()] == [3, 1]
+    wer = ours["quality"]["transcribe"]["figures"]["wer"]
+    assert wer["of"] == sum(len(text.split()) for text in TEXTS)
+    assert report["comparisons"][0]["tasks"]["transcribe"]["figures"]["wer"]["difference"] == pytest.approx(
+        wer["value"]
+    )
+    assert ours["quality"]["transcribe"]["figures"]["cross_entropy"]["value"] > 0
+    weights = sum(path.stat().st_size for path in (tmp_path / "m").rglob("*.safetensors"))
+    assert ours["cost"]["disk_bytes"] == weights
+
+
+def test_cost_and_experts_are_those_of_the_model(tmp_path: Path, tiny_model: WhisperMoE):
+    file = table(tmp_path)
+    _, report = evaluated(tmp_path, saved(tiny_model, tmp_path / "m"), file, margin=0.5)
+    ours = report["systems"]["m"]
+    assert ours["cost"]["parameters_total"] == sum(t.numel() for t in tiny_model.model.state_dict().values())
+    assert ours["cost"]["latency"]["clips"] == 2
+    assert ours["cost"]["times_real_time"] == pytest.approx(5 / ours["cost"]["wall_seconds"])
+    per_clip = ours["cost"]["tokens"] / 4
+    least = sum(flops(tiny_model.config, seconds + 0.5, 0).total for seconds in (0.5, 1, 1.5, 2)) / 5
+    most = sum(flops(tiny_model.config, seconds + 0.5, round(4 * per_clip)).total for seconds in (0.5, 1, 1.5, 2)) / 5
+    assert least < ours["cost"]["flops_per_second"] < most
+    assert ours["experts"].keys() == {"en", "hi"}
+    assert all(sum(row.values()) == pytest.approx(1) for row in ours["experts"].values())
+    assert all([*row] == ["hindi", "tamil", "english", "none"] for row in ours["experts"].values())
+
+
+def test_a_broken_file_costs_that_file_and_is_named(tmp_path: Path):
+    file = table(tmp_path)
+    spec = perfect(tmp_path, file)
+    (tmp_path / "clip-1.wav").write_bytes(b"RIFF no sound")
+    status, report = evaluated(tmp_path, spec, file)
+    assert status == 1
+    assert report["clips"] == 3
+    ((name, cause),) = report["broken"]
+    assert name.endswith("clip-1.wav") and "clip-1.wav" in cause
+    assert (
+        "clip-1.wav" in (tmp_path / "out/report.md").read_text()
+        and "clip-1.wav" in (tmp_path / "out/report.html").read_text()
+    )
+
+
+def test_where_every_file_is_broken_the_causes_are_said(tmp_path: Path):
+    file = table(tmp_path)
+    spec = perfect(tmp_path, file)
+    for path in tmp_path.glob("*.wav"):
+        path.write_bytes(b"")
+    with pytest.raises(ValueError, match=r"nothing to evaluate on: .*clip-0.wav"):
+        evaluated(tmp_path, spec, file)
+    assert not (tmp_path / "out").exists()
+
+
+def test_clips_that_a_system_fails_on_count_as_empty_transcripts(tmp_path: Path):
+    file = table(tmp_path)
+    status, report = evaluated(tmp_path, written(tmp_path, "none", {}), file)
+    part = next(iter(report["systems"].values()))["quality"]["transcribe"]
+    assert status == 1
+    assert (part["failed"], part["empty_transcripts"]) == (4, 4)
+    assert (part["figures"]["wer"]["value"], part["figures"]["cer"]["value"]) == (1, 1)
+    assert part["figures"]["script"] == {"value": None, "low": None, "high": None}
+    assert len(next(iter(report["systems"].values()))["failures"]) == 4
+
+
+def test_an_empty_reference_is_counted_and_what_is_written_there_is_an_error(tmp_path: Path):
+    file = table(tmp_path, ["a dog barked", "[laughter]"], ["en", "en"])
+    texts = dict(zip(ids(file), ["a dog barked", "thank you"], strict=True))
+    _, report = evaluated(tmp_path, written(tmp_path, "w", texts), file)
+    part = next(iter(report["systems"].values()))["quality"]["transcribe"]
+    assert part["empty_references"] == 1
+    assert part["figures"]["wer"]["value"] == pytest.approx(2 / 3)
+
+
+def test_a_peer_that_cannot_be_measured_is_named_and_the_rest_is_reported(tmp_path: Path):
+    file = table(tmp_path)
+    good, bad = perfect(tmp_path, file), written(tmp_path, "bad", {})
+
+    def some(work: Any, load: Any) -> Any:
+        if "bad" in work.system.name:
+            raise SystemFailed("bad: killed")
+        return measure(work, load)
+
+    asked = plan(good, [str(file)], compare=[bad], output=tmp_path / "out")
+    assert evaluate(asked, WhisperMoE.from_pretrained, measure=some, say=lambda _: None) == 1
+    report = json.loads((tmp_path / "out/report.json").read_text(encoding="utf-8"))
+    assert report["not_measured"] == {"transcripts:bad.tsv": "bad: killed"}
+    assert "bad: killed" in (tmp_path / "out/report.html").read_text()
+
+
+def test_translations_and_signs_have_figures_of_their_own(tmp_path: Path):
+    file = tmp_path / "pairs.jsonl"
+    rows = [
+        {
+            "source_text": "यह अच्छी किताब है",
+            "text": "This is a good book today.",
+            "language": "hi",
+            "target_language": "en",
+        },
+        {
+            "source_text": "वह घर जाता है",
+            "text": "He goes home in the evening.",
+            "language": "hi",
+            "target_language": "en",
+        },
+    ]
+    lines = [json.dumps(row | {"task": "translate-text"}) for row in rows]
+    (tmp_path / "hello.mp4").write_bytes(b"a film")
+    lines.append(json.dumps({"path": "hello.mp4", "text": "Good Morning", "task": "sign"}))
+    file.write_text("\n".join(lines) + "\n")
+    texts = [rows[0]["text"], "He is at home.", "good morning"]
+    _, report = evaluated(tmp_path, written(tmp_path, "w", dict(zip(ids(file), texts, strict=True))), file)
+    quality = next(iter(report["systems"].values()))["quality"]
+    assert report["tasks"] == ["translate-text", "sign"]
+    assert 0 < quality["translate-text"]["figures"]["bleu"]["value"] < 100
+    assert quality["translate-text"]["by"]["language"].keys() == {"hi→en"}
+    assert quality["sign"]["figures"]["accuracy"]["value"] == 1
+    assert "wer" not in quality["sign"]["figures"]
+
+
+def test_a_task_that_a_system_does_not_do_is_said_before_anything_is_loaded(tmp_path: Path, tiny_model: WhisperMoE):
+    file = tmp_path / "pairs.jsonl"
+    row = {"source_text": "x", "text": "y", "language": "hi", "target_language": "en", "task": "translate-text"}
+    file.write_text(json.dumps(row) + "\n")
+    with pytest.raises(ValueError, match="m does not do the task translate-text; it does transcribe, translate"):
+        evaluated(tmp_path, saved(tiny_model, tmp_path / "m"), file)
+
+
+class _Page(HTMLParser):
+    def __init__(self) -> None:
+        super().__init__()
+        self.tags: list[str] = []
+        self.links: list[str] = []
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.tags.append(tag)
+        self.links += [value or "" for name, value in attrs if name in ("src", "href", "srcset", "action", "data")]
+
+
+EVIL = '<script>alert("x")</script> | & "quoted"'
+
+
+def test_the_page_needs_nothing_else_and_takes_no_orders_from_what_it_shows(tmp_path: Path, tiny_model: WhisperMoE):
+    file = table(tmp_path, domain=[EVIL, "b", "c", "d"])
+    peer = perfect(tmp_path, file, name="<b>bold")
+    evaluated(tmp_path, saved(tiny_model, tmp_path / "m"), file, compare=[peer])
+    text = (tmp_path / "out/report.html").read_text(encoding="utf-8")
+    page = _Page()
+    page.feed(text)
+    assert page.links == [] and "url(" not in text and "@import" not in text
+    assert not {"script", "iframe", "img", "link", "object", "b"} & set(page.tags)
+    assert "&lt;script&gt;alert" in text and "&lt;b&gt;bold" in text
+    drawings = re.findall(r"<svg.*?</svg>", text, re.DOTALL)
+    assert len(drawings) == 4  # by duration, by language, experts, latency
+    for drawing in drawings:
+        ElementTree.fromstring(drawing)
+    table_text = (tmp_path / "out/report.md").read_text(encoding="utf-8")
+    assert "<script>" not in table_text
+    assert all(line.replace("\\|", "").count("|") > 2 for line in table_text.splitlines() if EVIL[:4] in line)
+
+
+def test_transcripts_are_a_row_for_each_clip_with_every_systems_words(tmp_path: Path):
+    file = table(tmp_path)
+    other = written(tmp_path, "other", dict.fromkeys(ids(file), "a  b"))
+    evaluated(tmp_path, perfect(tmp_path, file), file, compare=[other])
+    rows = [line.split("\t") for line in (tmp_path / "out/transcripts.tsv").read_text(encoding="utf-8").splitlines()]
+    assert rows[0][-2:] == ["transcripts:perfect.tsv", "transcripts:other.tsv"]
+    assert {len(row) for row in rows} == {len(rows[0])}
+    assert [row[-2] for row in rows[1:]] == list(TEXTS)
+    assert {row[-1] for row in rows[1:]} == {"a b"}
+
+
+def test_a_report_is_replaced_whole_and_a_failed_one_leaves_the_old(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    file = table(tmp_path)
+    spec = perfect(tmp_path, file)
+    evaluated(tmp_path, spec, file)
+    before = {path.name: path.read_bytes() for path in (tmp_path / "out").iterdir()}
+    around = sorted(path.name for path in tmp_path.iterdir())
+
+    def full(_: int) -> None:
+        raise OSError(28, "No space left on device")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(reports.os, "fsync", full)
+        with pytest.raises(OSError, match="No space"):
+            evaluated(tmp_path, spec, file, limit=2)
+    assert {path.name: path.read_bytes() for path in (tmp_path / "out").iterdir()} == before
+    assert sorted(path.name for path in tmp_path.iterdir()) == around
+    _, report = evaluated(tmp_path, spec, file, limit=2)
+    assert report["clips"] == 2
+    assert sorted(path.name for path in tmp_path.iterdir()) == around
+
+
+def test_a_folder_with_other_things_in_it_is_left_alone(tmp_path: Path):
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine/letter.txt").write_text("dear")
+    with pytest.raises(ValueError, match="no earlier report that could be replaced"):
+        reports.check_folder(tmp_path / "mine")
+    with pytest.raises(ValueError, match="is a file"):
+        reports.check_folder(tmp_path / "mine/letter.txt")
+
+
+@pytest.mark.parametrize(
+    ("model", "compare", "settings", "message"),
+    [
+        ("openai:", [], {}, "names no model"),
+        ("transcripts:nowhere.tsv", [], {}, "no such file"),
+        ("a", ["b", "b"], {}, "two systems would both be called b"),
+        ("a", [], {"task": "sing"}, "sing"),
+        ("a", [], {"languages": ("klingon",)}, "unknown language 'klingon'"),
+    ],
+)
+def test_what_cannot_work_is_said_before_anything_is_read(
+    model: str, compare: list[str], settings: dict[str, Any], message: str
+):
+    with pytest.raises(ValueError, match=message):
+        plan(model, ["nowhere.tsv"], compare=compare, **settings)
+
+
+def test_a_peer_that_is_not_installed_is_named(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr("whisper_moe.evaluate.systems.find_spec", lambda _: None)
+    with pytest.raises(ValueError, match="faster-whisper:base: faster-whisper is not installed"):
+        plan("faster-whisper:base", ["nowhere.tsv"])
+    monkeypatch.setattr(module, "find_spec", lambda _: None)
+    with pytest.raises(ValueError, match=r"pip install 'whisper-moe\[evaluate\]'"):
+        plan("a", ["nowhere.tsv"])

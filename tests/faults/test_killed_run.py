@@ -1,0 +1,163 @@
+"""A run that is killed, stopped or started twice: it goes on as if nothing had happened, bit for bit."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import signal
+import sys
+from pathlib import Path
+
+import pytest
+
+pytest.importorskip("datasets")
+from faults.runs import BATCH, SAMPLES, STEPS, assert_same_run, at_step, last, materials, sample_ids, steps, train
+
+from whisper_moe.train.checkpoint import FOLDER
+from whisper_moe.train.lock import run_lock
+
+
+@pytest.fixture(scope="module")
+def recipe(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return materials(tmp_path_factory.mktemp("materials"))
+
+
+@pytest.fixture(scope="module")
+def undisturbed(recipe: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    run = tmp_path_factory.mktemp("undisturbed") / "run"
+    done = train(recipe, run)
+    assert done.status == 0, done.stderr
+    return run
+
+
+def test_the_undisturbed_run_is_worth_comparing_with(undisturbed: Path) -> None:
+    """It learns, every step is of other samples, and its checkpoints are in the middle of an epoch."""
+    losses = [record["loss"] for record in steps(undisturbed) if "loss" in record]
+    assert len(losses) == STEPS and losses[-1] < losses[0]
+    ids = sample_ids(undisturbed)
+    epoch = -(-SAMPLES // BATCH)
+    first, second = ([name for step in range(a + 1, a + epoch + 1) for name in ids[step]] for a in (0, epoch))
+    assert sorted(first) == sorted(second) and first != second and len(set(first)) == SAMPLES
+    assert last(undisturbed).step == STEPS and 5 % epoch and 10 % epoch
+    record = json.loads((undisturbed / "run.json").read_text())
+    assert record["status"] == "finished" and record["bad_steps"] == record["skipped_samples"] == 0
+
+
+KILLED = "before(checkpoint, '{name}', lambda *a, **k: {condition} and die())"
+FAULTS = {
+    "in the middle of an epoch": at_step(8, "die()"),
+    "before the first checkpoint": at_step(3, "die()"),
+    "between two lines of a checkpoint": KILLED.format(name="_write", condition="'step-00000010' in str(a[0])"),
+    "before a checkpoint's commit": KILLED.format(name="_commit", condition="'step-00000010' in str(a[0])"),
+    "before old checkpoints go": KILLED.format(name="_prune", condition="len(list(a[0].glob('checkpoints/*'))) == 3"),
+    "before anything is written": "before(run, '_write_record', lambda *a, **k: die())",
+    "when all is done but the model": "before(run, 'export', lambda *a, **k: die())",
+    "before the end is noted": "before(run, '_finish_record', lambda *a, **k: die())",
+}
+QUICK = ("in the middle of an epoch",)
+
+
+@pytest.mark.parametrize("moment", [m if m in QUICK else pytest.param(m, marks=pytest.mark.slow) for m in FAULTS])
+def test_a_killed_run_goes_on_bit_for_bit(moment: str, recipe: Path, undisturbed: Path, tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    assert train(recipe, run, "--resume", fault=FAULTS[moment]).status == -signal.SIGKILL
+    done = train(recipe, run, "--resume")
+    assert done.status == 0, done.stderr
+    assert_same_run(run, undisturbed)
+    assert [*(run / FOLDER).glob("[.]*")] == []
+
+
+@pytest.mark.slow
+def test_a_run_that_is_killed_at_every_third_step(recipe: Path, undisturbed: Path, tmp_path: Path) -> None:
+    """With a checkpoint for each step; and with worker processes, which change nothing."""
+    run = tmp_path / "run"
+    words = ["--resume", "run.checkpoint_every=1", "data.loader.workers=2"]
+    for step in range(3, STEPS, 3):
+        assert train(recipe, run, *words, fault=at_step(step, "die()")).status == -signal.SIGKILL
+        assert last(run).step == step - 1
+    assert train(recipe, run, *words).status == 0
+    assert_same_run(run, undisturbed)
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, pytest.param(signal.SIGINT, marks=pytest.mark.slow)])
+def test_a_signal_ends_with_a_checkpoint_and_its_own_status(
+    number: signal.Signals, recipe: Path, undisturbed: Path, tmp_path: Path
+) -> None:
+    run = tmp_path / "run"
+    done = train(recipe, run, fault=at_step(8, f"die({int(number)})"))
+    assert done.status == 128 + number, done.stderr
+    assert "interrupted after step 8" in done.stderr and last(run).step == 8
+    assert json.loads((run / "run.json").read_text())["status"] == "interrupted"
+    assert not (run / "model").exists()
+    done = train(recipe, run, "--resume")
+    assert done.status == 0 and "ended without a word" not in done.stderr
+    assert_same_run(run, undisturbed)
+
+
+@pytest.mark.slow
+def test_a_damaged_checkpoint_costs_the_steps_since_the_one_before(
+    recipe: Path, undisturbed: Path, tmp_path: Path
+) -> None:
+    run = tmp_path / "run"
+    assert train(recipe, run, fault=at_step(11, "die()")).status == -signal.SIGKILL
+    path = last(run).path / "optimizer.safetensors"
+    path.write_bytes(path.read_bytes()[:-1])
+    done = train(recipe, run, "--resume")
+    assert done.status == 0
+    assert "WARNING: a damaged checkpoint is passed over for 0002-step-00000006" in done.stderr
+    assert_same_run(run, undisturbed)
+
+
+def test_two_trainers_and_one_directory(recipe: Path, tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    with run_lock(run, announce=print):
+        done = train(recipe, run)
+    assert done.status == 1
+    assert f"{run}: another trainer is at work there (process {os.getpid()} on " in done.stderr
+    assert "Traceback" not in done.stderr
+    assert [path.name for path in run.iterdir()] == ["trainer.lock"]
+
+
+@pytest.mark.slow
+def test_a_full_disk_ends_the_run_with_a_sentence(recipe: Path, undisturbed: Path, tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    full = """
+import errno
+def full(path, *a, **k):
+    if "step-00000010" in str(path):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+before(checkpoint, "_write", full)
+"""
+    done = train(recipe, run, fault=full)
+    assert done.status == 1 and "Traceback" not in done.stderr
+    assert "the checkpoint of step 10 could not be written (No space left on device)" in done.stderr
+    assert last(run).step == 6
+    assert train(recipe, run, "--resume").status == 0
+    assert_same_run(run, undisturbed)
+
+
+# Several processes
+
+TORCHRUN = [
+    sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "--standalone", "--max-restarts", "1",
+]  # fmt: skip
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("rank", [0, 1])
+def test_a_rank_that_dies_under_torchrun(rank: int, recipe: Path, tmp_path: Path) -> None:
+    """The processes are started anew and go on from the last checkpoint to the weights of an undisturbed run."""
+    undisturbed, run = tmp_path / "undisturbed", tmp_path / "run"
+    assert train(recipe, undisturbed, "--resume", launcher=TORCHRUN).status == 0
+    fault = (
+        f"before(loop.Trainer, '_update', lambda t, *a: (RANK, ATTEMPT, t.progress.step) == ({rank}, 0, 7) and die())"
+    )
+    done = train(recipe, run, "--resume", launcher=TORCHRUN, fault=fault)
+    assert done.status == 0, done.stderr
+    assert "goes on after step 6" in done.stderr
+    assert_same_run(run, undisturbed)
+    assert sample_ids(run, 1) == sample_ids(undisturbed, 1)
+    both = {step: set(ids) & set(sample_ids(run, 1)[step]) for step, ids in sample_ids(run).items()}
+    assert not any(both.values()), "each process has samples of its own"
+    shutil.rmtree(run)

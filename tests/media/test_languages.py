@@ -1,0 +1,124 @@
+"""Languages by code and name, also those that Whisper has no token for."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from whisper_moe.media.languages import (
+    FURTHER_LANGUAGES,
+    LANGUAGE_CODES,
+    LANGUAGES,
+    NewLanguage,
+    language_code,
+    stated_languages,
+)
+
+KATHBATH = {
+    "bengali": "bn", "gujarati": "gu", "hindi": "hi", "kannada": "kn", "malayalam": "ml", "marathi": "mr", "odia": "or",
+    "punjabi": "pa", "sanskrit": "sa", "tamil": "ta", "telugu": "te", "urdu": "ur",
+}  # fmt: skip
+
+
+def test_all_twelve_languages_of_kathbath_have_codes() -> None:
+    for name, code in KATHBATH.items():
+        assert language_code(name) == language_code(f" {name.title()} ") == language_code(code) == code
+    assert set(KATHBATH.values()) - LANGUAGES.keys() == {"or"}
+    assert language_code("ORIYA") == "or"
+
+
+def test_no_language_is_two() -> None:
+    assert not FURTHER_LANGUAGES.keys() & LANGUAGES.keys()
+    assert not set(FURTHER_LANGUAGES.values()) & (LANGUAGE_CODES.keys() | LANGUAGES.keys())
+    for code, name in FURTHER_LANGUAGES.items():
+        assert language_code(name) == language_code(code) == code
+        assert all(relative in LANGUAGES for relative in NewLanguage(code=code).relatives)
+    assert NewLanguage(code="or").relatives == ("bn", "as")
+
+
+def test_a_models_own_languages_are_known_by_code_and_by_name() -> None:
+    with pytest.raises(ValueError, match="unknown language 'tulu'"):
+        language_code("tulu")
+    assert language_code("TCY", {"tcy"}) == language_code("Tulu", {"tcy"}, {"tcy": "tulu"}) == "tcy"
+    with pytest.raises(ValueError, match=r"unknown language .tulus.: did you mean tulu"):
+        language_code("tulus", {"tcy"}, {"tcy": "tulu"})
+    assert language_code("konkani", {"gom"}, {"gom": "konkani"}) == "gom", "the model's own word for it comes first"
+    assert language_code("hindi", {"x-y"}, {"x-y": "hindi"}) == "hi", "but Whisper's names stay what they are"
+
+
+@pytest.mark.parametrize(
+    ("text", "meant"),
+    [
+        ("or", ("or", "odia", ())),
+        ("OR = Odia ", ("or", "odia", ())),
+        ("or=odia:like=bn", ("or", "odia", ("bn",))),
+        ("or:like=bn, Assamese", ("or", "odia", ("bn", "Assamese"))),
+        ("tcy=Tulu", ("tcy", "tulu", ())),
+        ("tcy", ("tcy", "tcy", ())),
+        ("or=Oriya", ("or", "oriya", ())),
+        ("en-in=indian english:like=en,hi", ("en-in", "indian english", ("en", "hi"))),
+        ("yue", ("yue", "cantonese", ())),
+    ],
+)
+def test_a_new_language_is_given_by_code_name_and_relatives(text: str, meant: tuple[str, str, tuple[str, ...]]) -> None:
+    language = NewLanguage.parse(text)
+    assert (language.code, language.name, language.like) == meant
+
+
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        ("", "code is of lower-case letters"),
+        ("o", "code is of lower-case letters"),
+        ("odia lang", "code is of lower-case letters"),
+        ("<|or|>", "code is of lower-case letters"),
+        ("or=", "is given as or, or=odia or or=odia:like=bn,as, got 'or='"),
+        ("or=odia:like=", "is given as or"),
+        ("or=odia:like=bn,,as", "is given as or"),
+        ("or=odia:as=bn", "is given as or"),
+        ("or=Hindi", "'hindi' cannot be the name of the language 'or': it is that of 'hi'"),
+        ("or=hi", "'hi' cannot be the name of the language 'or': it is that of 'hi'"),
+    ],
+)
+def test_what_is_no_new_language_is_said(text: str, said: str) -> None:
+    with pytest.raises(ValueError, match=said):
+        NewLanguage.parse(text)
+
+
+def write(folder: Path, generation: object) -> Path:
+    folder.mkdir()
+    (folder / "config.json").write_text("{}")
+    if generation is not None:
+        (folder / "generation_config.json").write_text(
+            generation if isinstance(generation, str) else json.dumps(generation)
+        )
+    return folder
+
+
+def test_a_folder_says_which_languages_it_adds(tmp_path: Path) -> None:
+    listed = {"lang_to_id": {"<|hi|>": 3, "<|tcy|>": 9}, "language_names": {"tcy": "tulu"}}
+    assert stated_languages(write(tmp_path / "a", listed)) == {"hi": "hi", "tcy": "tulu"}
+    assert stated_languages(write(tmp_path / "b", {})) == {}
+    assert stated_languages(write(tmp_path / "c", None)) == {}, "without the file, languages are Whisper's"
+
+
+@pytest.mark.parametrize(
+    "generation", ["{", [1], {"lang_to_id": 7}, {"lang_to_id": {"<|hi|>": 1}, "language_names": [1]}]
+)
+def test_a_folder_that_cannot_be_read_says_nothing(generation: object, tmp_path: Path) -> None:
+    assert stated_languages(write(tmp_path / "m", generation)) is None
+
+
+def test_an_adapters_folder_says_nothing(tmp_path: Path) -> None:
+    (tmp_path / "adapter_config.json").write_text("{}")
+    assert stated_languages(tmp_path) is None
+
+
+def test_names_cost_no_import() -> None:
+    command = "import sys, whisper_moe.media.languages; print({'torch', 'tokenizers', 'pydantic'} & set(sys.modules))"
+    output = subprocess.run([sys.executable, "-c", command], capture_output=True, check=True)
+    assert output.stdout.strip() == b"set()"

@@ -1,0 +1,306 @@
+"""Film in: frames by their timestamps, the right way up, within limits; what cannot be read is one ``MediaError``."""
+
+from __future__ import annotations
+
+import io
+import shutil
+from collections.abc import Callable
+from fractions import Fraction
+from pathlib import Path
+
+import av
+import numpy as np
+import pytest
+from data.miniatures import film, number_of, picture
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from media.recordings import encode, sample, tone
+from media.recordings import film as sound_film
+
+from whisper_moe.media import video
+from whisper_moe.media.audio import MediaError
+from whisper_moe.media.video import header_seconds, load_frames
+
+EVEN = [0.04 * number for number in range(20)]
+
+
+@pytest.fixture(scope="module")
+def even(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Twenty pictures in 0.8 s."""
+    return film(tmp_path_factory.mktemp("film") / "even.mov", EVEN)
+
+
+def numbers(source: Path, rate: float, **options: int) -> list[int]:
+    return [number_of(frame) for frame in load_frames(source, rate=rate, **options)]
+
+
+def test_frames_are_rgb_in_their_order(even: Path) -> None:
+    frames = load_frames(even, rate=25)
+    assert frames.dtype == np.uint8 and frames.shape == (20, 64, 96, 3)
+    for number, frame in enumerate(frames):
+        assert number_of(frame) == number
+        assert np.abs(frame.astype(int) - picture(number)).mean() < 6
+    assert np.array_equal(load_frames(io.BytesIO(even.read_bytes()), rate=25), frames)
+
+
+@pytest.mark.parametrize("suffix", [".mov", ".mp4", ".mkv", ".avi"])
+def test_containers_agree(even: Path, tmp_path: Path, suffix: str) -> None:
+    assert numbers(film(tmp_path / f"film{suffix}", EVEN), 12.5) == numbers(even, 12.5) == list(range(0, 20, 2))
+
+
+def shown(times: list[float], rate: float, seconds: float) -> list[int]:
+    """The definition: at k / rate, the last picture whose time has come (to the millisecond)."""
+    steps = max(1, int(np.ceil((seconds - 0.001) * rate - 1e-9)))
+    return [max(n for n, time in enumerate(times) if time - 0.001 <= step / rate + 1e-9) for step in range(steps)]
+
+
+@settings(max_examples=25, deadline=None)
+@given(gaps=st.lists(st.integers(10, 300), min_size=1, max_size=18), rate=st.sampled_from([1.0, 5.0, 10.0, 12.5, 30.0]))
+def test_a_variable_frame_rate_keeps_its_time(
+    tmp_path_factory: pytest.TempPathFactory, gaps: list[int], rate: float
+) -> None:
+    times = [sum(gaps[:n]) / 1_000 for n in range(len(gaps) + 1)]
+    file = film(tmp_path_factory.mktemp("vfr") / "vfr.mkv", times)
+    got = numbers(file, rate)
+    assert got == shown(times, rate, len(got) / rate)
+    assert len(got) / rate == pytest.approx(times[-1] + 0.04, abs=0.04 + 1 / rate)
+
+
+def test_a_higher_rate_repeats_and_a_lower_one_leaves_out(even: Path) -> None:
+    assert numbers(even, 50) == [number // 2 for number in range(40)]
+    assert numbers(even, 1) == [0]
+    assert numbers(even, 0.1) == [0]
+
+
+def test_time_begins_with_the_first_frame(tmp_path: Path) -> None:
+    late = film(tmp_path / "late.mkv", [5.0, 5.04, 5.08])
+    assert numbers(late, 25) == [0, 1, 2]
+
+
+def remuxed(source: Path, target: Path, times: Callable[[int], int | None]) -> Path:
+    """The same packets with other timestamps (of 1/1000 s); Matroska and NUT take what MOV does not."""
+    with av.open(str(source)) as old, av.open(str(target), "w") as new:
+        track = new.add_stream_from_template(old.streams.video[0])
+        packets = [packet for packet in old.demux(old.streams.video[0]) if packet.size]
+        for number, packet in enumerate(packets):
+            packet.stream = track
+            packet.time_base = Fraction(1, 1_000)
+            packet.pts = packet.dts = times(number)
+            new.mux(packet)
+    return target
+
+
+def patched_times(source: Path, target: Path, times: list[int]) -> Path:
+    """An AVI-free way to repeat or turn back time: Matroska's block timestamps, overwritten byte by byte."""
+    data = bytearray(source.read_bytes())
+    position, blocks = data.find(b"\x1f\x43\xb6\x75"), []  # the first cluster
+    while (position := data.find(b"\xa3", position)) >= 0:  # SimpleBlock: id, size, track 1 (0x81), 16-bit time
+        length = 9 - data[position + 1].bit_length() if data[position + 1] else 9
+        head = position + 1 + length
+        if length <= 4 and head + 4 < len(data) and data[head] == 0x81:
+            blocks.append(head + 1)
+            position = head + 4
+        else:
+            position += 1
+    assert len(blocks) == len(times)
+    for block, time in zip(blocks, times, strict=True):
+        data[block : block + 2] = time.to_bytes(2, "big", signed=True)
+    target.write_bytes(data)
+    return target
+
+
+def test_negative_and_repeated_timestamps(tmp_path: Path) -> None:
+    plain = film(tmp_path / "plain.mkv", [0, 0.04, 0.08, 0.12])
+    negative = patched_times(plain, tmp_path / "negative.mkv", [-80, -40, 0, 40])
+    assert numbers(negative, 25) == [0, 1, 2, 3]
+    repeated = patched_times(plain, tmp_path / "repeated.mkv", [0, 40, 40, 80])
+    assert numbers(repeated, 25) == [0, 2, 3], "of two pictures at one time, the later one is seen"
+
+
+def test_timestamps_that_run_backwards_are_an_error(tmp_path: Path) -> None:
+    plain = film(tmp_path / "plain.mkv", [0, 0.04, 0.08, 0.12])
+    file = patched_times(plain, tmp_path / "back.mkv", [0, 400, 40, 120])
+    with pytest.raises(MediaError, match=r"back\.mkv: its timestamps run backwards, from 0\.400 s to 0\.040 s"):
+        load_frames(file, rate=25)
+
+
+# Rotation.
+
+
+def turned(source: Path, target: Path, degrees: int) -> Path:
+    """The film with a display matrix in its track header (ISO 14496-12, 8.3.2), clockwise as phones write it."""
+    data = bytearray(source.read_bytes())
+    matrix = data.find(b"tkhd") + 4 + 4 + 20 + 8 + 8
+    cos, sin = {90: (0, 1), 180: (-1, 0), 270: (0, -1)}[degrees]
+    rows = (cos, sin, 0, -sin, cos, 0, 0, 0, 1)
+    for number, value in enumerate(rows):
+        point = 30 if number % 3 == 2 else 16
+        data[matrix + 4 * number : matrix + 4 * number + 4] = (value << point).to_bytes(4, "big", signed=True)
+    target.write_bytes(data)
+    return target
+
+
+@pytest.mark.parametrize(("degrees", "corner"), [(90, "upper right"), (180, "lower right"), (270, "lower left")])
+def test_a_film_is_turned_as_it_says(even: Path, tmp_path: Path, degrees: int, corner: str) -> None:
+    """The white mark in the upper left corner goes clockwise."""
+    file = turned(even, tmp_path / "turned.mov", degrees)
+    frame = load_frames(file, rate=25)[5]
+    assert frame.shape == ((64, 96, 3) if degrees == 180 else (96, 64, 3))
+    height, width = frame.shape[:2]
+    corners = {
+        "upper left": frame[: height // 5, : width // 5],
+        "upper right": frame[: height // 5, -width // 5 :],
+        "lower right": frame[-height // 5 :, -width // 5 :],
+        "lower left": frame[-height // 5 :, : width // 5],
+    }
+    assert max(corners, key=lambda name: corners[name].mean()) == corner
+    assert load_frames(file, rate=25, short_side=32)[5].shape[:2] == tuple(side // 2 for side in frame.shape[:2])
+
+
+def test_a_quarter_turn_is_all_that_is_taken(even: Path, tmp_path: Path) -> None:
+    file = turned(even, tmp_path / "askew.mov", 90)
+    data = bytearray(file.read_bytes())
+    matrix = data.find(b"tkhd") + 44
+    values = [round(0.7071 * 65_536)] * 2 + [0, round(-0.7071 * 65_536), round(0.7071 * 65_536)]
+    for number, value in enumerate(values):
+        data[matrix + 4 * number : matrix + 4 * number + 4] = value.to_bytes(4, "big", signed=True)
+    file.write_bytes(data)
+    with pytest.raises(MediaError, match=r"turned by .*45°, which is no quarter turn"):
+        load_frames(file, rate=25)
+
+
+# Sizes and limits.
+
+
+def test_frames_are_reduced_and_never_enlarged(even: Path) -> None:
+    assert load_frames(even, rate=25, short_side=16).shape == (20, 16, 24, 3)
+    assert load_frames(even, rate=25, short_side=500).shape == (20, 64, 96, 3)
+    assert numbers(even, 25, short_side=16) == list(range(20))
+
+
+def test_limits_are_kept_while_decoding(even: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    with pytest.raises(MediaError, match="frames of 96×64 are over the limit of 6,143 pixels"):
+        load_frames(even, rate=25, max_pixels=6_143)
+    with pytest.raises(MediaError, match="more than the limit of 19 frames"):
+        load_frames(even, rate=0.1, max_decoded=19)
+    with pytest.raises(MediaError, match="more than the limit of 55,295 bytes"):
+        load_frames(even, rate=12.5, max_bytes=3 * 64 * 96 * 3 - 1)
+    assert len(load_frames(even, rate=25, max_pixels=6_144, max_decoded=20, max_bytes=20 * 64 * 96 * 3)) == 20
+    gap = film(tmp_path / "gap.mkv", [0, 30_000])
+    reformatted: list[object] = []
+    monkeypatch.setattr(video, "_picture", lambda *frame: reformatted.append(frame))
+    with pytest.raises(MediaError, match="more than the limit of"):
+        load_frames(gap, rate=25)
+    assert reformatted == [], "a gap of hours is refused before a picture is made for it"
+
+
+def test_a_size_that_changes_is_an_error(tmp_path: Path) -> None:
+    files = [
+        film(tmp_path / f"{n}.mjpeg.avi", [0, 0.04], width=w, height=64, codec="mjpeg") for n, w in enumerate((96, 48))
+    ]
+    both = tmp_path / "both.mkv"
+    with av.open(str(files[0])) as first, av.open(str(files[1])) as second, av.open(str(both), "w") as new:
+        track = new.add_stream_from_template(first.streams.video[0])
+        time = 0
+        for old in (first, second):
+            for packet in old.demux(old.streams.video[0]):
+                if packet.size:
+                    packet.stream, packet.time_base = track, Fraction(1, 1_000)
+                    packet.pts = packet.dts = time
+                    time += 40
+                    new.mux(packet)
+    with pytest.raises(
+        MediaError, match=r"its pictures change from 96×64 turned by 0° to 48×64 turned by 0° at 0\.08 s"
+    ):
+        load_frames(both, rate=25)
+
+
+# What cannot be read.
+
+
+def test_bad_files_are_one_error_with_name_and_cause(even: Path, tmp_path: Path) -> None:
+    whole = even.read_bytes()
+    middle = bytearray(whole)
+    start = whole.find(b"mdat") + 4
+    middle[start + 200 : start + 2_000] = bytes(1_800)
+    no_index = whole[: whole.find(b"moov") - 4]
+    (tmp_path / "sound.m4a").write_bytes(sample(tmp_path, "aac.m4a").read_bytes())
+    sound_film(tmp_path / "cover.m4a", tone(1.0, 44_100), pictures=1, codec="png")
+    cases = {
+        "empty.mov": (b"", "the file is empty"),
+        "text.mov": (b"no film at all\n" * 99, "not film or sound"),
+        "list.mov": (b"ffconcat version 1.0\nfile 'even.mov'\n", "a playlist"),
+        "index.mov": (no_index, "its index (moov) is missing"),
+        "damaged.mov": (bytes(middle), "the film is damaged"),
+        "cut.mov": (shortened(even), "cut off"),
+        "sound.m4a": (None, "it has no film track"),
+        "cover.m4a": (None, "it has no film track, only a cover picture"),
+        "gone.mov": (None, "no such file or directory"),
+    }
+    for name, (data, cause) in cases.items():
+        if data is not None:
+            (tmp_path / name).write_bytes(data)
+        with pytest.raises(MediaError) as caught:
+            load_frames(tmp_path / name, rate=25)
+        assert cause in caught.value.cause, name
+        assert str(caught.value).startswith(str(tmp_path / name)) and "\n" not in str(caught.value)
+
+
+def shortened(mov: Path) -> bytes:
+    """The index first, then the film, of which the end is missing."""
+    moved = mov.with_name("faststart.mov")
+    with av.open(str(mov)) as old, av.open(str(moved), "w", options={"movflags": "faststart"}) as new:
+        track = new.add_stream_from_template(old.streams.video[0])
+        for packet in old.demux(old.streams.video[0]):
+            if packet.size:
+                packet.stream = track
+                new.mux(packet)
+    return moved.read_bytes()[:-600]
+
+
+def test_a_film_without_a_frame_is_an_error(tmp_path: Path) -> None:
+    file = tmp_path / "none.mkv"
+    with av.open(str(file), "w") as container:
+        track = container.add_stream("mpeg4", rate=25)
+        assert isinstance(track, av.VideoStream)
+        track.width = track.height = 64
+        track.pix_fmt = "yuv420p"
+        audio = container.add_stream("flac", rate=16_000)
+        assert isinstance(audio, av.AudioStream)
+        audio.layout = "mono"
+        frame = av.AudioFrame.from_ndarray(np.zeros((1, 1_600), np.int16), "s16", "mono")
+        frame.sample_rate, frame.pts = 16_000, 0
+        container.start_encoding()
+        container.mux(audio.encode(frame))
+        container.mux(audio.encode(None))
+    with pytest.raises(MediaError, match=r"none\.mkv: it has a film track, and no frame in it"):
+        load_frames(file, rate=25)
+
+
+@pytest.mark.parametrize(("options", "said"), [
+    ({"rate": 0}, "rate must be above 0"),
+    ({"rate": float("nan")}, "rate must be above 0"),
+    ({"rate": 25, "short_side": 0}, "short_side must be"),
+])  # fmt: skip
+def test_requests_that_mean_nothing_are_refused(even: Path, options: dict[str, float], said: str) -> None:
+    with pytest.raises(ValueError, match=said):
+        load_frames(even, **options)  # pyright: ignore[reportArgumentType]
+
+
+def test_headers_tell_how_long_a_film_is(even: Path, tmp_path: Path) -> None:
+    assert header_seconds(even) == pytest.approx(0.8, abs=0.001)
+    both = sound_film(tmp_path / "both.mp4", tone(3.0, 44_100), pictures=25)
+    assert header_seconds(both) == pytest.approx(3.0, abs=0.05), "sound, where there is any"
+    raw = tmp_path / "raw.mka"
+    shutil.copy(encode(tmp_path / "s.mka", tone(1.5), 16_000, "flac"), raw)
+    assert header_seconds(raw) == pytest.approx(1.5, abs=0.01)
+    (tmp_path / "text.wav").write_text("text" * 100)
+    with pytest.raises(MediaError, match=r"text\.wav: not film or sound"):
+        header_seconds(tmp_path / "text.wav")
+
+
+def test_a_real_film_is_read(shared_data: Path) -> None:
+    file = shared_data / "sign-avatar" / "assets" / "0.mp4"
+    frames = load_frames(file, rate=10, short_side=90)
+    assert frames.shape == (15, 90, 160, 3) and header_seconds(file) == pytest.approx(1.458, abs=0.001)
+    assert frames.std() > 10 and np.abs(np.diff(frames.astype(int), axis=0)).mean() > 0.1

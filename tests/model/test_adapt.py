@@ -1,0 +1,108 @@
+"""What is always on beside the core starts as the identity, exactly, is alive, and has a file of its own."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+from generate.tiny import CONFIG, tiny_whisper_moe
+from model.tiny import random_texts, relative
+
+from whisper_moe import WhisperMoE
+from whisper_moe.config import AdaptConfig, ModelConfig
+from whisper_moe.model.adapt import AdaptedNorm
+from whisper_moe.model.linear import Arithmetic, arrange
+from whisper_moe.model.model import WhisperMoEModel
+from whisper_moe.weights.default import load_model
+from whisper_moe.weights.parts import ADAPT, CORE, part_of, unstack
+from whisper_moe.weights.upcycle import add_parts
+
+ADAPT_BOTH = AdaptConfig(encoder_layers=(0, 1), decoder_layers=(0,), adapter_dim=4)
+MELS, TEXTS = [torch.randn(CONFIG.n_mels, frames) for frames in (60, 31)], random_texts([5, 9])
+
+
+def adapted(seed: int = 0) -> tuple[WhisperMoE, WhisperMoEModel]:
+    """A model, and the same with an adapting part that has learned nothing."""
+    plain = tiny_whisper_moe(seed)
+    config, state = add_parts(plain.config, plain.model.state_dict(), adapt=ADAPT_BOTH)
+    model = WhisperMoEModel(config).eval()
+    model.load_state_dict(state)
+    return plain, model
+
+
+def shaken(model: WhisperMoEModel) -> WhisperMoEModel:
+    """As if it had learned."""
+    torch.manual_seed(1)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if part_of(name, model.config) == ADAPT:
+                parameter.add_(torch.randn_like(parameter) * 0.1)
+    return model
+
+
+def test_it_starts_as_the_identity() -> None:
+    plain, model = adapted()
+    assert torch.equal(model(MELS, TEXTS), plain.model(MELS, TEXTS))
+    assert not torch.equal(shaken(model)(MELS, TEXTS), plain.model(MELS, TEXTS))
+
+
+def test_it_starts_alive() -> None:
+    _, model = adapted()
+    model(MELS, TEXTS).square().mean().backward()
+    for name, parameter in model.named_parameters():
+        if "delta_" in name or "adapter.down" in name:
+            assert parameter.grad is not None and parameter.grad.abs().max() > 0, name
+
+
+def test_only_the_layers_that_are_named_are_adapted() -> None:
+    config = CONFIG.model_copy(update={"adapt": AdaptConfig(encoder_layers=(1,), adapter_dim=4)})
+    names = [name for name, _ in WhisperMoEModel(config).named_parameters() if "adapter" in name or "delta_" in name]
+    assert names and all(name.startswith("encoder.blocks.1.") for name in names)
+    slim = CONFIG.model_copy(update={"adapt": AdaptConfig(decoder_layers=(0,), norms=False, adapter_dim=4)})
+    assert not any("delta_" in name for name, _ in WhisperMoEModel(slim).named_parameters())
+
+
+def test_layers_beyond_the_models_are_refused() -> None:
+    with pytest.raises(ValueError, match=r"adapt.decoder_layers \[1\] are beyond the decoder's 1 layers"):
+        ModelConfig.model_validate(CONFIG.model_dump() | {"adapt": AdaptConfig(decoder_layers=(1,))})
+
+
+def test_a_model_is_not_adapted_twice() -> None:
+    _, model = adapted()
+    with pytest.raises(ValueError, match="has adapt already"):
+        add_parts(model.config, model.state_dict(), adapt=ADAPT_BOTH)
+
+
+def test_it_is_a_part_of_its_own() -> None:
+    _, model = adapted()
+    parts = {name: part_of(name, model.config) for name, _ in unstack(model.state_dict())}
+    assert {name for name, part in parts.items() if part == ADAPT} == {
+        name for name in parts if ".adapter." in name or "delta_" in name or ".ttt" in name
+    }
+    assert parts["encoder.blocks.0.attn_norm.weight"] == CORE
+
+
+def test_it_is_written_and_read(tmp_path: Path) -> None:
+    plain, model = adapted()
+    shaken(model)
+    files = {"tokenizer.json": plain._tokenizer_files["tokenizer.json"]}
+    WhisperMoE(model, plain.tokenizer, plain.generation, tokenizer_files=files).save_pretrained(tmp_path / "m")
+    plain.save_pretrained(tmp_path / "plain")
+    loaded = load_model(tmp_path / "m")
+    assert loaded.config == model.config
+    assert all(torch.equal(loaded.state[key], tensor) for key, tensor in model.state_dict().items())
+    same = {path.name for path in (tmp_path / "plain").rglob("*.safetensors")}
+    for name in same - {"adapt.safetensors"}:
+        (ours,), (theirs,) = (list((tmp_path / folder).rglob(name)) for folder in ("m", "plain"))
+        assert ours.read_bytes() == theirs.read_bytes(), f"{name} is the same without the adapting part"
+
+
+@pytest.mark.parametrize(("arithmetic", "close"), [("float32", 1e-5), ("int8", 0.1)])
+def test_arranged_it_computes_the_same(arithmetic: Arithmetic, close: float) -> None:
+    model = shaken(adapted()[1])
+    expected = model(MELS, TEXTS).detach()
+    arranged = arrange(model, arithmetic)
+    assert not any(isinstance(module, AdaptedNorm) for module in arranged.modules())
+    with torch.inference_mode():
+        assert relative(arranged(MELS, TEXTS), expected) < close

@@ -1,0 +1,79 @@
+"""The convolution module mixes along time and never across segments; it starts as the identity, and alive."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+import torch.nn.functional as F
+from model.tiny import CONFIGS, random_mels, random_texts, relative
+
+from whisper_moe.config import ConformerConfig, ModelConfig
+from whisper_moe.model.conformer import ConvolutionModule
+from whisper_moe.model.model import WhisperMoEModel
+from whisper_moe.packing import Layout
+from whisper_moe.weights.upcycle import add_parts
+
+LENGTHS = (1, 9, 40, 3)
+
+
+def opened(kernel_size: int = 7, width: int = 6) -> ConvolutionModule:
+    torch.manual_seed(0)
+    module = ConvolutionModule(width, kernel_size).double()
+    torch.nn.init.normal_(module.gate)
+    return module
+
+
+def reference(module: ConvolutionModule, x_TD: torch.Tensor) -> torch.Tensor:
+    """One segment, as the paper draws it: a padded convolution over [1, D, T]."""
+    reach = module.depthwise.kernel_size[0] // 2
+    hidden = F.glu(module.expand(x_TD), dim=-1).T[None]
+    mixed = F.conv1d(hidden, module.depthwise.weight, module.depthwise.bias, padding=reach, groups=hidden.shape[1])
+    return module.gate.tanh() * module.out(F.silu(module.norm(mixed[0].T)))
+
+
+@pytest.mark.parametrize("kernel_size", [1, 3, 31, 99])
+def test_packed_is_the_papers_module_on_each_segment(kernel_size: int) -> None:
+    module, layout = opened(kernel_size), Layout(LENGTHS)
+    x_TD = torch.randn(layout.total, 6, dtype=torch.float64)
+    expected = torch.cat([reference(module, x_TD[rows]) for rows in layout.slices()])
+    assert relative(module(x_TD, layout), expected) < 1e-12
+
+
+def test_a_token_hears_its_neighbours_and_nobody_elses() -> None:
+    """A change of one token reaches exactly the tokens within the kernel, of its own segment."""
+    module, layout = opened(7), Layout(LENGTHS)
+    x_TD = torch.randn(layout.total, 6, dtype=torch.float64)
+    before, segments = module(x_TD, layout), layout.segment_ids()
+    for token in range(layout.total):
+        probed = x_TD.clone()
+        probed[token] += 1
+        changed = (module(probed, layout) - before).abs().amax(1) > 0
+        near = (torch.arange(layout.total) - token).abs() <= 3
+        assert torch.equal(changed, near & (segments == segments[token])), token
+
+
+def test_it_starts_as_the_identity_and_alive() -> None:
+    dense = CONFIGS["dense"]
+    torch.manual_seed(0)
+    plain = WhisperMoEModel(dense).double()
+    config, state = add_parts(
+        dense, plain.state_dict(), conformer=ConformerConfig(encoder_layers=(0, 1), kernel_size=5)
+    )
+    model = WhisperMoEModel(config).double()
+    model.load_state_dict(state)
+    mels, texts = random_mels([40, 23]), random_texts([4, 6])
+    assert torch.equal(model(mels, texts), plain(mels, texts))
+    model(mels, texts).square().mean().backward()
+    for layer in (0, 1):
+        gradient = model.encoder.blocks[layer].conv.gate.grad
+        assert gradient is not None and gradient.abs().min() > 0
+    with torch.no_grad():
+        model.encoder.blocks[1].conv.gate.fill_(0.5)
+    assert relative(model(mels, texts), plain(mels, texts)) > 1e-3
+
+
+def test_a_configuration_that_cannot_be() -> None:
+    with pytest.raises(ValueError, match="kernel_size must be odd, got 4"):
+        ConformerConfig(kernel_size=4)
+    with pytest.raises(ValueError, match=r"conformer.encoder_layers \[9\] are beyond the encoder's"):
+        ModelConfig.model_validate(CONFIGS["dense"].model_dump() | {"conformer": ConformerConfig(encoder_layers=(9,))})

@@ -1,0 +1,57 @@
+"""Memory that stays taken: weights lie apart from what comes and goes."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+
+import pytest
+
+MAPPED = """
+import ctypes, os, sys
+import torch
+from whisper_moe.heap import weights_apart
+
+class Info(ctypes.Structure):
+    names = "arena ordblks smblks hblks hblkhd usmblks fsmblks uordblks fordblks keepcost"
+    _fields_ = [(name, ctypes.c_size_t) for name in names.split()]
+
+libc = ctypes.CDLL("libc.so.6")
+libc.mallinfo2.restype = Info
+mapped = lambda: libc.mallinfo2().hblks
+
+def made(count):
+    before = mapped()
+    tensors = [torch.empty(256 << 10) for _ in range(count)]
+    return tensors, mapped() - before
+
+with weights_apart():
+    weights, inside = made(20)
+passing, outside = made(20)
+large, apart = [torch.empty(5 << 20)], mapped()
+del large
+print(inside, outside, apart - mapped(), os.environ["ONEDNN_PRIMITIVE_CACHE_CAPACITY"])
+"""
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="glibc only")
+def test_only_weights_and_large_tensors_are_mapped_by_themselves() -> None:
+    done = subprocess.run([sys.executable, "-c", MAPPED], capture_output=True, text=True, check=False)
+    if "mallinfo2" in done.stderr:
+        pytest.skip("this C library does not tell")
+    inside, outside, large, kernels = done.stdout.split() or pytest.fail(done.stderr)
+    assert int(inside) == 20, "each weight of a megabyte has a mapping of its own"
+    assert int(outside) == 0, "what comes and goes shares the heap"
+    assert int(large) == 1, "and what is large is given back when it is freed"
+    assert int(kernels) < 1024
+
+
+def test_a_limit_that_the_user_has_set_is_kept(monkeypatch: pytest.MonkeyPatch) -> None:
+    import os
+
+    from whisper_moe.heap import weights_apart
+
+    monkeypatch.setenv("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "7")
+    with weights_apart():
+        pass
+    assert os.environ["ONEDNN_PRIMITIVE_CACHE_CAPACITY"] == "7"

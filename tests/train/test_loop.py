@@ -1,0 +1,313 @@
+"""The loop: how a step is cut does not change it, a run that goes on is the same run, and bad steps change nothing."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from model.tiny import CONFIGS
+from torch import Tensor, nn
+from train.tiny import Fixed, notes, random_pack, tiny_trainer
+
+from whisper_moe.data.examples import Pack
+from whisper_moe.model.block import Block
+from whisper_moe.train import checkpoint
+from whisper_moe.train.loop import LossScale, NonFiniteError, Trainer
+from whisper_moe.train.losses import RouterLosses
+
+LENGTHS = [[(20, 4), (33, 9)], [(51, 5)], [(12, 12), (7, 3), (25, 6)], [(40, 8)]]
+
+
+def packs(name: str = "segment") -> list[Pack]:
+    return [random_pack(lengths, CONFIGS[name], seed) for seed, lengths in enumerate(LENGTHS)]
+
+
+def weights(trainer: Trainer) -> dict[str, Tensor]:
+    return {name: tensor.clone() for name, tensor in trainer.model.state_dict().items()}
+
+
+def same(a: Mapping[str, Tensor], b: Mapping[str, Tensor]) -> bool:
+    return a.keys() == b.keys() and all(torch.equal(a[key], b[key]) for key in a)
+
+
+def gradients(trainer: Trainer) -> dict[str, Tensor]:
+    """What one step's gradients are, before anything is clipped."""
+    caught: dict[str, Tensor] = {}
+
+    def clip(parameters: Sequence[nn.Parameter], max_norm: float) -> Tensor:
+        caught.update({n: p.grad.clone() for n, p in trainer.model.named_parameters() if p.grad is not None})
+        return nn.utils.clip_grad_norm_(list(parameters), max_norm)
+
+    trainer.parallel.clip = clip  # pyright: ignore[reportAttributeAccessIssue]
+    trainer.step()
+    return caught
+
+
+@pytest.mark.parametrize("name", ["dense", "segment", "token", "per expert"])
+def test_several_passes_equal_one_big_batch(name: str) -> None:
+    """With z-loss, but without the balance loss: its counts are of one pass."""
+    routing = RouterLosses(z=0.1 if name == "segment" else 0.0)
+    big = tiny_trainer(name, [packs(name)], double=True, routing=routing)
+    cut = tiny_trainer(name, [[pack] for pack in packs(name)], double=True, accumulate=4, routing=routing)
+    one, four = gradients(big), gradients(cut)
+    assert one.keys() == four.keys() and len(one) > 20
+    for key in one:
+        assert (one[key] - four[key]).abs().max() <= 1e-10 * max(1e-3, one[key].abs().max().item()), key
+    assert notes(big).losses == pytest.approx(notes(cut).losses, rel=1e-12)
+    assert notes(big).reports[0].label_tokens == notes(cut).reports[0].label_tokens == 47 - 2 * 7
+
+
+def test_samples_do_not_change_each_others_loss_by_sharing_a_pack() -> None:
+    together = random_pack([(20, 4), (33, 9)], CONFIGS["segment"])
+    alone = [_rows(together, 0), _rows(together, 1)]
+    routing = RouterLosses(z=0.1)
+    one = gradients(tiny_trainer("segment", [[together]], double=True, routing=routing))
+    two = gradients(tiny_trainer("segment", [alone], double=True, routing=routing))
+    assert max((one[key] - two[key]).abs().max().item() for key in one) < 1e-10
+
+
+def _rows(pack: Pack, segment: int) -> Pack:
+    from whisper_moe.packing import Layout
+
+    rows = pack.texts.slices()[segment]
+    return replace(
+        pack, ids=(pack.ids[segment],), mels=(pack.mels[segment],), heard=(pack.heard[segment],),
+        tokens_T=pack.tokens_T[rows], labels_T=pack.labels_T[rows], texts=Layout([rows.stop - rows.start]),
+        languages=("en",), tasks=("transcribe",),
+    )  # fmt: skip
+
+
+def test_the_loss_falls() -> None:
+    trainer = tiny_trainer("segment", [packs()[:2], packs()[2:]], steps=30)
+    assert trainer.run() == "finished"
+    losses = notes(trainer).losses
+    assert len(losses) == 30 and sum(losses[-4:]) < 0.7 * sum(losses[:4])
+
+
+def test_every_kind_of_parameter_moves() -> None:
+    trainer = tiny_trainer("segment", [packs()], steps=3)
+    before = weights(trainer)
+    trainer.run()
+    still = [name for name, tensor in trainer.model.named_parameters() if torch.equal(before[name], tensor)]
+    assert still == []
+
+
+@pytest.mark.parametrize("name", ["segment", "token"])
+def test_a_run_that_goes_on_is_the_same_run(name: str, tmp_path: Path) -> None:
+    batches = [[pack] for pack in packs(name)]
+    whole = tiny_trainer(name, batches, steps=7, accumulate=2)
+    whole.run()
+
+    def save(trainer: Trainer) -> None:
+        checkpoint.save(tmp_path, trainer.progress.step, *trainer.state(), keep=2)
+
+    first = tiny_trainer(name, batches, steps=7, accumulate=2, save=save, stop=lambda: first.progress.step == 3)
+    assert first.run() == "interrupted"
+    found = checkpoint.load_latest(tmp_path)
+    assert found is not None and found.step == 3
+    second = tiny_trainer(name, batches, seed=99, steps=7, accumulate=2)
+    assert not same(weights(second), weights(first))
+    second.load_state(found.tensors, found.meta)
+    second.run()
+    assert notes(first).losses + notes(second).losses == notes(whole).losses
+    assert same(weights(second), weights(whole))
+    given = [trainer.batches.given for trainer in (first, second, whole)]  # pyright: ignore[reportAttributeAccessIssue]
+    assert given[0] + given[1] == given[2]
+    assert second.progress.tokens == whole.progress.tokens > 0
+
+
+def test_random_numbers_go_on_too() -> None:
+    trainer = tiny_trainer("dense", [packs("dense")])
+    trainer.step()
+    tensors, meta = trainer.state()
+    expected = torch.rand(3)
+    other = tiny_trainer("dense", [packs("dense")], seed=5)
+    other.load_state(tensors, meta)
+    assert torch.equal(torch.rand(3), expected)
+
+
+def poisoned(pack: Pack) -> Pack:
+    return replace(pack, mels=(pack.mels[0] * math.nan, *pack.mels[1:]))
+
+
+def test_a_step_that_is_not_finite_is_left_out_and_named() -> None:
+    good, bad = packs()[:2], poisoned(packs()[2])
+    trainer = tiny_trainer("segment", [good[:1], [bad], good[1:]], steps=3, accumulate=1)
+    trainer.step()
+    before, moments = weights(trainer), trainer.state()[0]
+    trainer.step()
+    assert same(before, weights(trainer)) and same(moments, trainer.state()[0])
+    ((step, cause, ids),) = notes(trainer).skips
+    assert (step, cause, tuple(ids)) == (2, "the loss is nan", bad.ids)
+    trainer.step()
+    assert not same(before, weights(trainer))
+    progress = trainer.progress
+    assert (progress.step, progress.bad_steps, progress.bad_in_a_row) == (3, 1, 0)
+
+
+def test_only_the_batches_at_fault_are_named() -> None:
+    trainer = tiny_trainer("segment", [packs()[:1], [poisoned(packs()[1])], packs()[2:]], accumulate=3)
+    trainer.step()
+    assert notes(trainer).skips[0][2] == list(packs()[1].ids)
+
+
+def test_a_gradient_that_is_not_finite_counts_as_well() -> None:
+    trainer = tiny_trainer("dense", [packs("dense")])
+    trainer.model.encoder.norm.weight.register_hook(lambda gradient: gradient / 0)
+    before = weights(trainer)
+    trainer.step()
+    assert same(before, weights(trainer))
+    assert "the gradient is" in notes(trainer).skips[0][1] and len(notes(trainer).skips[0][2]) == 7
+
+
+def test_after_too_many_in_a_row_the_run_ends() -> None:
+    trainer = tiny_trainer("segment", [[poisoned(packs()[0])]], steps=9, most_bad_steps=3)
+    with pytest.raises(NonFiniteError, match=r"step 3: the loss is nan, as in the 2 steps before.*0-0"):
+        trainer.run()
+    mixed = tiny_trainer("segment", [[poisoned(packs()[0])], packs()[1:]], steps=9, most_bad_steps=2)
+    assert mixed.run() == "finished" and mixed.progress.bad_steps == 5
+
+
+def test_gradients_are_clipped_to_the_norm() -> None:
+    trainer = tiny_trainer("dense", [packs("dense")], clip=1e-3)
+    seen: list[float] = []
+    step = trainer.optimizer.step
+
+    def watched(*args: Any) -> Any:
+        grads = [p.grad for p in trainer.model.parameters() if p.grad is not None]
+        seen.append(torch.cat([g.flatten() for g in grads]).norm().item())
+        return step(*args)
+
+    trainer.optimizer.step = watched
+    report = trainer.step()
+    assert report.gradient_norm > 1e-2 and seen == [pytest.approx(1e-3, rel=1e-3)]
+
+
+def test_the_best_evaluation_is_kept_and_a_run_without_progress_ends() -> None:
+    figures: Iterator[float] = iter([0.9, 0.5, 0.6, math.nan, 0.7, 0.1])
+    saved: list[tuple[int, float | None]] = []
+    trainer = tiny_trainer(
+        "dense", [packs("dense")], steps=12, evaluate_every=2, patience=3, evaluate=lambda: {"wer": next(figures)},
+        save=lambda trainer: saved.append((trainer.progress.step, trainer.progress.score)),
+    )  # fmt: skip
+    assert trainer.run() == "stopped early"
+    assert trainer.progress.step == 10 and (trainer.progress.best, trainer.progress.best_step) == (0.5, 4)
+    assert [best for _, _, best in notes(trainer).evaluations] == [True, True, False, False, False]
+    assert [step for step, _ in saved] == [2, 4, 6, 8, 10] and saved[1] == (4, 0.5)
+
+
+def test_checkpoints_come_when_they_are_due_and_at_the_end() -> None:
+    saved: list[int] = []
+    trainer = tiny_trainer(
+        "dense", [packs("dense")], steps=7, checkpoint_every=3, save=lambda trainer: saved.append(trainer.progress.step)
+    )
+    trainer.run()
+    assert saved == [3, 6, 7]
+
+
+def test_the_rate_of_a_step_is_the_schedules() -> None:
+    trainer = tiny_trainer("dense", [packs("dense")], steps=4, factor=lambda step: step / 4)
+    before = weights(trainer)
+    trainer.step()
+    assert same(before, weights(trainer))  # the first rate is 0
+    trainer.step()
+    assert trainer.optimizer.param_groups[0]["lr"] == trainer.optimizer.param_groups[0]["peak"] / 4
+    assert not same(before, weights(trainer))
+
+
+@pytest.mark.parametrize("name", ["segment", "token"])
+def test_recomputed_activations_give_the_same_gradients(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    plain, recomputed = (tiny_trainer(name, [packs(name)], double=True) for _ in range(2))
+    for module in recomputed.model.modules():
+        if isinstance(module, Block):
+            module.recompute = True
+    runs: list[int] = []
+    compute = Block._compute
+    monkeypatch.setattr(Block, "_compute", lambda self, *args: (runs.append(self.layer), compute(self, *args))[1])
+    expected = gradients(plain)
+    once = len(runs)
+    found = gradients(recomputed)
+    assert len(runs) - once == 2 * once
+    assert found.keys() == expected.keys()
+    assert max((found[key] - expected[key]).abs().max().item() for key in found) < 1e-12
+    assert notes(plain).reports[0].parts == pytest.approx(notes(recomputed).reports[0].parts)
+
+
+def test_half_precision_leaves_routers_fast_weights_and_parameters_alone() -> None:
+    single, half = (tiny_trainer("segment", [packs()], precision=p) for p in ("float32", "bfloat16"))
+    first, second = single.step(), half.step()
+    assert first.loss != second.loss and second.loss == pytest.approx(first.loss, rel=0.02)
+    assert all(parameter.dtype == torch.float32 for parameter in half.model.parameters())
+    with torch.autocast("cpu", torch.bfloat16):
+        output = half.model([packs()[0].mels[0]], [packs()[0].tokens_T[:4]], detailed=True)
+    assert output.logits.dtype == torch.bfloat16 and output.routings[0].logits.dtype == torch.float32
+
+
+def test_a_scale_that_overflows_is_halved_and_grows_again() -> None:
+    scale = LossScale(enabled=True)
+    assert scale.value == 65_536
+    assert scale.halve() and scale.value == 32_768
+    for _ in range(scale.growth_steps):
+        scale.grow()
+    assert scale.value == 65_536
+    copy = LossScale(enabled=True)
+    copy.load_state(scale.state())
+    assert copy.state() == scale.state()
+    scale.value = 1.0
+    assert not scale.halve() and not LossScale(enabled=False).halve()
+    parameter = nn.Parameter(torch.zeros(2))
+    parameter.grad = torch.full((2,), 65_536.0)
+    copy.remove([parameter])
+    assert parameter.grad.tolist() == [1, 1]
+
+
+def test_a_scaled_loss_makes_the_same_update() -> None:
+    plain, scaled = (tiny_trainer("segment", [packs()]) for _ in range(2))
+    scaled.scale = LossScale(enabled=True)
+    for _ in range(2):
+        plain.step(), scaled.step()
+    assert (
+        max((a - b).abs().max().item() for a, b in zip(weights(plain).values(), weights(scaled).values(), strict=True))
+        < 1e-6
+    )
+
+
+def test_an_overflow_of_the_scale_is_no_bad_step() -> None:
+    trainer = tiny_trainer("dense", [packs("dense")])
+    trainer.scale = LossScale(enabled=True)
+    trainer.model.encoder.norm.weight.register_hook(lambda gradient: gradient / 0)
+    before = weights(trainer)
+    trainer.step()
+    assert same(before, weights(trainer)) and notes(trainer).skips == []
+    assert trainer.scale.value == 32_768 and trainer.progress.bad_steps == 0 and trainer.progress.step == 1
+
+
+def test_biases_are_moved_by_a_whole_steps_counts() -> None:
+    moe = CONFIGS["segment"].moe
+    assert moe is not None
+    config = CONFIGS["segment"].model_copy(update={"moe": moe.model_copy(update={"balance_bias": True})})
+    trainer = tiny_trainer("segment", [[pack] for pack in packs()], accumulate=4, config=config, balance_rate=0.5)
+    router = trainer.model.encoder.router
+    assert router is not None and router.bias is not None
+    report = trainer.step()
+    share = torch.tensor(report.load)
+    assert torch.equal(router.bias, 0.5 * (share.mean() - share).sign())
+    assert share.sum() == pytest.approx(1) and len(set(router.bias.tolist())) > 1
+
+
+def test_data_without_a_batch_is_an_error() -> None:
+    trainer = tiny_trainer("dense", [])
+    with pytest.raises(ValueError, match="gives no batch"):
+        trainer.step()
+
+
+def test_epochs_follow_one_another() -> None:
+    trainer = tiny_trainer("dense", [[pack] for pack in packs("dense")], steps=6)
+    trainer.run()
+    assert isinstance(trainer.batches, Fixed)
+    assert trainer.batches.given[4:] == trainer.batches.given[:2]

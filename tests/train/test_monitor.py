@@ -1,0 +1,30 @@
+"""A run tells when it looks like the plateau before grokking."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from whisper_moe.train.loop import StepReport
+from whisper_moe.train.monitor import RECENT, Monitor
+
+
+def report(step: int, loss: float) -> StepReport:
+    return StepReport(
+        step=step, loss=loss, parts={"cross_entropy": loss}, rate=1.0, gradient_norm=1.0, label_tokens=1, tokens=1,
+        segments=1, packs=1, skipped_samples=0,
+    )  # fmt: skip
+
+
+def test_the_plateau_is_told_of_the_mean_of_recent_steps(tmp_path: Path) -> None:
+    said: list[str] = []
+    step = 0
+    with Monitor(tmp_path, steps=1_000, rate=1.0, say=said.append) as monitor:
+        for loss in (4.0, 0.05, 0.05, 0.05, 0.05):
+            for _ in range(RECENT):
+                step += 1
+                monitor.stepped(report(step, loss))
+            monitor.evaluated(step, {"wer": 80.0, "loss": 4.2}, best=False)
+    told = [line for line in said if "grokking" in line]
+    assert len(told) == 1 and told[0].startswith(
+        f"step {4 * RECENT}: the training loss is 0.05, the validation loss 4.2"
+    )

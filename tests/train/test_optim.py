@@ -1,0 +1,143 @@
+"""Schedules are what they say at every step, and every parameter is in the group that it should be in."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+from model.tiny import CONFIGS
+
+from whisper_moe.model.model import WhisperMoEModel
+from whisper_moe.train.optim import (
+    Rates,
+    build_optimizer,
+    freeze,
+    group_of,
+    schedule_factor,
+    set_rates,
+    warmup_warning,
+)
+from whisper_moe.train.recipe import load_recipe
+
+RECIPES = Path(__file__).parents[2] / "recipes"
+RATES = Rates(rest=1e-4, weight_decay=0.1, ttt=1e-3, router=2e-4, new_tokens=3e-4)
+
+
+def rates_of(name: str) -> list[float]:
+    """The rate of every step of a recipe."""
+    given = load_recipe(RECIPES / f"{name}.yaml").optimisation
+    return [
+        given.lr * schedule_factor(step, steps=given.steps, warmup=given.warmup, schedule=given.schedule)
+        for step in range(given.steps)
+    ]
+
+
+def test_the_published_rate_rises_to_the_end() -> None:
+    rates = rates_of("published")
+    assert len(rates) == 5_000
+    assert rates == pytest.approx([1.7e-5 * step / 10_000 for step in range(5_000)], rel=1e-15, abs=0)
+    assert f"{rates[-1]:.4e}" == "8.4983e-06"
+    assert rates[-1] / 1.7e-5 == pytest.approx(0.4999)
+
+
+def test_the_practical_rate_peaks_after_its_warmup_and_falls_to_nothing() -> None:
+    rates = rates_of("practical")
+    assert rates[:501] == pytest.approx([1.7e-5 * step / 500 for step in range(501)], rel=1e-15, abs=0)
+    falling = [1.7e-5 * (5_000 - step) / 4_500 for step in range(500, 5_000)]
+    assert rates[500:] == pytest.approx(falling, rel=1e-12)
+
+
+@pytest.mark.parametrize(
+    ("schedule", "name"), [("linear", "linear"), ("cosine", "cosine"), ("constant", "constant_with_warmup")]
+)
+@pytest.mark.parametrize(("steps", "warmup"), [(20, 5), (20, 0), (7, 30)])
+def test_schedules_are_those_of_transformers(schedule: str, name: str, steps: int, warmup: int) -> None:
+    from transformers import get_scheduler
+
+    optimizer = torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], lr=1.0)
+    theirs = get_scheduler(name, optimizer, num_warmup_steps=warmup, num_training_steps=steps)
+    for step in range(steps):
+        ours = schedule_factor(step, steps=steps, warmup=warmup, schedule=schedule)  # pyright: ignore[reportArgumentType]
+        assert ours == pytest.approx(theirs.get_last_lr()[0], abs=1e-12)
+        optimizer.step()
+        theirs.step()
+
+
+def test_a_warmup_that_never_ends_is_told() -> None:
+    line = warmup_warning(rate=1.7e-5, steps=5_000, warmup=10_000)
+    assert line and "8.4983e-06" in line and "49.99 %" in line and "10,000" in line
+    assert warmup_warning(rate=1.7e-5, steps=5_000, warmup=500) is None
+
+
+def test_every_parameter_is_in_one_group_with_the_rate_it_needs() -> None:
+    model = WhisperMoEModel(CONFIGS["segment"])
+    optimizer = build_optimizer(model, RATES, betas=(0.9, 0.98), eps=1e-6)
+    names = {id(parameter): name for name, parameter in model.named_parameters()}
+    found = {names[id(p)]: group for group in optimizer.param_groups for p in group["params"]}
+    assert sum(len(group["params"]) for group in optimizer.param_groups) == len(found) == len(names)
+    expected = {
+        "encoder.blocks.0.ttt.gate_forward": (1e-3, 0.0),
+        "encoder.blocks.0.ttt.gate_backward": (1e-3, 0.0),
+        "encoder.blocks.0.ttt.w1": (1e-3, 0.0),
+        "encoder.blocks.0.ttt.rate.weight": (1e-3, 0.0),
+        "decoder.blocks.0.ttt.tau": (1e-3, 0.0),
+        "encoder.blocks.0.ttt.qkv.weight": (1e-4, 0.1),
+        "encoder.router.weight": (2e-4, 0.0),
+        "encoder.blocks.0.attn.qkv.weight": (1e-4, 0.1),
+        "encoder.blocks.0.attn.qkv.bias": (1e-4, 0.0),
+        "encoder.blocks.0.attn_norm.weight": (1e-4, 0.0),
+        "encoder.blocks.1.experts.up_weight": (1e-4, 0.1),
+        "encoder.blocks.1.experts.up_bias": (1e-4, 0.0),
+        "decoder.token_embedding.weight": (1e-4, 0.0),
+        "decoder.positions": (1e-4, 0.0),
+    }
+    assert {name: (found[name]["peak"], found[name]["weight_decay"]) for name in expected} == expected
+
+
+def test_new_tokens_have_a_rate_of_their_own() -> None:
+    config = CONFIGS["dense"].model_copy(update={"vocab_size": 62, "new_tokens": ("<|or|>",)})
+    optimizer = build_optimizer(WhisperMoEModel(config), RATES, betas=(0.9, 0.98), eps=1e-6)
+    (group,) = [group for group in optimizer.param_groups if group["name"] == "new_tokens"]
+    assert group["lr"] == 3e-4 and [list(p.shape) for p in group["params"]] == [[1, 32]]
+
+
+def test_a_named_group_comes_before_all_others() -> None:
+    model = WhisperMoEModel(CONFIGS["segment"])
+    rates = Rates(**vars(RATES) | {"named": [("*.experts.*", 5e-2, 0.3), ("*", 7e-2, 0.0)]})
+    optimizer = build_optimizer(model, rates, betas=(0.9, 0.98), eps=1e-6)
+    assert {group["name"]: (group["lr"], group["weight_decay"]) for group in optimizer.param_groups} == {
+        "*.experts.*": (5e-2, 0.3),
+        "*": (7e-2, 0.0),
+    }
+    assert group_of("encoder.router.weight", torch.zeros(2, 2), rates.named) == "*"
+
+
+def test_a_factor_scales_every_peak() -> None:
+    optimizer = build_optimizer(WhisperMoEModel(CONFIGS["segment"]), RATES, betas=(0.9, 0.98), eps=1e-6)
+    for factor in (0.5, 0.25, 1.0):
+        set_rates(optimizer, factor)
+        assert all(group["lr"] == group["peak"] * factor for group in optimizer.param_groups)
+
+
+def test_what_is_frozen_stays_out_of_the_optimizer() -> None:
+    model = WhisperMoEModel(CONFIGS["segment"])
+    freeze(model, ["*"], ["*.ttt.gate_*", "decoder.norm.*"])
+    trained = {name for name, parameter in model.named_parameters() if parameter.requires_grad}
+    assert trained and all(".gate_" in name or name.startswith("decoder.norm.") for name in trained)
+    optimizer = build_optimizer(model, RATES, betas=(0.9, 0.98), eps=1e-6)
+    assert sum(len(group["params"]) for group in optimizer.param_groups) == len(trained)
+
+
+@pytest.mark.parametrize(
+    ("frozen", "trained", "said"),
+    [
+        (["encoders.*"], [], "'encoders.*'"),
+        (["*"], ["*.tttt.*"], "'*.tttt.*'"),
+        (["*"], [], "nothing is left to train"),
+    ],
+)
+def test_a_pattern_that_does_nothing_is_an_error(frozen: list[str], trained: list[str], said: str) -> None:
+    with pytest.raises(ValueError, match=r"no parameter|nothing is left") as raised:
+        freeze(WhisperMoEModel(CONFIGS["dense"]), frozen, trained)
+    assert said in str(raised.value)

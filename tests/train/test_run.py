@@ -1,0 +1,301 @@
+"""Runs from a recipe to a model that commands load: whole, interrupted and gone on with, refused where they must be."""
+
+from __future__ import annotations
+
+import json
+import signal
+import subprocess
+import sys
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import yaml
+from train.tiny import recipe_tree, tiny_checkpoint, tones
+
+pytest.importorskip("datasets")
+
+from whisper_moe import WhisperMoE
+from whisper_moe.train import checkpoint
+from whisper_moe.train.run import train
+
+ROOT = Path(__file__).parents[2]
+
+
+@pytest.fixture(scope="module")
+def material(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A tiny checkpoint ``model`` and a table ``data``."""
+    folder = tmp_path_factory.mktemp("material")
+    tiny_checkpoint(folder / "model")
+    tones(folder / "data")
+    return folder
+
+
+@pytest.fixture(autouse=True)
+def _own_cache(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HF_DATASETS_CACHE", str(tmp_path_factory.getbasetemp() / "datasets"))
+
+
+def write(material: Path, path: Path, **changes: Any) -> Path:
+    """A recipe of six steps; ``changes`` replace its parts."""
+    tree = recipe_tree(material / "model", material / "data")
+    path.write_text(yaml.safe_dump(tree | changes), "utf-8")
+    return path
+
+
+def lines(run: Path) -> list[dict[str, Any]]:
+    """What a run wrote down, without what depends on the clock."""
+    records = [json.loads(line) for line in (run / "metrics.jsonl").read_text("utf-8").splitlines()]
+    return [{key: value for key, value in record.items() if key != "seconds"} for record in records]
+
+
+def model_bytes(run: Path) -> dict[str, bytes]:
+    return {p.name: p.read_bytes() for p in sorted((run / "model").rglob("*.safetensors"))}
+
+
+def test_a_run_ends_as_a_model_that_transcribes(material: Path, tmp_path: Path) -> None:
+    run, recipe = tmp_path / "run", write(material, tmp_path / "small.yaml")
+    assert train(recipe, ["optimisation.steps=16", "optimisation.lr=1e-2"], run, False) == 0
+    losses = [line["loss"] for line in lines(run)]
+    assert len(losses) == 16 and sum(losses[-3:]) < 0.8 * sum(losses[:3])
+    first = lines(run)[0]
+    assert (
+        0 < first["fill"] <= 1
+        and first["segments"] == 4
+        and set(first["load"]) == {"hindi", "tamil", "english", "none"}
+    )
+    record = json.loads((run / "run.json").read_text("utf-8"))
+    assert record["status"] == "finished" and record["step"] == 16 and record["seeds"] == {"run": 42, "loader": 42}
+    assert record["versions"]["torch"] == torch.__version__ and record["recipe"]["optimisation"]["lr"] == 1e-2
+    trained = WhisperMoE.from_pretrained(run / "model", dtype="float32")
+    before = WhisperMoE.from_pretrained(material / "model", dtype="float32")
+    assert trained.config == before.config
+    assert trained.transcribe(str(material / "data/0.wav"), language="en").segments is not None
+    assert model_bytes(run)["core.safetensors"] != (material / "model/core.safetensors").read_bytes()
+
+
+def test_a_dense_fine_tune_can_be_taken_to_transformers(material: Path, tmp_path: Path) -> None:
+    from transformers import WhisperForConditionalGeneration
+    from weights.whispers import TINY, hub_model, write_folder
+
+    from whisper_moe import commands
+
+    config = TINY.model_copy(update={"max_source_positions": 100, "max_target_positions": 40})
+    source = write_folder(tmp_path / "hub", hub_model(config))
+    recipe, run = write(material, tmp_path / "dense.yaml", model={"source": str(source)}), tmp_path / "run"
+    assert train(recipe, [], run, False) == 0
+    assert commands.export(str(run / "model"), tmp_path / "out", "whisper") == 0
+    theirs = WhisperForConditionalGeneration.from_pretrained(tmp_path / "out").eval()
+    ours = WhisperMoE.from_pretrained(run / "model", for_inference=False).model.eval()
+    mel, tokens = torch.randn(80, 200), torch.tensor([257, 258, 261, 265, 97])
+    with torch.no_grad():
+        expected = theirs(input_features=mel[None], decoder_input_ids=tokens[None]).logits[0]
+        assert (ours([mel], [tokens]) - expected).abs().max() < 1e-4
+
+
+def test_a_dense_whisper_gets_experts_ttt_and_a_language(material: Path, tmp_path: Path) -> None:
+    from weights.whispers import TINY, hub_model, write_folder
+
+    config = TINY.model_copy(update={"max_source_positions": 100, "max_target_positions": 40})
+    source = write_folder(tmp_path / "hub", hub_model(config))
+    model = {
+        "source": str(source), "new_languages": ["or"], "freeze": ["*"],
+        "train": ["*.experts.*", "*.router.*", "*.ttt.*", "*.new_tokens.*"],
+        "moe": {"n_experts": 3, "expert_dim": 4, "router_layer": 1}, "ttt": {"encoder_layers": [1], "mini_batch": 10},
+    }  # fmt: skip
+    data = recipe_tree(material / "model", material / "data")["data"]
+    data["train"] = [{**data["train"][0], "languages": ["or"]}]
+    recipe, run = write(material, tmp_path / "moe.yaml", model=model, data=data), tmp_path / "run"
+    assert train(recipe, ["losses.balancing=bias", "optimisation.precision=float32"], run, False) == 0
+    trained = WhisperMoE.from_pretrained(run / "model", dtype="float32")
+    assert trained.config.new_tokens == ("<|or|>",) and "or" in trained.tokenizer.languages
+    assert trained.config.moe is not None and trained.config.moe.balance_bias
+    router = trained.model.encoder.router
+    assert router is not None and router.bias is not None and router.bias.abs().max() > 0
+    gate = trained.model.encoder.blocks[1].ttt.gate_forward
+    assert gate.abs().max() > 1e-3  # pyright: ignore[reportOptionalMemberAccess, reportAttributeAccessIssue]
+    dense = WhisperMoE.from_pretrained(source, for_inference=False).model.state_dict()
+    kept = trained.model.encoder.blocks[0].attn_norm.weight
+    assert torch.equal(kept, dense["encoder.blocks.0.attn_norm.weight"])  # pyright: ignore[reportArgumentType]
+    groups = json.loads((run / "run.json").read_text("utf-8"))["trained_parameters"]
+    assert set(groups) == {"ttt", "router", "new_tokens", "decay", "no_decay"}
+
+
+@cache
+def whole(material: Path, folder: Path) -> Path:
+    """The run that nothing happens to."""
+    run = folder / "whole"
+    assert train(write(material, folder / "whole.yaml"), [], run, False) == 0
+    return run
+
+
+@pytest.fixture(scope="module")
+def undisturbed(material: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return whole(material, tmp_path_factory.mktemp("undisturbed"))
+
+
+STRUCK = """
+import os
+from whisper_moe.train.loop import Trainer
+step = Trainer.step
+def struck(self):
+    report = step(self)
+    if report.step == 3:
+        os.kill(os.getpid(), {number})
+    return report
+Trainer.step = struck
+"""
+
+
+def goes_on(recipe: Path, run: Path, undisturbed: Path, done: int) -> None:
+    """Whether an interrupted run becomes, bit for bit, the run that nothing happened to."""
+    assert len(lines(run)) == done and checkpoint.latest(run) is not None and not (run / "model").exists()
+    assert json.loads((run / "run.json").read_text("utf-8"))["status"] == "interrupted"
+    assert train(recipe, [], run, True) == 0
+    assert lines(run) == lines(undisturbed)
+    assert model_bytes(run) == model_bytes(undisturbed)
+    assert [s["resumed"] for s in json.loads((run / "run.json").read_text("utf-8"))["sessions"]] == [False, True]
+
+
+def test_a_terminated_process_leaves_a_checkpoint_that_the_run_goes_on_from(
+    material: Path, undisturbed: Path, tmp_path: Path
+) -> None:
+    recipe, run = write(material, tmp_path / "whole.yaml"), tmp_path / "run"
+    code = STRUCK.format(number=int(signal.SIGTERM)) + (
+        "import sys\nfrom whisper_moe.__main__ import run\n"
+        f"sys.argv = ['whisper-moe', 'train', {str(recipe)!r}, '-o', {str(run)!r}]\nrun()"
+    )
+    process = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=280)
+    assert process.returncode == 143, process.stderr
+    assert "interrupted after step 3" in process.stderr
+    goes_on(recipe, run, undisturbed, done=3)
+
+
+def test_control_c_does_the_same(
+    material: Path, undisturbed: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from whisper_moe.train.loop import Trainer
+
+    recipe, run = write(material, tmp_path / "whole.yaml"), tmp_path / "run"
+    handler = signal.getsignal(signal.SIGINT)
+    with monkeypatch.context() as patch:
+        patch.setattr(Trainer, "step", Trainer.step)
+        exec(STRUCK.format(number=int(signal.SIGINT)), {})
+        assert train(recipe, [], run, False) == 130
+    assert signal.getsignal(signal.SIGINT) is handler
+    goes_on(recipe, run, undisturbed, done=3)
+
+
+def test_a_killed_run_forgets_what_came_after_its_last_checkpoint(
+    material: Path, undisturbed: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from whisper_moe.train.loop import Trainer
+
+    recipe, run = write(material, tmp_path / "whole.yaml"), tmp_path / "run"
+    step = Trainer.step
+
+    def die(self: Trainer) -> Any:
+        if self.progress.step == 5:
+            raise OSError("the power is gone")
+        return step(self)
+
+    monkeypatch.setattr(Trainer, "step", die)
+    assert train(recipe, [], run, False) == 1
+    assert len(lines(run)) == 5
+    monkeypatch.setattr(Trainer, "step", step)
+    (material / "model").rename(material / "gone")  # a run needs its source no longer
+    try:
+        assert train(recipe, [], run, True) == 0
+    finally:
+        (material / "gone").rename(material / "model")
+    assert lines(run) == lines(undisturbed)
+    assert model_bytes(run) == model_bytes(undisturbed)
+
+
+def test_a_run_is_not_mixed_up_with_another(
+    material: Path, undisturbed: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    recipe = write(material, tmp_path / "whole.yaml")
+    assert train(recipe, [], undisturbed, False) == 2
+    assert "has a run already; --resume" in capfd.readouterr().err
+    assert train(recipe, ["optimisation.lr=1e-4"], undisturbed, True) == 2
+    assert "optimisation.lr was 0.003, is 0.0001" in capfd.readouterr().err
+    assert train(recipe, [], recipe, False) == 2
+    assert "is a file" in capfd.readouterr().err
+
+
+def test_a_finished_run_stays_as_it_is(material: Path, undisturbed: Path, tmp_path: Path) -> None:
+    before = lines(undisturbed), model_bytes(undisturbed)
+    assert train(write(material, tmp_path / "whole.yaml"), ["run.keep=3"], undisturbed, True) == 0
+    assert (lines(undisturbed), model_bytes(undisturbed)) == before
+
+
+def test_resume_begins_a_run_that_has_not_begun(material: Path, tmp_path: Path) -> None:
+    assert train(write(material, tmp_path / "a.yaml"), ["optimisation.steps=1"], tmp_path / "run", True) == 0
+    assert len(lines(tmp_path / "run")) == 1
+
+
+def test_two_trainers_do_not_share_a_directory(
+    material: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    from whisper_moe.train.lock import run_lock
+
+    with run_lock(tmp_path / "run", announce=print):
+        assert train(write(material, tmp_path / "a.yaml"), [], tmp_path / "run", False) == 1
+    assert "another trainer is at work there" in capfd.readouterr().err
+
+
+def test_the_best_checkpoint_becomes_the_model(material: Path, tmp_path: Path) -> None:
+    pytest.importorskip("jiwer")
+    data = recipe_tree(material / "model", material / "data")["data"]
+    recipe = write(material, tmp_path / "judged.yaml", data=data | {"evaluation": data["train"]})
+    run = tmp_path / "run"
+    words = ["evaluation.every=2", "evaluation.metric=loss", "evaluation.limit=5", "optimisation.lr=0.5", "run.keep=1"]
+    assert train(recipe, words, run, False) == 0
+    judged = [line for line in lines(run) if "evaluation" in line]
+    assert [line["step"] for line in judged] == [2, 4, 6]
+    losses = {line["step"]: line["evaluation"]["loss"] for line in judged}
+    best = min(losses, key=losses.__getitem__)
+    kept = checkpoint.best(run)
+    assert kept is not None and kept.name.endswith(f"step-{best:08d}")
+    state = checkpoint.load(kept, ["model"]).tensors["model/decoder.norm.weight"]
+    model = WhisperMoE.from_pretrained(run / "model", for_inference=False).model
+    assert torch.equal(model.decoder.norm.weight, state)  # pyright: ignore[reportArgumentType]
+    assert json.loads((run / "run.json").read_text("utf-8"))["best_step"] == best
+
+
+def test_words_and_characters_are_judged_by_what_the_model_writes(material: Path, tmp_path: Path) -> None:
+    pytest.importorskip("jiwer")
+    data = recipe_tree(material / "model", material / "data")["data"]
+    recipe = write(material, tmp_path / "judged.yaml", data=data | {"evaluation": data["train"]})
+    assert train(recipe, ["optimisation.steps=1", "evaluation.limit=3"], tmp_path / "run", False) == 0
+    (line,) = [line for line in lines(tmp_path / "run") if "evaluation" in line]
+    assert set(line["evaluation"]) == {"loss", "wer", "cer"} and line["evaluation"]["wer"] > 0
+
+
+@pytest.mark.parametrize(
+    ("override", "said", "status"),
+    [
+        ("model.freeze=[encoders.*]", "model.freeze: no parameter is called 'encoders.*'", 2),
+        ("optimisation.precision=float16", "needs a GPU", 2),
+        ("losses.balancing=bias", None, 0),
+        ("model.source=nowhere/at-all.pt", "nowhere/at-all.pt", 1),
+        ("data.train.0.source=nowhere", "nowhere", 1),
+    ],
+)
+def test_what_cannot_work_is_said_in_a_sentence(
+    material: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str], override: str, said: str | None, status: int
+) -> None:
+    words = [override, "optimisation.steps=1"]
+    assert train(write(material, tmp_path / "a.yaml"), words, tmp_path / "run", False) == status
+    assert said is None or said in capfd.readouterr().err
+
+
+def test_a_long_warmup_is_told_at_the_start(material: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    recipe = write(material, tmp_path / "a.yaml")
+    words = ["optimisation.steps=2", "optimisation.warmup=10", "optimisation.schedule=linear"]
+    assert train(recipe, words, tmp_path / "run", False) == 0
+    said = capfd.readouterr().err.splitlines()
+    assert said[0].startswith("WARNING: the warm-up of 10 steps is longer than the run of 2")

@@ -1,0 +1,157 @@
+"""Small runs: a tiny checkpoint, a table of tones, packs that need no files, and a trainer around them."""
+
+from __future__ import annotations
+
+import math
+import wave
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from generate.tiny import tiny_whisper_moe
+from model.tiny import CONFIGS
+
+from whisper_moe.config import ModelConfig
+from whisper_moe.data.examples import IGNORED, Example, Pack, pack_examples
+from whisper_moe.data.loader import Batch
+from whisper_moe.model.model import WhisperMoEModel
+from whisper_moe.train.loop import LoopSettings, StepReport, Trainer
+from whisper_moe.train.losses import RouterLosses, SpeechObjective
+from whisper_moe.train.optim import Rates, build_optimizer
+from whisper_moe.train.single import SingleProcess
+
+LETTERS = "abcdefgh"
+RATES = Rates(rest=1e-3, weight_decay=0.01, ttt=1e-2, router=1e-3, new_tokens=1e-3)
+ROUTING = RouterLosses(balance=0.01, z=0.001)
+
+
+def tiny_checkpoint(folder: Path) -> Path:
+    """A mixture of three experts with a TTT layer."""
+    tiny_whisper_moe().save_pretrained(folder)
+    return folder
+
+
+def tones(folder: Path, clips: int = 12, seed: int = 0) -> Path:
+    """A table of short recordings; each letter is a tone of its own."""
+    folder.mkdir(parents=True, exist_ok=True)
+    generator = np.random.default_rng(seed)
+    lines = ["path\ttext"]
+    for clip in range(clips):
+        text = "".join(generator.choice(list(LETTERS), size=int(generator.integers(2, 6))))
+        time = np.arange(3_200) / 16_000
+        sound = np.concatenate([np.sin(2 * math.pi * (300 + 150 * LETTERS.index(letter)) * time) for letter in text])
+        with wave.open(str(folder / f"{clip}.wav"), "wb") as file:
+            file.setparams((1, 2, 16_000, 0, "NONE", ""))
+            file.writeframes((sound * 12_000).astype("<i2").tobytes())
+        lines.append(f"{clip}.wav\t{text}")
+    (folder / "transcripts.tsv").write_text("\n".join(lines) + "\n", "utf-8")
+    return folder
+
+
+def recipe_tree(model: Path, data: Path, **optimisation: Any) -> dict[str, Any]:
+    """A run of a few steps."""
+    corpus = {"kind": "table", "source": str(data), "languages": ["en"]}
+    return {
+        "model": {"source": str(model)},
+        "data": {
+            "train": [corpus],
+            "loader": {"batch_size": 4, "planning_buffer": 8, "examples": {"margin": 0.1}},
+        },
+        "optimisation": {"steps": 6, "lr": 3e-3, "warmup": 1, "schedule": "constant"} | optimisation,
+        "run": {"threads": 1, "checkpoint_every": 2},
+    }
+
+
+def random_examples(lengths: Sequence[tuple[int, int]], config: ModelConfig, seed: int = 0) -> list[Example]:
+    """(positions, tokens) of each; the first two tokens have no label."""
+    generator = torch.Generator().manual_seed(seed)
+    examples = []
+    for number, (positions, tokens) in enumerate(lengths):
+        ids = torch.randint(config.vocab_size, (tokens + 1,), generator=generator).tolist()
+        examples.append(
+            Example(
+                id=f"{seed}-{number}", mel=torch.randn(config.n_mels, 2 * positions, generator=generator),
+                heard=max(1, positions - 2), tokens=tuple(ids[:-1]), labels=(IGNORED, IGNORED, *ids[3:]), language="en",
+                task="transcribe", seconds=positions / 50,
+            )
+        )  # fmt: skip
+    return examples
+
+
+def random_pack(lengths: Sequence[tuple[int, int]], config: ModelConfig, seed: int = 0) -> Pack:
+    (pack,) = pack_examples(random_examples(lengths, config, seed))
+    return pack
+
+
+class Fixed:
+    """Batches that come again and again, in an order that can be gone on with."""
+
+    def __init__(self, batches: Sequence[Sequence[Pack]], double: bool = False) -> None:
+        dtype = torch.float64 if double else torch.float32
+        self._batches = [tuple(pack.to("cpu", dtype) for pack in packs) for packs in batches]
+        self._next, self.given = 0, []
+
+    def __iter__(self) -> Iterator[Batch]:
+        while self._next < len(self._batches):
+            index, self._next = self._next, self._next + 1
+            batch = Batch(packs=self._batches[index], epoch=0, index=index)
+            self.given.append(batch.ids)
+            yield batch
+        self._next = 0
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"next": self._next}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        self._next = state["next"]
+
+
+class Notes:
+    """An observer that remembers."""
+
+    def __init__(self) -> None:
+        self.reports: list[StepReport] = []
+        self.skips: list[tuple[int, str, list[str]]] = []
+        self.evaluations: list[tuple[int, dict[str, float], bool]] = []
+
+    @property
+    def losses(self) -> list[float]:
+        return [report.loss for report in self.reports]
+
+    def stepped(self, report: StepReport) -> None:
+        self.reports.append(report)
+
+    def skipped(self, report: StepReport, cause: str, ids: Sequence[str]) -> None:
+        self.skips.append((report.step, cause, list(ids)))
+
+    def evaluated(self, step: int, metrics: Mapping[str, float], best: bool) -> None:
+        self.evaluations.append((step, dict(metrics), best))
+
+
+def tiny_trainer(
+    name: str, batches: Sequence[Sequence[Pack]], *, double: bool = False, seed: int = 0,
+    routing: RouterLosses = ROUTING, config: ModelConfig | None = None,
+    evaluate: Callable[[], Mapping[str, float]] | None = None, save: Callable[[Trainer], None] | None = None,
+    stop: Callable[[], bool] = lambda: False, **settings: Any,
+) -> Trainer:  # fmt: skip
+    """A trainer of a tiny random model; its notes are its observer."""
+    torch.manual_seed(seed)
+    model = WhisperMoEModel(config or CONFIGS[name])
+    with torch.no_grad():
+        for key, parameter in model.named_parameters():
+            if ".gate_" in key or ".router." in key or ".experts.down" in key:
+                parameter.normal_(0, 0.2)
+    model = model.double() if double else model
+    options = {"steps": 10, "factor": lambda step: 1.0, "clip": math.inf} | settings
+    return Trainer(
+        model, model, SpeechObjective(routing=routing), Fixed(batches, double),
+        build_optimizer(model, RATES, betas=(0.9, 0.98), eps=1e-6), LoopSettings(**options), SingleProcess(), Notes(),
+        evaluate=evaluate, save=save, stop_requested=stop,
+    )  # fmt: skip
+
+
+def notes(trainer: Trainer) -> Notes:
+    assert isinstance(trainer.observer, Notes)
+    return trainer.observer

@@ -1,0 +1,535 @@
+"""New tokens: nobody else's logits, files or transcripts notice them, and they can be asked for by name."""
+
+from __future__ import annotations
+
+import copy
+import json
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import tokenizers
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+pytest.importorskip("transformers")
+from generate.tiny import CONFIG as SPEAKING
+from generate.tiny import tiny_whisper_moe
+from weights.whispers import (
+    CONFIGS,
+    GENERATION,
+    TINY,
+    VOCABULARY,
+    hub_model,
+    random_state,
+    same,
+    tokenizer_json,
+    write_folder,
+)
+
+from whisper_moe import WhisperMoE
+from whisper_moe.config import ModelConfig
+from whisper_moe.generate.decode import Take
+from whisper_moe.generate.options import TranscribeOptions
+from whisper_moe.media.languages import NewLanguage
+from whisper_moe.media.text import Tokenizer
+from whisper_moe.model.int8 import Int8Embedding, Int8Rows
+from whisper_moe.model.linear import arrange
+from whisper_moe.model.model import WhisperMoEModel
+from whisper_moe.packing import Layout
+from whisper_moe.weights.checkpoint import load_checkpoint, save_checkpoint
+from whisper_moe.weights.default import load_model
+from whisper_moe.weights.export import save_whisper
+from whisper_moe.weights.files import CheckpointError
+from whisper_moe.weights.manifest import describe
+from whisper_moe.weights.parts import EMBEDDING, NEW_TOKENS
+from whisper_moe.weights.quantize import quantizable
+from whisper_moe.weights.sources import load_whisper
+from whisper_moe.weights.tokens import Extended, add_languages, detectable
+from whisper_moe.weights.upcycle import upcycle
+
+ODIA, KONKANI = NewLanguage(code="or"), NewLanguage(code="kok", like=("hi",))
+FILES: dict[str, Path | bytes] = {"tokenizer.json": tokenizer_json()}
+OR, KOK = VOCABULARY, VOCABULARY + 1
+"""Their ids: those that follow."""
+
+
+def extended(config: ModelConfig = TINY, *languages: NewLanguage, state: dict[str, Tensor] | None = None) -> Extended:
+    state = random_state(config) if state is None else state
+    return add_languages(config, state, GENERATION, FILES, languages or (ODIA, KONKANI))
+
+
+def built(config: ModelConfig, state: dict[str, Tensor]) -> WhisperMoEModel:
+    model = WhisperMoEModel(config)
+    model.load_state_dict(state)
+    return model.eval()
+
+
+def tokenizer_of(new: Extended) -> Tokenizer:
+    content = new.tokenizer_files["tokenizer.json"]
+    assert isinstance(content, bytes)
+    return Tokenizer(tokenizers.Tokenizer.from_buffer(content), new.generation)
+
+
+def save(folder: Path, new: Extended, **options: Any) -> Path:
+    save_checkpoint(
+        folder, new.config, new.state, generation=new.generation, tokenizer_files=new.tokenizer_files, **options
+    )
+    return folder
+
+
+def content(folder: Path) -> dict[str, bytes]:
+    return {p.relative_to(folder).as_posix(): p.read_bytes() for p in folder.rglob("*") if p.is_file()}
+
+
+# The model.
+
+
+def arranged(model: WhisperMoEModel, form: str) -> WhisperMoEModel:
+    """In one of the ways that a model is computed: as it is trained, arranged, or on weights that are int8 already."""
+    model = copy.deepcopy(model)
+    if form == "training":
+        return model
+    state = model.state_dict()
+    rows = {key: Int8Rows.of(state[key]) for key in state if quantizable(key)} if "from int8" in form else None
+    arrange(model, "int8" if form.startswith("int8") else "float32", rows)
+    assert rows is None or isinstance(model.decoder.token_embedding, Int8Embedding)
+    return model
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("form", ["training", "float32", "int8", "float32 from int8", "int8 from int8"])
+@pytest.mark.parametrize("name", CONFIGS)
+def test_the_logits_of_all_other_tokens_stay_as_they_were_to_the_last_bit(name: str, form: str) -> None:
+    config, state = CONFIGS[name], random_state(CONFIGS[name])
+    new = extended(config, state=state)
+    before, after = (arranged(built(*pair), form) for pair in ((config, state), (new.config, new.state)))
+    generator = torch.Generator().manual_seed(1)
+    mels = [torch.randn(80, n, generator=generator) for n in (40, 13)]
+    texts = [torch.randint(VOCABULARY, (n,), generator=generator) for n in (9, 4)]
+    layout = Layout(map(len, texts))
+    expected = before.decoder.head(before.decoder(torch.cat(texts), layout, before.encoder(mels)))
+    states = after.decoder(torch.cat(texts), layout, after.encoder(mels))
+    found = after.decoder.head(states)
+    assert found.shape == (13, VOCABULARY + 2) and found.isfinite().all()
+    assert torch.equal(found[:, :VOCABULARY], expected)
+    assert torch.equal(after.decoder.own_logits(states), expected)
+    tied = states @ new.state[NEW_TOKENS].T
+    assert torch.allclose(found[:, VOCABULARY:], tied, rtol=1e-5, atol=1e-4), "rows of new tokens are never rounded"
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("rows", [1, 3, 16])
+@pytest.mark.parametrize("form", ["training", "float32", "int8"])
+def test_a_decoding_steps_product_is_not_widened(form: str, rows: int) -> None:
+    """At this width one product with two rows more is known to round other rows differently where few tokens are asked for."""
+    generator = torch.Generator().manual_seed(0)
+    wide = TINY.model_copy(update={"d_model": 64, "encoder_layers": 1, "encoder_ffn_dim": 8, "decoder_ffn_dim": 8})
+    new = extended(wide)
+    before, after = (arranged(built(*pair), form) for pair in ((wide, random_state(wide)), (new.config, new.state)))
+    states = torch.randn(rows, 64, generator=generator)
+    assert torch.equal(after.decoder.head(states)[:, :VOCABULARY], before.decoder.head(states))
+    assert torch.equal(after.decoder.own_logits(states), before.decoder.head(states))
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("form", ["training", "float32", "int8 from int8"])
+def test_a_new_token_is_read_as_its_own_row(form: str) -> None:
+    new = extended()
+    model = arranged(built(new.config, new.state), form)
+    encoded = model.encoder([torch.randn(80, 40)])
+    read = [model.decoder(torch.tensor([3, id, 5]), Layout([3]), encoded) for id in (OR, KOK, OR - 1)]
+    assert torch.equal(read[0][0], read[1][0]) and not torch.equal(read[0][1], read[1][1])
+    embedded = model.decoder._embed(torch.tensor([OR, 7, KOK]), torch.tensor([0, 1, 2])) - model.decoder.positions[:3]
+    known = model.decoder.token_embedding(torch.tensor([7]))[0]
+    expected = torch.stack([new.state[NEW_TOKENS][0], known, new.state[NEW_TOKENS][1]])
+    assert torch.allclose(embedded, expected, atol=1e-6)
+    with pytest.raises(IndexError):
+        model.decoder(torch.tensor([KOK + 1]), Layout([1]), encoded)
+
+
+def test_new_rows_can_be_trained_while_all_else_is_frozen() -> None:
+    new = extended()
+    model = built(new.config, new.state).requires_grad_(False)
+    model.get_parameter(NEW_TOKENS).requires_grad_()
+    optimizer = torch.optim.SGD([model.get_parameter(NEW_TOKENS)], lr=0.5)
+    mel, said = torch.randn(80, 40, generator=torch.Generator().manual_seed(2)), torch.tensor([3, OR, 4])
+    losses = []
+    for _ in range(8):
+        loss = F.cross_entropy(model([mel], [said])[:2], torch.tensor([OR, 9]))
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        losses.append(loss.item())
+    assert losses[-1] < losses[0]
+    assert (model.get_parameter(NEW_TOKENS).grad != 0).any(1).all(), "a row takes gradients as input and as output"
+    state = model.state_dict()
+    assert same({k: v for k, v in state.items() if k != NEW_TOKENS}, random_state(TINY))
+    assert not torch.equal(state[NEW_TOKENS], new.state[NEW_TOKENS])
+
+
+# Where a row starts, and what its id is.
+
+
+@pytest.mark.parametrize(
+    ("language", "relatives"),
+    [
+        (NewLanguage(code="kok", like=("hi",)), ["hi"]),
+        (NewLanguage(code="kok", like=("English", "Hindi")), ["en", "hi"]),
+        (NewLanguage(code="mai"), ["hi"]),
+        (NewLanguage(code="or"), ["en", "hi"]),
+        (NewLanguage(code="tlh", name="klingon"), ["en", "hi"]),
+    ],
+    ids=lambda value: value.code if isinstance(value, NewLanguage) else "",
+)
+def test_a_row_starts_as_the_mean_of_its_relatives(language: NewLanguage, relatives: list[str]) -> None:
+    """Those that are named; else those that are known as such, as far as the model has them; else all."""
+    new = extended(TINY, language)
+    ids = {"en": 258, "hi": 259}
+    expected = torch.stack([new.state[EMBEDDING][ids[code]] for code in relatives]).mean(0)
+    assert torch.allclose(new.state[NEW_TOKENS], expected[None], atol=1e-7)
+
+
+def test_languages_can_be_added_to_what_has_new_ones_and_be_like_them() -> None:
+    first = extended(TINY, ODIA)
+    second = add_languages(*first, [NewLanguage(code="sat", like=("oriya",)), NewLanguage(code="mai")])
+    assert second.config.new_tokens == ("<|or|>", "<|sat|>", "<|mai|>")
+    assert second.config.vocab_size == VOCABULARY + 3 and second.config.source_vocab_size == VOCABULARY
+    assert torch.equal(second.state[NEW_TOKENS][:1], first.state[NEW_TOKENS])
+    assert torch.equal(second.state[NEW_TOKENS][1], first.state[NEW_TOKENS][0])
+    assert torch.equal(second.state[NEW_TOKENS][2], first.state[EMBEDDING][259])
+    assert second.generation["undetected_languages"] == ["mai", "or", "sat"]
+    assert second.generation["language_names"] == {"or": "odia", "sat": "santali", "mai": "maithili"}
+    assert {code: tokenizer_of(second).language_id(code) for code in ("or", "sat", "mai")} == {
+        "or": OR, "sat": OR + 1, "mai": OR + 2,
+    }  # fmt: skip
+
+
+def test_what_was_given_is_not_changed() -> None:
+    state, generation = random_state(TINY), copy.deepcopy(GENERATION)
+    new = add_languages(TINY, state, generation, FILES, [ODIA])
+    assert generation == GENERATION and FILES["tokenizer.json"] == tokenizer_json()
+    assert same(state, random_state(TINY))
+    assert all(new.state[key] is tensor for key, tensor in state.items())
+
+
+@pytest.mark.parametrize(("languages", "first"), [(99, 51_865), (100, 51_866)])
+def test_the_id_follows_the_sources_own_vocabulary(languages: int, first: int) -> None:
+    pytest.importorskip("whisper")
+    from parity.openai_whisper import hub_backend
+
+    config = ModelConfig(vocab_size=first, d_model=4, encoder_heads=2, decoder_heads=2)
+    state = {EMBEDDING: torch.randn(first, 4)}
+    backend = hub_backend("multilingual", languages)
+    files: dict[str, Path | bytes] = {"tokenizer.json": backend.to_str().encode()}
+    new = add_languages(config, state, {}, files, [NewLanguage(code="or")])
+    before, after = Tokenizer(backend), tokenizer_of(new)
+    assert after.language_id("odia") == after.language_id("Oriya") == first
+    assert {key: id for key, id in after.languages.items() if key != "or"} == before.languages == after.detected
+    for name in ("sot", "eot", "timestamp_begin", "timestamp_end", "no_timestamps", "is_multilingual"):
+        assert getattr(after, name) == getattr(before, name), name
+    relatives = torch.stack([state[EMBEDDING][before.languages[code]] for code in ("bn", "as")])
+    assert torch.equal(new.state[NEW_TOKENS], relatives.mean(0)[None])
+    text = "ଓଡ଼ିଆ <|or|> ok"
+    assert after.encode(text) == before.encode(text) and after.decode([first, *after.encode(text)]) == text
+    assert after.suppressed() == tuple(sorted({*before.suppressed(), first}))
+
+
+def test_an_english_only_model_stays_english_only() -> None:
+    pytest.importorskip("whisper")
+    from parity.openai_whisper import hub_backend
+
+    backend = hub_backend("gpt2")
+    files: dict[str, Path | bytes] = {"tokenizer.json": backend.to_str().encode()}
+    config = ModelConfig(vocab_size=51_864, d_model=4, encoder_heads=2, decoder_heads=2)
+    with pytest.raises(ValueError, match="an English-only model has no tokens of languages"):
+        add_languages(config, {EMBEDDING: torch.randn(51_864, 4)}, {}, files, [ODIA])
+    backend.add_special_tokens(["<|isl|>"])
+    assert not Tokenizer(backend).is_multilingual, "51,865 tokens are not yet a multilingual vocabulary"
+
+
+def test_rows_of_padding_keep_their_ids_and_get_names() -> None:
+    padded = TINY.model_copy(update={"vocab_size": VOCABULARY + 3})
+    new = extended(padded, ODIA)
+    tokenizer = tokenizer_of(new)
+    assert tokenizer.language_id("or") == VOCABULARY + 3 == new.config.source_vocab_size
+    assert new.state[EMBEDDING].shape[0] == VOCABULARY + 3
+    assert {VOCABULARY, VOCABULARY + 2, VOCABULARY + 3} <= set(tokenizer.suppressed())
+
+
+@pytest.mark.parametrize(
+    ("languages", "said"),
+    [
+        ([NewLanguage(code="hi")], "has the language 'hi' already"),
+        ([ODIA, ODIA], "has the language 'or' already"),
+        ([NewLanguage(code="nospeech")], r"the tokenizer has <[|]nospeech[|]> already"),
+        ([NewLanguage(code="or", like=("bengali",))], "does not know the language 'bengali'; it knows en, hi"),
+        ([NewLanguage(code="or", like=("bengal",))], "unknown language 'bengal': did you mean bengali"),
+    ],
+)
+def test_what_cannot_be_added_is_said(languages: list[NewLanguage], said: str) -> None:
+    with pytest.raises(ValueError, match=said):
+        extended(TINY, *languages)
+
+
+def test_a_tokenizer_with_more_names_than_the_embedding_has_rows_is_refused() -> None:
+    backend = tokenizers.Tokenizer.from_buffer(tokenizer_json())
+    backend.add_special_tokens(["<|mine|>"])
+    with pytest.raises(ValueError, match=f"names {VOCABULARY + 1} tokens, the embedding has {VOCABULARY} rows"):
+        add_languages(TINY, random_state(TINY), GENERATION, {"tokenizer.json": backend.to_str().encode()}, [ODIA])
+
+
+# Files.
+
+
+@pytest.mark.parametrize("quantize", [False, True])
+def test_only_small_files_know_of_new_tokens(quantize: bool, tmp_path: Path) -> None:
+    """Every file of weights that was there is there byte for byte, and the new rows have one of their own."""
+    config = CONFIGS["shared"]
+    old = Extended(config, random_state(config), GENERATION, FILES)
+    save(tmp_path / "old", old, quantize=quantize, shard_bytes=9000)
+    save(tmp_path / "new", extended(config), quantize=quantize, shard_bytes=9000)
+    before, after = content(tmp_path / "old"), content(tmp_path / "new")
+    assert sum(name.startswith("core-") for name in before) > 1
+    assert after.keys() - before.keys() == {"tokens.safetensors"}
+    changed = {name for name in before if before[name] != after[name]}
+    assert changed == {
+        "config.json", "generation_config.json", "tokenizer.json", "model.safetensors.index.json", "MANIFEST.json",
+    }  # fmt: skip
+    assert describe(tmp_path / "new").part_bytes["tokens"] == len(after["tokens.safetensors"]) < 300
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+def test_what_is_saved_is_loaded(name: str, tmp_path: Path) -> None:
+    new = extended(CONFIGS[name])
+    loaded = load_checkpoint(save(tmp_path / "m", new))
+    assert (loaded.config, loaded.generation) == (new.config, new.generation)
+    assert same(loaded.state, {key: new.state[key] for key in loaded.state}) and loaded.state.keys() == new.state.keys()
+    again = Extended(loaded.config, loaded.state, loaded.generation, {"tokenizer.json": loaded.tokenizer})
+    assert content(save(tmp_path / "again", again)) == content(tmp_path / "m")
+    whole = load_model(tmp_path / "m", announce=pytest.fail)
+    assert whole.tokenizer.language_id("konkani") == KOK
+    assert whole.tokenizer.detected.keys() == {"en", "hi"}
+
+
+def test_an_int8_checkpoint_keeps_its_new_rows_exact(tmp_path: Path) -> None:
+    new = extended()
+    loaded = load_checkpoint(save(tmp_path / "m", new, quantize=True), keep_int8=True)
+    assert torch.equal(loaded.state[NEW_TOKENS], new.state[NEW_TOKENS])
+    assert EMBEDDING in loaded.quantized and NEW_TOKENS not in loaded.quantized
+
+
+def test_an_upcycled_model_has_the_same_experts_with_new_tokens_or_without() -> None:
+    state = random_state(TINY)
+    shared = CONFIGS["shared"]
+    config, mixed = upcycle(TINY, state, moe=shared.moe, ttt=shared.ttt)
+    after = extended(config, ODIA, state=mixed)
+    first = add_languages(TINY, state, GENERATION, FILES, [ODIA])
+    before_config, before = upcycle(first.config, first.state, moe=shared.moe, ttt=shared.ttt)
+    assert before_config == after.config
+    assert same({k: v for k, v in after.state.items() if k != NEW_TOKENS}, mixed)
+    assert torch.equal(before[NEW_TOKENS], after.state[NEW_TOKENS])
+
+
+@pytest.mark.parametrize(
+    ("generation", "said"),
+    [
+        ({"language_names": ["odia"]}, "language_names is .* must be a table of names"),
+        ({"language_names": {"or": 7}}, "language_names is .* must be a table of names"),
+        ({"undetected_languages": "or"}, "undetected_languages is 'or', must be a list of its languages"),
+        ({"undetected_languages": ["tlh"]}, "undetected_languages is .* must be a list of its languages"),
+        ({"undetected_languages": [["or"]]}, "undetected_languages is .* must be a list of its languages"),
+        (
+            {"undetected_languages": ["or", "kok", "en", "hi"]},
+            "undetected_languages leaves no language that could be detected",
+        ),
+    ],
+)
+def test_a_generation_config_that_misspeaks_of_languages_is_named(
+    generation: dict[str, Any], said: str, tmp_path: Path
+) -> None:
+    new = extended()
+    save(tmp_path / "m", new._replace(generation=new.generation | generation))
+    with pytest.raises(CheckpointError, match=f"^{tmp_path}/m/generation_config.json: {said}"):
+        load_model(tmp_path / "m")
+
+
+def test_a_tokenizer_in_another_order_than_the_rows_is_named(tmp_path: Path) -> None:
+    other = extended(TINY, KONKANI, ODIA)
+    save(tmp_path / "m", extended()._replace(tokenizer_files=other.tokenizer_files, generation=other.generation))
+    with pytest.raises(CheckpointError, match=f"the new token <.or.> has the row {OR}, in the tokenizer the id {KOK}"):
+        load_model(tmp_path / "m")
+
+
+# Generation.
+
+RATE = 16_000
+CLIPS = [
+    np.random.default_rng(seed).normal(0, 0.1, round(seconds * RATE)).astype(np.float32)
+    for seed, seconds in enumerate((0.2, 6.0, 2.5))
+]
+
+
+def speaking(louder: float = 1.0, **generation: Any) -> WhisperMoE:
+    """The tiny transcriber with two languages more; with ``louder``, their tokens are likelier than all others together."""
+    old = tiny_whisper_moe()
+    new = add_languages(SPEAKING, old.model.state_dict(), GENERATION, FILES, [ODIA, KONKANI])
+    new.state[NEW_TOKENS] *= louder
+    said = new.generation | generation
+    tokenizer = tokenizer_of(new._replace(generation=said))
+    model = built(new.config, new.state)
+    if louder != 1.0:
+        with torch.no_grad():  # whatever the states are: one of the two rows is then far above zero
+            model.get_parameter(NEW_TOKENS)[1] = -model.get_parameter(NEW_TOKENS)[0]
+    return WhisperMoE(model, tokenizer, said, name="tiny", tokenizer_files=new.tokenizer_files)
+
+
+def decode(model: WhisperMoE, temperature: float = 0.0, **options: Any) -> list[Take]:
+    return model._decoder.decode(CLIPS, TranscribeOptions(**options), temperature=temperature, margin=0.5)
+
+
+@pytest.mark.parametrize("louder", [1.0, 1e6], ids=["as they start", "shouting"])
+@pytest.mark.parametrize(
+    "options",
+    [
+        {}, {"beam_size": 3}, {"temperature": 0.7, "best_of": 3}, {"timestamps": False}, {"word_timestamps": True},
+        {"initial_prompt": "Pune"}, {"language": "hi"}, {"allowed_languages": ("en", "hi")}, {"suppress_tokens": (OR,)},
+    ],
+    ids=str,
+)  # fmt: skip
+def test_nothing_that_is_said_changes_by_a_bit(options: dict[str, Any], louder: float) -> None:
+    """Texts, probabilities, languages and times; also where the new tokens would drown out everything else."""
+    before, after = decode(tiny_whisper_moe(), **options | ({"suppress_tokens": ()} if OR in options.get(
+        "suppress_tokens", ()) else {})), decode(speaking(louder), **options)  # fmt: skip
+    assert len({take.hypothesis.tokens for take in before}) > 1
+    assert [replace(take, carried=None) for take in after] == [replace(take, carried=None) for take in before]
+
+
+def test_a_language_that_was_not_trained_is_detected_only_if_it_is_asked_for() -> None:
+    silent, trained = speaking(1e6), speaking(1e6, undetected_languages=["kok"])
+    plain = tiny_whisper_moe()._decoder.detect_language(CLIPS, TranscribeOptions(), margin=0.5)
+    assert silent._decoder.detect_language(CLIPS, TranscribeOptions(), margin=0.5) == plain
+    asked = silent.detect_language(CLIPS[1], languages=["odia", "konkani", "en"])
+    assert asked.keys() == {"or", "kok", "en"} and next(iter(asked)) in ("or", "kok")
+    assert silent.transcribe(CLIPS[1], allowed_languages=("or", "kok", "en"), temperatures=(0.0,)).language in (
+        "or",
+        "kok",
+    )
+    for found in trained._decoder.detect_language(CLIPS, TranscribeOptions(), margin=0.5):
+        assert found.keys() == {"en", "hi", "or"}
+    said = detectable(silent.generation, ["or"])
+    assert said["undetected_languages"] == ["kok"] and "or" in silent.generation["undetected_languages"]
+    assert "undetected_languages" not in detectable(said, ["kok"])
+
+
+def test_a_language_like_one_other_does_not_win_by_being_its_twin() -> None:
+    """A row that is the very copy of another has the same logit: only that it is left out keeps it from being chosen."""
+    model = speaking()
+    assert torch.equal(model.model.get_parameter(NEW_TOKENS)[1], model.model.get_parameter(EMBEDDING)[259])
+    assert {take.language for take in decode(model)} <= {"en", "hi"}
+
+
+def test_a_new_language_is_spoken_when_it_is_asked_for() -> None:
+    model = speaking(1e3)
+    takes = {code: decode(model, language=code) for code in ("or", "kok", "en")}
+    assert takes["or"] != takes["kok"] and takes["or"][1].hypothesis != takes["en"][1].hypothesis
+    for code in ("or", "kok"):
+        assert {take.language for take in takes[code]} == {code}
+        assert all(max(take.hypothesis.tokens, default=0) < VOCABULARY for take in takes[code])
+    result = model.transcribe(CLIPS[1], language="Oriya", temperatures=(0.0,))
+    assert result.language == "or"
+
+
+def test_rows_of_padding_are_never_said() -> None:
+    """They have no name and no meaning, whatever numbers somebody left in them."""
+    old = tiny_whisper_moe()
+    padded = SPEAKING.model_copy(update={"vocab_size": VOCABULARY + 5})
+    state = old.model.state_dict()
+    state[EMBEDDING] = torch.cat([state[EMBEDDING], 1e3 * torch.randn(5, SPEAKING.d_model)])
+    model = WhisperMoE(built(padded, state), old.tokenizer, GENERATION, name="padded")
+    assert all(max(take.hypothesis.tokens, default=0) < VOCABULARY for take in decode(model, timestamps=False))
+
+
+def test_a_model_with_new_tokens_can_be_saved_and_spoken_with_in_both_arithmetics(tmp_path: Path) -> None:
+    speaking().save_pretrained(tmp_path / "m", quantize=True)
+    for dtype in ("float32", "int8"):
+        model = WhisperMoE.from_pretrained(tmp_path / "m", dtype=dtype)
+        assert model.transcribe(CLIPS[1], language="odia", temperatures=(0.0,)).language == "or"
+        assert isinstance(model.model.decoder.token_embedding, Int8Embedding)
+    WhisperMoE.from_pretrained(tmp_path / "m", for_inference=False).save_pretrained(tmp_path / "again", quantize=True)
+    before, after = content(tmp_path / "m"), content(tmp_path / "again")
+    completed = {"generation_config.json", "MANIFEST.json"}
+    assert {name: after[name] for name in after.keys() - completed} == {
+        name: before[name] for name in before.keys() - completed
+    }
+
+
+# The way back to other programs.
+
+
+def test_transformers_loads_the_grown_vocabulary(tmp_path: Path) -> None:
+    from transformers import GenerationConfig, WhisperForConditionalGeneration, WhisperTokenizer
+
+    source = load_whisper(write_folder(tmp_path / "w", hub_model()))
+    new = add_languages(source.config, source.state, source.generation, source.tokenizer_files, [ODIA, KONKANI])
+    files = new.tokenizer_files
+    save_whisper(tmp_path / "hub", new.config, new.state, generation=new.generation, tokenizer_files=files)
+    theirs = WhisperForConditionalGeneration.from_pretrained(tmp_path / "hub").eval()
+    assert theirs.config.vocab_size == VOCABULARY + 2
+    assert theirs.get_output_embeddings().weight.shape[0] == VOCABULARY + 2
+    tokenizer = WhisperTokenizer.from_pretrained(tmp_path / "hub")
+    assert tokenizer.convert_tokens_to_ids(["<|or|>", "<|kok|>"]) == [OR, KOK] and len(tokenizer) == VOCABULARY + 2
+    assert tokenizer.decode([OR, 70, 71], skip_special_tokens=True) == tokenizer.decode([70, 71])
+    assert GenerationConfig.from_pretrained(tmp_path / "hub").lang_to_id["<|or|>"] == OR
+    mel, text = torch.randn(80, 40), torch.tensor([257, OR, 261, KOK])
+    with torch.no_grad():
+        ours = built(new.config, new.state)([mel], [text])
+        expected = theirs(mel[None], decoder_input_ids=text[None]).logits[0]
+    assert (ours - expected).abs().max() < 1e-4 * expected.abs().max()
+    back = load_whisper(tmp_path / "hub")
+    assert back.config == TINY.model_copy(update={"vocab_size": VOCABULARY + 2})
+    assert torch.equal(back.state[EMBEDDING], torch.cat([new.state[EMBEDDING], new.state[NEW_TOKENS]]))
+    assert load_model(tmp_path / "hub").tokenizer.language_id("odia") == OR
+
+
+def test_a_fine_tune_that_brings_its_own_language_is_spoken_with(tmp_path: Path) -> None:
+    """As somebody else resized it: one embedding, the token in tokenizer and generation config."""
+    grown = TINY.model_copy(update={"vocab_size": VOCABULARY + 1})
+    folder = write_folder(tmp_path / "w", hub_model(grown))
+    backend = tokenizers.Tokenizer.from_buffer(tokenizer_json())
+    backend.add_special_tokens(["<|or|>"])
+    (folder / "tokenizer.json").write_text(backend.to_str())
+    stale = load_model(folder)
+    assert stale.tokenizer.language_id("oriya") == OR, "found by name"
+    assert stale.tokenizer.detected.keys() == {"en", "hi", "or"}, "a config that lists none is completed by name"
+    said = json.dumps(GENERATION | {"lang_to_id": {"<|en|>": 258, "<|hi|>": 259}})
+    (folder / "generation_config.json").write_text(said)
+    assert load_model(folder).tokenizer.detected.keys() == {"en", "hi"}, "it lists its languages, and not this one"
+    assert OR in load_model(folder).tokenizer.suppressed(())
+
+
+# Real weights.
+
+
+@pytest.mark.slow
+def test_odia_leaves_whisper_base_as_it_is(whisper_base: Path, shared_data: Path, tmp_path: Path) -> None:
+    """The embedded default's core stays byte for byte, and real speech is transcribed the same in both arithmetics."""
+    from whisper_moe.config import EMBEDDED
+
+    if not EMBEDDED.is_dir():
+        pytest.skip("the default model is not in this checkout")
+    loaded = load_model(EMBEDDED)
+    new = add_languages(loaded.config, loaded.state, loaded.generation, loaded.tokenizer_files, [ODIA])
+    save(tmp_path / "m", new, quantize=True)
+    before, after = content(EMBEDDED), content(tmp_path / "m")
+    weights = {name for name in before if name.endswith(".safetensors")}
+    assert {name for name in after if name.endswith(".safetensors")} == weights | {"tokens.safetensors"}
+    assert all(after[name] == before[name] for name in weights)
+    sounds = sorted((shared_data / "english-read" / "audio").iterdir())[:6]
+    for dtype in ("float32", "int8"):
+        plain, odia = (WhisperMoE.from_pretrained(path, dtype=dtype) for path in (EMBEDDED, tmp_path / "m"))
+        assert odia.transcribe(sounds) == plain.transcribe(sounds)
+        assert odia.transcribe(sounds[0], language="odia").language == "or"
