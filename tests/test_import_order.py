@@ -112,7 +112,7 @@ except SystemExit as stop:
 else:
     raise AssertionError("--help did not end the program")
 """
-COMMANDS = ["transcribe", "detect-language", "upcycle", "export", "info", "evaluate"]
+COMMANDS = ["transcribe", "detect-language", "upcycle", "export", "info", "evaluate", "train", "data", "grok"]
 
 
 @pytest.mark.parametrize(
