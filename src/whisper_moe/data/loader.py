@@ -202,8 +202,9 @@ class _Tally:
         self._judge(self._limit * self._read)
 
     def _judge(self, allowed: float) -> None:
-        if self._corrupt + self._surveyed * self._read > allowed:
-            share = self._surveyed + self._corrupt / self._read
+        usable = 1 - self._surveyed  # what is read is the part of the whole that the survey found usable
+        if usable * self._corrupt + self._surveyed * self._read > allowed:
+            share = self._surveyed + usable * self._corrupt / self._read
             named = "; ".join(f"{sample.id}: {sample.cause}" for sample in self._first)
             raise DataError(
                 "training data", f"{share:.1%} of {self._read:,} samples are corrupt, more than {self._limit:.1%}; "
