@@ -307,9 +307,18 @@ def test_what_the_model_cannot_learn_is_an_error_not_a_skipped_sample() -> None:
 def test_a_stream_tells_what_it_leaves_out_once() -> None:
     unusable = [DataError("memory.tsv", "no such column", row=7), clip("wordy", 0.3, "x" * 500)]
     stream = [*SAMPLES[:10], unusable[0], *SAMPLES[10:30], unusable[1], *SAMPLES[30:]]
-    batches = list(loader_of(stream, streaming=True))
+    loader = loader_of(stream, streaming=True)
+    batches, states = [], []
+    for batch in loader:
+        batches.append(batch)
+        states.append(loader.state_dict())
     assert sorted(id for batch in batches for id in batch.ids) == sorted(sample.id for sample in SAMPLES)
-    assert [sample.id for batch in batches for sample in batch.skipped] == ["memory", "wordy"]
+    told = [[sample.id for sample in batch.skipped] for batch in batches]
+    assert [id for ids in told for id in ids] == ["memory", "wordy"]
+    for done, state in enumerate(states[:-1], 1):
+        resumed = loader_of(stream, streaming=True)
+        resumed.load_state_dict(state)
+        assert [[sample.id for sample in batch.skipped] for batch in resumed] == told[done:]
     ranks = [loader_of(stream, streaming=True, rank=rank, world=2, max_corrupt_share=0.1) for rank in (0, 1)]
     told = [sample.id for loader in ranks for batch in loader for sample in batch.skipped]
     assert sorted(told) == ["memory", "wordy"]
