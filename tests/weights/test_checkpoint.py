@@ -281,7 +281,7 @@ def test_a_full_disk_leaves_nothing_behind_and_the_old_one_whole(
     def full(*_: object) -> bytes:
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(files, "_sync", full)
+    monkeypatch.setattr(files, "sync", full)
     for directory in (tmp_path / "m", tmp_path / "new"):
         with pytest.raises(OSError, match="No space left"):
             save(directory, overwrite=True)

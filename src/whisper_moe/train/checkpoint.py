@@ -38,6 +38,7 @@ from whisper_moe.weights.files import (
     open_tensors,
     read_json,
     regular_size,
+    sync,
 )
 from whisper_moe.weights.manifest import FileFacts, sha256
 from whisper_moe.weights.sources import to_stderr
@@ -111,10 +112,10 @@ def save(
         os.mkdir(scratch)
         contents = {f"{group}.safetensors": _serialized(named) for group, named in groups.items()}
         files = {name: _write(scratch / name, chunks) for name, chunks in [*contents.items(), (STATE, [state])]}
-        _sync(scratch)
+        sync(scratch)
         os.rename(scratch, final)
         _commit(final, _Commit(step=step, score=score, files=files))
-        _sync(folder)
+        sync(folder)
     except BaseException as error:
         for path in (scratch, final):
             _discard(path)
@@ -131,7 +132,7 @@ def _made(folder: Path) -> Path:
     if not folder.is_dir():
         folder.mkdir(parents=True, exist_ok=True)
         for parent in (folder.parent, folder.parent.parent):
-            _sync(parent)
+            sync(parent)
     return folder
 
 
@@ -212,21 +213,12 @@ def _write(path: Path, chunks: Iterable[bytes | memoryview]) -> FileFacts:
     return FileFacts(bytes=size, sha256=digest.hexdigest())
 
 
-def _sync(folder: Path) -> None:
-    """Names in a folder are on the disk only then."""
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
-
-
 def _commit(final: Path, commit: _Commit) -> None:
     unnamed = final / f"{_NEW}{COMMIT}"
     body = commit.model_dump(mode="json")
     _write(unnamed, [json_bytes({"commit": body, "sha256": hashlib.sha256(json_bytes(body)).hexdigest()})])
     os.rename(unnamed, final / COMMIT)
-    _sync(final)
+    sync(final)
 
 
 # Removing
@@ -256,7 +248,7 @@ def _discard(path: Path) -> bool:
     hidden = path.with_name(f"{_OLD}{path.name}-{secrets.token_hex(4)}")
     try:
         os.rename(path, hidden)
-        _sync(path.parent)
+        sync(path.parent)
         shutil.rmtree(hidden)
     except OSError:
         return False

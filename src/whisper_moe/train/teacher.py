@@ -16,8 +16,8 @@ from typing import Literal
 
 import numpy as np
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save
 from torch import Tensor
 
 from whisper_moe.config import SAMPLE_RATE
@@ -105,9 +105,9 @@ class Teacher:
         """Raises ``ValueError`` naming the file, if it is not what was written."""
         path = self._path(sample)
         try:
-            tensors = load_file(path)
-            return Lesson(tensors[f"{mode}.tokens"], tensors[f"{mode}.states"])
-        except (OSError, SafetensorError, KeyError) as error:
+            with safe_open(path, "pt") as file:
+                return Lesson(file.get_tensor(f"{mode}.tokens"), file.get_tensor(f"{mode}.states"))
+        except (OSError, SafetensorError) as error:
             raise ValueError(f"{path}: not a lesson ({error}); delete it") from error
 
     def _path(self, sample: Sample) -> Path:

@@ -137,17 +137,18 @@ def new_folder(directory: Path) -> Iterator[Path]:
     try:
         yield scratch
         for path in (*scratch.rglob("*"), scratch):
-            _sync(path)
+            sync(path)
         if directory.exists():
             _swap(scratch, directory)
         else:
             os.rename(scratch, directory)
-        _sync(directory.parent)
+        sync(directory.parent)
     finally:
         shutil.rmtree(scratch, ignore_errors=True)
 
 
-def _sync(path: Path) -> None:
+def sync(path: Path) -> None:
+    """A file's content, or the names in a folder, are on the disk only then."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)
