@@ -22,6 +22,7 @@ from whisper_moe.heap import weights_apart
 from whisper_moe.media.audio import MediaError, stream_audio
 from whisper_moe.media.text import Tokenizer
 from whisper_moe.media.windows import Window, cut_windows, drop_silence, is_silent, speech_spans, speech_spans_silero
+from whisper_moe.model import fbgemm
 from whisper_moe.model.heads import TextHead
 from whisper_moe.model.linear import Arithmetic, arrange
 from whisper_moe.model.model import WhisperMoEModel
@@ -211,11 +212,11 @@ def _pick_device(device: str) -> str:
 
 
 def _pick_dtype(dtype: Dtype, device: str) -> Dtype:
-    """int8 products are several times as fast as float32 on a CPU with AVX-512, and nearly as slow on others."""
+    """int8 where the CPU is faster at it than at float32: with AVX-512, or with AVX2 and a kernel made for that."""
     if dtype != "auto":
         return dtype
-    fast = device == "cpu" and torch.backends.cpu.get_cpu_capability().startswith(("AVX512", "AMX"))
-    return "int8" if fast else "float32"
+    wide = torch.backends.cpu.get_cpu_capability().startswith(("AVX512", "AMX"))
+    return "int8" if device == "cpu" and (wide or fbgemm.suits_this_cpu()) else "float32"
 
 
 def _arranged(device: str, dtype: str, for_inference: bool) -> bool:

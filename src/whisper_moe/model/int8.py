@@ -68,9 +68,14 @@ class Int8Rows:
             part.copy_(levels).mul_(scale)
 
 
+def row_scale(x_TD: Tensor) -> Tensor:
+    """What one level of each token stands for, [T, 1]."""
+    return x_TD.abs().amax(1, keepdim=True).clamp_min_(1e-12).div_(LEVELS)
+
+
 def _product(x_TD: Tensor, levels_DN: Tensor) -> Tensor:
     """x W for float32 tokens, each rounded to 127 steps of its own largest number; W's own scale is still to come."""
-    scale_T1 = x_TD.abs().amax(1, keepdim=True).clamp_min(1e-12) / LEVELS
+    scale_T1 = row_scale(x_TD)
     levels_TD = (x_TD / scale_T1).round_().to(torch.int8)
     return torch._int_mm(levels_TD, levels_DN).float().mul_(scale_T1)  # pyright: ignore[reportPrivateImportUsage]
 
@@ -87,7 +92,7 @@ class Int8Linear(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         # Passes in place: one addcmul that broadcasts along both dimensions takes ten times as long as all of them.
         y = _product(x.reshape(-1, x.shape[-1]), self.weight).mul_(self.scale).add_(self.bias)
-        return y.view(*x.shape[:-1], -1)
+        return y.view(*x.shape[:-1], len(self.scale))
 
 
 class Int8Embedding(nn.Module):

@@ -5,19 +5,21 @@ Model code keeps ``nn.Linear``; :func:`arrange` swaps the layers of a loaded mod
 ``float32``: weights re-ordered once into oneDNN's blocked layout. The stock layer re-reads a plain row-major matrix at
 every call, which at the few rows of a decoding step costs two to four times as much (figures in ``docs/lab.md``).
 
-``int8``: :mod:`whisper_moe.model.int8`.
+``int8``: :mod:`whisper_moe.model.int8`, and on CPUs without AVX-512 :mod:`whisper_moe.model.fbgemm`.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Literal
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from whisper_moe.model import fbgemm
 from whisper_moe.model.adapt import AdaptedNorm
+from whisper_moe.model.fbgemm import FbgemmLinear
 from whisper_moe.model.heads import SplitHead, TextHead
 from whisper_moe.model.int8 import Int8Embedding, Int8Experts, Int8Linear, Int8Rows
 from whisper_moe.model.moe import Experts, shares
@@ -51,16 +53,12 @@ class PlainLinear(nn.Module):
         return F.linear(x, self.weight, self.bias)
 
 
-class BlockedExperts(nn.Module):
-    """:class:`~whisper_moe.model.moe.Experts` with each expert's two matrices in oneDNN's layout, float32."""
+class SeparateExperts(nn.Module):
+    """:class:`~whisper_moe.model.moe.Experts` with arranged layers for each expert's two matrices."""
 
-    def __init__(self, experts: Experts) -> None:
+    def __init__(self, ups: Iterable[nn.Module], downs: Iterable[nn.Module]) -> None:
         super().__init__()
-        self.ups = nn.ModuleList(map(BlockedLinear, experts.up_weight, experts.up_bias))
-        self.downs = nn.ModuleList(
-            BlockedLinear(down.T.contiguous(), bias)
-            for down, bias in zip(experts.down_weight, experts.down_bias, strict=True)
-        )
+        self.ups, self.downs = nn.ModuleList(ups), nn.ModuleList(downs)
 
     def forward(self, x_TD: Tensor, routing: Routing, layout: Layout | None = None) -> Tensor:
         """The gated sum over each token's experts, as :meth:`Experts.forward`."""
@@ -100,15 +98,15 @@ def arrange(
                 setattr(parent, name, Int8Embedding(rows))
             elif isinstance(child, Experts):
                 up, down = (known.get(f"{paths[child]}.{key}") for key in ("up_weight", "down_weight"))
-                setattr(parent, name, arranged := _experts(child, up, down, arithmetic))
-                if arranged is not child:
-                    child._parameters.clear()
+                setattr(parent, name, _experts(child, up, down, arithmetic))
+                child._parameters.clear()
     return model
 
 
 def _linear(weight: Tensor | Int8Rows, bias: Tensor | None, arithmetic: Arithmetic) -> nn.Module:
     if arithmetic == "int8":
-        return Int8Linear(weight if isinstance(weight, Int8Rows) else Int8Rows.of(weight), bias)
+        layer = FbgemmLinear if fbgemm.suits_this_cpu() else Int8Linear
+        return layer(weight if isinstance(weight, Int8Rows) else Int8Rows.of(weight), bias)
     weight = weight.dequantized() if isinstance(weight, Int8Rows) else weight
     return BlockedLinear(weight, bias) if torch.backends.mkldnn.is_available() else PlainLinear(weight, bias)
 
@@ -120,11 +118,12 @@ def _head(head: TextHead, weight: Tensor | Int8Rows, arithmetic: Arithmetic) -> 
 
 
 def _experts(experts: Experts, up: Int8Rows | None, down: Int8Rows | None, arithmetic: Arithmetic) -> nn.Module:
-    if arithmetic == "int8":
+    if arithmetic == "int8" and not fbgemm.suits_this_cpu():
         up, down = up or Int8Rows.of(experts.up_weight.detach()), down or Int8Rows.of(experts.down_weight.detach())
         return Int8Experts(up, experts.up_bias, down, experts.down_bias)
-    if up is not None:
-        experts.up_weight = nn.Parameter(up.dequantized(), requires_grad=False)
-    if down is not None:
-        experts.down_weight = nn.Parameter(down.dequantized(), requires_grad=False)
-    return BlockedExperts(experts) if torch.backends.mkldnn.is_available() else experts
+    up_weight = experts.up_weight.detach() if up is None else up.dequantized()
+    down_weight = experts.down_weight.detach() if down is None else down.dequantized()
+    return SeparateExperts(
+        [_linear(*layer, arithmetic) for layer in zip(up_weight, experts.up_bias, strict=True)],
+        [_linear(*layer, arithmetic) for layer in zip(down_weight.mT.contiguous(), experts.down_bias, strict=True)],
+    )

@@ -1,0 +1,73 @@
+"""int8 products for x86 CPUs without AVX-512: FBGEMM's kernel, and weights that cannot overflow it.
+
+Without VNNI a CPU multiplies bytes in pairs, an unsigned one by a signed one, and adds the two products in 16 bits, which
+saturate: 255 · 127 + 255 · 127 is 64,770 and comes out as 32,767. The usual way out is to give up one bit of every number.
+Here only the pairs count: a row whose neighbours add up to at most 128 on either side of 0 is exact as it is, and any other
+row is scaled down until it is. (A row's largest weight has a small neighbour most of the time.)
+"""
+
+from __future__ import annotations
+
+import warnings
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from whisper_moe.model.int8 import Int8Rows, row_scale
+
+_ZERO = 128
+"""Tokens are unsigned: -127 … 127 is stored as 1 … 255."""
+_PAIR = 32_767 // 255
+"""What the weights of a pair may add up to, on either side of 0."""
+_ROWS = 512
+"""Tokens at a time: the passes before and after the product find them in the cache."""
+
+
+def suits_this_cpu() -> bool:
+    """An x86 CPU with AVX2 and no more, and a PyTorch that has the kernel (it is marked as deprecated in 2.13)."""
+    kernel = hasattr(torch.ops.quantized, "linear_with_input_q_dq_qweight_dq_output_fp32")
+    engine = "fbgemm" in torch.backends.quantized.supported_engines
+    return kernel and engine and torch.backends.cpu.get_cpu_capability() == "AVX2"
+
+
+def unsaturated(weight: Int8Rows) -> Int8Rows:
+    """A matrix [rows, columns] whose neighbouring columns, two and two, do not overflow 16 bits; other rows stay as they are."""
+    levels = F.pad(weight.levels, (0, weight.shape[1] % 2)).unflatten(1, (-1, 2)).float()
+    sides = (levels.clamp_min(0).sum(-1), -levels.clamp_max(0).sum(-1))
+    most = torch.maximum(*sides).amax(1, keepdim=True)
+    # One level of room: both of a pair may be rounded up.
+    shrink = torch.where(most > _PAIR, (_PAIR - 1) / most, 1)
+    return Int8Rows((weight.levels * shrink).round_().to(torch.int8), weight.scale / shrink)
+
+
+class FbgemmLinear(nn.Module):
+    """``x W^T + b`` as :class:`~whisper_moe.model.int8.Int8Linear` computes it: a scale for each token, sums in int32."""
+
+    def __init__(self, weight: Int8Rows, bias: Tensor | None) -> None:
+        super().__init__()
+        self.outputs, self.bias = weight.shape[0], bias.detach() if bias is not None else None
+        weight = unsaturated(weight)
+        zeros = torch.zeros(self.outputs, dtype=torch.long)
+        engine = torch.backends.quantized.engine
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", "torch.quantize_per_tensor")  # deprecated, without a successor on AVX2
+            tensor = torch._make_per_channel_quantized_tensor(weight.levels, weight.scale[:, 0].double(), zeros, 0)  # pyright: ignore[reportPrivateImportUsage]
+        torch.backends.quantized.engine = "fbgemm"
+        try:
+            self.packed = torch.ops.quantized.linear_prepack(tensor, None)
+        finally:
+            torch.backends.quantized.engine = engine
+
+    def forward(self, x: Tensor) -> Tensor:
+        x_TD = x.reshape(-1, x.shape[-1])
+        y_TN = x_TD.new_empty(len(x_TD), self.outputs)
+        for part_TD, out_TN in zip(x_TD.split(_ROWS), y_TN.split(_ROWS), strict=True):
+            scale_T1 = row_scale(part_TD)
+            product_TN = torch.ops.quantized.linear_with_input_q_dq_qweight_dq_output_fp32(
+                part_TD / scale_T1, 1.0, _ZERO, self.packed
+            )
+            torch.mul(product_TN, scale_T1, out=out_TN)
+            if self.bias is not None:
+                out_TN.add_(self.bias)
+        return y_TN.view(*x.shape[:-1], self.outputs)
