@@ -113,7 +113,7 @@ def prepare(names: Sequence[str], args: argparse.Namespace, recordings: Sequence
         jobs[name] = Job(
             system=name,
             clips=tuple(str(clip.path) for clip in recordings),
-            longest=max(clip.seconds for clip in recordings),
+            long=max(clip.seconds for clip in recordings) > 30,
             model=args.model,
             weights=ready or (str(weights(form, args.model, args.cache)) if form else ""),
             threads=args.threads,

@@ -79,7 +79,7 @@ def test_what_has_no_cross_entropy_says_why(tiny_model: WhisperMoE, samples: lis
     asked = [
         samples[0],
         replace(samples[0], text="a " * 200),
-        replace(samples[0], language="tlh"),
+        replace(samples[0], language="tlh", target_language="tlh"),
         replace(samples[0], task="sign"),
         replace(samples[0], audio=AudioRef(path=str(long))),
         replace(samples[0], text=" "),
@@ -87,8 +87,8 @@ def test_what_has_no_cross_entropy_says_why(tiny_model: WhisperMoE, samples: lis
     found = cross_entropy(decoder_of(tiny_model), asked, margin=0.5)
     said = [each if isinstance(each, str) else "" for each in found]
     assert said[0] == said[5] == ""
-    assert "more tokens than the decoder has positions (64)" in said[1]
-    assert "tlh" in said[2] and "task sign" in said[3] and "longer than the model's window" in said[4]
+    assert "its text has 404 tokens; the decoder has 64 positions" in said[1]
+    assert "tlh" in said[2] and "the task 'sign'" in said[3] and "longer than the model's window" in said[4]
     assert found[5][1] == 1  # the end of text
 
 
@@ -96,3 +96,13 @@ def test_another_language_in_the_prompt_is_another_figure(tiny_model: WhisperMoE
     decoder = decoder_of(tiny_model)
     own, told = (counts(cross_entropy(decoder, samples[:1], margin=0.5, language=code)) for code in (None, "hi"))
     assert own != told
+
+
+def test_a_text_is_cut_into_the_tokens_that_it_is_trained_as(tiny_model: WhisperMoE, samples: list[Sample]):
+    """Letters and their accents are one sign, in NFC; times are tokens, counted like the words between them."""
+    decoder, sample = decoder_of(tiny_model), samples[0]
+    composed, taken_apart = (replace(sample, text=text) for text in ("caf\u00e9", "cafe\u0301"))
+    timed = replace(sample, text="<|0.00|> a cat<|0.40|>")
+    first, second, third = counts(cross_entropy(decoder, [composed, taken_apart, timed], margin=0.5))
+    assert first == second
+    assert third[1] == len(tiny_model.tokenizer.encode(" a cat")) + 3

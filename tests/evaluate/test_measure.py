@@ -20,7 +20,7 @@ from whisper_moe import WhisperMoE
 from whisper_moe.evaluate import measure as module
 from whisper_moe.evaluate.machine import peak_bytes
 from whisper_moe.evaluate.measure import Measured, SystemFailed, Work, measure, measure_apart
-from whisper_moe.evaluate.peers import Heard, Setup, WrittenTranscripts
+from whisper_moe.evaluate.peers import Heard, Setup, WrittenTranscripts, told
 from whisper_moe.evaluate.systems import System, parse
 
 
@@ -73,6 +73,23 @@ def test_a_batch_is_of_one_language_and_the_order_is_that_of_the_clips(tmp_path:
     assert [asked["language"] for asked in system.asked] == ["en", "en", "hi"]  # the first of them warms up
     assert system.calls == [1, 3, 1]
     assert [heard.text for heard in found.heard] == ["0.5 en", "1 en", "1.5 hi", "2 en"]
+
+
+def test_a_clip_over_30_s_does_not_change_how_the_others_are_heard(tmp_path: Path, echo: Any):
+    system = echo(True, breaks_on=-1)
+    asked = work(tmp_path)
+    first, *others = asked.clips
+    measure(replace(asked, clips=(*others, replace(first, seconds=31.0))), refuse)
+    told = [(asked["language"], asked["long"]) for asked in system.asked[1:]]
+    assert told == [("en", False), ("hi", False), ("en", True)] and system.calls[1:] == [2, 1, 1]
+
+
+@pytest.mark.parametrize("option", ["timestamps", "without_timestamps"])
+def test_a_systems_own_option_says_whether_there_are_timestamps(option: str):
+    options = {"language": "en", option: None}
+    assert told(options, {"language": "hi", "long": True}, option) == {"language": "hi", option: option == "timestamps"}
+    assert told(options, {"long": False}, option)[option] == (option != "timestamps")
+    assert told(options, {}, option) == options
 
 
 def test_a_language_that_is_detected_is_not_told(tmp_path: Path, echo: Any):

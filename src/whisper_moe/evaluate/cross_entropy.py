@@ -1,20 +1,21 @@
 """How surprising the references are to a model: cross-entropy per token, teacher forced, on the shipped path.
 
-A clip gets the margin of silence that it is transcribed with, and the prompt that a transcript without times begins with;
-counted are the tokens of its text and the end of text. Clips are packed as in transcription.
+A clip gets the margin of silence that it is transcribed with, and its text the tokens that training gives it; counted are
+those after the prompt, the end of text among them. Clips are packed as in transcription.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from whisper_moe.data.examples import ExampleConfig, ExampleReader
 from whisper_moe.data.sample import Sample
 from whisper_moe.generate.decode import SAMPLES_PER_POSITION, WindowDecoder
-from whisper_moe.media.languages import UNSPACED_LANGUAGES
 from whisper_moe.media.mel import log_mel
 from whisper_moe.packing import Layout, first_fit_decreasing
 
@@ -27,13 +28,16 @@ def cross_entropy(
 ) -> list[tuple[float, int] | str]:
     """For each sample the sum of −ln p over its tokens and their number, or why there is none.
 
-    ``language``: in place of the samples' own.
+    ``language``: in place of the samples' own, of what is heard and what is said.
     """
     found: list[tuple[float, int] | str] = [""] * len(samples)
     ready: list[tuple[int, list[int], list[int]]] = []
+    reader = ExampleReader(decoder.tokenizer, decoder.model.config, ExampleConfig(empty_text=True))
     for index, sample in enumerate(samples):
         try:
-            ready.append((index, *_tokens(decoder, sample, language)))
+            asked = replace(sample, language=language, target_language=language) if language else sample
+            prompt, text = reader.tokens(asked)
+            ready.append((index, prompt, [*text, decoder.tokenizer.eot]))
         except ValueError as error:
             found[index] = str(error)
     for first in range(0, len(ready), CLIPS_AT_ONCE):
@@ -41,22 +45,6 @@ def cross_entropy(
         for index, result in _scored(decoder, [samples[i] for i, _, _ in part], part, margin):
             found[index] = result
     return found
-
-
-def _tokens(decoder: WindowDecoder, sample: Sample, language: str | None) -> tuple[list[int], list[int]]:
-    """The prompt, and what is counted after it."""
-    tokenizer = decoder.tokenizer
-    if sample.audio is None or sample.task not in ("transcribe", "translate"):
-        raise ValueError(f"the model does not take the task {sample.task}")
-    spoken = language or sample.language
-    prompt = [*tokenizer.sot_sequence(spoken, sample.task), tokenizer.no_timestamps]
-    said = sample.text.strip()
-    space = "" if sample.target_language in UNSPACED_LANGUAGES else " "
-    text = [*(tokenizer.encode(space + said) if said else []), tokenizer.eot]
-    room = decoder.model.config.max_target_positions
-    if len(prompt) + len(text) - 1 > room:
-        raise ValueError(f"its text has more tokens than the decoder has positions ({room})")
-    return prompt, text
 
 
 @torch.inference_mode()

@@ -22,6 +22,7 @@ from whisper_moe.evaluate.machine import THREAD_VARIABLES, peak_bytes
 from whisper_moe.evaluate.material import Clip
 from whisper_moe.evaluate.peers import Adapter, Heard, Ours, Setup, WrittenTranscripts
 from whisper_moe.evaluate.systems import System, loaded
+from whisper_moe.generate.options import FULL_WINDOW
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -175,7 +176,7 @@ def _ours(adapter: Ours, work: Work, measured: Measured) -> Measured:
 
 
 def _all(adapter: Adapter, work: Work, progress: Callable[[float], None]) -> tuple[list[Heard], list[float]]:
-    """Every clip; one language and task at a time where the system batches, since it is told one for a batch."""
+    """Every clip; where the system batches, those of one language and task, and long ones apart: it is told once for a batch."""
     if not adapter.batched:
         pairs = []
         for clip in work.clips:
@@ -218,7 +219,8 @@ def _attempt(adapter: Adapter, work: Work, clip: Clip) -> tuple[Heard, float]:
 
 
 def _asked(work: Work, clip: Clip) -> dict[str, Any]:
-    return {"language": None if work.detect else clip.sample.language, "task": clip.sample.task}
+    language = None if work.detect else clip.sample.language
+    return {"language": language, "task": clip.sample.task, "long": clip.seconds > FULL_WINDOW}
 
 
 def _sound(clip: Clip) -> np.ndarray:

@@ -10,7 +10,7 @@ otherwise.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from itertools import pairwise
@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol, TypeAlias
 
 from whisper_moe.config import SAMPLE_RATE
-from whisper_moe.generate.options import FULL_WINDOW, TEMPERATURES
+from whisper_moe.generate.options import TEMPERATURES
 from whisper_moe.media.audio import load_audio
 
 if TYPE_CHECKING:
@@ -39,12 +39,8 @@ class Setup:
     batch: int = 8
     """Clips or windows in a batch of the batching peers."""
     fallback: bool = True
-    longest: float = FULL_WINDOW
-    """Seconds of the longest clip: over 30 s the sequential peers need timestamps to move their window."""
-
-    @property
-    def long(self) -> bool:
-        return self.longest > FULL_WINDOW
+    long: bool = False
+    """Whether clips are over 30 s, where a call does not say so: the sequential peers need timestamps to move their window."""
 
     @property
     def temperatures(self) -> tuple[float, ...]:
@@ -73,7 +69,7 @@ class Adapter(Protocol):
     weights: Path
 
     def hear(self, sources: Iterable[Source], **asked: Any) -> Iterator[Heard]:
-        """One result for each clip, in order; ``asked`` (``language``, ``task``) goes before ``options``."""
+        """One result for each clip, in order; ``asked`` (``language``, ``task``, ``long``) goes before ``options``."""
         ...
 
 
@@ -98,13 +94,23 @@ class Ours:
         }
 
     def hear(self, sources: Iterable[Source], **asked: Any) -> Iterator[Heard]:
-        for outcome in self.model.transcribe_each(sources, **self.options | asked):
+        for outcome in self.model.transcribe_each(sources, **told(self.options, asked, "timestamps")):
             result = outcome.transcription
             if result is None:
                 yield Heard("", error=str(outcome.error))
                 continue
             tokens = sum(len(segment.tokens) for segment in result.segments)
             yield Heard(result.text, tokens, mean_gates(result.segments), result.fallbacks)
+
+
+def told(options: Mapping[str, Any], asked: Mapping[str, Any], timestamps: str) -> dict[str, Any]:
+    """A call's options: what is ``asked`` goes first, and a clip's length decides whether it gets timestamps.
+
+    ``timestamps``: the option's name; one that begins with ``without`` is turned round.
+    """
+    asked = dict(asked)
+    long = asked.pop("long", None)
+    return {**options, **asked} | ({} if long is None else {timestamps: long != timestamps.startswith("without")})
 
 
 def mean_gates(segments: Sequence[Any]) -> tuple[tuple[str, float], ...]:
@@ -136,7 +142,7 @@ class FasterWhisper:
         }
 
     def hear(self, sources: Iterable[Source], **asked: Any) -> Iterator[Heard]:
-        options = self.options | asked
+        options = told(self.options, asked, "without_timestamps")
 
         def one(source: Source) -> Heard:
             segments = list(self.model.transcribe(source, **options)[0])
@@ -162,7 +168,7 @@ class FasterWhisperBatched:
     def __init__(self, setup: Setup, *, compute_type: str) -> None:
         from faster_whisper import BatchedInferencePipeline, WhisperModel
 
-        self.weights, self.long = Path(setup.weights), setup.long
+        self.weights = Path(setup.weights)
         model = WhisperModel(setup.weights, device="cpu", compute_type=compute_type, cpu_threads=setup.threads)
         self.pipeline = BatchedInferencePipeline(model)
         self.options: dict[str, Any] = {
@@ -176,9 +182,9 @@ class FasterWhisperBatched:
         }
 
     def hear(self, sources: Iterable[Source], **asked: Any) -> Iterator[Heard]:
-        options = self.options | asked
+        options = told(self.options, asked, "vad_filter")
         options["multilingual"] = options["language"] is None
-        if not self.long:
+        if not options["vad_filter"]:
             yield from self._end_to_end([samples_of(source) for source in sources], options)
             return
         for source in sources:
@@ -220,8 +226,9 @@ class OpenAIWhisper:
         }
 
     def hear(self, sources: Iterable[Source], **asked: Any) -> Iterator[Heard]:
+        options = told(self.options, asked, "without_timestamps")
         for source in sources:
-            result: dict[str, Any] = self.model.transcribe(source, **self.options | asked)
+            result: dict[str, Any] = self.model.transcribe(source, **options)
             yield Heard(str(result["text"]), sum(len(segment["tokens"]) for segment in result["segments"]))
 
 
@@ -235,7 +242,7 @@ class Transformers:
         from transformers import AutoProcessor, WhisperForConditionalGeneration
 
         torch.set_num_threads(setup.threads)
-        self.weights, self.batch, self.long = Path(setup.weights), setup.batch, setup.long
+        self.weights, self.batch = Path(setup.weights), setup.batch
         self.processor: Any = AutoProcessor.from_pretrained(setup.weights)
         self.model = WhisperForConditionalGeneration.from_pretrained(setup.weights, dtype=torch.float32).eval()
         self.options: dict[str, Any] = {
@@ -250,19 +257,20 @@ class Transformers:
             self.options |= {"compression_ratio_threshold": 1.35, "logprob_threshold": -1.0}
 
     def hear(self, sources: Iterable[Source], **asked: Any) -> Iterator[Heard]:
+        options = told(self.options, asked, "return_timestamps")
         batch: list[np.ndarray] = []
         for source in sources:
             batch.append(samples_of(source))
             if len(batch) == self.batch:
-                yield from self._one_batch(batch, self.options | asked)
+                yield from self._one_batch(batch, options)
                 batch = []
         if batch:
-            yield from self._one_batch(batch, self.options | asked)
+            yield from self._one_batch(batch, options)
 
     def _one_batch(self, clips: Sequence[np.ndarray], options: dict[str, Any]) -> list[Heard]:
         import torch
 
-        padding = {"truncation": False, "padding": "longest"} if self.long else {}
+        padding = {"truncation": False, "padding": "longest"} if options["return_timestamps"] else {}
         inputs = self.processor(
             list(clips), sampling_rate=SAMPLE_RATE, return_tensors="pt", return_attention_mask=True, **padding
         )

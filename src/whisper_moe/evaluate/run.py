@@ -127,7 +127,6 @@ def _material(asked: Plan, say: Callable[[str], None]) -> Material:
 def _work(asked: Plan, system: System, material: Material) -> Work:
     setup = Setup(
         weights=system.weights, threads=asked.threads, beam=asked.beam, fallback=asked.fallback,
-        longest=max(clip.seconds for clip in material.clips),
     )  # fmt: skip
     return Work(
         system=system, clips=tuple(material.clips), setup=setup, device=asked.device, dtype=asked.dtype,
