@@ -32,6 +32,8 @@ class FailingDisk:
         """File → how much of it is on the disk."""
         self.unsynced_names: list[tuple[str, Path, Path | bytes | None]] = []
         """(made, name, None), (renamed, new name, old name) or (removed, name, content), in this order."""
+        self.overwritten: dict[Path, bytes] = {}
+        """File → what it was before another took its name."""
         self.real: dict[str, Any] = {name: getattr(os, name) for name in _CALLS}
 
     def install(self, patch: pytest.MonkeyPatch) -> FailingDisk:
@@ -80,6 +82,8 @@ class FailingDisk:
 
     def rename(self, old: Any, new: Any) -> None:
         self._count("rename")
+        if Path(new).is_file():
+            self.overwritten[Path(new)] = Path(new).read_bytes()
         self.real["rename"](old, new)
         self._follow(Path(old), Path(new))
         self.unsynced_names.append(("renamed", Path(new), Path(old)))
@@ -120,6 +124,8 @@ class FailingDisk:
                 assert isinstance(other, Path)
                 self.real["rename"](path, other)
                 self._follow(path, other)
+                if path in self.overwritten:
+                    path.write_bytes(self.overwritten.pop(path))
             elif kind == "removed":
                 assert isinstance(other, bytes)
                 path.parent.mkdir(parents=True, exist_ok=True)

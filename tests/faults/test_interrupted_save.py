@@ -8,6 +8,7 @@ import os
 import resource
 import shutil
 from collections.abc import Callable
+from itertools import product
 from pathlib import Path
 from typing import get_args
 
@@ -16,7 +17,7 @@ import torch
 from faults.disk import SURVIVED, FailingDisk, Loss, die_at
 from torch import Tensor
 
-from whisper_moe.train.checkpoint import FOLDER, Loaded, best, clean, latest, load_latest, save
+from whisper_moe.train.checkpoint import FOLDER, Loaded, best, clean, latest, load_latest, replace, save
 
 
 def content(step: int) -> tuple[dict[str, Tensor], dict[str, object]]:
@@ -109,6 +110,17 @@ def test_a_save_that_is_killed_leaves_the_previous_or_the_new(
         shutil.rmtree(run)
     assert outcomes[-1] == "new", "what save has returned from is on the disk"
     assert len(outcomes) > 30 and outcomes.count("previous") > 20
+
+
+@pytest.mark.parametrize("loss", get_args(Loss))
+def test_a_file_that_is_replaced_is_the_old_or_the_new(loss: Loss, tmp_path: Path) -> None:
+    path, found = tmp_path / "run.json", list[bytes]()
+    for at, torn in product(range(9), (True, False)):
+        replace(path, b"old")
+        status = die_at(lambda: replace(path, b"newer"), at, loss, torn)
+        found.append(path.read_bytes())
+        assert status == 9 or found[-1] == b"newer", "what has returned is on the disk"
+    assert set(found) == {b"old", b"newer"}
 
 
 def calls_of_a_save(before: Callable[[Path], None], run: Path) -> list[str]:

@@ -297,17 +297,21 @@ def going_on(folder: Path, parallel: Any) -> dict[str, Any]:
 
 
 def go_on(case: Case, parallel: Any, first: int, before: str | None, after: str | None) -> dict[str, Any]:
-    """:data:`TURN` steps from ``first`` on; ``before`` and ``after`` are folders of sharded checkpoints."""
+    """:data:`TURN` steps from ``first`` on; ``before`` and ``after`` are runs with sharded checkpoints."""
+    from whisper_moe.train.checkpoint import latest
     from whisper_moe.train.sharded import load_sharded, save_sharded
 
     trainer = make_trainer(case, parallel, 100)
     if before:
-        meta = load_sharded(Path(before), trainer.model, trainer.optimizer)
+        found = latest(Path(before))
+        assert found is not None
+        meta = load_sharded(found, trainer.model, trainer.optimizer)
         assert meta == {"step": first}, meta
         trainer.batches.load_state_dict({"next": first})
     losses = [trainer.step().loss for _ in range(TURN)]
     if after:
-        save_sharded(Path(after), trainer.model, trainer.optimizer, {"step": first + TURN})
+        step = first + TURN
+        save_sharded(Path(after), step, trainer.model, trainer.optimizer, {"step": step}, keep=1)
     return {"losses": losses, "tensors": trainer.state()[0]}
 
 

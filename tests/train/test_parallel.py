@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 from functools import cache
 from pathlib import Path
@@ -12,6 +13,7 @@ import pytest
 import torch
 from train import ranks
 
+from whisper_moe.train import checkpoint
 from whisper_moe.train.layout import ParallelConfig, Ranks
 from whisper_moe.train.model_parallel import cut, spread_experts
 from whisper_moe.train.parallel import device_of
@@ -150,9 +152,11 @@ def test_one_process_goes_on_where_two_stopped(
     losses = quick[0]["stopping"][layout]
     losses = losses + ranks.go_on(case, ranks.SingleProcess(), turn, str(folder / layout), None)["losses"]
     assert losses == pytest.approx(single_run["losses"][: 2 * turn], rel=TOLERANCE)
-    names = sorted(path.name for path in (folder / layout).iterdir())
-    assert len(names) == 3 and names[-1] == "state.json" and all(n.endswith(".safetensors") for n in names[:2])
-    assert not list(folder.glob(".new-*"))
+    (made,) = (folder / layout / checkpoint.FOLDER).iterdir()
+    commit, *shards, state = sorted(path.name for path in made.iterdir())
+    assert (commit, state) == (checkpoint.COMMIT, checkpoint.STATE)
+    assert [name[:11] for name in shards] == ["shard-00001", "shard-00002"]
+    assert set(json.loads((made / commit).read_text("utf-8"))["commit"]["files"]) == {*shards, state}
 
 
 @pytest.mark.slow

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -13,6 +15,7 @@ from typing import Any
 import pytest
 import torch
 import yaml
+from train import ranks
 from train.tiny import recipe_tree, tiny_checkpoint, tones
 
 pytest.importorskip("datasets")
@@ -226,15 +229,104 @@ def test_a_run_is_not_mixed_up_with_another(
     assert "is a file" in capfd.readouterr().err
 
 
-def test_a_finished_run_stays_as_it_is(material: Path, undisturbed: Path, tmp_path: Path) -> None:
+def test_a_finished_run_stays_as_it_is(
+    material: Path, undisturbed: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
     before = lines(undisturbed), model_bytes(undisturbed)
     assert train(write(material, tmp_path / "whole.yaml"), ["run.keep=3"], undisturbed, True) == 0
     assert (lines(undisturbed), model_bytes(undisturbed)) == before
+    assert "whole: is finished, nothing is left to train after step 6" in capfd.readouterr().err
+
+
+def test_a_run_that_stopped_early_stays_as_it_is(
+    material: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    pytest.importorskip("jiwer")
+    data = recipe_tree(material / "model", material / "data")["data"]
+    recipe, run = write(material, tmp_path / "a.yaml", data=data | {"evaluation": data["train"]}), tmp_path / "run"
+    words = ["evaluation.metric=loss", "evaluation.limit=2", "evaluation.every=1", "optimisation.lr=0.5"]
+    words += ["optimisation.steps=30", "evaluation.patience=1"]
+    assert train(recipe, words, run, False) == 0
+    before, names = lines(run), sorted(path.name for path in (run / "checkpoints").iterdir())
+    assert before[-1]["step"] < 30
+    capfd.readouterr()
+    assert train(recipe, words, run, True) == 0
+    assert lines(run) == before and sorted(path.name for path in (run / "checkpoints").iterdir()) == names
+    assert "is finished, nothing is left to train" in capfd.readouterr().err
+    record = json.loads((run / "run.json").read_text("utf-8"))
+    assert (record["status"], record["step"]) == ("stopped early", before[-1]["step"])
 
 
 def test_resume_begins_a_run_that_has_not_begun(material: Path, tmp_path: Path) -> None:
     assert train(write(material, tmp_path / "a.yaml"), ["optimisation.steps=1"], tmp_path / "run", True) == 0
     assert len(lines(tmp_path / "run")) == 1
+
+
+def test_what_a_checkpoint_tells_of_is_on_the_disk_before_it(
+    material: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run = (tmp_path / "run").resolve()
+    on_disk: dict[str, int] = {}
+    torn: list[str] = []
+    fsync, rename = os.fsync, os.rename
+
+    def noted(descriptor: int) -> None:
+        fsync(descriptor)
+        on_disk[os.readlink(f"/proc/self/fd/{descriptor}")] = os.fstat(descriptor).st_size
+
+    def named(old: Any, new: Any) -> None:
+        if Path(new).name in ("run.json", "metrics.jsonl") and on_disk.get(str(old)) != Path(old).stat().st_size:
+            torn.append(Path(new).name)
+        metrics = run / "metrics.jsonl"
+        if Path(new).name == "COMMIT.json" and on_disk.get(str(metrics)) != metrics.stat().st_size:
+            torn.append(str(new))
+        on_disk.pop(str(run), None)
+        rename(old, new)
+
+    monkeypatch.setattr(os, "fsync", noted)
+    monkeypatch.setattr(os, "rename", named)
+    monkeypatch.setattr(os, "replace", named)
+    assert train(write(material, tmp_path / "a.yaml"), ["optimisation.steps=3"], run, False) == 0
+    assert torn == [] and {str(run), str(run / "metrics.jsonl")} <= on_disk.keys()
+
+
+SEVERAL = """
+import os, sys
+from pathlib import Path
+from whisper_moe.train.run import train
+recipe, folder, *ports = sys.argv[1:]
+for kind, port in zip(("whole", "sharded"), ports):
+    os.environ["MASTER_PORT"] = port
+    words = ["parallel.data=fsdp2", f"run.checkpoint={kind}", "run.keep=9"]
+    assert train(Path(recipe), words, Path(folder) / kind, False) == 0
+"""
+
+
+def test_one_process_goes_on_from_the_parts_that_two_wrote(material: Path, tmp_path: Path) -> None:
+    """What becomes of it is, bit for bit, what becomes of whole checkpoints."""
+    recipe, runs = write(material, tmp_path / "a.yaml"), (tmp_path / "whole", tmp_path / "sharded")
+    words = [sys.executable, "-c", SEVERAL, str(recipe), str(tmp_path), *(str(ranks.free_port()) for _ in runs)]
+    shared = os.environ | {"MASTER_ADDR": "127.0.0.1", "WORLD_SIZE": "2", "OMP_NUM_THREADS": "1"}
+    started = [
+        subprocess.Popen(
+            words, env=shared | {"RANK": rank, "LOCAL_RANK": rank, "GLOO_SOCKET_IFNAME": "lo"}, text=True,
+            stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+        )
+        for rank in "01"
+    ]  # fmt: skip
+    said = ranks.finish(started)
+    assert [process.returncode for process in started] == [0, 0], "\n".join(said)
+    models = [model_bytes(run) for run in runs]
+    assert models[0] == models[1] and lines(runs[0]) == lines(runs[1])
+    for run in runs:
+        *kept, last = sorted((run / "checkpoints").iterdir())
+        assert [path.name[-1] for path in kept] == ["2", "4"]
+        assert checkpoint.is_sharded(last) == (run.name == "sharded") == (not (last / "model.safetensors").exists())
+        shutil.rmtree(last)
+        assert train(recipe, [], run, True) == 0
+        assert lines(run)[-1]["step"] == 6 and not checkpoint.is_sharded(sorted((run / "checkpoints").iterdir())[-1])
+    after = [model_bytes(run) for run in runs]
+    assert after[0] == after[1] != models[0] and lines(runs[0]) == lines(runs[1])
 
 
 def test_two_trainers_do_not_share_a_directory(
@@ -281,6 +373,9 @@ def test_words_and_characters_are_judged_by_what_the_model_writes(material: Path
         ("model.freeze=[encoders.*]", "model.freeze: no parameter is called 'encoders.*'", 2),
         ("optimisation.precision=float16", "needs a GPU", 2),
         ("losses.balancing=bias", None, 0),
+        ("parallel.experts=3", "parallel.experts is 3, which does not divide the 1 processes of the run", 2),
+        ("parallel.tensor=2", "parallel.tensor is 2, which does not divide the 1 processes of the run", 2),
+        ("run.checkpoint=sharded", "run.checkpoint is sharded, which is for several processes", 2),
         ("model.source=nowhere/at-all.pt", "nowhere/at-all.pt", 1),
         ("data.train.0.source=nowhere", "nowhere", 1),
     ],

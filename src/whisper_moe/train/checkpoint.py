@@ -1,7 +1,8 @@
 """Checkpoints of a training run: committed whole or not there at all, without pickle.
 
     RUN/checkpoints/0003-step-00000150/
-        model.safetensors  optimizer.safetensors …   one file for each group: tensor ``group/name`` lies in ``group``
+        model.safetensors  optimizer.safetensors …   one file for each group: tensor ``group/name`` lies in ``group``;
+                                                     or the parts of :mod:`whisper_moe.train.sharded`
         state.json                                   everything else: step, scheduler, loader, random states, metrics
         COMMIT.json                                  size and sha256 of every file above; written last
 
@@ -21,6 +22,7 @@ import re
 import secrets
 import shutil
 from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, TypeVar
@@ -30,6 +32,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from torch import Tensor
 
 from whisper_moe.config import problems
+from whisper_moe.train.state import state_bytes
 from whisper_moe.weights.files import (
     CheckpointError,
     inside,
@@ -48,7 +51,6 @@ _NAME = re.compile(r"(\d{4,})-step-(\d{8,})")
 _NEW, _OLD = ".new-", ".old-"
 _GROUP = re.compile(r"[a-z][a-z0-9_-]*")
 _WRITE_BYTES = 1 << 26
-_MOST_STATE_BYTES = 60_000_000
 _DTYPES = {
     torch.float64: "F64", torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16", torch.int64: "I64",
     torch.int32: "I32", torch.int16: "I16", torch.int8: "I8", torch.uint8: "U8", torch.bool: "BOOL",
@@ -102,16 +104,29 @@ def save(
     For one process at a time (:mod:`whisper_moe.train.lock`). Raises ``ValueError`` for what JSON or safetensors cannot
     hold, and ``OSError`` that says which checkpoint could not be written; the earlier ones are untouched then.
     """
+    groups = _grouped(tensors)
+    with committing(run, step, meta, keep=keep, score=score, announce=announce) as (folder, files):
+        for group, named in groups.items():
+            name = f"{group}.safetensors"
+            files[name] = _write(folder / name, _serialized(named))
+    return _committed(run)[0]
+
+
+@contextmanager
+def committing(
+    run: Path, step: int, meta: Mapping[str, Any], *, keep: int, score: float | None = None, announce: Announce = to_stderr
+) -> Iterator[tuple[Path, dict[str, FileFacts]]]:  # fmt: skip
+    """A folder to write files into and what they are, to be filled in: a checkpoint once the block ends. See :func:`save`."""
     if keep < 1:
         raise ValueError(f"keep must be at least 1, is {keep}: the newest checkpoint is never removed")
-    groups, state = _grouped(tensors), _state_bytes(meta)
+    state, files = state_bytes(meta), dict[str, FileFacts]()
     folder = _made(run / FOLDER)
     final = folder / f"{_next_serial(folder):04d}-step-{step:08d}"
     scratch = folder / f"{_NEW}{final.name}-{secrets.token_hex(4)}"
     try:
         os.mkdir(scratch)
-        contents = {f"{group}.safetensors": _serialized(named) for group, named in groups.items()}
-        files = {name: _write(scratch / name, chunks) for name, chunks in [*contents.items(), (STATE, [state])]}
+        yield scratch, files
+        files[STATE] = _write(scratch / STATE, [state])
         sync(scratch)
         os.rename(scratch, final)
         _commit(final, _Commit(step=step, score=score, files=files))
@@ -124,7 +139,6 @@ def save(
             raise OSError(error.errno or errno.EIO, said, str(folder)) from error
         raise
     _prune(run, keep, announce)
-    return final
 
 
 def _made(folder: Path) -> Path:
@@ -148,28 +162,6 @@ def _grouped(tensors: Mapping[str, Tensor]) -> dict[str, dict[str, Tensor]]:
             raise ValueError(f"{key}: safetensors cannot hold {tensor.dtype}")
         groups.setdefault(group, {})[name] = tensor.detach()
     return groups
-
-
-def _state_bytes(meta: Mapping[str, Any]) -> bytes:
-    _require_plain(dict(meta), "meta")
-    data = json_bytes(dict(meta))
-    if len(data) > _MOST_STATE_BYTES:
-        raise ValueError(f"meta has {len(data):,} bytes as JSON, at most {_MOST_STATE_BYTES:,} could be read back")
-    return data
-
-
-def _require_plain(value: object, where: str) -> None:
-    """JSON would quietly turn the key 1 into "1"."""
-    if isinstance(value, Mapping):
-        for key, inner in value.items():
-            if not isinstance(key, str):
-                raise ValueError(f"{where} has the key {key!r}; JSON has only text for keys")
-            _require_plain(inner, f"{where}.{key}")
-    elif isinstance(value, (list, tuple)):
-        for index, inner in enumerate(value):
-            _require_plain(inner, f"{where}[{index}]")
-    elif value is not None and not isinstance(value, (str, int, float)):
-        raise ValueError(f"{where} is of {type(value).__name__}, which JSON does not have")
 
 
 def _serialized(tensors: Mapping[str, Tensor]) -> Iterator[bytes | memoryview]:
@@ -214,11 +206,18 @@ def _write(path: Path, chunks: Iterable[bytes | memoryview]) -> FileFacts:
 
 
 def _commit(final: Path, commit: _Commit) -> None:
-    unnamed = final / f"{_NEW}{COMMIT}"
     body = commit.model_dump(mode="json")
-    _write(unnamed, [json_bytes({"commit": body, "sha256": hashlib.sha256(json_bytes(body)).hexdigest()})])
-    os.rename(unnamed, final / COMMIT)
-    sync(final)
+    replace(final / COMMIT, json_bytes({"commit": body, "sha256": hashlib.sha256(json_bytes(body)).hexdigest()}))
+
+
+def replace(path: Path, data: bytes) -> None:
+    """Write a file, anew if it is there: whatever happens, it is the old one or the new one, whole."""
+    unnamed = path.with_name(f"{_NEW}{path.name}")
+    if unnamed.exists():
+        unnamed.unlink()
+    _write(unnamed, [data])
+    os.rename(unnamed, path)
+    sync(path.parent)
 
 
 # Removing
@@ -276,6 +275,11 @@ def load_latest(run: Path, *, announce: Announce = to_stderr) -> Loaded | None:
     return _first(run, _committed(run), load, announce)
 
 
+def is_sharded(path: Path) -> bool:
+    """Whether a checkpoint is for :mod:`whisper_moe.train.sharded` to load."""
+    return any(path.glob("shard-*"))
+
+
 def load(path: Path, groups: Iterable[str] | None = None) -> Loaded:
     """Read a checkpoint, or only some ``groups`` of its tensors (``model``), after verifying every file that is read.
 
@@ -322,10 +326,12 @@ def _committed(run: Path) -> list[Path]:
     return sorted((path for path in found if (path / COMMIT).exists()), key=_serial, reverse=True)
 
 
+def step_of(path: Path) -> int:
+    return int(path.name.rpartition("-")[2])
+
+
 def _serial(path: Path) -> int:
-    match = _NAME.fullmatch(path.name)
-    assert match, path
-    return int(match[1])
+    return int(path.name.partition("-")[0])
 
 
 def _next_serial(folder: Path) -> int:

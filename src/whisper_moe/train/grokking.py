@@ -14,7 +14,6 @@ from collections import deque
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -24,7 +23,7 @@ from torch import Tensor, nn
 from whisper_moe.config import ModelConfig, problems
 from whisper_moe.model.block import Block
 from whisper_moe.packing import Layout
-from whisper_moe.train.optim import GrokfastAdamW
+from whisper_moe.train.optim import adamw
 from whisper_moe.train.plateau import Plateau
 from whisper_moe.train.recipe import RecipeError, read_tree
 
@@ -109,14 +108,6 @@ class Divider(nn.Module):
         return self.head(self.norm(x_TD.view(rows, n, -1)[:, -1]))
 
 
-def build_optimizer(model: nn.Module, recipe: GrokkingRecipe) -> torch.optim.AdamW:
-    options: dict[str, Any] = {"lr": recipe.lr, "betas": recipe.betas, "weight_decay": recipe.weight_decay}
-    if recipe.grokfast is None:
-        return torch.optim.AdamW(model.parameters(), **options)
-    alpha, amplification = recipe.grokfast
-    return GrokfastAdamW(model.parameters(), alpha=alpha, amplification=amplification, **options)
-
-
 def train(
     recipe: GrokkingRecipe, tell: Callable[[Point, str | None], None] = lambda point, warning: None
 ) -> list[Point]:
@@ -127,7 +118,8 @@ def train(
     half = round(len(tokens) * recipe.train_share)
     training, validation = order[:half], order[half:]
     model = Divider(recipe)
-    optimizer = build_optimizer(model, recipe)
+    options = {"lr": recipe.lr, "betas": recipe.betas, "weight_decay": recipe.weight_decay}
+    optimizer = adamw(model.parameters(), recipe.grokfast, **options)
     curve: list[Point] = []
     queue: deque[Tensor] = deque()
     plateau, began = Plateau(), time.perf_counter()

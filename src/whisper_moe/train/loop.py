@@ -180,22 +180,24 @@ class Trainer:
     def run(self) -> End:
         """Go on to the end. Raises :class:`NonFiniteError`."""
         progress, settings = self.progress, self.settings
-        saved = progress.step
-        while progress.step < settings.steps:
+        while (end := self.ended()) is None:
             self.step()
-            last = progress.step == settings.steps
-            if self._due(settings.evaluate_every) or last:
+            if self._due(settings.evaluate_every) or progress.step == settings.steps:
                 self._evaluate()
-            early = settings.patience is not None and progress.worse_in_a_row >= settings.patience
-            stop = self.parallel.any(self._stop_requested()) and not last
-            if last or early or stop or progress.score is not None or self._due(settings.checkpoint_every):
+            over = self.ended() is not None
+            stop = self.parallel.any(self._stop_requested()) and not over
+            if over or stop or progress.score is not None or self._due(settings.checkpoint_every):
                 self._keep()
-                saved = progress.step
-            if early or stop:
-                return "stopped early" if early else "interrupted"
-        if saved < progress.step:
-            self._keep()
-        return "finished"
+            if stop:
+                return "interrupted"
+        return end
+
+    def ended(self) -> End | None:
+        """How the run has ended, if no step is left to make: asked before a step, so that none is made after the end."""
+        patience = self.settings.patience
+        if patience is not None and self.progress.worse_in_a_row >= patience:
+            return "stopped early"
+        return "finished" if self.progress.step >= self.settings.steps else None
 
     def step(self) -> StepReport:
         """One update, or one that is left out because its loss or gradient is not finite."""
@@ -323,11 +325,14 @@ class Trainer:
         tensors = {f"model/{name}": whole(tensor) for name, tensor in self.model.state_dict().items()}
         own, optimizer = split(optimizer_state(self.optimizer, self.model.named_parameters()), "optimizer")
         tensors |= {name: whole(tensor) for name, tensor in own.items()}
-        meta = {
-            "optimizer": optimizer, "scale": self.scale.state(), "progress": asdict(self.progress),
-            "random": random_state(), "batches": self.batches.state_dict(),
+        return tensors, {"optimizer": optimizer, **self.meta()}
+
+    def meta(self) -> dict[str, Any]:
+        """All but the model and its optimizer."""
+        return {
+            "scale": self.scale.state(), "progress": asdict(self.progress), "random": random_state(),
+            "batches": self.batches.state_dict(),
         }  # fmt: skip
-        return tensors, meta
 
     def load_state(self, tensors: Mapping[str, Tensor], meta: Mapping[str, Any]) -> None:
         """Go on where :meth:`state` was taken."""
@@ -340,10 +345,11 @@ class Trainer:
             for key, value in values.items():
                 if isinstance(value, Tensor) and value.ndim:
                     values[key] = self.parallel.share(value, parameters[name])
-        fused = [group.get("fused") for group in self.optimizer.param_groups]
         load_optimizer_state(self.optimizer, parameters.items(), optimizer)
-        for group, own in zip(self.optimizer.param_groups, fused, strict=True):
-            group["fused"] = own  # how it is computed here, not where it was saved
+        self.load_meta(meta)
+
+    def load_meta(self, meta: Mapping[str, Any]) -> None:
+        """Go on where :meth:`meta` was taken, with a model and an optimizer that are there already."""
         self.scale.load_state(meta["scale"])
         self.progress = Progress(**meta["progress"])
         self.batches.load_state_dict(meta["batches"])

@@ -104,8 +104,11 @@ def router_terms(
     """Loss, parts and counts of one pass's routers. ``share``: the pass's part of the step's segments.
 
     ``everywhere`` sums over processes; ``real`` is False for a placeholder, which counts for nothing. The losses of
-    several layers are added, as in Switch. Counts are of one pass: opposite imbalances of two layers cannot cancel, those
-    of two accumulated passes can.
+    several layers are added, as in Switch: opposite imbalances of two layers cannot cancel.
+
+    With accumulation a step's balance loss is the mean of its passes' own, weighted by their segments: a mean of products
+    f_c P_c, not the product of means that one big batch has. Each pass is asked to be balanced, which is more than that the
+    step is. Exact would be a second forward pass, for f_c is known only once all passes have routed.
     """
     if not routings:
         return 0.0, {}, torch.zeros(0, 0)

@@ -15,7 +15,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from whisper_moe.config import MAX_PACK_TOKENS
+from whisper_moe.train.checkpoint import replace
 from whisper_moe.train.plateau import Plateau
+from whisper_moe.weights.files import sync
 
 if TYPE_CHECKING:
     from rich.progress import Progress, TaskID
@@ -62,10 +64,14 @@ class Monitor:
         """Forget what a run that was killed wrote after its last checkpoint, which is of ``step``."""
         path = self._run / METRICS
         if path.exists():
-            kept = [line for line in path.read_text("utf-8").splitlines() if _step_of(line) <= step]
-            scratch = path.with_suffix(".new")
-            scratch.write_text("".join(f"{line}\n" for line in kept), "utf-8")
-            scratch.replace(path)
+            kept = [line for line in path.read_bytes().split(b"\n") if _step_of(line) <= step]
+            replace(path, b"".join(line + b"\n" for line in kept))
+
+    def secure(self) -> None:
+        """What has been written down is on the disk when this returns: before the checkpoint that it tells of."""
+        if (self._run / METRICS).exists():
+            sync(self._run / METRICS)
+            sync(self._run)
 
     def __enter__(self) -> Monitor:
         if self._say is _to_stderr and sys.stderr.isatty():
@@ -162,7 +168,7 @@ def _plain(value: Any) -> Any:
     return str(value) if isinstance(value, float) and not math.isfinite(value) else value
 
 
-def _step_of(line: str) -> float:
+def _step_of(line: bytes) -> float:
     """Infinity for a line that was cut off."""
     try:
         return json.loads(line)["step"]

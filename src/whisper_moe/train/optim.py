@@ -129,9 +129,15 @@ def build_optimizer(
         if parameters
         for rate, decay in [settings[name]]
     ]
-    if grokfast is not None:
-        return GrokfastAdamW(groups, alpha=grokfast[0], amplification=grokfast[1], betas=betas, eps=eps, fused=fused)
-    return torch.optim.AdamW(groups, betas=betas, eps=eps, fused=fused)
+    return adamw(groups, grokfast, betas=betas, eps=eps, fused=fused)
+
+
+def adamw(parameters: Any, grokfast: tuple[float, float] | None, **options: Any) -> torch.optim.AdamW:
+    """AdamW; with ``grokfast`` (α, λ), :class:`GrokfastAdamW`."""
+    if grokfast is None:
+        return torch.optim.AdamW(parameters, **options)
+    alpha, amplification = grokfast
+    return GrokfastAdamW(parameters, alpha=alpha, amplification=amplification, **options)
 
 
 def set_rates(optimizer: torch.optim.Optimizer, factor: float) -> None:

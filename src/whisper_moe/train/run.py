@@ -18,7 +18,7 @@ import random
 import signal
 import subprocess
 import sys
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from datetime import datetime
@@ -27,7 +27,7 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from whisper_moe.train.recipe import Recipe, RecipeError, load_recipe
+from whisper_moe.train.recipe import Recipe, RecipeError, RunRecipe, load_recipe
 
 if TYPE_CHECKING:
     from whisper_moe.train.loop import Trainer
@@ -96,16 +96,16 @@ def _run(recipe: Recipe, directory: Path, parallel: Parallel) -> int:
     start = _start(recipe, directory, parallel, goes_on=found_path != "")
     stop = _Stop()
     with _monitor(recipe, directory, start, first) as monitor:
-        save = partial(_save, directory, recipe.run.keep)
+        save = partial(_save, directory, recipe.run, monitor)
         trainer = build_trainer(
             recipe, start, parallel, monitor, save=save, stop_requested=stop.requested, directory=directory
         )
         if first:
             _write_record(directory, recipe, trainer, parallel, resumed=bool(found_path))
         if found_path:
-            loaded = checkpoint.load(Path(found_path))
-            trainer.load_state(loaded.tensors, loaded.meta)
-            announce(f"{directory}: goes on after step {trainer.progress.step}")
+            _go_on(trainer, Path(found_path))
+            said = "is finished, nothing is left to train" if trainer.ended() else "goes on"
+            announce(f"{directory}: {said} after step {trainer.progress.step}")
         if monitor is not None:
             monitor.resume(trainer.progress.step)
         with stop:  # until here a signal ends the process as it ends any
@@ -144,6 +144,12 @@ def _processes(recipe: Recipe) -> Iterator[Parallel]:
         with processes(_Settings(recipe.run.device, recipe.parallel.model_dump())) as parallel:
             yield parallel
         return
+    try:
+        recipe.parallel.ranks(1)
+    except ValueError as error:
+        raise RecipeError(f"{error}; torchrun starts several") from None
+    if recipe.run.checkpoint == "sharded":
+        raise RecipeError("run.checkpoint is sharded, which is for several processes; for one it is whole")
     device = recipe.run.device
     if device == "auto":
         device = "cuda" if torch.cuda.is_available() else "cpu"
@@ -208,15 +214,35 @@ class _Stop:
 # What is kept
 
 
-def _save(directory: Path, keep: int, trainer: Trainer) -> None:
+def _save(directory: Path, settings: RunRecipe, monitor: Monitor | None, trainer: Trainer) -> None:
     from whisper_moe.train import checkpoint
 
+    if monitor is not None:
+        monitor.secure()
+    step, score = trainer.progress.step, _finite(trainer.progress.score)
+    if settings.checkpoint == "sharded":
+        from whisper_moe.train.sharded import save_sharded
+
+        model, optimizer = trainer.model, trainer.optimizer
+        save_sharded(directory, step, model, optimizer, trainer.meta(), keep=settings.keep, score=score)
+        return
     tensors, meta = trainer.state()
     if trainer.parallel.rank == 0:
-        checkpoint.save(
-            directory, trainer.progress.step, tensors, meta, keep=keep, score=_finite(trainer.progress.score)
-        )
+        checkpoint.save(directory, step, tensors, meta, keep=settings.keep, score=score)
     trainer.parallel.barrier()
+
+
+def _go_on(trainer: Trainer, path: Path) -> None:
+    """From a checkpoint, whichever way it was saved."""
+    from whisper_moe.train import checkpoint
+
+    if checkpoint.is_sharded(path):
+        from whisper_moe.train.sharded import load_sharded
+
+        trainer.load_meta(load_sharded(path, trainer.model, trainer.optimizer))
+        return
+    loaded = checkpoint.load(path)
+    trainer.load_state(loaded.tensors, loaded.meta)
 
 
 def _finite(score: float | None) -> float | None:
@@ -231,17 +257,25 @@ def export(directory: Path, start: Start, announce: Callable[[str], None]) -> Pa
     path = checkpoint.best(directory, announce=announce) or checkpoint.latest(directory, announce=announce)
     if path is None:
         raise ValueError(f"{directory}: has no checkpoint to make a model of")
-    loaded = checkpoint.load(path, ["model"])
-    state = {name.removeprefix("model/"): tensor.float() for name, tensor in loaded.tensors.items()}
+    if checkpoint.is_sharded(path):
+        from whisper_moe.train.sharded import whole_model
+
+        state = whole_model(path)
+    else:
+        loaded = checkpoint.load(path, ["model"])
+        state = {name.removeprefix("model/"): tensor for name, tensor in loaded.tensors.items()}
     save_checkpoint(
-        directory / MODEL, start.config, state, generation=start.generation,
+        directory / MODEL, start.config, {name: tensor.float() for name, tensor in state.items()}, generation=start.generation,
         tokenizer_files={"tokenizer.json": start.tokenizer_json}, overwrite=True,
     )  # fmt: skip
-    announce(f"{directory / MODEL}: the model of step {loaded.step}")
+    announce(f"{directory / MODEL}: the model of step {checkpoint.step_of(path)}")
     return directory / MODEL
 
 
 def _write_record(directory: Path, recipe: Recipe, trainer: Trainer, parallel: Parallel, *, resumed: bool) -> None:
+    from whisper_moe.train.checkpoint import replace
+    from whisper_moe.weights.files import json_bytes
+
     path = directory / RECORD
     before: dict[str, Any] = json.loads(path.read_text("utf-8")) if path.exists() else {}
     groups = {group["name"]: sum(p.numel() for p in group["params"]) for group in trainer.optimizer.param_groups}
@@ -252,23 +286,20 @@ def _write_record(directory: Path, recipe: Recipe, trainer: Trainer, parallel: P
         "git": git_state(), "device": str(parallel.device), "precision": trainer.settings.precision,
         "processes": parallel.world_size, "trained_parameters": groups, "sessions": sessions, "status": "running",
     }  # fmt: skip
-    _replace(path, record)
+    replace(path, json_bytes(record))
 
 
 def _finish_record(directory: Path, end: str, trainer: Trainer) -> None:
+    from whisper_moe.train.checkpoint import replace
+    from whisper_moe.weights.files import json_bytes
+
     record = json.loads((directory / RECORD).read_text("utf-8"))
     progress = trainer.progress
     record |= {
         "status": end, "step": progress.step, "best": progress.best, "best_step": progress.best_step,
         "bad_steps": progress.bad_steps, "skipped_samples": progress.skipped_samples, "ended": _now(),
     }  # fmt: skip
-    _replace(directory / RECORD, record)
-
-
-def _replace(path: Path, record: Mapping[str, Any]) -> None:
-    scratch = path.with_suffix(".new")
-    scratch.write_text(json.dumps(record, indent=2, ensure_ascii=False) + "\n", "utf-8")
-    os.replace(scratch, path)
+    replace(directory / RECORD, json_bytes(record))
 
 
 def _check_same(recipe: Recipe, directory: Path) -> None:

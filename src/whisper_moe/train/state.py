@@ -12,9 +12,10 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from whisper_moe.weights.files import listed
+from whisper_moe.weights.files import json_bytes, listed
 
 _MARK = "tensor:"
+_MOST_BYTES = 60_000_000
 
 
 def split(tree: Any, prefix: str) -> tuple[dict[str, Tensor], Any]:
@@ -58,6 +59,29 @@ def join(tree: Any, tensors: Mapping[str, Tensor]) -> Any:
     return tree
 
 
+def state_bytes(meta: Mapping[str, Any]) -> bytes:
+    """As JSON. Raises ``ValueError`` for what JSON cannot hold."""
+    _require_plain(dict(meta), "meta")
+    data = json_bytes(dict(meta))
+    if len(data) > _MOST_BYTES:
+        raise ValueError(f"meta has {len(data):,} bytes as JSON, at most {_MOST_BYTES:,} could be read back")
+    return data
+
+
+def _require_plain(value: object, where: str) -> None:
+    """JSON would quietly turn the key 1 into "1"."""
+    if isinstance(value, Mapping):
+        for key, inner in value.items():
+            if not isinstance(key, str):
+                raise ValueError(f"{where} has the key {key!r}; JSON has only text for keys")
+            _require_plain(inner, f"{where}.{key}")
+    elif isinstance(value, (list, tuple)):
+        for index, inner in enumerate(value):
+            _require_plain(inner, f"{where}[{index}]")
+    elif value is not None and not isinstance(value, (str, int, float)):
+        raise ValueError(f"{where} is of {type(value).__name__}, which JSON does not have")
+
+
 def optimizer_state(optimizer: Optimizer, named: Iterable[tuple[str, nn.Parameter]]) -> dict[str, Any]:
     """An optimizer's state with names of parameters in place of indices, for :func:`split`.
 
@@ -90,7 +114,9 @@ def load_optimizer_state(
             raise ValueError(f"the checkpoint's optimizer has no group of just these parameters: {listed(other)}")
         # JSON has no tuples: betas are one again if they are one here.
         values = {key: tuple(value) if isinstance(group.get(key), tuple) else value for key, value in found.items()}
-        groups.append({**group, **values, "params": group["params"]})
+        # Whether it is fused is of where it is computed, not of where it was saved.
+        own = {key: group[key] for key in ("params", "fused") if key in group}
+        groups.append({**group, **values, **own})
     if len(groups) != len(saved):
         raise ValueError(f"the checkpoint's optimizer has {len(saved)} parameter groups, this one has {len(groups)}")
     by_index = {i: state["state"][name] for i, name in names.items() if name in state["state"]}
