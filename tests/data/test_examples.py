@@ -8,8 +8,9 @@ from pathlib import Path
 
 import pytest
 import torch
-from data.memory import CORRUPT, clip, damaged, noise, tiny_reader
+from data.memory import CORRUPT, MODEL, clip, damaged, noise, tiny_reader
 from generate.tiny import tiny_tokenizer
+from weights.whispers import GENERATION, VOCABULARY, tokenizer_json
 
 from whisper_moe.config import MAX_PACK_TOKENS, ModelConfig
 from whisper_moe.data.examples import (
@@ -24,8 +25,12 @@ from whisper_moe.data.examples import (
 from whisper_moe.data.mel_cache import MelCache
 from whisper_moe.data.sample import AudioRef, DataError, Sample
 from whisper_moe.media.audio import MediaError
+from whisper_moe.media.languages import NewLanguage
 from whisper_moe.media.mel import log_mel
+from whisper_moe.media.text import Tokenizer
 from whisper_moe.packing import Layout
+from whisper_moe.weights.parts import EMBEDDING
+from whisper_moe.weights.tokens import add_languages, read_tokenizer_json
 
 TOKENIZER = tiny_tokenizer()
 
@@ -43,6 +48,20 @@ def test_labels_are_the_next_tokens_after_the_prompt() -> None:
     assert list(example.tokens) == [*prompt, *text]
     assert list(example.labels) == [IGNORED] * 3 + [*text, TOKENIZER.eot]
     assert (example.language, example.task, example.seconds) == ("hi", "transcribe", 1.0)
+
+
+def test_a_model_with_a_new_language_learns_to_tell_all_languages() -> None:
+    files: dict[str, Path | bytes] = {"tokenizer.json": tokenizer_json()}
+    tiny = {EMBEDDING: torch.zeros(VOCABULARY, MODEL.d_model)}
+    config = MODEL.model_copy(update={"vocab_size": VOCABULARY})
+    new = add_languages(config, tiny, GENERATION, files, [NewLanguage(code="or")])
+    tokenizer = Tokenizer(read_tokenizer_json(new.tokenizer_files), new.generation)
+    reader = ExampleReader(tokenizer, new.config, ExampleConfig())
+    for code in ("or", "hi"):
+        for text, prompted in (("Good", 3), ("<|0.00|> Good<|0.40|>", 2)):
+            example = reader.read(clip("a", 0.1, text, language=code), 0.1)
+            assert example.labels[:prompted] == (tokenizer.languages[code], *[IGNORED] * (prompted - 1))
+            assert example.labels[prompted:] == (*example.tokens[prompted + 1 :], tokenizer.eot)
 
 
 def test_a_translation_is_asked_for_in_the_language_that_is_heard() -> None:

@@ -11,14 +11,22 @@ import torch
 
 pytest.importorskip("datasets", reason="corpora need an extra")
 
+from data.memory import MemoryCorpus
 from evaluate.corpora import clips, table
 from generate.tiny import tiny_whisper_moe
+from weights.whispers import tokenizer_json
 
 from whisper_moe import WhisperMoE
+from whisper_moe.data.examples import ExampleConfig, ExampleReader
 from whisper_moe.data.sample import Sample
 from whisper_moe.evaluate.cross_entropy import cross_entropy
 from whisper_moe.generate.decode import WindowDecoder
+from whisper_moe.media.languages import NewLanguage
 from whisper_moe.media.mel import log_mel
+from whisper_moe.media.text import Tokenizer
+from whisper_moe.model.model import WhisperMoEModel
+from whisper_moe.train.evaluation import Judge
+from whisper_moe.weights.tokens import add_languages, read_tokenizer_json
 
 
 def decoder_of(model: WhisperMoE) -> WindowDecoder:
@@ -96,6 +104,27 @@ def test_another_language_in_the_prompt_is_another_figure(tiny_model: WhisperMoE
     decoder = decoder_of(tiny_model)
     own, told = (counts(cross_entropy(decoder, samples[:1], margin=0.5, language=code)) for code in (None, "hi"))
     assert own != told
+
+
+@pytest.mark.parametrize("languages", [(), ("or",)], ids=["Whisper's own languages", "and Odia"])
+def test_it_is_the_loss_that_a_run_is_judged_by(samples: list[Sample], languages: tuple[str, ...]):
+    """Also where new tokens take a part of the probability, and the language itself is to be told."""
+    old = tiny_whisper_moe()
+    files: dict[str, Path | bytes] = {"tokenizer.json": tokenizer_json()}
+    wanted = [NewLanguage(code=code) for code in languages]
+    new = add_languages(old.config, old.model.state_dict(), old.generation, files, wanted)
+    tokenizer = Tokenizer(read_tokenizer_json(new.tokenizer_files), new.generation)
+    model = WhisperMoEModel(new.config).eval()
+    model.load_state_dict(new.state)
+    heard = [*samples, *(replace(samples[0], language=code, target_language=code) for code in languages)]
+    heard.append(replace(samples[1], text="<|0.00|> cafe\u0301<|0.40|>"))
+    reader = ExampleReader(tokenizer, new.config, ExampleConfig())
+    judge = Judge(
+        [MemoryCorpus(heard)], reader, tokenizer, new.generation, margin=0.5, batch_size=3, limit=None, decode=False
+    )  # fmt: skip
+    found = counts(cross_entropy(WindowDecoder(model, tokenizer, new.generation), heard, margin=0.5))
+    mean = sum(value for value, _ in found) / sum(number for _, number in found)
+    assert mean == pytest.approx(judge(model)["loss"], rel=1e-6)
 
 
 def test_a_text_is_cut_into_the_tokens_that_it_is_trained_as(tiny_model: WhisperMoE, samples: list[Sample]):

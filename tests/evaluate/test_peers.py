@@ -40,9 +40,9 @@ def test_clips_that_a_pipeline_mixes_up_are_an_error_and_not_a_wrong_transcript(
             return [], None
 
     adapter = FasterWhisperBatched.__new__(FasterWhisperBatched)
-    adapter.pipeline, adapter.long, adapter.options = Pipeline(), False, {"language": "en"}  # pyright: ignore[reportAttributeAccessIssue]
+    adapter.pipeline, adapter.options = Pipeline(), {"language": "en", "vad_filter": True}  # pyright: ignore[reportAttributeAccessIssue]
     with pytest.raises(RuntimeError, match="2 clips gave 0 segments"):
-        list(adapter.hear([noise(1), noise(1)]))
+        list(adapter.hear([noise(1), noise(1)], long=False))
 
 
 @pytest.mark.parametrize(

@@ -114,6 +114,8 @@ def test_a_dense_whisper_gets_experts_ttt_and_a_language(material: Path, tmp_pat
     assert train(recipe, ["losses.balancing=bias", "optimisation.precision=float32"], run, False) == 0
     trained = WhisperMoE.from_pretrained(run / "model", dtype="float32")
     assert trained.config.new_tokens == ("<|or|>",) and "or" in trained.tokenizer.languages
+    sound = material / "data" / "0.wav"
+    assert next(iter(trained.detect_language(sound))) == trained.transcribe(sound).language == "or"
     assert trained.config.moe is not None and trained.config.moe.balance_bias
     router = trained.model.encoder.router
     assert router is not None and router.bias is not None and router.bias.abs().max() > 0

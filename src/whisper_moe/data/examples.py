@@ -107,7 +107,8 @@ class Example:
     tokens: tuple[int, ...]
     """[n] what the decoder reads: start, language, task, ``<|notimestamps|>`` unless the text has timestamps, text."""
     labels: tuple[int, ...]
-    """[n] what it is to say after each: the next token, at last the end of text; -100 within the prompt."""
+    """[n] what it is to say after each: the next token, at last the end of text; -100 within the prompt, but for a language
+    that is to be told (:meth:`ExampleReader.labels`)."""
     language: str
     """Code of what is heard."""
     task: str
@@ -138,6 +139,7 @@ class ExampleReader:
     ) -> None:
         self._tokenizer, self._config, self._cache = tokenizer, config, cache
         self._n_mels = model.n_mels
+        self._tells_languages = any(id > tokenizer.timestamp_end for id in tokenizer.languages.values())
         self.strict = config.too_long == "error"
         self.max_positions = min(model.max_source_positions, round(FULL_WINDOW * POSITIONS_PER_SECOND))
         self.max_tokens = model.max_target_positions
@@ -168,6 +170,17 @@ class ExampleReader:
             cause = f"its text has {len(prompt) + len(text)} tokens; the decoder has {self.max_tokens} positions"
             raise TooLong(sample.id, cause)
         return prompt, text
+
+    def labels(self, prompt: Sequence[int], text: Sequence[int]) -> list[int]:
+        """What is to be said after each token of prompt and text; nothing within the prompt.
+
+        A model with languages that Whisper lacks is to say the language, too: it could not be detected otherwise. It is to say
+        every language, for one that is never wrong is the answer to all sounds.
+        """
+        labels = [IGNORED] * (len(prompt) - 1)
+        if self._tells_languages:
+            labels[0] = prompt[1]
+        return [*labels, *text, self._tokenizer.eot]
 
     def _text(self, sample: Sample) -> tuple[list[int], bool]:
         """Tokens of the text in NFC, and whether timestamps are among them."""
@@ -206,8 +219,8 @@ class ExampleReader:
         mel, samples = self._mel(sample, margin)
         return Example(
             id=sample.id, mel=mel, heard=positions(samples, 0, self.max_positions), tokens=(*prompt, *text),
-            labels=(*[IGNORED] * (len(prompt) - 1), *text, self._tokenizer.eot), language=sample.language,
-            task=sample.task, seconds=samples / SAMPLE_RATE,
+            labels=tuple(self.labels(prompt, text)), language=sample.language, task=sample.task,
+            seconds=samples / SAMPLE_RATE,
         )  # fmt: skip
 
     def _mel(self, sample: Sample, margin: float) -> tuple[Tensor, int]:

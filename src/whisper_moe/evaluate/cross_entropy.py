@@ -1,7 +1,8 @@
 """How surprising the references are to a model: cross-entropy per token, teacher forced, on the shipped path.
 
-A clip gets the margin of silence that it is transcribed with, and its text the tokens that training gives it; counted are
-those after the prompt, the end of text among them. Clips are packed as in transcription.
+A clip gets the margin of silence that it is transcribed with; its text gets the tokens that training gives it, and counted are
+those that training counts, among all that the model could say: so a run's own evaluation has the same figure. Clips are packed
+as in transcription.
 """
 
 from __future__ import annotations
@@ -13,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from whisper_moe.data.examples import ExampleConfig, ExampleReader
+from whisper_moe.data.examples import IGNORED, ExampleConfig, ExampleReader
 from whisper_moe.data.sample import Sample
 from whisper_moe.generate.decode import SAMPLES_PER_POSITION, WindowDecoder
 from whisper_moe.media.mel import log_mel
@@ -37,7 +38,7 @@ def cross_entropy(
         try:
             asked = replace(sample, language=language, target_language=language) if language else sample
             prompt, text = reader.tokens(asked)
-            ready.append((index, prompt, [*text, decoder.tokenizer.eot]))
+            ready.append((index, [*prompt, *text], reader.labels(prompt, text)))
         except ValueError as error:
             found[index] = str(error)
     for first in range(0, len(ready), CLIPS_AT_ONCE):
@@ -75,16 +76,15 @@ def _scored(
 def _pack(
     decoder: WindowDecoder, packed: Sequence[tuple[Tensor, int, list[int], list[int]]]
 ) -> list[tuple[float, int]]:
-    """One pack: (mel, positions heard, prompt, text) of each clip."""
+    """One pack: (mel, positions heard, tokens, labels) of each clip."""
     model = decoder.model
     encoded = model.encoder([mel for mel, *_ in packed], heard=[heard for _, heard, *_ in packed])
-    inputs = [[*prompt, *text[:-1]] for _, _, prompt, text in packed]
-    layout = Layout(map(len, inputs))
-    flat = torch.tensor([token for tokens in inputs for token in tokens], device=encoded.states_TD.device)
-    logits_TV = model.decoder.own_logits(model.decoder(flat, layout, encoded)).float()
+    layout = Layout(len(tokens) for _, _, tokens, _ in packed)
+    flat = torch.tensor([token for _, _, tokens, _ in packed for token in tokens], device=encoded.states_TD.device)
+    logits_TV = model.decoder.head(model.decoder(flat, layout, encoded)).float()
     results = []
-    for rows, (_, _, prompt, text) in zip(layout.slices(), packed, strict=True):
-        own = logits_TV[rows][len(prompt) - 1 :]
-        wanted = torch.tensor(text, device=own.device)
-        results.append((float(F.cross_entropy(own, wanted, reduction="sum")), len(text)))
+    for rows, (_, _, _, labels) in zip(layout.slices(), packed, strict=True):
+        wanted = torch.tensor(labels, device=logits_TV.device)
+        lost = F.cross_entropy(logits_TV[rows], wanted, ignore_index=IGNORED, reduction="sum")
+        results.append((float(lost), int((wanted != IGNORED).sum())))
     return results

@@ -33,12 +33,22 @@ def suits_this_cpu() -> bool:
 
 def unsaturated(weight: Int8Rows) -> Int8Rows:
     """A matrix [rows, columns] whose neighbouring columns, two and two, do not overflow 16 bits; other rows stay as they are."""
-    levels = F.pad(weight.levels, (0, weight.shape[1] % 2)).unflatten(1, (-1, 2)).float()
-    sides = (levels.clamp_min(0).sum(-1), -levels.clamp_max(0).sum(-1))
-    most = torch.maximum(*sides).amax(1, keepdim=True)
-    # One level of room: both of a pair may be rounded up.
-    shrink = torch.where(most > _PAIR, (_PAIR - 1) / most, 1)
-    return Int8Rows((weight.levels * shrink).round_().to(torch.int8), weight.scale / shrink)
+    levels, scale = torch.empty_like(weight.levels), torch.empty_like(weight.scale)
+    for part, old, out, out_scale in zip(
+        weight.levels.split(_ROWS), weight.scale.split(_ROWS), levels.split(_ROWS), scale.split(_ROWS), strict=True
+    ):
+        most = torch.maximum(_heaviest(part.clamp_min(0)), _heaviest(part.neg().clamp_min_(0)))
+        # One level of room: both of a pair may be rounded up.
+        shrink = torch.where(most > _PAIR, (_PAIR - 1) / most, 1)
+        out.copy_((part * shrink).round_())
+        torch.div(old, shrink, out=out_scale)
+    return Int8Rows(levels, scale)
+
+
+def _heaviest(levels: Tensor) -> Tensor:
+    """The largest sum of two neighbours in each row of int8 numbers that are not negative, [rows, 1]."""
+    pairs = F.pad(levels, (0, levels.shape[1] % 2)).view(torch.int16)  # two bytes in one number: four times as fast
+    return ((pairs & 0xFF) + (pairs >> 8)).amax(1, keepdim=True)
 
 
 class FbgemmLinear(nn.Module):

@@ -56,6 +56,7 @@ from whisper_moe.weights.manifest import (
 )
 from whisper_moe.weights.parts import expected_shapes, file_key, part_of, require_plausible, spelled_alone, unstack
 from whisper_moe.weights.quantize import SCALE, quantizable
+from whisper_moe.weights.tokens import detected_when_trained
 
 if TYPE_CHECKING:
     import tokenizers
@@ -97,9 +98,10 @@ def save_checkpoint(
 ) -> None:
     """Write ``directory`` whole or not at all; the same input gives the same bytes.
 
-    ``state``: the model's tensors, float32. ``tokenizer_files``: at least ``tokenizer.json``, as a path or its content.
-    ``quantize``: int8 rows (:mod:`whisper_moe.weights.quantize`). Raises ``ValueError`` for a state that is not finite
-    or not of this configuration, and for a directory that exists, unless ``overwrite`` is set and it is a checkpoint.
+    ``state``: the model's tensors, float32. ``generation``: new languages in it are detected once their rows were trained
+    (:func:`~whisper_moe.weights.tokens.detected_when_trained`). ``tokenizer_files``: at least ``tokenizer.json``, as a path
+    or its content. ``quantize``: int8 rows (:mod:`whisper_moe.weights.quantize`). Raises ``ValueError`` for a state that is
+    not finite or not of this configuration, and for a directory that exists, unless ``overwrite`` is set and it is a checkpoint.
     """
     directory = Path(directory).resolve()
     _check_target(directory, overwrite)
@@ -112,7 +114,7 @@ def save_checkpoint(
             inside(folder, name, folder).write_bytes(value if isinstance(value, bytes) else read_bytes(value))
         for name, document in (
             (CONFIG, config.model_dump(mode="json")),
-            (GENERATION, dict(generation)),
+            (GENERATION, detected_when_trained(generation, config, state)),
             (INDEX, {"weight_map": index}),
         ):
             (folder / name).write_bytes(json_bytes(document))

@@ -151,6 +151,9 @@ def _check_languages(generation: Mapping[str, Any], tokenizer: Tokenizer, origin
     names, left_out = generation.get("language_names", {}), generation.get("undetected_languages", [])
     if not isinstance(names, dict) or not all(isinstance(name, str) for name in names.values()):
         raise CheckpointError(f"{origin}: language_names is {str(names)[:80]!r}, must be a table of names")
+    rows = generation.get("untrained_rows", {})
+    if not isinstance(rows, dict) or not all(isinstance(digest, str) for digest in rows.values()):
+        raise CheckpointError(f"{origin}: untrained_rows is {str(rows)[:80]!r}, must be a table of digests")
     known = {*tokenizer.languages, *(name.strip("<|>") for name in generation.get("lang_to_id", {}))}
     if not isinstance(left_out, list) or not all(isinstance(code, str) and code in known for code in left_out):
         raise CheckpointError(

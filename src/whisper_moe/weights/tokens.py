@@ -4,12 +4,13 @@ They follow the source's own vocabulary, padding included, and are found by name
 (``tokens.safetensors``), so that the core stays as it was, byte for byte; and their logits a product of their own, so that those
 of the source's tokens stay as they were, bit for bit. A row starts as the mean of the rows of related tokens (J. Hewitt,
 *Initializing New Word Embeddings for Pretrained Language Models*, 2021). A language that nobody has trained is not detected
-unless it is asked for.
+unless it is asked for: the mean of others would take their place. What a row began as is noted, so that a checkpoint can tell.
 """
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Mapping, Sequence
+from hashlib import sha256
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -27,6 +28,8 @@ if TYPE_CHECKING:
     import tokenizers
 
 Files = Mapping[str, Path | bytes]
+UNTRAINED = "untrained_rows"
+"""In a generation config: the languages whose rows nobody has trained yet, each with the digest of what its row began as."""
 
 
 class Extended(NamedTuple):
@@ -48,8 +51,8 @@ def add_languages(
     """Give a model, dense or a mixture, a token for each of these languages.
 
     ``state``: float32; its tensors are shared, not changed. ``generation`` then lists the languages, their names, and that
-    they are not detected (:func:`detectable` takes that back). Raises ``ValueError`` for an English-only model, for a language
-    that the model has, and for relatives that it has not.
+    they are not detected (:func:`detected_when_trained` takes that back). Raises ``ValueError`` for an English-only model, for
+    a language that the model has, and for relatives that it has not.
     """
     if not languages:
         return Extended(config, dict(state), dict(generation), dict(tokenizer_files))
@@ -72,19 +75,40 @@ def add_languages(
         "lang_to_id": {**listed_ids, **ids},
         "language_names": {**(generation.get("language_names") or {}), **named},
         "undetected_languages": sorted({*(generation.get("undetected_languages") or ()), *named}),
+        UNTRAINED: {**(generation.get(UNTRAINED) or {}), **{code: _digest(rows[f"<|{code}|>"]) for code in named}},
     }
     return Extended(config, state, {**generation, **added}, files)
 
 
-def detectable(generation: Mapping[str, Any], languages: Collection[str]) -> dict[str, Any]:
-    """The generation config after these languages (codes) were trained to be told apart: they are detected from now on.
+def detected_when_trained(
+    generation: Mapping[str, Any], config: ModelConfig, state: Mapping[str, Tensor]
+) -> dict[str, Any]:
+    """The generation config of this state: languages whose rows are no longer what they began as are detected from now on.
 
-    The token of a language must have been among what the model was trained to *say*, after the start of the transcript; to
-    have read it in prompts is not enough.
+    Training moves a row together with those of all other languages, for every sample's language is among the labels of such a
+    model: a row that was never the right answer loses against the others. A row that was frozen, or whose beginning is not
+    known, stays left out.
     """
-    left = [code for code in generation.get("undetected_languages") or () if code not in languages]
-    rest = {key: value for key, value in generation.items() if key != "undetected_languages"}
-    return rest | ({"undetected_languages": left} if left else {})
+    began: dict[str, str] = dict(generation.get(UNTRAINED) or {})
+    places = {name: place for place, name in enumerate(config.new_tokens)}
+    moved = {
+        code
+        for code, digest in began.items()
+        if (place := places.get(f"<|{code}|>")) is not None and _digest(state[NEW_TOKENS][place]) != digest
+    }
+    if not moved:
+        return dict(generation)
+    left = {
+        "undetected_languages": [code for code in generation.get("undetected_languages") or () if code not in moved],
+        UNTRAINED: {code: digest for code, digest in began.items() if code not in moved},
+    }
+    rest = {key: value for key, value in generation.items() if key not in left}
+    return rest | {key: value for key, value in left.items() if value}
+
+
+def _digest(row_D: Tensor) -> str:
+    """Of a row's float32 numbers."""
+    return sha256(row_D.detach().cpu().contiguous().numpy().tobytes()).hexdigest()
 
 
 def one_vocabulary(config: ModelConfig, state: Mapping[str, Tensor]) -> tuple[ModelConfig, dict[str, Tensor]]:
