@@ -29,6 +29,7 @@ from peers import SAMPLE_RATE, WINDOW_SECONDS, Job, decode, systems
 
 from whisper_moe.evaluate.convert import weights
 from whisper_moe.evaluate.machine import THREAD_VARIABLES, machine, versions
+from whisper_moe.generate.options import FULL_WINDOW
 
 PAUSE_SECONDS = 0.5
 
@@ -113,7 +114,7 @@ def prepare(names: Sequence[str], args: argparse.Namespace, recordings: Sequence
         jobs[name] = Job(
             system=name,
             clips=tuple(str(clip.path) for clip in recordings),
-            long=max(clip.seconds for clip in recordings) > 30,
+            long=max(clip.seconds for clip in recordings) > FULL_WINDOW,
             model=args.model,
             weights=ready or (str(weights(form, args.model, args.cache)) if form else ""),
             threads=args.threads,

@@ -121,9 +121,9 @@ def _experts(experts: Experts, up: Int8Rows | None, down: Int8Rows | None, arith
     if arithmetic == "int8" and not fbgemm.suits_this_cpu():
         up, down = up or Int8Rows.of(experts.up_weight.detach()), down or Int8Rows.of(experts.down_weight.detach())
         return Int8Experts(up, experts.up_bias, down, experts.down_bias)
-    up_weight = experts.up_weight.detach() if up is None else up.dequantized()
-    down_weight = experts.down_weight.detach() if down is None else down.dequantized()
+    ups = up or experts.up_weight.detach()
+    down_weight = experts.down_weight.detach() if down is None else down.dequantized()  # its rows become columns
     return SeparateExperts(
-        [_linear(*layer, arithmetic) for layer in zip(up_weight, experts.up_bias, strict=True)],
+        [_linear(*layer, arithmetic) for layer in zip(ups, experts.up_bias, strict=True)],
         [_linear(*layer, arithmetic) for layer in zip(down_weight.mT.contiguous(), experts.down_bias, strict=True)],
     )

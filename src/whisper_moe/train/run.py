@@ -18,7 +18,7 @@ import random
 import signal
 import subprocess
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from datetime import datetime
@@ -273,9 +273,6 @@ def export(directory: Path, start: Start, announce: Callable[[str], None]) -> Pa
 
 
 def _write_record(directory: Path, recipe: Recipe, trainer: Trainer, parallel: Parallel, *, resumed: bool) -> None:
-    from whisper_moe.train.checkpoint import replace
-    from whisper_moe.weights.files import json_bytes
-
     path = directory / RECORD
     before: dict[str, Any] = json.loads(path.read_text("utf-8")) if path.exists() else {}
     groups = {group["name"]: sum(p.numel() for p in group["params"]) for group in trainer.optimizer.param_groups}
@@ -286,20 +283,24 @@ def _write_record(directory: Path, recipe: Recipe, trainer: Trainer, parallel: P
         "git": git_state(), "device": str(parallel.device), "precision": trainer.settings.precision,
         "processes": parallel.world_size, "trained_parameters": groups, "sessions": sessions, "status": "running",
     }  # fmt: skip
-    replace(path, json_bytes(record))
+    _replace_record(path, record)
 
 
 def _finish_record(directory: Path, end: str, trainer: Trainer) -> None:
-    from whisper_moe.train.checkpoint import replace
-    from whisper_moe.weights.files import json_bytes
-
     record = json.loads((directory / RECORD).read_text("utf-8"))
     progress = trainer.progress
     record |= {
         "status": end, "step": progress.step, "best": progress.best, "best_step": progress.best_step,
         "bad_steps": progress.bad_steps, "skipped_samples": progress.skipped_samples, "ended": _now(),
     }  # fmt: skip
-    replace(directory / RECORD, json_bytes(record))
+    _replace_record(directory / RECORD, record)
+
+
+def _replace_record(path: Path, record: Mapping[str, Any]) -> None:
+    from whisper_moe.train.checkpoint import replace
+    from whisper_moe.weights.files import json_bytes
+
+    replace(path, json_bytes(record))
 
 
 def _check_same(recipe: Recipe, directory: Path) -> None:
