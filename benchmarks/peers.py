@@ -16,6 +16,7 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
+from whisper_moe.config import FULL_WINDOW as WINDOW_SECONDS
 from whisper_moe.config import SAMPLE_RATE as SAMPLE_RATE
 from whisper_moe.evaluate.peers import (
     Adapter,
@@ -30,7 +31,6 @@ from whisper_moe.evaluate.peers import (
     samples_of,
 )
 from whisper_moe.generate.options import DEFAULT_MARGIN
-from whisper_moe.generate.options import FULL_WINDOW as WINDOW_SECONDS
 
 if TYPE_CHECKING:
     import numpy as np

@@ -27,9 +27,9 @@ import numpy as np
 import report
 from peers import SAMPLE_RATE, WINDOW_SECONDS, Job, decode, systems
 
+from whisper_moe.config import FULL_WINDOW
 from whisper_moe.evaluate.convert import weights
 from whisper_moe.evaluate.machine import THREAD_VARIABLES, machine, versions
-from whisper_moe.generate.options import FULL_WINDOW
 
 PAUSE_SECONDS = 0.5
 

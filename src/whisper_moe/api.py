@@ -13,10 +13,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from whisper_moe.config import SAMPLE_RATE, ModelConfig
+from whisper_moe.config import FULL_WINDOW, SAMPLE_RATE, ModelConfig
 from whisper_moe.generate.decode import WindowDecoder
 from whisper_moe.generate.longform import Recording, Transcriber
-from whisper_moe.generate.options import FULL_WINDOW, TranscribeOptions
+from whisper_moe.generate.options import TranscribeOptions
 from whisper_moe.generate.result import Transcription
 from whisper_moe.heap import weights_apart
 from whisper_moe.media.audio import MediaError, stream_audio

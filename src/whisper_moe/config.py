@@ -18,6 +18,9 @@ FRAMES_PER_SECOND = 100
 """Mel frames a second: a hop of 160 samples."""
 POSITIONS_PER_SECOND = 50
 """Encoder positions a second: the stem's second convolution halves the frames."""
+SAMPLES_PER_POSITION = SAMPLE_RATE // POSITIONS_PER_SECOND
+FULL_WINDOW = 30.0
+"""Seconds that Whisper was trained on; as a margin of silence, every clip is padded to them."""
 MAX_PACK_TOKENS = 2_048
 """The context that segments are packed into (Patch-n-Pack)."""
 EMBEDDED = Path(__file__).parents[2] / "checkpoints"

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable
+from contextlib import nullcontext
 
 import pytest
 import torch
@@ -13,6 +14,7 @@ from torch import Tensor, nn
 
 from tests.model.tiny import CONFIGS, random_mels, random_texts, relative, tiny_model
 from whisper_moe.model import fbgemm
+from whisper_moe.model import linear as linear_layers
 from whisper_moe.model.fbgemm import FbgemmLinear, unsaturated
 from whisper_moe.model.int8 import Int8Embedding, Int8Experts, Int8Linear, Int8Rows
 from whisper_moe.model.linear import Arithmetic, BlockedLinear, SeparateExperts, arrange
@@ -31,7 +33,7 @@ pytestmark = pytest.mark.usefixtures("_inference")
 
 @pytest.fixture
 def _inference():
-    with torch.inference_mode():
+    with torch.inference_mode(), fbgemm.packing() if fbgemm.suits_this_cpu() else nullcontext():
         yield
 
 
@@ -279,6 +281,28 @@ def test_every_linear_layer_the_head_and_the_experts_are_swapped(kind: str, arit
     assert sorted(names) == sorted({*linears, "decoder.head"} - set(rates))
     assert [name for name, module in other.named_modules() if isinstance(module, nn.Linear)] == rates
     assert len(rates) == sum(isinstance(module, TTTMLP) for module in model.modules())
+
+
+@ARITHMETIC
+def test_arranging_leaves_the_process_as_it_was_and_says_what_went_wrong(
+    arithmetic: Arithmetic, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Layers are arranged on several threads."""
+    threads, engine = torch.get_num_threads(), torch.backends.quantized.engine
+    torch.set_num_threads(3)
+    try:
+        arrange(tiny_model("segment", torch.float32), arithmetic)
+        assert (torch.get_num_threads(), torch.backends.quantized.engine) == (3, engine)
+
+        def fails(*_: object) -> nn.Module:
+            raise MemoryError("no room")
+
+        monkeypatch.setattr(linear_layers, "_head", fails)
+        with pytest.raises(MemoryError, match="no room"):
+            arrange(tiny_model("segment", torch.float32), arithmetic)
+        assert (torch.get_num_threads(), torch.backends.quantized.engine) == (3, engine)
+    finally:
+        torch.set_num_threads(threads)
 
 
 def run(model: WhisperMoEModel) -> tuple[Tensor, Tensor]:

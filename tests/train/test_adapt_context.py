@@ -13,10 +13,10 @@ import torch.nn.functional as F
 from generate.tiny import tiny_whisper_moe
 from media.recordings import encode
 
-from whisper_moe.config import AdaptConfig
+from whisper_moe.config import FULL_WINDOW, AdaptConfig
 from whisper_moe.data.loader import Batch
 from whisper_moe.data.sample import AudioRef, Sample
-from whisper_moe.generate.options import FULL_WINDOW, TranscribeOptions
+from whisper_moe.generate.options import TranscribeOptions
 from whisper_moe.media.mel import log_mel
 from whisper_moe.model.model import WhisperMoEModel
 from whisper_moe.packing import Layout

@@ -23,6 +23,7 @@ pytest.importorskip("datasets")
 from whisper_moe import WhisperMoE
 from whisper_moe.train import checkpoint
 from whisper_moe.train.run import train
+from whisper_moe.weights.files import CheckpointError
 
 ROOT = Path(__file__).parents[2]
 
@@ -324,6 +325,9 @@ def test_one_process_goes_on_from_the_parts_that_two_wrote(material: Path, tmp_p
         *kept, last = sorted((run / "checkpoints").iterdir())
         assert [path.name[-1] for path in kept] == ["2", "4"]
         assert checkpoint.is_sharded(last) == (run.name == "sharded") == (not (last / "model.safetensors").exists())
+        if run.name == "sharded":
+            with pytest.raises(CheckpointError, match="written in parts by several processes"):
+                checkpoint.load(last)
         shutil.rmtree(last)
         assert train(recipe, [], run, True) == 0
         assert lines(run)[-1]["step"] == 6 and not checkpoint.is_sharded(sorted((run / "checkpoints").iterdir())[-1])

@@ -15,8 +15,8 @@ from typing import Protocol
 import numpy as np
 from numpy.typing import NDArray
 
-from whisper_moe.config import SAMPLE_RATE
-from whisper_moe.data.examples import SAMPLES_PER_POSITION, ExampleReader, Skipped, TooLong, positions
+from whisper_moe.config import SAMPLE_RATE, SAMPLES_PER_POSITION
+from whisper_moe.data.examples import ExampleReader, Skipped, TooLong, positions
 from whisper_moe.data.mixing import EpochOrder, Group, merged, stream_rows, stream_weights
 from whisper_moe.data.planner import Draw, LoaderConfig, Position
 from whisper_moe.data.sample import DataError, Sample

@@ -16,7 +16,14 @@ from typing import TYPE_CHECKING, Literal, Self
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
-from whisper_moe.config import MAX_PACK_TOKENS, POSITIONS_PER_SECOND, SAMPLE_RATE, ModelConfig
+from whisper_moe.config import (
+    FULL_WINDOW,
+    MAX_PACK_TOKENS,
+    POSITIONS_PER_SECOND,
+    SAMPLE_RATE,
+    SAMPLES_PER_POSITION,
+    ModelConfig,
+)
 from whisper_moe.data.mel_cache import MelCache
 from whisper_moe.data.sample import DataError, Sample
 from whisper_moe.media.audio import MediaError
@@ -27,9 +34,6 @@ if TYPE_CHECKING:
     import torch
     from torch import Tensor
 
-SAMPLES_PER_POSITION = SAMPLE_RATE // POSITIONS_PER_SECOND
-FULL_WINDOW = 30.0
-"""Seconds that Whisper was trained on; as a margin, every clip is padded to them."""
 IGNORED = -100
 """The label of a token after which nothing is to be learned: torch's ``ignore_index``."""
 

@@ -16,8 +16,8 @@ from typing import Any, Literal
 import numpy as np
 from pydantic import BaseModel, ConfigDict, Field
 
-from whisper_moe.config import MAX_PACK_TOKENS
-from whisper_moe.data.examples import FULL_WINDOW, ExampleConfig, Skipped
+from whisper_moe.config import FULL_WINDOW, MAX_PACK_TOKENS
+from whisper_moe.data.examples import ExampleConfig, Skipped
 from whisper_moe.data.mixing import MixingConfig
 from whisper_moe.data.sample import Sample
 from whisper_moe.packing import first_fit_decreasing

@@ -14,9 +14,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from whisper_moe.config import SAMPLES_PER_POSITION
 from whisper_moe.data.examples import IGNORED, ExampleConfig, ExampleReader
 from whisper_moe.data.sample import Sample
-from whisper_moe.generate.decode import SAMPLES_PER_POSITION, WindowDecoder
+from whisper_moe.generate.decode import WindowDecoder
 from whisper_moe.media.mel import log_mel
 from whisper_moe.packing import Layout, first_fit_decreasing
 

@@ -14,7 +14,7 @@ from typing import Any
 
 import numpy as np
 
-from whisper_moe.config import ModelConfig, MoEConfig
+from whisper_moe.config import FULL_WINDOW, ModelConfig, MoEConfig
 from whisper_moe.data.sample import Task
 from whisper_moe.evaluate.cost import active_parameters, flops, parameters
 from whisper_moe.evaluate.material import Clip
@@ -30,7 +30,6 @@ from whisper_moe.evaluate.metrics import (
     script_fidelity,
     translation_scores,
 )
-from whisper_moe.generate.options import FULL_WINDOW
 from whisper_moe.media.normalize import normalize
 
 BUCKETS = (0.0, 2.0, 5.0, 10.0, 20.0, 30.0, math.inf)

@@ -15,9 +15,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from whisper_moe.config import POSITIONS_PER_SECOND, SAMPLE_RATE
+from whisper_moe.config import FULL_WINDOW, POSITIONS_PER_SECOND, SAMPLE_RATE, SAMPLES_PER_POSITION
 from whisper_moe.generate.align import WordTiming, align, token_probabilities
-from whisper_moe.generate.options import FULL_WINDOW, TranscribeOptions
+from whisper_moe.generate.options import TranscribeOptions
 from whisper_moe.generate.rules import Rules, Timestamps
 from whisper_moe.generate.search import Hypothesis, search
 from whisper_moe.heap import give_back_memory
@@ -30,7 +30,6 @@ from whisper_moe.model.model import WhisperMoEModel
 from whisper_moe.model.router import Routing
 from whisper_moe.packing import Layout, first_fit_decreasing
 
-SAMPLES_PER_POSITION = SAMPLE_RATE // POSITIONS_PER_SECOND
 TOKENS_PER_SECOND = 40
 """More than anybody says, in the languages that cost most tokens a letter; a text that is longer is a loop."""
 MINIMUM_TOKEN_LIMIT = 32

@@ -12,9 +12,9 @@ from typing import TypeAlias
 
 import numpy as np
 
-from whisper_moe.config import SAMPLE_RATE
+from whisper_moe.config import FULL_WINDOW, SAMPLE_RATE
 from whisper_moe.generate.decode import TOKENS_PER_SECOND, Take, WindowDecoder
-from whisper_moe.generate.options import FULL_WINDOW, TranscribeOptions
+from whisper_moe.generate.options import TranscribeOptions
 from whisper_moe.generate.result import compression_ratio
 from whisper_moe.generate.segments import goes_on, too_much
 from whisper_moe.media.text import Tokenizer

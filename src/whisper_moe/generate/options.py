@@ -6,8 +6,8 @@ import math
 from dataclasses import dataclass
 from typing import Literal
 
-FULL_WINDOW = 30.0
-"""Seconds that Whisper was trained on; a margin of as much is the padded transcription of old."""
+from whisper_moe.config import FULL_WINDOW
+
 DEFAULT_MARGIN = 2.5
 """Seconds of silence kept after each clip; chosen by measurement (``docs/lab.md``)."""
 DEFAULT_WINDOW = 20.0

@@ -9,6 +9,8 @@ row is scaled down until it is. (A row's largest weight has a small neighbour mo
 from __future__ import annotations
 
 import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 import torch
 import torch.nn.functional as F
@@ -29,6 +31,19 @@ def suits_this_cpu() -> bool:
     kernel = hasattr(torch.ops.quantized, "linear_with_input_q_dq_qweight_dq_output_fp32")
     engine = "fbgemm" in torch.backends.quantized.supported_engines
     return kernel and engine and torch.backends.cpu.get_cpu_capability() == "AVX2"
+
+
+@contextmanager
+def packing() -> Iterator[None]:
+    """FBGEMM's own packing, in which every :class:`FbgemmLinear` has to be made; the choice is the whole process's."""
+    engine = torch.backends.quantized.engine
+    torch.backends.quantized.engine = "fbgemm"
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "torch.quantize_per_tensor")  # deprecated, without a successor on AVX2
+        try:
+            yield
+        finally:
+            torch.backends.quantized.engine = engine
 
 
 def unsaturated(weight: Int8Rows) -> Int8Rows:
@@ -59,15 +74,8 @@ class FbgemmLinear(nn.Module):
         self.outputs, self.bias = weight.shape[0], bias.detach() if bias is not None else None
         weight = unsaturated(weight)
         zeros = torch.zeros(self.outputs, dtype=torch.long)
-        engine = torch.backends.quantized.engine
-        with warnings.catch_warnings():
-            warnings.filterwarnings("ignore", "torch.quantize_per_tensor")  # deprecated, without a successor on AVX2
-            tensor = torch._make_per_channel_quantized_tensor(weight.levels, weight.scale[:, 0].double(), zeros, 0)  # pyright: ignore[reportPrivateImportUsage]
-        torch.backends.quantized.engine = "fbgemm"
-        try:
-            self.packed = torch.ops.quantized.linear_prepack(tensor, None)
-        finally:
-            torch.backends.quantized.engine = engine
+        tensor = torch._make_per_channel_quantized_tensor(weight.levels, weight.scale[:, 0].double(), zeros, 0)  # pyright: ignore[reportPrivateImportUsage]
+        self.packed = torch.ops.quantized.linear_prepack(tensor, None)
 
     def forward(self, x: Tensor) -> Tensor:
         x_TD = x.reshape(-1, x.shape[-1])

@@ -10,7 +10,10 @@ every call, which at the few rows of a decoding step costs two to four times as 
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import nullcontext
+from functools import partial
 from typing import Literal
 
 import torch
@@ -82,25 +85,45 @@ def arrange(
     TTT's learning rates stay as they are: the inner loop computes them from their weights, in float32 at least.
     """
     known, paths = quantized or {}, {module: path for path, module in model.named_modules()}
+    jobs: list[Callable[[], None]] = []
     for parent in list(model.modules()):
         for name, child in list(parent.named_children()):
             rows = known.get(f"{paths[child.embedding if isinstance(child, TextHead) else child]}.weight")
-            if isinstance(parent, TTTMLP) and child is parent.rate:
-                continue
-            if type(child) is nn.Linear:
-                setattr(parent, name, _linear(rows or child.weight.detach(), child.bias, arithmetic))
-                child._parameters.clear()  # the lists of modules here would keep them alive until the end
-            elif isinstance(child, TextHead):
-                setattr(parent, name, _head(child, rows or child.weight.detach(), arithmetic))
-            elif isinstance(child, AdaptedNorm):
-                setattr(parent, name, child.folded())
-            elif isinstance(child, nn.Embedding) and rows is not None:
-                setattr(parent, name, Int8Embedding(rows))
-            elif isinstance(child, Experts):
-                up, down = (known.get(f"{paths[child]}.{key}") for key in ("up_weight", "down_weight"))
-                setattr(parent, name, _experts(child, up, down, arithmetic))
-                child._parameters.clear()
+            if not (isinstance(parent, TTTMLP) and child is parent.rate):
+                jobs.append(partial(_swap, parent, name, child, paths[child], rows, known, arithmetic))
+    with fbgemm.packing() if arithmetic == "int8" and fbgemm.suits_this_cpu() else nullcontext():
+        _side_by_side(jobs)
     return model
+
+
+def _swap(
+    parent: nn.Module, name: str, child: nn.Module, path: str, rows: Int8Rows | None, known: Mapping[str, Int8Rows],
+    arithmetic: Arithmetic,
+) -> None:  # fmt: skip
+    if type(child) is nn.Linear:
+        setattr(parent, name, _linear(rows or child.weight.detach(), child.bias, arithmetic))
+        child._parameters.clear()  # the lists of modules would keep them alive until the end
+    elif isinstance(child, TextHead):
+        setattr(parent, name, _head(child, rows or child.weight.detach(), arithmetic))
+    elif isinstance(child, AdaptedNorm):
+        setattr(parent, name, child.folded())
+    elif isinstance(child, nn.Embedding) and rows is not None:
+        setattr(parent, name, Int8Embedding(rows))
+    elif isinstance(child, Experts):
+        up, down = (known.get(f"{path}.{key}") for key in ("up_weight", "down_weight"))
+        setattr(parent, name, _experts(child, up, down, arithmetic))
+        child._parameters.clear()
+
+
+def _side_by_side(jobs: Sequence[Callable[[], None]]) -> None:
+    """Each job on one thread: laying out a matrix is mostly work that PyTorch does not divide among threads."""
+    threads = torch.get_num_threads()
+    try:
+        with ThreadPoolExecutor(threads, initializer=torch.set_num_threads, initargs=(1,)) as pool:
+            for _ in pool.map(lambda job: job(), jobs):
+                pass
+    finally:
+        torch.set_num_threads(threads)
 
 
 def _linear(weight: Tensor | Int8Rows, bias: Tensor | None, arithmetic: Arithmetic) -> nn.Module:

@@ -20,12 +20,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from whisper_moe.config import SAMPLE_RATE, ModelConfig
+from whisper_moe.config import FULL_WINDOW, SAMPLE_RATE, SAMPLES_PER_POSITION, ModelConfig
 from whisper_moe.data.examples import Example, Pack, pack_examples, positions
 from whisper_moe.data.loader import Batch
 from whisper_moe.data.sample import Sample
-from whisper_moe.generate.decode import SAMPLES_PER_POSITION
-from whisper_moe.generate.options import FULL_WINDOW
 from whisper_moe.media.mel import log_mel
 from whisper_moe.model.model import Output
 from whisper_moe.packing import first_fit_decreasing

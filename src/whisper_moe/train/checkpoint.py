@@ -285,6 +285,8 @@ def load(path: Path, groups: Iterable[str] | None = None) -> Loaded:
 
     Raises ``CheckpointError`` that names the file at fault and the cause.
     """
+    if is_sharded(path):
+        raise CheckpointError(f"{path}: written in parts by several processes (run.checkpoint: sharded)")
     wanted = None if groups is None else {f"{group}.safetensors" for group in groups}
     commit = _verified(path, wanted)
     if absent := sorted((wanted or set()) - set(commit.files)):

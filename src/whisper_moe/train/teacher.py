@@ -20,11 +20,11 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 from torch import Tensor
 
-from whisper_moe.config import SAMPLE_RATE
+from whisper_moe.config import FULL_WINDOW, SAMPLE_RATE
 from whisper_moe.data.examples import Skipped
 from whisper_moe.data.sample import AudioRef, Sample
 from whisper_moe.generate.decode import WindowDecoder
-from whisper_moe.generate.options import FULL_WINDOW, TranscribeOptions
+from whisper_moe.generate.options import TranscribeOptions
 from whisper_moe.media.audio import MediaError
 from whisper_moe.model.linear import arrange
 from whisper_moe.model.model import WhisperMoEModel
