@@ -30,7 +30,6 @@ from whisper_moe.evaluate.peers import (
     Transformers,
     samples_of,
 )
-from whisper_moe.generate.options import DEFAULT_MARGIN
 
 if TYPE_CHECKING:
     import numpy as np
@@ -56,7 +55,7 @@ def decode(path: str) -> np.ndarray:
 
 
 def ours(
-    job: Job, *, default: bool, margin: float = DEFAULT_MARGIN, dtype: Literal["float32", "int8"] = "float32"
+    job: Job, *, default: bool, margin: float | None = None, dtype: Literal["float32", "int8"] = "float32"
 ) -> Ours:
     """This project, with its own checkpoint or with the peers' weights."""
     from whisper_moe import WhisperMoE

@@ -16,7 +16,7 @@ from torch import Tensor
 from whisper_moe.config import FULL_WINDOW, SAMPLE_RATE, ModelConfig
 from whisper_moe.generate.decode import WindowDecoder
 from whisper_moe.generate.longform import Recording, Transcriber
-from whisper_moe.generate.options import TranscribeOptions
+from whisper_moe.generate.options import DEFAULT_MARGIN, TranscribeOptions
 from whisper_moe.generate.result import Transcription
 from whisper_moe.heap import weights_apart
 from whisper_moe.media.audio import MediaError, stream_audio
@@ -102,6 +102,12 @@ class WhisperMoE:
     def config(self) -> ModelConfig:
         return self.model.config
 
+    @property
+    def context_margin(self) -> float:
+        """Seconds of silence that are kept after a clip where nothing else is asked for."""
+        adapted = self.config.adapt.context_margin if self.config.adapt else None
+        return DEFAULT_MARGIN if adapted is None else adapted
+
     def save_pretrained(self, directory: str | os.PathLike[str], *, quantize: bool = False) -> None:
         """Write a checkpoint directory; ``quantize`` stores matrices as int8. Raises ``ValueError`` for a model
         whose weights were rounded or arranged for this machine when it was loaded.
@@ -167,6 +173,8 @@ class WhisperMoE:
         names: Sequence[str] = fields.get("allowed_languages", ())
         known = tuple(map(self.tokenizer.language_code, names))
         fields["allowed_languages"] = known
+        if fields.get("context_margin") is None:
+            fields["context_margin"] = self.context_margin
         asked = TranscribeOptions(**fields)
         if asked.vad == "silero":
             speech_spans_silero(np.zeros(SAMPLE_RATE, np.float32))  # says now, not at the first file, if it is missing

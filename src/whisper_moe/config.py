@@ -117,6 +117,17 @@ class AdaptConfig(_Frozen):
     """Their LayerNorms carry a learned difference."""
     adapter_dim: int = Field(default=0, ge=0)
     """Hidden units of a slim feed-forward beside each one's own (an adapter, arXiv 1902.00751, in parallel); 0 for none."""
+    context_margin: float | None = Field(default=None, ge=0, le=FULL_WINDOW)
+    """Seconds of silence after a clip that the model was adapted to, and is given where nothing else is asked for."""
+    full_windows: bool = True
+    """False: a window of full length goes through the encoder as if none of this were there, nor its TTT layers: the core
+    was trained on such windows, and says of them exactly what it said before."""
+
+    @model_validator(mode="after")
+    def _check(self) -> Self:
+        if not self.full_windows and self.decoder_layers:
+            raise ValueError("full_windows: false is for the encoder: the decoder does not know how long a window is")
+        return self
 
 
 class ModelConfig(_Frozen):
@@ -206,6 +217,11 @@ class ModelConfig(_Frozen):
             return None
         layers = self.adapt.encoder_layers if side == "encoder" else self.adapt.decoder_layers
         return self.adapt if layer in layers else None
+
+    @property
+    def core_alone_on_full_windows(self) -> bool:
+        """Whether the encoder leaves out what adapts it where a window has its full length."""
+        return self.adapt is not None and not self.adapt.full_windows
 
     def routed(self, side: Literal["encoder", "decoder"], layer: int) -> bool:
         """Whether this block's feed-forward is a mixture of experts."""

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 from pydantic import ValidationError
 
 from whisper_moe.config import EMBEDDED, problems
-from whisper_moe.generate.options import DEFAULT_MARGIN, TranscribeOptions
+from whisper_moe.generate.options import TranscribeOptions
 from whisper_moe.generate.text import SubtitleOptions
 from whisper_moe.media.languages import NewLanguage, language_code, stated_languages
 
@@ -40,7 +40,6 @@ def transcribe_options(flags: dict[str, Any]) -> TranscribeOptions:
     """The options; languages are still names, as far as only the model can tell what they stand for."""
     increment, first = flags["temperature_increment_on_fallback"] or 0.0, flags["temperature"]
     count = int((1.0 - first + 1e-6) / increment) + 1 if increment > 0 and first <= 1 else 1
-    margin = DEFAULT_MARGIN if flags["context_margin"] is None else flags["context_margin"]
     plain = {name: flags[name] for name in (
         "task", "length_penalty", "initial_prompt", "hotwords", "vad", "carry_ttt",
         "compression_ratio_threshold", "logprob_threshold", "no_speech_threshold",
@@ -52,7 +51,7 @@ def transcribe_options(flags: dict[str, Any]) -> TranscribeOptions:
         allowed_languages=names(flags["languages"]),
         temperatures=tuple(round(first + i * increment, 6) for i in range(count)),
         suppress_tokens=numbers("--suppress-tokens", flags["suppress_tokens"]),
-        timestamps=not flags["without_timestamps"], context_margin=margin, window=flags["window"],
+        timestamps=not flags["without_timestamps"], context_margin=flags["context_margin"], window=flags["window"],
         word_timestamps=truth("--word-timestamps", flags["word_timestamps"]),
     )  # fmt: skip
 

@@ -58,6 +58,7 @@ class MemoryCorpus:
     samples: Sequence[Sample | DataError]
     name: str = "memory"
     streaming: bool = False
+    missing: tuple[str, ...] = ()
 
     def __len__(self) -> int:
         assert not self.streaming

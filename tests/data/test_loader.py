@@ -345,7 +345,7 @@ def test_a_stream_beside_a_corpus_with_an_index() -> None:
     ("corpora", "changes", "message"),
     [
         ([], {}, "different names"),
-        ([MemoryCorpus(SAMPLES), MemoryCorpus(SAMPLES)], {}, "different names"),
+        ([MemoryCorpus(SAMPLES), MemoryCorpus(SAMPLES)], {}, "different names.*give each a `name` in the recipe"),
         ([MemoryCorpus(SAMPLES)], {"world": 6}, "cannot be shared by 6 ranks"),
         ([MemoryCorpus(SAMPLES)], {"rank": 2, "world": 2}, "rank must be within 0 and 1"),
         ([MemoryCorpus(SAMPLES)], {"mixing": {"weights": {"other": 2}}}, "other"),
@@ -365,3 +365,28 @@ def test_a_cache_changes_nothing(tmp_path: Any, workers: int) -> None:
     for _ in range(2):
         assert same(list(loader_of(cache_dir=str(tmp_path), workers=workers)), batches)
     assert len(list(tmp_path.rglob("*.mel"))) == len(SAMPLES)
+
+
+@pytest.mark.parametrize("buffer", [14, 28])
+def test_a_stream_that_ends_with_a_buffer_loses_nothing(buffer: int) -> None:
+    settings: dict[str, Any] = {"streaming": True, "planning_buffer": buffer}
+    loader, states, batches = loader_of(SAMPLES[:28], **settings), [], []
+    states.append(loader.state_dict())
+    for batch in loader:
+        batches.append(batch)
+        states.append(loader.state_dict())
+    assert sorted(id for batch in batches for id in batch.ids) == sorted(sample.id for sample in SAMPLES[:28])
+    for done, state in enumerate(states[:-1]):
+        resumed = loader_of(SAMPLES[:28], **settings)
+        resumed.load_state_dict(state)
+        assert same(list(resumed), batches[done:]), done
+
+
+def test_what_a_corpus_lists_and_does_not_have_counts_as_corrupt() -> None:
+    corpus = MemoryCorpus(SAMPLES, missing=("memory/a: b.wav: no such file",))
+    loader = loader_over([corpus])
+    assert [(sample.id, sample.cause, sample.corrupt) for sample in loader.excluded] == [
+        ("memory/a: b.wav", "no such file", True)
+    ]
+    with pytest.raises(DataError, match=r"50\.0% of 64 samples are corrupt"):
+        loader_over([replace(corpus, missing=corpus.missing * 32)])

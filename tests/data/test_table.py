@@ -102,6 +102,8 @@ def test_nemos_manifests_are_read(folder: Path) -> None:
 def test_a_column_divides_a_table_into_splits(folder: Path) -> None:
     (folder / "t.tsv").write_text("path\ttext\tsplit\naudio/a.wav\tx\ttrain\naudio/b.wav\ty\ttest\n")
     assert [s.text for s in table(folder / "t.tsv", split="test")] == ["y"]
+    (folder / "u.tsv").write_text("path\ttext\naudio/a.wav\tx\naudio/b.wav\ty\n")
+    assert [s.text for s in table(folder / "u.tsv", split="test")] == ["x", "y"]  # no such column: the whole
     with pytest.raises(DataError, match="no rows of the split 'dev'"):
         table(folder / "t.tsv", split="dev")
 

@@ -136,6 +136,12 @@ def test_characters_are_counted_with_spaces_and_by_the_language() -> None:
     assert counts.whole.tolist() == [6, 3]
 
 
+def test_spaces_that_only_the_normaliser_puts_there_are_no_characters() -> None:
+    """Else every other character of Chinese or Thai is right, whatever is written."""
+    counts = character_counts(["你好世界朋友", "สวัสดี"], ["天地玄黄宇宙", "สวัสดี"], ["zh", "th"])
+    assert counts.part.tolist() == [6, 0] and counts.whole.tolist() == [6, 6]
+
+
 def test_each_clip_is_compared_by_the_rules_of_its_language() -> None:
     counts = clip_counts(["क़लम।", "Mr. Brown"], ["क\u093cलम", "mister brown"], ["hi", "en"])
     assert counts.part.tolist() == [0, 0]

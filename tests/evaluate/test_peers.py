@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import subprocess
 from pathlib import Path
 from typing import Any
 
@@ -62,6 +63,36 @@ def test_systems_are_named_by_their_kind(spec: str, kind: str, name: str, label:
 def test_a_folder_is_called_by_its_last_name(tmp_path: Path):
     (tmp_path / "mine").mkdir()
     assert parse(f"{tmp_path}/mine/").label == "mine"
+
+
+def test_a_training_runs_model_is_called_by_the_run(tmp_path: Path):
+    for run in ("a", "b"):
+        (tmp_path / run / "model").mkdir(parents=True)
+    assert [parse(str(tmp_path / run / "model")).label for run in "ab"] == ["a", "b"]
+
+
+def test_weights_that_were_written_anew_are_converted_anew(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    """What lies at a path may change; another path of the same spelling elsewhere is another model."""
+    model = tmp_path / "dense" / "model.safetensors"
+    model.parent.mkdir()
+    made: list[str] = []
+
+    def run(command: list[str], **_: object) -> subprocess.CompletedProcess[str]:
+        made.append(command[-1])
+        Path(command[-1]).mkdir(parents=True)
+        return subprocess.CompletedProcess(command, 0, stdout=command[-1] + "\n", stderr="")
+
+    monkeypatch.setattr(convert.subprocess, "run", run)
+    for content in (b"one", b"one", b"another"):
+        if not model.exists() or model.read_bytes() != content:
+            model.write_bytes(content)
+        convert.weights("openai", str(model.parent), tmp_path / "cache")
+    monkeypatch.chdir(tmp_path)
+    convert.weights("openai", "dense", tmp_path / "cache")
+    (tmp_path / "elsewhere/dense").mkdir(parents=True)
+    monkeypatch.chdir(tmp_path / "elsewhere")
+    convert.weights("openai", "dense", tmp_path / "cache")
+    assert len(made) == len(set(made)) == 4
 
 
 def test_a_peer_gets_its_own_format_and_anything_else_is_converted(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):

@@ -257,6 +257,12 @@ def test_a_folder_with_other_things_in_it_is_left_alone(tmp_path: Path):
         reports.check_folder(tmp_path / "mine")
     with pytest.raises(ValueError, match="is a file"):
         reports.check_folder(tmp_path / "mine/letter.txt")
+    for name in (reports.JSON, reports.PAGE):
+        (tmp_path / "mine" / name).write_text("{}")
+    with pytest.raises(ValueError, match=r"it holds more than a report: letter\.txt"):
+        reports.check_folder(tmp_path / "mine")
+    (tmp_path / "mine/letter.txt").unlink()
+    reports.check_folder(tmp_path / "mine")
 
 
 @pytest.mark.parametrize(

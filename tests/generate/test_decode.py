@@ -114,6 +114,20 @@ def test_a_short_clip_may_say_little(tiny_model: WhisperMoE) -> None:
     assert decoder._token_limit(25 * RATE, 2.0) == decoder._token_limit(RATE // 5, 30.0) == 224
 
 
+@pytest.mark.parametrize(("task", "written"), [("transcribe", "hi"), ("translate", "en")])
+def test_words_are_those_of_the_language_that_is_written(
+    tiny_model: WhisperMoE, monkeypatch: pytest.MonkeyPatch, task: str, written: str
+) -> None:
+    """What matters for those without spaces: their translations have some."""
+    asked: list[str] = []
+    split = tiny_model.tokenizer.split_to_words
+    monkeypatch.setattr(
+        tiny_model.tokenizer, "split_to_words", lambda ids, code: asked.append(code) or split(ids, code)
+    )
+    decode(tiny_model, CLIPS[1:2], language="hi", task=task, word_timestamps=True, timestamps=False)
+    assert asked == [written]
+
+
 def test_words_lie_within_the_sound(tiny_model: WhisperMoE) -> None:
     """Never in the silence that was put behind it."""
     for margin in (0.5, 30.0):

@@ -11,6 +11,7 @@ from model.tiny import random_texts, relative
 
 from whisper_moe import WhisperMoE
 from whisper_moe.config import AdaptConfig, ModelConfig
+from whisper_moe.generate.options import DEFAULT_MARGIN, TranscribeOptions
 from whisper_moe.model.adapt import AdaptedNorm
 from whisper_moe.model.linear import Arithmetic, arrange
 from whisper_moe.model.model import WhisperMoEModel
@@ -96,6 +97,78 @@ def test_it_is_written_and_read(tmp_path: Path) -> None:
     for name in same - {"adapt.safetensors"}:
         (ours,), (theirs,) = (list((tmp_path / folder).rglob(name)) for folder in ("m", "plain"))
         assert ours.read_bytes() == theirs.read_bytes(), f"{name} is the same without the adapting part"
+
+
+FULL = 2 * CONFIG.max_source_positions
+SHORT_ONLY = AdaptConfig(encoder_layers=(0, 1), adapter_dim=4, full_windows=False)
+
+
+def for_short_windows() -> tuple[WhisperMoEModel, WhisperMoEModel]:
+    """A model, and one that has learned something about short windows, TTT layers included."""
+    plain = tiny_whisper_moe(0)
+    with torch.no_grad():
+        for name, parameter in plain.model.named_parameters():
+            if ".ttt.gate_" in name:
+                parameter.zero_()
+    config, state = add_parts(plain.config, plain.model.state_dict(), adapt=SHORT_ONLY)
+    model = WhisperMoEModel(config).eval()
+    model.load_state_dict(state)
+    assert config.ttt is not None and config.ttt.encoder_layers
+    return plain.model, shaken(model)
+
+
+@pytest.mark.parametrize("training", [False, True])
+def test_full_windows_go_through_the_core_alone(training: bool) -> None:
+    """Exactly, whatever shares their pack; short ones are adapted as they are alone."""
+    plain, model = for_short_windows()
+    full, short = torch.randn(CONFIG.n_mels, FULL), torch.randn(CONFIG.n_mels, FULL - 2)
+    with torch.set_grad_enabled(training):
+        assert torch.equal(model.encoder([full, full]).states_TD, plain.encoder([full, full]).states_TD)
+        together, alone = model.encoder([short, full, short]), model.encoder([short]).states_TD
+        first, middle, last = (together.states_TD[rows] for rows in together.layout.slices())
+        assert relative(middle, plain.encoder([full]).states_TD) < 1e-5
+        assert relative(first, alone) < 1e-5 and relative(last, alone) < 1e-5
+        assert relative(alone, plain.encoder([short]).states_TD) > 1e-2
+
+
+def test_full_windows_leave_no_parameter_without_a_gradient() -> None:
+    """Ranks that train together wait for every parameter's."""
+    model = for_short_windows()[1]
+    model.encoder([torch.randn(CONFIG.n_mels, FULL)]).states_TD.square().mean().backward()
+    adapting = [p for name, p in model.encoder.named_parameters() if part_of(f"encoder.{name}", model.config) == ADAPT]
+    assert adapting and all(p.grad is not None and not p.grad.any() for p in adapting)
+
+
+@pytest.mark.parametrize(("arithmetic", "close"), [("float32", 1e-5), ("int8", 0.1)])
+def test_arranged_full_windows_go_through_the_core_alone(arithmetic: Arithmetic, close: float) -> None:
+    plain, model = for_short_windows()
+    mels = [torch.randn(CONFIG.n_mels, frames) for frames in (FULL, FULL - 8)]
+    expected = model.encoder(mels).states_TD.detach()
+    arrange(model, arithmetic), arrange(plain, arithmetic)
+    with torch.inference_mode():
+        assert relative(model.encoder(mels).states_TD, expected) < close
+        assert torch.equal(model.encoder(mels[:1]).states_TD, plain.encoder(mels[:1]).states_TD)
+
+
+def test_a_model_that_was_adapted_to_a_margin_is_given_that() -> None:
+    plain = tiny_whisper_moe(0)
+    for margin, kept in ((None, DEFAULT_MARGIN), (0.25, 0.25), (0.0, 0.0)):
+        adapt = AdaptConfig(encoder_layers=(0,), adapter_dim=4, context_margin=margin)
+        model = WhisperMoEModel(CONFIG.model_copy(update={"adapt": adapt}))
+        spoken = WhisperMoE(model, plain.tokenizer, plain.generation)
+        assert (
+            spoken.context_margin
+            == spoken._options({}).margin
+            == spoken._options({"context_margin": None}).margin
+            == kept
+        )
+        assert spoken._options({"context_margin": 2.0}).margin == 2.0
+    assert plain._options({}).margin == TranscribeOptions().margin == DEFAULT_MARGIN
+
+
+def test_the_decoder_cannot_leave_full_windows_alone() -> None:
+    with pytest.raises(ValueError, match="full_windows: false is for the encoder"):
+        AdaptConfig(encoder_layers=(0,), decoder_layers=(0,), full_windows=False)
 
 
 @pytest.mark.parametrize(("arithmetic", "close"), [("float32", 1e-5), ("int8", 0.1)])

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import os
 from dataclasses import replace
 from pathlib import Path
 
@@ -12,6 +13,7 @@ import torch
 import torch.nn.functional as F
 from generate.tiny import tiny_whisper_moe
 from media.recordings import encode
+from train.tiny import tiny_checkpoint
 
 from whisper_moe.config import FULL_WINDOW, AdaptConfig
 from whisper_moe.data.loader import Batch
@@ -27,7 +29,7 @@ from whisper_moe.train.monitor import Silent
 from whisper_moe.train.optim import Rates, build_optimizer, freeze
 from whisper_moe.train.recipe import load_recipe
 from whisper_moe.train.single import SingleProcess
-from whisper_moe.train.teacher import MODES, Teacher
+from whisper_moe.train.teacher import MODES, Teacher, teacher_digest, teacher_of
 from whisper_moe.weights.upcycle import add_parts
 
 RATE = 16_000
@@ -131,6 +133,39 @@ def test_a_lesson_that_was_damaged_is_named(samples: list[Sample], teacher: Teac
         damaged.lesson(samples[0], "plain")
 
 
+def test_a_lesson_is_of_one_teacher_and_one_recording(samples: list[Sample], tmp_path: Path) -> None:
+    config, state = SPOKEN.config, dict(SPOKEN.model.state_dict())
+    own = teacher_digest(config, state, SPOKEN.generation)
+    name = next(name for name, tensor in state.items() if tensor.ndim == 2)
+    other = teacher_digest(config, state | {name: state[name] * 1.01}, SPOKEN.generation)
+    assert own == teacher_digest(config, state, SPOKEN.generation) != other
+    assert samples[0].audio is not None and samples[0].audio.path is not None
+    path = tmp_path / "clip.wav"
+    path.write_bytes(Path(samples[0].audio.path).read_bytes())
+    sample = replace(samples[0], audio=AudioRef(path=str(path)))
+    teacher = Teacher(SPOKEN._decoder, tmp_path / "lessons", digest=own)
+    list(teacher.prepare([sample]))
+    assert teacher.knows(sample)
+    assert not Teacher(SPOKEN._decoder, tmp_path / "lessons", digest=other).knows(sample)
+    os.utime(path, ns=(0, 0))
+    assert not teacher.knows(sample)
+    with pytest.raises(ValueError, match="no lesson of clip-0: it is gone, or the sound has changed"):
+        teacher.lesson(sample, "plain")
+
+
+def test_a_teacher_that_is_loaded_is_known_by_its_weights(samples: list[Sample], tmp_path: Path) -> None:
+    model, lessons = tiny_checkpoint(tmp_path / "model"), tmp_path / "lessons"
+    first, second = (teacher_of(str(model), lessons, torch.device("cpu"), limit_mb=64) for _ in range(2))
+    list(first.prepare(samples[:1]))
+    assert second.knows(samples[0]) and not Teacher(SPOKEN._decoder, lessons).knows(samples[0])
+
+
+def test_the_order_is_that_of_the_clips_whatever_is_known(samples: list[Sample], tmp_path: Path) -> None:
+    teacher = Teacher(SPOKEN._decoder, tmp_path)
+    list(teacher.prepare(samples[1:2]))
+    assert list(teacher.prepare(samples)) == samples
+
+
 # Batches.
 
 
@@ -156,6 +191,18 @@ def test_going_on_is_as_if_never_stopped(samples: list[Sample], teacher: Teacher
         resumed.load_state_dict(lessons.state_dict())
         rest = [*resumed, *resumed][: 6 - cut]
         assert seen([*begun, *rest]) == whole, cut
+
+
+def test_clips_that_are_called_alike_are_refused(samples: list[Sample], teacher: Teacher) -> None:
+    with pytest.raises(ValueError, match="'clip-1' is that of several"):
+        lessons_of([*samples, samples[1]], teacher)
+
+
+def test_going_on_with_other_clips_is_refused(samples: list[Sample], teacher: Teacher) -> None:
+    state = lessons_of(samples, teacher).state_dict()
+    lessons_of(samples, teacher).load_state_dict(state)
+    with pytest.raises(ValueError, match="cannot go on with other clips"):
+        lessons_of(samples[:-1], teacher).load_state_dict(state)
 
 
 def test_margins_are_within_their_range(samples: list[Sample], teacher: Teacher) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -10,12 +11,14 @@ from model.tiny import CONFIGS
 
 from whisper_moe.model.model import WhisperMoEModel
 from whisper_moe.train.optim import (
+    GrokfastAdamW,
     Rates,
     build_optimizer,
     freeze,
     group_of,
     schedule_factor,
     set_rates,
+    unmatched,
     warmup_warning,
 )
 from whisper_moe.train.recipe import load_recipe
@@ -111,6 +114,21 @@ def test_a_named_group_comes_before_all_others() -> None:
         "*": (7e-2, 0.0),
     }
     assert group_of("encoder.router.weight", torch.zeros(2, 2), rates.named) == "*"
+
+
+def test_a_pattern_called_like_a_group_leaves_it_alone_and_of_two_alike_the_first_counts() -> None:
+    model = WhisperMoEModel(CONFIGS["segment"])
+    named = [("decay", 9e-2, 0.9), ("*.experts.*", 5e-2, 0.3), ("*.experts.*", 6e-2, 0.4)]
+    optimizer = build_optimizer(model, replace(RATES, named=named), betas=(0.9, 0.98), eps=1e-6)
+    groups = {group["name"]: (group["lr"], group["weight_decay"]) for group in optimizer.param_groups}
+    assert groups["decay"] == (1e-4, 0.1) and groups["*.experts.*"] == (5e-2, 0.3)
+    assert unmatched(model, [pattern for pattern, _, _ in named]) == ["decay"]
+
+
+@pytest.mark.parametrize(("alpha", "amplification"), [(1.0, 2.0), (-0.1, 2.0), (0.98, -1.0)])
+def test_an_average_that_is_none_is_refused(alpha: float, amplification: float) -> None:
+    with pytest.raises(ValueError, match="0 <= alpha < 1 and lambda >= 0"):
+        GrokfastAdamW([torch.nn.Parameter(torch.zeros(1))], alpha=alpha, amplification=amplification, lr=1e-3)
 
 
 def test_a_factor_scales_every_peak() -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ast
 import inspect
+import shlex
 import subprocess
 import sys
 from pathlib import Path
@@ -55,6 +56,45 @@ def test_the_practical_recipe_differs_in_what_it_repairs() -> None:
 @pytest.mark.parametrize("path", sorted(RECIPES.glob("*.yaml")), ids=lambda path: path.stem)
 def test_every_recipe_can_be_read(path: Path) -> None:
     assert path.read_text("utf-8").startswith("#")
+
+
+def test_lessons_that_teach_nothing_are_refused() -> None:
+    with pytest.raises(RecipeError, match=r"losses.context.padded: full windows teach nothing"):
+        load_recipe(RECIPES / "context.yaml", ["losses.context.padded=0.15"])
+    load_recipe(RECIPES / "context.yaml", ["losses.context.padded=0.15", "model.adapt.full_windows=true"])
+
+
+@pytest.mark.parametrize(
+    ("override", "said"),
+    [
+        ("losses.balancing=bias", "losses.balancing cannot be bias"),
+        ("data.loader.batch_unit=packs", "must be examples"),
+    ],
+)
+def test_what_context_adaptation_has_not_is_refused(override: str, said: str) -> None:
+    with pytest.raises(RecipeError, match=f"losses.context: .*{said}"):
+        load_recipe(RECIPES / "context.yaml", [override])
+
+
+@pytest.mark.parametrize("given", ["[1.0, 2.0]", "[-0.1, 2.0]", "[0.98, -2.0]"])
+def test_a_slow_gradient_that_is_none_is_refused(small: Path, given: str) -> None:
+    with pytest.raises(RecipeError, match=r"optimisation: grokfast is .*0 <= alpha < 1"):
+        load_recipe(small, [f"optimisation.grokfast={given}"])
+    assert load_recipe(small, ["optimisation.grokfast=[0.98, 2.0]"]).optimisation.grokfast == (0.98, 2.0)
+
+
+def test_a_table_is_judged_by_its_test_rows() -> None:
+    assert [corpus.split for corpus in load_recipe(RECIPES / "table.yaml").data.evaluation] == ["test"]
+
+
+def test_the_documented_commands_for_many_processes_have_experts_to_deal_out() -> None:
+    documented = (RECIPES.parent / "docs" / "training.md").read_text("utf-8").replace("\\\n", " ")
+    commands = [shlex.split(line) for line in documented.splitlines() if line.startswith("    torchrun ")]
+    assert len(commands) == 2
+    for words in commands:
+        overrides = [word for word in words[words.index("-o") + 2 :] if not word.startswith("--")]
+        recipe = load_recipe(RECIPES.parent / words[words.index("train") + 1], overrides)
+        assert recipe.model.moe is not None and recipe.model.moe.n_experts % recipe.parallel.experts == 0
 
 
 def test_a_recipe_has_the_name_of_its_file(small: Path) -> None:

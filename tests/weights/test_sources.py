@@ -316,7 +316,7 @@ def test_kinds_are_told_apart(tmp_path: Path) -> None:
     ("name", "cause"),
     [
         ("", "no model.safetensors"),
-        ("missing", "missing: no such file or folder"),
+        ("missing", "missing: no such file or folder$"),
         ("audio.m4a", r"audio\.m4a: not a model"),
         ("empty", "empty: no model.safetensors, pytorch_model.bin or adapter_model.safetensors"),
     ],
@@ -326,6 +326,17 @@ def test_what_is_no_model(name: str, cause: str, tmp_path: Path) -> None:
     (tmp_path / "audio.m4a").write_bytes(b"ftyp")
     with pytest.raises(CheckpointError, match=cause):
         resolve(tmp_path / name, announce=silent)
+
+
+@pytest.mark.parametrize(("name", "there"), [("base.en", "base.en"), ("turbo", "large-v3-turbo")])
+def test_what_whisper_calls_a_model_is_told_the_hubs_name(
+    name: str, there: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(
+        CheckpointError, match=rf"{name}: no such file or folder; OpenAI's {name} is openai/whisper-{there} on"
+    ):
+        resolve(name, announce=silent)
 
 
 DAMAGES: dict[str, tuple[Callable[[Path], object], str]] = {

@@ -33,6 +33,8 @@ class AnyCorpus(Protocol):
     def name(self) -> str: ...
     @property
     def streaming(self) -> bool: ...
+    @property
+    def missing(self) -> Sequence[str]: ...
     def __len__(self) -> int: ...
     def __getitem__(self, index: int, /) -> Sample: ...
     def __iter__(self) -> Iterator[Sample]: ...
@@ -60,7 +62,7 @@ def open_draws(corpora: Sequence[AnyCorpus], reader: ExampleReader, config: Load
     """By index where all corpora have one, as streams as soon as one of them has none."""
     names = [corpus.name for corpus in corpora]
     if not names or len(set(names)) != len(names):
-        raise ValueError(f"a loader needs corpora of different names, got {names}")
+        raise ValueError(f"a loader needs corpora of different names, got {names}; give each a `name` in the recipe")
     if any(corpus.streaming for corpus in corpora):
         return StreamDraws(corpora, reader, config)
     return MapDraws(corpora, reader, config)
@@ -113,6 +115,7 @@ class _Survey:
         self.excluded: list[Skipped] = []
         self.digest = blake2b(digest_size=16)
         for number, corpus in enumerate(corpora):
+            self.excluded += absent(corpus)
             for row, seconds in enumerate(corpus.lengths()):
                 self._look_at(corpus, number, row, float(seconds))
 
@@ -151,7 +154,7 @@ class StreamDraws:
         in_a_row = 0
         for number, (name, item) in enumerate(self._items(position.epoch)):
             if number == position.cursor:
-                yield from (carried[earlier] for earlier in position.carried)
+                yield from (carried.pop(earlier) for earlier in position.carried)
             if number < position.cursor and number not in wanted:
                 continue
             drawn = self._look_at(number, name, item, position.epoch)
@@ -166,6 +169,8 @@ class StreamDraws:
                 carried[number] = drawn
             else:
                 yield drawn
+        # Where the stream ends at the cursor, nothing stands there that they could be given before.
+        yield from (carried[earlier] for earlier in position.carried if earlier in carried)
 
     def _items(self, epoch: int) -> Iterator[tuple[str, Sample | DataError]]:
         seed = self._config.seed
@@ -226,6 +231,12 @@ def _seconds(sample: Sample) -> float:
         pass
     assert sample.audio is not None
     return len(sample.audio.read()) / SAMPLE_RATE
+
+
+def absent(corpus: AnyCorpus) -> list[Skipped]:
+    """What a corpus lists and does not have."""
+    named = (entry.rpartition(": ") for entry in corpus.missing)
+    return [Skipped(id=id, cause=cause, corrupt=True) for id, _, cause in named]
 
 
 def left_out(name: str, error: DataError | MediaError | TooLong, strict: bool) -> Skipped:

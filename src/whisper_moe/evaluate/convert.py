@@ -23,6 +23,7 @@ import struct
 import subprocess
 import sys
 from dataclasses import asdict
+from hashlib import sha256
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -56,11 +57,12 @@ RENAMES = (
 
 
 def weights(form: str, model: str, cache: Path) -> Path:
-    """The checkpoint ``model`` in the format ``form``, converted into ``cache`` unless it already lies there.
+    """The checkpoint ``model`` in the format ``form``, converted into ``cache`` unless it already lies there. What is known of
+    a local one is its path and its files' sizes and times: one that was written anew is converted anew.
 
     Raises :class:`RuntimeError` with the converter's own words when it fails.
     """
-    target = cache / f"{model.strip('/').replace('/', '--')}-{form}"
+    target = cache / f"{model.strip('/').replace('/', '--')}{_state(Path(model))}-{form}"
     if form != "hub" and target.exists():
         return target
     command = [sys.executable, "-m", "whisper_moe.evaluate.convert", form, model, str(target)]
@@ -68,6 +70,14 @@ def weights(form: str, model: str, cache: Path) -> Path:
     if done.returncode:
         raise RuntimeError(f"cannot convert {model} to {form}:\n{done.stderr.strip()[-2000:]}")
     return Path(done.stdout.splitlines()[-1])
+
+
+def _state(path: Path) -> str:
+    if not path.exists():
+        return ""
+    files = sorted(path.iterdir()) if path.is_dir() else [path]
+    facts = [(file.name, file.stat().st_size, file.stat().st_mtime_ns) for file in files]
+    return "-" + sha256(f"{path.resolve()} {facts}".encode()).hexdigest()[:16]
 
 
 def disk_bytes(path: Path) -> int:

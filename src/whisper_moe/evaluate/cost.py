@@ -66,6 +66,9 @@ def flops(config: ModelConfig, seconds: float = WINDOW_SECONDS, tokens: int = TY
     """
     frames = round(seconds * FRAMES_PER_SECOND)
     positions, width = (frames + 1) // 2, config.d_model
+    if config.core_alone_on_full_windows and positions == config.max_source_positions:
+        ttt = config.ttt.model_copy(update={"encoder_layers": ()}) if config.ttt else None
+        config = config.model_copy(update={"adapt": None, "ttt": ttt})
     stem = 2 * 3 * width * (frames * config.n_mels + positions * width)
     layers = sum(_encoder_layer(config, layer, positions) for layer in range(config.encoder_layers))
     choice = _choice(config) if config.moe and config.moe.scope == "segment" else 0

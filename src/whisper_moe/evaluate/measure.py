@@ -34,7 +34,7 @@ class Work:
     setup: Setup
     device: str = "cpu"
     dtype: str = "auto"
-    margin: float
+    margin: float | None
     detect: bool = False
     """Let the system detect the language instead of telling it the clip's."""
     latency_clips: int = 0
@@ -58,6 +58,8 @@ class Measured:
     disk: int | None = None
     device: str = "cpu"
     dtype: str | None = None
+    margin: float | None = None
+    """Seconds of silence after a clip, where the system has such a thing."""
     threads: int | None = None
     options: dict[str, Any] = field(default_factory=dict)
     config: dict[str, Any] | None = None
@@ -140,6 +142,7 @@ def measure(work: Work, load: Callable[..., Any], progress: Callable[[float], No
     wall, cpu = time.perf_counter() - start, time.process_time() - cpu
     if adapter.batched:
         latencies = [_attempt(adapter, work, clip)[1] for clip in work.clips[: work.latency_clips]]
+    latencies = latencies[: work.latency_clips]  # of the same clips for every system
     measured = Measured(
         heard=heard, wall=wall, cpu=cpu, latencies=latencies, latencies_apart=adapter.batched, peak=peak_bytes(),
         load=ready - begun, dtype=work.system.dtype, threads=work.setup.threads, options=_plain(adapter.options),
@@ -163,15 +166,15 @@ def _ours(adapter: Ours, work: Work, measured: Measured) -> Measured:
     model = adapter.model
     decoder = WindowDecoder(model.model, model.tokenizer, model.generation)
     code = ("en" if not model.tokenizer.is_multilingual else None) if work.detect else None
-    surprise = cross_entropy(decoder, [clip.sample for clip in work.clips], margin=work.margin, language=code)
     peak = measured.peak
     if model.device.startswith("cuda"):
         import torch
 
         peak = torch.cuda.max_memory_allocated(model.device)
+    surprise = cross_entropy(decoder, [clip.sample for clip in work.clips], margin=adapter.margin, language=code)
     return replace(
         measured, device=model.device, dtype=model.dtype, config=model.config.model_dump(mode="json"), peak=peak,
-        surprise=surprise,
+        surprise=surprise, margin=adapter.margin,
     )  # fmt: skip
 
 

@@ -81,8 +81,12 @@ def clip_counts(references: Sequence[str], transcripts: Sequence[str], languages
 def character_counts(
     references: Sequence[str], transcripts: Sequence[str], languages: Sequence[str] | str = "en"
 ) -> Tally:
-    """Edits of code points, spaces included, over the reference's."""
-    said, written = _normalized(references, transcripts, languages)
+    """Edits of code points over the reference's; spaces included, where the language has them."""
+    codes = [languages] * len(references) if isinstance(languages, str) else languages
+    said, written = (
+        [text.replace(" ", "") if code in UNSPACED_LANGUAGES else text for text, code in zip(texts, codes, strict=True)]
+        for texts in _normalized(references, transcripts, languages)
+    )
     return _aligned(said, written, _process_characters)
 
 

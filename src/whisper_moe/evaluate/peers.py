@@ -81,16 +81,17 @@ class Ours:
 
     batched = True
 
-    def __init__(self, model: Any, setup: Setup, *, margin: float, weights: Path) -> None:
-        """``model``: a loaded ``WhisperMoE``."""
+    def __init__(self, model: Any, setup: Setup, *, margin: float | None, weights: Path) -> None:
+        """``model``: a loaded ``WhisperMoE``; ``margin``: None for its own."""
         self.model, self.weights = model, weights
+        self.margin: float = model.context_margin if margin is None else margin
         self.options: dict[str, Any] = {
             "language": setup.language,
             "task": "transcribe",
             "beam_size": setup.beam,
             "temperatures": setup.temperatures,
             "timestamps": setup.long,
-            "context_margin": margin,
+            "context_margin": self.margin,
         }
 
     def hear(self, sources: Iterable[Source], **asked: Any) -> Iterator[Heard]:

@@ -21,8 +21,11 @@ JSON, MARKDOWN, TABLE, PAGE = "report.json", "report.md", "transcripts.tsv", "re
 
 def check_folder(folder: Path) -> None:
     """Before any work: whether a report can be put there. Raises ``ValueError`` that says why not."""
-    if folder.is_dir() and any(folder.iterdir()) and not (folder / JSON).is_file():
+    present = {path.name for path in folder.iterdir()} if folder.is_dir() else set[str]()
+    if present and JSON not in present:
         raise ValueError(f"{folder}: there is something in it, and no earlier report that could be replaced")
+    if others := present - {JSON, MARKDOWN, TABLE, PAGE}:
+        raise ValueError(f"{folder}: not replaced, for it holds more than a report: {', '.join(sorted(others)[:5])}")
     if folder.exists() and not folder.is_dir():
         raise ValueError(f"{folder}: is a file; -o needs a folder")
     try:

@@ -20,7 +20,6 @@ from whisper_moe.evaluate.metrics import RESAMPLES
 from whisper_moe.evaluate.peers import Setup
 from whisper_moe.evaluate.score import compared, cost, expert_load, quality
 from whisper_moe.evaluate.systems import DEFAULT, System, parse, prepared
-from whisper_moe.generate.options import DEFAULT_MARGIN
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -41,7 +40,8 @@ class Plan:
     threads: int
     beam: int
     fallback: bool
-    margin: float
+    margin: float | None
+    """None: each model's own."""
     latency_clips: int
 
 
@@ -71,8 +71,7 @@ def plan(
     return Plan(
         systems=systems, data=tuple(data), split=split, languages=tuple(languages), detect=detect, task=task, limit=limit,
         output=output, device=device, dtype=dtype, threads=threads, beam=beam, fallback=fallback,
-        margin=DEFAULT_MARGIN if margin is None else margin,
-        latency_clips=latency_clips,
+        margin=margin, latency_clips=latency_clips,
     )  # fmt: skip
 
 
@@ -170,7 +169,7 @@ def built(
 
 
 def _system(asked: Plan, system: System, material: Material, measured: Measured) -> dict[str, Any]:
-    costs = cost(material.clips, measured, asked.margin)
+    costs = cost(material.clips, measured)
     if system.kind == "ours":
         facts = facts_of(None if system.name == DEFAULT and not Path(DEFAULT).exists() else system.name)
         costs["disk_bytes"] = sum(facts.get("bytes", {}).values()) or None
@@ -181,6 +180,7 @@ def _system(asked: Plan, system: System, material: Material, measured: Measured)
         "threads": measured.threads,
         "machine_load_before": measured.machine_load_before,
         "options": measured.options,
+        "margin": measured.margin,
         "quality": quality(material.clips, measured),
         "cost": costs,
         "experts": expert_load(material.clips, measured),

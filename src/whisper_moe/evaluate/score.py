@@ -14,7 +14,7 @@ from typing import Any
 
 import numpy as np
 
-from whisper_moe.config import FULL_WINDOW, ModelConfig, MoEConfig
+from whisper_moe.config import POSITIONS_PER_SECOND, ModelConfig, MoEConfig
 from whisper_moe.data.sample import Task
 from whisper_moe.evaluate.cost import active_parameters, flops, parameters
 from whisper_moe.evaluate.material import Clip
@@ -30,6 +30,7 @@ from whisper_moe.evaluate.metrics import (
     script_fidelity,
     translation_scores,
 )
+from whisper_moe.generate.options import TranscribeOptions
 from whisper_moe.media.normalize import normalize
 
 BUCKETS = (0.0, 2.0, 5.0, 10.0, 20.0, 30.0, math.inf)
@@ -180,7 +181,7 @@ def _counts(clips: Sequence[Clip], measured: Measured, index: Sequence[int]) -> 
     }
 
 
-def cost(clips: Sequence[Clip], measured: Measured, margin: float) -> dict[str, Any]:
+def cost(clips: Sequence[Clip], measured: Measured) -> dict[str, Any]:
     """What it took. ``flops_per_second`` follows from the shapes (:func:`whisper_moe.evaluate.cost.flops`): each clip once,
     with its margin, for the tokens it was written in; tries that were given up are not counted.
     """
@@ -211,17 +212,19 @@ def cost(clips: Sequence[Clip], measured: Measured, margin: float) -> dict[str, 
         found |= {
             "parameters_total": sum(parameters(config).values()),
             "parameters_active": active_parameters(config),
-            "flops_per_second": _flops(config, clips, measured, margin) / seconds if seconds else None,
+            "flops_per_second": _flops(config, clips, measured) / seconds if seconds else None,
         }
     return found
 
 
-def _flops(config: ModelConfig, clips: Sequence[Clip], measured: Measured, margin: float) -> float:
-    """Windows of a longer recording are counted as full ones and a rest."""
-    window, total = min(FULL_WINDOW, config.max_source_positions / 50), 0
+def _flops(config: ModelConfig, clips: Sequence[Clip], measured: Measured) -> float:
+    """Windows of a longer recording are counted as the longest that it may be cut into, and a rest."""
+    asked = TranscribeOptions(context_margin=measured.margin)
+    most = config.max_source_positions / POSITIONS_PER_SECOND
+    window, total = min(asked.window_seconds, most), 0
     for clip, heard in zip(clips, measured.heard, strict=True):
         full, rest = divmod(clip.seconds, window)
-        parts = [window] * int(full) + ([min(window, rest + margin)] if rest else [])
+        parts = [min(most, part + asked.margin) for part in [window] * int(full) + [rest] * bool(rest)]
         share = (heard.tokens or 0) / max(1, len(parts))
         total += sum(flops(config, part, round(share)).total for part in parts)
     return float(total)

@@ -54,8 +54,9 @@ class System:
     def label(self) -> str:
         """What it is called in the report."""
         name = self.name.rstrip("/")
-        if Path(name).exists():
-            name = Path(name).name
+        if (path := Path(name)).exists():
+            # A training run's model is always called so; the run has the name.
+            name = path.resolve().parent.name if path.name == "model" else path.name
         return name if self.kind == "ours" else f"{self.kind}:{name}"
 
     @property
@@ -124,7 +125,7 @@ def _openai(name: str, cache: Path) -> str:
 
 
 def loaded(
-    system: System, setup: Setup, load: Callable[..., Any], *, device: str, dtype: str, margin: float
+    system: System, setup: Setup, load: Callable[..., Any], *, device: str, dtype: str, margin: float | None
 ) -> Adapter | WrittenTranscripts:
     """The system, ready. ``load`` is ``WhisperMoE.from_pretrained``; ``device`` and ``dtype`` are of this project's."""
     match system.kind:

@@ -37,12 +37,14 @@ def circumstances(report: dict[str, Any]) -> str:
     arithmetic = ", ".join(
         f"{name} {each['dtype'] or 'as written'} on {each['device']}" for name, each in report["systems"].items()
     )
+    kept = {name: each["margin"] for name, each in report["systems"].items() if each["margin"] is not None}
+    margins = ", ".join(f"{name} {margin:g} s" for name, margin in kept.items())
     beam = "greedy" if settings["beam"] == 1 else f"beam {settings['beam']}"
     return (
         f"{report['clips']} clips, {report['audio_seconds'] / 60:.1f} minutes, of {corpora}; languages "
         f"{', '.join(report['languages'])}, {'detected by the system' if settings['detect'] else 'given to the system'}. "
-        f"Decoding {beam}, temperature fallback {'on' if settings['fallback'] else 'off'}; this project's models keep "
-        f"{settings['margin']:g} s of silence after a clip. {_threads(settings['threads'])} of {machine['cpu']}, "
+        f"Decoding {beam}, temperature fallback {'on' if settings['fallback'] else 'off'}; silence kept after a "
+        f"clip: {margins or 'not for these systems to say'}. {_threads(settings['threads'])} of {machine['cpu']}, "
         f"{machine['system']}, Python {machine['python']}, {packages}. Arithmetic: {arithmetic}. {report['date'][:10]}. "
         f"Intervals: 95 %, bootstrap over clips, {report['resamples']:,} resamples."
     )

@@ -272,7 +272,8 @@ class WindowDecoder:
         for index, (rows, text, language) in enumerate(zip(layout.slices(), texts, languages, strict=True)):
             heard = attention[index][..., : self.positions(samples[index], 0)]  # no word lies in the silence behind
             probabilities = token_probabilities(logits_TV[rows], text, tokenizer)
-            timings.append(tuple(align(heard, probabilities, text, tokenizer, language=language)))
+            written = "en" if options.task == "translate" else language
+            timings.append(tuple(align(heard, probabilities, text, tokenizer, language=written)))
         return timings
 
     @cached_property

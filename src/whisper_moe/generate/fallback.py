@@ -53,8 +53,8 @@ def looks_wrong(take: Take, seconds: float, tokenizer: Tokenizer, options: Trans
 def attempts(options: TranscribeOptions) -> list[tuple[float, float]]:
     """(margin, temperature) pairs in the order they are tried."""
     first, *rest = options.temperatures
-    padded = [(FULL_WINDOW, first)] if options.context_margin < FULL_WINDOW else []
-    return [(options.context_margin, first), *padded, *((FULL_WINDOW, temperature) for temperature in rest)]
+    padded = [(FULL_WINDOW, first)] if options.margin < FULL_WINDOW else []
+    return [(options.margin, first), *padded, *((FULL_WINDOW, temperature) for temperature in rest)]
 
 
 def decode_with_fallback(

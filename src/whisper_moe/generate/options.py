@@ -9,7 +9,7 @@ from typing import Literal
 from whisper_moe.config import FULL_WINDOW
 
 DEFAULT_MARGIN = 2.5
-"""Seconds of silence kept after each clip; chosen by measurement (``docs/lab.md``)."""
+"""Seconds of silence kept after each clip for a model that was adapted to none; chosen by measurement (``docs/lab.md``)."""
 DEFAULT_WINDOW = 20.0
 """Seconds of a long recording that are decoded as one; chosen by measurement (``docs/lab.md``)."""
 TEMPERATURES = (0.0, 0.2, 0.4, 0.6, 0.8, 1.0)
@@ -56,8 +56,9 @@ class TranscribeOptions:
     word_timestamps: bool = False
     suppress_tokens: tuple[int, ...] | None = None
     """Tokens never to say; -1 stands for annotations such as ♪. None: what the checkpoint lists."""
-    context_margin: float = DEFAULT_MARGIN
-    """Seconds of silence kept after each clip, up to the 30 s window; 30 pads as Whisper always did."""
+    context_margin: float | None = None
+    """Seconds of silence kept after each clip, up to the 30 s window; 30 pads as Whisper always did. None: what the model was
+    adapted to (``AdaptConfig.context_margin``), else :data:`DEFAULT_MARGIN`."""
     window: float | None = None
     """Seconds that a recording is cut into, at most: shorter windows share more batches, longer ones have more context. None
     takes 20 s, and Whisper's 30 s where every window is padded to them anyway."""
@@ -76,7 +77,10 @@ class TranscribeOptions:
             raise ValueError(f"task must be transcribe or translate, got {self.task!r}")
         if self.vad not in ("none", "energy", "silero"):
             raise ValueError(f"vad must be none, energy or silero, got {self.vad!r}")
-        for name, least in (("beam_size", 1), ("best_of", 1), ("patience", 1e-9), ("context_margin", 0)):
+        bounds = {"beam_size": 1, "best_of": 1, "patience": 1e-9} | (
+            {} if self.context_margin is None else {"context_margin": 0}
+        )
+        for name, least in bounds.items():
             value = getattr(self, name)
             if not (math.isfinite(value) and value >= least):
                 raise ValueError(f"{name} must be {'positive' if least else 'at least 0'}, got {value}")
@@ -88,11 +92,16 @@ class TranscribeOptions:
             raise ValueError(f"suppress_tokens are token ids, or -1 for annotations, got {self.suppress_tokens}")
 
     @property
+    def margin(self) -> float:
+        """``context_margin``, or its default."""
+        return DEFAULT_MARGIN if self.context_margin is None else self.context_margin
+
+    @property
     def window_seconds(self) -> float:
         """What a window may last."""
         if self.window is not None:
             return self.window
-        return DEFAULT_WINDOW if self.context_margin < FULL_WINDOW else FULL_WINDOW
+        return DEFAULT_WINDOW if self.margin < FULL_WINDOW else FULL_WINDOW
 
     def search(self, temperature: float) -> SearchOptions:
         """Beams without a temperature, samples with one."""

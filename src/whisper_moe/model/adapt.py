@@ -2,26 +2,36 @@
 
 from __future__ import annotations
 
+from typing import TypeAlias
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+
+Adapted: TypeAlias = "bool | Tensor"
+"""Which tokens are adapted: all, none, or those where a mask [T, 1] says so (``AdaptConfig.full_windows``)."""
 
 
 class AdaptedNorm(nn.LayerNorm):
     """LayerNorm whose scale and shift are the core's plus a learned difference, which starts at 0."""
 
-    def __init__(self, width: int) -> None:
+    def __init__(self, width: int, *, always: bool = True) -> None:
+        """``always``: whether every token is adapted, so that the two can be made one (:meth:`folded`)."""
         super().__init__(width)
+        self.always = always
         self.delta_weight = nn.Parameter(torch.zeros(width))
         self.delta_bias = nn.Parameter(torch.zeros(width))
 
-    def forward(self, input: Tensor) -> Tensor:
+    def forward(self, input: Tensor, adapted: Adapted = True) -> Tensor:
+        if adapted is False:
+            return super().forward(input)
         weight, bias = self.weight + self.delta_weight, self.bias + self.delta_bias
-        return F.layer_norm(input, self.normalized_shape, weight, bias, self.eps)
+        y = F.layer_norm(input, self.normalized_shape, weight, bias, self.eps)
+        return y if adapted is True else torch.where(adapted, y, super().forward(input))
 
     @torch.no_grad()
     def folded(self) -> nn.LayerNorm:
-        """The same function as a plain LayerNorm; for inference."""
+        """The same function as a plain LayerNorm; for inference, where every token is adapted."""
         plain = nn.LayerNorm(list(self.normalized_shape), eps=self.eps, device="meta")
         plain.weight = nn.Parameter(self.weight + self.delta_weight, requires_grad=False)
         plain.bias = nn.Parameter(self.bias + self.delta_bias, requires_grad=False)

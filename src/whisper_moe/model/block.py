@@ -8,6 +8,7 @@ or both (the dense one is then the shared expert), and a slim adapter beside the
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Literal, TypeAlias
 
 import torch
@@ -16,7 +17,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from whisper_moe.config import ModelConfig
-from whisper_moe.model.adapt import AdaptedNorm, Adapter
+from whisper_moe.model.adapt import Adapted, AdaptedNorm, Adapter
 from whisper_moe.model.attention import CrossAttention, KeyValueCache, Memory, SelfAttention
 from whisper_moe.model.conformer import ConvolutionModule
 from whisper_moe.model.fast_weights import FastWeights
@@ -86,7 +87,7 @@ class Block(nn.Module):
         heads = config.decoder_heads if decoder else config.encoder_heads
         hidden = config.decoder_ffn_dim if decoder else config.encoder_ffn_dim
         adapt = config.adapted(side, layer)
-        norm = AdaptedNorm if adapt and adapt.norms else nn.LayerNorm
+        norm = partial(AdaptedNorm, always=adapt.full_windows) if adapt and adapt.norms else nn.LayerNorm
         self.attn_norm = norm(d)
         self.attn = SelfAttention(d, heads, causal=decoder)
         self.cross_norm = norm(d) if decoder else None
@@ -108,37 +109,47 @@ class Block(nn.Module):
 
     def forward(
         self, x_TD: Tensor, layout: Layout, routing: Routing | None, memory: Memory | Source | None = None,
-        carry: Carry | None = None, choices: Choices | None = None,
+        carry: Carry | None = None, choices: Choices | None = None, adapted: Adapted = True,
     ) -> Tensor:  # fmt: skip
         """Whole segments at once. ``routing``: one choice per segment; ``memory``: what a decoder block attends to.
+        ``adapted``: the tokens that norms' differences, the adapter and the TTT layer change.
 
         ``carry``: the one segment goes on where the recording's window before left the fast weights; it is advanced.
         ``choices``: where the choice of this block's own router, if it has one, is noted.
         """
         if self.recompute and torch.is_grad_enabled():
             x_TD, chosen = checkpoint(
-                self._compute, x_TD, layout, routing, memory, carry, use_reentrant=False, preserve_rng_state=False
+                self._compute,
+                x_TD,
+                layout,
+                routing,
+                memory,
+                carry,
+                adapted,
+                use_reentrant=False,
+                preserve_rng_state=False,
             )  # pyright: ignore[reportGeneralTypeIssues]
         else:
-            x_TD, chosen = self._compute(x_TD, layout, routing, memory, carry)
+            x_TD, chosen = self._compute(x_TD, layout, routing, memory, carry, adapted)
         if choices is not None and chosen is not None:
             choices.made.append(chosen)
         return x_TD
 
     def _compute(
-        self, x_TD: Tensor, layout: Layout, routing: Routing | None, memory: Memory | Source | None, carry: Carry | None
-    ) -> tuple[Tensor, Routing | None]:
+        self, x_TD: Tensor, layout: Layout, routing: Routing | None, memory: Memory | Source | None, carry: Carry | None,
+        adapted: Adapted,
+    ) -> tuple[Tensor, Routing | None]:  # fmt: skip
         """The residual sum, and what this block's own router chose."""
-        x_TD = x_TD + self.attn(self.attn_norm(x_TD), layout)
+        x_TD = x_TD + self.attn(_normed(self.attn_norm, x_TD, adapted), layout)
         if self.cross_attn is not None and self.cross_norm is not None:
             assert memory is not None, "a decoder block needs the encoder's states"
             memory = memory if isinstance(memory, Memory) else self.cross_attn.memory(*memory)
             x_TD = x_TD + self.cross_attn(self.cross_norm(x_TD), layout, memory)
-        if self.ttt is not None and self.ttt_norm is not None and not self.ttt.skippable():
-            x_TD = x_TD + self._adapt(self.ttt_norm(x_TD), layout, routing, carry)
+        if self.ttt is not None and self.ttt_norm is not None and adapted is not False and not self.ttt.skippable():
+            x_TD = x_TD + _kept(self._adapt(self.ttt_norm(x_TD), layout, routing, carry), adapted)
         if self.conv is not None and self.conv_norm is not None:
             x_TD = x_TD + self.conv(self.conv_norm(x_TD), layout)
-        return self._feed_forward(x_TD, layout, routing)
+        return self._feed_forward(x_TD, layout, routing, adapted)
 
     def extend(self, x_TD: Tensor, layout: Layout, routing: Routing | None, state: BlockState, beams: Layout) -> Tensor:
         """n more tokens for each row; ``layout`` has a segment for each row, ``beams`` one for each of the memory's."""
@@ -168,13 +179,15 @@ class Block(nn.Module):
         x_TD = x_TD + self.attn(self.attn_norm(x_TD), layout)
         return self.cross_attn.logits(self.cross_norm(x_TD), layout, memory, heads)
 
-    def _feed_forward(self, x_TD: Tensor, layout: Layout, routing: Routing | None) -> tuple[Tensor, Routing | None]:
+    def _feed_forward(
+        self, x_TD: Tensor, layout: Layout, routing: Routing | None, adapted: Adapted = True
+    ) -> tuple[Tensor, Routing | None]:
         """Its residual sum, and the choice of this block's own router, if it has one."""
-        normed, chosen = self.ffn_norm(x_TD), None
+        normed, chosen = _normed(self.ffn_norm, x_TD, adapted), None
         if self.ffn is not None:
             x_TD = x_TD + self.ffn(normed)
-        if self.adapter is not None:
-            x_TD = x_TD + self.adapter(normed)
+        if self.adapter is not None and adapted is not False:
+            x_TD = x_TD + _kept(self.adapter(normed), adapted)
         if self.experts is None:
             return x_TD, chosen
         if self.router is not None:
@@ -182,3 +195,12 @@ class Block(nn.Module):
             return x_TD + self.experts(normed, chosen), chosen
         assert routing is not None, "experts that are chosen per segment need the router's choice"
         return x_TD + self.experts(normed, routing, layout), chosen
+
+
+def _normed(norm: nn.Module, x_TD: Tensor, adapted: Adapted) -> Tensor:
+    return norm(x_TD, adapted) if isinstance(norm, AdaptedNorm) else norm(x_TD)
+
+
+def _kept(update_TD: Tensor, adapted: Adapted) -> Tensor:
+    """An update of the tokens that are adapted, exactly 0 for the others."""
+    return update_TD if isinstance(adapted, bool) else torch.where(adapted, update_TD, 0)

@@ -5,11 +5,13 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import NamedTuple
 
+import torch
 from torch import Tensor, nn
 
 from whisper_moe.config import ModelConfig
 from whisper_moe.embed.audio import AudioStem
 from whisper_moe.embed.positions import sinusoids
+from whisper_moe.model.adapt import Adapted
 from whisper_moe.model.block import Block, Carry
 from whisper_moe.model.router import Choices, Router, Routing, pool_segments
 from whisper_moe.packing import Layout
@@ -34,6 +36,7 @@ class Encoder(nn.Module):
         self.register_buffer("positions", sinusoids(config.max_source_positions, config.d_model))
         self.blocks = nn.ModuleList(Block(config, "encoder", i) for i in range(config.encoder_layers))
         self.norm = nn.LayerNorm(config.d_model)
+        self.core_alone = config.core_alone_on_full_windows
         self.router, self.router_layer = None, None
         if config.moe and config.moe.scope == "segment":
             moe = config.moe
@@ -60,15 +63,25 @@ class Encoder(nn.Module):
         if longest > limit:
             raise ValueError(f"a segment has {longest} positions; the encoder has {limit}")
         x_TD = x_TD + self.positions[layout.positions(x_TD.device)]
+        adapted = self._adapted(layout, x_TD)
         for depth, block in enumerate(self.blocks):
             if depth == self.router_layer:
                 routing = self._choose(x_TD, layout, heard, routing)
-            x_TD = block(x_TD, layout, routing, carry=carry, choices=choices)
+            x_TD = block(x_TD, layout, routing, carry=carry, choices=choices, adapted=adapted)
         if self.router_layer == len(self.blocks):
             routing = self._choose(x_TD, layout, heard, routing)
         if choices is not None and routing is not None:
             choices.made.append(routing)
         return Encoded(self.norm(x_TD), layout, routing)
+
+    def _adapted(self, layout: Layout, like: Tensor) -> Adapted:
+        """The tokens of all windows but, where the core answers for those alone, full ones."""
+        full = [self.core_alone and length == self.positions.shape[0] for length in layout.lengths]
+        if not any(full):
+            return True
+        if all(full) and not torch.is_grad_enabled():  # a backward pass reaches every parameter, on every rank
+            return False
+        return ~torch.tensor(full, device=like.device)[layout.segment_ids(like.device)][:, None]
 
     def _choose(
         self, x_TD: Tensor, layout: Layout, heard: Sequence[int] | None, routing: Routing | None

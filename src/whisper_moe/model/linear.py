@@ -14,6 +14,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import nullcontext
 from functools import partial
+from threading import Lock
 from typing import Literal
 
 import torch
@@ -31,6 +32,8 @@ from whisper_moe.model.ttt import TTTMLP
 from whisper_moe.packing import Layout
 
 Arithmetic = Literal["float32", "int8"]
+_ONE_AT_A_TIME = Lock()
+"""The number of threads and FBGEMM's packing are the whole process's."""
 
 
 class BlockedLinear(nn.Module):
@@ -82,6 +85,7 @@ def arrange(
 
     ``quantized``: weights that are int8 already, by their parameter's name; the model's own may be on the meta device. int8
     products take them as they are, ``float32`` computes with what they stand for; an embedding among them stays int8.
+    The number of threads is 1 for a moment, and a thread that first uses torch in it keeps that: load before starting threads.
     TTT's learning rates stay as they are: the inner loop computes them from their weights, in float32 at least.
     """
     known, paths = quantized or {}, {module: path for path, module in model.named_modules()}
@@ -91,7 +95,7 @@ def arrange(
             rows = known.get(f"{paths[child.embedding if isinstance(child, TextHead) else child]}.weight")
             if not (isinstance(parent, TTTMLP) and child is parent.rate):
                 jobs.append(partial(_swap, parent, name, child, paths[child], rows, known, arithmetic))
-    with fbgemm.packing() if arithmetic == "int8" and fbgemm.suits_this_cpu() else nullcontext():
+    with _ONE_AT_A_TIME, fbgemm.packing() if arithmetic == "int8" and fbgemm.suits_this_cpu() else nullcontext():
         _side_by_side(jobs)
     return model
 
@@ -105,7 +109,7 @@ def _swap(
         child._parameters.clear()  # the lists of modules would keep them alive until the end
     elif isinstance(child, TextHead):
         setattr(parent, name, _head(child, rows or child.weight.detach(), arithmetic))
-    elif isinstance(child, AdaptedNorm):
+    elif isinstance(child, AdaptedNorm) and child.always:
         setattr(parent, name, child.folded())
     elif isinstance(child, nn.Embedding) and rows is not None:
         setattr(parent, name, Int8Embedding(rows))

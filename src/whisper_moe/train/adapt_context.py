@@ -12,8 +12,10 @@ N clips, T decoder tokens, D width, depths: behind each decoder block, then behi
 from __future__ import annotations
 
 import random
+from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from hashlib import sha256
 from typing import Any
 
 import torch
@@ -51,6 +53,10 @@ class Lessons:
         self.batch, self.seed = batch, seed
         self.epoch = self.index = 0
         self._by_id = {sample.id: sample for sample in samples}
+        if len(self._by_id) < len(samples):
+            doubled = next(id for id, times in Counter(sample.id for sample in samples).items() if times > 1)
+            raise ValueError(f"every clip needs an id of its own, and {doubled!r} is that of several")
+        self._digest = sha256("\n".join(self._by_id).encode()).hexdigest()[:32]
 
     def __iter__(self) -> Iterator[Batch]:
         while self.index * self.batch < len(self.samples):
@@ -85,9 +91,14 @@ class Lessons:
         return self.teacher.lesson(self._by_id[name], "plain" if mode == "plain" else "timestamps")
 
     def state_dict(self) -> dict[str, Any]:
-        return {"epoch": self.epoch, "index": self.index}
+        return {"epoch": self.epoch, "index": self.index, "clips": self._digest}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Raises ``ValueError`` where the state is of other clips."""
+        if state.get("clips", self._digest) != self._digest:
+            raise ValueError(
+                "cannot go on with other clips: their ids or their order are not those that the run began with"
+            )
         self.epoch, self.index = state["epoch"], state["index"]
 
 

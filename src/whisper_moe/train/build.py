@@ -3,17 +3,18 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import replace
 from functools import partial
 from importlib.util import find_spec
 from pathlib import Path
 
 import torch
 
-from whisper_moe.data.corpora import open_corpus
-from whisper_moe.data.draws import AnyCorpus
+from whisper_moe.data.corpora import Corpus, CorpusConfig, open_corpus
+from whisper_moe.data.draws import AnyCorpus, absent
 from whisper_moe.data.examples import ExampleReader, Skipped, TooLong
-from whisper_moe.data.loader import PackedLoader
+from whisper_moe.data.loader import NAMED, PackedLoader
 from whisper_moe.data.planner import LoaderConfig
 from whisper_moe.data.sample import DataError, Sample
 from whisper_moe.model.block import Block
@@ -23,14 +24,17 @@ from whisper_moe.train.evaluation import Judge
 from whisper_moe.train.loop import Batches, LoopSettings, Objective, Observer, Precision, Trainer
 from whisper_moe.train.losses import RouterLosses, SpeechObjective
 from whisper_moe.train.monitor import Silent
-from whisper_moe.train.optim import Rates, build_optimizer, freeze, schedule_factor
+from whisper_moe.train.optim import Rates, build_optimizer, freeze, schedule_factor, unmatched
+from whisper_moe.train.recipe import NOTHING_TO_TEACH, Recipe, RecipeError
 from whisper_moe.train.recipe import Precision as WantedPrecision
-from whisper_moe.train.recipe import Recipe, RecipeError
 from whisper_moe.train.single import Parallel
 from whisper_moe.train.start import Start
 from whisper_moe.train.teacher import teacher_of
 from whisper_moe.weights.parts import empty_model
 from whisper_moe.weights.sources import to_stderr
+
+LOOKED_AT = 100
+"""Rows of an evaluation corpus among which the first sound one is looked for."""
 
 
 def build_trainer(
@@ -43,6 +47,8 @@ def build_trainer(
     optimisation = recipe.optimisation
     # A fused update takes a fifth of the time on a CPU; parts of tensors are updated in the plain way.
     alone = parallel.world_size == 1
+    for pattern in unmatched(model, (group.pattern for group in optimisation.groups)) if parallel.rank == 0 else ():
+        to_stderr(f"optimisation.groups: no parameter is called {pattern!r}")
     optimizer = build_optimizer(
         model,
         _rates(recipe),
@@ -80,7 +86,9 @@ def build_model(recipe: Recipe, start: Start) -> WhisperMoEModel:
 
 def build_loader(recipe: Recipe, start: Start, parallel: Parallel) -> PackedLoader:
     """This process's share of the data; what is left out from the beginning is told."""
-    corpora = [open_corpus(config) for config in recipe.data.train]
+    corpora = list(_opened(recipe.data.train, parallel))
+    if any(corpus.streaming for corpus in corpora):  # else the loader counts them with what its survey finds
+        _check_missing(corpora, recipe.data.train, recipe.data.loader.max_corrupt_share)
     loader = PackedLoader(
         corpora, start.tokenizer, start.config, _loader_config(recipe, corpora), rank=parallel.data_rank,
         world=parallel.data_size,
@@ -89,6 +97,32 @@ def build_loader(recipe: Recipe, start: Start, parallel: Parallel) -> PackedLoad
         first = loader.excluded[0]
         to_stderr(f"{len(loader.excluded)} samples are left out, the first: {first.id}: {first.cause}")
     return loader
+
+
+def _opened(configs: Iterable[CorpusConfig], parallel: Parallel) -> Iterator[Corpus]:
+    """Corpora, each with what it lists and does not have; this is told, and forgotten where a limit is reached all the same."""
+    for config in configs:
+        corpus = open_corpus(config)
+        if corpus.missing and parallel.rank == 0:
+            named = "; ".join(corpus.missing[:NAMED])
+            to_stderr(
+                f"{corpus.name}: {len(corpus.missing):,} samples are listed and cannot be had, the first: {named}"
+            )
+        limited = config.limit is not None and (corpus.streaming or len(corpus) == config.limit)
+        yield replace(corpus, missing=()) if limited else corpus
+
+
+def _check_missing(corpora: Sequence[Corpus], configs: Sequence[CorpusConfig], most: float) -> None:
+    """Raise :class:`DataError` where too large a share of one corpus is missing."""
+    for corpus, config in zip(corpora, configs, strict=True):
+        if not corpus.missing:
+            continue
+        # A stream has no length; what lists its samples beforehand can be opened as a whole, too.
+        there = len(open_corpus(config.model_copy(update={"streaming": False})) if corpus.streaming else corpus)
+        missing, listed = len(corpus.missing), len(corpus.missing) + there
+        if missing > most * listed:
+            cause = f"{missing:,} of {listed:,} samples cannot be had, more than {most:.1%}"
+            raise DataError(corpus.name, f"{cause}; the first: {'; '.join(corpus.missing[:NAMED])}")
 
 
 def _speech(
@@ -110,10 +144,12 @@ def _context(
     assert context is not None
     if parallel.world_size > 1:
         raise RecipeError("losses.context: context adaptation runs in one process")
+    if context.padded and start.config.core_alone_on_full_windows:
+        raise RecipeError(NOTHING_TO_TEACH)
     folder = Path(context.lessons) if context.lessons else directory / "lessons"
     teacher = teacher_of(recipe.model.source, folder, parallel.device, limit_mb=context.limit_mb)
     left_out: list[Skipped] = []
-    samples = list(teacher.prepare(_samples(recipe, left_out), left_out))
+    samples = list(teacher.prepare(_samples(recipe, parallel, left_out), left_out))
     teacher.dismiss()
     corrupt = sum(skipped.corrupt for skipped in left_out)
     if left_out:
@@ -128,9 +164,9 @@ def _context(
     return lessons, ContextObjective(lessons=lessons, head=head, states=context.states, divergence=context.divergence)
 
 
-def _samples(recipe: Recipe, left_out: list[Skipped]) -> Iterator[Sample]:
-    for config in recipe.data.train:
-        corpus = open_corpus(config)
+def _samples(recipe: Recipe, parallel: Parallel, left_out: list[Skipped]) -> Iterator[Sample]:
+    for corpus in _opened(recipe.data.train, parallel):
+        left_out += absent(corpus)
         for index in range(len(corpus)):
             try:
                 yield corpus[index]
@@ -164,7 +200,7 @@ def precision_on(wanted: WantedPrecision, device: torch.device) -> Precision:
     if wanted == "auto":
         if device.type != "cuda":
             return "float32"
-        return "bfloat16" if torch.cuda.is_bf16_supported() else "float16"
+        return "bfloat16" if torch.cuda.is_bf16_supported(including_emulation=False) else "float16"
     if wanted == "float16" and device.type == "cpu":
         raise RecipeError("optimisation.precision is float16, which needs a GPU; take bfloat16 or float32 on a CPU")
     return wanted
@@ -185,15 +221,28 @@ def _check_evaluation(corpora: Sequence[AnyCorpus], reader: ExampleReader, *, de
     missing = [name for name in ("jiwer", "whisper_normalizer") if decode and find_spec(name) is None]
     if missing:
         raise RecipeError(f"evaluation.metric needs {' and '.join(missing)}: pip install 'whisper-moe[train]'")
+    names = [corpus.name for corpus in corpora]
+    if doubled := [name for name in names if names.count(name) > 1]:
+        raise RecipeError(
+            f"data.evaluation: several corpora are called {doubled[0]!r}; give each a `name` in the recipe"
+        )
     for corpus in corpora:
-        sample = next(iter(corpus), None)
         try:
-            if sample is not None:
-                reader.tokens(sample)
-        except TooLong:
-            continue
+            _check_first(iter(corpus), reader)
         except ValueError as error:
             raise RecipeError(f"data.evaluation: {error}") from error
+
+
+def _check_first(samples: Iterator[Sample], reader: ExampleReader) -> None:
+    """Raise ``ValueError`` where the first of the rows that have nothing wrong with them is not for this model."""
+    for _ in range(LOOKED_AT):
+        try:
+            reader.tokens(next(samples))
+        except StopIteration:
+            return
+        except (DataError, TooLong):
+            continue
+        return
 
 
 def _evaluation(
@@ -206,7 +255,8 @@ def _evaluation(
     judge = None
     if parallel.rank == 0:
         tokenizer = start.tokenizer
-        corpora = [open_corpus(config) for config in recipe.data.evaluation]
+        corpora = list(_opened(recipe.data.evaluation, parallel))
+        _check_missing(corpora, recipe.data.evaluation, recipe.data.loader.max_corrupt_share)
         reader = ExampleReader(tokenizer, start.config, reading)
         _check_evaluation(corpora, reader, decode=settings.metric != "loss")
         judge = Judge(

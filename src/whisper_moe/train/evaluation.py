@@ -12,11 +12,10 @@ import torch
 from numpy.typing import NDArray
 
 from whisper_moe.data.draws import AnyCorpus
-from whisper_moe.data.examples import Example, ExampleReader, TooLong, pack_examples
+from whisper_moe.data.examples import Example, ExampleReader, pack_examples
 from whisper_moe.data.sample import DataError, Sample
 from whisper_moe.generate.decode import WindowDecoder
 from whisper_moe.generate.options import TranscribeOptions
-from whisper_moe.media.audio import MediaError
 from whisper_moe.media.text import Tokenizer
 from whisper_moe.model.model import WhisperMoEModel
 from whisper_moe.train.losses import IGNORED, cross_entropy, run_packs
@@ -79,18 +78,25 @@ class Judge:
             yield batch
 
     def _readable(self, corpus: AnyCorpus, judged: Judged) -> Iterator[tuple[Sample, NDArray[np.float32], Example]]:
-        """Samples with their sound; what cannot be read is left out and counted."""
+        """Samples with their sound; what cannot be read or judged is left out and counted."""
         samples, number = iter(corpus), 0
         while self._limit is None or number < self._limit:
             number += 1
             try:
                 sample = next(samples)
-                assert sample.audio is not None
-                yield sample, sample.audio.read(), self._reader.read(sample, self._margin)
             except StopIteration:
                 return
-            except (DataError, MediaError, TooLong):
+            except DataError:
                 judged.left_out += 1
+                continue
+            try:
+                example = self._reader.read(sample, self._margin)
+                assert sample.audio is not None  # else there was no example
+                sound = sample.audio.read()
+            except ValueError:  # of the sample, or of a language or a task that this model has no token or input for
+                judged.left_out += 1
+                continue
+            yield sample, sound, example
 
     def _transcribe(
         self, decoder: WindowDecoder, samples: Sequence[Sample], clips: Sequence[NDArray[np.float32]], judged: Judged

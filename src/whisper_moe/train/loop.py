@@ -19,6 +19,7 @@ from torch import Tensor, nn
 
 from whisper_moe.data.examples import Pack
 from whisper_moe.data.loader import Batch
+from whisper_moe.heap import give_back_memory
 from whisper_moe.model.model import WhisperMoEModel
 from whisper_moe.train.losses import Terms, Totals, balance_biases
 from whisper_moe.train.optim import set_rates
@@ -27,6 +28,8 @@ from whisper_moe.train.state import join, load_optimizer_state, optimizer_state,
 
 Precision = Literal["float32", "bfloat16", "float16"]
 End = Literal["finished", "stopped early", "interrupted"]
+_TRIMMED_EVERY = 10
+"""Steps after which what is free goes back to the system: packs of ever other sizes leave holes that the next do not fill."""
 
 
 class NonFiniteError(ValueError):
@@ -217,6 +220,8 @@ class Trainer:
             self._skip(report, batches, passes)
         self.progress.step += 1
         self.optimizer.zero_grad(set_to_none=True)
+        if self.progress.step % _TRIMMED_EVERY == 0:
+            give_back_memory()
         return report
 
     def _pass(self, batch: Batch, totals: Totals, *, last: bool) -> Terms:

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from whisper_moe.model.model import WhisperMoEModel
+from whisper_moe.train.recipe import check_grokfast
 from whisper_moe.weights.files import listed
 from whisper_moe.weights.parts import EMBEDDING, NEW_TOKENS
 
@@ -68,9 +69,8 @@ def freeze(model: nn.Module, frozen: Sequence[str], trained: Sequence[str] = ())
     Raises ``ValueError`` for a pattern that matches nothing, and if nothing is left to train.
     """
     names = [name for name, _ in model.named_parameters()]
-    for pattern in (*frozen, *trained):
-        if not any(fnmatchcase(name, pattern) for name in names):
-            raise ValueError(f"no parameter is called {pattern!r}; there are {listed(names, 3)}")
+    for pattern in unmatched(model, (*frozen, *trained)):
+        raise ValueError(f"no parameter is called {pattern!r}; there are {listed(names, 3)}")
     for name, parameter in model.named_parameters():
         parameter.requires_grad = not _matches(name, frozen) or _matches(name, trained)
     if not any(parameter.requires_grad for parameter in model.parameters()):
@@ -79,6 +79,12 @@ def freeze(model: nn.Module, frozen: Sequence[str], trained: Sequence[str] = ())
 
 def _matches(name: str, patterns: Iterable[str]) -> bool:
     return any(fnmatchcase(name, pattern) for pattern in patterns)
+
+
+def unmatched(model: nn.Module, patterns: Iterable[str]) -> list[str]:
+    """Those that no parameter's name matches."""
+    names = [name for name, _ in model.named_parameters()]
+    return [pattern for pattern in patterns if not any(fnmatchcase(name, pattern) for name in names)]
 
 
 def group_of(name: str, parameter: Tensor, named: Sequence[tuple[str, float, float]] = ()) -> str:
@@ -111,14 +117,15 @@ def build_optimizer(
 
     Every group carries its ``name`` and its ``peak`` rate, for :func:`set_rates`.
     """
-    by_pattern = {pattern: (rate, decay) for pattern, rate, decay in rates.named}
     settings = {
         "ttt": (rates.ttt, 0.0),
         "router": (rates.router, 0.0),
         "new_tokens": (rates.new_tokens, 0.0),
         "no_decay": (rates.rest, 0.0),
         "decay": (rates.rest, rates.weight_decay),
-    } | by_pattern
+    }
+    for pattern, rate, decay in rates.named:  # of two alike the first; one that is called like a group matches nothing
+        settings.setdefault(pattern, (rate, decay))
     members: dict[str, list[nn.Parameter]] = {name: [] for name in settings}
     for name, parameter in model.named_parameters():
         if parameter.requires_grad:
@@ -154,6 +161,7 @@ class GrokfastAdamW(torch.optim.AdamW):
 
     def __init__(self, params: Any, *, alpha: float = 0.98, amplification: float = 2.0, **options: Any) -> None:
         """``alpha`` of the moving average, ``amplification`` λ; ``options`` are AdamW's."""
+        check_grokfast(alpha, amplification)
         super().__init__(params, **options)
         self.alpha, self.amplification = alpha, amplification
 

@@ -19,6 +19,7 @@ from whisper_moe.data.planner import LoaderConfig
 from whisper_moe.train.layout import ParallelConfig
 
 Precision = Literal["auto", "float32", "bfloat16", "float16"]
+NOTHING_TO_TEACH = "losses.context.padded: full windows teach nothing where model.adapt.full_windows is false"
 _MOST_BYTES = 1_000_000
 
 
@@ -73,6 +74,12 @@ class GroupRecipe(_Frozen):
     """Decoupled decay, as AdamW's."""
 
 
+def check_grokfast(alpha: float, amplification: float) -> None:
+    """Raise ``ValueError`` for an average that is none, or one that is taken away from the gradient."""
+    if not 0 <= alpha < 1 or amplification < 0:
+        raise ValueError(f"grokfast is (alpha, lambda), 0 <= alpha < 1 and lambda >= 0, got {[alpha, amplification]}")
+
+
 class OptimisationRecipe(_Frozen):
     """How it is trained. The defaults are the published hyperparameters, but for a warm-up that fits the run."""
 
@@ -117,6 +124,8 @@ class OptimisationRecipe(_Frozen):
     def _check(self) -> Self:
         if not all(0 <= beta < 1 for beta in self.betas):
             raise ValueError(f"betas must be at least 0 and less than 1, got {list(self.betas)}")
+        if self.grokfast is not None:
+            check_grokfast(*self.grokfast)
         return self
 
 
@@ -125,8 +134,9 @@ class ContextRecipe(_Frozen):
 
     margins: tuple[float, float] = (0.0, 4.0)
     """The least and the most silence behind a clip, in seconds; small ones are drawn more often."""
-    padded: float = Field(default=0.15, ge=0, le=1)
-    """The share of clips that are padded to the whole window instead: what was right there has to stay."""
+    padded: float = Field(default=0.0, ge=0, le=1)
+    """The share of clips that are padded to the whole window instead, where that is adapted too (``model.adapt.full_windows``):
+    what was right there has to stay."""
     states: float = Field(default=1.0, ge=0)
     """Factor of the relative mean square error of the decoder's states."""
     divergence: float = Field(default=1.0, ge=0)
@@ -223,6 +233,15 @@ class Recipe(_Frozen):
     def _check(self) -> Self:
         if self.evaluation.patience is not None and not self.data.evaluation:
             raise ValueError("evaluation.patience needs corpora in data.evaluation")
+        adapt, context = self.model.adapt, self.losses.context
+        if context and self.losses.balancing == "bias":
+            raise ValueError(
+                "losses.context: nothing is balanced on the way, so losses.balancing cannot be bias; take none"
+            )
+        if context and self.data.loader.batch_unit == "packs":
+            raise ValueError("losses.context: batches are counted in clips, so data.loader.batch_unit must be examples")
+        if context and context.padded and adapt and not adapt.full_windows:
+            raise ValueError(NOTHING_TO_TEACH)
         return self
 
 

@@ -19,7 +19,7 @@ import signal
 import subprocess
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import dataclass
 from datetime import datetime
 from functools import partial
@@ -27,7 +27,7 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from whisper_moe.train.recipe import Recipe, RecipeError, RunRecipe, load_recipe
+from whisper_moe.train.recipe import Recipe, RecipeError, RunRecipe, load_recipe, recipe_of
 
 if TYPE_CHECKING:
     from whisper_moe.train.loop import Trainer
@@ -39,7 +39,7 @@ RECORD, MODEL = "run.json", "model"
 _PACKAGES = ("whisper-moe", "torch", "numpy", "datasets", "tokenizers", "safetensors", "av", "pydantic")
 _FREE = (
     "run", "evaluation", "name", "parallel", "data.evaluation", "data.loader.workers", "data.loader.prefetch",
-    "data.loader.reading.cache_dir", "data.loader.cache_dir", "data.loader.cache_limit_mb", "optimisation.recompute",
+    "data.loader.cache_dir", "data.loader.cache_limit_mb", "optimisation.recompute",
     "losses.context.lessons", "losses.context.limit_mb",
 )  # fmt: skip
 """Parts of a recipe that may differ where a run goes on: they do not change what is learned."""
@@ -134,8 +134,6 @@ class _Settings:
 @contextmanager
 def _processes(recipe: Recipe) -> Iterator[Parallel]:
     """One process, or those that torchrun started."""
-    import torch
-
     from whisper_moe.train.single import SingleProcess
 
     if int(os.environ.get("WORLD_SIZE", "1")) > 1:
@@ -150,10 +148,23 @@ def _processes(recipe: Recipe) -> Iterator[Parallel]:
         raise RecipeError(f"{error}; torchrun starts several") from None
     if recipe.run.checkpoint == "sharded":
         raise RecipeError("run.checkpoint is sharded, which is for several processes; for one it is whole")
-    device = recipe.run.device
-    if device == "auto":
-        device = "cuda" if torch.cuda.is_available() else "cpu"
-    yield SingleProcess(device)
+    yield SingleProcess(_device(recipe.run.device))
+
+
+def _device(wanted: str) -> str:
+    """Raises :class:`RecipeError` for one that is not here."""
+    import torch
+
+    if wanted == "auto":
+        return "cuda" if torch.cuda.is_available() else "cpu"
+    try:
+        device = torch.device(wanted)
+    except RuntimeError:
+        raise RecipeError(f"run.device is {wanted!r}; it is auto, cpu, cuda or cuda:1") from None
+    counts = {"cpu": 1, "cuda": torch.cuda.device_count(), "mps": int(torch.backends.mps.is_available())}
+    if (device.index or 0) >= counts.get(device.type, 0):
+        raise RecipeError(f"run.device is {wanted}, and PyTorch {torch.__version__} sees no such device here")
+    return wanted
 
 
 def _start(recipe: Recipe, directory: Path, parallel: Parallel, *, goes_on: bool) -> Start:
@@ -306,6 +317,8 @@ def _replace_record(path: Path, record: Mapping[str, Any]) -> None:
 def _check_same(recipe: Recipe, directory: Path) -> None:
     """Raise :class:`RecipeError` where a run would go on with another recipe than it began with."""
     then = json.loads((directory / RECORD).read_text("utf-8"))["recipe"]
+    with suppress(RecipeError):  # what was there then and is refused now is said as it was
+        then = recipe_of(then, RECORD).model_dump(mode="json")  # with the defaults of keys that are newer than the run
     now = recipe.model_dump(mode="json")
     changed = [
         f"{key} was {before!r}, is {after!r}"

@@ -7,12 +7,13 @@ step of self-distillation would cost, so it is done once. Transcripts of people 
 
 from __future__ import annotations
 
+import json
 import os
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from hashlib import sha256
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -20,7 +21,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 from torch import Tensor
 
-from whisper_moe.config import FULL_WINDOW, SAMPLE_RATE
+from whisper_moe.config import FULL_WINDOW, SAMPLE_RATE, ModelConfig
 from whisper_moe.data.examples import Skipped
 from whisper_moe.data.sample import AudioRef, Sample
 from whisper_moe.generate.decode import WindowDecoder
@@ -36,6 +37,8 @@ Mode = Literal["plain", "timestamps"]
 MODES: tuple[Mode, ...] = ("plain", "timestamps")
 CLIPS_AT_ONCE = 5
 """Padded windows whose keys and values are held at a time."""
+NUMBERS = 1_024
+"""Of each tensor, by which teachers are told apart."""
 
 
 @dataclass(frozen=True)
@@ -51,10 +54,11 @@ class Lesson:
 class Teacher:
     """A model that is not changed any more, and a folder of what it has said."""
 
-    def __init__(self, decoder: WindowDecoder, folder: Path, *, limit_mb: int = 4_096) -> None:
-        """``limit_mb``: the folder's size, over which :meth:`prepare` refuses to go on."""
+    def __init__(self, decoder: WindowDecoder, folder: Path, *, limit_mb: int = 4_096, digest: str = "") -> None:
+        """``limit_mb``: the folder's size, over which :meth:`prepare` refuses to go on. ``digest`` tells teachers apart that
+        share a folder."""
         self._decoder: WindowDecoder | None = decoder
-        self._folder, self._limit = folder, limit_mb << 20
+        self._folder, self._limit, self._digest = folder, limit_mb << 20, digest
 
     def dismiss(self) -> None:
         """Give the model's memory back: from now on there is only what it has said."""
@@ -65,7 +69,7 @@ class Teacher:
         return self._path(sample).is_file()
 
     def prepare(self, samples: Iterable[Sample], left_out: list[Skipped] | None = None) -> Iterator[Sample]:
-        """Make the lessons that are missing; yields each sample when its lessons are there.
+        """Make the lessons that are missing; yields each sample when its lessons are there, in their order.
 
         ``left_out`` is told of clips that cannot be read, and of those of over 30 s. Raises ``ValueError`` when the folder
         is full.
@@ -74,9 +78,14 @@ class Teacher:
         self._folder.mkdir(parents=True, exist_ok=True)
         used = sum(path.stat().st_size for path in self._folder.glob("*.safetensors"))
         waiting: list[tuple[Sample, np.ndarray]] = []
+        behind: list[Sample] = []
+        """Those that wait, and those that wait for them: the order does not depend on what is known already."""
         for sample in samples:
             if self.knows(sample):
-                yield sample
+                if behind:
+                    behind.append(sample)
+                else:
+                    yield sample
                 continue
             assert sample.audio is not None and self._decoder is not None, sample.id
             try:
@@ -89,17 +98,18 @@ class Teacher:
                 left_out.append(Skipped(id=sample.id, cause=f"its sound has {seconds:.2f} s", corrupt=not len(clip)))
                 continue
             waiting.append((sample, clip))
+            behind.append(sample)
             if len(waiting) == CLIPS_AT_ONCE:
                 used += self._teach(waiting)
-                yield from (sample for sample, _ in waiting)
-                waiting = []
+                yield from behind
+                waiting, behind = [], []
                 if used > self._limit:
                     raise ValueError(
-                        f"{self._folder}: over its limit of {self._limit >> 20} MB; give it more, or fewer clips"
+                        f"{self._folder}: over its limit of {self._limit >> 20} MB; give it more, empty it, or take fewer clips"
                     )
         if waiting:
             self._teach(waiting)
-            yield from (sample for sample, _ in waiting)
+            yield from behind
 
     def lesson(self, sample: Sample, mode: Mode) -> Lesson:
         """Raises ``ValueError`` naming the file, if it is not what was written."""
@@ -107,15 +117,16 @@ class Teacher:
         try:
             with safe_open(path, "pt") as file:
                 return Lesson(file.get_tensor(f"{mode}.tokens"), file.get_tensor(f"{mode}.states"))
+        except FileNotFoundError as error:
+            cause = f"no lesson of {sample.id}: it is gone, or the sound has changed since it was made"
+            raise ValueError(f"{path}: {cause}") from error
         except (OSError, SafetensorError) as error:
             raise ValueError(f"{path}: not a lesson ({error}); delete it") from error
 
     def _path(self, sample: Sample) -> Path:
         assert sample.audio is not None
-        return (
-            self._folder
-            / f"{sha256(f'{sample.id} {_fingerprint(sample.audio)}'.encode()).hexdigest()[:32]}.safetensors"
-        )
+        key = f"{self._digest} {sample.id} {_fingerprint(sample.audio)}"
+        return self._folder / f"{sha256(key.encode()).hexdigest()[:32]}.safetensors"
 
     @torch.inference_mode()
     def _teach(self, clips: Sequence[tuple[Sample, np.ndarray]]) -> int:
@@ -152,14 +163,35 @@ class Teacher:
 def teacher_of(source: str | None, folder: Path, device: torch.device, *, limit_mb: int) -> Teacher:
     """A model as it is loaded, frozen; in float32, on a CPU arranged for it."""
     loaded = load_model(source)
+    digest = teacher_digest(loaded.config, loaded.state, loaded.generation)
     model = empty_model(loaded.config)
     model.load_state_dict(loaded.state, assign=True)
     model.eval().requires_grad_(False)
     network = arrange(model) if device.type == "cpu" else model.to(device)
     assert isinstance(network, WhisperMoEModel)
-    return Teacher(WindowDecoder(network, loaded.tokenizer, loaded.generation), folder, limit_mb=limit_mb)
+    return Teacher(
+        WindowDecoder(network, loaded.tokenizer, loaded.generation), folder, limit_mb=limit_mb, digest=digest
+    )
+
+
+def teacher_digest(config: ModelConfig, state: Mapping[str, Tensor], generation: Mapping[str, Any]) -> str:
+    """What a teacher is known by: its settings, and numbers from all over each of its tensors."""
+    digest = sha256(config.model_dump_json().encode())
+    digest.update(json.dumps(generation, sort_keys=True, default=str).encode())
+    for name, tensor in sorted(state.items()):
+        flat = tensor.detach().flatten()
+        some = flat[:: max(1, len(flat) // NUMBERS)].contiguous().cpu()
+        digest.update(f"{name} {tuple(tensor.shape)} {tensor.dtype}".encode())
+        digest.update(some.view(torch.uint8).numpy().tobytes())
+    return digest.hexdigest()
 
 
 def _fingerprint(audio: AudioRef) -> str:
-    """What a piece of sound is known by."""
-    return repr(replace(audio, data=sha256(audio.data).digest() if audio.data is not None else None))
+    """What a piece of sound is known by; a file also by its size and date."""
+    if audio.data is not None:
+        return repr(replace(audio, data=sha256(audio.data).digest()))
+    try:
+        status = os.stat(audio.name)
+    except OSError:
+        return repr(audio)
+    return f"{audio!r} {status.st_size} {status.st_mtime_ns}"

@@ -43,6 +43,8 @@ _PUBLISHED = {
     51_866: ("large-v3", "large-v3-turbo"),
 }
 """Vocabulary size → OpenAI's models on the Hub that share its tokenizer."""
+_SIZES = {size: size for sizes in _PUBLISHED.values() for size in sizes} | {"turbo": "large-v3-turbo"}
+"""What the ``whisper`` command calls them → what the Hub does."""
 
 
 @dataclass(frozen=True)
@@ -76,7 +78,9 @@ def kind_of(path: Path) -> Kind:
             raise CheckpointError(f"{path}: not a model; expected a folder or an openai/whisper .pt file")
         return "openai"
     if not path.is_dir():
-        raise CheckpointError(f"{path}: no such file or folder")
+        size = _SIZES.get(str(path))
+        hint = f"; OpenAI's {path} is openai/whisper-{size} on the Hub" if size else ""
+        raise CheckpointError(f"{path}: no such file or folder{hint}")
     config = path / "config.json"
     if (path / "MANIFEST.json").exists() or (config.exists() and read_json(config).get("model_type") == "whisper_moe"):
         return "checkpoint"
@@ -243,7 +247,7 @@ def _tokenizer_for(path: Path, vocab_size: int, base: str | None, announce: Anno
     like = f" such as {owners[0]}" if owners else ""
     raise CheckpointError(
         f"{path}: has no tokenizer: put the tokenizer.json of a model with {vocab_size} tokens{like} beside it, "
-        "or name such a model as its base"
+        "or upcycle it with --base MODEL"
     )
 
 

@@ -1,0 +1,198 @@
+"""What a recipe's data and model must be is said at the start of a run, before anything is learned."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from data.memory import MemoryCorpus, clip, tiny_reader
+from generate.tiny import tiny_tokenizer, tiny_whisper_moe
+from train.tiny import recipe_tree, tiny_checkpoint, tones
+
+pytest.importorskip("datasets")
+
+from whisper_moe.config import AdaptConfig
+from whisper_moe.data.corpora import CorpusConfig
+from whisper_moe.data.examples import Skipped
+from whisper_moe.data.sample import DataError
+from whisper_moe.train import build
+from whisper_moe.train.evaluation import Judge
+from whisper_moe.train.recipe import Recipe, RecipeError, recipe_of
+from whisper_moe.train.run import RECORD, _check_same, run
+from whisper_moe.train.single import SingleProcess
+from whisper_moe.train.start import Start
+
+Tree = dict[str, Any]
+
+
+@pytest.fixture(scope="module")
+def material(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A tiny checkpoint ``model``, a table ``data``, and ``holed``, in which a recording of twelve is missing."""
+    folder = tmp_path_factory.mktemp("material")
+    tiny_checkpoint(folder / "model")
+    shutil.copytree(tones(folder / "data"), folder / "holed")
+    (folder / "holed" / "3.wav").unlink()
+    return folder
+
+
+@pytest.fixture(autouse=True)
+def _own_cache(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HF_DATASETS_CACHE", str(tmp_path_factory.getbasetemp() / "datasets"))
+
+
+def recipe_with(material: Path, change: Callable[[Tree], object] = lambda tree: None, data: str = "data") -> Recipe:
+    tree = recipe_tree(material / "model", material / data, steps=1)
+    change(tree)
+    return recipe_of(tree, "test")
+
+
+def table(folder: Path, **settings: Any) -> Tree:
+    return {"kind": "table", "source": str(folder), "languages": ["en"]} | settings
+
+
+# Evaluation corpora.
+
+
+def test_evaluation_corpora_of_one_name_are_refused(material: Path, tmp_path: Path) -> None:
+    judged = recipe_with(material, lambda tree: tree["data"].update(evaluation=[table(material / "data")] * 2))
+    judged = judged.model_copy(update={"evaluation": judged.evaluation.model_copy(update={"metric": "loss"})})
+    with pytest.raises(RecipeError, match="several corpora are called 'data'; give each a `name` in the recipe"):
+        run(judged, tmp_path / "run")
+
+
+def test_a_row_that_cannot_be_judged_is_left_out_and_counted() -> None:
+    model = tiny_whisper_moe()
+    rows = [
+        clip("a", 0.3),
+        clip("klingon", 0.3, language="tlh"),
+        replace(clip("shown", 0.3), task="sign", audio=None, video="a.mp4"),
+        DataError("memory.tsv", "no such column", row=3),
+        clip("b", 0.3),
+    ]
+    judge = Judge(
+        [MemoryCorpus(rows)], tiny_reader(model.config), tiny_tokenizer(), model.generation, margin=0.5, batch_size=2,
+        limit=None, decode=False,
+    )  # fmt: skip
+    found = judge(model.model)
+    assert found["left_out"] == 3 and found["loss"] > 0
+
+
+def test_the_first_sound_row_says_whether_a_corpus_can_be_judged() -> None:
+    reader, mute, broken = tiny_reader(), clip("mute", 0.3, " "), DataError("memory.tsv", "no such column", row=1)
+    build._check_evaluation(
+        [MemoryCorpus([broken, mute, clip("a", 0.3)]), MemoryCorpus([mute], "b")], reader, decode=False
+    )
+    with pytest.raises(RecipeError, match=r"data.evaluation: .*'tlh'"):
+        build._check_evaluation([MemoryCorpus([mute, clip("k", 0.3, language="tlh")])], reader, decode=False)
+
+
+# What is listed and missing.
+
+
+def test_missing_recordings_are_told_and_count_as_corrupt(
+    material: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(
+        DataError, match=r"8\.3% of 12 samples are corrupt, more than 5\.0%; the first: .*3\.wav: no such"
+    ):
+        run(recipe_with(material, data="holed"), tmp_path / "run")
+    capfd.readouterr()
+    allowed = recipe_with(material, lambda tree: tree["data"]["loader"].update(max_corrupt_share=0.1), "holed")
+    assert run(allowed, tmp_path / "allowed") == 0
+    said = capfd.readouterr().err
+    assert said.count("holed: 1 samples are listed and cannot be had, the first: holed/train/3.wav: no such file") == 1
+
+
+def test_missing_recordings_of_a_stream_are_refused(material: Path, tmp_path: Path) -> None:
+    def streamed(tree: Tree) -> None:
+        tree["data"]["train"][0]["streaming"] = True
+
+    with pytest.raises(
+        DataError, match=r"1 of 12 samples cannot be had, more than 5\.0%; the first: holed/train/3\.wav"
+    ):
+        run(recipe_with(material, streamed, "holed"), tmp_path / "run")
+    run(recipe_with(material, streamed), tmp_path / "whole")
+
+
+def test_missing_recordings_of_an_evaluation_are_refused(material: Path, tmp_path: Path) -> None:
+    def judged(tree: Tree) -> None:
+        tree["data"]["evaluation"] = [table(material / "holed")]
+        tree["evaluation"] = {"metric": "loss"}
+
+    with pytest.raises(
+        DataError, match=r"1 of 12 samples cannot be had, more than 5\.0%; the first: holed/train/3\.wav"
+    ):
+        run(recipe_with(material, judged), tmp_path / "run")
+
+
+def test_missing_clips_of_context_adaptation_are_left_out_by_name(material: Path) -> None:
+    left_out: list[Skipped] = []
+    samples = list(build._samples(recipe_with(material, data="holed"), SingleProcess(), left_out))
+    assert len(samples) == 11
+    assert left_out == [Skipped(id="holed/train/3.wav", cause="no such file", corrupt=True)]
+
+
+def test_nothing_is_missing_where_a_limit_is_reached(material: Path) -> None:
+    configs = [CorpusConfig.model_validate(table(material / "holed", limit=limit)) for limit in (5, 12)]
+    assert [len(corpus.missing) for corpus in build._opened(configs, SingleProcess())] == [0, 1]
+
+
+# Models and devices.
+
+
+def test_full_windows_that_the_loaded_model_leaves_alone_teach_nothing(material: Path, tmp_path: Path) -> None:
+    recipe = recipe_with(material, lambda tree: tree.update(losses={"context": {"padded": 0.1}}))
+    spoken = tiny_whisper_moe()
+    adapt = AdaptConfig(encoder_layers=(0, 1), adapter_dim=8, full_windows=False)
+    start = Start(config=spoken.config.model_copy(update={"adapt": adapt}), state={}, generation={}, tokenizer_json=b"")
+    with pytest.raises(RecipeError, match="full windows teach nothing"):
+        build._context(recipe, start, spoken.model, SingleProcess(), tmp_path)
+
+
+def test_a_group_that_is_nobodys_is_told(material: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    groups = [{"pattern": "*.expert.*", "lr": 1e-3}, {"pattern": "*.router.*", "lr": 1e-3}]
+    assert run(recipe_with(material, lambda tree: tree["optimisation"].update(groups=groups)), tmp_path / "run") == 0
+    said = capfd.readouterr().err
+    assert "optimisation.groups: no parameter is called '*.expert.*'" in said and "'*.router.*'" not in said
+
+
+def test_bfloat16_that_is_only_emulated_is_not_taken(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation=True: including_emulation)
+    assert build.precision_on("auto", torch.device("cuda")) == "float16"
+
+
+@pytest.mark.parametrize(
+    ("device", "said"), [("cuda", "sees no such device"), ("cuda:7", "sees no such device"), ("gpu", "it is auto, cpu")]
+)
+def test_a_device_that_is_not_here_is_said_before_a_model_is_loaded(
+    material: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, device: str, said: str
+) -> None:
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 0)
+
+    def elsewhere(tree: Tree) -> None:
+        tree["run"]["device"], tree["model"]["source"] = device, "nowhere/at-all.pt"
+
+    with pytest.raises(RecipeError, match=f"run.device is .*{said}"):
+        run(recipe_with(material, elsewhere), tmp_path / "run")
+
+
+def test_a_run_that_is_older_than_a_key_can_go_on(material: Path, tmp_path: Path) -> None:
+    recipe = recipe_with(material)
+    then = recipe.model_dump(mode="json")
+    del then["optimisation"]["most_bad_steps"], then["data"]["loader"]["max_corrupt_share"]
+    (tmp_path / RECORD).write_text(json.dumps({"recipe": then}), "utf-8")
+    _check_same(recipe, tmp_path)
+    then["optimisation"]["lr"] = 1.0
+    (tmp_path / RECORD).write_text(json.dumps({"recipe": then}), "utf-8")
+    with pytest.raises(RecipeError, match=r"optimisation.lr was 1.0, is 0.003$"):
+        _check_same(recipe, tmp_path)
+    then["optimisation"]["gone"] = 1
+    (tmp_path / RECORD).write_text(json.dumps({"recipe": then}), "utf-8")
+    with pytest.raises(RecipeError, match=r"optimisation.gone was 1, is None"):
+        _check_same(recipe, tmp_path)
