@@ -228,6 +228,9 @@ def test_a_run_is_not_mixed_up_with_another(
     assert "has a run already; --resume" in capfd.readouterr().err
     assert train(recipe, ["optimisation.lr=1e-4"], undisturbed, True) == 2
     assert "optimisation.lr was 0.003, is 0.0001" in capfd.readouterr().err
+    # The best so far was found by another measure.
+    assert train(recipe, ["evaluation.metric=loss"], undisturbed, True) == 2
+    assert "evaluation.metric was 'wer', is 'loss'" in capfd.readouterr().err
     assert train(recipe, [], recipe, False) == 2
     assert "is a file" in capfd.readouterr().err
 
