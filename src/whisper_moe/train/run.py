@@ -39,8 +39,8 @@ RECORD, MODEL = "run.json", "model"
 _PACKAGES = ("whisper-moe", "torch", "numpy", "datasets", "tokenizers", "safetensors", "av", "pydantic")
 _FREE = (
     "run", "evaluation.every", "evaluation.batch_size", "evaluation.patience", "name", "parallel",
-    "data.loader.workers", "data.loader.prefetch", "data.loader.cache_dir", "data.loader.cache_limit_mb", "optimisation.recompute",
-    "losses.context.lessons", "losses.context.limit_mb",
+    "data.loader.workers", "data.loader.prefetch", "data.loader.cache_dir", "data.loader.cache_limit_mb",
+    "optimisation.recompute", "losses.context.lessons", "losses.context.limit_mb",
 )  # fmt: skip
 """Parts of a recipe that may differ where a run goes on: they change neither what is learned nor what the best checkpoint is."""
 
