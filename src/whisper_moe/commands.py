@@ -31,11 +31,11 @@ from whisper_moe.flags import (
     truth,
     usage,
 )
+from whisper_moe.generate.result import mean_gates
 from whisper_moe.generate.text import SubtitleOptions, expand_formats, output_names, save, write
 
 if TYPE_CHECKING:
     from whisper_moe.api import Outcome, WhisperMoE
-    from whisper_moe.generate.result import Segment
 
 SAMPLE = Path(__file__).parents[2] / "examples" / "sample.m4a"
 """What is transcribed when no file is named; it comes with a checkout."""
@@ -237,20 +237,12 @@ def _facts(outcome: Outcome) -> str:
     assert result is not None
     spoken = ", ".join(dict.fromkeys(segment.language or "?" for segment in result.segments)) or "no speech"
     facts = [f"{outcome.name}: {result.duration:.1f} s, {spoken}"]
-    experts = _mean_gates(result.segments)
+    experts = sorted(mean_gates(result.segments), key=lambda item: -item[1])
     if experts:
         facts.append("experts " + ", ".join(f"{name} {gate:.2f}" for name, gate in experts))
     if result.fallbacks:
         facts.append(f"{result.fallbacks} of its windows decoded again")
     return "; ".join(facts)
-
-
-def _mean_gates(segments: Sequence[Segment]) -> list[tuple[str, float]]:
-    sums: dict[str, float] = {}
-    for segment in segments:
-        for name, gate in segment.experts:
-            sums[name] = sums.get(name, 0.0) + gate / len(segments)
-    return sorted(sums.items(), key=lambda item: -item[1])
 
 
 @_guarded

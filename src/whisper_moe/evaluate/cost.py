@@ -11,14 +11,13 @@ from math import prod
 from pathlib import Path
 from typing import Any
 
-from whisper_moe.config import FRAMES_PER_SECOND, PRESETS, ModelConfig
+from whisper_moe.config import FRAMES_PER_SECOND, FULL_WINDOW, PRESETS, ModelConfig
 from whisper_moe.weights.default import DEFAULT_MOE, DEFAULT_TTT, default
 from whisper_moe.weights.manifest import describe
 from whisper_moe.weights.parts import expected_shapes, part_of, spelled_alone
 from whisper_moe.weights.sources import resolve
 from whisper_moe.weights.upcycle import upcycled_config
 
-WINDOW_SECONDS = 30
 TYPICAL_TOKENS = 100
 """Tokens that a full window of speech is written in, about."""
 _TTT_PRODUCTS = 7
@@ -59,7 +58,7 @@ class Flops:
         return self.encoder + self.memory + self.decoder
 
 
-def flops(config: ModelConfig, seconds: float = WINDOW_SECONDS, tokens: int = TYPICAL_TOKENS) -> Flops:
+def flops(config: ModelConfig, seconds: float = FULL_WINDOW, tokens: int = TYPICAL_TOKENS) -> Flops:
     """Operations for a window of ``seconds`` written in ``tokens`` tokens, each computed in a step of its own.
 
     Every chosen expert is counted: a segment that the router sends to *none* costs less. TTT gates are counted as open.

@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING, Any, Protocol, TypeAlias
 
 from whisper_moe.config import SAMPLE_RATE
 from whisper_moe.generate.options import TEMPERATURES
+from whisper_moe.generate.result import mean_gates
 from whisper_moe.media.audio import load_audio
 
 if TYPE_CHECKING:
@@ -112,15 +113,6 @@ def told(options: Mapping[str, Any], asked: Mapping[str, Any], timestamps: str) 
     asked = dict(asked)
     long = asked.pop("long", None)
     return {**options, **asked} | ({} if long is None else {timestamps: long != timestamps.startswith("without")})
-
-
-def mean_gates(segments: Sequence[Any]) -> tuple[tuple[str, float], ...]:
-    """Each expert's gate, averaged over the segments of a transcription."""
-    sums: dict[str, float] = {}
-    for segment in segments:
-        for name, gate in segment.experts:
-            sums[name] = sums.get(name, 0.0) + gate / len(segments)
-    return tuple(sums.items())
 
 
 class FasterWhisper:

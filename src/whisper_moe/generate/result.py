@@ -7,6 +7,7 @@ that format finds everything where it expects it. Times are seconds from the sta
 from __future__ import annotations
 
 import zlib
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -74,6 +75,15 @@ class Segment:
         if self.language is not None:
             values["language"] = self.language
         return values | {"experts": dict(self.experts)}
+
+
+def mean_gates(segments: Sequence[Segment]) -> tuple[tuple[str, float], ...]:
+    """Each expert's gate, averaged over the segments of a transcription."""
+    sums: dict[str, float] = {}
+    for segment in segments:
+        for name, gate in segment.experts:
+            sums[name] = sums.get(name, 0.0) + gate / len(segments)
+    return tuple(sums.items())
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

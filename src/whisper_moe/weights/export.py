@@ -9,13 +9,13 @@ from typing import Any
 from safetensors.torch import save
 from torch import Tensor
 
-from whisper_moe.config import SAMPLE_RATE, ModelConfig
+from whisper_moe.config import FRAMES_PER_SECOND, FULL_WINDOW, SAMPLE_RATE, ModelConfig
 from whisper_moe.weights.files import json_bytes, new_folder, read_bytes
 from whisper_moe.weights.tokens import one_vocabulary
 from whisper_moe.weights.whisper import config_to_whisper, state_to_whisper
 
-_WINDOW_SECONDS = 30
-_HOP = 160
+_WINDOW_SECONDS = int(FULL_WINDOW)
+_HOP = SAMPLE_RATE // FRAMES_PER_SECOND
 _TOKEN_IDS = ("bos_token_id", "eos_token_id", "pad_token_id", "decoder_start_token_id")
 
 
