@@ -55,3 +55,33 @@ def test_a_limit_that_the_user_has_set_is_kept(monkeypatch: pytest.MonkeyPatch) 
     with weights_apart():
         pass
     assert os.environ["ONEDNN_PRIMITIVE_CACHE_CAPACITY"] == "7"
+
+
+GIVEN_BACK = """
+import torch
+from whisper_moe.heap import give_back_memory, weights_apart
+
+with weights_apart():
+    pass
+resident = lambda: int(open("/proc/self/statm").read().split()[1]) * 4096 >> 20
+pieces = [torch.ones(1 << 20) for _ in range(40)]  # 160 MB in the heap, every other of them freed: holes
+kept = pieces[::2]
+del pieces
+full = resident()
+give_back_memory(200 << 20)
+spared = resident()
+give_back_memory(40 << 20)
+print(full - spared, spared - resident())
+"""
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="glibc only")
+def test_free_memory_goes_back_where_there_is_more_of_it_than_is_spared() -> None:
+    import ctypes
+
+    if not hasattr(ctypes.CDLL("libc.so.6"), "mallinfo2"):
+        pytest.skip("this C library does not tell")
+    done = subprocess.run([sys.executable, "-c", GIVEN_BACK], capture_output=True, text=True, check=True)
+    spared, given_back = map(int, done.stdout.split())
+    assert spared < 20
+    assert given_back > 60

@@ -9,9 +9,14 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import lru_cache
 
-_M_MMAP_THRESHOLD = -3
+_M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3
 _LARGE = 16 << 20
 """Bytes from which a tensor is mapped by itself, and unmapped when it is freed. glibc would raise this to 32 MB as it goes."""
+_TOP = 64 << 20
+"""Bytes free at the heap's end that stay there until :func:`give_back_memory`: a pack's next tensor takes them again, where
+glibc would return all but 128 kB and get fresh pages, one fault each."""
+SPARE = 384 << 20
+"""Bytes free in the whole heap that decoding leaves there for its next batch: what two batches of other sizes need."""
 
 
 _WEIGHT = 128 << 10
@@ -35,15 +40,33 @@ def weights_apart() -> Iterator[None]:
         give_back_memory()
 
 
-def give_back_memory() -> None:
-    """Return freed memory to the system."""
-    if libc := _glibc():
+def give_back_memory(spare: int = 0) -> None:
+    """Return freed memory to the system, if there is more than ``spare`` bytes of it: to take a page again costs a fault."""
+    if (libc := _glibc()) and _free(libc) > spare:
         libc.malloc_trim(0)
+
+
+class _HeapInfo(ctypes.Structure):
+    """glibc's ``mallinfo2``."""
+
+    _fields_ = [
+        (name, ctypes.c_size_t)
+        for name in "arena ordblks smblks hblks hblkhd usmblks fsmblks uordblks fordblks keepcost".split()
+    ]
+
+
+def _free(libc: ctypes.CDLL) -> int:
+    """Bytes that are free in the heap; taken for boundless by a glibc before 2.33, which cannot tell."""
+    if not hasattr(libc, "mallinfo2"):
+        return sys.maxsize
+    libc.mallinfo2.restype = _HeapInfo
+    return libc.mallinfo2().fordblks
 
 
 def _map_from(size: int) -> None:
     if libc := _glibc():
         libc.mallopt(_M_MMAP_THRESHOLD, size)
+        libc.mallopt(_M_TRIM_THRESHOLD, _TOP)
 
 
 @lru_cache(maxsize=1)

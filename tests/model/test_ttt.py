@@ -37,6 +37,26 @@ def test_dual_form_equals_primal_form(causal: bool, length: int) -> None:
     )
 
 
+@FORMS
+def test_inference_computes_what_training_does_and_keeps_the_learned_weights(causal: bool) -> None:
+    """Inference gathers one mini-batch at a time and uses the memory of fast weights again."""
+    layer, lengths = make_layer(causal), [3 * B + 2, 1, 2 * B, B - 1]
+    x = tokens(sum(lengths))
+    trained = layer(x, Layout(lengths))
+    first, carried = layer.forward_carry(x, None)
+    before = [parameter.clone() for parameter in layer.parameters()]
+    with torch.no_grad():
+        for _ in range(2):
+            assert_close(layer(x, Layout(lengths)), trained, rtol=0, atol=1e-12)
+            again, also_carried = layer.forward_carry(x, None)
+            assert_close(again, first, rtol=0, atol=1e-12)
+            kept = also_carried.w1.clone()
+            layer.forward_carry(x, also_carried)
+            assert torch.equal(also_carried.w1, kept), "what is carried may be carried again"
+            assert_close(kept, carried.w1, rtol=0, atol=1e-12)
+    assert all(map(torch.equal, before, layer.parameters()))
+
+
 def test_analytic_gradient_equals_autograd_of_the_loss() -> None:
     torch.manual_seed(0)
     rows, d = 3, 6
@@ -206,8 +226,11 @@ def test_chunks_hold_every_token_once_in_each_direction(lengths: list[int], mini
     assert plan.valid.any(dim=1).all(), "a chunk of padding alone"
     assert len(plan.source) == sum(plan.active) == directions * sum(-(-n // mini_batch) for n in lengths)
     x = torch.randn(layout.total, 1, 3, 2)
-    for y in plan.restore(plan.cut(x)[0]):
+    whole = plan.cut(x, slice(None))[0]
+    for y in plan.restore(whole):
         assert torch.equal(y, x.flatten(1))
+    assert torch.equal(torch.cat([plan.cut(x, time)[0] for time in plan.times]), whole)
+    assert [len(plan.source[time]) for time in plan.times] == list(plan.active)
     segment = layout.segment_ids()[plan.source]
     assert (segment == segment[:, :1]).all(), "a chunk holds tokens of one segment"
 

@@ -20,7 +20,7 @@ from whisper_moe.generate.align import WordTiming, align, token_probabilities
 from whisper_moe.generate.options import TranscribeOptions
 from whisper_moe.generate.rules import Rules, Timestamps
 from whisper_moe.generate.search import Hypothesis, search
-from whisper_moe.heap import give_back_memory
+from whisper_moe.heap import SPARE, give_back_memory
 from whisper_moe.media.mel import log_mel
 from whisper_moe.media.text import Tokenizer
 from whisper_moe.model.block import Carry
@@ -100,12 +100,12 @@ class WindowDecoder:
         """
         carried = carry.copy() if carry is not None else None
         order, encoded = self.encode(clips, margin, carried)
-        give_back_memory()  # packs of ever other sizes leave holes that would add up to hundreds of MB
+        give_back_memory(SPARE)  # packs of ever other sizes leave holes that would add up to hundreds of MB
         hints = [hints[i] for i in order] if hints else [None] * len(order)
         samples = [len(clips[i]) for i in order]
         found = self.decode_encoded(encoded, samples, hints, options, temperature, margin)
         del encoded
-        give_back_memory()
+        give_back_memory(SPARE)
         takes: list[Take | None] = [None] * len(order)
         for index, take in zip(order, found, strict=True):
             takes[index] = replace(take, carried=carried)

@@ -268,8 +268,8 @@ class _Track:
 
     def _check_time(self, frame: AudioFrame) -> None:
         seconds = frame.samples / frame.sample_rate
-        if self.format == "ogg" and frame.pts is not None and frame.time_base:
-            start = float(frame.pts * frame.time_base)
+        if self.format == "ogg" and frame.pts is not None and (base := frame.time_base):
+            start = frame.pts * base.numerator / base.denominator  # a product of fractions takes ten times as long
             if self.expected is not None and start > self.expected + GAP_SECONDS:
                 raise _Damage(f"the sound is damaged: {start - self.expected:.2f} s of it are missing")
             self.expected = start + seconds

@@ -8,6 +8,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from whisper_moe.model.feed_forward import FeedForward
+
 Adapted: TypeAlias = "bool | Tensor"
 """Which tokens are adapted: all, none, or those where a mask [T, 1] says so (``AdaptConfig.full_windows``)."""
 
@@ -38,19 +40,14 @@ class AdaptedNorm(nn.LayerNorm):
         return plain
 
 
-class Adapter(nn.Module):
-    """A slim feed-forward beside the block's own (arXiv 1902.00751, in parallel as in 2110.04366); exact (erf) GELU.
+class Adapter(FeedForward):
+    """A slim feed-forward beside the block's own (arXiv 1902.00751, in parallel as in 2110.04366).
 
     Its output starts at exactly 0, and alive: ``up`` is random, so ``down`` has a gradient.
     """
 
     def __init__(self, d_model: int, hidden: int) -> None:
-        super().__init__()
-        self.up = nn.Linear(d_model, hidden)
-        self.down = nn.Linear(hidden, d_model)
+        super().__init__(d_model, hidden)
         nn.init.normal_(self.up.weight, std=0.02)
         for parameter in (self.up.bias, self.down.weight, self.down.bias):
             nn.init.zeros_(parameter)
-
-    def forward(self, x_TD: Tensor) -> Tensor:
-        return self.down(F.gelu(self.up(x_TD)))

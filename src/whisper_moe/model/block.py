@@ -12,7 +12,6 @@ from functools import partial
 from typing import Literal, TypeAlias
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
@@ -21,6 +20,7 @@ from whisper_moe.model.adapt import Adapted, AdaptedNorm, Adapter
 from whisper_moe.model.attention import CrossAttention, KeyValueCache, Memory, SelfAttention
 from whisper_moe.model.conformer import ConvolutionModule
 from whisper_moe.model.fast_weights import FastWeights
+from whisper_moe.model.feed_forward import FeedForward
 from whisper_moe.model.moe import Experts
 from whisper_moe.model.router import Choices, Router, Routing
 from whisper_moe.model.ttt import TTTMLP, TTTState
@@ -29,18 +29,6 @@ from whisper_moe.packing import Layout
 
 Source: TypeAlias = "tuple[Tensor, Layout]"
 """The encoder's states and where its segments lie: what a decoder block makes keys and values of."""
-
-
-class FeedForward(nn.Module):
-    """down(gelu(up(x))), exact (erf) GELU."""
-
-    def __init__(self, d_model: int, hidden: int) -> None:
-        super().__init__()
-        self.up = nn.Linear(d_model, hidden)
-        self.down = nn.Linear(hidden, d_model)
-
-    def forward(self, x_TD: Tensor) -> Tensor:
-        return self.down(F.gelu(self.up(x_TD)))
 
 
 @dataclass

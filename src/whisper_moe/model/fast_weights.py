@@ -138,18 +138,19 @@ def token_gradients(weights: FastWeights, norm: Norm, tokens: Tokens) -> Gradien
     return Gradients(tokens.k, g1, x2, g2)
 
 
-def commit(weights: FastWeights, gradients: Gradients, factor: Tensor | None) -> FastWeights:
+def commit(weights: FastWeights, gradients: Gradients, factor: Tensor | None, *, in_place: bool = False) -> FastWeights:
     """The gradient step of a mini-batch: W ← W − c Σ_s η_s x_sᵀ G_s, with c = ``factor`` (a scalar tensor; None is 1).
 
-    ``gradients`` may hold fewer rows than ``weights``: the first ones; the others end here.
+    ``gradients`` may hold fewer rows than ``weights``: the first ones; the others end here. ``in_place``: the old weights
+    are given up, and nobody differentiates.
     """
     k, g1, x2, g2 = gradients.k, gradients.g1, gradients.x2, gradients.g2
     if factor is not None:
         g1, g2 = g1 * factor, g2 * factor
     old = weights.first(gradients.rows)
     return FastWeights(
-        _minus_product(old.w1, k, g1), old.b1 - g1.sum(2, keepdim=True),
-        _minus_product(old.w2, x2, g2), old.b2 - g2.sum(2, keepdim=True),
+        _minus_product(old.w1, k, g1, in_place), old.b1 - g1.sum(2, keepdim=True),
+        _minus_product(old.w2, x2, g2, in_place), old.b2 - g2.sum(2, keepdim=True),
     )  # fmt: skip
 
 
@@ -159,12 +160,15 @@ def apply(weights: FastWeights, norm: Norm, q: Tensor) -> Tensor:
     return _output(norm, q, _affine(x2, weights.w2, weights.b2))
 
 
-def bidirectional_step(weights: FastWeights, norm: Norm, tokens: Tokens) -> tuple[FastWeights, Tensor]:
+def bidirectional_step(
+    weights: FastWeights, norm: Norm, tokens: Tokens, *, in_place: bool = False
+) -> tuple[FastWeights, Tensor]:
     """One mini-batch in which every token sees every other (ttt-video: E is not lower triangular and has equal rows).
 
     With equal rows the dual form Q W1 − (E ⊙ Q Kᵀ) G1 is Q (W1 − (e ⊙ K)ᵀ G1), the committed weights: that is computed.
+    ``in_place``: as in :func:`commit`.
     """
-    weights = commit(weights, token_gradients(weights, norm, tokens), None)
+    weights = commit(weights, token_gradients(weights, norm, tokens), None, in_place=in_place)
     return weights, apply(weights, norm, tokens.q)
 
 
@@ -213,7 +217,10 @@ def _batched(x: Tensor, w: Tensor, b: Tensor | None) -> Tensor:
     return torch.bmm(x, w) if b is None else torch.baddbmm(b, x, w)
 
 
-def _minus_product(w: Tensor, x: Tensor, g: Tensor) -> Tensor:
+def _minus_product(w: Tensor, x: Tensor, g: Tensor, in_place: bool) -> Tensor:
     """W − xᵀ g for every row and head, [R, H, ...]; a shared W is copied here, once for each row."""
+    if in_place:
+        w.flatten(0, 1).baddbmm_(x.flatten(0, 1).mT, g.flatten(0, 1), alpha=-1)
+        return w
     w = w.expand(x.shape[0], -1, -1, -1)
     return torch.baddbmm(w.flatten(0, 1), x.flatten(0, 1).mT, g.flatten(0, 1), alpha=-1).view(w.shape)

@@ -16,6 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from whisper_moe.model.feed_forward import by_runs
 from whisper_moe.model.int8 import Int8Rows, row_scale
 
 _ZERO = 128
@@ -23,7 +24,7 @@ _ZERO = 128
 _PAIR = 32_767 // 255
 """What the weights of a pair may add up to, on either side of 0."""
 _ROWS = 512
-"""Tokens at a time: the passes before and after the product find them in the cache."""
+"""Rows of a matrix that are laid out at a time."""
 
 
 def suits_this_cpu() -> bool:
@@ -78,14 +79,11 @@ class FbgemmLinear(nn.Module):
         self.packed = torch.ops.quantized.linear_prepack(tensor, None)
 
     def forward(self, x: Tensor) -> Tensor:
-        x_TD = x.reshape(-1, x.shape[-1])
-        y_TN = x_TD.new_empty(len(x_TD), self.outputs)
-        for part_TD, out_TN in zip(x_TD.split(_ROWS), y_TN.split(_ROWS), strict=True):
-            scale_T1 = row_scale(part_TD)
-            product_TN = torch.ops.quantized.linear_with_input_q_dq_qweight_dq_output_fp32(
-                part_TD / scale_T1, 1.0, _ZERO, self.packed
-            )
-            torch.mul(product_TN, scale_T1, out=out_TN)
-            if self.bias is not None:
-                out_TN.add_(self.bias)
-        return y_TN.view(*x.shape[:-1], self.outputs)
+        return by_runs(self._product, x.reshape(-1, x.shape[-1])).view(*x.shape[:-1], self.outputs)
+
+    def _product(self, x_TD: Tensor) -> Tensor:
+        scale_T1 = row_scale(x_TD)
+        y_TN = torch.ops.quantized.linear_with_input_q_dq_qweight_dq_output_fp32(
+            x_TD / scale_T1, 1.0, _ZERO, self.packed
+        ).mul_(scale_T1)
+        return y_TN if self.bias is None else y_TN.add_(self.bias)

@@ -16,6 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from whisper_moe.model.feed_forward import by_runs
 from whisper_moe.model.moe import FEW_TOKENS, shares
 from whisper_moe.model.router import Routing
 from whisper_moe.packing import Layout
@@ -90,9 +91,11 @@ class Int8Linear(nn.Module):
         self.bias = bias.detach() if bias is not None else torch.zeros_like(self.scale)
 
     def forward(self, x: Tensor) -> Tensor:
+        return by_runs(self._product, x.reshape(-1, x.shape[-1])).view(*x.shape[:-1], len(self.scale))
+
+    def _product(self, x_TD: Tensor) -> Tensor:
         # Passes in place: one addcmul that broadcasts along both dimensions takes ten times as long as all of them.
-        y = _product(x.reshape(-1, x.shape[-1]), self.weight).mul_(self.scale).add_(self.bias)
-        return y.view(*x.shape[:-1], len(self.scale))
+        return _product(x_TD, self.weight).mul_(self.scale).add_(self.bias)
 
 
 class Int8Embedding(nn.Module):

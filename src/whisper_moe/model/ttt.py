@@ -11,7 +11,9 @@ A *chunk* is one mini-batch of one row; C counts them over all rows.
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
+from itertools import accumulate
 
 import torch
 import torch.nn.functional as F
@@ -53,11 +55,17 @@ class ChunkPlan:
     place: Tensor
     """[directions * T] int64, the slot (of C * b) of each token: all of the forward direction, then of the reversed."""
 
-    def cut(self, x_TGHd: Tensor) -> Tensor:
-        """Flat tokens to chunks, [G, C, H, b, d]: one gather that splits off groups and heads as well."""
+    @property
+    def times(self) -> list[slice]:
+        """The chunks that are read at the same time, from first to last."""
+        ends = list(accumulate(self.active))
+        return [slice(end - count, end) for count, end in zip(self.active, ends, strict=True)]
+
+    def cut(self, x_TGHd: Tensor, chunks: slice) -> Tensor:
+        """Flat tokens to some chunks, [G, C, H, b, d]: one gather that splits off groups and heads as well."""
         _, groups, heads, d = x_TGHd.shape
         group, head = (torch.arange(n, device=x_TGHd.device) for n in (groups, heads))
-        index = (self.source[:, None] * groups + group[:, None, None, None]) * heads + head[:, None]
+        index = (self.source[chunks, None] * groups + group[:, None, None, None]) * heads + head[:, None]
         return x_TGHd.reshape(-1, d).index_select(0, index.flatten()).view(*index.shape, d)
 
     def restore(self, z_CHbd: Tensor) -> Tensor:
@@ -244,14 +252,12 @@ class TTTMLP(nn.Module):
         plan = plan_chunks(layout, self.mini_batch, 1 if self.causal else 2, x_TD.device)
         qkv, rate = self._project(x_TD)
         with _no_autocast(x_TD):
-            heads = plan.cut(qkv.unflatten(-1, (3, self.n_heads, -1)))
-            rate = plan.cut(rate[:, None, :, None])[0] * plan.valid[:, None, :, None]
-            tokens = _tokens(heads, rate, first=0)
+            chunks = _chunks(plan, qkv.unflatten(-1, (3, self.n_heads, -1)), rate)
             if self.causal:
                 flush_at = (layout.total - 1) % self.mini_batch if flush else None
-                z, end = self._causal_loop(tokens, plan.active, start, flush_at)
+                z, end = self._causal_loop(chunks, plan.active, start, flush_at)
             else:
-                z, end = self._bidirectional_loop(tokens, plan.active, start)
+                z, end = self._bidirectional_loop(chunks, plan.active, start)
         z = plan.restore(z).to(x_TD.dtype)
         y = self._gated(z[0], self.gate_forward)
         if self.gate_backward is not None:
@@ -259,16 +265,13 @@ class TTTMLP(nn.Module):
         return y, end
 
     def _causal_loop(
-        self, tokens: Tokens, active: tuple[int, ...], weights: FastWeights, flush_at: int | None
+        self, chunks: Iterable[Tokens], active: tuple[int, ...], weights: FastWeights, flush_at: int | None
     ) -> tuple[Tensor, FastWeights]:
         """All chunks in order of time. ``flush_at``: commit the last one too, with this token's factor."""
-        norm, factors = self._norm(), self._factors()
-        outputs, first = [], 0
-        for rows, following in zip(active, (*active[1:], 0), strict=True):
-            chunk = tokens.rows(first, first + rows)
+        norm, factors, outputs = self._norm(), self._factors(), []
+        for chunk, following in zip(chunks, (*active[1:], 0), strict=True):
             gradients, z = causal_step(weights, norm, None, chunk, factors)
             outputs.append(z)
-            first += rows
             if following:  # A row's last mini-batch changes nothing that is still read.
                 weights = commit(weights, gradients.first(following), factors[-1])
             elif flush_at is not None:
@@ -276,14 +279,13 @@ class TTTMLP(nn.Module):
         return torch.cat(outputs), weights
 
     def _bidirectional_loop(
-        self, tokens: Tokens, active: tuple[int, ...], weights: FastWeights
+        self, chunks: Iterable[Tokens], active: tuple[int, ...], weights: FastWeights
     ) -> tuple[Tensor, FastWeights]:
-        norm, outputs, first = self._norm(), [], 0
-        for rows in active:
-            chunk = tokens.rows(first, first + rows)
-            weights, z = bidirectional_step(weights.first(rows), norm, chunk)
+        norm, outputs = self._norm(), []
+        for chunk, rows in zip(chunks, active, strict=True):
+            own = bool(outputs) and not torch.is_grad_enabled()  # the first step's result is this loop's alone
+            weights, z = bidirectional_step(weights.first(rows), norm, chunk, in_place=own)
             outputs.append(z)
-            first += rows
         return torch.cat(outputs), weights
 
     def _project(self, x: Tensor) -> tuple[Tensor, Tensor]:
@@ -314,6 +316,20 @@ class TTTMLP(nn.Module):
         assert self.tau is not None
         t = torch.arange(1, self.mini_batch + 1, device=self.tau.device, dtype=self._dtype)
         return (1 / t + self.tau.to(self._dtype)).clamp_min(0)
+
+
+def _chunks(plan: ChunkPlan, qkv_T3Hd: Tensor, rate_TH: Tensor) -> Iterator[Tokens]:
+    """What is read at each time. Inference gathers it then, which keeps it in the cache; a backward pass would make a
+    gradient of all tokens for each gather, so training gathers once."""
+
+    def cut(chunks: slice) -> Tokens:
+        rate = plan.cut(rate_TH[:, None, :, None], chunks)[0] * plan.valid[chunks, None, :, None]
+        return _tokens(plan.cut(qkv_T3Hd, chunks), rate, first=0)
+
+    if not torch.is_grad_enabled():
+        return map(cut, plan.times)
+    whole = cut(slice(None))
+    return (whole.rows(time.start, time.stop) for time in plan.times)
 
 
 def _tokens(qkv_3RHnd: Tensor, rate: Tensor, *, first: int) -> Tokens:
