@@ -208,6 +208,25 @@ def test_of_twenty_files_five_broken_ones_cost_only_themselves(run: Run, tiny: l
         assert "".join(alone.out.split()) == "".join(written[path.stem]["text"].split())
 
 
+def test_what_was_said_before_the_damage_is_kept(run: Run, tiny: list[str], tmp_path: Path) -> None:
+    noise(tmp_path / "long.wav", 50.0)
+    whole = (tmp_path / "long.wav").read_bytes()
+    cut, bad = tmp_path / "cut.wav", tmp_path / "bad.wav"
+    cut.write_bytes(whole[: len(whole) // 2])
+    bad.write_bytes(b"R")
+    flags = [*tiny, "--language", "en"]
+    done = run("transcribe", cut, bad, "-o", tmp_path / "out", "-f", "json,txt", *flags)
+    assert done.status == 1
+    assert sorted(path.name for path in (tmp_path / "out").iterdir()) == ["cut.partial.json", "cut.partial.txt"]
+    partial = json.loads((tmp_path / "out" / "cut.partial.json").read_text())
+    assert partial["segments"] and 10 < partial["segments"][-1]["end"] < 26
+    errors = [line for line in done.said if line.startswith("whisper-moe: ")]
+    assert [str(path) in line for path, line in zip((cut, bad), errors, strict=False)] == [True, True]
+    assert "is kept" in errors[0] and "is kept" not in errors[1]
+    alone = run("transcribe", cut, *flags)
+    assert alone.status == 1 and "".join(alone.out.split()) == "".join(partial["text"].split())
+
+
 def test_a_result_that_cannot_be_written_costs_only_itself(run: Run, tiny: list[str], tmp_path: Path) -> None:
     files = [noise(tmp_path / name) for name in ("a.wav", "b.wav", "c.wav")]
     (tmp_path / "out" / "b.txt").mkdir(parents=True)

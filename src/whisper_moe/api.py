@@ -45,6 +45,8 @@ class Outcome:
     name: str
     transcription: Transcription | None
     error: MediaError | None
+    partial: Transcription | None = None
+    """Beside an error: what was said before the damage."""
 
 
 class WhisperMoE:
@@ -128,7 +130,7 @@ class WhisperMoE:
         """The transcript of one recording, or of each in a list (decoded together, which is faster than one by one).
 
         ``options``: the fields of :class:`~whisper_moe.generate.options.TranscribeOptions`. Raises ``MediaError`` naming the
-        first file that cannot be read; :meth:`transcribe_each` goes on with the others.
+        first file that cannot be read; :meth:`transcribe_each` goes on with the others, and gives what was heard of that one.
         """
         alone = isinstance(audio, (str, os.PathLike, np.ndarray)) or hasattr(audio, "read")
         sources: list[Any] = [audio] if alone else list(audio)  # pyright: ignore[reportArgumentType]
@@ -149,8 +151,10 @@ class WhisperMoE:
         asked = self._options(options)
         recordings = (self._recording(source, asked) for source in audio)
         for done in Transcriber(self._decoder, asked, progress=progress).run(recordings):
-            failed = done.error is not None
-            yield Outcome(done.name, None if failed else done.result(), _as_media_error(done) if failed else None)
+            if done.error is None:
+                yield Outcome(done.name, done.result(), None)
+            else:
+                yield Outcome(done.name, None, _as_media_error(done), done.result() if done.segments else None)
 
     def detect_language(self, audio: Audio, *, languages: Sequence[str] = ()) -> dict[str, float]:
         """Probability of each language in the first 30 s of speech, likeliest first.

@@ -210,17 +210,24 @@ def _deliver(
     outcome: Outcome, path: str, name: str, formats: Sequence[str], directory: Path | None, subtitles: SubtitleOptions,
     several: bool,
 ) -> bool:  # fmt: skip
-    """Write one result; whether there is one and it could be written: what ails one file costs that file alone."""
-    if outcome.transcription is None:
-        say(f"whisper-moe: {outcome.error}")
+    """Write one result; whether it is whole and could be written: what ails one file costs that file alone.
+
+    Of a damaged file, what was said before the damage is written, to a file under a name that says so.
+    """
+    result = outcome.transcription or outcome.partial
+    if outcome.error is not None:
+        heard = f"; what was said before, up to {outcome.partial.duration:.1f} s, is kept" if outcome.partial else ""
+        say(f"whisper-moe: {outcome.error}{heard}")
+        name += ".partial"
+    if result is None:
         return False
     try:
         if directory is not None:
-            save(outcome.transcription, directory, name, formats, subtitles)
+            save(result, directory, name, formats, subtitles)
         else:
             if several:
                 say(f"{path}:")
-            write(outcome.transcription, formats[0], sys.stdout, subtitles)
+            write(result, formats[0], sys.stdout, subtitles)
             # The file of json has no end of line; on a terminal, and between two results, one is wanted.
             print(end="\n" if formats[0] == "json" else "", flush=True)
     except BrokenPipeError:
@@ -228,7 +235,7 @@ def _deliver(
     except (OSError, ValueError) as error:
         say(f"whisper-moe: {path}: {sentence(error)}")
         return False
-    return True
+    return outcome.error is None
 
 
 def _facts(outcome: Outcome) -> str:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import time
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NoReturn
@@ -51,6 +52,13 @@ def clips(file: Path) -> tuple[Clip, ...]:
 def vanish(*_: Any, **__: Any) -> NoReturn:
     """A system that takes its process with it."""
     os._exit(7)
+
+
+def linger(note: str, **_: Any) -> NoReturn:
+    """A system that takes a minute to load, and notes which process does it."""
+    Path(note).write_text(f"{os.getpid()}\n")
+    time.sleep(60)
+    raise AssertionError("nobody ended it")
 
 
 def refuse(*_: Any, **__: Any) -> NoReturn:

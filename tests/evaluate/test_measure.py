@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+import os
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import replace
 from multiprocessing import get_context
@@ -172,3 +176,35 @@ def test_a_system_that_takes_its_process_down_is_named(tmp_path: Path, load: Any
     job = replace(work(tmp_path), system=System("ours", "gone"))
     with pytest.raises(SystemFailed, match=f"gone: {message}"):
         measure_apart(job, load)
+
+
+ORPHAN = """
+import sys
+from evaluate.corpora import linger
+from whisper_moe.evaluate.measure import Work, measure_apart
+from whisper_moe.evaluate.peers import Setup
+from whisper_moe.evaluate.systems import System
+
+if __name__ == "__main__":
+    measure_apart(Work(system=System("ours", sys.argv[1]), clips=(), setup=Setup(weights="", threads=1), margin=None), linger)
+"""
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="looks into /proc")
+def test_a_measuring_process_does_not_outlive_the_one_that_asked(tmp_path: Path) -> None:
+    script, note = tmp_path / "orphan.py", tmp_path / "pid"
+    script.write_text(ORPHAN)
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join(sys.path)}
+    parent = subprocess.Popen([sys.executable, str(script), str(note)], env=environment)
+    try:
+        assert eventually(lambda: note.exists() and note.read_text().endswith("\n"))
+    finally:
+        parent.kill()
+        parent.wait()
+    child = Path(f"/proc/{note.read_text().strip()}")
+    assert eventually(lambda: not child.exists() or "State:\tZ" in (child / "status").read_text())
+
+
+def eventually(condition: Callable[[], bool]) -> bool:
+    """Whether it comes true within 20 seconds."""
+    return any(condition() or time.sleep(0.1) for _ in range(200))

@@ -90,6 +90,9 @@ class Quiet:
     def skipped(self, report: StepReport, cause: str, ids: Sequence[str]) -> None:
         raise AssertionError(cause)
 
+    def rescaled(self, report: StepReport, scale: float) -> None:
+        raise AssertionError(scale)
+
     def evaluated(self, step: int, metrics: Mapping[str, float], best: bool) -> None: ...
 
 

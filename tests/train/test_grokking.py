@@ -37,6 +37,9 @@ def test_a_recipe_that_cannot_be_used_is_named(tmp_path: Path, capsys: pytest.Ca
         load(path)
     assert run(path, [], tmp_path / "out") == 2
     assert "widht" in capsys.readouterr().err
+    path.write_text("prime: 91\n")
+    with pytest.raises(RecipeError, match=r"bad.yaml: prime: .*91 is 7 times 13"):
+        load(path)
 
 
 def test_it_learns_what_it_is_trained_on_before_what_it_is_not(tmp_path: Path) -> None:

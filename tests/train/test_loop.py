@@ -311,3 +311,12 @@ def test_epochs_follow_one_another() -> None:
     trainer.run()
     assert isinstance(trainer.batches, Fixed)
     assert trainer.batches.given[4:] == trainer.batches.given[:2]
+
+
+def test_a_step_that_overflows_updates_nothing_and_is_told() -> None:
+    trainer = tiny_trainer("segment", [packs()], precision="float16")
+    before = [parameter.clone() for parameter in trainer.model.parameters()]
+    trainer.scale.value = 2.0**120  # the scaled loss is finite, its gradients are not
+    trainer.step()
+    assert all(map(torch.equal, before, trainer.model.parameters()))
+    assert notes(trainer).scales == [(1, 2.0**119)] and not notes(trainer).skips and not notes(trainer).reports

@@ -5,8 +5,10 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
+import pytest
+
 from whisper_moe.train.loop import StepReport
-from whisper_moe.train.monitor import METRICS, RECENT, Monitor
+from whisper_moe.train.monitor import EVENTS, METRICS, RECENT, Monitor
 
 
 def report(step: int, loss: float) -> StepReport:
@@ -44,3 +46,24 @@ def test_what_came_after_the_checkpoint_or_is_torn_is_dropped(tmp_path: Path) ->
     assert (tmp_path / METRICS).read_bytes() == kept
     assert [json.loads(line)["step"] for line in kept.split(b"\n")[:-1]] == [1, 2]
     assert [path.name for path in tmp_path.iterdir()] == [METRICS]
+
+
+def test_the_board_forgets_them_too(tmp_path: Path) -> None:
+    pytest.importorskip("tensorboard")
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    for step, loss in ((2, 1.0), (4, 5.0)):
+        with Monitor(tmp_path, steps=9, rate=1.0, tensorboard=True, say=lambda line: None) as monitor:
+            monitor.resume(step - 2)
+            for late in range(step - 1, step + 1):
+                monitor.stepped(report(late, loss))
+            monitor.stepped(report(step + 1, 99.0))
+    board = EventAccumulator(str(tmp_path / EVENTS)).Reload()
+    assert [(event.step, event.value) for event in board.Scalars("train/loss")] == [
+        (1, 1.0), (2, 1.0), (3, 5.0), (4, 5.0), (5, 99.0)
+    ]  # fmt: skip
+
+
+def test_a_step_without_room_in_float16_leaves_a_line(tmp_path: Path) -> None:
+    Monitor(tmp_path, steps=9, rate=1.0, say=lambda line: None).rescaled(report(3, 1.0), 32_768.0)
+    assert json.loads((tmp_path / METRICS).read_text()) == {"step": 3, "overflow": True, "loss_scale": 32_768.0}

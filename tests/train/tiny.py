@@ -114,6 +114,7 @@ class Notes:
     def __init__(self) -> None:
         self.reports: list[StepReport] = []
         self.skips: list[tuple[int, str, list[str]]] = []
+        self.scales: list[tuple[int, float]] = []
         self.evaluations: list[tuple[int, dict[str, float], bool]] = []
 
     @property
@@ -125,6 +126,9 @@ class Notes:
 
     def skipped(self, report: StepReport, cause: str, ids: Sequence[str]) -> None:
         self.skips.append((report.step, cause, list(ids)))
+
+    def rescaled(self, report: StepReport, scale: float) -> None:
+        self.scales.append((report.step, scale))
 
     def evaluated(self, step: int, metrics: Mapping[str, float], best: bool) -> None:
         self.evaluations.append((step, dict(metrics), best))

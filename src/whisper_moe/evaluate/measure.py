@@ -13,6 +13,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from multiprocessing.connection import Connection
+from threading import Thread
 from typing import Any
 
 import numpy as np
@@ -105,11 +106,19 @@ def measure_apart(work: Work, load: Callable[..., Any], progress: Callable[[floa
 
 
 def _serve(sender: Connection, work: Work, load: Callable[..., Any]) -> None:
+    Thread(target=_end_with_the_parent, daemon=True).start()
     os.dup2(2, 1)  # what a system prints is no part of the report
     try:
         sender.send(("done", measure(work, load, lambda seconds: sender.send(("progress", seconds)))))
     except Exception as error:
         sender.send(("failed", f"{type(error).__name__}: {' '.join(str(error).split())}"))
+
+
+def _end_with_the_parent() -> None:
+    """A parent that is killed cannot end its children, and nobody wants their figures any more."""
+    if (parent := multiprocessing.parent_process()) is not None:
+        parent.join()
+        os._exit(1)
 
 
 @contextmanager

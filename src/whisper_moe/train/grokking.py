@@ -8,6 +8,7 @@ trained with. :class:`~whisper_moe.train.plateau.Plateau` tells any run when it 
 from __future__ import annotations
 
 import json
+import math
 import sys
 import time
 from collections import deque
@@ -17,7 +18,7 @@ from pathlib import Path
 
 import torch
 import torch.nn.functional as F
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
 from torch import Tensor, nn
 
 from whisper_moe.config import ModelConfig, problems
@@ -54,6 +55,13 @@ class GrokkingRecipe(BaseModel):
     stop_at: float = Field(default=0.99, gt=0, le=1)
     """Validation accuracy at which the run ends."""
     threads: int = Field(default=1, ge=1)
+
+    @field_validator("prime")
+    @classmethod
+    def _is_prime(cls, value: int) -> int:
+        if divisor := next((n for n in range(2, math.isqrt(value) + 1) if value % n == 0), None):
+            raise ValueError(f"{value} is {divisor} times {value // divisor}: division needs a prime")
+        return value
 
 
 @dataclass(frozen=True)

@@ -59,6 +59,7 @@ class Observer(Protocol):
 
     def stepped(self, report: StepReport) -> None: ...
     def skipped(self, report: StepReport, cause: str, ids: Sequence[str]) -> None: ...
+    def rescaled(self, report: StepReport, scale: float) -> None: ...
     def evaluated(self, step: int, metrics: Mapping[str, float], best: bool) -> None: ...
 
 
@@ -216,7 +217,9 @@ class Trainer:
             self._update(passes)
             self.progress.bad_in_a_row = 0
             self.observer.stepped(report)
-        elif not (math.isfinite(report.loss) and self.scale.halve()):
+        elif math.isfinite(report.loss) and self.scale.halve():
+            self.observer.rescaled(report, self.scale.value)
+        else:
             self._skip(report, batches, passes)
         self.progress.step += 1
         self.optimizer.zero_grad(set_to_none=True)
@@ -258,8 +261,8 @@ class Trainer:
         self.observer.skipped(report, cause, ids)
         if progress.bad_in_a_row >= self.settings.most_bad_steps:
             raise NonFiniteError(
-                f"step {report.step}: {cause}, as in the {progress.bad_in_a_row - 1} steps before; lower the rate, look at "
-                f"the samples ({', '.join(ids[:5])} …), or train in float32"
+                f"step {report.step}: {cause}, as in the {progress.bad_in_a_row - 1} steps before; look at the samples "
+                f"({', '.join(ids[:5])} …), or begin a new run with a lower rate or in float32"
             )
 
     def _totals(self, batches: Sequence[Batch]) -> Totals:

@@ -38,6 +38,7 @@ class Silent:
 
     def stepped(self, report: StepReport) -> None: ...
     def skipped(self, report: StepReport, cause: str, ids: Sequence[str]) -> None: ...
+    def rescaled(self, report: StepReport, scale: float) -> None: ...
     def evaluated(self, step: int, metrics: Mapping[str, float], best: bool) -> None: ...
 
 
@@ -66,6 +67,9 @@ class Monitor:
         if path.exists():
             kept = [line for line in path.read_bytes().split(b"\n") if _step_of(line) <= step]
             replace(path, b"".join(line + b"\n" for line in kept))
+        if self._board is not None:
+            self._board.close()
+            self._board = _board(self._run / EVENTS, after=step)
 
     def secure(self) -> None:
         """What has been written down is on the disk when this returns: before the checkpoint that it tells of."""
@@ -111,6 +115,11 @@ class Monitor:
         self._clock = time.perf_counter()
         self._write({"step": report.step, "skipped": cause, "ids": list(ids)})
         self.tell(f"WARNING: step {report.step} is skipped: {cause}; samples {', '.join(ids[:5])} …")
+
+    def rescaled(self, report: StepReport, scale: float) -> None:
+        """A step that float16 had no room for: nothing is updated, and the loss is scaled up less from now on."""
+        self._clock = time.perf_counter()
+        self._write({"step": report.step, "overflow": True, "loss_scale": scale})
 
     def evaluated(self, step: int, metrics: Mapping[str, float], best: bool) -> None:
         self._clock = time.perf_counter()
@@ -189,9 +198,10 @@ def _bar(steps: int) -> tuple[Progress, TaskID]:
     return bar, bar.add_task("", total=steps, figures="")
 
 
-def _board(folder: Path) -> SummaryWriter:
+def _board(folder: Path, after: int | None = None) -> SummaryWriter:
+    """``after``: what was written of later steps does not count."""
     try:
         from torch.utils.tensorboard import SummaryWriter
     except ImportError as error:
         raise ImportError("run.tensorboard needs TensorBoard: pip install 'whisper-moe[train]'") from error
-    return SummaryWriter(str(folder))
+    return SummaryWriter(str(folder), purge_step=None if after is None else after + 1)
