@@ -130,7 +130,12 @@ def main(argv: Sequence[str] | None = None) -> int:
         name: WhisperMoE.from_pretrained(path, dtype=args.dtype) for name, path in (m.split("=") for m in args.models)
     }
     first, padded = next(iter(models)), args.margins[-1]
-    rows: list[dict[str, Any]] = []
+    results: dict[str, Any] = {
+        "date": datetime.now(UTC).date().isoformat(), "machine": machine(), "threads": args.threads,
+        "arithmetic": next(iter(models.values())).dtype, "versions": versions(["torch", "whisper-moe"]),
+        "baseline": f"{first} at {padded:g} s", "rows": [],
+    }  # fmt: skip
+    args.output.mkdir(parents=True, exist_ok=True)
     for manifest in args.manifests:
         clips = read_manifest(manifest, args.limit)
         for language in dict.fromkeys(clip.language for clip in clips):
@@ -140,24 +145,18 @@ def main(argv: Sequence[str] | None = None) -> int:
                 heard[name, margin] = hear(models[name], spoken, margin)
                 print(f"{manifest.parent.name}, {language}: {name} at {margin:g} s", file=sys.stderr, flush=True)
             for (name, margin), said in heard.items():
-                row = {
+                of = {
                     "set": manifest.parent.name,
                     "language": language,
                     "clips": len(spoken),
                     "model": name,
                     "margin": margin,
                 }
-                rows.append(row | figures(spoken, said, heard[first, padded]) | {"texts": said.texts})
-    results = {
-        "date": datetime.now(UTC).date().isoformat(), "machine": machine(), "threads": args.threads,
-        "arithmetic": next(iter(models.values())).dtype, "versions": versions(["torch", "whisper-moe"]),
-        "baseline": f"{first} at {padded:g} s", "rows": rows,
-    }  # fmt: skip
-    args.output.mkdir(parents=True, exist_ok=True)
-    (args.output / "results.json").write_text(
-        json.dumps(results, ensure_ascii=False, indent=1) + "\n", encoding="utf-8"
-    )
-    (args.output / "table.md").write_text(table(results), encoding="utf-8")
+                results["rows"].append(of | figures(spoken, said, heard[first, padded]) | {"texts": said.texts})
+            (args.output / "results.json").write_text(
+                json.dumps(results, ensure_ascii=False, indent=1) + "\n", encoding="utf-8"
+            )
+            (args.output / "table.md").write_text(table(results), encoding="utf-8")
     return 0
 
 

@@ -30,6 +30,7 @@ from whisper_moe.media.text import Tokenizer
 from whisper_moe.model.model import WhisperMoEModel
 from whisper_moe.train.loop import LoopSettings, StepReport, Trainer
 from whisper_moe.train.losses import SpeechObjective
+from whisper_moe.train.monitor import Silent
 from whisper_moe.train.optim import Rates, build_optimizer
 from whisper_moe.train.recipe import ModelRecipe
 from whisper_moe.train.single import SingleProcess
@@ -64,16 +65,11 @@ class Reading:
         del state
 
 
-class Silent:
-    """An observer that says nothing: a step's report is what is looked at. A step that is left out is an error."""
-
-    def stepped(self, report: StepReport) -> None: ...
-    def evaluated(self, *_: Any) -> None: ...
+class Strict(Silent):
+    """A step that is left out is an error here; what else happens is read off the reports."""
 
     def skipped(self, report: StepReport, cause: str, ids: Sequence[str]) -> None:
         raise ValueError(f"step {report.step}: {cause}; {', '.join(ids)}")
-
-    def rescaled(self, report: StepReport, scale: float) -> None: ...
 
 
 def read_samples(manifests: Sequence[Path], least: float, most: float) -> list[Sample]:
@@ -96,9 +92,10 @@ def trainer(start: Start, batches: Sequence[Sequence[Sample]], form: str, args: 
     tokenizer: Tokenizer = start.tokenizer
     reader = ExampleReader(tokenizer, start.config, ExampleConfig(margin=margin))
     rates = Rates(rest=args.lr, weight_decay=0.01, ttt=args.lr, router=args.lr, new_tokens=args.lr)
+    settings = LoopSettings(steps=args.steps, factor=lambda step: 1.0)
     return Trainer(
         model, model, SpeechObjective(), Reading(batches, reader, margin, packed=packed),
-        build_optimizer(model, rates, betas=(0.9, 0.98), eps=1e-6), LoopSettings(steps=args.steps), SingleProcess(), Silent(),
+        build_optimizer(model, rates, betas=(0.9, 0.98), eps=1e-6), settings, SingleProcess(), Strict(),
     )  # fmt: skip
 
 
