@@ -20,7 +20,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from whisper_moe.config import FULL_WINDOW, MAX_PACK_TOKENS
+from whisper_moe.config import FULL_WINDOW, MAX_PACK_TOKENS, SAMPLE_RATE
 from whisper_moe.data.corpora import CorpusConfig, open_corpus
 from whisper_moe.data.examples import ExampleConfig, ExampleReader, Pack, pack_examples
 from whisper_moe.data.loader import Batch
@@ -79,8 +79,10 @@ def read_samples(manifests: Sequence[Path], least: float, most: float) -> list[S
         corpus = open_corpus(CorpusConfig(kind="table", source=str(path), languages=("en",), name=path.parent.name))
         for index in range(len(corpus)):
             sample = corpus[index]
-            if sample.audio is not None and least <= len(sample.audio.read()) / 16_000 <= most:
+            if sample.audio is not None and least <= len(sample.audio.read()) / SAMPLE_RATE <= most:
                 found.append(sample)
+    if not found:
+        raise ValueError(f"no clip of {', '.join(map(str, manifests))} lasts {least:g} to {most:g} s")
     return found
 
 
@@ -162,7 +164,7 @@ def table(results: dict[str, Any]) -> str:
     where = (
         f"{results['source']}, {results['clips']} clips of {results['shortest']:g} to {results['longest']:g} s, batches of "
         f"{results['batch']}, float32, {results['margin']:g} s of silence, {results['threads']} threads of "
-        f"{results['machine']['cpu']}, {results['date']}; reading apart."
+        f"{results['machine']['cpu']}, {results['date']}; reading apart, each padded clip in a pack of its own."
     )
     return "\n".join([*lines, "", f"{faster} {apart}", "", where, "", "![Loss by step](curve.png)", ""])
 
@@ -193,7 +195,10 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     add("--seed", type=int, default=42)
     add("--threads", type=int, default=2)
     add("--output", type=Path, default=Path("docs/results/packing"))
-    return parser.parse_args(argv)
+    args = parser.parse_args(argv)
+    if args.steps < 2:
+        parser.error("--steps: the first step warms up, so there must be two at least")
+    return args
 
 
 def main(argv: Sequence[str] | None = None) -> int:

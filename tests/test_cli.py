@@ -196,7 +196,10 @@ def test_of_twenty_files_five_broken_ones_cost_only_themselves(run: Run, tiny: l
     done = run("transcribe", *files, "-o", tmp_path / "out", "-f", "json", *tiny, "--language", "en")
     assert done.status == 1
     written = {path.stem: json.loads(path.read_text()) for path in (tmp_path / "out").iterdir()}
-    assert written.keys() == {path.stem for path in [*good, tmp_path / "good.m4a"]}
+    whole_ones = {path.stem for path in [*good, tmp_path / "good.m4a"]}
+    assert written.keys() - {"half.partial"} == whole_ones, (
+        "what could be read of half a file may be there, under its name"
+    )
     errors = [line for line in done.said if line.startswith("whisper-moe: ")]
     assert len(errors) == 6 and errors[-1] == "whisper-moe: 5 of 20 files failed"
     for name, error in zip(broken, errors, strict=False):
@@ -209,22 +212,30 @@ def test_of_twenty_files_five_broken_ones_cost_only_themselves(run: Run, tiny: l
 
 
 def test_what_was_said_before_the_damage_is_kept(run: Run, tiny: list[str], tmp_path: Path) -> None:
-    noise(tmp_path / "long.wav", 50.0)
-    whole = (tmp_path / "long.wav").read_bytes()
-    cut, bad = tmp_path / "cut.wav", tmp_path / "bad.wav"
-    cut.write_bytes(whole[: len(whole) // 2])
+    cut, short, bad = tmp_path / "cut.wav", tmp_path / "short.wav", tmp_path / "bad.wav"
+    for path, seconds in ((cut, 50.0), (short, 6.0)):
+        whole = noise(path, seconds).read_bytes()
+        path.write_bytes(whole[: len(whole) // 2])
     bad.write_bytes(b"R")
+    namesake = noise(tmp_path / "cut.partial.wav")
     flags = [*tiny, "--language", "en"]
-    done = run("transcribe", cut, bad, "-o", tmp_path / "out", "-f", "json,txt", *flags)
+    done = run("transcribe", cut, short, bad, namesake, "-o", tmp_path / "out", "-f", "json", *flags)
     assert done.status == 1
-    assert sorted(path.name for path in (tmp_path / "out").iterdir()) == ["cut.partial.json", "cut.partial.txt"]
-    partial = json.loads((tmp_path / "out" / "cut.partial.json").read_text())
-    assert partial["segments"] and 10 < partial["segments"][-1]["end"] < 26
+    names = ["cut.partial.json", "cut.partial.partial.json", "short.partial.json"]
+    assert sorted(path.name for path in (tmp_path / "out").iterdir()) == names
+    heard = {path.name: json.loads(path.read_text()) for path in (tmp_path / "out").iterdir()}
+    assert "damage" not in heard["cut.partial.json"], "the whole transcript of another file"
+    long, brief = heard["cut.partial.partial.json"], heard["short.partial.json"]
+    assert 24 < long["duration"] < 26 and 20 < long["segments"][-1]["end"] < 26
+    assert 2.5 < brief["duration"] < 3.5 and brief["segments"]
+    assert str(cut) in long["damage"] and str(short) in brief["damage"]
     errors = [line for line in done.said if line.startswith("whisper-moe: ")]
-    assert [str(path) in line for path, line in zip((cut, bad), errors, strict=False)] == [True, True]
-    assert "is kept" in errors[0] and "is kept" not in errors[1]
+    assert [str(path) in line for path, line in zip((cut, short, bad), errors, strict=False)] == [True] * 3
+    kept = [line for line in done.said if "what was said before" in line]
+    assert len(kept) == 2 and "cut.partial.partial.*" in kept[0] and "short.partial.*" in kept[1]
     alone = run("transcribe", cut, *flags)
-    assert alone.status == 1 and "".join(alone.out.split()) == "".join(partial["text"].split())
+    assert alone.status == 1 and "".join(alone.out.split()) == "".join(long["text"].split())
+    assert "on standard output" in alone.err
 
 
 def test_a_result_that_cannot_be_written_costs_only_itself(run: Run, tiny: list[str], tmp_path: Path) -> None:

@@ -7,6 +7,8 @@ import sys
 
 import pytest
 
+from whisper_moe.heap import _glibc
+
 MAPPED = """
 import ctypes, os, sys
 import torch
@@ -58,12 +60,13 @@ def test_a_limit_that_the_user_has_set_is_kept(monkeypatch: pytest.MonkeyPatch) 
 
 
 GIVEN_BACK = """
-import torch
+import resource, torch
 from whisper_moe.heap import give_back_memory, weights_apart
 
 with weights_apart():
     pass
-resident = lambda: int(open("/proc/self/statm").read().split()[1]) * 4096 >> 20
+page = resource.getpagesize()
+resident = lambda: int(open("/proc/self/statm").read().split()[1]) * page >> 20
 pieces = [torch.ones(1 << 20) for _ in range(40)]  # 160 MB in the heap, every other of them freed: holes
 kept = pieces[::2]
 del pieces
@@ -71,17 +74,21 @@ full = resident()
 give_back_memory(200 << 20)
 spared = resident()
 give_back_memory(40 << 20)
-print(full - spared, spared - resident())
+holes = resident()
+top = [torch.ones(1 << 20) for _ in range(12)]  # 48 MB at the heap's end
+raised = resident()
+del top
+print(full - spared, spared - holes, raised - resident())
 """
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="glibc only")
 def test_free_memory_goes_back_where_there_is_more_of_it_than_is_spared() -> None:
-    import ctypes
-
-    if not hasattr(ctypes.CDLL("libc.so.6"), "mallinfo2"):
+    libc = _glibc()
+    if libc is None or not hasattr(libc, "mallinfo2"):
         pytest.skip("this C library does not tell")
     done = subprocess.run([sys.executable, "-c", GIVEN_BACK], capture_output=True, text=True, check=True)
-    spared, given_back = map(int, done.stdout.split())
+    spared, given_back, top = map(int, done.stdout.split())
     assert spared < 20
     assert given_back > 60
+    assert top < 10, "a pack's next tensor finds its pages"

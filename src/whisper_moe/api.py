@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, BinaryIO, Literal, Self, TypeAlias, get_args, overload
 
@@ -154,7 +154,9 @@ class WhisperMoE:
             if done.error is None:
                 yield Outcome(done.name, done.result(), None)
             else:
-                yield Outcome(done.name, None, _as_media_error(done), done.result() if done.segments else None)
+                error = _as_media_error(done)
+                partial = replace(done.result(), damage=str(error)) if done.segments else None
+                yield Outcome(done.name, None, error, partial)
 
     def detect_language(self, audio: Audio, *, languages: Sequence[str] = ()) -> dict[str, float]:
         """Probability of each language in the first 30 s of speech, likeliest first.
@@ -168,6 +170,7 @@ class WhisperMoE:
         window = next((window for window in windows if not is_silent(window.samples)), None)
         if window is None:
             raise MediaError(_name_of(audio), "no sound in it")
+        next(windows, None)  # damage right behind it is an error too
         return self._decoder.detect_language([window.samples], options, margin=FULL_WINDOW)[0]
 
     def _options(self, options: dict[str, Any]) -> TranscribeOptions:

@@ -96,6 +96,7 @@ def transcribe(
         for path, name, outcome in zip(paths, outputs, outcomes, strict=True):
             with aside():
                 heard += outcome.transcription.duration if outcome.transcription else 0.0
+                name = name if outcome.error is None else _partial(name, outputs)
                 if not _deliver(outcome, path, name, formats, output_dir, subtitles, several=len(paths) > 1):
                     failed += 1
                 elif talkative:
@@ -212,13 +213,11 @@ def _deliver(
 ) -> bool:  # fmt: skip
     """Write one result; whether it is whole and could be written: what ails one file costs that file alone.
 
-    Of a damaged file, what was said before the damage is written, to a file under a name that says so.
+    Of a damaged file, what was said before the damage is written, to a file whose ``name`` says so.
     """
     result = outcome.transcription or outcome.partial
     if outcome.error is not None:
-        heard = f"; what was said before, up to {outcome.partial.duration:.1f} s, is kept" if outcome.partial else ""
-        say(f"whisper-moe: {outcome.error}{heard}")
-        name += ".partial"
+        say(f"whisper-moe: {outcome.error}")
     if result is None:
         return False
     try:
@@ -230,12 +229,23 @@ def _deliver(
             write(result, formats[0], sys.stdout, subtitles)
             # The file of json has no end of line; on a terminal, and between two results, one is wanted.
             print(end="\n" if formats[0] == "json" else "", flush=True)
+        if outcome.partial is not None:
+            where = f"in {directory / name}.*" if directory is not None else "on standard output"
+            say(f"{path}: what was said before, up to {outcome.partial.duration:.1f} s, is {where}")
     except BrokenPipeError:
         raise
     except (OSError, ValueError) as error:
         say(f"whisper-moe: {path}: {sentence(error)}")
         return False
     return outcome.error is None
+
+
+def _partial(name: str, names: Sequence[str]) -> str:
+    """What the part of a transcript is called; no name of a whole one."""
+    name += ".partial"
+    while name in names:
+        name += ".partial"
+    return name
 
 
 def _facts(outcome: Outcome) -> str:

@@ -12,15 +12,13 @@ from functools import lru_cache
 _M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3
 _LARGE = 16 << 20
 """Bytes from which a tensor is mapped by itself, and unmapped when it is freed. glibc would raise this to 32 MB as it goes."""
+_WEIGHT = 128 << 10
+"""The same while weights are loaded."""
 _TOP = 64 << 20
 """Bytes free at the heap's end that stay there until :func:`give_back_memory`: a pack's next tensor takes them again, where
 glibc would return all but 128 kB and get fresh pages, one fault each."""
 SPARE = 384 << 20
 """Bytes free in the whole heap that decoding leaves there for its next batch: what two batches of other sizes need."""
-
-
-_WEIGHT = 128 << 10
-"""The same while weights are loaded."""
 _KERNELS = "64"
 """Products that oneDNN keeps compiled, one for each shape. Its own limit of 1,024 takes 60 MB within a minute of decoding."""
 
@@ -29,7 +27,7 @@ _KERNELS = "64"
 def weights_apart() -> Iterator[None]:
     """While weights are loaded, each is mapped by itself: what loading leaves free would lie in pieces between them.
 
-    From then on, for the whole process, the heap is kept small: large tensors stay out of it, and what is free goes back.
+    From then on, for the whole process, large tensors stay out of the heap, and of what is free at its end little is kept.
     """
     os.environ.setdefault("ONEDNN_PRIMITIVE_CACHE_CAPACITY", _KERNELS)  # read once, by the first product
     _map_from(_WEIGHT)
@@ -41,7 +39,10 @@ def weights_apart() -> Iterator[None]:
 
 
 def give_back_memory(spare: int = 0) -> None:
-    """Return freed memory to the system, if there is more than ``spare`` bytes of it: to take a page again costs a fault."""
+    """Return freed memory to the system, if there is more than ``spare`` bytes of it: to take a page again costs a fault.
+
+    Free is what glibc calls so, holes included whose pages were given back before: rather too often than never.
+    """
     if (libc := _glibc()) and _free(libc) > spare:
         libc.malloc_trim(0)
 

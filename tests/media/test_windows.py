@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import builtins
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import numpy as np
@@ -66,6 +66,23 @@ def test_every_sample_is_in_exactly_one_window(
         assert window.end == pytest.approx(window.start + window.duration)
     if len(whole) <= round(max_seconds * SAMPLE_RATE):
         assert len(cuts) == (1 if len(whole) else 0)
+
+
+@pytest.mark.parametrize("seconds", [0.5, 5, 13])
+def test_what_came_before_damage_comes_out_before_the_error(seconds: float) -> None:
+    sound = syllables(seconds)
+
+    def damaged() -> Iterator[Samples]:
+        yield from split(sound, 4_000)
+        raise ValueError("cut off")
+
+    windows = cut_windows(damaged(), max_seconds=5, search_seconds=3)
+    found: list[Samples] = []
+    while sum(map(len, found)) < len(sound):
+        found.append(next(windows).samples)
+    np.testing.assert_array_equal(np.concatenate(found), sound)
+    with pytest.raises(ValueError, match="cut off"):
+        next(windows)
 
 
 @pytest.mark.parametrize("size", [1_601, 16_000, 480_000, 10**9])

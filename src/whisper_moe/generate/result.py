@@ -101,9 +101,11 @@ class Transcription:
     fallbacks: int = 0
     """Windows that were decoded again because their first transcript looked wrong: with full padding, at another
     temperature, in the recording's main language, or in two halves."""
+    damage: str | None = None
+    """Why there is no more of it, where a damaged file was read in part; ``duration`` is then that of what was read."""
 
     def to_dict(self) -> dict[str, Any]:
-        """Keys of openai/whisper first (``text``, ``segments``, ``language``), then ours."""
+        """Keys of openai/whisper first (``text``, ``segments``, ``language``), then ours; ``damage`` only where there is some."""
         return {
             "text": self.text,
             "segments": [segment.to_dict() for segment in self.segments],
@@ -111,4 +113,5 @@ class Transcription:
             "language_probability": self.language_probability,
             "duration": self.duration,
             "fallbacks": self.fallbacks,
+            **({} if self.damage is None else {"damage": self.damage}),
         }

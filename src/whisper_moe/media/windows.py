@@ -68,7 +68,8 @@ def cut_windows(
     """Cut a stream into windows of at most ``max_seconds``, each cut in the longest pause before the limit.
 
     A recording that fits comes out as one window; of a longer one every sample is in exactly one window, none is empty.
-    Holds one window and one block in memory.
+    Holds one window and one block in memory. Where ``blocks`` end in a ``ValueError``, as of a damaged file, it is raised
+    after what came before it.
 
     :param blocks: float32 16 kHz mono of any lengths, as from :func:`whisper_moe.media.audio.stream_audio`.
     :param search_seconds: how far before the limit a pause is looked for; connected speech has one in nearly all 10 s.
@@ -77,9 +78,15 @@ def cut_windows(
     limit, search = round(max_seconds * SAMPLE_RATE), round(search_seconds * SAMPLE_RATE)
     if not 1 <= search <= limit:
         raise ValueError(f"search_seconds ({search_seconds}) must be positive and within max_seconds ({max_seconds})")
-    held = np.zeros(0, np.float32)
-    start = 0
-    for block in blocks:
+    held, damage = np.zeros(0, np.float32), None
+    start, rest = 0, iter(blocks)
+    while damage is None:
+        try:
+            block = next(rest, None)
+        except ValueError as error:
+            block, damage = None, error
+        if block is None:
+            break
         held = np.concatenate([held, block])
         while len(held) > limit:
             cut = limit - search + _pause(held[limit - search : limit])
@@ -87,6 +94,8 @@ def cut_windows(
             held, start = held[cut:], start + cut
     if len(held):
         yield Window(start / SAMPLE_RATE, held)
+    if damage is not None:
+        raise damage
 
 
 def halved(window: Window) -> list[Window]:

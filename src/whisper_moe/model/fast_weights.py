@@ -220,7 +220,7 @@ def _batched(x: Tensor, w: Tensor, b: Tensor | None) -> Tensor:
 def _minus_product(w: Tensor, x: Tensor, g: Tensor, in_place: bool) -> Tensor:
     """W − xᵀ g for every row and head, [R, H, ...]; a shared W is copied here, once for each row."""
     if in_place:
-        w.flatten(0, 1).baddbmm_(x.flatten(0, 1).mT, g.flatten(0, 1), alpha=-1)
+        w.view(-1, *w.shape[2:]).baddbmm_(x.flatten(0, 1).mT, g.flatten(0, 1), alpha=-1)
         return w
     w = w.expand(x.shape[0], -1, -1, -1)
     return torch.baddbmm(w.flatten(0, 1), x.flatten(0, 1).mT, g.flatten(0, 1), alpha=-1).view(w.shape)

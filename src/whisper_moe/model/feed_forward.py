@@ -9,7 +9,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 RUN = 512
-"""Tokens at a time: what is computed of them on the way (2,048 hidden units in whisper-base: 4 MB) stays in the cache."""
+"""Tokens at a time: what is computed of them on the way (2,048 hidden units in whisper-base: 4 MB) stays in the cache. Chosen
+on two threads with whisper-base; 256 and 1,024 were as fast."""
 
 
 class FeedForward(nn.Module):

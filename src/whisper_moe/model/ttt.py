@@ -319,14 +319,14 @@ class TTTMLP(nn.Module):
 
 
 def _chunks(plan: ChunkPlan, qkv_T3Hd: Tensor, rate_TH: Tensor) -> Iterator[Tokens]:
-    """What is read at each time. Inference gathers it then, which keeps it in the cache; a backward pass would make a
-    gradient of all tokens for each gather, so training gathers once."""
+    """What is read at each time. Inference on a CPU gathers it then, which keeps it in the cache; a backward pass would make
+    a gradient of all tokens for each gather, so training gathers once."""
 
     def cut(chunks: slice) -> Tokens:
         rate = plan.cut(rate_TH[:, None, :, None], chunks)[0] * plan.valid[chunks, None, :, None]
         return _tokens(plan.cut(qkv_T3Hd, chunks), rate, first=0)
 
-    if not torch.is_grad_enabled():
+    if qkv_T3Hd.device.type == "cpu" and not torch.is_grad_enabled():
         return map(cut, plan.times)
     whole = cut(slice(None))
     return (whole.rows(time.start, time.stop) for time in plan.times)

@@ -36,7 +36,7 @@ class GrokkingRecipe(BaseModel):
 
     model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
 
-    prime: int = Field(default=97, ge=3)
+    prime: int = Field(default=97, ge=3, le=10_007)
     """p: there are p (p − 1) equations."""
     train_share: float = Field(default=0.5, gt=0, lt=1)
     layers: int = Field(default=2, ge=1)
