@@ -252,6 +252,13 @@ def test_whatever_the_bytes_the_answer_is_sound_or_a_media_error(
     assert message and "\n" not in message
 
 
+def test_a_track_that_begins_in_the_middle_is_damage(small_files: dict[str, bytes]) -> None:
+    content = bytearray(small_files["sound.ts"])
+    content[1882] = 1  # the number of the track that the eleventh packet is of
+    with pytest.raises(MediaError, match="a track begins in the middle"):
+        list(stream_audio(io.BytesIO(bytes(content))))
+
+
 @pytest.mark.parametrize(("name", "codec", "rate"), [("bomb.ogg", "libopus", 8_000), ("bomb.flac", "flac", 8_000)])
 def test_memory_does_not_grow_with_the_length(tmp_path: Path, name: str, codec: str, rate: int) -> None:
     path = encode(tmp_path / name, np.zeros((1, 900 * rate), np.float32), rate, codec)

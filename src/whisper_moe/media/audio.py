@@ -108,7 +108,7 @@ def _causes() -> tuple[type[Exception], ...]:
     """What opening and decoding raise; PyAV's own mistakes with hostile input come as built-in exceptions."""
     from av.error import FFmpegError
 
-    return (_Damage, FFmpegError, OSError, ValueError, ArithmeticError, RuntimeError, MemoryError)
+    return (_Damage, FFmpegError, OSError, ValueError, ArithmeticError, LookupError, RuntimeError, MemoryError)
 
 
 def _cause(error: Exception) -> str:
@@ -119,6 +119,8 @@ def _cause(error: Exception) -> str:
         return error.strerror[0].lower() + error.strerror[1:]
     if isinstance(error, InvalidDataError):
         return "the sound is damaged"
+    if isinstance(error, IndexError):  # PyAV knows the tracks that were there when it was opened
+        return "a track begins in the middle of it, as in a damaged file"
     if isinstance(error, FFmpegError):
         return f"FFmpeg cannot read it: {error.strerror}"
     return str(error) or type(error).__name__

@@ -122,7 +122,16 @@ def _opened(
     try:
         with open(source, "rb") if is_path else nullcontext(source) as file, _container(file, codecs) as container:
             yield container, file
-    except (_Damage, FFmpegError, OSError, ValueError, ArithmeticError, RuntimeError, MemoryError) as error:
+    except (
+        _Damage,
+        FFmpegError,
+        OSError,
+        ValueError,
+        ArithmeticError,
+        LookupError,
+        RuntimeError,
+        MemoryError,
+    ) as error:
         raise MediaError(name, _cause(error)) from error
 
 

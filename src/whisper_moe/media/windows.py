@@ -80,12 +80,13 @@ def cut_windows(
         raise ValueError(f"search_seconds ({search_seconds}) must be positive and within max_seconds ({max_seconds})")
     held, damage = np.zeros(0, np.float32), None
     start, rest = 0, iter(blocks)
-    while damage is None:
+    while True:
         try:
-            block = next(rest, None)
+            block = next(rest)
+        except StopIteration:
+            break
         except ValueError as error:
-            block, damage = None, error
-        if block is None:
+            damage = error
             break
         held = np.concatenate([held, block])
         while len(held) > limit:
