@@ -171,6 +171,8 @@ def _cause(error: Exception) -> str:
         return error.strerror[0].lower() + error.strerror[1:]
     if isinstance(error, FFmpegError):
         return f"FFmpeg cannot read it: {error.strerror}"
+    if isinstance(error, IndexError):  # PyAV knows the tracks that were there when it was opened
+        return "a track begins in the middle of it, as in a damaged file"
     return str(error) or type(error).__name__
 
 
