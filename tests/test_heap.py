@@ -7,20 +7,14 @@ import sys
 
 import pytest
 
-from whisper_moe.heap import _glibc
+from whisper_moe.heap import heap_info
 
 MAPPED = """
-import ctypes, os, sys
+import os
 import torch
-from whisper_moe.heap import weights_apart
+from whisper_moe.heap import heap_info, weights_apart
 
-class Info(ctypes.Structure):
-    names = "arena ordblks smblks hblks hblkhd usmblks fsmblks uordblks fordblks keepcost"
-    _fields_ = [(name, ctypes.c_size_t) for name in names.split()]
-
-libc = ctypes.CDLL("libc.so.6")
-libc.mallinfo2.restype = Info
-mapped = lambda: libc.mallinfo2().hblks
+mapped = lambda: heap_info().hblks
 
 def made(count):
     before = mapped()
@@ -38,9 +32,9 @@ print(inside, outside, apart - mapped(), os.environ["ONEDNN_PRIMITIVE_CACHE_CAPA
 
 @pytest.mark.skipif(sys.platform != "linux", reason="glibc only")
 def test_only_weights_and_large_tensors_are_mapped_by_themselves() -> None:
-    done = subprocess.run([sys.executable, "-c", MAPPED], capture_output=True, text=True, check=False)
-    if "mallinfo2" in done.stderr:
+    if heap_info() is None:
         pytest.skip("this C library does not tell")
+    done = subprocess.run([sys.executable, "-c", MAPPED], capture_output=True, text=True, check=False)
     inside, outside, large, kernels = done.stdout.split() or pytest.fail(done.stderr)
     assert int(inside) == 20, "each weight of a megabyte has a mapping of its own"
     assert int(outside) == 0, "what comes and goes shares the heap"
@@ -84,8 +78,7 @@ print(full - spared, spared - holes, raised - resident())
 
 @pytest.mark.skipif(sys.platform != "linux", reason="glibc only")
 def test_free_memory_goes_back_where_there_is_more_of_it_than_is_spared() -> None:
-    libc = _glibc()
-    if libc is None or not hasattr(libc, "mallinfo2"):
+    if heap_info() is None:
         pytest.skip("this C library does not tell")
     done = subprocess.run([sys.executable, "-c", GIVEN_BACK], capture_output=True, text=True, check=True)
     spared, given_back, top = map(int, done.stdout.split())

@@ -43,11 +43,11 @@ def give_back_memory(spare: int = 0) -> None:
 
     Free is what glibc calls so, holes included whose pages were given back before: rather too often than never.
     """
-    if (libc := _glibc()) and _free(libc) > spare:
+    if (libc := _glibc()) and (not (heap := heap_info()) or heap.fordblks > spare):
         libc.malloc_trim(0)
 
 
-class _HeapInfo(ctypes.Structure):
+class HeapInfo(ctypes.Structure):
     """glibc's ``mallinfo2``."""
 
     _fields_ = [
@@ -56,12 +56,14 @@ class _HeapInfo(ctypes.Structure):
     ]
 
 
-def _free(libc: ctypes.CDLL) -> int:
-    """Bytes that are free in the heap; taken for boundless by a glibc before 2.33, which cannot tell."""
-    if not hasattr(libc, "mallinfo2"):
-        return sys.maxsize
-    libc.mallinfo2.restype = _HeapInfo
-    return libc.mallinfo2().fordblks
+def heap_info() -> HeapInfo | None:
+    """The heap as it is; ``fordblks`` bytes of it are free. None from a glibc before 2.33 and other libraries, which do not
+    tell."""
+    libc = _glibc()
+    if libc is None or not hasattr(libc, "mallinfo2"):
+        return None
+    libc.mallinfo2.restype = HeapInfo
+    return libc.mallinfo2()
 
 
 def _map_from(size: int) -> None:

@@ -27,6 +27,7 @@ from numpy.typing import NDArray
 
 from whisper_moe.config import SAMPLE_RATE
 from whisper_moe.media import containers
+from whisper_moe.media.containers import Damage
 
 if TYPE_CHECKING:
     from av import AudioFifo, AudioFrame, AudioResampler, AudioStream, Packet
@@ -57,10 +58,6 @@ class MediaError(ValueError):
     def __str__(self) -> str:
         stopped = f" (decoding stopped after {self.seconds:.2f} s)" if self.seconds else ""
         return f"{self.name}: {self.cause}{stopped}"
-
-
-class _Damage(Exception):
-    """Why decoding cannot go on; its text becomes the cause of a :class:`MediaError`."""
 
 
 def load_audio(source: str | Path | BinaryIO, *, name: str | None = None, max_seconds: float | None = None) -> Samples:
@@ -100,15 +97,8 @@ def stream_audio(
                 yield samples
             if track.damage:
                 raise track.damage
-    except _causes() as error:
+    except containers.causes() as error:
         raise MediaError(name, _cause(error), decoded) from error
-
-
-def _causes() -> tuple[type[Exception], ...]:
-    """What opening and decoding raise; PyAV's own mistakes with hostile input come as built-in exceptions."""
-    from av.error import FFmpegError
-
-    return (_Damage, FFmpegError, OSError, ValueError, ArithmeticError, LookupError, RuntimeError, MemoryError)
 
 
 def _cause(error: Exception) -> str:
@@ -119,8 +109,8 @@ def _cause(error: Exception) -> str:
         return error.strerror[0].lower() + error.strerror[1:]
     if isinstance(error, InvalidDataError):
         return "the sound is damaged"
-    if isinstance(error, IndexError):  # PyAV knows the tracks that were there when it was opened
-        return "a track begins in the middle of it, as in a damaged file"
+    if isinstance(error, IndexError):
+        return containers.LATE_TRACK
     if isinstance(error, FFmpegError):
         return f"FFmpeg cannot read it: {error.strerror}"
     return str(error) or type(error).__name__
@@ -156,7 +146,7 @@ def _open(file: BinaryIO) -> InputContainer:
     from av.error import ArgumentError, EOFError, InvalidDataError
 
     if file.seek(0, os.SEEK_END) == 0:
-        raise _Damage("the file is empty")
+        raise Damage("the file is empty")
     file.seek(0)
     options = {
         "format_whitelist": containers.CONTAINERS,
@@ -166,11 +156,11 @@ def _open(file: BinaryIO) -> InputContainer:
     try:
         return av.open(_NamelessFile(file), "r", options=options, metadata_errors="ignore")
     except ArgumentError:
-        raise _Damage("a playlist, or another format that is not opened as sound") from None
+        raise Damage("a playlist, or another format that is not opened as sound") from None
     except (InvalidDataError, EOFError):
         if containers.lacks_index(file):
-            raise _Damage("its index (moov) is missing: the recording was cut off before it was finished") from None
-        raise _Damage("not sound or film in a format that can be read, or its header is damaged") from None
+            raise Damage("its index (moov) is missing: the recording was cut off before it was finished") from None
+        raise Damage("not sound or film in a format that can be read, or its header is damaged") from None
 
 
 def _sound_track(container: InputContainer) -> AudioStream:
@@ -179,11 +169,11 @@ def _sound_track(container: InputContainer) -> AudioStream:
 
     tracks = container.streams.audio
     if not tracks:
-        raise _Damage("it has no sound track")
+        raise Damage("it has no sound track")
     readable = [track for track in tracks if track.codec_context and track.codec_context.name in containers.CODECS]
     if not readable:
         codecs = sorted({track.codec_context.name if track.codec_context else "unknown" for track in tracks})
-        raise _Damage(f"its sound is in a codec that is not read ({', '.join(codecs)})")
+        raise Damage(f"its sound is in a codec that is not read ({', '.join(codecs)})")
     best = container.streams.best("audio")
     track = next((track for track in readable if track is best), readable[0])
     for other in container.streams:
@@ -194,9 +184,9 @@ def _sound_track(container: InputContainer) -> AudioStream:
 
 def _check_shape(rate: int, channels: int) -> None:
     if not MIN_RATE <= rate <= MAX_RATE:
-        raise _Damage(f"a sample rate of {rate} Hz is not believed; {MIN_RATE} to {MAX_RATE} Hz are read")
+        raise Damage(f"a sample rate of {rate} Hz is not believed; {MIN_RATE} to {MAX_RATE} Hz are read")
     if not 1 <= channels <= MAX_CHANNELS:
-        raise _Damage(f"{channels} channels, or a count that FFmpeg refuses; 1 to {MAX_CHANNELS} are read")
+        raise Damage(f"{channels} channels, or a count that FFmpeg refuses; 1 to {MAX_CHANNELS} are read")
 
 
 # Decoding.
@@ -239,7 +229,7 @@ class _Track:
         mono = _mix(frame)
         finite = np.isfinite(mono)
         if not finite.all():
-            self.damage = _Damage("NaN or infinite samples")
+            self.damage = Damage("NaN or infinite samples")
             mono = mono[: int(finite.argmin())]
         yield mono, frame.sample_rate
 
@@ -253,7 +243,7 @@ class _Track:
                     if self.damage:
                         return
             self._check_end()
-        except _causes() as error:
+        except containers.causes() as error:
             self.damage = self._cut_off() or error
 
     def _decoded(self, packet: Packet[AudioStream]) -> list[AudioFrame]:
@@ -265,7 +255,7 @@ class _Track:
         except FFmpegError:
             self.skipped += float((packet.duration or 0) * packet.time_base)
             if self.format not in containers.STREAMS or self.skipped > SEAM_SECONDS:
-                raise _Damage("the sound is damaged") from None
+                raise Damage("the sound is damaged") from None
             return []
 
     def _check_time(self, frame: AudioFrame) -> None:
@@ -273,29 +263,29 @@ class _Track:
         if self.format == "ogg" and frame.pts is not None and (base := frame.time_base):
             start = frame.pts * base.numerator / base.denominator  # a product of fractions takes ten times as long
             if self.expected is not None and start > self.expected + GAP_SECONDS:
-                raise _Damage(f"the sound is damaged: {start - self.expected:.2f} s of it are missing")
+                raise Damage(f"the sound is damaged: {start - self.expected:.2f} s of it are missing")
             self.expected = start + seconds
         self.seconds += seconds
         if self.max_seconds is not None and self.seconds > self.max_seconds + 1e-6:
-            raise _Damage(f"longer than the limit of {self.max_seconds:g} s")
+            raise Damage(f"longer than the limit of {self.max_seconds:g} s")
 
     def _check_end(self) -> None:
         """FFmpeg saw the end of the file: is it the end of the sound?"""
         if cut_off := self._cut_off():
             raise cut_off
         if self.format == "ogg" and containers.ogg_is_damaged(self.file):
-            raise _Damage("the sound is damaged: an Ogg page fails its checksum")
+            raise Damage("the sound is damaged: an Ogg page fails its checksum")
         if self.format in containers.COUNTED and self.stream.duration and self.stream.time_base:
             stated = float(self.stream.duration * self.stream.time_base)
             if self.seconds < stated - GAP_SECONDS:
-                raise _Damage(f"the file is cut off or damaged: its header states {stated:.2f} s")
+                raise Damage(f"the file is cut off or damaged: its header states {stated:.2f} s")
         if self.skipped and not self.seconds:
-            raise _Damage("nothing in it decodes as sound")
+            raise Damage("nothing in it decodes as sound")
 
-    def _cut_off(self) -> _Damage | None:
+    def _cut_off(self) -> Damage | None:
         missing = containers.missing_bytes(self.file)
         return (
-            _Damage(f"the file is cut off: at least {missing:,} bytes that it announces are missing")
+            Damage(f"the file is cut off: at least {missing:,} bytes that it announces are missing")
             if missing
             else None
         )

@@ -57,6 +57,21 @@ _MP4_BOXES = frozenset((
 ))  # fmt: skip
 
 
+LATE_TRACK = "a track begins in the middle of it, as in a damaged file"
+"""The cause of an ``IndexError``: PyAV knows the tracks that were there when the file was opened."""
+
+
+class Damage(Exception):
+    """Why decoding cannot go on; its text becomes the cause of a :class:`MediaError`."""
+
+
+def causes() -> tuple[type[Exception], ...]:
+    """What opening and decoding raise; PyAV's own mistakes with hostile input come as built-in exceptions."""
+    from av.error import FFmpegError
+
+    return (Damage, FFmpegError, OSError, ValueError, ArithmeticError, LookupError, RuntimeError, MemoryError)
+
+
 def missing_bytes(file: BinaryIO) -> int:
     """How much shorter the file is than its own framing says; 0 where it is whole, or where the format does not say.
 

@@ -21,6 +21,7 @@ from numpy.typing import NDArray
 from whisper_moe.config import SAMPLE_RATE
 from whisper_moe.media import containers
 from whisper_moe.media.audio import MediaError, load_audio
+from whisper_moe.media.containers import Damage
 
 if TYPE_CHECKING:
     from av import Packet, VideoFrame, VideoStream
@@ -43,10 +44,6 @@ MAX_BYTES = 1 << 30
 MAX_RATE = 1_000.0
 SLACK = Fraction(1, 1_000)
 """Containers round timestamps (Matroska to milliseconds): a frame that comes this much late, in seconds, is on time."""
-
-
-class _Damage(Exception):
-    """Why decoding cannot go on; its text becomes the cause of a :class:`MediaError`."""
 
 
 def load_frames(
@@ -84,11 +81,11 @@ def load_frames(
         for frame, copies in _sampled(film, rate):
             size += copies * 3 * prod(_size(frame, short_side))
             if size > max_bytes:
-                raise _Damage(f"more than the limit of {max_bytes:,} bytes of pictures")
+                raise Damage(f"more than the limit of {max_bytes:,} bytes of pictures")
             kept += [_picture(frame, short_side)] * copies
         _check_whole(file)
         if not kept:
-            raise _Damage("it has a film track, and no frame in it")
+            raise Damage("it has a film track, and no frame in it")
     return np.stack(kept)
 
 
@@ -100,7 +97,7 @@ def header_seconds(source: str | Path | BinaryIO, *, name: str | None = None) ->
     with _opened(source, name, containers.CODECS | CODECS) as (container, file):
         tracks = [*container.streams.audio, *(track for track in container.streams.video if not _is_cover(track))]
         if not tracks:
-            raise _Damage("it has neither sound nor film")
+            raise Damage("it has neither sound nor film")
         _check_whole(file)
         first = tracks[0]
         if first.duration and first.time_base:
@@ -115,23 +112,12 @@ def _opened(
     source: str | Path | BinaryIO, name: str | None, codecs: frozenset[str]
 ) -> Iterator[tuple[InputContainer, BinaryIO]]:
     """The container and its bytes; whatever goes wrong while they are open becomes a :class:`MediaError`."""
-    from av.error import FFmpegError
-
     is_path = isinstance(source, str | os.PathLike)
     name = name or (str(source) if is_path else str(getattr(source, "name", "<stream>")))
     try:
         with open(source, "rb") if is_path else nullcontext(source) as file, _container(file, codecs) as container:
             yield container, file
-    except (
-        _Damage,
-        FFmpegError,
-        OSError,
-        ValueError,
-        ArithmeticError,
-        LookupError,
-        RuntimeError,
-        MemoryError,
-    ) as error:
+    except containers.causes() as error:
         raise MediaError(name, _cause(error)) from error
 
 
@@ -147,7 +133,7 @@ def _container(file: BinaryIO, codecs: frozenset[str]) -> InputContainer:
     from av.error import ArgumentError, EOFError, InvalidDataError
 
     if file.seek(0, os.SEEK_END) == 0:
-        raise _Damage("the file is empty")
+        raise Damage("the file is empty")
     file.seek(0)
     options = {
         "format_whitelist": containers.CONTAINERS,
@@ -157,11 +143,11 @@ def _container(file: BinaryIO, codecs: frozenset[str]) -> InputContainer:
     try:
         return av.open(_NamelessFile(file), "r", options=options, metadata_errors="ignore")
     except ArgumentError:
-        raise _Damage("a playlist, or another format that is not opened as film") from None
+        raise Damage("a playlist, or another format that is not opened as film") from None
     except (InvalidDataError, EOFError):
         if containers.lacks_index(file):
-            raise _Damage("its index (moov) is missing: the recording was cut off before it was finished") from None
-        raise _Damage("not film or sound in a format that can be read, or its header is damaged") from None
+            raise Damage("its index (moov) is missing: the recording was cut off before it was finished") from None
+        raise Damage("not film or sound in a format that can be read, or its header is damaged") from None
 
 
 def _cause(error: Exception) -> str:
@@ -171,14 +157,14 @@ def _cause(error: Exception) -> str:
         return error.strerror[0].lower() + error.strerror[1:]
     if isinstance(error, FFmpegError):
         return f"FFmpeg cannot read it: {error.strerror}"
-    if isinstance(error, IndexError):  # PyAV knows the tracks that were there when it was opened
-        return "a track begins in the middle of it, as in a damaged file"
+    if isinstance(error, IndexError):
+        return containers.LATE_TRACK
     return str(error) or type(error).__name__
 
 
 def _check_whole(file: BinaryIO) -> None:
     if missing := containers.missing_bytes(file):
-        raise _Damage(f"the file is cut off: at least {missing:,} bytes that it announces are missing")
+        raise Damage(f"the file is cut off: at least {missing:,} bytes that it announces are missing")
 
 
 def _is_cover(track: VideoStream) -> bool:
@@ -210,10 +196,10 @@ class _Film:
             for frame in self._decoded(packet):
                 count += 1
                 if count > self.max_decoded:
-                    raise _Damage(f"more than the limit of {self.max_decoded:,} frames")
+                    raise Damage(f"more than the limit of {self.max_decoded:,} frames")
                 time = self._time(frame)
                 if latest is not None and time < latest:
-                    raise _Damage(f"its timestamps run backwards, from {float(latest):.3f} s to {float(time):.3f} s")
+                    raise Damage(f"its timestamps run backwards, from {float(latest):.3f} s to {float(time):.3f} s")
                 self._check_shape(frame, time)
                 lasts = frame.duration * frame.time_base if frame.duration and frame.time_base else self.usual
                 self.end = time + lasts
@@ -229,7 +215,7 @@ class _Film:
             frames = None
         if frames is None or any(frame.is_corrupt for frame in frames):
             _check_whole(self.file)
-            raise _Damage(f"the film is damaged{'' if self.end is None else f' at {float(self.end):.2f} s'}")
+            raise Damage(f"the film is damaged{'' if self.end is None else f' at {float(self.end):.2f} s'}")
         return frames
 
     def _time(self, frame: VideoFrame) -> Fraction:
@@ -237,7 +223,7 @@ class _Film:
         if frame.pts is not None and frame.time_base:
             return frame.pts * frame.time_base
         if self.end is not None and not self.usual:
-            raise _Damage("its frames have no timestamps, and it states no frame rate")
+            raise Damage("its frames have no timestamps, and it states no frame rate")
         return Fraction(0) if self.end is None else self.end
 
     def _check_shape(self, frame: VideoFrame, time: Fraction) -> None:
@@ -245,12 +231,12 @@ class _Film:
         shape = (frame.width, frame.height, frame.rotation % 360)
         if self.shape is not None and shape != self.shape:
             was, now = (f"{width}×{height} turned by {turn}°" for width, height, turn in (self.shape, shape))
-            raise _Damage(f"its pictures change from {was} to {now} at {float(time):.2f} s")
+            raise Damage(f"its pictures change from {was} to {now} at {float(time):.2f} s")
         self.shape = shape
 
     def _check_size(self, width: int, height: int) -> None:
         if width * height > self.max_pixels:
-            raise _Damage(f"frames of {width}×{height} are over the limit of {self.max_pixels:,} pixels")
+            raise Damage(f"frames of {width}×{height} are over the limit of {self.max_pixels:,} pixels")
 
 
 def _film_track(container: InputContainer) -> VideoStream:
@@ -259,11 +245,11 @@ def _film_track(container: InputContainer) -> VideoStream:
 
     tracks = [track for track in container.streams.video if not _is_cover(track)]
     if not tracks:
-        raise _Damage("it has no film track" + (", only a cover picture" if container.streams.video else ""))
+        raise Damage("it has no film track" + (", only a cover picture" if container.streams.video else ""))
     readable = [track for track in tracks if track.codec_context and track.codec_context.name in CODECS]
     if not readable:
         codecs = sorted({track.codec_context.name if track.codec_context else "unknown" for track in tracks})
-        raise _Damage(f"its film is in a codec that is not read ({', '.join(codecs)})")
+        raise Damage(f"its film is in a codec that is not read ({', '.join(codecs)})")
     best = container.streams.best("video")
     film = next((track for track in readable if track is best), readable[0])
     for other in container.streams:
@@ -298,7 +284,7 @@ def _size(frame: VideoFrame, short_side: int | None) -> tuple[int, int]:
 def _picture(frame: VideoFrame, short_side: int | None) -> Frames:
     """RGB [height, width, 3], the way up that the file says."""
     if frame.rotation % 90:
-        raise _Damage(f"its pictures are turned by {frame.rotation}°, which is no quarter turn")
+        raise Damage(f"its pictures are turned by {frame.rotation}°, which is no quarter turn")
     width, height = _size(frame, short_side)
     upright = frame.reformat(width, height, format="rgb24").to_ndarray().astype(np.uint8, copy=False)
     return np.rot90(upright, frame.rotation // 90)
