@@ -19,17 +19,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from manifest import read_clips
 
 from whisper_moe import WhisperMoE
 from whisper_moe.evaluate.machine import machine, versions
+from whisper_moe.evaluate.material import Clip
 from whisper_moe.evaluate.metrics import Tally, character_counts, clip_counts, interval, paired_difference
-
-
-@dataclass(frozen=True)
-class Clip:
-    path: Path
-    text: str
-    language: str
 
 
 @dataclass(frozen=True)
@@ -41,32 +36,16 @@ class Heard:
     """Clips that were decoded again, padded."""
 
 
-def read_manifest(path: Path, limit: int | None) -> list[Clip]:
-    """The clips of one manifest; of each language the first ``limit``."""
-    clips, taken = [], {}
-    for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), start=1):
-        row = line.split("\t")
-        if not line.strip() or (number == 1 and row[0] == "path"):
-            continue
-        if len(row) < 2 or not (path.parent / row[0]).is_file():
-            raise ValueError(f"{path}, line {number}: expected a recording's path and a text, found {line!r}")
-        language = row[2] if len(row) > 2 else "en"
-        taken[language] = taken.get(language, 0) + 1
-        if limit is None or taken[language] <= limit:
-            clips.append(Clip(path.parent / row[0], row[1], language))
-    return clips
-
-
 def hear(model: WhisperMoE, clips: Sequence[Clip], margin: float) -> Heard:
     """All clips of one language."""
-    sources = [clip.path for clip in clips]
-    results = model.transcribe(sources, language=clips[0].language, context_margin=margin, temperatures=(0.0,))
+    sounds = [clip.sample.audio.read() for clip in clips if clip.sample.audio is not None]
+    results = model.transcribe(sounds, language=clips[0].sample.language, context_margin=margin, temperatures=(0.0,))
     return Heard([result.text for result in results], sum(result.fallbacks > 0 for result in results))
 
 
 def figures(clips: Sequence[Clip], heard: Heard, baseline: Heard) -> dict[str, Any]:
     """WER and CER in percent with their intervals, and what they differ by from the baseline's."""
-    texts, language = [clip.text for clip in clips], clips[0].language
+    texts, language = [clip.sample.text for clip in clips], clips[0].sample.language
     row: dict[str, Any] = {"decoded_again": heard.again}
     for name, count in (("wer", clip_counts), ("cer", character_counts)):
         mine, theirs = (count(texts, said.texts, language) for said in (heard, baseline))
@@ -145,9 +124,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     }  # fmt: skip
     args.output.mkdir(parents=True, exist_ok=True)
     for manifest in args.manifests:
-        clips = read_manifest(manifest, args.limit)
-        for language in dict.fromkeys(clip.language for clip in clips):
-            spoken = [clip for clip in clips if clip.language == language]
+        clips = read_clips(manifest)
+        for language in dict.fromkeys(clip.sample.language for clip in clips):
+            spoken = [clip for clip in clips if clip.sample.language == language][: args.limit]
             heard: dict[tuple[str, float], Heard] = {}
             for name, margin in product(models, args.margins):
                 heard[name, margin] = hear(models[name], spoken, margin)

@@ -19,9 +19,9 @@ from typing import Any
 
 import numpy as np
 import torch
+from manifest import read_clips
 
-from whisper_moe.config import FULL_WINDOW, MAX_PACK_TOKENS, SAMPLE_RATE
-from whisper_moe.data.corpora import CorpusConfig, open_corpus
+from whisper_moe.config import FULL_WINDOW, MAX_PACK_TOKENS
 from whisper_moe.data.examples import ExampleConfig, ExampleReader, Pack, pack_examples
 from whisper_moe.data.loader import Batch
 from whisper_moe.data.sample import Sample
@@ -74,13 +74,7 @@ class Strict(Silent):
 
 def read_samples(manifests: Sequence[Path], least: float, most: float) -> list[Sample]:
     """Clips that last from ``least`` to ``most`` seconds."""
-    found = []
-    for path in manifests:
-        corpus = open_corpus(CorpusConfig(kind="table", source=str(path), languages=("en",), name=path.parent.name))
-        for index in range(len(corpus)):
-            sample = corpus[index]
-            if sample.audio is not None and least <= len(sample.audio.read()) / SAMPLE_RATE <= most:
-                found.append(sample)
+    found = [clip.sample for path in manifests for clip in read_clips(path) if least <= clip.seconds <= most]
     if not found:
         raise ValueError(f"no clip of {', '.join(map(str, manifests))} lasts {least:g} to {most:g} s")
     return found

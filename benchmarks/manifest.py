@@ -1,0 +1,19 @@
+"""Clips of a TSV, read by the project's own loader of tables."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from whisper_moe.data.corpora import CorpusConfig
+from whisper_moe.evaluate.material import Clip, gather
+
+
+def read_clips(path: Path) -> list[Clip]:
+    """The clips of ``path<TAB>text[<TAB>language]``; without a language they are English.
+
+    Raises ``ValueError`` that names what is not there or cannot be read.
+    """
+    material = gather([CorpusConfig(kind="table", source=str(path), languages=("en",), name=path.parent.name)])
+    if material.broken:
+        raise ValueError(f"{path}: " + "; ".join(f"{name}: {cause}" for name, cause in material.broken[:3]))
+    return material.clips
