@@ -85,9 +85,28 @@ def test_a_text_that_is_none_names_its_sample(text: str) -> None:
         tiny_reader().tokens(clip("clip-7", 0.1, text))
 
 
-def test_control_tokens_in_a_text_are_only_letters() -> None:
-    _, text = tiny_reader().tokens(clip("a", 0.1, "say <|endoftext|> and <|en|>"))
-    assert max(text) < 256
+@pytest.mark.parametrize(
+    ("text", "named"),
+    [
+        ("say <|endoftext|> and <|en|>", "<|endoftext|>"),
+        ("<|nospeech|>", "<|nospeech|>"),
+        ("<|0.0|> Good<|1|>", "<|0.0|>"),
+        ("<|0.00|> Good<|1.000|>", "<|1.000|>"),
+        ("<|0.00|> Good<|1.00", "<|1.00"),
+        ("Good 1.00|> morning", "1.00|>"),
+        ("<|१.२४|> नमस्ते<|१.५४|>", "<|१.२४|>"),
+    ],
+)
+def test_markup_is_refused_by_name(text: str, named: str) -> None:
+    """It would be learned as letters."""
+    with pytest.raises(DataError) as caught:
+        tiny_reader().tokens(clip("clip-7", 0.1, text))
+    assert str(caught.value).startswith(f"clip-7, column 'text': {named!r} is markup")
+
+
+def test_signs_that_are_no_markup_are_words() -> None:
+    _, text = tiny_reader().tokens(clip("a", 0.1, "a < b | c > d, <b>"))
+    assert TOKENIZER.decode(text) == " a < b | c > d, <b>"
 
 
 def test_texts_are_in_nfc_and_begin_with_a_space_where_words_have_spaces() -> None:

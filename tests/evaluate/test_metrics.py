@@ -43,6 +43,26 @@ def test_case_punctuation_and_spelling_are_no_errors() -> None:
     assert counts.part.tolist() == [0]
 
 
+@pytest.mark.parametrize("language", ["en", "hi", "zh"])
+def test_timestamps_are_no_words_and_join_none(language: str) -> None:
+    """A reference with times scores as one without, in every figure."""
+    stretches = {"en": ("see you there,", "my friend"), "hi": ("मैं वहाँ", "आऊँगा"), "zh": ("你好", "朋友")}[language]
+    plain, timed = " ".join(stretches), "<|0.00|>{}<|1.00|>{}<|2.00|>".format(*stretches)
+    sides, codes = ([plain], [timed]), [language]
+    for said in sides:
+        for written in sides:
+            assert clip_counts(said, written, codes).part.tolist() == [0]
+            assert character_counts(said, written, codes).part.tolist() == [0]
+            assert joined_counts(said, written[0], language).part.tolist() == [0]
+            assert label_accuracy(said, written, codes).value == 1
+    for text in (plain, timed):
+        assert longest_loop(text, language) == 1
+        assert script_fidelity([text], codes).rows.tolist() == script_fidelity([plain], codes).rows.tolist()
+        for figure in ("bleu", "chrf"):
+            found = [translation_scores(said, [plain], codes)[figure][0].rows.tolist() for said in ([plain], [text])]
+            assert found[0] == found[1]
+
+
 def test_a_clip_left_empty_costs_its_words_and_words_for_silence_cost_themselves() -> None:
     counts = clip_counts(["a dog barked", ""], ["", "thank you"])
     assert counts.part.tolist() == [3, 2]

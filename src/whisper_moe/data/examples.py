@@ -7,11 +7,11 @@ longest transcript (448). torch is imported when the first sound is read, so tha
 from __future__ import annotations
 
 import math
-import re
 import unicodedata
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from hashlib import blake2b
+from itertools import zip_longest
 from typing import TYPE_CHECKING, Literal, Self
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
@@ -27,7 +27,7 @@ from whisper_moe.config import (
 from whisper_moe.data.mel_cache import MelCache
 from whisper_moe.data.sample import DataError, Sample
 from whisper_moe.media.audio import MediaError
-from whisper_moe.media.text import TIMESTAMP_SECONDS, UNSPACED_LANGUAGES, Tokenizer
+from whisper_moe.media.text import UNSPACED_LANGUAGES, Tokenizer, split_timestamps
 from whisper_moe.packing import Layout, first_fit_decreasing
 
 if TYPE_CHECKING:
@@ -40,7 +40,6 @@ IGNORED = -100
 _EDGE_SAMPLES = 240
 """With so much silence after it a sound's last frames do not depend on how long the silence is: a window (200 samples to
 each side, mirrored at the end) that reaches the sound does not reach the end."""
-_TIMESTAMP = re.compile(r"<\|(\d{1,2}\.\d\d)\|>")
 
 
 class ExampleConfig(BaseModel):
@@ -191,30 +190,16 @@ class ExampleReader:
         text = unicodedata.normalize("NFC", sample.text).strip()
         if not text and not self._config.empty_text:
             raise DataError(sample.id, "it has no text", column="text")
-        pieces = _TIMESTAMP.split(text)  # text, time, text, time, …, text
-        timed = len(pieces) > 1
         space = " " if self._config.leading_space and sample.target_language not in UNSPACED_LANGUAGES else ""
-        ids, before = [], 0
-        for piece, time in zip(pieces[::2], [*pieces[1::2], None], strict=True):
-            try:
-                ids += self._tokenizer.encode(space + stripped) if (stripped := piece.strip()) else []
-            except ValueError as error:
-                raise DataError(sample.id, str(error), column="text") from error
-            if time is not None:
-                step = self._step(sample, time, before)
-                ids.append(self._tokenizer.timestamp_begin + step)
-                before = step
-        if timed and pieces[0].strip():
-            raise DataError(sample.id, "a text with timestamps must begin with one", column="text")
-        return ids, timed
-
-    def _step(self, sample: Sample, time: str, before: int) -> int:
-        """A timestamp such as ``1.24`` as the number of its token; they must not go back."""
-        step = round(float(time) / TIMESTAMP_SECONDS)
-        if abs(step * TIMESTAMP_SECONDS - float(time)) > 1e-6 or not before <= step <= 1500:
-            cause = f"the timestamp {time} is not a multiple of 0.02 up to 30.00, or is before the one before it"
-            raise DataError(sample.id, cause, column="text")
-        return step
+        ids: list[int] = []
+        try:
+            stretches, steps = split_timestamps(text)
+            for words, step in zip_longest(stretches, steps):
+                ids += self._tokenizer.encode(space + words) if words else []
+                ids += [] if step is None else [self._tokenizer.timestamp_begin + step]
+        except ValueError as error:
+            raise DataError(sample.id, str(error), column="text") from error
+        return ids, bool(steps)
 
     def read(self, sample: Sample, margin: float) -> Example:
         """Decode and transform. Raises what :meth:`tokens` raises, ``MediaError`` for a file that cannot be decoded and

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from whisper_moe.media.languages import UNSPACED_LANGUAGES
-from whisper_moe.media.normalize import letters_in_script, normalize, scripts_of
+from whisper_moe.media.normalize import letters_in_script, normalize, scripts_of, spoken
 
 if TYPE_CHECKING:
     import jiwer
@@ -165,9 +165,9 @@ def translation_scores(
 ) -> dict[str, tuple[Tally, str]]:
     """BLEU (arXiv 1804.08771) and chrF++ (Popović 2017), 0 to 100, each with sacrebleu's signature.
 
-    Texts are compared as they are written: case and punctuation count. BLEU's words are those of the target language's
-    tokenizer: 13a where it is written in Latin letters, ``zh`` and ``char`` where words are not spaced, else ``intl``, which
-    knows the punctuation of all scripts, dandas among it. Languages are tokenised each their own way and then added up.
+    Texts are compared as they are written, timestamps aside: case and punctuation count. BLEU's words are those of the target
+    language's tokenizer: 13a where it is written in Latin letters, ``zh`` and ``char`` where words are not spaced, else ``intl``,
+    which knows the punctuation of all scripts, dandas among it. Languages are tokenised each their own way and then added up.
     """
     from sacrebleu.metrics.bleu import BLEU
     from sacrebleu.metrics.chrf import CHRF
@@ -176,7 +176,7 @@ def translation_scores(
     chrf, any_bleu = CHRF(word_order=2), next(iter(used.values()), BLEU())
     bleu_rows: list[list[int]] = []
     chrf_rows: list[list[int]] = []
-    for said, written, code in zip(references, transcripts, languages, strict=True):
+    for said, written, code in zip(map(spoken, references), map(spoken, transcripts), languages, strict=True):
         bleu_rows += used[code]._extract_corpus_statistics([written], [[said]])
         chrf_rows += chrf._extract_corpus_statistics([written], [[said]])
     signatures = sorted({str(metric.get_signature()) for metric in used.values()} if used else [])

@@ -47,6 +47,7 @@ SCRIPTS: Mapping[str, frozenset[str]] = _scripts()
 """The scripts a language is written in, as Unicode's character names begin; a language that is not listed: LATIN."""
 
 _ANNOTATION = re.compile(r"\[[^\]]*\]|\([^)]*\)|<[^>]*>")
+_TOKEN = re.compile(r"<\|[^<>|]*\|>")
 _GROUPED = re.compile(r"(?<!\d)\d{1,3}(?:,\d{2,3})*,\d{3}(?!\d)")
 """A number with commas in it: 10,000 or 1,00,000; the last group has three digits."""
 _FRACTION = re.compile(r"(?<=\d)[.\u066b](?=\d)")
@@ -115,6 +116,7 @@ def normalize(text: str, language: str) -> str:
     Where words are not spaced (Chinese, Thai …) every character, with its marks, is a word, as in Whisper's evaluation.
     Raises ``ImportError`` with what to install, for English without ``whisper_normalizer``.
     """
+    text = spoken(text)
     if language == "en":
         return _english()(text)
     indic = bool(scripts_of(language) & INDIC_SCRIPTS)
@@ -128,6 +130,11 @@ def normalize(text: str, language: str) -> str:
     return _characters_apart(text) if language in UNSPACED_LANGUAGES else text
 
 
+def spoken(text: str) -> str:
+    """``text`` without Whisper's tokens, such as timestamps, each of which stood between two words."""
+    return " ".join(_TOKEN.sub(" ", text).split()) if "<|" in text else text
+
+
 def scripts_of(language: str) -> frozenset[str]:
     """The scripts that a language is written in."""
     return SCRIPTS.get(language, frozenset({"LATIN"}))
@@ -139,7 +146,7 @@ def letters_in_script(text: str, language: str) -> tuple[int, int]:
     Digits, marks and punctuation belong to no script here. A transcript in the wrong script has none: the usual failure of
     a multilingual model in a language that it has heard little of.
     """
-    found = [script for char in unicodedata.normalize("NFKC", text) if (script := _script(char))]
+    found = [script for char in unicodedata.normalize("NFKC", spoken(text)) if (script := _script(char))]
     wanted = scripts_of(language)
     return sum(script in wanted for script in found), len(found)
 

@@ -30,6 +30,8 @@ _TIMESTAMPS = tuple(f"<|{i * TIMESTAMP_SECONDS:.2f}|>" for i in range(1501))
 _MULTILINGUAL_VOCABULARY = 51_865
 """Whisper's English-only vocabulary, which ends with the timestamps, is smaller than this; every multilingual one is not."""
 _UNENCODABLE = re.compile("[\0\ud800-\udfff]")
+_TIMESTAMP = re.compile(r"<\|([0-9]{1,2}\.[0-9][0-9])\|>")
+_MARKUP = re.compile(r"<\|[^<>|]*(\|>)?|[^\s<>|]*\|>")
 _REPLACEMENT = "\ufffd"
 
 _ANNOTATIONS = (
@@ -38,6 +40,27 @@ _ANNOTATIONS = (
     *("♪♪", "♪♪♪"),
 )
 _MUSIC = tuple("♩♪♫♬♭♮♯")
+
+
+def split_timestamps(text: str) -> tuple[list[str], list[int]]:
+    """The stretches of words of a text to learn from, and the timestamp (in steps of 0.02 s) after each but the last.
+
+    Raises ``ValueError`` for timestamps that go back, are no token or do not begin the text, and for all other markup, such
+    as ``<|0.0|>`` and ``<|en|>``: a model would learn it as letters.
+    """
+    words, steps = [piece.strip() for piece in _TIMESTAMP.split(text)], [0]  # words, seconds, words, …, words
+    for seconds in words[1::2]:
+        step = round(float(seconds) / TIMESTAMP_SECONDS)
+        if abs(step * TIMESTAMP_SECONDS - float(seconds)) > 1e-6 or not steps[-1] <= step < len(_TIMESTAMPS):
+            cause = "is not a multiple of 0.02 up to 30.00, or is before the one before it"
+            raise ValueError(f"the timestamp {seconds} {cause}")
+        steps.append(step)
+    if found := next(filter(None, map(_MARKUP.search, words[::2])), None):
+        cause = "is markup, not words; of that only timestamps such as <|1.24|> are read"
+        raise ValueError(f"{found[0]!r} {cause}")
+    if steps[1:] and words[0]:
+        raise ValueError("a text with timestamps must begin with one")
+    return words[::2], steps[1:]
 
 
 def read_backend(path: Path) -> tokenizers.Tokenizer:
