@@ -112,7 +112,7 @@ def compare(samples: Sequence[Sample], args: argparse.Namespace) -> dict[str, li
     batches = [
         [samples[i] for i in order[at : at + args.batch]] for at in range(0, args.steps * args.batch, args.batch)
     ]
-    start = from_source(ModelRecipe(source=args.source), biased=False, seed=args.seed, announce=print)
+    start = from_source(ModelRecipe(source=args.source), margin=None, biased=False, seed=args.seed, announce=print)
     trainers = {form: trainer(start, batches, form, args) for form in FORMS}
     curves: dict[str, list[dict[str, float]]] = {form: [] for form in FORMS}
     for number in range(1, args.steps + 1):

@@ -16,7 +16,7 @@ from torch import Tensor
 from whisper_moe.config import FULL_WINDOW, SAMPLE_RATE, ModelConfig
 from whisper_moe.generate.decode import WindowDecoder
 from whisper_moe.generate.longform import Recording, Transcriber
-from whisper_moe.generate.options import DEFAULT_MARGIN, TranscribeOptions
+from whisper_moe.generate.options import TranscribeOptions
 from whisper_moe.generate.result import Transcription
 from whisper_moe.heap import weights_apart
 from whisper_moe.media.audio import MediaError, stream_audio
@@ -107,8 +107,7 @@ class WhisperMoE:
     @property
     def context_margin(self) -> float:
         """Seconds of silence that are kept after a clip where nothing else is asked for."""
-        adapted = self.config.adapt.context_margin if self.config.adapt else None
-        return DEFAULT_MARGIN if adapted is None else adapted
+        return self.config.margin
 
     def save_pretrained(self, directory: str | os.PathLike[str], *, quantize: bool = False) -> None:
         """Write a checkpoint directory; ``quantize`` stores matrices as int8. Raises ``ValueError`` for a model

@@ -21,6 +21,8 @@ POSITIONS_PER_SECOND = 50
 SAMPLES_PER_POSITION = SAMPLE_RATE // POSITIONS_PER_SECOND
 FULL_WINDOW = 30.0
 """Seconds that Whisper was trained on; as a margin of silence, every clip is padded to them."""
+DEFAULT_MARGIN = 2.5
+"""Seconds of silence kept after each clip for a model that says nothing of it; chosen by measurement (``docs/lab.md``)."""
 MAX_PACK_TOKENS = 2_048
 """The context that segments are packed into (Patch-n-Pack)."""
 EMBEDDED = Path(__file__).parents[2] / "checkpoints"
@@ -117,8 +119,6 @@ class AdaptConfig(_Frozen):
     """Their LayerNorms carry a learned difference."""
     adapter_dim: int = Field(default=0, ge=0)
     """Hidden units of a slim feed-forward beside each one's own (an adapter, arXiv 1902.00751, in parallel); 0 for none."""
-    context_margin: float | None = Field(default=None, ge=0, le=FULL_WINDOW)
-    """Seconds of silence after a clip that the model was adapted to, and is given where nothing else is asked for."""
     full_windows: bool = True
     """False: a window of full length goes through the encoder as if none of this were there, nor its TTT layers: the core
     was trained on such windows, and says of them exactly what it said before."""
@@ -150,6 +150,8 @@ class ModelConfig(_Frozen):
     decoder_ffn_dim: int = Field(default=2_048, ge=1)
     max_source_positions: int = Field(default=1_500, ge=1)
     max_target_positions: int = Field(default=448, ge=1)
+    context_margin: float | None = Field(default=None, ge=0, le=FULL_WINDOW)
+    """Seconds of silence after a clip that the model was trained to do with; None where nobody has said (:attr:`margin`)."""
     moe: MoEConfig | None = None
     ttt: TTTConfig | None = None
     adapt: AdaptConfig | None = None
@@ -182,6 +184,11 @@ class ModelConfig(_Frozen):
             raise ValueError(f"new_tokens must be different names such as <|or|>, got {odd or list(names)}")
         if len(names) >= self.vocab_size:
             raise ValueError(f"vocab_size ({self.vocab_size}) counts the {len(names)} new tokens and the source's own")
+
+    @property
+    def margin(self) -> float:
+        """Seconds of silence after a clip that the model is given where nothing else is asked for."""
+        return DEFAULT_MARGIN if self.context_margin is None else self.context_margin
 
     @property
     def source_vocab_size(self) -> int:

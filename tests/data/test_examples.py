@@ -19,6 +19,7 @@ from whisper_moe.data.examples import (
     ExampleConfig,
     ExampleReader,
     TooLong,
+    drawn_margin,
     pack_examples,
     positions,
 )
@@ -137,21 +138,36 @@ def test_the_spectrogram_is_that_of_the_clip_with_its_margin(seconds: float, mar
         assert example.mel.shape == (80, 3_000)
 
 
-def test_a_margin_from_a_range_gives_the_beginning_of_the_widest() -> None:
-    sample, reader = clip("a", 0.7), tiny_reader(margin=(0, 4))
-    for margin in (0.0, 0.004, 0.0161, 0.3, 1.7, 4.0):
+@pytest.mark.parametrize("seconds", [0.001, 0.7, 29.97])
+def test_a_margin_from_a_range_is_the_silence_that_would_be_computed(seconds: float) -> None:
+    sample, reader = clip("a", seconds), tiny_reader(margin=(0, 30))
+    for margin in (0.0, 0.004, 0.0161, 0.039, 0.041, 0.3, 1.7, 4.0, 30.0):
         example = reader.read(sample, margin)
         torch.testing.assert_close(example.mel, mel_of(sample, margin), rtol=0, atol=2e-4)
 
 
 def test_margins_are_spread_over_the_range_and_fixed_for_seed_epoch_and_id() -> None:
-    config = ExampleConfig(margin=(1, 3))
-    drawn = [config.margin_of(f"id{i}", 0, 0) for i in range(2_000)]
-    assert 1 <= min(drawn) < 1.01 and 2.99 < max(drawn) <= 3
-    assert abs(sum(drawn) / len(drawn) - 2) < 4 * (2 / 12**0.5) / 2_000**0.5
-    assert config.margin_of("id0", 0, 0) == drawn[0]
-    assert len({drawn[0], config.margin_of("id0", 1, 0), config.margin_of("id0", 0, 1)}) == 3
-    assert ExampleConfig(margin=2).margin_of("id0", 5, 7) == 2
+    reader = tiny_reader(margin=(1, 27))
+    drawn = [reader.margin_of(f"id{i}", 0, 0) for i in range(2_000)]
+    assert 1 <= min(drawn) < 1.05 and 26 < max(drawn) <= 27
+    for low, high in ((1, 3), (3, 9), (9, 27)):  # small ones more often: as many within each tripling
+        assert abs(sum(low <= margin < high for margin in drawn) / len(drawn) - 1 / 3) < 0.05
+    assert reader.margin_of("id0", 0, 0) == drawn[0]
+    assert len({drawn[0], reader.margin_of("id0", 1, 0), reader.margin_of("id0", 0, 1)}) == 3
+    assert tiny_reader(margin=2).margin_of("id0", 5, 7) == 2
+
+
+@pytest.mark.parametrize(("own", "least"), [(None, 2.5), (0.5, 0.5), (0.0, 0.0), (30.0, 30.0)])
+def test_margins_are_from_the_models_own_to_the_full_window_by_default(own: float | None, least: float) -> None:
+    reader = tiny_reader(MODEL.model_copy(update={"context_margin": own}))
+    drawn = [reader.margin_of(f"id{i}", 0, 0) for i in range(500)]
+    assert reader.margins == (least, 30) and least <= min(drawn) <= least + 0.05 and 28 < max(drawn) <= 30
+
+
+@pytest.mark.parametrize("margins", [(0.0, 0.0), (0.0, 4.0), (0.05, 0.1), (2.5, 30.0)])
+def test_a_range_may_begin_at_nothing(margins: tuple[float, float]) -> None:
+    drawn = [drawn_margin(margins, share / 100) for share in range(101)]
+    assert drawn == sorted(drawn) and drawn[0] == margins[0] and drawn[-1] == pytest.approx(margins[1])
 
 
 @pytest.mark.parametrize("margin", [-0.1, 31, (3, 1), (0, 40), float("nan"), "long"])
@@ -249,6 +265,7 @@ def test_a_cached_spectrogram_is_the_same_without_decoding(tmp_path: Path, monke
     assert torch.equal(first.mel, fresh.mel) and torch.equal(again.mel, fresh.mel)
     assert again.heard == fresh.heard and again.seconds == fresh.seconds
     assert other.positions == 70 and len(entries(tmp_path)) == 1
+    assert entries(tmp_path)[0].stat().st_size < 80 * 4 * 100 * 0.6, "silence is not kept"
 
 
 def test_what_the_spectrogram_depends_on_is_in_its_name(tmp_path: Path) -> None:
@@ -288,7 +305,7 @@ def test_the_least_recently_used_go_first_and_the_limit_holds(tmp_path: Path) ->
 
     samples = {key: clip(key, 0.5, seed=i) for i, key in enumerate("abcd")}
     size = 28 + 80 * 300 * 4
-    reader = reader_with_cache(tmp_path, limit=3 * size + size // 2)
+    reader = reader_with_cache(tmp_path, limit=3 * size + size // 2, margin=2.5)
     import os
 
     a, b, c = (entry_of(key) for key in "abc")

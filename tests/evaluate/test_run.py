@@ -62,7 +62,9 @@ def test_a_model_beside_a_peer(tmp_path: Path, tiny_model: WhisperMoE):
     assert [part["clips"] for part in speech["by"]["duration"].values()] == [3, 1]
     wer = ours["quality"]["transcribe"]["figures"]["wer"]
     assert wer["of"] == sum(len(text.split()) for text in TEXTS)
-    assert report["comparisons"][0]["tasks"]["transcribe"]["figures"]["wer"]["difference"] == pytest.approx(
+    assert list(report["systems"]) == ["m", "m, padded", "transcripts:perfect.tsv"]
+    assert [report["systems"][name]["margin"] for name in report["systems"]] == [2.5, 30, None]
+    assert report["comparisons"][1]["tasks"]["transcribe"]["figures"]["wer"]["difference"] == pytest.approx(
         wer["value"]
     )
     assert ours["quality"]["transcribe"]["figures"]["cross_entropy"]["value"] > 0
@@ -210,7 +212,7 @@ def test_the_page_needs_nothing_else_and_takes_no_orders_from_what_it_shows(tmp_
     assert not {"script", "iframe", "img", "link", "object", "b"} & set(page.tags)
     assert "&lt;script&gt;alert" in text and "&lt;b&gt;bold" in text
     drawings = re.findall(r"<svg.*?</svg>", text, re.DOTALL)
-    assert len(drawings) == 4  # by duration, by language, experts, latency
+    assert len(drawings) == 5  # by duration, by language, experts at its own margin and padded, latency
     for drawing in drawings:
         ElementTree.fromstring(drawing)
     table_text = (tmp_path / "out/report.md").read_text(encoding="utf-8")

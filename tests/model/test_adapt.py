@@ -10,8 +10,8 @@ from generate.tiny import CONFIG, tiny_whisper_moe
 from model.tiny import random_texts, relative
 
 from whisper_moe import WhisperMoE
-from whisper_moe.config import AdaptConfig, ModelConfig
-from whisper_moe.generate.options import DEFAULT_MARGIN, TranscribeOptions
+from whisper_moe.config import DEFAULT_MARGIN, AdaptConfig, ModelConfig
+from whisper_moe.generate.options import TranscribeOptions
 from whisper_moe.model.adapt import AdaptedNorm
 from whisper_moe.model.linear import Arithmetic, arrange
 from whisper_moe.model.model import WhisperMoEModel
@@ -150,11 +150,10 @@ def test_arranged_full_windows_go_through_the_core_alone(arithmetic: Arithmetic,
         assert torch.equal(model.encoder(mels[:1]).states_TD, plain.encoder(mels[:1]).states_TD)
 
 
-def test_a_model_that_was_adapted_to_a_margin_is_given_that() -> None:
+def test_a_model_that_was_trained_with_a_margin_is_given_that() -> None:
     plain = tiny_whisper_moe(0)
     for margin, kept in ((None, DEFAULT_MARGIN), (0.25, 0.25), (0.0, 0.0)):
-        adapt = AdaptConfig(encoder_layers=(0,), adapter_dim=4, context_margin=margin)
-        model = WhisperMoEModel(CONFIG.model_copy(update={"adapt": adapt}))
+        model = WhisperMoEModel(CONFIG.model_copy(update={"context_margin": margin}))
         spoken = WhisperMoE(model, plain.tokenizer, plain.generation)
         assert (
             spoken.context_margin

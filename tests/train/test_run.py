@@ -21,6 +21,8 @@ from train.tiny import recipe_tree, tiny_checkpoint, tones
 pytest.importorskip("datasets")
 
 from whisper_moe import WhisperMoE
+from whisper_moe.data import loader as loader_module
+from whisper_moe.generate.decode import WindowDecoder
 from whisper_moe.train import checkpoint
 from whisper_moe.train.run import train
 from whisper_moe.weights.files import CheckpointError
@@ -75,7 +77,7 @@ def test_a_run_ends_as_a_model_that_transcribes(material: Path, tmp_path: Path) 
     assert record["versions"]["torch"] == torch.__version__ and record["recipe"]["optimisation"]["lr"] == 1e-2
     trained = WhisperMoE.from_pretrained(run / "model", dtype="float32")
     before = WhisperMoE.from_pretrained(material / "model", dtype="float32")
-    assert trained.config == before.config
+    assert trained.config == before.config.model_copy(update={"context_margin": 0.1})
     assert trained.transcribe(str(material / "data/0.wav"), language="en").segments is not None
     assert model_bytes(run)["core.safetensors"] != (material / "model/core.safetensors").read_bytes()
 
@@ -373,7 +375,55 @@ def test_words_and_characters_are_judged_by_what_the_model_writes(material: Path
     recipe = write(material, tmp_path / "judged.yaml", data=data | {"evaluation": data["train"]})
     assert train(recipe, ["optimisation.steps=1", "evaluation.limit=3"], tmp_path / "run", False) == 0
     (line,) = [line for line in lines(tmp_path / "run") if "evaluation" in line]
-    assert set(line["evaluation"]) == {"loss", "wer", "cer"} and line["evaluation"]["wer"] > 0
+    figures = {"loss", "wer", "cer", "wer_padded", "cer_padded"}
+    assert set(line["evaluation"]) == figures and line["evaluation"]["wer"] > 0
+
+
+@pytest.mark.parametrize(
+    ("overrides", "kept", "drawn", "judged"),
+    [
+        (["data.loader.examples.margin=null"], 2.5, (2.5, 30), {2.5, 30}),
+        (["data.loader.examples.margin=[0.2, 0.7]"], 0.2, (0.2, 0.7), {0.2, 30}),
+        (["data.loader.examples.margin=null", "model.context_margin=0.4"], 0.4, (0.4, 30), {0.4, 30}),
+        (["data.loader.mode=padded"], 30, (30, 30), {30}),
+        (["evaluation.padded=false"], 0.1, (0.1, 0.1), {0.1}),
+    ],
+)
+def test_the_margin_of_training_is_kept_judged_by_and_used(
+    material: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
+    overrides: list[str], kept: float, drawn: tuple[float, float], judged: set[float],
+) -> None:  # fmt: skip
+    pytest.importorskip("jiwer")
+    decode, margins, ranges = WindowDecoder.decode, set[float](), set[tuple[float, float]]()
+    open_draws = loader_module.open_draws
+
+    def noted(self: Any, *args: Any, margin: float, **options: Any) -> Any:
+        margins.add(margin)
+        return decode(self, *args, margin=margin, **options)
+
+    def opened(corpora: Any, reader: Any, config: Any) -> Any:
+        ranges.add(reader.margins)
+        return open_draws(corpora, reader, config)
+
+    monkeypatch.setattr(WindowDecoder, "decode", noted)
+    monkeypatch.setattr(loader_module, "open_draws", opened)
+    data, run = recipe_tree(material / "model", material / "data")["data"], tmp_path / "run"
+    recipe = write(material, tmp_path / "a.yaml", data=data | {"evaluation": data["train"]})
+    assert train(recipe, ["optimisation.steps=1", "evaluation.limit=1", *overrides], run, False) == 0
+    assert (margins, ranges) == (judged, {drawn})
+    trained = WhisperMoE.from_pretrained(run / "model", dtype="float32")
+    assert trained.config.context_margin == trained.context_margin == kept
+    margins.clear()
+    trained.transcribe(material / "data/0.wav", language="en", temperatures=(0.0,))
+    assert kept in margins and margins <= {kept, 30}
+
+
+def test_a_model_that_is_trained_again_keeps_its_margin_and_hands_it_on(material: Path, tmp_path: Path) -> None:
+    once, twice = write(material, tmp_path / "once.yaml"), tmp_path / "twice.yaml"
+    assert train(once, ["optimisation.steps=1"], tmp_path / "once", False) == 0
+    write(material, twice, model={"source": str(tmp_path / "once/model")})
+    assert train(twice, ["optimisation.steps=1", "data.loader.examples.margin=null"], tmp_path / "twice", False) == 0
+    assert WhisperMoE.from_pretrained(tmp_path / "twice/model", dtype="float32").context_margin == 0.1
 
 
 @pytest.mark.parametrize(

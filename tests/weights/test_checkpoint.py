@@ -17,12 +17,12 @@ from torch import Tensor
 pytest.importorskip("transformers")
 from weights.whispers import CONFIGS, GENERATION, TINY, random_state, same, tokenizer_json
 
-from whisper_moe.config import ModelConfig
+from whisper_moe.config import AdaptConfig, ModelConfig
 from whisper_moe.model.model import WhisperMoEModel
 from whisper_moe.weights import checkpoint as module
 from whisper_moe.weights import files
 from whisper_moe.weights.checkpoint import load_checkpoint, save_checkpoint
-from whisper_moe.weights.manifest import INDEX, MANIFEST, describe, sha256
+from whisper_moe.weights.manifest import INDEX, MANIFEST, describe, read_config, sha256
 from whisper_moe.weights.parts import expected_shapes
 from whisper_moe.weights.quantize import SCALE, quantizable
 
@@ -186,6 +186,16 @@ def test_a_description_needs_no_weights_and_counts_every_byte(tmp_path: Path) ->
     assert set(facts.part_bytes) == parts
     weights = sum(size for name, size in sizes.items() if name.endswith(".safetensors"))
     assert sum(facts.part_bytes.values()) == weights
+
+
+def test_a_margin_is_read_where_the_first_checkpoints_had_it(tmp_path: Path) -> None:
+    tree = ModelConfig(adapt=AdaptConfig(encoder_layers=(0,)), context_margin=0.5).model_dump(mode="json")
+    (tmp_path / "config.json").write_text(json.dumps(tree))
+    assert read_config(tmp_path / "config.json").margin == 0.5
+    tree["adapt"]["context_margin"] = tree.pop("context_margin")
+    (tmp_path / "config.json").write_text(json.dumps(tree))
+    config = read_config(tmp_path / "config.json")
+    assert config.context_margin == config.margin == 0.5 and config.adapt == AdaptConfig(encoder_layers=(0,))
 
 
 def test_loaded_weights_outlive_their_files(tmp_path: Path) -> None:

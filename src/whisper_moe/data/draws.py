@@ -91,8 +91,7 @@ class MapDraws:
             yield self._draw(number, int(rows[number]), position.epoch)
 
     def _draw(self, number: int, row: int, epoch: int) -> Draw:
-        reading, seed = self._config.reading, self._config.seed
-        margin = reading.margin_of(self._ids[row], seed, epoch)
+        margin = self._reader.margin_of(self._ids[row], self._config.seed, epoch)
         corpus, index = self._where[row].tolist()
         length = positions(int(self._samples[row]), margin, self._reader.max_positions)
         return Draw(number, (corpus, index), margin, length, int(self._tokens[row]))
@@ -186,7 +185,7 @@ class StreamDraws:
             samples, tokens = measure(item, math.nan, self._reader)
         except (DataError, MediaError, TooLong) as error:
             return left_out(name, error, self._reader.strict)
-        margin = self._config.reading.margin_of(item.id, self._config.seed, epoch)
+        margin = self._reader.margin_of(item.id, self._config.seed, epoch)
         return Draw(number, item, margin, positions(samples, margin, self._reader.max_positions), tokens)
 
     def skipped(self) -> tuple[Skipped, ...]:

@@ -14,7 +14,7 @@ from hashlib import blake2b
 from itertools import zip_longest
 from typing import TYPE_CHECKING, Literal, Self
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import BaseModel, ConfigDict, model_validator
 
 from whisper_moe.config import (
     FULL_WINDOW,
@@ -40,6 +40,12 @@ IGNORED = -100
 _EDGE_SAMPLES = 240
 """With so much silence after it a sound's last frames do not depend on how long the silence is: a window (200 samples to
 each side, mirrored at the end) that reaches the sound does not reach the end."""
+_SILENT_SAMPLES = 360
+"""With so much, a sound's last frame (centred 160 before the end) is of nothing but silence."""
+_KEPT_SECONDS = 0.04
+"""Silence that a spectrogram is computed with where margins differ: its last frame is silence, as are all that would follow."""
+_LEAST_SCALE = 0.1
+"""Seconds below which a smaller margin is no other kind of margin."""
 
 
 class ExampleConfig(BaseModel):
@@ -47,9 +53,10 @@ class ExampleConfig(BaseModel):
 
     model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
 
-    margin: float | tuple[float, float] = Field(default=2.5)
+    margin: float | tuple[float, float] | None = None
     """Seconds of silence kept after each clip, within the 30 s window; 30 pads as Whisper always did. Two numbers: each
-    sample gets another margin between them in every epoch."""
+    sample gets another margin between them in every epoch, small ones more often. None: from the model's own to 30, so
+    that it hears clips as this project gives them and as programs do that pad them all."""
     too_long: Literal["skip", "error"] = "skip"
     """What happens to clips over the window and to texts over the decoder's positions."""
     leading_space: bool = True
@@ -59,22 +66,26 @@ class ExampleConfig(BaseModel):
 
     @model_validator(mode="after")
     def _check(self) -> Self:
-        low, high = self.margins
+        low, high = self.margins(ModelConfig())
         if not 0 <= low <= high <= FULL_WINDOW:
             raise ValueError(f"margin must be within 0 and 30 s, the lower number first; got {self.margin}")
         return self
 
-    @property
-    def margins(self) -> tuple[float, float]:
+    def margins(self, model: ModelConfig) -> tuple[float, float]:
+        """The least and the most silence for this model."""
+        if self.margin is None:
+            return model.margin, FULL_WINDOW
         return self.margin if isinstance(self.margin, tuple) else (self.margin, self.margin)
 
-    def margin_of(self, id: str, seed: int, epoch: int) -> float:
-        """Seconds of silence after this sample in this epoch: the same on every machine and in every order."""
-        low, high = self.margins
-        if low == high:
-            return low
-        digest = blake2b(f"{seed}/{epoch}/{id}".encode(), digest_size=8).digest()
-        return low + (high - low) * int.from_bytes(digest, "big") / 2**64
+
+def drawn_margin(margins: tuple[float, float], share: float) -> float:
+    """The margin that ``share`` of all draws from this range are below: each doubling is as likely as the next.
+
+    For a range that begins at 0, this is so of the margin with 0.1 s more.
+    """
+    low, high = margins
+    scale = low + _LEAST_SCALE
+    return low + scale * (((high + _LEAST_SCALE) / scale) ** share - 1)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -142,6 +153,8 @@ class ExampleReader:
     ) -> None:
         self._tokenizer, self._config, self._cache = tokenizer, config, cache
         self._n_mels = model.n_mels
+        self.margins = config.margins(model)
+        """The least and the most silence after a clip."""
         self._tells_languages = any(id > tokenizer.timestamp_end for id in tokenizer.languages.values())
         self.strict = config.too_long == "error"
         self.max_positions = min(model.max_source_positions, round(FULL_WINDOW * POSITIONS_PER_SECOND))
@@ -151,6 +164,11 @@ class ExampleReader:
                 f"the model's longest sound ({self.max_positions}) and text ({self.max_tokens} tokens) do not fit a "
                 f"pack of {MAX_PACK_TOKENS} together"
             )
+
+    def margin_of(self, id: str, seed: int, epoch: int) -> float:
+        """Seconds of silence after this sample in this epoch: the same on every machine and in every order."""
+        digest = blake2b(f"{seed}/{epoch}/{id}".encode(), digest_size=8).digest()
+        return drawn_margin(self.margins, int.from_bytes(digest, "big") / 2**64)
 
     def tokens(self, sample: Sample) -> tuple[list[int], list[int]]:
         """The prompt and the text's tokens, without the end of text.
@@ -215,24 +233,30 @@ class ExampleReader:
     def _mel(self, sample: Sample, margin: float) -> tuple[Tensor, int]:
         """[n_mels, frames] with the margin, and the number of samples of sound.
 
-        With margins from a range, the spectrogram with the widest one is computed (and cached), and its beginning taken:
+        With margins from a range, the spectrogram with hardly any is computed (and cached), and its last frame repeated:
         frames of silence are all the same. Only where the sound's last window would reach the end this is not so.
         """
+        import torch
+
         cache = self._cache
-        widest = self._config.margins[1]
-        key = cache.key(sample, self._n_mels, widest, self.max_positions) if cache else ""
+        low, high = self.margins
+        kept = low if low == high else _KEPT_SECONDS
+        key = cache.key(sample, self._n_mels, kept, self.max_positions) if cache else ""
         found = cache.get(key) if cache else None
         sound: Tensor | None = None
         if found is None:
             sound = self._sound(sample)
-            found = self._padded_mel(sound, positions(len(sound), widest, self.max_positions)), len(sound)
+            found = self._padded_mel(sound, positions(len(sound), kept, self.max_positions)), len(sound)
             if cache:
                 cache.put(key, *found)
         mel, samples = found
         wanted = positions(samples, margin, self.max_positions)
-        if 2 * wanted == mel.shape[1]:
+        more = 2 * wanted - mel.shape[1]
+        if more == 0:
             return mel, samples
-        if wanted * SAMPLES_PER_POSITION - samples >= _EDGE_SAMPLES:
+        if more > 0 and mel.shape[1] // 2 * SAMPLES_PER_POSITION - samples >= _SILENT_SAMPLES:
+            return torch.cat((mel, mel[:, -1:].expand(-1, more)), dim=1), samples
+        if more < 0 and wanted * SAMPLES_PER_POSITION - samples >= _EDGE_SAMPLES:
             return mel[:, : 2 * wanted].clone(), samples
         return self._padded_mel(self._sound(sample) if sound is None else sound, wanted), samples
 

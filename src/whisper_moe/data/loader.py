@@ -95,9 +95,9 @@ class PackedLoader:
             raise ValueError(f"a batch of {config.batch_size} {config.batch_unit} cannot be shared by {world} ranks")
         self.config, self._rank, self._world = config, rank, world
         cache = MelCache(config.cache_dir, config.cache_limit_mb << 20) if config.cache_dir else None
-        reader = ExampleReader(tokenizer, model, config.reading, cache)
-        self._draws = open_draws(corpora, reader, config)
-        self._dataset = _Reading(list(corpora), reader)
+        self._reader = ExampleReader(tokenizer, model, config.reading, cache)
+        self._draws = open_draws(corpora, self._reader, config)
+        self._dataset = _Reading(list(corpora), self._reader)
         self._position = Position()
         self._tally = _Tally(config.max_corrupt_share, self._draws.size, self.excluded)
 
@@ -137,7 +137,7 @@ class PackedLoader:
         ordering = config.model_dump(
             mode="json", include={"batch_size", "batch_unit", "mode", "planning_buffer", "seed", "mixing"}
         )
-        return ordering | {"margin": list(config.reading.margins), "data": self._draws.fingerprint}
+        return ordering | {"margin": list(self._reader.margins), "data": self._draws.fingerprint}
 
     def __iter__(self) -> Iterator[Batch]:
         epoch = self._position.epoch

@@ -175,6 +175,7 @@ def _facts(config: ModelConfig) -> dict[str, Any]:
     return {
         "experts": list(config.moe.names) if config.moe else [],
         "top_k": config.moe.top_k if config.moe else 0,
+        "context_margin": config.margin,
         "parameters": counted,
         "parameters_total": sum(counted.values()),
         "parameters_active": active_parameters(config),
@@ -193,6 +194,7 @@ def table(facts: dict[str, Any]) -> str:
     lines.append(f"  {'total':24} {facts['parameters_total'] / 1e6:10.2f} M{total}")
     lines.append(f"  {'active for a segment':24} {facts['parameters_active'] / 1e6:10.2f} M")
     lines += [f"  {name + ', 30 s':24} {count / 1e9:10.2f} GFLOPs" for name, count in facts["flops_30s"].items()]
+    lines.append(f"  {'silence after a clip':24} {facts['context_margin']:10.2f} s")
     lines.append(f"  (decoder: {TYPICAL_TOKENS} tokens; TTT layers counted with their gates open)")
     if facts["experts"]:
         lines.append(f"  experts, {facts['top_k']} for each segment: {', '.join(facts['experts'])}")

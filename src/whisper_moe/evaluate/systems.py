@@ -14,6 +14,7 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, Literal, TypeAlias
 
+from whisper_moe.config import FULL_WINDOW
 from whisper_moe.data.sample import Task
 from whisper_moe.evaluate.convert import to_hub, weights
 from whisper_moe.evaluate.peers import (
@@ -49,6 +50,8 @@ class System:
     kind: Kind
     name: str
     weights: str = ""
+    padded: bool = False
+    """Every clip is padded to 30 s, whatever margin the model has of its own."""
 
     @property
     def label(self) -> str:
@@ -57,7 +60,7 @@ class System:
         if (path := Path(name)).exists():
             # A training run's model is always called so; the run has the name.
             name = path.resolve().parent.name if path.name == "model" else path.name
-        return name if self.kind == "ours" else f"{self.kind}:{name}"
+        return f"{name}, padded" if self.padded else name if self.kind == "ours" else f"{self.kind}:{name}"
 
     @property
     def tasks(self) -> tuple[Task, ...]:
@@ -132,7 +135,7 @@ def loaded(
         case "ours":
             source = None if system.name == DEFAULT and not Path(DEFAULT).exists() else system.name
             model = load(source, device=device, dtype=dtype, threads=setup.threads)
-            return Ours(model, setup, margin=margin, weights=Path(source or "."))
+            return Ours(model, setup, margin=FULL_WINDOW if system.padded else margin, weights=Path(source or "."))
         case "faster-whisper" | "faster-whisper-float32":
             return FasterWhisper(setup, compute_type=system.dtype or "int8")
         case "openai":

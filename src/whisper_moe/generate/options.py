@@ -6,10 +6,8 @@ import math
 from dataclasses import dataclass
 from typing import Literal
 
-from whisper_moe.config import FULL_WINDOW
+from whisper_moe.config import DEFAULT_MARGIN, FULL_WINDOW
 
-DEFAULT_MARGIN = 2.5
-"""Seconds of silence kept after each clip for a model that was adapted to none; chosen by measurement (``docs/lab.md``)."""
 DEFAULT_WINDOW = 20.0
 """Seconds of a long recording that are decoded as one; chosen by measurement (``docs/lab.md``)."""
 TEMPERATURES = (0.0, 0.2, 0.4, 0.6, 0.8, 1.0)
@@ -58,7 +56,7 @@ class TranscribeOptions:
     """Tokens never to say; -1 stands for annotations such as ♪. None: what the checkpoint lists."""
     context_margin: float | None = None
     """Seconds of silence kept after each clip, up to the 30 s window; 30 pads as Whisper always did. None: what the model was
-    adapted to (``AdaptConfig.context_margin``), else :data:`DEFAULT_MARGIN`."""
+    trained to do with (``ModelConfig.context_margin``), else :data:`~whisper_moe.config.DEFAULT_MARGIN`."""
     window: float | None = None
     """Seconds that a recording is cut into, at most: shorter windows share more batches, longer ones have more context. None
     takes 20 s, and Whisper's 30 s where every window is padded to them anyway."""

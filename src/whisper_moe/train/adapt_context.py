@@ -23,7 +23,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from whisper_moe.config import FULL_WINDOW, SAMPLE_RATE, SAMPLES_PER_POSITION, ModelConfig
-from whisper_moe.data.examples import Example, Pack, pack_examples, positions
+from whisper_moe.data.examples import Example, Pack, drawn_margin, pack_examples, positions
 from whisper_moe.data.loader import Batch
 from whisper_moe.data.sample import Sample
 from whisper_moe.media.mel import log_mel
@@ -72,8 +72,7 @@ class Lessons:
     def _example(self, sample: Sample) -> Example:
         draw = random.Random(f"{self.seed} {self.epoch} {sample.id}")
         mode: Mode = draw.choice(MODES)
-        least, most = self.margins
-        margin = FULL_WINDOW if draw.random() < self.padded else least + (most - least) * draw.random() ** 2
+        margin = FULL_WINDOW if draw.random() < self.padded else drawn_margin(self.margins, draw.random())
         assert sample.audio is not None
         sound = sample.audio.read()
         wanted = positions(len(sound), margin, self.config.max_source_positions)

@@ -260,8 +260,8 @@ def _evaluation(
         reader = ExampleReader(tokenizer, start.config, reading)
         _check_evaluation(corpora, reader, decode=settings.metric != "loss")
         judge = Judge(
-            corpora, reader, tokenizer, start.generation, margin=reading.margins[1], batch_size=settings.batch_size,
-            limit=settings.limit, decode=settings.metric != "loss",
+            corpora, reader, tokenizer, start.generation, margin=start.config.margin, batch_size=settings.batch_size,
+            limit=settings.limit, decode=settings.metric != "loss", padded=settings.padded,
         )  # fmt: skip
 
     def evaluate() -> Mapping[str, float]:

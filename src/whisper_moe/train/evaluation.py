@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from itertools import islice
 from typing import Any
 
@@ -11,6 +11,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
+from whisper_moe.config import FULL_WINDOW
 from whisper_moe.data.draws import AnyCorpus
 from whisper_moe.data.examples import Example, ExampleReader, pack_examples
 from whisper_moe.data.sample import DataError, Sample
@@ -28,9 +29,10 @@ class Judged:
     cross_entropy: float = 0.0
     tokens: int = 0
     left_out: int = 0
-    references: list[str] | None = None
-    texts: list[str] | None = None
-    languages: list[str] | None = None
+    references: list[str] = field(default_factory=list)
+    languages: list[str] = field(default_factory=list)
+    texts: dict[str, list[str]] = field(default_factory=dict)
+    """Of each way of listening: ``""`` for the model's own margin, ``_padded``."""
 
 
 class Judge:
@@ -38,14 +40,19 @@ class Judge:
 
     def __init__(
         self, corpora: Sequence[AnyCorpus], reader: ExampleReader, tokenizer: Tokenizer, generation: Mapping[str, Any], *,
-        margin: float, batch_size: int, limit: int | None, decode: bool,
+        margin: float, batch_size: int, limit: int | None, decode: bool, padded: bool = False,
     ) -> None:  # fmt: skip
-        """``margin``: seconds of silence kept after each clip. ``decode``: also write the texts down, for WER and CER."""
+        """``margin``: seconds of silence kept after each clip. ``decode``: also write the texts down, for WER and CER.
+        ``padded``: once more with every clip padded to 30 s, where that is another margin.
+        """
         self._corpora, self._reader, self._tokenizer, self._generation = corpora, reader, tokenizer, generation
-        self._margin, self._batch, self._limit, self._decode = margin, batch_size, limit, decode
+        self._margin, self._batch, self._limit = margin, batch_size, limit
+        margins = {"": margin, "_padded": FULL_WINDOW} if padded and margin < FULL_WINDOW else {"": margin}
+        self._margins: dict[str, float] = margins if decode else {}
 
     def __call__(self, model: WhisperMoEModel) -> dict[str, float]:
-        """``loss`` (nats a token), ``wer`` and ``cer`` (fractions) of all corpora, and of each as ``wer/name``."""
+        """``loss`` (nats a token), ``wer`` and ``cer`` (fractions) of all corpora, and of each as ``wer/name``; ``wer_padded``
+        and ``cer_padded`` of clips that are padded to 30 s."""
         training = model.training
         model.eval()
         found = {corpus.name: self._judge(model, corpus) for corpus in self._corpora}
@@ -56,7 +63,7 @@ class Judge:
         return self._figures(list(found.values())) | metrics
 
     def _judge(self, model: WhisperMoEModel, corpus: AnyCorpus) -> Judged:
-        judged = Judged(references=[], texts=[], languages=[])
+        judged = Judged()
         device = next(model.parameters()).device
         decoder = WindowDecoder(model, self._tokenizer, self._generation)
         for batch in self._batches(corpus, judged):
@@ -66,7 +73,7 @@ class Judge:
                     pack = pack.to(device)
                     judged.cross_entropy += float(cross_entropy(run_packs(model, [pack]).logits, pack.labels_T))
                     judged.tokens += int((pack.labels_T != IGNORED).sum())
-            if self._decode:
+            if self._margins:
                 self._transcribe(decoder, samples, clips, judged)
         return judged
 
@@ -110,25 +117,24 @@ class Judge:
                 task="translate" if task == "translate" else "transcribe", timestamps=False,
                 language=language if multilingual else None,
             )  # fmt: skip
-            takes = decoder.decode([clips[i] for i in chosen], options, temperature=0.0, margin=self._margin)
-            for index, take in zip(chosen, takes, strict=True):
-                ids = self._tokenizer.text_ids(take.hypothesis.tokens)
-                judged.references.append(samples[index].text)  # pyright: ignore[reportOptionalMemberAccess]
-                judged.texts.append(self._tokenizer.decode(ids))  # pyright: ignore[reportOptionalMemberAccess]
-                judged.languages.append(samples[index].target_language)  # pyright: ignore[reportOptionalMemberAccess]
+            judged.references += [samples[i].text for i in chosen]
+            judged.languages += [samples[i].target_language for i in chosen]
+            for name, margin in self._margins.items():
+                takes = decoder.decode([clips[i] for i in chosen], options, temperature=0.0, margin=margin)
+                ids = (self._tokenizer.text_ids(take.hypothesis.tokens) for take in takes)
+                judged.texts.setdefault(name, []).extend(map(self._tokenizer.decode, ids))
 
     def _figures(self, judged: Sequence[Judged]) -> dict[str, float]:
         tokens = sum(part.tokens for part in judged)
         figures = {"loss": sum(part.cross_entropy for part in judged) / tokens if tokens else float("nan")}
-        if self._decode:
+        for name in self._margins:
             from whisper_moe.evaluate.metrics import character_counts, clip_counts
 
-            references, texts, languages = (
-                [entry for part in judged for entry in getattr(part, name) or ()]
-                for name in ("references", "texts", "languages")
-            )
-            figures["wer"] = clip_counts(references, texts, languages).value
-            figures["cer"] = character_counts(references, texts, languages).value
+            references = [text for part in judged for text in part.references]
+            texts = [text for part in judged for text in part.texts.get(name, ())]
+            languages = [code for part in judged for code in part.languages]
+            figures[f"wer{name}"] = clip_counts(references, texts, languages).value
+            figures[f"cer{name}"] = character_counts(references, texts, languages).value
         if left_out := sum(part.left_out for part in judged):
             figures["left_out"] = float(left_out)
         return figures

@@ -13,7 +13,7 @@ from typing import Any, Literal, Self, get_args
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
-from whisper_moe.config import AdaptConfig, ConformerConfig, MoEConfig, TTTConfig
+from whisper_moe.config import FULL_WINDOW, AdaptConfig, ConformerConfig, MoEConfig, TTTConfig
 from whisper_moe.data.corpora import CorpusConfig
 from whisper_moe.data.planner import LoaderConfig
 from whisper_moe.train.layout import ParallelConfig
@@ -44,6 +44,8 @@ class ModelRecipe(_Frozen):
     """Norms with differences and adapters to put beside the core, if it has none."""
     conformer: ConformerConfig | None = None
     """Convolution modules to put into encoder blocks, if there are none."""
+    context_margin: float | None = Field(default=None, ge=0, le=FULL_WINDOW)
+    """Seconds of silence after a clip that the model will be used with; None: the least that it is trained with."""
     new_languages: tuple[str, ...] = ()
     """Languages that get a token if the model lacks it: ``or``, ``or=odia``, ``or=odia:like=bn,as``."""
     freeze: tuple[str, ...] = ()
@@ -182,6 +184,8 @@ class EvaluationRecipe(_Frozen):
     """What makes a checkpoint the best; lower is better."""
     limit: int | None = Field(default=None, ge=1)
     """The first so many samples of each corpus."""
+    padded: bool = True
+    """Also decode each clip padded to 30 s, as programs do that know no other margin: ``wer_padded``, ``cer_padded``."""
     patience: int | None = Field(default=None, ge=1)
     """Evaluations in a row without a better figure, after which the run ends early."""
 
@@ -243,6 +247,14 @@ class Recipe(_Frozen):
         if context and context.padded and adapt and not adapt.full_windows:
             raise ValueError(NOTHING_TO_TEACH)
         return self
+
+    @property
+    def least_margin(self) -> float | None:
+        """Seconds of silence that the model will be used with; None: its own from before."""
+        if self.model.context_margin is not None:
+            return self.model.context_margin
+        margin = self.losses.context.margins if self.losses.context else self.data.loader.reading.margin
+        return margin[0] if isinstance(margin, tuple) else margin
 
 
 def load_recipe(path: Path, overrides: Sequence[str] = ()) -> Recipe:

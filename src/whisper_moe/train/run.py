@@ -38,7 +38,7 @@ if TYPE_CHECKING:
 RECORD, MODEL = "run.json", "model"
 _PACKAGES = ("whisper-moe", "torch", "numpy", "datasets", "tokenizers", "safetensors", "av", "pydantic")
 _FREE = (
-    "run", "evaluation.every", "evaluation.batch_size", "evaluation.patience", "name", "parallel",
+    "run", "evaluation.every", "evaluation.batch_size", "evaluation.padded", "evaluation.patience", "name", "parallel",
     "data.loader.workers", "data.loader.prefetch", "data.loader.cache_dir", "data.loader.cache_limit_mb",
     "optimisation.recompute", "losses.context.lessons", "losses.context.limit_mb",
 )  # fmt: skip
@@ -174,7 +174,7 @@ def _start(recipe: Recipe, directory: Path, parallel: Parallel, *, goes_on: bool
     if goes_on:
         return read_start(directory)
     start = from_source(
-        recipe.model, biased=recipe.losses.balancing == "bias", seed=recipe.run.seed,
+        recipe.model, margin=recipe.least_margin, biased=recipe.losses.balancing == "bias", seed=recipe.run.seed,
         announce=say if parallel.rank == 0 else _silent,
     )  # fmt: skip
     if parallel.rank == 0:

@@ -45,8 +45,11 @@ class Start:
         return speaking(Backend.from_buffer(self.tokenizer_json), self.generation, TOKENIZER)
 
 
-def from_source(recipe: ModelRecipe, *, biased: bool, seed: int, announce: Callable[[str], None]) -> Start:
-    """Load the source and add what the recipe asks for. ``biased``: routers get a bias on their choice.
+def from_source(
+    recipe: ModelRecipe, *, margin: float | None, biased: bool, seed: int, announce: Callable[[str], None]
+) -> Start:
+    """Load the source and add what the recipe asks for. ``margin``: that the model will be used with; None: the source's.
+    ``biased``: routers get a bias on their choice.
 
     Raises ``ValueError`` for a source that cannot be had or cannot take the parts.
     """
@@ -57,6 +60,7 @@ def from_source(recipe: ModelRecipe, *, biased: bool, seed: int, announce: Calla
     parts = {name: part for name in ("adapt", "conformer") if (part := getattr(recipe, name)) != getattr(config, name)}
     if any(parts.values()):
         config, state = add_parts(config, state, **parts, seed=seed)
+    config = config.model_copy(update={"context_margin": config.margin if margin is None else margin})
     file = loaded.tokenizer_files[TOKENIZER]
     start = Start(
         config=config, state=state, generation=loaded.generation,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import json
 import mmap
 import os
 import re
@@ -14,7 +15,7 @@ from typing import Literal
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from whisper_moe.config import ModelConfig, problems
-from whisper_moe.weights.files import CheckpointError, inside, listed, read_bytes, read_json, regular_size
+from whisper_moe.weights.files import CheckpointError, inside, listed, read_json, regular_size
 from whisper_moe.weights.parts import require_plausible
 
 CONFIG, GENERATION, TOKENIZER = "config.json", "generation_config.json", "tokenizer.json"
@@ -86,8 +87,12 @@ def read_manifest(directory: Path) -> Manifest:
 
 
 def read_config(path: Path) -> ModelConfig:
+    tree = read_json(path)
+    adapt = tree.get("adapt")
+    if isinstance(adapt, dict) and "context_margin" in adapt:  # where it was in the first checkpoints that had one
+        tree.setdefault("context_margin", adapt.pop("context_margin"))
     try:
-        return ModelConfig.model_validate_json(read_bytes(path), strict=True)
+        return ModelConfig.model_validate_json(json.dumps(tree), strict=True)
     except ValidationError as error:
         raise CheckpointError(f"{path}: {problems(error)}") from error
 
