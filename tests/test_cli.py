@@ -5,12 +5,15 @@ from __future__ import annotations
 import errno
 import io
 import json
+import os
 import re
 import subprocess
 import sys
 import tempfile
-from collections.abc import Callable
+import threading
+from collections.abc import Callable, Iterable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any, NamedTuple
 
 import pytest
@@ -19,7 +22,7 @@ from commandline import SAMPLE, noise, trusting_flags
 from generate.tiny import CONFIG
 from weights.whispers import hub_model, write_folder
 
-from whisper_moe import WhisperMoE, cli, commands
+from whisper_moe import MediaError, Outcome, WhisperMoE, cli, commands
 
 ROOT = Path(__file__).parent.parent
 FACTS = re.compile(r"^(.+: )?[\d.]+ s, |loaded in|times real time|:$", re.MULTILINE)
@@ -105,7 +108,10 @@ NO_MODEL = ["--model", "no such model"]
         (["--highlight_words", "True"], "need --word-timestamps True"),
         (["--verbose", "2"], "--verbose must be True or False"),
         (["-", "-"], "standard input (-) can be read only once"),
-        (["nothing-*.wav"], "no file matches 'nothing-*.wav'"),
+        (["--skip-existing"], "--skip-existing goes by the files of a folder: add -o DIR"),
+        ([str(SAMPLE), "-f", "srt"], "2 files would be one broken srt on standard output: add -o DIR"),
+        ([str(SAMPLE), "-f", "vtt"], "2 files would be one broken vtt on standard output: add -o DIR"),
+        ([str(SAMPLE), "gone.wav", "-f", "tsv"], "3 files would be one broken tsv on standard output: add -o DIR"),
         (["--no-such-flag"], "No such option: --no-such-flag"),
     ],
     ids=lambda value: " ".join(value) if isinstance(value, list) else "",
@@ -232,7 +238,7 @@ def test_what_was_said_before_the_damage_is_kept(run: Run, tiny: list[str], tmp_
     errors = [line for line in done.said if line.startswith("whisper-moe: ")]
     assert [str(path) in line for path, line in zip((cut, short, bad), errors, strict=False)] == [True] * 3
     kept = [line for line in done.said if "what was said before" in line]
-    assert len(kept) == 2 and "cut.partial.partial.*" in kept[0] and "short.partial.*" in kept[1]
+    assert len(kept) == 2 and "cut.partial.partial.json" in kept[0] and "short.partial.json" in kept[1]
     alone = run("transcribe", cut, *flags)
     assert alone.status == 1 and "".join(alone.out.split()) == "".join(long["text"].split())
     assert "on standard output" in alone.err
@@ -245,7 +251,7 @@ def test_a_result_that_cannot_be_written_costs_only_itself(run: Run, tiny: list[
     assert done.status == 1
     assert (tmp_path / "out" / "a.txt").is_file() and (tmp_path / "out" / "c.txt").is_file()
     assert len(done.said) == 2 and done.said[1] == "whisper-moe: 1 of 3 files failed"
-    assert done.said[0].startswith(f"whisper-moe: {files[1]}: ") and "b.txt" in done.said[0]
+    assert done.said[0] == f"whisper-moe: {tmp_path}/out/b.txt: Is a directory"
 
 
 def test_a_missing_file_is_an_error_of_its_own(run: Run, tiny: list[str], tmp_path: Path) -> None:
@@ -253,6 +259,41 @@ def test_a_missing_file_is_an_error_of_its_own(run: Run, tiny: list[str], tmp_pa
     assert done.status == 1
     assert done.out.strip()
     assert f"whisper-moe: {tmp_path / 'gone.wav'}: no such file or directory" in done.said
+
+
+def test_what_is_missing_is_said_first_and_costs_one_line_each(run: Run, tiny: list[str], tmp_path: Path) -> None:
+    """A name with brackets is missing like any other, and not a pattern that has to match."""
+    (tmp_path / "folder").mkdir()
+    names = ["missing.wav", "missing [abc].wav", "no-*.wav", "[", "**/no.wav", "café.wav", "~nobody/a.wav", "x" * 300]
+    faults = ["no such file or directory"] * 7 + ["file name too long"]
+    gone = [tmp_path / name for name in names]
+    done = run("transcribe", *gone, tmp_path / "folder", noise(tmp_path / "here.wav"), *tiny)
+    assert done.status == 1 and done.out.strip()
+    lines = done.err.splitlines()
+    expected = [*zip(gone, faults, strict=True), (tmp_path / "folder", "is a directory")]
+    assert lines[:9] == [f"whisper-moe: {path}: {fault}" for path, fault in expected]
+    assert "loaded in" in lines[9] and lines[-1] == "whisper-moe: 9 of 10 files failed"
+
+
+@pytest.mark.parametrize("command", ["transcribe", "detect-language"])
+def test_no_model_is_loaded_where_nothing_can_be_read(run: Run, command: str, tmp_path: Path) -> None:
+    done = run(command, tmp_path / "gone.wav", *NO_MODEL)
+    assert (done.status, done.out, done.err) == (
+        1,
+        "",
+        f"whisper-moe: {tmp_path}/gone.wav: no such file or directory\n",
+    )
+    assert "no such model" in run(command, tmp_path / "gone.wav", noise(tmp_path / "a.wav"), *NO_MODEL).err
+
+
+def test_a_pipe_is_not_opened_before_its_time(run: Run, tiny: list[str], tmp_path: Path) -> None:
+    path, pipe = noise(tmp_path / "a.wav"), tmp_path / "pipe"
+    os.mkfifo(pipe)
+    writer = threading.Thread(target=lambda: pipe.write_bytes(path.read_bytes()))
+    writer.start()
+    done = run("transcribe", pipe, *tiny)
+    writer.join()
+    assert done.status == 0 and done.out == run("transcribe", path, *tiny).out
 
 
 def test_standard_input_gives_the_same_text_as_the_file(run: Run, tiny: list[str], tmp_path: Path) -> None:
@@ -276,7 +317,132 @@ def test_globs_name_files_in_order_unless_such_a_file_is_there(run: Run, tiny: l
     assert f"{paths[2]}: 1.0 s" in literal.err
 
 
+@pytest.mark.parametrize(
+    ("asked", "meant"),
+    [
+        ("My [2024] talks/*.wav", ["My [2024] talks/[1] b.wav", "My [2024] talks/a.wav"]),
+        ("?y [[]2024] talks/a.wav", ["My [2024] talks/a.wav"]),
+        ("M* talks/[1] b.wav", ["My [2024] talks/[1] b.wav"]),
+        ("**/*.wav", ["-x.wav", "My [2024] talks/[1] b.wav", "My [2024] talks/a.wav", "caf\u00e9.wav"]),
+        ("*", ["-x.wav", "caf\u00e9.wav"]),
+        ("cafe\u0301.wav", ["caf\u00e9.wav"]),
+        ("cafe\u0301*", ["caf\u00e9.wav"]),
+        ("~/caf\u00e9.wav", ["HERE/caf\u00e9.wav"]),
+        ("~/My [2024] talks/?.wav", ["HERE/My [2024] talks/a.wav"]),
+        ("./My [2024] talks//?.wav", ["./My [2024] talks/a.wav"]),
+        ("-x.wav", ["-x.wav"]),
+    ],
+)
+def test_a_part_of_a_path_that_is_there_is_no_pattern(
+    run: Run, asked: str, meant: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "My [2024] talks").mkdir()
+    for name in ("My [2024] talks/a.wav", "My [2024] talks/[1] b.wav", "caf\u00e9.wav", "-x.wav"):
+        noise(tmp_path / name)
+    heard: list[str] = []
+
+    def transcribe_each(audio: Iterable[str], **options: Any) -> list[Outcome]:
+        heard.extend(audio)
+        return [Outcome(path, None, MediaError(path, "not heard")) for path in heard]
+
+    def load(*_: Any, **__: Any) -> SimpleNamespace:
+        return SimpleNamespace(name="", device="", dtype="", transcribe_each=transcribe_each)
+
+    monkeypatch.setattr(WhisperMoE, "from_pretrained", load)
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.chdir(tmp_path)
+    done = run("transcribe", "--", asked)
+    assert heard == [path.replace("HERE", str(tmp_path)) for path in meant], done.err
+
+
 # Transcripts out.
+
+
+def test_each_of_several_outputs_says_whose_it_is(run: Run, tiny: list[str], tmp_path: Path) -> None:
+    paths = [noise(tmp_path / name, seed=seed) for seed, name in enumerate(("ep.wav", "ep.mka"))]
+    done = run("transcribe", *paths, "-o", tmp_path / "out", "-f", "json,srt", *tiny)
+    for path, name in zip(paths, ("ep", "ep-2"), strict=True):
+        result = json.loads((tmp_path / "out" / f"{name}.json").read_text())
+        assert result["source"] == str(path) and list(result)[:3] == ["text", "segments", "language"]
+        assert any(line.startswith(f"{path}: 1.0 s") and line.endswith(f"; in {tmp_path}/out/{name}.{{json,srt}}")
+                   for line in done.err.splitlines())  # fmt: skip
+    printed = run("transcribe", *paths, "-f", "json", *tiny)
+    assert [json.loads(line)["source"] for line in printed.out.splitlines()] == list(map(str, paths))
+    assert f"{paths[0]}:" not in printed.err.splitlines(), "said in the line itself"
+
+
+def test_one_file_of_a_pattern_may_be_printed_in_any_format(run: Run, tiny: list[str], tmp_path: Path) -> None:
+    noise(tmp_path / "only.wav")
+    assert run("transcribe", tmp_path / "*.wav", "-f", "vtt", *tiny).out.startswith("WEBVTT")
+
+
+def test_what_has_its_transcripts_already_is_left_out(run: Run, tiny: list[str], tmp_path: Path) -> None:
+    paths = [noise(tmp_path / name, seed=seed) for seed, name in enumerate(("ep.mka", "ep.wav", "z.wav"))]
+    flags = ["-o", tmp_path / "out", "--skip-existing", "--language", "en"]
+    first = run("transcribe", *paths, *flags, *tiny)
+    assert first.status == 0 and "0 of 3 files have their transcripts" in first.err
+    written = {path.name: path.read_bytes() for path in (tmp_path / "out").iterdir()}
+    again = run("transcribe", *paths, *flags, *NO_MODEL)
+    assert (again.status, again.out) == (0, "")
+    assert again.err == f"3 of 3 files have their transcripts in {tmp_path}/out already\n"
+    (tmp_path / "out" / "ep-2.vtt").unlink()
+    os.utime(tmp_path / "out" / "ep.json", (1, 1))
+    grown = run("transcribe", *paths, noise(tmp_path / "new.wav", 0.5), *flags, *tiny)
+    assert "2 of 4 files have their transcripts" in grown.err
+    assert written.items() <= {path.name: path.read_bytes() for path in (tmp_path / "out").iterdir()}.items()
+    assert (tmp_path / "out" / "ep.json").stat().st_mtime == 1
+
+
+def test_a_transcript_of_another_file_of_that_name_is_not_taken_for_its_own(
+    run: Run, tiny: list[str], tmp_path: Path
+) -> None:
+    (tmp_path / "b").mkdir()
+    old, new = noise(tmp_path / "ep.wav"), noise(tmp_path / "ep.mka", 0.5)
+    far = noise(tmp_path / "b" / "ep.wav", 0.7)
+    flags = ["-o", tmp_path / "out", "--skip-existing"]
+    assert run("transcribe", old, *flags, *tiny).status == 0
+    done = run("transcribe", new, old, far, *flags, *tiny)
+    assert "0 of 3 files have their transcripts" in done.err
+    durations = {path.name: json.loads(path.read_text())["duration"] for path in (tmp_path / "out").glob("*.json")}
+    assert durations == {"ep.json": 0.5, "ep-2.json": 1.0, "ep-3.json": 0.7}
+    assert "no such model" in run("transcribe", "-", "-o", tmp_path / "out", "--skip-existing", *NO_MODEL).err
+
+
+def test_a_transcript_is_written_before_a_file_that_comes_much_later_is_read(
+    run: Run, tiny: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Who is killed loses what was under way."""
+    monkeypatch.setattr("whisper_moe.generate.longform.BUFFERED_WINDOWS", 2)
+    paths = [noise(tmp_path / f"{name}.wav", seed=ord(name)) for name in "abcde"]
+    pipe = tmp_path / "z.wav"
+    os.mkfifo(pipe)
+    there: list[list[str]] = []
+
+    def feed() -> None:
+        with pipe.open("wb") as stream:  # opens when the reader has come so far
+            there.append(sorted(path.name for path in (tmp_path / "out").iterdir()))
+            stream.write(paths[0].read_bytes())
+
+    writer = threading.Thread(target=feed)
+    writer.start()
+    assert run("transcribe", *paths, pipe, "-o", tmp_path / "out", "-f", "txt", *tiny).status == 0
+    writer.join()
+    assert there == [["a.txt", "b.txt", "c.txt", "d.txt"]]
+
+
+def test_a_full_disk_is_said_of_the_output(
+    run: Run, tiny: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    paths = [noise(tmp_path / name) for name in ("a.wav", "b.wav")]
+
+    def refuse(descriptor: int) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(os, "fsync", refuse)
+    done = run("transcribe", *paths, "-o", tmp_path / "out", "-f", "srt", *tiny)
+    assert (done.status, list((tmp_path / "out").iterdir())) == (1, [])
+    expected = [f"whisper-moe: {tmp_path}/out/{name}.srt: No space left on device" for name in "ab"]
+    assert done.said == [*expected, "whisper-moe: 2 of 2 files failed"]
 
 
 def test_each_format_is_printed_whole(run: Run, tiny: list[str], tmp_path: Path) -> None:

@@ -21,6 +21,7 @@ ORDER = (
     {"data", "evaluate", "train", "merge", "compress"},
     {"api"},
     {"flags"},
+    {"jobs"},
     {"commands"},
     {"cli"},
     {"__main__"},

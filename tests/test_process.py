@@ -57,6 +57,18 @@ def test_a_reader_that_has_gone_is_no_error(tiny: list[str], tmp_path: Path) -> 
     assert "Traceback" not in errors and "Broken" not in errors
 
 
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="Linux's full disk")
+@pytest.mark.parametrize("format", ["txt", "json"])
+def test_standard_output_on_a_full_disk_is_said_once(format: str, tiny: list[str], tmp_path: Path) -> None:
+    paths = [str(noise(tmp_path / name, 2.0)) for name in ("a.wav", "b.wav")]
+    command = [sys.executable, "-m", "whisper_moe", "transcribe", *paths, *tiny, "-f", format, "--verbose", "False"]
+    with open("/dev/full", "wb") as full:
+        done = subprocess.run(command, stdout=full, stderr=subprocess.PIPE, text=True, timeout=280, check=False)
+    assert done.returncode == 1
+    errors = [line for line in done.stderr.splitlines() if line.startswith("whisper-moe: ")]
+    assert errors == ["whisper-moe: standard output: No space left on device"]
+
+
 # Terminals.
 
 

@@ -5,12 +5,10 @@ Torch is imported only after everything that can be checked without it has been.
 
 from __future__ import annotations
 
-import glob
 import json
 import os
 import re
 import sys
-import tempfile
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
@@ -31,22 +29,17 @@ from whisper_moe.flags import (
     truth,
     usage,
 )
-from whisper_moe.generate.result import mean_gates
-from whisper_moe.generate.text import SubtitleOptions, expand_formats, output_names, save, write
+from whisper_moe.generate.options import TranscribeOptions
+from whisper_moe.generate.text import expand_formats
+from whisper_moe.jobs import Job, Outputs, expand, give_up_output, named, readable, say, standard_output
 
 if TYPE_CHECKING:
-    from whisper_moe.api import Outcome, WhisperMoE
+    from whisper_moe.api import WhisperMoE
 
-SAMPLE = Path(__file__).parents[2] / "examples" / "sample.m4a"
-"""What is transcribed when no file is named; it comes with a checkout."""
 _DTYPES = ("auto", "float32", "int8", "bfloat16", "float16")
 P = ParamSpec("P")
 _Progress: TypeAlias = "tuple[Callable[[float], None] | None, Callable[[], AbstractContextManager[None]]]"
 """What is told the seconds that are finished, and what takes the bar away for as long as something else is written."""
-
-
-def say(text: str) -> None:
-    print(text, file=sys.stderr, flush=True)
 
 
 def _guarded(command: Callable[P, int]) -> Callable[P, int]:
@@ -57,7 +50,7 @@ def _guarded(command: Callable[P, int]) -> Callable[P, int]:
         try:
             return command(*args, **kwargs)
         except BrokenPipeError:  # the reader of our output has gone, as in `| head`
-            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+            give_up_output()
             return 0
         except (ValueError, ImportError, OSError) as error:
             say(f"whisper-moe: {sentence(error)}")
@@ -68,79 +61,53 @@ def _guarded(command: Callable[P, int]) -> Callable[P, int]:
 
 @_guarded
 def transcribe(
-    files: list[str] | None, model: str | None, output_format: str | None, output_dir: Path | None, device: str,
-    dtype: str, fp16: str, threads: int | None, verbose: str, **flags: Any,
+    files: list[str] | None, model: str | None, output_format: str | None, output_dir: Path | None, skip_existing: bool,
+    device: str, dtype: str, fp16: str, threads: int | None, verbose: str, **flags: Any,
 ) -> int:  # fmt: skip
     """Texts to standard output or to files, facts to standard error; 1 if any file failed."""
     with usage():
         options = transcribe_options(flags)
         spoken = (options.language, *options.allowed_languages)
         check_languages(spoken, model)
-        subtitles = subtitle_options(flags)
-        formats = expand_formats((output_format or ("txt" if output_dir is None else "all")).split(","))
         talkative, half = truth("--verbose", verbose), truth("--fp16", fp16)
-        paths = _expand(files)
-        if len(formats) > 1 and output_dir is None:
-            raise UsageError("several formats need a folder to be written to: add -o DIR")
+        formats = expand_formats((output_format or ("txt" if output_dir is None else "all")).split(","))
+        jobs = named(expand(files))
+        outputs = Outputs.checked(formats, output_dir, subtitle_options(flags), inputs=len(jobs))
+        if skip_existing and output_dir is None:
+            raise UsageError("--skip-existing goes by the files of a folder: add -o DIR")
         _check_machine(device, dtype)
-        _check_output(output_dir)
     if half:
         dtype = _half_precision(device, dtype)
-    loaded = _load(model, device, dtype, threads, talkative)
-    with usage():
-        require_languages(spoken, loaded, options.task)
-    outputs, failed, started = output_names(paths), 0, time.perf_counter()
-    with _progress(talkative) as (progress, aside):
-        outcomes = loaded.transcribe_each(map(_source, paths), progress=progress, **vars(options))
-        heard = 0.0
-        for path, name, outcome in zip(paths, outputs, outcomes, strict=True):
-            with aside():
-                heard += outcome.transcription.duration if outcome.transcription else 0.0
-                name = name if outcome.error is None else _partial(name, outputs)
-                if not _deliver(outcome, path, name, formats, output_dir, subtitles, several=len(paths) > 1):
-                    failed += 1
-                elif talkative:
-                    say(_facts(outcome))
-    if talkative:
-        seconds = time.perf_counter() - started
-        say(f"{heard:.1f} s of audio in {seconds:.1f} s: {heard / seconds:.1f} times real time")
-    if failed and len(paths) > 1:
-        say(f"whisper-moe: {failed} of {len(paths)} files failed")
+    asked = [job for job in jobs if not (skip_existing and outputs.has(job))]
+    if skip_existing and talkative:
+        say(f"{len(jobs) - len(asked)} of {len(jobs)} files have their transcripts in {output_dir} already")
+    there = readable(asked)
+    failed = len(asked) - len(there)
+    if there:
+        loaded = _load(model, device, dtype, threads, talkative)
+        with usage():
+            require_languages(spoken, loaded, options.task)
+        failed += _transcribe(loaded, there, outputs, options, talkative)
+    if failed and len(asked) > 1:
+        say(f"whisper-moe: {failed} of {len(asked)} files failed")
     return 1 if failed else 0
 
 
-def _expand(files: Sequence[str] | None) -> list[str]:
-    """Files and globs as paths; a path that is there is never taken for a pattern. Missing files fail later, one by one."""
-    if not files:
-        if not SAMPLE.is_file():
-            raise UsageError("name a file to transcribe: the bundled sample is only in a checkout of the project")
-        return [str(SAMPLE)]
-    if list(files).count("-") > 1:
-        raise UsageError("standard input (-) can be read only once")
-    found: list[str] = []
-    for file in files:
-        if file == "-" or os.path.exists(file) or not glob.has_magic(file):
-            found.append(file)
-            continue
-        matches = sorted(glob.glob(file, recursive=True))
-        if not matches:
-            raise UsageError(f"no file matches {file!r}")
-        found += matches
-    return found
-
-
-def _check_output(directory: Path | None) -> None:
-    """The folder is made, and tried: a disk that refuses is better known before all the work than after it."""
-    if directory is None:
-        return
-    if directory.exists() and not directory.is_dir():
-        raise UsageError(f"{directory}: is a file; -o needs a folder")
-    try:
-        directory.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryFile(dir=directory):
-            pass
-    except OSError as error:
-        raise UsageError(f"{directory}: cannot be written to: {error.strerror}") from error
+def _transcribe(
+    loaded: WhisperMoE, jobs: Sequence[Job], outputs: Outputs, options: TranscribeOptions, talkative: bool
+) -> int:
+    """Each transcript is written as soon as it is there; how many failed."""
+    failed, heard, started = 0, 0.0, time.perf_counter()
+    with _progress(talkative) as (progress, aside):
+        outcomes = loaded.transcribe_each((job.source for job in jobs), progress=progress, **vars(options))
+        for job, outcome in zip(jobs, outcomes, strict=True):
+            with aside():
+                heard += outcome.transcription.duration if outcome.transcription else 0.0
+                failed += not outputs.deliver(outcome, job, talkative)
+    if talkative:
+        seconds = time.perf_counter() - started
+        say(f"{heard:.1f} s of audio in {seconds:.1f} s: {heard / seconds:.1f} times real time")
+    return failed
 
 
 def _check_machine(device: str, dtype: str) -> None:
@@ -161,10 +128,6 @@ def _half_precision(device: str, dtype: str) -> str:
             return "float16"
     say("whisper-moe: --fp16 True is ignored: it goes with an NVIDIA GPU and --dtype auto")
     return dtype
-
-
-def _source(path: str) -> Any:
-    return sys.stdin.buffer if path == "-" else path
 
 
 def _load(model: str | None, device: str, dtype: str, threads: int | None, talkative: bool) -> WhisperMoE:
@@ -207,79 +170,28 @@ def _progress(talkative: bool) -> Iterator[_Progress]:
         yield lambda seconds: bar.advance(task, seconds), aside
 
 
-def _deliver(
-    outcome: Outcome, path: str, name: str, formats: Sequence[str], directory: Path | None, subtitles: SubtitleOptions,
-    several: bool,
-) -> bool:  # fmt: skip
-    """Write one result; whether it is whole and could be written: what ails one file costs that file alone.
-
-    Of a damaged file, what was said before the damage is written, to a file whose ``name`` says so.
-    """
-    result = outcome.transcription or outcome.partial
-    if outcome.error is not None:
-        say(f"whisper-moe: {outcome.error}")
-    if result is None:
-        return False
-    try:
-        if directory is not None:
-            save(result, directory, name, formats, subtitles)
-        else:
-            if several:
-                say(f"{path}:")
-            write(result, formats[0], sys.stdout, subtitles)
-            # The file of json has no end of line; on a terminal, and between two results, one is wanted.
-            print(end="\n" if formats[0] == "json" else "", flush=True)
-        if outcome.partial is not None:
-            where = f"in {directory / name}.*" if directory is not None else "on standard output"
-            say(f"{path}: what was said before, up to {outcome.partial.duration:.1f} s, is {where}")
-    except BrokenPipeError:
-        raise
-    except (OSError, ValueError) as error:
-        say(f"whisper-moe: {path}: {sentence(error)}")
-        return False
-    return outcome.error is None
-
-
-def _partial(name: str, names: Sequence[str]) -> str:
-    """What the part of a transcript is called; no name of a whole one."""
-    name += ".partial"
-    while name in names:
-        name += ".partial"
-    return name
-
-
-def _facts(outcome: Outcome) -> str:
-    """What the model decided about one file: language, experts with their mean gates, and how often it tried again."""
-    result = outcome.transcription
-    assert result is not None
-    spoken = ", ".join(dict.fromkeys(segment.language or "?" for segment in result.segments)) or "no speech"
-    facts = [f"{outcome.name}: {result.duration:.1f} s, {spoken}"]
-    experts = sorted(mean_gates(result.segments), key=lambda item: -item[1])
-    if experts:
-        facts.append("experts " + ", ".join(f"{name} {gate:.2f}" for name, gate in experts))
-    if result.fallbacks:
-        facts.append(f"{result.fallbacks} of its windows decoded again")
-    return "; ".join(facts)
-
-
 @_guarded
 def detect_language(
     files: list[str], model: str | None, languages: str | None, device: str, dtype: str, threads: int | None
 ) -> int:
     """One line a file: language, probability, file name."""
     with usage():
-        allowed, paths = names(languages), _expand(files)
+        allowed, jobs = names(languages), named(expand(files))
         check_languages(allowed, model)
         _check_machine(device, dtype)
-    loaded, failed = _load(model, device, dtype, threads, talkative=True), 0
+    there = readable(jobs)
+    if not there:
+        return 1
+    loaded, failed = _load(model, device, dtype, threads, talkative=True), len(jobs) - len(there)
     with usage():
         require_languages(allowed, loaded)
     from whisper_moe.media.audio import MediaError
 
-    for path in paths:
+    for job in there:
         try:
-            code, probability = next(iter(loaded.detect_language(_source(path), languages=allowed).items()))
-            print(f"{code}\t{probability:.4f}\t{path}", flush=True)
+            code, probability = next(iter(loaded.detect_language(job.source, languages=allowed).items()))
+            with standard_output() as stream:
+                stream.write(f"{code}\t{probability:.4f}\t{job.path}\n")
         except MediaError as error:
             say(f"whisper-moe: {error}")
             failed += 1

@@ -23,7 +23,9 @@ class UsageError(ValueError):
 
 
 def sentence(error: Exception) -> str:
-    """What an error says, on one line; of pydantic's only what is wrong with which field."""
+    """What an error says, on one line; of pydantic's only what is wrong with which field, of the system's with which file."""
+    if isinstance(error, OSError) and error.strerror:
+        return error.strerror if error.filename is None else f"{error.filename}: {error.strerror}"
     return problems(error) if isinstance(error, ValidationError) else " ".join(str(error).split())
 
 

@@ -10,8 +10,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from whisper_moe.embed import audio
-from whisper_moe.embed.audio import AudioStem, positions_of
-from whisper_moe.embed.positions import sinusoids
+from whisper_moe.embed.audio import AudioStem, positions_of, sinusoids
 
 MELS, WIDTH = 5, 8
 FRAMES = st.lists(st.integers(1, 23), min_size=1, max_size=8)

@@ -292,6 +292,14 @@ def test_inputs_of_one_name_get_different_names() -> None:
     assert composed == "caf\u00e9" and decomposed == "cafe\u0301-2"
 
 
+def test_a_name_is_one_that_every_format_can_be_written_to(tmp_path: Path) -> None:
+    inputs = ["न" * 83 + ".wav", "न" * 84 + ".wav", "x" * 251 + ".wav", "a\\b.wav", "-", os.fsdecode(b"\xff.wav")]
+    names = output_names(inputs)
+    assert [name[-2:] for name in names] == ["नन", "-2", "xx", "_b", "in", "\udcff"]
+    for name in names:
+        assert save(transcription(), tmp_path, f"{name}.partial", ["json"])[0].is_file()
+
+
 @given(
     st.lists(
         st.sampled_from(["a", "A", "a-2", "a-2-2", "b", "stdin", "-", "a.b"]).map(lambda s: f"{s}.wav"), max_size=12

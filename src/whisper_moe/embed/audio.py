@@ -1,4 +1,4 @@
-"""The audio stem: log-mel frames to encoder positions (Whisper, section 2.2).
+"""The audio stem: log-mel frames to encoder positions (Whisper, section 2.2), and the sinusoids that are added to them.
 
 gelu(conv k3 p1) → gelu(conv k3 s2 p1). A convolution sees one frame past each end, so segments must not touch. They are
 laid into one buffer with silent gaps of zeros between them, which is what padding would have put there: one pair of
@@ -7,6 +7,7 @@ convolutions serves a whole pack, and each segment's positions are what they wou
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 
 import torch
@@ -19,6 +20,14 @@ from whisper_moe.packing import Layout
 def positions_of(frames: int) -> int:
     """Encoder positions of so many mel frames: the second convolution's stride of 2, rounded up."""
     return (frames + 1) // 2
+
+
+def sinusoids(length: int, width: int) -> Tensor:
+    """[length, width] sinusoids, sines and cosines side by side: [sin | cos], inv_i = exp(-i ln(10000) / (width/2 - 1))."""
+    assert width % 2 == 0
+    inverse = torch.exp(-math.log(10_000) / (width // 2 - 1) * torch.arange(width // 2))
+    angles = torch.arange(length)[:, None] * inverse[None, :]
+    return torch.cat([angles.sin(), angles.cos()], dim=1)
 
 
 class AudioStem(nn.Module):

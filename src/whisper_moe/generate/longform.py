@@ -64,6 +64,7 @@ class Recording:
         return Transcription(
             text=joined(segments), segments=segments, language=self.language,
             language_probability=self.language_probability, duration=self.duration, fallbacks=self.fallbacks,
+            source=self.name,
         )  # fmt: skip
 
 

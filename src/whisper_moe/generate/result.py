@@ -103,9 +103,11 @@ class Transcription:
     temperature, in the recording's main language, or in two halves."""
     damage: str | None = None
     """Why there is no more of it, where a damaged file was read in part; ``duration`` is then that of what was read."""
+    source: str | None = None
+    """The recording's path or name."""
 
     def to_dict(self) -> dict[str, Any]:
-        """Keys of openai/whisper first (``text``, ``segments``, ``language``), then ours; ``damage`` only where there is some."""
+        """Keys of openai/whisper first (``text``, ``segments``, ``language``), then ours; ``source``, ``damage`` where known."""
         return {
             "text": self.text,
             "segments": [segment.to_dict() for segment in self.segments],
@@ -113,5 +115,5 @@ class Transcription:
             "language_probability": self.language_probability,
             "duration": self.duration,
             "fallbacks": self.fallbacks,
-            **({} if self.damage is None else {"damage": self.damage}),
+            **{key: value for key, value in (("source", self.source), ("damage", self.damage)) if value is not None},
         }

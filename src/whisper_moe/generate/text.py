@@ -13,6 +13,7 @@ import re
 import secrets
 import unicodedata
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TextIO
@@ -21,6 +22,8 @@ from whisper_moe.generate.result import Segment, Transcription, Word
 
 _LONG_PAUSE = 3.0
 """Seconds of silence that end a subtitle, where subtitles do not follow the segments."""
+_LONGEST_NAME = 230
+"""Bytes of a file name without what is put behind it; file systems take 255 in all."""
 _UNLIMITED = 1000
 """Characters in a line, and words in a subtitle, where no limit was given."""
 
@@ -221,9 +224,14 @@ def _write_whole(path: Path, write_to: Callable[[TextIO], None]) -> None:
     try:
         with temporary.open("x", encoding="utf-8") as stream:
             write_to(stream)
+            stream.flush()
+            os.fsync(stream.fileno())  # a name without its content would be taken for a transcript that is there
         os.replace(temporary, path)
-    except BaseException:
-        temporary.unlink(missing_ok=True)
+    except BaseException as error:
+        with suppress(OSError):
+            temporary.unlink()
+        if isinstance(error, OSError) and error.errno is not None:
+            error.filename, error.filename2 = str(path), None  # the one that was asked for
         raise
 
 
@@ -231,9 +239,10 @@ def output_names(paths: Sequence[Path | str]) -> list[str]:
     """A file name without extension for each input, none given twice: the input's own, then ``name-2``, ``name-3`` …
 
     Names that differ only in case or Unicode form count as equal, as some file systems take them. Standard input,
-    ``-``, is called ``stdin``. The same list always gives the same names.
+    ``-``, is called ``stdin``. The same list always gives the same names, and so does one that has grown at its end, unless
+    it now holds ``name-2`` itself.
     """
-    stems = ["stdin" if str(path) == "-" else Path(path).stem for path in paths]
+    stems = ["stdin" if str(path) == "-" else _stem(Path(path)) for path in paths]
     reserved = {_file_key(stem) for stem in stems}
     given: set[str] = set()
     names: list[str] = []
@@ -244,6 +253,13 @@ def output_names(paths: Sequence[Path | str]) -> list[str]:
         given.add(_file_key(name))
         names.append(name)
     return names
+
+
+def _stem(path: Path) -> str:
+    """A file name without extension, short enough to put something behind it, and a file name on every system."""
+    stem = path.stem.replace("\\", "_")
+    name = os.fsencode(stem)
+    return stem if len(name) <= _LONGEST_NAME else name[:_LONGEST_NAME].decode(errors="ignore")
 
 
 def _file_key(name: str) -> str:

@@ -9,8 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from whisper_moe.config import ModelConfig
-from whisper_moe.embed.audio import AudioStem
-from whisper_moe.embed.positions import sinusoids
+from whisper_moe.embed.audio import AudioStem, sinusoids
 from whisper_moe.model.adapt import Adapted
 from whisper_moe.model.block import Block, Carry
 from whisper_moe.model.router import Choices, Router, Routing, pool_segments
