@@ -217,6 +217,7 @@ def data_inspect(
     streaming: Annotated[bool, _option("--streaming", help="Read row after row, without preparing a copy.")] = False,
     limit: Annotated[int | None, _option("--limit", min=1, help="The first so many samples of each.")] = None,
     decode: Annotated[bool, _option("--decode", help="Decode everything, instead of reading headers.")] = False,
+    model: Annotated[str | None, _option("--model", help="That is to learn: its tokens tell which texts are too long. Default: the model that comes along.")] = None,
     json: Annotated[bool, typer.Option("--json", help="As JSON, with the name of every unusable sample.")] = False,
 ) -> None:  # fmt: skip
     """Samples, hours, languages, speakers and tasks, a histogram of durations, and what cannot be used, by name."""

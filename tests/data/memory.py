@@ -12,7 +12,7 @@ from generate.tiny import tiny_tokenizer
 
 from whisper_moe.config import SAMPLE_RATE, ModelConfig
 from whisper_moe.data.examples import ExampleConfig, ExampleReader
-from whisper_moe.data.sample import AudioRef, DataError, Sample, Task
+from whisper_moe.data.sample import AudioRef, DataError, Sample, Skipped, Task
 
 MODEL = ModelConfig()
 CORRUPT = AudioRef(path="broken.wav", data=b"RIFF nothing of the kind")
@@ -58,7 +58,7 @@ class MemoryCorpus:
     samples: Sequence[Sample | DataError]
     name: str = "memory"
     streaming: bool = False
-    missing: tuple[str, ...] = ()
+    left_out: tuple[Skipped, ...] = ()
 
     def __len__(self) -> int:
         assert not self.streaming

@@ -80,7 +80,7 @@ def test_an_epoch_reads_every_sample_once(miniatures: dict[str, dict[str, Any]],
     assert len({sample.id for sample in samples}) == len(samples) == KINDS[kind]
     seconds = [read(sample) for sample in samples]
     assert [sample.seconds() for sample in samples] == pytest.approx(seconds, abs=0.15)
-    assert corpus.streaming == streaming and corpus.missing == ()
+    assert corpus.streaming == streaming and corpus.left_out == ()
 
 
 @pytest.mark.parametrize("kind", KINDS)

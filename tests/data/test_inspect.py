@@ -10,11 +10,13 @@ from typing import Any
 
 import pytest
 from data.miniatures import WIKI, archives, parquet, sign_lists, signs
+from generate.tiny import tiny_tokenizer
 from media.recordings import encode, tone
 
 from whisper_moe import cli
+from whisper_moe.config import ModelConfig
 from whisper_moe.data.corpora import CorpusConfig
-from whisper_moe.data.inspect import EDGES, inspect
+from whisper_moe.data.inspect import EDGES, KINDS, inspect
 
 
 @pytest.fixture
@@ -46,15 +48,33 @@ def test_samples_are_counted_and_what_cannot_be_used_is_named(mine: Path, stream
     assert (seen.samples, group.samples, len(group.speakers)) == (5, 5, 2)
     assert seen.seconds == pytest.approx(0.5 + 1.5 + 1.6 + 31 + 2.5, abs=0.01) and group.longest == 31
     assert {edge: count for edge, count in seen.histogram.items() if count} == {0: 1, 1: 2, 2: 1, 30: 1}
-    assert [each.name for each in seen.corrupt] == ["mine/train/noise.wav"]
-    assert "not film or sound" in seen.corrupt[0].cause
-    assert seen.missing == ["mine/train/gone.wav: no such file"]
+    assert [each.id for each in seen.of_kind("corrupt")] == ["mine/train/noise.wav"]
+    assert "not film or sound" in seen.of_kind("corrupt")[0].cause
+    assert list(map(str, seen.of_kind("missing"))) == ["mine/train/gone.wav: no such file"]
 
 
 def test_decoding_finds_what_headers_do_not_tell(mine: Path) -> None:
     seen = inspect([config(mine)], decode=True)
-    assert [each.name for each in seen.corrupt] == ["mine/train/noise.wav", "mine/train/damaged.flac"]
+    assert [each.id for each in seen.of_kind("corrupt")] == ["mine/train/noise.wav", "mine/train/damaged.flac"]
     assert seen.samples == 4 and seen.seconds == pytest.approx(0.5 + 1.5 + 1.6 + 31, abs=0.01)
+
+
+def test_all_that_training_leaves_out_or_stops_for_is_shown_before(tmp_path: Path) -> None:
+    for name, seconds in (("a", 0.5), ("long", 31.0)):
+        encode(tmp_path / f"{name}.wav", tone(seconds, 8_000), 8_000, "pcm_s16le")
+    (tmp_path / "noise.wav").write_bytes(b"no sound at all")
+    rows = ["a.wav\tyes\ten", "a.wav\t\ten", "a.wav\t<|0.0|> no\ten", f"a.wav\t{'no ' * 300}\ten", "long.wav\tyes\ten"]
+    rows += ["a.wav\tyes\tklingon", "noise.wav\tyes\ten", "gone.wav\tyes\ten", "a.wav\tyes\tor", "a.wav\tyes\tor"]
+    (tmp_path / "t.tsv").write_text("\n".join(["path\ttext\tlanguage", *rows]) + "\n")
+    config = CorpusConfig(kind="table", source=str(tmp_path / "t.tsv"))
+    seen = inspect([config], model=(tiny_tokenizer(), ModelConfig()))
+    rows_of = {kind: sorted(int(each.place.split()[-1]) for each in seen.of_kind(kind)) for kind in KINDS}
+    assert rows_of == {"corrupt": [3, 4, 7, 8], "missing": [9], "too long": [5, 6]}
+    assert (
+        "its text has" in str(seen) and "31.00 s; the window has 30" in str(seen) and "'<|0.0|>' is markup" in str(seen)
+    )
+    (remark,) = seen.as_json()["remarks"]
+    assert "t: training stops: this model does not know the language 'or'" in remark and "(2 samples)" in remark
 
 
 def test_the_text_says_what_the_json_says(mine: Path) -> None:
@@ -94,7 +114,7 @@ def test_a_row_of_a_stream_that_is_no_sample_is_named_and_the_stream_goes_on(tmp
     wiki = parquet(tmp_path / "train.parquet", rows)
     seen = inspect([CorpusConfig(kind="wiki-translate", source=str(wiki), directions=("en>hi",), streaming=True)])
     assert seen.samples == 1
-    assert [(each.name, each.cause) for each in seen.corrupt] == [
+    assert [(each.id, each.cause) for each in seen.left_out] == [
         (
             "wiki-translate/train/1/en-hi",
             "wiki-translate/train/1/en-hi: 2 sentences against 1: they cannot be paired",

@@ -106,7 +106,7 @@ def test_noisy_tests_are_other_samples_than_clean_ones(tmp_path: Path) -> None:
     counts = {"test-known": 3, "test-unknown": 3, "test-known-noisy": 6, "test-unknown-noisy": 3}
     for split, count in counts.items():
         corpus = kathbath(tmp_path / "k", split=split)
-        assert len(corpus) == count and corpus.missing == ()
+        assert len(corpus) == count and corpus.left_out == ()
         assert {sample.domain for sample in corpus} == {split.removeprefix("test-")}
         assert corpus[0].id.split("/")[2] == split
     noisy, clean = (
@@ -136,7 +136,7 @@ def test_what_is_missing_is_named_and_costs_nothing_else(tmp_path: Path) -> None
     corpus = kathbath(tmp_path / "k")
     prefix = "kathbath/hindi/train"
     assert [sample.id for sample in corpus] == [f"{prefix}/{name('hindi', number)}" for number in (1, 2)]
-    assert set(corpus.missing) == {
+    assert set(map(str, corpus.left_out)) == {
         f"{prefix}/{name('hindi', 0)}: no recording",
         f"{prefix}/888-1-m: no text",
         f"{prefix}/999-1-m: no transcript",

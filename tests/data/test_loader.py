@@ -17,7 +17,7 @@ from whisper_moe.config import MAX_PACK_TOKENS
 from whisper_moe.data.examples import IGNORED, positions
 from whisper_moe.data.loader import Batch, PackedLoader
 from whisper_moe.data.planner import LoaderConfig
-from whisper_moe.data.sample import DataError, Sample
+from whisper_moe.data.sample import DataError, Sample, Skipped
 from whisper_moe.media.mel import log_mel
 
 TOKENIZER = tiny_tokenizer()
@@ -383,10 +383,11 @@ def test_a_stream_that_ends_with_a_buffer_loses_nothing(buffer: int) -> None:
 
 
 def test_what_a_corpus_lists_and_does_not_have_counts_as_corrupt() -> None:
-    corpus = MemoryCorpus(SAMPLES, missing=("memory/a: b.wav: no such file",))
+    absent = Skipped(id="memory/a: b.wav", kind="missing", cause="no such file")
+    corpus = MemoryCorpus(SAMPLES, left_out=(absent,))
     loader = loader_over([corpus])
     assert [(sample.id, sample.cause, sample.corrupt) for sample in loader.excluded] == [
         ("memory/a: b.wav", "no such file", True)
     ]
     with pytest.raises(DataError, match=r"50\.0% of 64 samples are corrupt"):
-        loader_over([replace(corpus, missing=corpus.missing * 32)])
+        loader_over([replace(corpus, left_out=(absent,) * 32)])

@@ -11,8 +11,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from whisper_moe.config import MAX_PACK_TOKENS
-from whisper_moe.data.examples import Skipped, positions
+from whisper_moe.data.examples import positions
 from whisper_moe.data.planner import Draw, LoaderConfig, PlannedBatch, Position, plan
+from whisper_moe.data.sample import Skipped
 
 SMALL = st.fixed_dictionaries(
     {
@@ -143,7 +144,7 @@ def test_what_is_skipped_is_told_once_with_the_first_batch_of_its_buffer() -> No
     def draws(position: Position) -> Iterator[Draw]:
         for draw in draws_of([1_500] * 12)(position):
             if draw.number % 3 == 0:
-                found.append(Skipped(id=str(draw.number), cause="", corrupt=True))
+                found.append(Skipped(id=str(draw.number), cause=""))
             yield draw
 
     def skipped() -> tuple[Skipped, ...]:

@@ -145,7 +145,9 @@ def test_recordings_may_come_without_text(folder: Path) -> None:
 def test_missing_files_are_named_and_cost_nothing_else(folder: Path) -> None:
     (folder / "t.tsv").write_text("path\ttext\naudio/a.wav\tx\naudio/lost.wav\ty\n")
     corpus = table(folder / "t.tsv")
-    assert [s.text for s in corpus] == ["x"] and corpus.missing == ("t/train/audio/lost.wav: no such file",)
+    assert [s.text for s in corpus] == ["x"] and list(map(str, corpus.left_out)) == [
+        "t/train/audio/lost.wav: no such file"
+    ]
     (folder / "t.tsv").write_text("path\ttext\na.wav\tx\nb.wav\ty\n")
     with pytest.raises(DataError, match=r"t\.tsv, column 'path': none of its 2 files is there, such as .*a\.wav"):
         table(folder / "t.tsv")
@@ -177,7 +179,8 @@ MISTAKES = {
         "row 2, column 'task': unknown task 'sing': one of transcribe",
     ),
     "nul": ("path\ttext\naudio/a.wav\tx\0y\n", "row 2, column 'text': NUL"),
-    "later": ("path\ttext\naudio/a.wav\tx\naudio/b.wav\t\n", "row 3, column 'text': no text"),
+    "markup": ("path\ttext\naudio/a.wav\t<|0.0|> x\n", "row 2, column 'text': '<|0.0|>' is markup"),
+    "later": ("path\ttext\na.wav\t\nb.wav\t \n", "row 2, column 'text': no text; none of its 2 rows can be used"),
     "nothing": ("path\ttext\n", "no rows"),
     "empty": ("", "no rows"),
 }
@@ -191,6 +194,23 @@ def test_a_mistake_is_named_by_file_row_and_column(folder: Path, mistake: str) -
     with pytest.raises(DataError) as caught:
         table(file)
     assert str(caught.value).startswith(str(file)) and said in str(caught.value) and "\n" not in str(caught.value)
+
+
+def test_a_row_that_is_no_sample_costs_itself_and_is_named(folder: Path) -> None:
+    rows = [
+        *("audio/a.wav\tone\ten\t0\t1", "audio/a.wav\t\ten\t0\t1", "audio/a.wav\tone\thindo\t0\t1"),
+        *("audio/a.wav\tone\ten\t2\t1", "audio/a.wav\tone\0\ten\t0\t1", "audio/a.wav\t<|en|> one\ten\t0\t1"),
+        *("audio/a.wav\tone\ten\tsoon\t1", "\tone\ten\t0\t1", "audio/a.wav\t<|0.00|> b<|1.01|>\ten\t0\t1"),
+        *("audio/a.wav\tone\ten\t0\t1\tmore", "audio/b.wav\ttwo\ten\t0\t1"),
+    ]
+    (folder / "t.tsv").write_text("\n".join(["path\ttext\tlanguage\tstart\tend", *rows]) + "\n")
+    corpus = table(folder / "t.tsv")
+    assert [sample.text for sample in corpus] == ["one", "two"]
+    assert [each.place for each in corpus.left_out] == [f"{folder / 't.tsv'}, row {row}" for row in range(3, 12)]
+    assert all(each.corrupt and each.cause.startswith(each.place) for each in corpus.left_out)
+    named = ("no text", "'hindo'", "ends at 1 s", "NUL", "'<|en|>'", "'soon'", "nothing there", "1.01", "6 cells")
+    assert all(said in each.cause for said, each in zip(named, corpus.left_out, strict=True))
+    assert corpus[1].place == f"{folder / 't.tsv'}, row 12"
 
 
 OTHER_MISTAKES = {
@@ -258,7 +278,7 @@ def test_real_recordings_are_read(
     shared_data: Path, source: str, settings: dict[str, Any], samples: int, hours: float | None
 ) -> None:
     corpus = table(shared_data / source, **settings)
-    assert len(corpus) == samples and corpus.missing == ()
+    assert len(corpus) == samples and corpus.left_out == ()
     lengths = corpus.lengths()
     assert np.isfinite(lengths).all() and (lengths > 0.1).all()
     assert hours is None or lengths.sum() / 3600 == pytest.approx(hours, rel=0.05)

@@ -7,8 +7,9 @@ from pathlib import Path
 
 import pytest
 
+from whisper_moe.data.sample import Skipped
 from whisper_moe.train.loop import StepReport
-from whisper_moe.train.monitor import EVENTS, METRICS, RECENT, Monitor
+from whisper_moe.train.monitor import EVENTS, METRICS, RECENT, SKIPPED, Monitor
 
 
 def report(step: int, loss: float) -> StepReport:
@@ -67,3 +68,23 @@ def test_the_board_forgets_them_too(tmp_path: Path) -> None:
 def test_a_step_without_room_in_float16_leaves_a_line(tmp_path: Path) -> None:
     Monitor(tmp_path, steps=9, rate=1.0, say=lambda line: None).rescaled(report(3, 1.0), 32_768.0)
     assert json.loads((tmp_path / METRICS).read_text()) == {"step": 3, "overflow": True, "loss_scale": 32_768.0}
+
+
+def test_a_sample_that_is_left_out_is_written_down_once(tmp_path: Path) -> None:
+    """Whatever its name: with the end of a line in it, or bytes that are no text. A line that a kill cut off is written again."""
+    names = ("a", "clip\u2028one", "b\udc80.wav", "ଓଡ଼ିଆ")
+    samples = [Skipped(id=name, place="t.tsv, row 2", cause="no text") for name in names]
+    first = Monitor(tmp_path, steps=9, rate=1.0, say=lambda line: None)
+    first.left_out(samples[:2])
+    first.left_out(samples)
+    whole = (tmp_path / SKIPPED).read_bytes()
+    assert [json.loads(line)["id"] for line in whole.split(b"\n")[:-1]] == list(names)
+    assert json.loads(whole.split(b"\n")[0]) == {
+        "id": "a", "place": "t.tsv, row 2", "kind": "corrupt", "cause": "no text"
+    }  # fmt: skip
+    (tmp_path / SKIPPED).write_bytes(whole[:-9])
+    resumed = Monitor(tmp_path, steps=9, rate=1.0, say=lambda line: None)
+    resumed.left_out(samples)
+    resumed.left_out([*samples, Skipped(id="c", kind="too long", cause="31 s")])
+    assert (tmp_path / SKIPPED).read_bytes().startswith(whole)
+    assert len((tmp_path / SKIPPED).read_bytes().split(b"\n")) == len(names) + 2

@@ -340,6 +340,41 @@ def test_one_process_goes_on_from_the_parts_that_two_wrote(material: Path, tmp_p
     assert after[0] == after[1] != models[0] and lines(runs[0]) == lines(runs[1])
 
 
+def test_every_sample_that_is_left_out_is_named_once(material: Path, tmp_path: Path) -> None:
+    """By id, place, kind and cause: before the first step, where sound cannot be decoded, and of the evaluation."""
+    folder = shutil.copytree(material / "data", tmp_path / "data")
+    damaged = folder / "damaged.wav"
+    damaged.write_bytes((folder / "1.wav").read_bytes()[:44])
+    rows = ["0.wav\t", "0.wav\t<|0.0|> a", "gone.wav\ta", f"0.wav\t{'a ' * 500}", "damaged.wav\ta", "0.wav\ta\0b"]
+    with (folder / "transcripts.tsv").open("a", encoding="utf-8") as table:
+        table.write("".join(f"{row}\n" for row in rows))
+    (folder / "test.tsv").write_text("path\ttext\n1.wav\ta\n2.wav\t\n", "utf-8")
+    data = recipe_tree(material / "model", folder)["data"]
+    data["evaluation"] = [{"kind": "table", "source": str(folder / "test.tsv"), "languages": ["en"]}]
+    data["loader"]["max_corrupt_share"] = 0.6
+    recipe, run = write(material, tmp_path / "some.yaml", data=data, evaluation={"metric": "loss"}), tmp_path / "run"
+    assert train(recipe, [], run, False) == 0
+
+    def named() -> list[tuple[str, str, str]]:
+        found = map(json.loads, (run / "skipped.jsonl").read_text("utf-8").splitlines())
+        return [(Path(each["place"]).name, each["kind"], each["cause"]) for each in found]
+
+    kinds = {place: kind for place, kind, _ in named()}
+    expected = {f"transcripts.tsv, row {row}": "corrupt" for row in (14, 15, 18, 19)}
+    expected |= {"transcripts.tsv, row 16": "missing", "transcripts.tsv, row 17": "too long"}
+    assert kinds == expected | {"test.tsv, row 3": "corrupt"} and len(named()) == len(kinds)
+    assert any("'<|0.0|>' is markup" in cause for _, _, cause in named())
+    before = named()
+    (run / "model").rename(tmp_path / "gone")
+    assert train(recipe, [], run, True) == 0 and named() == before
+    strict = ["data.loader.max_corrupt_share=0.05"]
+    assert train(recipe, strict, tmp_path / "strict", False) == 1
+    lines = (tmp_path / "strict" / "skipped.jsonl").read_text("utf-8").splitlines()
+    assert sorted(json.loads(line)["place"] for line in lines) == sorted(
+        f"{folder / 'transcripts.tsv'}, row {row}" for row in range(14, 20)
+    )
+
+
 def test_two_trainers_do_not_share_a_directory(
     material: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:

@@ -16,6 +16,7 @@ from model.tiny import CONFIGS
 from whisper_moe.config import ModelConfig
 from whisper_moe.data.examples import IGNORED, Example, Pack, pack_examples
 from whisper_moe.data.loader import Batch
+from whisper_moe.data.sample import Skipped
 from whisper_moe.model.model import WhisperMoEModel
 from whisper_moe.train.loop import LoopSettings, StepReport, Trainer
 from whisper_moe.train.losses import RouterLosses, SpeechObjective
@@ -112,6 +113,7 @@ class Notes:
     """An observer that remembers."""
 
     def __init__(self) -> None:
+        self.skipped_samples: list[Skipped] = []
         self.reports: list[StepReport] = []
         self.skips: list[tuple[int, str, list[str]]] = []
         self.scales: list[tuple[int, float]] = []
@@ -120,6 +122,9 @@ class Notes:
     @property
     def losses(self) -> list[float]:
         return [report.loss for report in self.reports]
+
+    def left_out(self, samples: Sequence[Skipped]) -> None:
+        self.skipped_samples += samples
 
     def stepped(self, report: StepReport) -> None:
         self.reports.append(report)

@@ -20,7 +20,7 @@ import numpy as np
 from numpy.typing import NDArray
 from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 
-from whisper_moe.data.sample import DataError, Sample, Task
+from whisper_moe.data.sample import DataError, Sample, Skipped, Task
 from whisper_moe.media.audio import MediaError
 from whisper_moe.media.languages import language_code
 
@@ -123,8 +123,11 @@ class Corpus:
     """What a row means. It can be pickled."""
     seconds: str | None = None
     """The column that gives each row's seconds, if there is one; a row without is looked up in its file's header."""
-    missing: tuple[str, ...] = ()
-    """What the corpus lists and does not have: id and cause of each. Not among the samples."""
+    left_out: tuple[Skipped, ...] = ()
+    """What the corpus lists and cannot give: files that are not there, rows that are no samples. Not among the samples."""
+
+    remarks: tuple[str, ...] = ()
+    """What was decided for want of being told: of two columns the one that was taken, rows that were left aside."""
 
     @property
     def streaming(self) -> bool:

@@ -16,10 +16,10 @@ import numpy as np
 from numpy.typing import NDArray
 
 from whisper_moe.config import SAMPLE_RATE, SAMPLES_PER_POSITION
-from whisper_moe.data.examples import ExampleReader, Skipped, TooLong, positions
+from whisper_moe.data.examples import ExampleReader, TooLong, positions
 from whisper_moe.data.mixing import EpochOrder, Group, merged, stream_rows, stream_weights
 from whisper_moe.data.planner import Draw, LoaderConfig, Position
-from whisper_moe.data.sample import DataError, Sample
+from whisper_moe.data.sample import DataError, Sample, Skipped
 from whisper_moe.media.audio import MediaError
 
 MOST_SKIPPED_IN_A_ROW = 1_000
@@ -34,7 +34,7 @@ class AnyCorpus(Protocol):
     @property
     def streaming(self) -> bool: ...
     @property
-    def missing(self) -> Sequence[str]: ...
+    def left_out(self) -> Sequence[Skipped]: ...
     def __len__(self) -> int: ...
     def __getitem__(self, index: int, /) -> Sample: ...
     def __iter__(self) -> Iterator[Sample]: ...
@@ -114,18 +114,17 @@ class _Survey:
         self.excluded: list[Skipped] = []
         self.digest = blake2b(digest_size=16)
         for number, corpus in enumerate(corpora):
-            self.excluded += absent(corpus)
+            self.excluded += corpus.left_out
             for row, seconds in enumerate(corpus.lengths()):
                 self._look_at(corpus, number, row, float(seconds))
 
     def _look_at(self, corpus: AnyCorpus, number: int, row: int, seconds: float) -> None:
-        name = f"{corpus.name}, row {row + 1}"
+        sample = None
         try:
             sample = corpus[row]
-            name = sample.id
             samples, tokens = measure(sample, seconds, self._reader)
         except (DataError, MediaError, TooLong) as error:
-            self.excluded.append(left_out(name, error, self._reader.strict))
+            self.excluded.append(left_out(sample or f"{corpus.name}, row {row + 1}", error, self._reader.strict))
             return
         group = Group(corpus.name, sample.task, sample.language)
         self.ids.append(sample.id)
@@ -177,14 +176,12 @@ class StreamDraws:
         return merged(streams, self._weights, seed, epoch)
 
     def _look_at(self, number: int, corpus: str, item: Sample | DataError, epoch: int) -> Draw | Skipped:
-        name = corpus
         try:
             if isinstance(item, DataError):
                 raise item
-            name = item.id
             samples, tokens = measure(item, math.nan, self._reader)
         except (DataError, MediaError, TooLong) as error:
-            return left_out(name, error, self._reader.strict)
+            return left_out(corpus if isinstance(item, DataError) else item, error, self._reader.strict)
         margin = self._reader.margin_of(item.id, self._config.seed, epoch)
         return Draw(number, item, margin, positions(samples, margin, self._reader.max_positions), tokens)
 
@@ -232,16 +229,14 @@ def _seconds(sample: Sample) -> float:
     return len(sample.audio.read()) / SAMPLE_RATE
 
 
-def absent(corpus: AnyCorpus) -> list[Skipped]:
-    """What a corpus lists and does not have."""
-    named = (entry.rpartition(": ") for entry in corpus.missing)
-    return [Skipped(id=id, cause=cause, corrupt=True) for id, _, cause in named]
+def left_out(sample: Sample | str, error: ValueError, strict: bool = False) -> Skipped:
+    """The error as a skipped sample; raises it if samples that are too long are errors.
 
-
-def left_out(name: str, error: DataError | MediaError | TooLong, strict: bool) -> Skipped:
-    """The error as a skipped sample; raises it if samples that are too long are errors."""
+    :param sample: the sample, or what stands for its id where there is none.
+    """
+    if isinstance(error, TooLong) and strict:
+        raise error
+    id, place = (sample, "") if isinstance(sample, str) else (sample.id, sample.place)
     if isinstance(error, TooLong):
-        if strict:
-            raise error
-        return Skipped(id=name, cause=error.cause, corrupt=False)
-    return Skipped(id=name, cause=str(error), corrupt=True)
+        return Skipped(id=id, place=place, cause=error.cause, kind="too long")
+    return Skipped(id=id, place=place or (error.place if isinstance(error, DataError) else ""), cause=str(error))

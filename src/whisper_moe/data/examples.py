@@ -88,16 +88,6 @@ def drawn_margin(margins: tuple[float, float], share: float) -> float:
     return low + scale * (((high + _LEAST_SCALE) / scale) ** share - 1)
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Skipped:
-    """A sample that is left out, and why."""
-
-    id: str
-    cause: str
-    corrupt: bool
-    """False for a sound one that is too long for the model."""
-
-
 class TooLong(ValueError):
     """A sound sample that does not fit the model; the message names it."""
 

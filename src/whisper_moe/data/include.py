@@ -14,7 +14,7 @@ from pathlib import Path, PurePosixPath
 
 from whisper_moe.data.corpora import FILE, Corpus, CorpusConfig, Row, as_dataset
 from whisper_moe.data.hub import files_of_split, load_rows
-from whisper_moe.data.sample import DataError, Sample
+from whisper_moe.data.sample import DataError, Sample, Skipped
 
 PATH, FIFTY = "video_path", "include_50"
 _SPLITS = {"train": "train", "val": "val", "valid": "val", "validation": "val", "dev": "val", "test": "test"}
@@ -38,18 +38,18 @@ def open_include(config: CorpusConfig) -> Corpus:
     name = config.name or "include"
     videos = _Videos(Path(config.videos) if config.videos is not None else _folder(source))
     rows: list[Row] = []
-    missing: list[str] = []
+    missing: list[Skipped] = []
     for path in listed:
         parts = PurePosixPath(path).parts
         id = f"{name}/{split}/{PurePosixPath(path).with_suffix('')}"
         file = videos.find(path)
         if file is None:
-            missing.append(f"{id}: no such file")
+            missing.append(Skipped(id=id, place=path, kind="missing", cause="no such file"))
         else:
             rows.append({"id": id, FILE: str(file), "text": _word(parts[1]), "domain": parts[0]})
     if not rows:
         raise DataError(videos.root, f"none of the {len(listed):,} videos of the split {split} is below it")
-    return Corpus(name, as_dataset(rows, _FEATURES, config), _sample, missing=tuple(missing))
+    return Corpus(name, as_dataset(rows, _FEATURES, config), _sample, left_out=tuple(missing))
 
 
 _FEATURES: dict[str, str] = dict.fromkeys(("id", FILE, "text", "domain"), "string")

@@ -1,7 +1,7 @@
 """What is in a corpus: samples, hours, languages, speakers and tasks, a histogram of durations, and what cannot be used.
 
-Every sample is looked at: its row, and the header of its sound or film; with ``decode`` all of it. What fails is counted
-and named, and costs nothing else.
+Every sample is looked at as training does before its first step: its row, its text in a model's tokens, and the header of
+its sound or film; with ``decode`` all of it. What training would leave out is counted and named, and costs nothing else.
 """
 
 from __future__ import annotations
@@ -18,13 +18,18 @@ from typing import Any, TypeAlias
 
 from pydantic import ValidationError
 
-from whisper_moe.config import SAMPLE_RATE, problems
+from whisper_moe.config import EMBEDDED, SAMPLE_RATE, ModelConfig, problems
 from whisper_moe.data.corpora import PROBES, Corpus, CorpusConfig, open_corpus
+from whisper_moe.data.draws import left_out, measure
+from whisper_moe.data.examples import ExampleConfig, ExampleReader, TooLong
 from whisper_moe.data.kathbath import LANGUAGES, TRANSCRIPTS
-from whisper_moe.data.sample import DataError, Sample
+from whisper_moe.data.sample import DataError, Sample, Skipped
 from whisper_moe.media.audio import MediaError
+from whisper_moe.media.text import Tokenizer
 from whisper_moe.media.video import load_frames
 
+KINDS = ("corrupt", "missing", "too long")
+"""Why a sample is left out."""
 EDGES = (0, 1, 2, 3, 4, 5, 6, 8, 10, 12, 15, 20, 25, 30)
 """Seconds at which the histogram's bars begin; what is longer than the last does not fit Whisper's window."""
 NAMED = 20
@@ -36,16 +41,20 @@ _CHUNK = 64 * PROBES
 _Read: TypeAlias = Callable[[], Sample]
 
 
+_Model: TypeAlias = "tuple[Tokenizer, ModelConfig]"
+
+
 @dataclass(frozen=True, slots=True)
-class Unusable:
-    """A sample that is there and cannot be used."""
+class _Seen:
+    """What was found out about a row."""
 
-    name: str
-    cause: str
-
-
-_Seen: TypeAlias = "tuple[Sample, float] | Unusable"
-"""A sample and its seconds; or what is wrong with it."""
+    sample: Sample | None = None
+    """None where there is none that can be read."""
+    seconds: float = 0.0
+    skipped: Skipped | None = None
+    """Why training leaves it out."""
+    refused: str = ""
+    """What training stops for: something that the model lacks."""
 
 
 @dataclass(slots=True)
@@ -70,9 +79,9 @@ class Inspection:
     groups: dict[tuple[str, str, str, str], Group] = field(default_factory=dict)
     histogram: Counter[int] = field(default_factory=Counter)
     """Edge in seconds: samples of sound or film from there to the next one."""
-    corrupt: list[Unusable] = field(default_factory=list)
-    missing: list[str] = field(default_factory=list)
-    """What corpora list and do not have."""
+    left_out: list[Skipped] = field(default_factory=list)
+    remarks: Counter[str] = field(default_factory=Counter)
+    """What else is to be known, and of how many samples."""
 
     @property
     def samples(self) -> int:
@@ -81,6 +90,10 @@ class Inspection:
     @property
     def seconds(self) -> float:
         return sum(group.seconds for group in self.groups.values())
+
+    def of_kind(self, kind: str) -> list[Skipped]:
+        """Of what is left out: ``corrupt``, ``missing`` or ``too long``."""
+        return [each for each in self.left_out if each.kind == kind]
 
     def add(self, split: str, corpus: str, sample: Sample, seconds: float) -> None:
         same = sample.language == sample.target_language
@@ -103,50 +116,58 @@ class Inspection:
             "seconds": round(self.seconds, 3),
             "groups": [{**group, "seconds": round(group["seconds"], 3)} for group in groups],
             "histogram": [{"from_seconds": edge, "samples": self.histogram[edge]} for edge in EDGES],
-            "corrupt": [asdict(each) for each in self.corrupt],
-            "missing": self.missing,
+            **{kind.replace(" ", "_"): [asdict(each) for each in self.of_kind(kind)] for kind in KINDS},
+            "remarks": list(map(_remark, self.remarks.items())),
         }
 
     def __str__(self) -> str:
         parts = [_table(self), _bars(self.histogram)]
-        unusable = [
-            each.cause if each.cause.startswith(each.name) else f"{each.name}: {each.cause}" for each in self.corrupt
-        ]
-        for title, names in (("corrupt", unusable), ("missing", self.missing)):
-            if names:
-                more = [f"  … and {len(names) - NAMED:,} more; --json names all"] if len(names) > NAMED else []
-                parts.append("\n".join([f"{title}: {len(names):,}", *(f"  {name}" for name in names[:NAMED]), *more]))
+        named = [(kind, list(map(str, self.of_kind(kind)))) for kind in KINDS]
+        for title, lines in (*named, ("remarks", list(map(_remark, self.remarks.items())))):
+            if lines:
+                more = [f"  … and {len(lines) - NAMED:,} more; --json names all"] if len(lines) > NAMED else []
+                parts.append("\n".join([f"{title}: {len(lines):,}", *(f"  {line}" for line in lines[:NAMED]), *more]))
         return "\n\n".join(part for part in parts if part)
 
 
-def inspect(configs: Iterable[CorpusConfig], *, decode: bool = False) -> Inspection:
+def _remark(remark: tuple[str, int]) -> str:
+    words, samples = remark
+    return f"{words} ({samples:,} samples)" if samples else words
+
+
+def inspect(configs: Iterable[CorpusConfig], *, decode: bool = False, model: _Model | None = None) -> Inspection:
     """Look at every sample of these corpora.
 
     :param decode: decode sound and films to their ends, instead of reading their headers.
+    :param model: tokenizer and configuration of the model that is to learn; without, no text is looked at.
     :raises DataError: for a corpus that cannot be opened.
     """
     seen = Inspection()
     for config in configs:
-        _inspect(seen, config, decode)
+        _inspect(seen, config, decode, model)
     return seen
 
 
-def _inspect(seen: Inspection, config: CorpusConfig, decode: bool) -> None:
+def _inspect(seen: Inspection, config: CorpusConfig, decode: bool, model: _Model | None) -> None:
     corpus = open_corpus(config)
-    seen.missing += corpus.missing
-    for found in _look(corpus, decode):
-        if isinstance(found, Unusable):
-            seen.corrupt.append(found)
-        else:
-            seen.add(config.split, corpus.name, *found)
+    seen.left_out += corpus.left_out
+    seen.remarks.update(dict.fromkeys((f"{corpus.name}: {remark}" for remark in corpus.remarks), 0))
+    reader = ExampleReader(*model, ExampleConfig(empty_text=config.text == "none")) if model else None
+    for found in _look(corpus, decode, reader):
+        if found.sample is not None:
+            seen.add(config.split, corpus.name, found.sample, found.seconds)
+        if found.skipped is not None:
+            seen.left_out.append(found.skipped)
+        if found.refused:
+            seen.remarks[f"{corpus.name}: training stops: {found.refused}"] += 1
 
 
-def _look(corpus: Corpus, decode: bool) -> Iterator[_Seen]:
+def _look(corpus: Corpus, decode: bool, reader: ExampleReader | None) -> Iterator[_Seen]:
     """Every sample of a corpus, some at a time."""
     reads = _streamed(corpus) if corpus.streaming else _indexed(corpus)
     with ThreadPoolExecutor(PROBES) as pool:
         while chunk := list(islice(reads, _CHUNK)):
-            yield from pool.map(lambda read: _seconds(read, decode), chunk)
+            yield from pool.map(lambda read: _look_at(read, decode, reader), chunk)
 
 
 def _indexed(corpus: Corpus) -> Iterator[_Read]:
@@ -171,27 +192,35 @@ def _raise(error: Exception) -> Sample:
     raise error
 
 
-def _seconds(read: _Read, decode: bool) -> _Seen:
+def _look_at(read: _Read, decode: bool, reader: ExampleReader | None) -> _Seen:
+    sample = None
     try:
         sample = read()
-    except DataError as error:
-        return Unusable(error.file, str(error))
-    try:
-        if not decode:
-            return _heard(sample, sample.seconds())
-        if sample.audio is not None:
-            return _heard(sample, len(sample.audio.read()) / SAMPLE_RATE)
-        if sample.video is not None:
-            load_frames(sample.video, rate=1.0, short_side=32)
-        return sample, sample.seconds()
+        seconds = _seconds(sample, decode)
     except (MediaError, DataError) as error:
-        return Unusable(sample.id, str(error))
+        named = sample or (error.file if isinstance(error, DataError) else error.name)
+        return _Seen(skipped=left_out(named, error))
+    try:
+        if reader is not None:
+            measure(sample, seconds, reader)
+    except DataError as error:
+        return _Seen(skipped=left_out(sample, error))
+    except TooLong as error:
+        return _Seen(sample, seconds, skipped=left_out(sample, error))
+    except ValueError as error:
+        return _Seen(sample, seconds, refused=str(error).removeprefix(f"{sample.id}: "))
+    return _Seen(sample, seconds)
 
 
-def _heard(sample: Sample, seconds: float) -> _Seen:
+def _seconds(sample: Sample, decode: bool) -> float:
+    """By the header, or by all of it."""
+    if decode and sample.video is not None:
+        load_frames(sample.video, rate=1.0, short_side=32)
+    whole = decode and sample.audio is not None
+    seconds = len(sample.audio.read()) / SAMPLE_RATE if whole and sample.audio is not None else sample.seconds()
     if sample.audio is not None and seconds == 0.0:
-        return Unusable(sample.id, f"{sample.audio.name}: it holds no sound")
-    return sample, seconds
+        raise MediaError(sample.audio.name, "it holds no sound")
+    return seconds
 
 
 # Text.
@@ -247,9 +276,10 @@ def _bars(histogram: Counter[int]) -> str:
 _LISTS = ("languages", "directions", "columns")
 
 
-def run(sources: Sequence[str], *, kind: str, decode: bool, json: bool, **settings: Any) -> int:
+def run(sources: Sequence[str], *, kind: str, decode: bool, json: bool, model: str | None, **settings: Any) -> int:
     """``whisper-moe data inspect``: prints, and returns the exit status; 1 where something cannot be used, 2 for usage.
 
+    :param model: that is to learn; default: the one that comes along.
     :param settings: of :class:`CorpusConfig`; None for what was not given, lists with commas.
     """
     given = {name: value for name, value in settings.items() if value is not None}
@@ -261,15 +291,39 @@ def run(sources: Sequence[str], *, kind: str, decode: bool, json: bool, **settin
         print(f"whisper-moe: {problems(error)}", file=sys.stderr)
         return 2
     seen, failed = Inspection(), 0
+    try:
+        learner = _learner(model)
+    except (ValueError, OSError) as error:
+        print(f"whisper-moe: --model: {' '.join(str(error).split())}", file=sys.stderr)
+        return 2
+    if learner is None:
+        seen.remarks["no model is at hand (--model): texts were not looked at"] = 0
     for config in configs:
         try:
-            _inspect(seen, config, decode)
+            _inspect(seen, config, decode, learner)
         except (DataError, ImportError, OSError) as error:
             print(f"whisper-moe: {' '.join(str(error).split())}", file=sys.stderr)
             failed += 1
     if failed < len(configs):
         print(dumps(seen.as_json(), ensure_ascii=False, indent=2) if json else seen)
-    return 1 if failed or seen.corrupt or seen.missing else 0
+    return 1 if failed or seen.left_out else 0
+
+
+def _learner(model: str | None) -> _Model | None:
+    """Tokenizer and configuration of a model, without its weights if it is one of ours; None where there is no default."""
+    from whisper_moe.weights.default import load_model
+    from whisper_moe.weights.files import read_json
+    from whisper_moe.weights.manifest import CONFIG, GENERATION, TOKENIZER, read_config
+    from whisper_moe.weights.sources import resolve
+
+    if model is None and not EMBEDDED.is_dir():
+        return None
+    located = resolve(model or EMBEDDED)
+    if located.kind != "checkpoint":
+        loaded = load_model(model)
+        return loaded.tokenizer, loaded.config
+    tokenizer = Tokenizer.from_file(located.path / TOKENIZER, read_json(located.path / GENERATION))
+    return tokenizer, read_config(located.path / CONFIG)
 
 
 def kind_of(source: str, given: str = "auto") -> Any:

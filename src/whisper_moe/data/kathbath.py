@@ -24,7 +24,7 @@ from typing import TYPE_CHECKING, Any
 
 from whisper_moe.data.corpora import FILE, Corpus, CorpusConfig, Row, as_dataset
 from whisper_moe.data.hub import audio_ref, files_of_split, load_rows, one_line
-from whisper_moe.data.sample import AudioRef, DataError, Sample
+from whisper_moe.data.sample import AudioRef, DataError, Sample, Skipped
 
 if TYPE_CHECKING:
     from datasets import Dataset, IterableDataset
@@ -195,34 +195,36 @@ def _open_archives(config: CorpusConfig, root: Path, split: str, names: Sequence
             _note(found[language], parts, place)
     corpus = config.name or "kathbath"
     rows: list[Row] = []
-    missing: list[str] = []
+    missing: list[Skipped] = []
     for name, language in found.items():
         if not language.texts and (language.sounds or config.languages):
             what = f"{len(language.sounds):,} recordings and no" if language.sounds else "no recordings and no"
             raise DataError(root, f"{what} {TRANSCRIPTS} of {name}, {split}")
-        its_rows, its_missing = _rows(language, LANGUAGES[name], f"{corpus}/{name}/{split}")
+        its_rows, its_missing = _rows(language, LANGUAGES[name], f"{corpus}/{name}/{split}", str(root))
         rows += its_rows
         missing += its_missing
     if not rows:
         what = f"none of its {len(missing):,} recordings is there" if missing else "no recordings and no transcripts"
         raise DataError(root, f"{what}, of the split {split}")
     dataset = as_dataset(rows, _FEATURES, config)
-    return Corpus(corpus, dataset, partial(_archive_sample, split=split), missing=tuple(missing))
+    return Corpus(corpus, dataset, partial(_archive_sample, split=split), left_out=tuple(missing))
 
 
-def _rows(language: _Language, code: str, prefix: str) -> tuple[list[Row], list[str]]:
+def _rows(language: _Language, code: str, prefix: str, root: str) -> tuple[list[Row], list[Skipped]]:
     """A row for each recording with a text, in the order of their names; and what is missing."""
     rows: list[Row] = []
-    missing: list[str] = []
+    missing: list[Skipped] = []
     for stem, (file, text) in sorted(language.texts.items()):
         id, kinds = f"{prefix}/{stem}", language.sounds.get(stem)
         if kinds is None or not text:
-            missing.append(f"{id}: {'no text' if kinds else 'no recording'}")
+            cause = "no text" if kinds else "no recording"
+            missing.append(Skipped(id=id, place=root, kind="missing", cause=cause))
             continue
         place = kinds.get(PurePosixPath(file).suffix) or kinds[min(kinds)]
         rows.append({"id": id, "text": text, "language": code, "speaker": _speaker(stem), **place})
     silent = sorted(language.sounds.keys() - language.texts.keys())
-    return rows, [*missing, *(f"{prefix}/{stem}: no transcript" for stem in silent)]
+    untold = (Skipped(id=f"{prefix}/{stem}", place=root, kind="missing", cause="no transcript") for stem in silent)
+    return rows, [*missing, *untold]
 
 
 _FEATURES = {

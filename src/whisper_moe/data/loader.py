@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 from collections import deque
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import closing
 from dataclasses import dataclass, fields, replace
 from typing import Any, TypeAlias
@@ -19,10 +19,10 @@ from torch.utils.data import DataLoader, Dataset, get_worker_info
 
 from whisper_moe.config import MAX_PACK_TOKENS, ModelConfig
 from whisper_moe.data.draws import AnyCorpus, left_out, open_draws
-from whisper_moe.data.examples import IGNORED, Example, ExampleReader, Pack, Skipped, TooLong, pack_examples
+from whisper_moe.data.examples import IGNORED, Example, ExampleReader, Pack, TooLong, pack_examples
 from whisper_moe.data.mel_cache import MelCache
 from whisper_moe.data.planner import Draw, LoaderConfig, PlannedBatch, Position, plan
-from whisper_moe.data.sample import DataError
+from whisper_moe.data.sample import DataError, Sample, Skipped
 from whisper_moe.media.audio import MediaError
 from whisper_moe.media.text import Tokenizer
 
@@ -82,23 +82,25 @@ class PackedLoader:
 
     def __init__(
         self, corpora: Sequence[AnyCorpus], tokenizer: Tokenizer, model: ModelConfig, config: LoaderConfig,
-        *, rank: int = 0, world: int = 1,
+        *, rank: int = 0, world: int = 1, note: Callable[[Sequence[Skipped]], None] = lambda skipped: None,
     ) -> None:  # fmt: skip
         """Survey the corpora. Raises ``ValueError`` for what does not fit together, :class:`DataError` where too many
         samples are corrupt.
 
         :param rank: the share of every batch that this loader gives, of ``world`` shares.
+        :param note: is told of samples that are left out, before there may be too many of them.
         """
         if not 0 <= rank < world:
             raise ValueError(f"rank must be within 0 and {world - 1}, got {rank}")
         if config.batch_size < world:
             raise ValueError(f"a batch of {config.batch_size} {config.batch_unit} cannot be shared by {world} ranks")
-        self.config, self._rank, self._world = config, rank, world
+        self.config, self._rank, self._world, self._note = config, rank, world, note
         cache = MelCache(config.cache_dir, config.cache_limit_mb << 20) if config.cache_dir else None
         self._reader = ExampleReader(tokenizer, model, config.reading, cache)
         self._draws = open_draws(corpora, self._reader, config)
         self._dataset = _Reading(list(corpora), self._reader)
         self._position = Position()
+        note(self.excluded)
         self._tally = _Tally(config.max_corrupt_share, self._draws.size, self.excluded)
 
     @property
@@ -170,6 +172,7 @@ class PackedLoader:
             packs=tuple(pack for group in groups for pack in pack_examples(group)), epoch=planned.position.epoch,
             index=planned.position.index, skipped=tuple(skipped),
         )  # fmt: skip
+        self._note(skipped)
         self._tally.add(batch.examples, skipped)
         return batch
 
@@ -205,7 +208,7 @@ class _Tally:
         usable = 1 - self._surveyed  # what is read is the part of the whole that the survey found usable
         if usable * self._corrupt + self._surveyed * self._read > allowed:
             share = self._surveyed + usable * self._corrupt / self._read
-            named = "; ".join(f"{sample.id}: {sample.cause}" for sample in self._first)
+            named = "; ".join(map(str, self._first))
             raise DataError(
                 "training data", f"{share:.1%} of {self._read:,} samples are corrupt, more than {self._limit:.1%}; "
                 f"the first: {named}",
@@ -242,18 +245,18 @@ class _Reading(Dataset[_Read]):
 
     def _read(self, draw: Draw) -> Example | Skipped:
         """The example, or why there is none. Raises ``ValueError`` for what is wrong with more than this sample."""
-        name = "a sample"
+        named: Sample | str = "a sample"
         try:
             if isinstance(draw.source, tuple):
                 corpus, row = draw.source
-                name = f"{self._corpora[corpus].name}, row {row + 1}"
+                named = f"{self._corpora[corpus].name}, row {row + 1}"
                 sample = self._corpora[corpus][row]
             else:
                 sample = draw.source
-            name = sample.id
+            named = sample
             return self._reader.read(sample, draw.margin)
         except (DataError, MediaError, TooLong) as error:
-            return left_out(name, error, self._reader.strict)
+            return left_out(named, error, self._reader.strict)
 
 
 class _Sent:

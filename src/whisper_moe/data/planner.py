@@ -17,9 +17,9 @@ import numpy as np
 from pydantic import BaseModel, ConfigDict, Field
 
 from whisper_moe.config import FULL_WINDOW, MAX_PACK_TOKENS
-from whisper_moe.data.examples import ExampleConfig, Skipped
+from whisper_moe.data.examples import ExampleConfig
 from whisper_moe.data.mixing import MixingConfig
-from whisper_moe.data.sample import Sample
+from whisper_moe.data.sample import Sample, Skipped
 from whisper_moe.packing import first_fit_decreasing
 
 PLANNED_TOKENS = MAX_PACK_TOKENS - 4

@@ -27,12 +27,37 @@ class DataError(ValueError):
         place = [self.file, *([f"row {row}"] if row is not None else []), *([f"column {column!r}"] if column else [])]
         super().__init__(f"{', '.join(place)}: {cause}")
 
+    @property
+    def place(self) -> str:
+        """The file, and the row in it where there is one."""
+        return self.file if self.row is None else f"{self.file}, row {self.row}"
+
     def __reduce__(self) -> tuple[object, ...]:  # it crosses from loader workers
         return _rebuilt, (self.file, self.cause, self.row, self.column)
 
 
 def _rebuilt(file: str, cause: str, row: int | None, column: str | None) -> DataError:
     return DataError(file, cause, row=row, column=column)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Skipped:
+    """A sample that is left out, and why."""
+
+    id: str
+    place: str = ""
+    """Where it stands: a table and its row, or its own file."""
+    kind: Literal["corrupt", "missing", "too long"] = "corrupt"
+    """``missing``: listed, and not there. ``too long``: sound, but not for the model."""
+    cause: str
+
+    @property
+    def corrupt(self) -> bool:
+        """Whether its corpus is to blame."""
+        return self.kind != "too long"
+
+    def __str__(self) -> str:
+        return self.cause if self.cause.startswith((self.id, self.place or self.id)) else f"{self.id}: {self.cause}"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -101,6 +126,14 @@ class Sample:
     speaker: str | None = None
     domain: str | None = None
     """A corpus's own division: ``known``, ``unknown-noisy``, a category of signs."""
+
+    row: str | None = None
+    """Table and row that it is of."""
+
+    @property
+    def place(self) -> str:
+        """Where it stands: a table and its row, or its own file."""
+        return self.row or (self.audio.name if self.audio is not None else self.video or "")
 
     def seconds(self) -> float:
         """Seconds of sound or video, by the corpus or by the file's header; 0 for text. Raises ``MediaError``."""

@@ -17,7 +17,7 @@ Columns, of which only the text and where it is said are needed:
 The names that ``datasets``' audiofolder and NeMo's manifests use are understood (:data:`ALIASES`); other columns are
 left alone. A folder is read by its ``metadata.jsonl`` (csv, tsv, parquet), in the folder of the split if there is one;
 with ``text: file-name``, by the names of the recordings in it; with ``text: none``, their text is unknown and empty.
-A mistake in any row is an error when the corpus is opened.
+A row that is no sample (no text, an unknown language, a time that is none) costs itself, and is named.
 """
 
 from __future__ import annotations
@@ -34,8 +34,9 @@ from pathlib import Path
 from typing import Any, TypeAlias
 
 from whisper_moe.data.corpora import FILE, Corpus, CorpusConfig, Row, as_dataset
-from whisper_moe.data.sample import TASKS, AudioRef, DataError, Sample
+from whisper_moe.data.sample import TASKS, AudioRef, DataError, Sample, Skipped
 from whisper_moe.media.languages import language_code
+from whisper_moe.media.text import split_timestamps
 
 COLUMNS = (
     *("path", "text", "start", "end", "duration", "language", "task", "source_text", "target_language"),
@@ -65,15 +66,21 @@ RECORDINGS = frozenset(
 )
 """Extensions of sound and film, where a folder has to be searched for them."""
 
+
+class _RowError(DataError):
+    """It costs its row; every other error is of the whole table."""
+
+
 Cells: TypeAlias = Mapping[str, Any]
-Rows: TypeAlias = Iterator[tuple[int, Cells]]
-"""Line (or row) in the file, from 1, and what stands in it by column."""
+Rows: TypeAlias = Iterator[tuple[int, Cells | _RowError]]
+"""Line (or row) in the file, from 1, and what stands in it by column, or what is wrong with it."""
 
 
 def open_table(config: CorpusConfig) -> Corpus:
-    """Read the table and check every row. Raises :class:`DataError` naming file, row and column.
+    """Read the table and check every row. Raises :class:`DataError` naming file, row and column, for what is no table.
 
-    Files that are not there are in ``Corpus.missing``, unless all are: that is a mistake in the paths.
+    Rows that are no samples and files that are not there are in ``Corpus.left_out``, unless all are: that is a mistake in
+    columns, settings or paths.
     """
     source = Path(config.source)
     if not source.exists():
@@ -84,18 +91,23 @@ def open_table(config: CorpusConfig) -> Corpus:
     reader = _Reader(file, folder, config)
     rows = list(reader.rows(_recordings(file) if bare else _read(file, config.columns)))
     if not rows:
-        raise DataError(file, f"no rows of the split {config.split!r}" if reader.has_splits else "no rows")
+        raise reader.nothing()
     there = [row for row in rows if not row[FILE] or os.path.isfile(row[FILE])]
     if not there:
         raise DataError(file, f"none of its {len(rows):,} files is there, such as {rows[0][FILE]}", column="path")
-    missing = tuple(f"{row['id']}: no such file" for row in rows if row[FILE] and not os.path.isfile(row[FILE]))
-    return Corpus(reader.name, as_dataset(there, _FEATURES, config), table_sample, "seconds", missing)
+    missing = (
+        Skipped(id=row["id"], place=row["row"], kind="missing", cause="no such file")
+        for row in rows
+        if row[FILE] and not os.path.isfile(row[FILE])
+    )
+    dataset = as_dataset(there, _FEATURES, config)
+    return Corpus(reader.name, dataset, table_sample, "seconds", (*reader.left_out(), *missing))
 
 
 _FEATURES = {
     **dict.fromkeys(("id", FILE, "text", "source_text", "language", "target_language", "task"), "string"),
     **dict.fromkeys(("start", "end", "seconds"), "float64"),
-    **dict.fromkeys(("speaker", "domain"), "string"),
+    **dict.fromkeys(("speaker", "domain", "row"), "string"),
 }
 
 
@@ -117,6 +129,7 @@ def table_sample(row: Row) -> Sample:
         duration=row["seconds"],
         speaker=row["speaker"],
         domain=row["domain"],
+        row=row["row"],
     )
 
 
@@ -168,8 +181,9 @@ def _separated(file: Path, columns: tuple[str, ...]) -> Rows:
             raise DataError(file, "the column stands there twice", row=1, column=doubled[0])
         for cells in reader:
             if len(cells) > len(names):
-                raise DataError(file, f"{len(cells)} cells, for {len(names)} columns", row=reader.line_num)
-            if cells:
+                cause = f"{len(cells)} cells, for {len(names)} columns"
+                yield reader.line_num, _RowError(file, cause, row=reader.line_num)
+            elif cells:
                 yield reader.line_num, dict(zip(names, cells, strict=False))
     except csv.Error as error:
         raise DataError(file, f"not a table: {error}", row=reader.line_num) from None
@@ -224,17 +238,37 @@ class _Reader:
         self.name = config.name or plain
         self.seen: Counter[str] = Counter()
         self.has_splits = False
+        self.faults: list[_RowError] = []
 
     def rows(self, cells: Rows) -> Iterator[Row]:
         columns: set[str] | None = None
         for number, raw in cells:
+            if isinstance(raw, _RowError):
+                self.faults.append(raw)
+                continue
             if columns is None or not columns.issuperset(raw):
                 columns = {*(columns or ()), *raw}
                 self._check_columns(columns, number)
             row = {ALIASES[name]: value for name, value in raw.items() if name in ALIASES} | dict(raw)
             self.has_splits |= "split" in row
             if row.get("split") in (None, "", self.config.split):
-                yield self._row(number, row)
+                try:
+                    yield self._row(number, row)
+                except _RowError as error:
+                    self.faults.append(error)
+
+    def left_out(self) -> Iterator[Skipped]:
+        """The rows that are no samples."""
+        for fault in self.faults:
+            yield Skipped(id=f"{self.name}, row {fault.row}", place=fault.place, cause=str(fault))
+
+    def nothing(self) -> DataError:
+        """Why there is not one sample."""
+        if not self.faults:
+            return DataError(self.file, f"no rows of the split {self.config.split!r}" if self.has_splits else "no rows")
+        first, count = self.faults[0], len(self.faults)
+        alike = f"; none of its {count:,} rows can be used" if count > 1 else ""
+        return DataError(self.file, f"{first.cause}{alike}", row=first.row, column=first.column)
 
     def _check_columns(self, columns: set[str], number: int) -> None:
         """A column that is missing, or is almost called like one that is missing."""
@@ -250,7 +284,7 @@ class _Reader:
 
     def _row(self, number: int, cells: Cells) -> Row:
         def wrong(column: str, cause: str) -> DataError:
-            return DataError(self.file, cause, row=number, column=column)
+            return _RowError(self.file, cause, row=number, column=column)
 
         row: Row = {name: self._words(number, cells, name) for name in COLUMNS if name not in _NUMBERS}
         row |= {name: self._number(number, cells, name) for name in _NUMBERS}
@@ -258,6 +292,10 @@ class _Reader:
             row["text"] = ""
         if row["text"] is None:
             raise wrong("text", "no text")
+        try:
+            split_timestamps(row["text"])
+        except ValueError as error:
+            raise wrong("text", str(error)) from None
         task = row["task"] = row["task"] or self.config.task or "transcribe"
         if task not in TASKS:
             raise wrong("task", f"unknown task {task!r}: one of {', '.join(TASKS)}")
@@ -266,7 +304,7 @@ class _Reader:
             raise wrong(needed, f"nothing there, and the task {task} needs it")
         row |= self._languages(number, row) | self._times(number, row)
         row[FILE] = None if task == "translate-text" else self._file(number, cells, row["path"])
-        row["id"] = self._id(row)
+        row |= {"id": self._id(row), "row": f"{self.file}, row {number}"}
         return row
 
     def _words(self, number: int, cells: Cells, column: str) -> str | None:
@@ -274,10 +312,10 @@ class _Reader:
         if value is None:
             return None
         if not isinstance(value, str | int | float):
-            raise DataError(self.file, f"a {type(value).__name__}, where words are expected", row=number, column=column)
+            raise _RowError(self.file, f"a {type(value).__name__}, where words are expected", row=number, column=column)
         words = str(value).strip()
         if "\0" in words or any("\ud800" <= letter <= "\udfff" for letter in words):
-            raise DataError(self.file, "NUL, or half a character (a lone surrogate)", row=number, column=column)
+            raise _RowError(self.file, "NUL, or half a character (a lone surrogate)", row=number, column=column)
         return words or None
 
     def _number(self, number: int, cells: Cells, column: str) -> float | None:
@@ -289,7 +327,7 @@ class _Reader:
         except (TypeError, ValueError):
             seconds = math.nan
         if not math.isfinite(seconds) or seconds < 0:
-            raise DataError(self.file, f"{value!r} is no number of seconds from 0 on", row=number, column=column)
+            raise _RowError(self.file, f"{value!r} is no number of seconds from 0 on", row=number, column=column)
         return seconds
 
     def _languages(self, number: int, row: Row) -> Row:
@@ -301,11 +339,11 @@ class _Reader:
         for column, language in (("language", given), ("target_language", target)):
             if not language:
                 cause = "no language: add the column, or say languages: [hi] for the corpus"
-                raise DataError(self.file, cause, row=number, column=column)
+                raise _RowError(self.file, cause, row=number, column=column)
             try:
                 codes[column] = language_code(language)
             except ValueError as error:
-                raise DataError(self.file, str(error), row=number, column=column) from None
+                raise _RowError(self.file, str(error), row=number, column=column) from None
         return codes
 
     def _times(self, number: int, row: Row) -> Row:
@@ -313,7 +351,7 @@ class _Reader:
         if end is None and start is not None and duration is not None:
             end = start + duration
         if end is not None and end <= (start or 0.0):
-            raise DataError(self.file, f"ends at {end:g} s, where it begins or before", row=number, column="end")
+            raise _RowError(self.file, f"ends at {end:g} s, where it begins or before", row=number, column="end")
         return {"start": start, "end": end, "seconds": duration if end is None else end - (start or 0.0)}
 
     def _file(self, number: int, cells: Cells, path: str) -> str:

@@ -65,7 +65,7 @@ def gather(configs: Sequence[CorpusConfig]) -> Material:
     for config in configs:
         corpus = open_corpus(config)
         material.sources.append({"kind": config.kind, "source": _shown(config.source), "split": config.split})
-        material.broken += [(name, "the file is not there") for name in corpus.missing]
+        material.broken += [(each.id, each.cause) for each in corpus.left_out]
         for sample in _samples(corpus, material.broken, config.limit):
             _add(material, corpus.name, sample)
     if not material.clips:

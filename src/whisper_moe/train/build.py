@@ -8,22 +8,23 @@ from dataclasses import replace
 from functools import partial
 from importlib.util import find_spec
 from pathlib import Path
+from typing import TypeAlias
 
 import torch
 
 from whisper_moe.data.corpora import Corpus, CorpusConfig, open_corpus
-from whisper_moe.data.draws import AnyCorpus, absent
-from whisper_moe.data.examples import ExampleReader, Skipped, TooLong
+from whisper_moe.data.draws import AnyCorpus, left_out
+from whisper_moe.data.examples import ExampleReader, TooLong
 from whisper_moe.data.loader import NAMED, PackedLoader
 from whisper_moe.data.planner import LoaderConfig
-from whisper_moe.data.sample import DataError, Sample
+from whisper_moe.data.sample import DataError, Sample, Skipped
 from whisper_moe.model.block import Block
 from whisper_moe.model.model import WhisperMoEModel
 from whisper_moe.train.adapt_context import ContextObjective, Lessons
 from whisper_moe.train.evaluation import Judge
 from whisper_moe.train.loop import Batches, LoopSettings, Objective, Observer, Precision, Trainer
 from whisper_moe.train.losses import RouterLosses, SpeechObjective
-from whisper_moe.train.monitor import Silent
+from whisper_moe.train.monitor import SKIPPED, Silent
 from whisper_moe.train.optim import Rates, build_optimizer, freeze, schedule_factor, unmatched
 from whisper_moe.train.recipe import NOTHING_TO_TEACH, Recipe, RecipeError
 from whisper_moe.train.recipe import Precision as WantedPrecision
@@ -33,6 +34,7 @@ from whisper_moe.train.teacher import teacher_of
 from whisper_moe.weights.parts import empty_model
 from whisper_moe.weights.sources import to_stderr
 
+Note: TypeAlias = Callable[[Sequence[Skipped]], None]
 LOOKED_AT = 100
 """Rows of an evaluation corpus among which the first sound one is looked for."""
 
@@ -57,12 +59,13 @@ def build_trainer(
         fused=alone,
         grokfast=optimisation.grokfast,
     )
+    observer = observer or Silent()
     batches, objective = (_speech if recipe.losses.context is None else _context)(
-        recipe, start, model, parallel, directory
+        recipe, start, model, parallel, directory, observer.left_out
     )
     return Trainer(
-        model, network, objective, batches, optimizer, _settings(recipe, parallel), parallel, observer or Silent(),
-        evaluate=_evaluation(recipe, start, model, parallel), save=save, stop_requested=stop_requested,
+        model, network, objective, batches, optimizer, _settings(recipe, parallel), parallel, observer,
+        evaluate=_evaluation(recipe, start, model, parallel, observer.left_out), save=save, stop_requested=stop_requested,
     )  # fmt: skip
 
 
@@ -84,60 +87,60 @@ def build_model(recipe: Recipe, start: Start) -> WhisperMoEModel:
     return model
 
 
-def build_loader(recipe: Recipe, start: Start, parallel: Parallel) -> PackedLoader:
+def build_loader(recipe: Recipe, start: Start, parallel: Parallel, note: Note = lambda skipped: None) -> PackedLoader:
     """This process's share of the data; what is left out from the beginning is told."""
-    corpora = list(_opened(recipe.data.train, parallel))
+    corpora = list(_opened(recipe.data.train, parallel, note))
     if any(corpus.streaming for corpus in corpora):  # else the loader counts them with what its survey finds
         _check_missing(corpora, recipe.data.train, recipe.data.loader.max_corrupt_share)
     loader = PackedLoader(
         corpora, start.tokenizer, start.config, _loader_config(recipe, corpora), rank=parallel.data_rank,
-        world=parallel.data_size,
+        world=parallel.data_size, note=note,
     )  # fmt: skip
     if parallel.rank == 0 and loader.excluded:
-        first = loader.excluded[0]
-        to_stderr(f"{len(loader.excluded)} samples are left out, the first: {first.id}: {first.cause}")
+        to_stderr(f"{len(loader.excluded)} samples are left out, the first: {loader.excluded[0]}; {SKIPPED} names all")
     return loader
 
 
-def _opened(configs: Iterable[CorpusConfig], parallel: Parallel) -> Iterator[Corpus]:
-    """Corpora, each with what it lists and does not have; this is told, and forgotten where a limit is reached all the same."""
+def _opened(configs: Iterable[CorpusConfig], parallel: Parallel, note: Note = lambda skipped: None) -> Iterator[Corpus]:
+    """Corpora, each with what it lists and cannot give; this is told, and forgotten where a limit is reached all the same."""
     for config in configs:
         corpus = open_corpus(config)
-        if corpus.missing and parallel.rank == 0:
-            named = "; ".join(corpus.missing[:NAMED])
+        note(corpus.left_out)
+        if corpus.left_out and parallel.rank == 0:
+            named = "; ".join(map(str, corpus.left_out[:NAMED]))
             to_stderr(
-                f"{corpus.name}: {len(corpus.missing):,} samples are listed and cannot be had, the first: {named}"
+                f"{corpus.name}: {len(corpus.left_out):,} samples are listed and cannot be had, the first: {named}"
             )
         limited = config.limit is not None and (corpus.streaming or len(corpus) == config.limit)
-        yield replace(corpus, missing=()) if limited else corpus
+        yield replace(corpus, left_out=()) if limited else corpus
 
 
 def _check_missing(corpora: Sequence[Corpus], configs: Sequence[CorpusConfig], most: float) -> None:
     """Raise :class:`DataError` where too large a share of one corpus is missing."""
     for corpus, config in zip(corpora, configs, strict=True):
-        if not corpus.missing:
+        if not corpus.left_out:
             continue
         # A stream has no length; what lists its samples beforehand can be opened as a whole, too.
         there = len(open_corpus(config.model_copy(update={"streaming": False})) if corpus.streaming else corpus)
-        missing, listed = len(corpus.missing), len(corpus.missing) + there
+        missing, listed = len(corpus.left_out), len(corpus.left_out) + there
         if missing > most * listed:
             cause = f"{missing:,} of {listed:,} samples cannot be had, more than {most:.1%}"
-            raise DataError(corpus.name, f"{cause}; the first: {'; '.join(corpus.missing[:NAMED])}")
+            raise DataError(corpus.name, f"{cause}; the first: {'; '.join(map(str, corpus.left_out[:NAMED]))}")
 
 
 def _speech(
-    recipe: Recipe, start: Start, model: WhisperMoEModel, parallel: Parallel, directory: Path
+    recipe: Recipe, start: Start, model: WhisperMoEModel, parallel: Parallel, directory: Path, note: Note
 ) -> tuple[Batches, Objective]:
     losses = recipe.losses
     balance = losses.balance if losses.balancing == "loss" else 0.0
     objective = SpeechObjective(
         smoothing=losses.label_smoothing, routing=RouterLosses(balance=balance, z=losses.z)
     )  # fmt: skip
-    return build_loader(recipe, start, parallel), objective
+    return build_loader(recipe, start, parallel, note), objective
 
 
 def _context(
-    recipe: Recipe, start: Start, model: WhisperMoEModel, parallel: Parallel, directory: Path
+    recipe: Recipe, start: Start, model: WhisperMoEModel, parallel: Parallel, directory: Path, note: Note
 ) -> tuple[Batches, Objective]:
     """The padded model's lessons are made first; those that are there already are kept."""
     context, data = recipe.losses.context, recipe.data.loader
@@ -148,14 +151,15 @@ def _context(
         raise RecipeError(NOTHING_TO_TEACH)
     folder = Path(context.lessons) if context.lessons else directory / "lessons"
     teacher = teacher_of(recipe.model.source, folder, parallel.device, limit_mb=context.limit_mb)
-    left_out: list[Skipped] = []
-    samples = list(teacher.prepare(_samples(recipe, parallel, left_out), left_out))
+    skipped: list[Skipped] = []
+    samples = list(teacher.prepare(_samples(recipe, parallel, skipped), skipped))
     teacher.dismiss()
-    corrupt = sum(skipped.corrupt for skipped in left_out)
-    if left_out:
-        to_stderr(f"{len(left_out)} clips are left out, the first: {left_out[0].id}: {left_out[0].cause}")
-    if corrupt > data.max_corrupt_share * (len(samples) + len(left_out)):
-        raise ValueError(f"{corrupt} of {len(samples) + len(left_out)} clips are corrupt")
+    note(skipped)
+    corrupt = sum(each.corrupt for each in skipped)
+    if skipped:
+        to_stderr(f"{len(skipped)} clips are left out, the first: {skipped[0]}")
+    if corrupt > data.max_corrupt_share * (len(samples) + len(skipped)):
+        raise ValueError(f"{corrupt} of {len(samples) + len(skipped)} clips are corrupt")
     lessons = Lessons(
         samples, teacher, start.config, margins=context.margins, padded=context.padded, batch=data.batch_size,
         seed=data.seed,
@@ -164,14 +168,14 @@ def _context(
     return lessons, ContextObjective(lessons=lessons, head=head, states=context.states, divergence=context.divergence)
 
 
-def _samples(recipe: Recipe, parallel: Parallel, left_out: list[Skipped]) -> Iterator[Sample]:
+def _samples(recipe: Recipe, parallel: Parallel, skipped: list[Skipped]) -> Iterator[Sample]:
     for corpus in _opened(recipe.data.train, parallel):
-        left_out += absent(corpus)
+        skipped += corpus.left_out
         for index in range(len(corpus)):
             try:
                 yield corpus[index]
             except DataError as error:
-                left_out.append(Skipped(id=f"{corpus.name}/{index}", cause=str(error), corrupt=True))
+                skipped.append(left_out(f"{corpus.name}/{index}", error))
 
 
 def _rates(recipe: Recipe) -> Rates:
@@ -246,7 +250,7 @@ def _check_first(samples: Iterator[Sample], reader: ExampleReader) -> None:
 
 
 def _evaluation(
-    recipe: Recipe, start: Start, model: WhisperMoEModel, parallel: Parallel
+    recipe: Recipe, start: Start, model: WhisperMoEModel, parallel: Parallel, note: Note
 ) -> Callable[[], Mapping[str, float]] | None:
     """Rank 0 judges, and tells the others."""
     if not recipe.data.evaluation:
@@ -255,13 +259,13 @@ def _evaluation(
     judge = None
     if parallel.rank == 0:
         tokenizer = start.tokenizer
-        corpora = list(_opened(recipe.data.evaluation, parallel))
+        corpora = list(_opened(recipe.data.evaluation, parallel, note))
         _check_missing(corpora, recipe.data.evaluation, recipe.data.loader.max_corrupt_share)
         reader = ExampleReader(tokenizer, start.config, reading)
         _check_evaluation(corpora, reader, decode=settings.metric != "loss")
         judge = Judge(
             corpora, reader, tokenizer, start.generation, margin=start.config.margin, batch_size=settings.batch_size,
-            limit=settings.limit, decode=settings.metric != "loss", padded=settings.padded,
+            limit=settings.limit, decode=settings.metric != "loss", padded=settings.padded, note=note,
         )  # fmt: skip
 
     def evaluate() -> Mapping[str, float]:

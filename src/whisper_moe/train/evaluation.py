@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import islice
 from typing import Any
@@ -12,9 +12,9 @@ import torch
 from numpy.typing import NDArray
 
 from whisper_moe.config import FULL_WINDOW
-from whisper_moe.data.draws import AnyCorpus
+from whisper_moe.data.draws import AnyCorpus, left_out
 from whisper_moe.data.examples import Example, ExampleReader, pack_examples
-from whisper_moe.data.sample import DataError, Sample
+from whisper_moe.data.sample import Sample, Skipped
 from whisper_moe.generate.decode import WindowDecoder
 from whisper_moe.generate.options import TranscribeOptions
 from whisper_moe.media.text import Tokenizer
@@ -41,12 +41,14 @@ class Judge:
     def __init__(
         self, corpora: Sequence[AnyCorpus], reader: ExampleReader, tokenizer: Tokenizer, generation: Mapping[str, Any], *,
         margin: float, batch_size: int, limit: int | None, decode: bool, padded: bool = False,
+        note: Callable[[Sequence[Skipped]], None] = lambda skipped: None,
     ) -> None:  # fmt: skip
         """``margin``: seconds of silence kept after each clip. ``decode``: also write the texts down, for WER and CER.
-        ``padded``: once more with every clip padded to 30 s, where that is another margin.
+        ``padded``: once more with every clip padded to 30 s, where that is another margin. ``note`` is told of samples that
+        are left out.
         """
         self._corpora, self._reader, self._tokenizer, self._generation = corpora, reader, tokenizer, generation
-        self._margin, self._batch, self._limit = margin, batch_size, limit
+        self._margin, self._batch, self._limit, self._note = margin, batch_size, limit, note
         margins = {"": margin, "_padded": FULL_WINDOW} if padded and margin < FULL_WINDOW else {"": margin}
         self._margins: dict[str, float] = margins if decode else {}
 
@@ -89,19 +91,19 @@ class Judge:
         samples, number = iter(corpus), 0
         while self._limit is None or number < self._limit:
             number += 1
+            named: Sample | str = corpus.name
             try:
-                sample = next(samples)
-            except StopIteration:
-                return
-            except DataError:
-                judged.left_out += 1
-                continue
-            try:
+                named = sample = next(samples)
                 example = self._reader.read(sample, self._margin)
                 assert sample.audio is not None  # else there was no example
                 sound = sample.audio.read()
-            except ValueError:  # of the sample, or of a language or a task that this model has no token or input for
+            except StopIteration:
+                return
+            except (
+                ValueError
+            ) as error:  # of the sample, or of a language or task that this model has no token or input for
                 judged.left_out += 1
+                self._note([left_out(named, error)])
                 continue
             yield sample, sound, example
 

@@ -19,6 +19,7 @@ from torch import Tensor, nn
 
 from whisper_moe.data.examples import Pack
 from whisper_moe.data.loader import Batch
+from whisper_moe.data.sample import Skipped
 from whisper_moe.heap import give_back_memory
 from whisper_moe.model.model import WhisperMoEModel
 from whisper_moe.train.losses import Terms, Totals, balance_biases
@@ -58,6 +59,7 @@ class Observer(Protocol):
     """Is told what happens."""
 
     def stepped(self, report: StepReport) -> None: ...
+    def left_out(self, samples: Sequence[Skipped]) -> None: ...
     def skipped(self, report: StepReport, cause: str, ids: Sequence[str]) -> None: ...
     def rescaled(self, report: StepReport, scale: float) -> None: ...
     def evaluated(self, step: int, metrics: Mapping[str, float], best: bool) -> None: ...
@@ -285,6 +287,8 @@ class Trainer:
         progress.tokens += int(tokens)
         progress.segments += int(totals.segments)
         progress.skipped_samples += int(skipped)
+        if skipped:
+            self.observer.left_out(self.parallel.gather([sample for batch in batches for sample in batch.skipped]))
         return StepReport(
             step=progress.step + 1, loss=loss, parts=dict(zip(names, parts, strict=True)),
             rate=self.settings.factor(progress.step), gradient_norm=norm, label_tokens=int(totals.tokens),

@@ -11,6 +11,7 @@ import sys
 import time
 from collections import deque
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -23,9 +24,10 @@ if TYPE_CHECKING:
     from rich.progress import Progress, TaskID
     from torch.utils.tensorboard import SummaryWriter
 
+    from whisper_moe.data.sample import Skipped
     from whisper_moe.train.loop import StepReport
 
-METRICS = "metrics.jsonl"
+METRICS, SKIPPED = "metrics.jsonl", "skipped.jsonl"
 EVENTS = "tensorboard"
 RECENT = 20
 """Steps whose mean training loss an evaluation is compared with."""
@@ -36,6 +38,7 @@ SECONDS_BETWEEN_LINES = 10.0
 class Silent:
     """The observer of every process but the first."""
 
+    def left_out(self, samples: Sequence[Skipped]) -> None: ...
     def stepped(self, report: StepReport) -> None: ...
     def skipped(self, report: StepReport, cause: str, ids: Sequence[str]) -> None: ...
     def rescaled(self, report: StepReport, scale: float) -> None: ...
@@ -59,6 +62,7 @@ class Monitor:
         self._bar: Progress | None = None
         self._task: TaskID | None = None
         self._clock = self._spoken = time.perf_counter()
+        self._left_out = _whole_lines(run / SKIPPED)
         self._plateau, self._recent = Plateau(), deque[float](maxlen=RECENT)
 
     def resume(self, step: int) -> None:
@@ -73,9 +77,10 @@ class Monitor:
 
     def secure(self) -> None:
         """What has been written down is on the disk when this returns: before the checkpoint that it tells of."""
-        if (self._run / METRICS).exists():
-            sync(self._run / METRICS)
-            sync(self._run)
+        for path in (self._run / METRICS, self._run / SKIPPED):
+            if path.exists():
+                sync(path)
+                sync(self._run)
 
     def __enter__(self) -> Monitor:
         if self._say is _to_stderr and sys.stderr.isatty():
@@ -89,6 +94,14 @@ class Monitor:
             self._bar.stop()
         if self._board is not None:
             self._board.close()
+
+    def left_out(self, samples: Sequence[Skipped]) -> None:
+        """A line for each sample that is not learned or judged, once in the whole run, however often it is met."""
+        lines = dict.fromkeys(map(_line_of, samples))
+        if new := [line for line in lines if line not in self._left_out]:
+            self._left_out |= set(new)
+            with (self._run / SKIPPED).open("a", encoding="utf-8") as file:
+                file.write("".join(f"{line}\n" for line in new))
 
     def stepped(self, report: StepReport) -> None:
         now = time.perf_counter()
@@ -175,6 +188,21 @@ def _plain(value: Any) -> Any:
     if isinstance(value, Mapping):
         return {key: _plain(inner) for key, inner in value.items()}
     return str(value) if isinstance(value, float) and not math.isfinite(value) else value
+
+
+def _line_of(sample: Skipped) -> str:
+    """As JSON; of a file's name that is not UTF-8, its bytes as ``\\udc80`` and so on."""
+    return json.dumps(asdict(sample), ensure_ascii=False).encode("utf-8", "backslashreplace").decode("utf-8")
+
+
+def _whole_lines(path: Path) -> set[str]:
+    """The lines of a file to append to; one that a kill cut off is taken out of it."""
+    if not path.exists():
+        return set()
+    whole, _, torn = path.read_bytes().rpartition(b"\n")
+    if torn:
+        replace(path, whole + b"\n" if whole else b"")
+    return set(whole.decode("utf-8").split("\n"))
 
 
 def _step_of(line: bytes) -> float:

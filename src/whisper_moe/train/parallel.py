@@ -36,6 +36,7 @@ from whisper_moe.train.gradients import Rest, Use, clip_gradients
 from whisper_moe.train.layout import ParallelConfig, Ranks
 from whisper_moe.train.model_parallel import ExpertsOverRanks, cut, spread_experts
 from whisper_moe.train.recipe import RecipeError
+from whisper_moe.train.single import Said
 
 
 class LostPeerError(ConnectionError):
@@ -327,9 +328,9 @@ class Processes:
         dist.all_reduce(said, op=dist.ReduceOp.MAX)
         return bool(said)
 
-    def gather(self, names: Sequence[str]) -> list[str]:
-        """The names that each share of the data gives, one after another."""
-        said: list[list[str]] = [[] for _ in range(self.data_size)]
+    def gather(self, names: Sequence[Said]) -> list[Said]:
+        """What each share of the data gives, one after another."""
+        said: list[list[Said]] = [[] for _ in range(self.data_size)]
         dist.all_gather_object(said, list(names), group=self._data.get_group())
         return [name for part in said for name in part]
 

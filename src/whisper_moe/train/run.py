@@ -3,6 +3,7 @@
     RUN/run.json            recipe, versions, git state, seeds, parameters, how it ended
     RUN/start/              configuration and tokenizer that the run began with
     RUN/metrics.jsonl       a line for each step and each evaluation
+    RUN/skipped.jsonl       a line for each sample that is left out: id, place, kind (corrupt, missing, too long) and cause
     RUN/checkpoints/        what a run goes on from (:mod:`whisper_moe.train.checkpoint`)
     RUN/model/              what it has learned: the best of its checkpoints as a model that commands load
 

@@ -7,12 +7,14 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from typing import Protocol
+from typing import Protocol, TypeVar
 
 import torch
 from torch import Tensor, nn
 
 from whisper_moe.model.model import WhisperMoEModel
+
+Said = TypeVar("Said")
 
 
 class Parallel(Protocol):
@@ -45,8 +47,8 @@ class Parallel(Protocol):
         """Whether any process says so: all then do the same."""
         ...
 
-    def gather(self, names: Sequence[str]) -> list[str]:
-        """The names that each share of the data gives, one after another."""
+    def gather(self, names: Sequence[Said]) -> list[Said]:
+        """What each share of the data gives, one after another."""
         ...
 
     def clip(self, parameters: Iterable[nn.Parameter], max_norm: float) -> Tensor:
@@ -98,7 +100,7 @@ class SingleProcess:
     def any(self, flag: bool) -> bool:
         return flag
 
-    def gather(self, names: Sequence[str]) -> list[str]:
+    def gather(self, names: Sequence[Said]) -> list[Said]:
         return list(names)
 
     def clip(self, parameters: Iterable[nn.Parameter], max_norm: float) -> Tensor:

@@ -22,8 +22,8 @@ from safetensors.torch import save
 from torch import Tensor
 
 from whisper_moe.config import FULL_WINDOW, SAMPLE_RATE, ModelConfig
-from whisper_moe.data.examples import Skipped
-from whisper_moe.data.sample import AudioRef, Sample
+from whisper_moe.data.draws import left_out as skipped
+from whisper_moe.data.sample import AudioRef, Sample, Skipped
 from whisper_moe.generate.decode import WindowDecoder
 from whisper_moe.generate.options import TranscribeOptions
 from whisper_moe.media.audio import MediaError
@@ -91,11 +91,11 @@ class Teacher:
             try:
                 clip = sample.audio.read()
             except MediaError as error:
-                left_out.append(Skipped(id=sample.id, cause=str(error), corrupt=True))
+                left_out.append(skipped(sample, error))
                 continue
             if not 0 < len(clip) <= round(self._decoder.window_seconds * SAMPLE_RATE):
-                seconds = len(clip) / SAMPLE_RATE
-                left_out.append(Skipped(id=sample.id, cause=f"its sound has {seconds:.2f} s", corrupt=not len(clip)))
+                cause, kind = f"its sound has {len(clip) / SAMPLE_RATE:.2f} s", "too long" if len(clip) else "corrupt"
+                left_out.append(Skipped(id=sample.id, place=sample.place, kind=kind, cause=cause))
                 continue
             waiting.append((sample, clip))
             behind.append(sample)
