@@ -22,9 +22,9 @@ import torch
 from manifest import read_clips
 
 from whisper_moe import WhisperMoE
-from whisper_moe.evaluate.machine import machine, versions
 from whisper_moe.evaluate.material import Clip
 from whisper_moe.evaluate.metrics import Tally, character_counts, clip_counts, interval, paired_difference
+from whisper_moe.machine import machine, versions
 
 
 @dataclass(frozen=True)

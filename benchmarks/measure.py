@@ -17,7 +17,7 @@ from typing import Any
 from peers import Adapter, Heard, Job, Ours, systems
 
 from whisper_moe.evaluate.convert import disk_bytes
-from whisper_moe.evaluate.machine import peak_bytes
+from whisper_moe.machine import peak_bytes, unshare_cores
 
 
 def run_pass(adapter: Adapter, clips: Sequence[str]) -> dict[str, Any]:
@@ -56,6 +56,8 @@ def hear(adapter: Adapter, clips: Sequence[str]) -> list[Heard]:
 def measure(job: Job) -> dict[str, Any]:
     """Import, load, warm up on the first clip, run the job ``passes`` times, then clip by clip where it batches."""
     system = systems(job.model)[job.system]
+    if "whisper_moe.api" not in system.modules:
+        unshare_cores()
     start = time.perf_counter()
     for module in system.modules:
         importlib.import_module(module)

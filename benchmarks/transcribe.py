@@ -29,7 +29,7 @@ from peers import SAMPLE_RATE, WINDOW_SECONDS, Job, decode, systems
 
 from whisper_moe.config import FULL_WINDOW
 from whisper_moe.evaluate.convert import weights
-from whisper_moe.evaluate.machine import THREAD_VARIABLES, machine, versions
+from whisper_moe.machine import THREAD_VARIABLES, machine, versions
 
 PAUSE_SECONDS = 0.5
 

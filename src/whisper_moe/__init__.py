@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
+from whisper_moe.machine import share_cores
+
 if TYPE_CHECKING:
     from whisper_moe.api import Outcome as Outcome
     from whisper_moe.api import WhisperMoE as WhisperMoE
@@ -34,6 +36,8 @@ _HOMES = {
     "Word": "whisper_moe.generate.result",
     "MediaError": "whisper_moe.media.audio",
 }
+
+share_cores()  # before anything loads torch, whose OpenMP reads it once
 
 
 def __getattr__(name: str) -> Any:

@@ -271,11 +271,11 @@ def info(model: str | None, as_json: bool) -> int:
 def evaluate(model: str, data: list[str], threads: int | None, languages: str | None, **flags: Any) -> int:
     """Figures of a model and of what it is compared with; 1 if a file, a clip or a system failed."""
     from whisper_moe.evaluate import run
+    from whisper_moe.machine import usable_cores
 
     with usage():
         _check_machine(flags["device"], flags["dtype"])
-        usable = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-        asked = run.plan(model, data, threads=threads or usable or 1, languages=names(languages), **flags)
+        asked = run.plan(model, data, threads=threads or usable_cores(), languages=names(languages), **flags)
     return run.evaluate(asked, _from_pretrained, say=say)
 
 

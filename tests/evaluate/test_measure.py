@@ -22,10 +22,10 @@ from evaluate.corpora import TEXTS, clips, refuse, table, vanish, written
 
 from whisper_moe import WhisperMoE
 from whisper_moe.evaluate import measure as module
-from whisper_moe.evaluate.machine import peak_bytes
 from whisper_moe.evaluate.measure import Measured, SystemFailed, Work, measure, measure_apart
 from whisper_moe.evaluate.peers import Heard, Setup, WrittenTranscripts, told
 from whisper_moe.evaluate.systems import System, parse
+from whisper_moe.machine import peak_bytes
 
 
 class Echo:

@@ -20,10 +20,10 @@ import numpy as np
 
 from whisper_moe.config import FULL_WINDOW
 from whisper_moe.evaluate.convert import disk_bytes
-from whisper_moe.evaluate.machine import THREAD_VARIABLES, peak_bytes
 from whisper_moe.evaluate.material import Clip
 from whisper_moe.evaluate.peers import Adapter, Heard, Ours, Setup, WrittenTranscripts
 from whisper_moe.evaluate.systems import System, loaded
+from whisper_moe.machine import THREAD_VARIABLES, peak_bytes
 
 
 @dataclass(frozen=True, kw_only=True)

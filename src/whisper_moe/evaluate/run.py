@@ -14,13 +14,13 @@ from whisper_moe.config import FULL_WINDOW
 from whisper_moe.data.sample import Task
 from whisper_moe.evaluate import report as reports
 from whisper_moe.evaluate.cost import facts_of
-from whisper_moe.evaluate.machine import machine, versions
 from whisper_moe.evaluate.material import Material, corpus_config, gather
 from whisper_moe.evaluate.measure import Measured, SystemFailed, Work, measure_apart
 from whisper_moe.evaluate.metrics import RESAMPLES
 from whisper_moe.evaluate.peers import Setup
 from whisper_moe.evaluate.score import compared, cost, expert_load, quality
 from whisper_moe.evaluate.systems import DEFAULT, System, parse, prepared
+from whisper_moe.machine import machine, versions
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -26,6 +26,7 @@ from whisper_moe.evaluate.peers import (
     Transformers,
     WrittenTranscripts,
 )
+from whisper_moe.machine import unshare_cores
 
 Kind: TypeAlias = Literal["ours", "faster-whisper", "faster-whisper-float32", "openai", "transformers", "transcripts"]
 _NEEDS: dict[Kind, tuple[str, tuple[str, ...]]] = {
@@ -131,6 +132,8 @@ def loaded(
     system: System, setup: Setup, load: Callable[..., Any], *, device: str, dtype: str, margin: float | None
 ) -> Adapter | WrittenTranscripts:
     """The system, ready. ``load`` is ``WhisperMoE.from_pretrained``; ``device`` and ``dtype`` are of this project's."""
+    if system.kind != "ours":
+        unshare_cores()
     match system.kind:
         case "ours":
             source = None if system.name == DEFAULT and not Path(DEFAULT).exists() else system.name
