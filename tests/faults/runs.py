@@ -29,7 +29,7 @@ SAMPLES, BATCH, STEPS, CHECKPOINT_EVERY = 10, 3, 12, 5
 _PRELUDE = """
 import json, os, signal, sys
 from pathlib import Path
-from whisper_moe.train import checkpoint, lock, loop, losses, monitor, run
+from whisper_moe.train import checkpoint, evaluation, lock, loop, losses, monitor, run
 
 FOLDER = Path(sys.argv[sys.argv.index("-o") + 1])
 ATTEMPT = int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0))
@@ -88,7 +88,7 @@ def materials(folder: Path, samples: int = SAMPLES) -> Path:
             "loader": {"batch_size": BATCH, "planning_buffer": 8, "examples": {"margin": [0.1, 0.5]}},
         },
         "optimisation": {"steps": STEPS, "lr": 0.003, "ttt_lr": 0.003, "warmup": 2, "most_bad_steps": 3},
-        "evaluation": {"every": 6, "metric": "loss"},
+        "evaluation": {"every": 6, "metric": "loss", "batch_size": 1},
         "run": {"checkpoint_every": CHECKPOINT_EVERY, "keep": 2, "threads": 1, "device": "cpu"},
     }  # fmt: skip
     path = folder / "recipe.yaml"

@@ -17,7 +17,7 @@ import torch
 from faults.disk import SURVIVED, FailingDisk, Loss, die_at
 from torch import Tensor
 
-from whisper_moe.train.checkpoint import FOLDER, Loaded, best, clean, latest, load_latest, replace, save
+from whisper_moe.train.checkpoint import FOLDER, Loaded, best, clean, latest, load_latest, note, replace, save
 
 
 def content(step: int) -> tuple[dict[str, Tensor], dict[str, object]]:
@@ -32,6 +32,10 @@ def content(step: int) -> tuple[dict[str, Tensor], dict[str, object]]:
 def commit(run: Path, step: int, **options: object) -> None:
     tensors, meta = content(step)
     save(run, step, tensors, meta, **{"keep": 1, **options})  # type: ignore[arg-type]
+
+
+def judge(run: Path, step: int, score: float, keep: int = 1) -> None:
+    note(run, step, {"wer": score}, "wer", keep=keep)
 
 
 def is_whole(loaded: Loaded | None, step: int) -> bool:
@@ -69,8 +73,9 @@ def after_rubbish(run: Path) -> None:
 
 
 def with_a_best(run: Path) -> None:
-    commit(run, 5, keep=9, score=0.25)
-    commit(run, 7, keep=9, score=0.5)
+    for step, score in ((5, 0.25), (7, 0.5)):
+        commit(run, step, keep=9)
+        judge(run, step, score, keep=9)
     commit(run, 10, keep=9)
 
 
@@ -110,6 +115,26 @@ def test_a_save_that_is_killed_leaves_the_previous_or_the_new(
         shutil.rmtree(run)
     assert outcomes[-1] == "new", "what save has returned from is on the disk"
     assert len(outcomes) > 30 and outcomes.count("previous") > 20
+
+
+@pytest.mark.parametrize("loss", get_args(Loss))
+def test_an_evaluation_that_is_noted_is_there_or_not_and_the_checkpoint_in_any_case(loss: Loss, tmp_path: Path) -> None:
+    """A kill at every call: the newest is whole, and the best is the one before it or this one."""
+    found: list[str] = []
+    for at, torn in product(range(20), (True, False)):
+        run = tmp_path / f"{at}-{torn}"
+        run.mkdir()
+        with_a_best(run)
+        status = die_at(lambda run=run: judge(run, 10, 0.125), at, loss, torn)
+        assert is_whole(load_latest(run, announce=nothing_is_damaged), 10)
+        kept = best(run, announce=nothing_is_damaged)
+        assert kept is not None
+        found.append(kept.name)
+        assert status == 9 or found[-1] == "0003-step-00000010", "what has returned is on the disk"
+        clean(run)
+        judge(run, 10, 0.125)
+        assert [path.name for path in (run / FOLDER).iterdir()] == ["0003-step-00000010"]
+    assert set(found) == {"0001-step-00000005", "0003-step-00000010"} and status == SURVIVED
 
 
 @pytest.mark.parametrize("loss", get_args(Loss))

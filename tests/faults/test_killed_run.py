@@ -45,6 +45,8 @@ def test_the_undisturbed_run_is_worth_comparing_with(undisturbed: Path) -> None:
 
 
 KILLED = "before(checkpoint, '{name}', lambda *a, **k: {condition} and die())"
+JUDGING = f"before(evaluation.Judge, '_judge', lambda *a: (FOLDER / 'checkpoints/0004-step-{STEPS:08d}').exists() and {{act}})"
+"""Of the last evaluation: there is a checkpoint of the last step."""
 FAULTS = {
     "in the middle of an epoch": at_step(8, "die()"),
     "before the first checkpoint": at_step(3, "die()"),
@@ -52,10 +54,19 @@ FAULTS = {
     "before a checkpoint's commit": KILLED.format(name="_commit", condition="'step-00000010' in str(a[0])"),
     "before old checkpoints go": KILLED.format(name="_prune", condition="len(list(a[0].glob('checkpoints/*'))) == 3"),
     "before anything is written": "before(run, '_write_record', lambda *a, **k: die())",
+    "inside an evaluation": "before(evaluation, 'pack_examples', lambda *a: die())",
+    "inside the last evaluation": JUDGING.format(act="die()"),
+    "before an evaluation is noted": "before(checkpoint, 'note', lambda *a, **k: die())",
+    "before a checkpoint is judged": KILLED.format(name="_commit", condition="a[1].evaluation"),
     "when all is done but the model": "before(run, 'export', lambda *a, **k: die())",
     "before the end is noted": "before(run, '_finish_record', lambda *a, **k: die())",
 }
-QUICK = ("in the middle of an epoch",)
+NOTED = """
+def note_pass(name):
+    with open(FOLDER / name, "a") as file:
+        file.write("1")
+"""
+QUICK = ("in the middle of an epoch", "inside an evaluation")
 
 
 @pytest.mark.parametrize("moment", [m if m in QUICK else pytest.param(m, marks=pytest.mark.slow) for m in FAULTS])
@@ -66,6 +77,25 @@ def test_a_killed_run_goes_on_bit_for_bit(moment: str, recipe: Path, undisturbed
     assert done.status == 0, done.stderr
     assert_same_run(run, undisturbed)
     assert [*(run / FOLDER).glob("[.]*")] == []
+
+
+def test_an_evaluation_that_is_longer_than_any_session_costs_no_step(
+    recipe: Path, undisturbed: Path, tmp_path: Path
+) -> None:
+    """Killed in it again and again, then stopped in it by a signal; then it has its time."""
+    run, words = tmp_path / "run", ["--resume"]
+    for _ in range(2):
+        assert train(recipe, run, *words, fault=FAULTS["inside an evaluation"]).status == -signal.SIGKILL
+        assert last(run).step == 6 and not any("evaluation" in line for line in steps(run))
+    stopped = FAULTS["inside an evaluation"].replace("die()", f"(note_pass('evaluation'), die({int(signal.SIGTERM)}))")
+    done = train(recipe, run, *words, fault=NOTED + stopped)
+    assert done.status == 128 + signal.SIGTERM and "interrupted after step 6" in done.stderr
+    assert (run / "evaluation").read_text() == "1", "a batch, of three"
+    assert json.loads((run / "run.json").read_text())["status"] == "interrupted" and not (run / "model").exists()
+    assert train(recipe, run, *words).status == 0
+    assert_same_run(run, undisturbed)
+    assert len((run / "samples-0.jsonl").read_text().splitlines()) == STEPS, "no step was made twice"
+    assert [line["step"] for line in steps(run) if "evaluation" in line] == [6, STEPS]
 
 
 @pytest.mark.slow

@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 import torch
-from data.memory import MemoryCorpus, clip, tiny_reader
+from data.memory import MemoryCorpus, clip, damaged, tiny_reader
 from generate.tiny import tiny_tokenizer, tiny_whisper_moe
 from train.tiny import recipe_tree, tiny_checkpoint, tones
 
@@ -79,16 +79,38 @@ def test_a_row_that_cannot_be_judged_is_left_out_and_counted() -> None:
         limit=None, decode=False,
     )  # fmt: skip
     found = judge(model.model)
-    assert found["left_out"] == 3 and found["loss"] > 0
+    assert found is not None and found["left_out"] == 3 and found["loss"] > 0
+
+
+def check(rows: list[Any], name: str = "memory", *, limit: int | None = None, decode: bool = False) -> None:
+    build._check_evaluation([MemoryCorpus(rows, name)], tiny_reader(), limit=limit, decode=decode)
+
+
+MUTE, BROKEN = clip("mute", 0.3, " "), DataError("memory.tsv", "no such column", row=1)
 
 
 def test_the_first_sound_row_says_whether_a_corpus_can_be_judged() -> None:
-    reader, mute, broken = tiny_reader(), clip("mute", 0.3, " "), DataError("memory.tsv", "no such column", row=1)
-    build._check_evaluation(
-        [MemoryCorpus([broken, mute, clip("a", 0.3)]), MemoryCorpus([mute], "b")], reader, decode=False
-    )
+    check([BROKEN, MUTE, damaged(clip("b", 0.3)), clip("a", 0.3)])
     with pytest.raises(RecipeError, match=r"data.evaluation: .*'tlh'"):
-        build._check_evaluation([MemoryCorpus([mute, clip("k", 0.3, language="tlh")])], reader, decode=False)
+        check([MUTE, clip("k", 0.3, language="tlh")])
+
+
+def test_an_evaluation_without_a_row_that_can_be_judged_is_refused_at_the_start() -> None:
+    """Whatever it is that is wrong with each of them; rows beyond the limit do not count."""
+    rows = [BROKEN, MUTE, damaged(clip("b", 0.3)), clip("long", 3.0), clip("a", 0.3)]
+    with pytest.raises(
+        RecipeError,
+        match=r"data.evaluation: b: none of the 3 rows can be judged by; the first: .*column; mute, .*; broken.wav: ",
+    ):
+        check(rows, "b", limit=3)
+    check(rows, "b")
+    with pytest.raises(RecipeError, match="none of the 0 rows"):
+        check([])
+    laughing = [clip("a", 0.3, "♪"), clip("b", 0.3, "(laughs)")]
+    check(laughing)
+    pytest.importorskip("jiwer")
+    with pytest.raises(RecipeError, match=r"none of the 2 rows .*: a: its text has no word that could be counted; b: "):
+        check(laughing, decode=True)
 
 
 # What is listed and missing.

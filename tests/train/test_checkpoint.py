@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -15,7 +16,7 @@ from hypothesis import strategies as st
 from safetensors.torch import load_file
 from torch import Tensor
 
-from whisper_moe.train.checkpoint import COMMIT, FOLDER, STATE, best, latest, load, load_latest, save
+from whisper_moe.train.checkpoint import COMMIT, FOLDER, STATE, best, latest, load, load_latest, note, read_commit, save
 from whisper_moe.weights.files import CheckpointError
 
 DTYPES = [
@@ -26,7 +27,10 @@ DTYPES = [
 
 def commit(run: Path, step: int, keep: int = 9, score: float | None = None, **options: Any) -> Path:
     tensors = {"model/w": torch.full((4,), float(step)), "optimizer/w/exp_avg": torch.full((4,), step / 3)}
-    return save(run, step, tensors, {"step": step}, keep=keep, score=score, **options)
+    path = save(run, step, tensors, {"step": step}, keep=keep, **options)
+    if score is not None:
+        note(run, step, {"wer": score}, "wer", keep=keep)
+    return path
 
 
 def steps(run: Path) -> list[int]:
@@ -161,11 +165,14 @@ def test_the_newest_is_the_one_that_was_committed_last(tmp_path: Path) -> None:
     assert loaded is not None and loaded.step == 150 and loaded.path.name.startswith("0004-")
 
 
-def test_a_score_that_is_none_is_refused(tmp_path: Path) -> None:
-    commit(tmp_path, 1)
-    with pytest.raises(ValueError, match="score"):
-        commit(tmp_path, 2, score=float("nan"))
-    assert steps(tmp_path) == [1]
+def test_what_could_not_be_measured_is_kept_and_is_no_score(tmp_path: Path) -> None:
+    commit(tmp_path, 1, score=0.5)
+    path = commit(tmp_path, 2, score=math.nan)
+    found = best(tmp_path)
+    assert found is not None and load(found).step == 1
+    evaluation = read_commit(path).evaluation
+    assert evaluation is not None and list(evaluation) == ["wer"] and math.isnan(evaluation["wer"])
+    assert load(path).step == 2, "and the checkpoint is whole"
 
 
 # Damage

@@ -9,8 +9,8 @@ import pytest
 import torch
 
 from whisper_moe.train.grokking import METRICS, PLOT, GrokkingRecipe, equations, load, run, train
+from whisper_moe.train.monitor import Plateau
 from whisper_moe.train.optim import GrokfastAdamW
-from whisper_moe.train.plateau import Plateau
 from whisper_moe.train.recipe import RecipeError
 
 RECIPES = Path(__file__).parents[2] / "recipes"

@@ -189,16 +189,45 @@ def test_gradients_are_clipped_to_the_norm() -> None:
 
 
 def test_the_best_evaluation_is_kept_and_a_run_without_progress_ends() -> None:
-    figures: Iterator[float] = iter([0.9, 0.5, 0.6, math.nan, 0.7, 0.1])
-    saved: list[tuple[int, float | None]] = []
+    """What could not be measured is neither better nor worse. A step is saved before it is judged."""
+    figures: Iterator[float] = iter([0.9, math.nan, 0.5, 0.6, math.nan, 0.7, math.inf, 0.8, 0.1])
+    done: list[Any] = []
     trainer = tiny_trainer(
-        "dense", [packs("dense")], steps=12, evaluate_every=2, patience=3, evaluate=lambda: {"wer": next(figures)},
-        save=lambda trainer: saved.append((trainer.progress.step, trainer.progress.score)),
+        "dense", [packs("dense")], steps=18, evaluate_every=2, patience=3,
+        evaluate=lambda: done.append("judged") or {"wer": next(figures)},
+        save=lambda trainer: done.append(trainer.progress.step), note=lambda trainer, metrics: done.append(metrics),
     )  # fmt: skip
     assert trainer.run() == "stopped early"
-    assert trainer.progress.step == 10 and (trainer.progress.best, trainer.progress.best_step) == (0.5, 4)
-    assert [best for _, _, best in notes(trainer).evaluations] == [True, True, False, False, False]
-    assert [step for step, _ in saved] == [2, 4, 6, 8, 10] and saved[1] == (4, 0.5)
+    assert trainer.progress.step == 16 and (trainer.progress.best, trainer.progress.best_step) == (0.5, 6)
+    assert [best for _, _, best in notes(trainer).evaluations] == [True, False, True, *[False] * 5]
+    assert done[6:9] == [6, "judged", {"wer": 0.5}] and len(done) == 3 * 8
+
+
+def test_nothing_but_what_cannot_be_measured_is_no_reason_to_stop() -> None:
+    trainer = tiny_trainer(
+        "dense", [packs("dense")], steps=6, evaluate_every=1, patience=1, evaluate=lambda: {"wer": math.nan}
+    )
+    assert trainer.run() == "finished" and trainer.progress.best is None
+
+
+@pytest.mark.parametrize("last", [False, True])
+def test_an_evaluation_that_is_owed_is_made_once_and_no_step_twice(last: bool) -> None:
+    """Stopped in an evaluation, on the way or at the end: the next trainer begins with it."""
+    settings: dict[str, Any] = {"steps": 4 if last else 6, "evaluate_every": 4}
+    saved: list[Any] = []
+    first = tiny_trainer(
+        "dense", [[pack] for pack in packs("dense")], evaluate=lambda: None, stop=lambda: first.progress.step == 4,
+        save=lambda trainer: saved.append(trainer.state()), **settings,
+    )  # fmt: skip
+    assert first.run() == "interrupted" and first.progress.step == 4 and first.progress.history == []
+    second = tiny_trainer(
+        "dense", [[pack] for pack in packs("dense")], seed=5, evaluate=lambda: {"wer": 0.5}, **settings
+    )
+    second.load_state(*saved[-1])
+    assert second.ended() is None and second.run() == "finished"
+    assert [judged["step"] for judged in second.progress.history] == ([4] if last else [4, 6])
+    assert [report.step for report in notes(second).reports] == ([] if last else [5, 6])
+    assert len(saved) == 1
 
 
 def test_checkpoints_come_when_they_are_due_and_at_the_end() -> None:

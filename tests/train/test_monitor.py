@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from pathlib import Path
 
 import pytest
@@ -43,10 +44,30 @@ def test_what_came_after_the_checkpoint_or_is_torn_is_dropped(tmp_path: Path) ->
     monitor.stepped(report(3, 1.0))
     with (tmp_path / METRICS).open("ab") as file:
         file.write('{"step": 2, "ids": ["ଓ'.encode()[:-1] + b"\0" * 64)
-    monitor.resume(2)
+    monitor.resume(2, judged=False)
     assert (tmp_path / METRICS).read_bytes() == kept
     assert [json.loads(line)["step"] for line in kept.split(b"\n")[:-1]] == [1, 2]
     assert [path.name for path in tmp_path.iterdir()] == [METRICS]
+
+
+def test_an_evaluation_that_was_not_noted_is_forgotten(tmp_path: Path) -> None:
+    monitor = Monitor(tmp_path, steps=9, rate=1.0, say=lambda line: None)
+    for step in (1, 2):
+        monitor.stepped(report(step, 1.0))
+        monitor.evaluated(step, {"wer": 0.5}, best=False)
+
+    def left(judged: bool) -> list[tuple[int, bool]]:
+        monitor.resume(2, judged=judged)
+        return [(line["step"], "evaluation" in line) for line in map(json.loads, (tmp_path / METRICS).open())]
+
+    assert left(True) == [(1, False), (1, True), (2, False), (2, True)]
+    assert left(False) == [(1, False), (1, True), (2, False)]
+
+
+def test_what_could_not_be_measured_is_told(tmp_path: Path) -> None:
+    said: list[str] = []
+    Monitor(tmp_path, steps=9, rate=1.0, say=said.append).evaluated(2, {"loss": 1.0, "wer": math.nan}, best=False)
+    assert said[0] == "WARNING: step 2: wer could not be measured, and counts as nothing"
 
 
 def test_the_board_forgets_them_too(tmp_path: Path) -> None:
@@ -55,7 +76,7 @@ def test_the_board_forgets_them_too(tmp_path: Path) -> None:
 
     for step, loss in ((2, 1.0), (4, 5.0)):
         with Monitor(tmp_path, steps=9, rate=1.0, tensorboard=True, say=lambda line: None) as monitor:
-            monitor.resume(step - 2)
+            monitor.resume(step - 2, judged=False)
             for late in range(step - 1, step + 1):
                 monitor.stepped(report(late, loss))
             monitor.stepped(report(step + 1, 99.0))

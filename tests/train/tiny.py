@@ -142,7 +142,9 @@ class Notes:
 def tiny_trainer(
     name: str, batches: Sequence[Sequence[Pack]], *, double: bool = False, seed: int = 0,
     routing: RouterLosses = ROUTING, config: ModelConfig | None = None,
-    evaluate: Callable[[], Mapping[str, float]] | None = None, save: Callable[[Trainer], None] | None = None,
+    evaluate: Callable[[], Mapping[str, float] | None] | None = None,
+    save: Callable[[Trainer], Any] = lambda trainer: None,
+    note: Callable[[Trainer, Mapping[str, float]], Any] = lambda trainer, metrics: None,
     stop: Callable[[], bool] = lambda: False, **settings: Any,
 ) -> Trainer:  # fmt: skip
     """A trainer of a tiny random model; its notes are its observer."""
@@ -157,7 +159,7 @@ def tiny_trainer(
     return Trainer(
         model, model, SpeechObjective(routing=routing), Fixed(batches, double),
         build_optimizer(model, RATES, betas=(0.9, 0.98), eps=1e-6), LoopSettings(**options), SingleProcess(), Notes(),
-        evaluate=evaluate, save=save, stop_requested=stop,
+        evaluate=evaluate, save=save, note=note, stop_requested=stop,
     )  # fmt: skip
 
 

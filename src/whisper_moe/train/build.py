@@ -18,6 +18,7 @@ from whisper_moe.data.examples import ExampleReader, TooLong
 from whisper_moe.data.loader import NAMED, PackedLoader
 from whisper_moe.data.planner import LoaderConfig
 from whisper_moe.data.sample import DataError, Sample, Skipped
+from whisper_moe.media.audio import MediaError
 from whisper_moe.model.block import Block
 from whisper_moe.model.model import WhisperMoEModel
 from whisper_moe.train.adapt_context import ContextObjective, Lessons
@@ -35,13 +36,13 @@ from whisper_moe.weights.parts import empty_model
 from whisper_moe.weights.sources import to_stderr
 
 Note: TypeAlias = Callable[[Sequence[Skipped]], None]
-LOOKED_AT = 100
-"""Rows of an evaluation corpus among which the first sound one is looked for."""
+_A_BATCH = "a batch"
+"""What rank 0 says before each batch of an evaluation, where its figures come last."""
 
 
 def build_trainer(
     recipe: Recipe, start: Start, parallel: Parallel, observer: Observer | None, *, save: Callable[[Trainer], None],
-    stop_requested: Callable[[], bool], directory: Path = Path(),
+    note: Callable[[Trainer, Mapping[str, float]], None], stop_requested: Callable[[], bool], directory: Path = Path(),
 ) -> Trainer:  # fmt: skip
     """The trainer that a recipe describes. Raises ``ValueError`` for what cannot be had or does not fit together."""
     model = build_model(recipe, start)
@@ -65,7 +66,8 @@ def build_trainer(
     )
     return Trainer(
         model, network, objective, batches, optimizer, _settings(recipe, parallel), parallel, observer,
-        evaluate=_evaluation(recipe, start, model, parallel, observer.left_out), save=save, stop_requested=stop_requested,
+        evaluate=_evaluation(recipe, start, model, parallel, stop_requested, observer.left_out), save=save, note=note,
+        stop_requested=stop_requested,
     )  # fmt: skip
 
 
@@ -220,7 +222,7 @@ def _loader_config(recipe: Recipe, corpora: Sequence[AnyCorpus]) -> LoaderConfig
     )
 
 
-def _check_evaluation(corpora: Sequence[AnyCorpus], reader: ExampleReader, *, decode: bool) -> None:
+def _check_evaluation(corpora: Sequence[AnyCorpus], reader: ExampleReader, *, limit: int | None, decode: bool) -> None:
     """What would end the run at its first evaluation ends it now. Raises :class:`RecipeError`."""
     missing = [name for name in ("jiwer", "whisper_normalizer") if decode and find_spec(name) is None]
     if missing:
@@ -232,45 +234,65 @@ def _check_evaluation(corpora: Sequence[AnyCorpus], reader: ExampleReader, *, de
         )
     for corpus in corpora:
         try:
-            _check_first(iter(corpus), reader)
+            _check_rows(corpus, reader, limit, decode=decode)
         except ValueError as error:
             raise RecipeError(f"data.evaluation: {error}") from error
 
 
-def _check_first(samples: Iterator[Sample], reader: ExampleReader) -> None:
-    """Raise ``ValueError`` where the first of the rows that have nothing wrong with them is not for this model."""
-    for _ in range(LOOKED_AT):
+def _check_rows(corpus: AnyCorpus, reader: ExampleReader, limit: int | None, *, decode: bool) -> None:
+    """Raise ``ValueError`` where no row can be judged by, or the first that has nothing wrong with it is not for this model."""
+    from whisper_moe.media.normalize import normalize
+
+    causes: list[str] = []
+    samples = iter(corpus)
+    while limit is None or len(causes) < limit:
         try:
-            reader.tokens(next(samples))
+            sample = next(samples)
+            reader.read(sample, 0.0)
         except StopIteration:
-            return
-        except (DataError, TooLong):
+            break
+        except (DataError, MediaError, TooLong) as error:
+            causes.append(str(error))
             continue
-        return
+        if not decode or normalize(sample.text, sample.target_language):
+            return
+        causes.append(f"{sample.id}: its text has no word that could be counted")
+    raise ValueError(
+        f"{corpus.name}: none of the {len(causes):,} rows can be judged by; the first: {'; '.join(causes[:NAMED])}"
+    )
 
 
 def _evaluation(
-    recipe: Recipe, start: Start, model: WhisperMoEModel, parallel: Parallel, note: Note
-) -> Callable[[], Mapping[str, float]] | None:
-    """Rank 0 judges, and tells the others."""
+    recipe: Recipe, start: Start, model: WhisperMoEModel, parallel: Parallel, stop_requested: Callable[[], bool], note: Note
+) -> Callable[[], Mapping[str, float] | None] | None:  # fmt: skip
+    """Rank 0 judges, and tells the others. Before each of its batches all say whether they are to stop, so that all do."""
     if not recipe.data.evaluation:
         return None
-    reading, settings = recipe.data.loader.reading, recipe.evaluation
-    judge = None
-    if parallel.rank == 0:
-        tokenizer = start.tokenizer
-        corpora = list(_opened(recipe.data.evaluation, parallel, note))
-        _check_missing(corpora, recipe.data.evaluation, recipe.data.loader.max_corrupt_share)
-        reader = ExampleReader(tokenizer, start.config, reading)
-        _check_evaluation(corpora, reader, decode=settings.metric != "loss")
-        judge = Judge(
-            corpora, reader, tokenizer, start.generation, margin=start.config.margin, batch_size=settings.batch_size,
-            limit=settings.limit, decode=settings.metric != "loss", padded=settings.padded, note=note,
-        )  # fmt: skip
+    judge = _judge(recipe, start, parallel, note) if parallel.rank == 0 else None
 
-    def evaluate() -> Mapping[str, float]:
+    def stop() -> bool:
+        parallel.broadcast(_A_BATCH)
+        return parallel.any(stop_requested())
+
+    def evaluate() -> Mapping[str, float] | None:
         with parallel.whole(model) as whole:
-            said = json.dumps(judge(whole)) if judge is not None and whole is not None else ""
-        return json.loads(parallel.broadcast(said))
+            if judge is not None and whole is not None:
+                return json.loads(parallel.broadcast(json.dumps(judge(whole, stop))))
+            while (said := parallel.broadcast("")) == _A_BATCH:
+                parallel.any(stop_requested())
+            return json.loads(said)
 
     return evaluate
+
+
+def _judge(recipe: Recipe, start: Start, parallel: Parallel, note: Note) -> Judge:
+    """Raises ``ValueError`` for corpora that cannot be judged by."""
+    settings, tokenizer, decode = recipe.evaluation, start.tokenizer, recipe.evaluation.metric != "loss"
+    corpora = list(_opened(recipe.data.evaluation, parallel, note))
+    _check_missing(corpora, recipe.data.evaluation, recipe.data.loader.max_corrupt_share)
+    reader = ExampleReader(tokenizer, start.config, recipe.data.loader.reading)
+    _check_evaluation(corpora, reader, limit=settings.limit, decode=decode)
+    return Judge(
+        corpora, reader, tokenizer, start.generation, margin=start.config.margin, batch_size=settings.batch_size,
+        limit=settings.limit, decode=decode, padded=settings.padded, note=note,
+    )  # fmt: skip

@@ -8,8 +8,8 @@
 
 A folder is written under a hidden name, put on the disk (fsync) and renamed; then comes the commit marker, itself
 renamed into place. Readers ignore a folder without it, verify what it says, and fall back to the one before. Nothing is
-ever overwritten, and old folders go only after the new commit. Folders are numbered in the order in which they were
-committed, for a run that fell back to step 100 is not to be continued from the damaged 200 that it left behind.
+ever overwritten but the marker, by one that has an evaluation's figures too; old folders go after the new commit. Folders
+are numbered as they were committed: a run that fell back to step 100 must not go on from the damaged 200 that it left.
 """
 
 from __future__ import annotations
@@ -17,6 +17,7 @@ from __future__ import annotations
 import errno
 import hashlib
 import json
+import math
 import os
 import re
 import secrets
@@ -60,7 +61,7 @@ Announce = Callable[[str], None]
 T = TypeVar("T")
 
 
-class _Commit(BaseModel):
+class Commit(BaseModel):
     """What COMMIT.json says, beside a checksum of itself."""
 
     model_config = ConfigDict(frozen=True, extra="forbid", strict=True)
@@ -69,6 +70,8 @@ class _Commit(BaseModel):
     format_version: Literal[1] = 1
     step: int = Field(ge=0)
     score: float | None = Field(default=None, allow_inf_nan=False)
+    evaluation: dict[str, float] | None = None
+    """What was measured after it was saved."""
     files: dict[str, FileFacts]
 
 
@@ -78,7 +81,6 @@ class Loaded:
 
     path: Path
     step: int
-    score: float | None
     tensors: dict[str, Tensor]
     """Named ``group/name`` as they were saved; on the CPU, each with memory of its own."""
     meta: dict[str, Any]
@@ -88,24 +90,18 @@ class Loaded:
 
 
 def save(
-    run: Path,
-    step: int,
-    tensors: Mapping[str, Tensor],
-    meta: Mapping[str, Any],
-    *,
-    keep: int,
-    score: float | None = None,
+    run: Path, step: int, tensors: Mapping[str, Tensor], meta: Mapping[str, Any], *, keep: int,
     announce: Announce = to_stderr,
-) -> Path:
+) -> Path:  # fmt: skip
     """Commit a checkpoint of ``run`` and remove older ones but the ``keep`` newest and the one of the best score.
 
     ``tensors``: named ``group/name``; any dtype of safetensors, on any device (they are copied to the CPU one at a
-    time). ``meta``: plain JSON (tuples become lists; NaN is allowed). ``score``: lower is better, None was not measured.
+    time). ``meta``: plain JSON (tuples become lists; NaN is allowed).
     For one process at a time (:mod:`whisper_moe.train.lock`). Raises ``ValueError`` for what JSON or safetensors cannot
     hold, and ``OSError`` that says which checkpoint could not be written; the earlier ones are untouched then.
     """
     groups = _grouped(tensors)
-    with committing(run, step, meta, keep=keep, score=score, announce=announce) as (folder, files):
+    with committing(run, step, meta, keep=keep, announce=announce) as (folder, files):
         for group, named in groups.items():
             name = f"{group}.safetensors"
             files[name] = _write(folder / name, _serialized(named))
@@ -114,8 +110,8 @@ def save(
 
 @contextmanager
 def committing(
-    run: Path, step: int, meta: Mapping[str, Any], *, keep: int, score: float | None = None, announce: Announce = to_stderr
-) -> Iterator[tuple[Path, dict[str, FileFacts]]]:  # fmt: skip
+    run: Path, step: int, meta: Mapping[str, Any], *, keep: int, announce: Announce = to_stderr
+) -> Iterator[tuple[Path, dict[str, FileFacts]]]:
     """A folder to write files into and what they are, to be filled in: a checkpoint once the block ends. See :func:`save`."""
     if keep < 1:
         raise ValueError(f"keep must be at least 1, is {keep}: the newest checkpoint is never removed")
@@ -129,7 +125,7 @@ def committing(
         files[STATE] = _write(scratch / STATE, [state])
         sync(scratch)
         os.rename(scratch, final)
-        _commit(final, _Commit(step=step, score=score, files=files))
+        _commit(final, Commit(step=step, files=files))
         sync(folder)
     except BaseException as error:
         for path in (scratch, final):
@@ -138,6 +134,19 @@ def committing(
             said = f"the checkpoint of step {step} could not be written ({error.strerror or error})"
             raise OSError(error.errno or errno.EIO, said, str(folder)) from error
         raise
+    _prune(run, keep, announce)
+
+
+def note(
+    run: Path, step: int, evaluation: Mapping[str, float], metric: str, *, keep: int, announce: Announce = to_stderr
+) -> None:
+    """Add what an evaluation gave to the newest checkpoint of this step: its marker is replaced, whole.
+
+    ``metric``: the figure that is its score, lower is better; one that could not be measured (NaN) is none."""
+    path = next(path for path in _committed(run) if step_of(path) == step)
+    score = evaluation.get(metric, math.nan)
+    found = {"score": score if math.isfinite(score) else None, "evaluation": dict(evaluation)}
+    _commit(path, read_commit(path).model_copy(update=found))
     _prune(run, keep, announce)
 
 
@@ -155,9 +164,7 @@ def _grouped(tensors: Mapping[str, Tensor]) -> dict[str, dict[str, Tensor]]:
     for key, tensor in tensors.items():
         group, slash, name = key.partition("/")
         if not slash or not name or not _GROUP.fullmatch(group):
-            raise ValueError(
-                f"a tensor in a checkpoint is named like model/encoder.norm.bias, group first; not {key!r}"
-            )
+            raise ValueError(f"a tensor is named like model/encoder.norm.bias, group first; not {key!r}")
         if tensor.dtype not in _DTYPES:
             raise ValueError(f"{key}: safetensors cannot hold {tensor.dtype}")
         groups.setdefault(group, {})[name] = tensor.detach()
@@ -205,7 +212,7 @@ def _write(path: Path, chunks: Iterable[bytes | memoryview]) -> FileFacts:
     return FileFacts(bytes=size, sha256=digest.hexdigest())
 
 
-def _commit(final: Path, commit: _Commit) -> None:
+def _commit(final: Path, commit: Commit) -> None:
     body = commit.model_dump(mode="json")
     replace(final / COMMIT, json_bytes({"commit": body, "sha256": hashlib.sha256(json_bytes(body)).hexdigest()}))
 
@@ -298,7 +305,7 @@ def load(path: Path, groups: Iterable[str] | None = None) -> Loaded:
             group = name.removesuffix(".safetensors")
             # Copied out of the mapped file, which may be removed while they are in use.
             tensors |= {f"{group}/{key}": file.get_tensor(key).clone() for key in file.keys()}  # noqa: SIM118
-    return Loaded(path, commit.step, commit.score, tensors, read_json(path / STATE))
+    return Loaded(path, commit.step, tensors, read_json(path / STATE))
 
 
 def _first(run: Path, paths: list[Path], read: Callable[[Path], T], announce: Announce) -> T | None:
@@ -347,7 +354,7 @@ def _by_score(paths: list[Path]) -> list[Path]:
     scored: list[tuple[float, int, Path]] = []
     for path in paths:
         try:
-            score = _read_commit(path).score
+            score = read_commit(path).score
         except CheckpointError:
             continue
         if score is not None:
@@ -355,13 +362,14 @@ def _by_score(paths: list[Path]) -> list[Path]:
     return [path for _, _, path in sorted(scored)]
 
 
-def _read_commit(path: Path) -> _Commit:
+def read_commit(path: Path) -> Commit:
+    """The marker, which is what it says it is."""
     document = read_json(path / COMMIT)
     body = document.get("commit")
     if document.get("sha256") != hashlib.sha256(json_bytes(body)).hexdigest():
         raise CheckpointError(f"{path / COMMIT}: does not match its own sha256: damaged or changed")
     try:
-        commit = _Commit.model_validate_json(json_bytes(body))
+        commit = Commit.model_validate_json(json_bytes(body))
     except ValidationError as error:
         raise CheckpointError(f"{path / COMMIT}: {problems(error)}") from error
     for name in commit.files:
@@ -376,9 +384,9 @@ def _whole(path: Path) -> Path:
     return path
 
 
-def _verified(path: Path, wanted: set[str] | None = None) -> _Commit:
+def _verified(path: Path, wanted: set[str] | None = None) -> Commit:
     """The commit marker, once the files are what it says: all of them, or ``wanted`` and the state."""
-    commit = _read_commit(path)
+    commit = read_commit(path)
     for name, facts in commit.files.items():
         if wanted is not None and name not in {STATE, *wanted}:
             continue

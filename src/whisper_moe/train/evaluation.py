@@ -35,6 +35,10 @@ class Judged:
     """Of each way of listening: ``""`` for the model's own margin, ``_padded``."""
 
 
+class _Stopped(Exception):
+    """An evaluation is not to go on."""
+
+
 class Judge:
     """Judges a model on corpora, always alike: greedily, without timestamps, in the language that the corpus gives."""
 
@@ -52,23 +56,31 @@ class Judge:
         margins = {"": margin, "_padded": FULL_WINDOW} if padded and margin < FULL_WINDOW else {"": margin}
         self._margins: dict[str, float] = margins if decode else {}
 
-    def __call__(self, model: WhisperMoEModel) -> dict[str, float]:
+    def __call__(
+        self, model: WhisperMoEModel, stop_requested: Callable[[], bool] = lambda: False
+    ) -> dict[str, float] | None:
         """``loss`` (nats a token), ``wer`` and ``cer`` (fractions) of all corpora, and of each as ``wer/name``; ``wer_padded``
-        and ``cer_padded`` of clips that are padded to 30 s."""
+        and ``cer_padded`` of clips that are padded to 30 s. None where ``stop_requested``, asked before each batch, said so."""
         training = model.training
         model.eval()
-        found = {corpus.name: self._judge(model, corpus) for corpus in self._corpora}
-        model.train(training)
+        try:
+            found = {corpus.name: self._judge(model, corpus, stop_requested) for corpus in self._corpora}
+        except _Stopped:
+            return None
+        finally:
+            model.train(training)
         metrics: dict[str, float] = {}
         for name, judged in found.items() if len(found) > 1 else ():
             metrics |= {f"{key}/{name}": value for key, value in self._figures([judged]).items()}
         return self._figures(list(found.values())) | metrics
 
-    def _judge(self, model: WhisperMoEModel, corpus: AnyCorpus) -> Judged:
+    def _judge(self, model: WhisperMoEModel, corpus: AnyCorpus, stop_requested: Callable[[], bool]) -> Judged:
         judged = Judged()
         device = next(model.parameters()).device
         decoder = WindowDecoder(model, self._tokenizer, self._generation)
         for batch in self._batches(corpus, judged):
+            if stop_requested():
+                raise _Stopped
             samples, clips, examples = zip(*batch, strict=True)
             with torch.inference_mode():
                 for pack in pack_examples(examples):

@@ -2,7 +2,7 @@
 
 Modular division a / b mod p as the tokens ``a / b =``, the loss on the answer alone, half of all equations for training. The
 model is this project's own decoder block, without cross-attention: what is seen here is seen of the code that speech is
-trained with. :class:`~whisper_moe.train.plateau.Plateau` tells any run when it looks like the time before.
+trained with. :class:`~whisper_moe.train.monitor.Plateau` tells any run when it looks like the time before.
 """
 
 from __future__ import annotations
@@ -24,8 +24,8 @@ from torch import Tensor, nn
 from whisper_moe.config import ModelConfig, problems
 from whisper_moe.model.block import Block
 from whisper_moe.packing import Layout
+from whisper_moe.train.monitor import Plateau
 from whisper_moe.train.optim import adamw
-from whisper_moe.train.plateau import Plateau
 from whisper_moe.train.recipe import RecipeError, read_tree
 
 METRICS, PLOT = "metrics.jsonl", "curve.png"

@@ -12,6 +12,7 @@ import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import asdict, dataclass, field
+from itertools import count
 from typing import Any, Literal, Protocol
 
 import torch
@@ -160,54 +161,59 @@ class Progress:
     best: float | None = None
     best_step: int = 0
     worse_in_a_row: int = 0
-    score: float | None = None
-    """Of the last evaluation, if it was after the last step."""
+    """Evaluations since the best, but for those that measured nothing."""
     history: list[dict[str, float]] = field(default_factory=list)
     """Every evaluation, with its ``step``."""
 
 
 class Trainer:
-    """A model on its way. ``evaluate`` and ``save`` are called by every process; only files are rank 0's business."""
+    """A model on its way. What it is given to call is called by every process; only files are rank 0's business."""
 
     def __init__(
         self, model: WhisperMoEModel, network: nn.Module, objective: Objective, batches: Batches,
         optimizer: torch.optim.Optimizer, settings: LoopSettings, parallel: Parallel, observer: Observer, *,
-        evaluate: Callable[[], Mapping[str, float]] | None = None, save: Callable[[Trainer], None] | None = None,
+        evaluate: Callable[[], Mapping[str, float] | None] | None = None,
+        save: Callable[[Trainer], None] = lambda trainer: None,
+        note: Callable[[Trainer, Mapping[str, float]], None] = lambda trainer, metrics: None,
         stop_requested: Callable[[], bool] = lambda: False,
     ) -> None:  # fmt: skip
-        """``network`` is what ``parallel`` made of ``model`` before the ``optimizer`` was made of its parameters."""
+        """``network`` is what ``parallel`` made of ``model`` before the ``optimizer`` was made of its parameters.
+        ``evaluate``: None of one that was stopped. ``note``: adds what it gave to what ``save`` had saved before it.
+        """
         self.model, self.network, self.objective, self.batches = model, network, objective, batches
         self.optimizer, self.settings, self.parallel, self.observer = optimizer, settings, parallel, observer
-        self._evaluation, self._save, self._stop_requested = evaluate, save, stop_requested
+        self._evaluation, self._save, self._note, self._stop_requested = evaluate, save, note, stop_requested
         self.scale = LossScale(enabled=settings.precision == "float16")
         self.progress = Progress()
         self._stream = self._endless()
 
     def run(self) -> End:
-        """Go on to the end. Raises :class:`NonFiniteError`."""
-        progress, settings = self.progress, self.settings
+        """Go on to the end. Raises :class:`NonFiniteError`.
+
+        What a step has learned is saved before it is evaluated, so that nothing of it is lost with a long evaluation.
+        """
         while (end := self.ended()) is None:
-            self.step()
-            if self._due(settings.evaluate_every) or progress.step == settings.steps:
-                self._evaluate()
+            stepping = not self._owes_evaluation()
+            self.step() if stepping else self._evaluate()
             over = self.ended() is not None
             stop = self.parallel.any(self._stop_requested()) and not over
-            if over or stop or progress.score is not None or self._due(settings.checkpoint_every):
-                self._keep()
+            if stepping and (over or stop or self._owes_evaluation() or self._due(self.settings.checkpoint_every)):
+                self._save(self)
             if stop:
                 return "interrupted"
         return end
 
     def ended(self) -> End | None:
-        """How the run has ended, if no step is left to make: asked before a step, so that none is made after the end."""
+        """How the run has ended, if nothing is left to do: asked before a step, so that none is made after the end."""
         patience = self.settings.patience
+        if self._owes_evaluation():
+            return None
         if patience is not None and self.progress.worse_in_a_row >= patience:
             return "stopped early"
         return "finished" if self.progress.step >= self.settings.steps else None
 
     def step(self) -> StepReport:
         """One update, or one that is left out because its loss or gradient is not finite."""
-        self.progress.score = None
         batches = [next(self._stream) for _ in range(self.settings.accumulate)]
         totals = self._totals(batches)
         self.network.train()
@@ -296,25 +302,39 @@ class Trainer:
             load=tuple((counts / counts.sum().clamp_min(1)).tolist()) if counts.numel() else (),
         )  # fmt: skip
 
-    def _evaluate(self) -> None:
-        if self._evaluation is None:
-            return
-        progress = self.progress
-        self.network.eval()
-        metrics = dict(self._evaluation())
-        score = metrics.get(self.settings.metric)
-        better = score is not None and math.isfinite(score) and (progress.best is None or score < progress.best)
-        if better:
-            progress.best, progress.best_step, progress.worse_in_a_row = score, progress.step, 0
-        else:
-            progress.worse_in_a_row += 1
-        progress.score = score
-        progress.history.append({"step": progress.step, **metrics})
-        self.observer.evaluated(progress.step, metrics, better)
+    def _owes_evaluation(self) -> bool:
+        """Whether the last step is to be evaluated and has not been."""
+        step = self.progress.step
+        due = step > 0 and (self._due(self.settings.evaluate_every) or step == self.settings.steps)
+        return self._evaluation is not None and due and not self.is_judged()
 
-    def _keep(self) -> None:
-        if self._save is not None:
-            self._save(self)
+    def is_judged(self) -> bool:
+        """Whether the last step has been evaluated."""
+        return any(judged["step"] == self.progress.step for judged in self.progress.history[-1:])
+
+    def _evaluate(self) -> None:
+        assert self._evaluation is not None
+        self.network.eval()
+        metrics = self._evaluation()
+        if metrics is None:  # stopped: it stays owed
+            return
+        best = self.judged(metrics)
+        self.observer.evaluated(self.progress.step, metrics, best)
+        self._note(self, metrics)
+
+    def judged(self, metrics: Mapping[str, float]) -> bool:
+        """Remember what the last step's evaluation gave; whether it is the best so far.
+
+        What could not be measured is neither better nor worse.
+        """
+        progress, score = self.progress, metrics.get(self.settings.metric, math.nan)
+        best = math.isfinite(score) and (progress.best is None or score < progress.best)
+        if best:
+            progress.best, progress.best_step, progress.worse_in_a_row = score, progress.step, 0
+        elif math.isfinite(score):
+            progress.worse_in_a_row += 1
+        progress.history.append({"step": progress.step, **metrics})
+        return best
 
     def _due(self, every: int | None) -> bool:
         return every is not None and self.progress.step % every == 0
@@ -323,12 +343,12 @@ class Trainer:
         return [parameter for group in self.optimizer.param_groups for parameter in group["params"]]
 
     def _endless(self) -> Iterator[Batch]:
-        while True:
+        for number in count():
             empty = True
             for batch in self.batches:
                 empty = False
                 yield batch
-            if empty:
+            if empty and number:  # of the epoch that a run goes on in, nothing may be left
                 raise ValueError("the training data gives no batch: it is empty, or every sample was skipped")
 
     def state(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
@@ -363,7 +383,8 @@ class Trainer:
     def load_meta(self, meta: Mapping[str, Any]) -> None:
         """Go on where :meth:`meta` was taken, with a model and an optimizer that are there already."""
         self.scale.load_state(meta["scale"])
-        self.progress = Progress(**meta["progress"])
+        progress = {name: value for name, value in meta["progress"].items() if name != "score"}  # which older runs have
+        self.progress = Progress(**progress)
         self.batches.load_state_dict(meta["batches"])
         self._stream = self._endless()
         set_random_state(meta["random"])

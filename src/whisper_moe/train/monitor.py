@@ -17,7 +17,6 @@ from typing import TYPE_CHECKING, Any
 
 from whisper_moe.config import MAX_PACK_TOKENS
 from whisper_moe.train.checkpoint import replace
-from whisper_moe.train.plateau import Plateau
 from whisper_moe.weights.files import sync
 
 if TYPE_CHECKING:
@@ -33,6 +32,36 @@ RECENT = 20
 """Steps whose mean training loss an evaluation is compared with."""
 SECONDS_BETWEEN_LINES = 10.0
 """Where there is no terminal for a bar."""
+
+
+class Plateau:
+    """Tells when a run looks like the plateau before grokking: what is trained on is known, what is not is not.
+
+    Nothing says that it will end (arXiv 2201.02177); but it is no reason to stop where weights are decayed. Overfitting
+    looks the same.
+    """
+
+    known, apart, evaluations = 0.1, 10.0, 3
+
+    def __init__(self) -> None:
+        self._first: float | None = None
+        self._row = 0
+
+    def seen(self, step: int, train_loss: float, validation_loss: float) -> str | None:
+        """A sentence when the plateau has just been reached, for one evaluation; None otherwise.
+
+        Reached: in three evaluations in a row, the training loss is under a tenth of the first and a tenth of the
+        validation loss, which is more than half of the first training loss.
+        """
+        self._first = train_loss if self._first is None else self._first
+        here = train_loss < self.known * self._first and train_loss * self.apart < validation_loss
+        self._row = self._row + 1 if here and validation_loss > 0.5 * self._first else 0
+        if self._row != self.evaluations:
+            return None
+        return (
+            f"step {step}: the training loss is {train_loss:.3g}, the validation loss {validation_loss:.3g}: overfitting, or the "
+            "plateau before grokking; with weight decay and many more steps it may fall (arXiv 2201.02177)"
+        )
 
 
 class Silent:
@@ -65,11 +94,12 @@ class Monitor:
         self._left_out = _whole_lines(run / SKIPPED)
         self._plateau, self._recent = Plateau(), deque[float](maxlen=RECENT)
 
-    def resume(self, step: int) -> None:
-        """Forget what a run that was killed wrote after its last checkpoint, which is of ``step``."""
+    def resume(self, step: int, *, judged: bool) -> None:
+        """Forget what a run that was killed wrote after its last checkpoint, which is of ``step``; and of the evaluation of
+        that step, unless it is ``judged``."""
         path = self._run / METRICS
         if path.exists():
-            kept = [line for line in path.read_bytes().split(b"\n") if _step_of(line) <= step]
+            kept = [line for line in path.read_bytes().split(b"\n") if _place(line) <= (step, judged)]
             replace(path, b"".join(line + b"\n" for line in kept))
         if self._board is not None:
             self._board.close()
@@ -138,6 +168,8 @@ class Monitor:
         self._clock = time.perf_counter()
         self._write({"step": step, "evaluation": dict(metrics), "best": best})
         self._plot(step, "evaluation", metrics)
+        if unmeasured := [name for name, value in metrics.items() if not math.isfinite(value)]:
+            self.tell(f"WARNING: step {step}: {', '.join(unmeasured)} could not be measured, and counts as nothing")
         figures = ", ".join(f"{name} {value:.4f}" for name, value in metrics.items())
         self.tell(f"step {step}: {figures}{' (the best so far)' if best else ''}")
         if self._recent and "loss" in metrics:
@@ -205,12 +237,13 @@ def _whole_lines(path: Path) -> set[str]:
     return set(whole.decode("utf-8").split("\n"))
 
 
-def _step_of(line: bytes) -> float:
-    """Infinity for a line that was cut off."""
+def _place(line: bytes) -> tuple[float, bool]:
+    """Its step, and whether it is of the evaluation behind it; of a line that was cut off, after all others."""
     try:
-        return json.loads(line)["step"]
+        record = json.loads(line)
+        return record["step"], "evaluation" in record
     except (ValueError, KeyError, TypeError):
-        return math.inf
+        return math.inf, True
 
 
 def _to_stderr(line: str) -> None:

@@ -99,8 +99,9 @@ def _run(recipe: Recipe, directory: Path, parallel: Parallel) -> int:
     with _monitor(recipe, directory, start, first) as monitor:
         save = partial(_save, directory, recipe.run, monitor)
         trainer = build_trainer(
-            recipe, start, parallel, monitor, save=save, stop_requested=stop.requested, directory=directory
-        )
+            recipe, start, parallel, monitor, save=save, note=partial(_note, directory, recipe.run, monitor),
+            stop_requested=stop.requested, directory=directory,
+        )  # fmt: skip
         if first:
             _write_record(directory, recipe, trainer, parallel, resumed=bool(found_path))
         if found_path:
@@ -108,7 +109,7 @@ def _run(recipe: Recipe, directory: Path, parallel: Parallel) -> int:
             said = "is finished, nothing is left to train" if trainer.ended() else "goes on"
             announce(f"{directory}: {said} after step {trainer.progress.step}")
         if monitor is not None:
-            monitor.resume(trainer.progress.step)
+            monitor.resume(trainer.progress.step, judged=trainer.is_judged())
         with stop:  # until here a signal ends the process as it ends any
             end = trainer.run()
     if first:
@@ -231,16 +232,28 @@ def _save(directory: Path, settings: RunRecipe, monitor: Monitor | None, trainer
 
     if monitor is not None:
         monitor.secure()
-    step, score = trainer.progress.step, _finite(trainer.progress.score)
+    step = trainer.progress.step
     if settings.checkpoint == "sharded":
         from whisper_moe.train.sharded import save_sharded
 
         model, optimizer = trainer.model, trainer.optimizer
-        save_sharded(directory, step, model, optimizer, trainer.meta(), keep=settings.keep, score=score)
+        save_sharded(directory, step, model, optimizer, trainer.meta(), keep=settings.keep)
         return
     tensors, meta = trainer.state()
     if trainer.parallel.rank == 0:
-        checkpoint.save(directory, step, tensors, meta, keep=settings.keep, score=score)
+        checkpoint.save(directory, step, tensors, meta, keep=settings.keep)
+    trainer.parallel.barrier()
+
+
+def _note(
+    directory: Path, settings: RunRecipe, monitor: Monitor | None, trainer: Trainer, metrics: Mapping[str, float]
+) -> None:
+    """An evaluation's figures go into the checkpoint that it was made after."""
+    from whisper_moe.train import checkpoint
+
+    if monitor is not None:
+        monitor.secure()
+        checkpoint.note(directory, trainer.progress.step, metrics, trainer.settings.metric, keep=settings.keep)
     trainer.parallel.barrier()
 
 
@@ -252,13 +265,11 @@ def _go_on(trainer: Trainer, path: Path) -> None:
         from whisper_moe.train.sharded import load_sharded
 
         trainer.load_meta(load_sharded(path, trainer.model, trainer.optimizer))
-        return
-    loaded = checkpoint.load(path)
-    trainer.load_state(loaded.tensors, loaded.meta)
-
-
-def _finite(score: float | None) -> float | None:
-    return score if score is not None and abs(score) < float("inf") else None
+    else:
+        loaded = checkpoint.load(path)
+        trainer.load_state(loaded.tensors, loaded.meta)
+    if (metrics := checkpoint.read_commit(path).evaluation) is not None:
+        trainer.judged(metrics)
 
 
 def export(directory: Path, start: Start, announce: Callable[[str], None]) -> Path:

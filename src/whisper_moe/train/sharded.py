@@ -38,16 +38,15 @@ T = TypeVar("T")
 
 
 def save_sharded(
-    run: Path, step: int, model: nn.Module, optimizer: Optimizer, meta: Mapping[str, Any], *, keep: int,
-    score: float | None = None,
-) -> None:  # fmt: skip
+    run: Path, step: int, model: nn.Module, optimizer: Optimizer, meta: Mapping[str, Any], *, keep: int
+) -> None:
     """As :func:`whisper_moe.train.checkpoint.save`; every rank calls it, and ``run`` is on a disk of all."""
     tensors, tree = split(optimizer_state(optimizer, model.named_parameters()), "optimizer")
     tensors |= {f"model/{name}": tensor.detach() for name, tensor in model.state_dict().items()}
     scalars = {name: tensor.item() for name, tensor in tensors.items() if not tensor.ndim}
     state = {"meta": dict(meta), "optimizer": tree, "scalars": scalars}
     parts = {name: _placeable(tensor) for name, tensor in tensors.items() if tensor.ndim}
-    with _committing(run, step, state, keep, score) as (folder, files):
+    with _committing(run, step, state, keep) as (folder, files):
         try:
             with _quietly():
                 save(parts, storage_writer=HuggingFaceStorageWriter(str(folder), save_distributed=True))
@@ -60,13 +59,13 @@ def save_sharded(
 
 @contextmanager
 def _committing(
-    run: Path, step: int, state: Mapping[str, Any], keep: int, score: float | None
+    run: Path, step: int, state: Mapping[str, Any], keep: int
 ) -> Iterator[tuple[Path, dict[str, FileFacts]]]:
     """Rank 0's folder, for all."""
     if dist.is_initialized() and dist.get_rank():
         yield Path(_gathered("")[0]), {}
         return
-    with committing(run, step, state, keep=keep, score=score) as (folder, files):
+    with committing(run, step, state, keep=keep) as (folder, files):
         _gathered(str(folder))
         yield folder, files
 
