@@ -198,7 +198,7 @@ class RunRecipe(_Frozen):
     seed: int = Field(default=42, ge=0)
     """Of new parameters and the global random generators; the loader has its own."""
     checkpoint_every: int | None = Field(default=500, ge=1)
-    """Steps between checkpoints; there is one after every evaluation and at the end in any case."""
+    """Steps between checkpoints; there is one before every evaluation and at the end in any case."""
     checkpoint: Literal["whole", "sharded"] = "whole"
     """``whole``: rank 0 gathers and writes all. ``sharded``: each of several processes writes its part, to a disk of all."""
     keep: int = Field(default=2, ge=1)
