@@ -7,6 +7,7 @@ import io
 import json
 import os
 import re
+import shutil
 import subprocess
 import sys
 import tempfile
@@ -84,6 +85,11 @@ NO_MODEL = ["--model", "no such model"]
         (["-f", "srt,json"], "add -o DIR"),
         (["-o", str(SAMPLE)], "is a file; -o needs a folder"),
         (["--dtype", "float64"], "--dtype must be one of"),
+        (
+            ["--compute_type", "int16"],
+            "bfloat16, float16, default, int8_float32, int8_bfloat16, int8_float16, got 'int16'",
+        ),
+        (["--vad_filter", "maybe"], "--vad-filter must be True or False, got 'maybe'"),
         (["--dtype", "int8", "--device", "cuda"], "--dtype int8 runs on a CPU"),
         (["--device", "a toaster"], "--device must be cpu"),
         (["-o", str(SAMPLE / "folder")], "folder: cannot be written to"),
@@ -612,6 +618,21 @@ def test_a_language_nobody_knows_is_said_before_any_loading(run: Run, whisper: P
     for model in ([], ["--model", whisper]):
         status, said = no_torch("transcribe", sound, "--language", "tulu", *model)
         assert status == 2 and said.startswith("whisper-moe: unknown language 'tulu'") and len(said.splitlines()) == 1
+
+
+def test_a_training_run_and_a_name_in_a_folder_are_models(run: Run, tiny: list[str], tmp_path: Path) -> None:
+    sound = noise(tmp_path / "a.wav")
+    made = tmp_path / "runs" / "mine"
+    shutil.copytree(tiny[1], made / "model")
+    (made / "run.json").write_text("{}")
+    for flags in (["--model", made], ["--model", "mine", "--model_dir", made.parent]):
+        said = run("transcribe", sound, *tiny, *flags)
+        assert (said.status, said.out) == (0, run("transcribe", sound, *tiny).out) and "mine on cpu" in said.err
+        assert run("detect-language", sound, *flags).status == 0
+    assert json.loads(run("info", made, "--json").out)["name"] == "mine"
+    assert "is a whisper-moe checkpoint already" in run("upcycle", made, "-o", tmp_path / "x").err
+    assert "only a dense model" in run("export", made, "-o", tmp_path / "x").err
+    assert no_torch("transcribe", sound, "--model", made, "--language", "klingon")[0] == 2
 
 
 def test_a_language_that_only_the_loaded_model_can_refuse_is_refused_alike(

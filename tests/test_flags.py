@@ -110,6 +110,49 @@ def test_fp16_is_half_precision_on_a_gpu_and_says_where_it_is_ignored(
 
 
 @pytest.mark.parametrize(
+    ("given", "device", "gpu", "dtype"),
+    [
+        ("int8", "cpu", False, "int8"),
+        ("float32", "cuda", True, "float32"),
+        ("bfloat16", "cpu", False, "bfloat16"),
+        ("default", "auto", False, "auto"),
+        ("auto", "auto", True, "auto"),
+        ("int8_float32", "auto", False, "int8"),
+        ("int8_float16", "cpu", True, "int8"),
+        ("int8_float16", "auto", True, "float16"),
+        ("int8_bfloat16", "cuda:0", True, "bfloat16"),
+    ],
+)
+def test_compute_type_is_another_name_of_dtype(
+    asked: Asked, monkeypatch: pytest.MonkeyPatch, given: str, device: str, gpu: bool, dtype: str
+) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: gpu)
+    for flag in ("--compute_type", "--compute-type", "--dtype"):
+        assert asked(flag, given, "--device", device)["dtype"] == dtype
+
+
+@pytest.mark.parametrize(
+    ("flags", "installed", "vad"),
+    [
+        (["--vad_filter", "True"], True, "silero"),
+        (["--vad_filter", "true"], False, "energy"),
+        (["--vad_filter", "False"], True, "none"),
+        (["--vad_filter", "True", "--vad", "energy"], True, "energy"),
+        (["--vad-filter", "False", "--vad", "energy"], True, "energy"),
+    ],
+    ids=str,
+)
+def test_vad_filter_is_the_best_detector_that_is_installed_and_says_which(
+    asked: Asked, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str],
+    flags: list[str], installed: bool, vad: str,
+) -> None:  # fmt: skip
+    monkeypatch.setattr("whisper_moe.flags.find_spec", lambda name: installed or None)
+    assert asked(*flags)["vad"] == vad
+    chosen = vad != "none" and "--vad" not in flags
+    assert capsys.readouterr().err.count(f"--vad-filter True: --vad {vad}\n") == chosen
+
+
+@pytest.mark.parametrize(
     ("flags", "expected"),
     [
         ([], {"shared": True, "source": "_mymodel"}),

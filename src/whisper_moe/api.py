@@ -70,14 +70,17 @@ class WhisperMoE:
     @classmethod
     def from_pretrained(
         cls, model: str | os.PathLike[str] | None = None, *, device: str = "auto", dtype: Dtype = "auto",
-        threads: int | None = None, for_inference: bool = True, announce: Callable[[str], None] = to_stderr,
+        threads: int | None = None, for_inference: bool = True, model_dir: str | os.PathLike[str] | None = None,
+        announce: Callable[[str], None] = to_stderr,
     ) -> Self:  # fmt: skip
-        """Load a whisper-moe directory, any Whisper (Hub id, folder, ``.pt`` file, LoRA adapter), or the default (None).
+        """Load a whisper-moe directory or training run, any Whisper (``base``, Hub id, folder, ``.pt`` file, LoRA adapter),
+        or the default (None).
 
         ``device``: ``cpu``, ``cuda``, ``mps`` …; ``auto`` takes a GPU if there is one. ``dtype``: ``int8`` is arithmetic
         with a scale for each token, on a CPU only; ``auto`` takes it where the CPU is fast at it, else float32.
         ``threads``: of the CPU, for the whole process. ``for_inference`` arranges the weights for the machine; without,
-        they are float32 and can be trained and saved. ``announce`` is told before anything is downloaded.
+        they are float32 and can be trained and saved. ``model_dir``: a folder in which the model is looked for first, and
+        which downloads go to. ``announce`` is told before anything is downloaded.
         Raises ``ValueError`` that names what is wrong.
         """
         if dtype not in get_args(Dtype):
@@ -93,7 +96,8 @@ class WhisperMoE:
             raise ValueError(f"for_inference=False loads float32 weights; dtype {dtype!r} would round them")
         dtype = _pick_dtype(dtype, device) if for_inference else "float32"
         with weights_apart() if _arranged(device, dtype, for_inference) else nullcontext():
-            loaded = load_model(model, keep_int8=_arranged(device, dtype, for_inference), announce=announce)
+            arranged = _arranged(device, dtype, for_inference)
+            loaded = load_model(model, keep_int8=arranged, model_dir=model_dir, announce=announce)
             network = _network(loaded, device, dtype, for_inference)
         return cls(
             network, loaded.tokenizer, loaded.generation, name=loaded.name, tokenizer_files=loaded.tokenizer_files,

@@ -50,12 +50,15 @@ def _optional(*names: str, help: str, kind: type[int] | type[float], least: floa
     return _option(*names, help=help, parser=read, metavar=f"<{kind.__name__} or None>", **more)
 
 
-Model = Annotated[str | None, _option("--model", help="A whisper-moe folder, or any Whisper: Hub id, folder, .pt file, LoRA adapter. Default: the one that comes along.")]  # fmt: skip
+Model = Annotated[str | None, _option("--model", help="A whisper-moe folder or training run, or any Whisper: base, turbo …, Hub id, folder, .pt file, LoRA adapter. Default: the one that comes along.")]  # fmt: skip
+ModelDir = Annotated[Path | None, _option("--model-dir", help="Look for the model here first (NAME.pt, NAME), and download it to here.")]  # fmt: skip
 Device = Annotated[str, _option("--device", help="cpu, cuda, cuda:1, mps; auto takes a GPU if there is one.")]
 Dtype = Annotated[
     str,
     _option(
-        "--dtype", help="auto (int8 on a CPU that is fast at it, else float32), float32, int8, bfloat16 or float16."
+        "--dtype",
+        "--compute-type",
+        help="auto (int8 on a CPU that is fast at it, else float32), float32, int8, bfloat16 or float16.",
     ),
 ]
 Threads = Annotated[int | None, _optional("--threads", kind=int, least=0, help="CPU threads; 0 for PyTorch's default.")]
@@ -65,6 +68,7 @@ Threads = Annotated[int | None, _optional("--threads", kind=int, least=0, help="
 def transcribe(
     files: Annotated[list[str] | None, typer.Argument(help="Audio or video files, globs, or - for standard input. Without any: the bundled sample.", show_default=False)] = None,
     model: Model = None,
+    model_dir: ModelDir = None,
     task: Annotated[str, _option("--task", help="transcribe, or translate into English.")] = "transcribe",
     language: Annotated[str, _option("--language", "-l", help="auto (for every window), or a code or name: hi, Hindi.")] = "auto",
     languages: Annotated[str | None, _option("--languages", help="Detect among these only: hi,ta,en.")] = None,
@@ -91,6 +95,7 @@ def transcribe(
     max_line_count: Annotated[int | None, _optional("--max-line-count", kind=int, least=1, help="Lines in a subtitle (with word timestamps).", panel="Subtitles")] = None,
     max_words_per_line: Annotated[int | None, _optional("--max-words-per-line", kind=int, least=1, help="Words in a line (with word timestamps).", panel="Subtitles")] = None,
     vad: Annotated[str, _option("--vad", help="Drop what is not speech: none, energy, or silero (extra `vad`).", panel="Windows")] = "none",
+    vad_filter: Annotated[str, _option("--vad-filter", help="True: --vad silero, or energy where silero is not installed.", panel="Windows")] = "False",
     context_margin: Annotated[float | None, _option("--context-margin", min=0, help="Seconds of silence kept after a clip; 30 pads to Whisper's full window.", panel="Windows")] = None,
     window: Annotated[float | None, _option("--window", min=1, max=30, help="Seconds that a long recording is cut into, at most. Default: 20.", panel="Windows")] = None,
     carry_ttt: Annotated[bool, _option("--carry-ttt", help="Fast weights learn through a whole recording; slower.", panel="Windows")] = False,
@@ -111,6 +116,7 @@ def transcribe(
 def detect_language(
     files: Annotated[list[str], typer.Argument(help="Audio or video files.", show_default=False)],
     model: Model = None,
+    model_dir: ModelDir = None,
     languages: Annotated[str | None, _option("--languages", help="Choose among these only: hi,ta,en.")] = None,
     device: Device = "auto",
     dtype: Dtype = "auto",
@@ -119,12 +125,12 @@ def detect_language(
     """Say which language is spoken at the start of each file, and how surely."""
     from whisper_moe import commands
 
-    raise typer.Exit(commands.detect_language(files, model, languages, device, dtype, threads))
+    raise typer.Exit(commands.detect_language(files, model, model_dir, languages, device, dtype, threads))
 
 
 @app.command()
 def upcycle(
-    source: Annotated[str, typer.Argument(help="Any Whisper: Hub id, folder, OpenAI's .pt, LoRA adapter.", show_default=False)],
+    source: Annotated[str, typer.Argument(help="Any Whisper: base, turbo …, Hub id, folder, OpenAI's .pt, LoRA adapter.", show_default=False)],
     output: Annotated[Path, _option("--output", "-o", help="The folder to write.")],
     experts: Annotated[int, _option("--experts", min=0, help="Routed experts; 0 keeps the model dense.")] = 8,
     expert_dim: Annotated[int | None, _option("--expert-dim", min=1, help="Hidden units of each in a layer; default 256, or the feed-forward's own without a shared expert.")] = None,
@@ -172,7 +178,7 @@ def info(
 
 @app.command()
 def evaluate(
-    model: Annotated[str, typer.Argument(help="A whisper-moe folder, any Whisper, a peer (see --compare), or default.", show_default=False)],
+    model: Annotated[str, typer.Argument(help="A whisper-moe folder or training run, any Whisper, a peer (see --compare), or default.", show_default=False)],
     data: Annotated[list[str], typer.Argument(help="Tables (path, text …), folders or Hub ids; a kind may come first: kathbath:FOLDER.", show_default=False)],
     compare: Annotated[list[str] | None, _option("--compare", help="Another model or a peer: faster-whisper:NAME, faster-whisper-float32:NAME, openai:NAME, transformers:NAME, transcripts:FILE.tsv. Once for each.", show_default=False)] = None,
     split: Annotated[str | None, _option("--split", help="train, valid, test …; default: what each corpus is evaluated on.", panel="Data")] = None,
@@ -254,7 +260,7 @@ def grok(
 
 
 _NOT_OURS = frozenset(
-    "model_dir condition_on_previous_text carry_initial_prompt clip_timestamps hallucination_silence_threshold "
+    "condition_on_previous_text carry_initial_prompt clip_timestamps hallucination_silence_threshold "
     "prepend_punctuations append_punctuations".split()
 )
 """Flags that ``whisper`` has and this command has not."""

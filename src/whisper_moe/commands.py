@@ -6,7 +6,6 @@ Torch is imported only after everything that can be checked without it has been.
 from __future__ import annotations
 
 import json
-import os
 import re
 import sys
 import time
@@ -37,6 +36,8 @@ if TYPE_CHECKING:
     from whisper_moe.api import WhisperMoE
 
 _DTYPES = ("auto", "float32", "int8", "bfloat16", "float16")
+_COMPUTE_TYPES = {"default": "auto"} | {f"int8_{dtype}": dtype for dtype in ("float32", "bfloat16", "float16")}
+"""CTranslate2's names that are not ours too."""
 P = ParamSpec("P")
 _Progress: TypeAlias = "tuple[Callable[[float], None] | None, Callable[[], AbstractContextManager[None]]]"
 """What is told the seconds that are finished, and what takes the bar away for as long as something else is written."""
@@ -61,30 +62,32 @@ def _guarded(command: Callable[P, int]) -> Callable[P, int]:
 
 @_guarded
 def transcribe(
-    files: list[str] | None, model: str | None, output_format: str | None, output_dir: Path | None, skip_existing: bool,
-    device: str, dtype: str, fp16: str, threads: int | None, verbose: str, **flags: Any,
+    files: list[str] | None, model: str | None, model_dir: Path | None, output_format: str | None, output_dir: Path | None,
+    skip_existing: bool, device: str, dtype: str, fp16: str, threads: int | None, verbose: str, **flags: Any,
 ) -> int:  # fmt: skip
     """Texts to standard output or to files, facts to standard error; 1 if any file failed."""
     with usage():
         options = transcribe_options(flags)
         spoken = (options.language, *options.allowed_languages)
-        check_languages(spoken, model)
+        check_languages(spoken, model, model_dir)
         talkative, half = truth("--verbose", verbose), truth("--fp16", fp16)
         formats = expand_formats((output_format or ("txt" if output_dir is None else "all")).split(","))
         jobs = named(expand(files))
         outputs = Outputs.checked(formats, output_dir, subtitle_options(flags), inputs=len(jobs))
         if skip_existing and output_dir is None:
             raise UsageError("--skip-existing goes by the files of a folder: add -o DIR")
-        _check_machine(device, dtype)
+        dtype = _checked_dtype(device, dtype)
     if half:
         dtype = _half_precision(device, dtype)
+    if talkative and options.vad != flags["vad"]:
+        say(f"--vad-filter True: --vad {options.vad}")
     asked = [job for job in jobs if not (skip_existing and outputs.has(job))]
     if skip_existing and talkative:
         say(f"{len(jobs) - len(asked)} of {len(jobs)} files have their transcripts in {output_dir} already")
     there = readable(asked)
     failed = len(asked) - len(there)
     if there:
-        loaded = _load(model, device, dtype, threads, talkative)
+        loaded = _load(model, model_dir, device, dtype, threads, talkative)
         with usage():
             require_languages(spoken, loaded, options.task)
         failed += _transcribe(loaded, there, outputs, options, talkative)
@@ -110,31 +113,42 @@ def _transcribe(
     return failed
 
 
-def _check_machine(device: str, dtype: str) -> None:
-    if dtype not in _DTYPES:
-        raise UsageError(f"--dtype must be one of {', '.join(_DTYPES)}, got {dtype!r}")
+def _checked_dtype(device: str, dtype: str) -> str:
+    """What the model is loaded with. CTranslate2's ``int8_float16`` is int8 on a CPU; on a GPU, what it has beside the int8."""
+    if dtype not in (*_DTYPES, *_COMPUTE_TYPES):
+        raise UsageError(f"--dtype must be one of {', '.join((*_DTYPES, *_COMPUTE_TYPES))}, got {dtype!r}")
     if not re.fullmatch(r"auto|[a-z]+(:\d+)?", device):
         raise UsageError(f"--device must be cpu, cuda, cuda:1, mps or auto, got {device!r}")
     if dtype == "int8" and device not in ("auto", "cpu"):
         raise UsageError(f"--dtype int8 runs on a CPU; on {device} take bfloat16 or float16")
+    if dtype in _COMPUTE_TYPES:
+        return "int8" if "_" in dtype and not _on_cuda(device) else _COMPUTE_TYPES[dtype]
+    return dtype
+
+
+def _on_cuda(device: str) -> bool:
+    from torch import cuda
+
+    return device.startswith("cuda") or (device == "auto" and cuda.is_available())
 
 
 def _half_precision(device: str, dtype: str) -> str:
     """What ``whisper``'s ``--fp16 True`` comes to: half precision only on the GPUs where ``whisper`` has it."""
-    if dtype == "auto":
-        from torch import cuda
-
-        if device.startswith("cuda") or (device == "auto" and cuda.is_available()):
-            return "float16"
+    if dtype == "auto" and _on_cuda(device):
+        return "float16"
     say("whisper-moe: --fp16 True is ignored: it goes with an NVIDIA GPU and --dtype auto")
     return dtype
 
 
-def _load(model: str | None, device: str, dtype: str, threads: int | None, talkative: bool) -> WhisperMoE:
+def _load(
+    model: str | None, model_dir: Path | None, device: str, dtype: str, threads: int | None, talkative: bool
+) -> WhisperMoE:
     started = time.perf_counter()
     from whisper_moe.api import WhisperMoE
 
-    loaded = WhisperMoE.from_pretrained(model, device=device, dtype=dtype, threads=threads or None, announce=say)  # pyright: ignore[reportArgumentType]
+    loaded = WhisperMoE.from_pretrained(
+        model, device=device, dtype=dtype, threads=threads or None, model_dir=model_dir, announce=say  # pyright: ignore[reportArgumentType]
+    )  # fmt: skip
     if talkative:
         say(f"{loaded.name} on {loaded.device} ({loaded.dtype}), loaded in {time.perf_counter() - started:.1f} s")
     return loaded
@@ -172,17 +186,18 @@ def _progress(talkative: bool) -> Iterator[_Progress]:
 
 @_guarded
 def detect_language(
-    files: list[str], model: str | None, languages: str | None, device: str, dtype: str, threads: int | None
-) -> int:
+    files: list[str], model: str | None, model_dir: Path | None, languages: str | None, device: str, dtype: str,
+    threads: int | None,
+) -> int:  # fmt: skip
     """One line a file: language, probability, file name."""
     with usage():
         allowed, jobs = names(languages), named(expand(files))
-        check_languages(allowed, model)
-        _check_machine(device, dtype)
+        check_languages(allowed, model, model_dir)
+        dtype = _checked_dtype(device, dtype)
     there = readable(jobs)
     if not there:
         return 1
-    loaded, failed = _load(model, device, dtype, threads, talkative=True), len(jobs) - len(there)
+    loaded, failed = _load(model, model_dir, device, dtype, threads, talkative=True), len(jobs) - len(there)
     with usage():
         require_languages(allowed, loaded)
     from whisper_moe.media.audio import MediaError
@@ -274,7 +289,7 @@ def evaluate(model: str, data: list[str], threads: int | None, languages: str | 
     from whisper_moe.machine import usable_cores
 
     with usage():
-        _check_machine(flags["device"], flags["dtype"])
+        flags["dtype"] = _checked_dtype(flags["device"], flags["dtype"])
         asked = run.plan(model, data, threads=threads or usable_cores(), languages=names(languages), **flags)
     return run.evaluate(asked, _from_pretrained, say=say)
 

@@ -29,6 +29,17 @@ EMBEDDED = Path(__file__).parents[2] / "checkpoints"
 """The default model of a checkout."""
 
 
+def model_folder(path: Path) -> Path:
+    """Where the model is that somebody named: a training run has it in a folder of its own."""
+    return path / "model" if (path / "run.json").is_file() and (path / "model").is_dir() else path
+
+
+def model_name(path: Path) -> str:
+    """What a model's file or folder is called; all runs call it ``model``, and it is called by the run."""
+    path = path.resolve()
+    return path.parent.name if path.name == "model" and (path.parent / "run.json").is_file() else path.name
+
+
 def problems(error: ValidationError) -> str:
     """Pydantic's findings in one line: ``moe.top_k: Input should be a valid integer``."""
     messages = [(".".join(map(str, e["loc"])), e["msg"].removeprefix("Value error, ")) for e in error.errors()]

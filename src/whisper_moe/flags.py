@@ -4,12 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
+from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from pydantic import ValidationError
 
-from whisper_moe.config import EMBEDDED, problems
+from whisper_moe.config import EMBEDDED, model_folder, problems
 from whisper_moe.generate.options import TranscribeOptions
 from whisper_moe.generate.text import SubtitleOptions
 from whisper_moe.media.languages import NewLanguage, language_code, stated_languages
@@ -43,11 +44,11 @@ def transcribe_options(flags: dict[str, Any]) -> TranscribeOptions:
     increment, first = flags["temperature_increment_on_fallback"] or 0.0, flags["temperature"]
     count = int((1.0 - first + 1e-6) / increment) + 1 if increment > 0 and first <= 1 else 1
     plain = {name: flags[name] for name in (
-        "task", "length_penalty", "initial_prompt", "hotwords", "vad", "carry_ttt",
+        "task", "length_penalty", "initial_prompt", "hotwords", "carry_ttt",
         "compression_ratio_threshold", "logprob_threshold", "no_speech_threshold",
     )}  # fmt: skip
     return TranscribeOptions(
-        **plain, beam_size=flags["beam_size"] or 1, best_of=flags["best_of"] or 1,
+        **plain, vad=_vad(flags), beam_size=flags["beam_size"] or 1, best_of=flags["best_of"] or 1,
         patience=1.0 if flags["patience"] is None else flags["patience"],
         language=None if flags["language"].lower() == "auto" else flags["language"],
         allowed_languages=names(flags["languages"]),
@@ -56,6 +57,13 @@ def transcribe_options(flags: dict[str, Any]) -> TranscribeOptions:
         timestamps=not flags["without_timestamps"], context_margin=flags["context_margin"], window=flags["window"],
         word_timestamps=truth("--word-timestamps", flags["word_timestamps"]),
     )  # fmt: skip
+
+
+def _vad(flags: dict[str, Any]) -> Any:
+    """``--vad``; faster-whisper's ``--vad_filter True`` is the detector that it has, or ours where that is not installed."""
+    if not truth("--vad-filter", flags["vad_filter"]) or flags["vad"] != "none":
+        return flags["vad"]
+    return "silero" if find_spec("silero_vad") and find_spec("onnxruntime") else "energy"
 
 
 def subtitle_options(flags: dict[str, Any]) -> SubtitleOptions:
@@ -89,7 +97,7 @@ def names(languages: str | None) -> tuple[str, ...]:
     return tuple(name.strip() for name in languages.split(",")) if languages else ()
 
 
-def check_languages(languages: Iterable[str | None], model: str | None) -> None:
+def check_languages(languages: Iterable[str | None], model: str | None, model_dir: Path | None) -> None:
     """Refuse a language that nobody knows, before anything is loaded.
 
     A fine-tune may have languages of its own. They are read from its folder; where that cannot be done (a model on the Hub), the
@@ -101,13 +109,13 @@ def check_languages(languages: Iterable[str | None], model: str | None) -> None:
         try:
             language_code(name)
         except ValueError:
-            added = _added_languages(model)
+            added = _added_languages(model) if model_dir is None else None
             if added is not None:
                 language_code(name, added, added)
 
 
 def _added_languages(model: str | None) -> dict[str, str] | None:
-    path = EMBEDDED if model is None else Path(model).expanduser()
+    path = EMBEDDED if model is None else model_folder(Path(model).expanduser())
     if path.is_dir():
         return stated_languages(path)
     on_the_hub = not path.exists() and (model is None or "/" in model)

@@ -6,9 +6,11 @@ import json
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
+from whisper_moe.media import languages
 from whisper_moe.media.languages import (
     FURTHER_LANGUAGES,
     LANGUAGE_CODES,
@@ -17,6 +19,7 @@ from whisper_moe.media.languages import (
     language_code,
     stated_languages,
 )
+from whisper_moe.media.text import Tokenizer
 
 KATHBATH = {
     "bengali": "bn", "gujarati": "gu", "hindi": "hi", "kannada": "kn", "malayalam": "ml", "marathi": "mr", "odia": "or",
@@ -48,6 +51,39 @@ def test_a_models_own_languages_are_known_by_code_and_by_name() -> None:
         language_code("tulus", {"tcy"}, {"tcy": "tulu"})
     assert language_code("konkani", {"gom"}, {"gom": "konkani"}) == "gom", "the model's own word for it comes first"
     assert language_code("hindi", {"x-y"}, {"x-y": "hindi"}) == "hi", "but Whisper's names stay what they are"
+
+
+@pytest.mark.parametrize(
+    ("given", "meant"),
+    [
+        ("en-US", "en"), ("pt-BR", "pt"), ("zh-CN", "zh"), ("zh_TW", "zh"), ("zh-Hant", "zh"), ("zh-Hant-TW", "zh"), ("EN", "en"),
+        ("es-419", "es"), ("en_US.UTF-8", "en"), ("sr_RS@latin", "sr"), ("hin_Deva", "hi"), ("or-IN", "or"), ("mni-Mtei", "mni"),
+        ("eng", "en"), ("hin", "hi"), ("ger", "de"), ("deu", "de"), ("zho", "zh"), ("cmn-Hans-CN", "zh"), ("yue-HK", "yue"),
+        ("nb-NO", "no"), ("jv", "jw"), ("iw", "he"), ("fil-PH", "tl"), ("ory", "or"), ("lao", "lo"), ("mai", "mai"),
+    ],
+)  # fmt: skip
+def test_a_tag_with_script_and_region_is_its_language(given: str, meant: str) -> None:
+    assert language_code(given) == meant
+    assert Tokenizer.language_code(SimpleNamespace(languages={}, language_names={}), given) == meant  # pyright: ignore[reportArgumentType]
+
+
+@pytest.mark.parametrize(
+    "given", ["en-", "en-US-", "xx-US", "eng lish", "en/US", "e-US", "zh-TWN", "-en", "hindi-IN", "enn"]
+)
+def test_what_is_no_tag_of_a_known_language_is_unknown(given: str) -> None:
+    with pytest.raises(ValueError, match=f"unknown language '{given}': "):
+        language_code(given)
+
+
+def test_a_models_own_tag_comes_before_its_language() -> None:
+    assert language_code("en-IN", {"en-in"}) == language_code("en_IN", {"en-in"}) == "en-in"
+    assert language_code("en-IN") == language_code("en-GB", {"en-in"}) == "en"
+    assert language_code("hin", {"hin"}) == "hin"
+
+
+def test_every_language_has_its_code_of_three_letters() -> None:
+    found = {language_code(other) for other in languages._ISO_CODES}  # pyright: ignore[reportPrivateUsage]
+    assert found >= LANGUAGES.keys() - {"haw", "yue"} and not languages._ISO_CODES.keys() & LANGUAGES.keys()  # pyright: ignore[reportPrivateUsage]
 
 
 @pytest.mark.parametrize(

@@ -328,15 +328,69 @@ def test_what_is_no_model(name: str, cause: str, tmp_path: Path) -> None:
         resolve(tmp_path / name, announce=silent)
 
 
-@pytest.mark.parametrize(("name", "there"), [("base.en", "base.en"), ("turbo", "large-v3-turbo")])
-def test_what_whisper_calls_a_model_is_told_the_hubs_name(
+@pytest.mark.parametrize(
+    ("name", "there"),
+    [
+        ("base", "openai/whisper-base"),
+        ("tiny.en", "openai/whisper-tiny.en"),
+        ("turbo", "openai/whisper-large-v3-turbo"),
+        ("large", "openai/whisper-large-v3"),
+        ("large-v1", "openai/whisper-large"),
+        ("distil-large-v3", "distil-whisper/distil-large-v3"),
+        ("someone/base", "someone/base"),
+    ],
+)
+def test_a_name_that_everybody_knows_is_the_hubs_model_unless_it_lies_here(
     name: str, there: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-):
+) -> None:
+    written = write_folder(tmp_path / "elsewhere", hub_model())
+    asked: list[tuple[str, Path | None]] = []
+
+    def fetch(repo: str, *, cache_dir: Path | None, **_: Any) -> Path:
+        asked.append((repo, cache_dir))
+        return written
+
+    monkeypatch.setattr("whisper_moe.weights.hub.fetch", fetch)
     monkeypatch.chdir(tmp_path)
-    with pytest.raises(
-        CheckpointError, match=rf"{name}: no such file or folder; OpenAI's {name} is openai/whisper-{there} on"
-    ):
-        resolve(name, announce=silent)
+    assert resolve(name, announce=silent).name == there
+    assert resolve(name, model_dir="models", announce=silent).path == written
+    assert asked == [(there, None), (there, Path("models"))]
+
+    said: list[str] = []
+    write_folder(tmp_path / name, hub_model())
+    assert resolve(name, announce=said.append).path == Path(name)
+    assert said == ([f"{name}: taken from {name}, not {there} of the Hub"] if "/" not in name else [])
+    write_folder(tmp_path / "models" / name, hub_model())
+    assert resolve(name, model_dir=tmp_path / "models", announce=said.append).path == tmp_path / "models" / name
+    assert len(asked) == 2
+
+
+@pytest.mark.parametrize(("name", "file"), [("base", "base.pt"), ("turbo", "large-v3-turbo.pt"), ("mine", "mine.pt")])
+def test_whispers_own_files_in_the_model_folder_come_first(name: str, file: str, tmp_path: Path) -> None:
+    made = openai_file(tmp_path / "models")
+    made.rename(tmp_path / "models" / file)
+    at = resolve(name, model_dir=tmp_path / "models", announce=lambda said: None)
+    assert (at.kind, at.path) == ("openai", tmp_path / "models" / file)
+    assert load_whisper(at.path, announce=lambda said: None).config.d_model == 8
+
+
+def test_a_name_that_nobody_knows_is_told_the_nearest(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(CheckpointError, match=r"^lage-v3: no such file or folder; did you mean large-v3 or "):
+        resolve("lage-v3", announce=silent)
+
+
+def test_a_training_run_stands_for_its_model(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    run = tmp_path / "runs" / "mine"
+    run.mkdir(parents=True)
+    (run / "run.json").write_text("{}")
+    with pytest.raises(CheckpointError, match=r"mine: a training run without a model so far$"):
+        resolve(run, announce=silent)
+    write_folder(run / "model", hub_model())
+    monkeypatch.chdir(tmp_path)
+    for name in (run, "runs/mine", "runs/mine/", "runs/mine/model"):
+        at = resolve(name, announce=silent)
+        assert (at.path.resolve(), at.name) == (run / "model", "mine")
 
 
 DAMAGES: dict[str, tuple[Callable[[Path], object], str]] = {

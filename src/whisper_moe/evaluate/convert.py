@@ -99,9 +99,13 @@ def openai_name(name: str) -> str:
 def to_hub(model: str) -> Path:
     from huggingface_hub import snapshot_download
 
+    from whisper_moe.weights.hub import hub_id
+
     if Path(model).is_dir():
         return Path(model)
-    return Path(snapshot_download(model, ignore_patterns=["*.h5", "*.msgpack"]))  # other frameworks' weights
+    return Path(
+        snapshot_download(hub_id(model) or model, ignore_patterns=["*.h5", "*.msgpack"])
+    )  # other frameworks' weights
 
 
 def to_ctranslate2(model: str, target: Path, quantization: str) -> None:

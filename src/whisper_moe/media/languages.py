@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass
 from difflib import get_close_matches
 from pathlib import Path
@@ -28,6 +28,18 @@ vi vietnamese, yi yiddish, yo yoruba, yue cantonese, zh chinese
 _ALIAS_TABLE = """
 burmese my, castilian es, flemish nl, haitian ht, letzeburgesch lb, mandarin zh, moldavian ro, moldovan ro, panjabi pa,
 pushto ps, sinhalese si, valencian ca
+"""
+
+_ISO_TABLE = """
+af afr, am amh, ar ara arb, as asm, az aze azj, ba bak, be bel, bg bul, bn ben, bo bod tib, br bre, bs bos, ca cat,
+cs ces cze, cy cym wel, da dan, de deu ger, el ell gre, en eng, es spa, et est ekk, eu eus baq, fa fas per pes, fi fin,
+fo fao, fr fra fre, gl glg, gu guj, ha hau, he heb iw, hi hin, hr hrv, ht hat, hu hun, hy hye arm, id ind, is isl ice,
+it ita, ja jpn, jw jav jv, ka kat geo, kk kaz, km khm, kn kan, ko kor, la lat, lb ltz, ln lin, lo lao, lt lit,
+lv lav lvs, mg mlg plt, mi mri mao, mk mkd mac, ml mal, mn mon khk, mr mar, ms msa may zsm, mt mlt, my mya bur,
+ne nep npi, nl nld dut, nn nno, no nor nob nb, oc oci, pa pan, pl pol, ps pus pbt, pt por, ro ron rum, ru rus, sa san,
+sd snd, si sin, sk slk slo, sl slv, sn sna, so som, sq sqi alb als, sr srp, su sun, sv swe, sw swa swh, ta tam, te tel,
+tg tgk, th tha, tk tuk, tl tgl fil, tr tur, tt tat, uk ukr, ur urd, uz uzb uzn, vi vie, yi yid ydd, yo yor,
+zh zho chi cmn, or ori ory, ks kas
 """
 
 
@@ -52,6 +64,10 @@ _FURTHER_CODES = {name: code for code, name in FURTHER_LANGUAGES.items()} | _pai
 _RELATIVES = _pairs("brx as, doi pa hi, kok mr, ks ur pa, mai hi bn ne, mni bn as, or bn as, sat bn hi")
 """Of the same family, or else written by the same people: what a new token starts from."""
 
+_ISO_CODES = {other: code for code, others in _pairs(_ISO_TABLE).items() for other in others.split()}
+"""The other codes of ISO 639 (with three letters, or newer or older ones) → ours."""
+_TAG = re.compile(r"[a-z]{2,3}(-[a-z]{4})?(-([a-z]{2}|\d{3}))?")
+"""A language, perhaps its script, perhaps a region (BCP 47)."""
 _CODE = re.compile(r"[a-z]{2,8}(-[a-z0-9]{1,8})*")
 
 
@@ -94,20 +110,30 @@ class NewLanguage:
 
 
 def language_code(name: str, extra: Collection[str] = (), names: Mapping[str, str] | None = None) -> str:
-    """The code of a language given by code, name or alias, in any case: ``Hindi`` → ``hi``, ``Oriya`` → ``or``.
+    """The code of a language given by code, tag, name or alias, in any case: ``Hindi``, ``hin`` or ``hi_IN`` → ``hi``.
 
     ``extra``: further codes that a model knows; ``names``: of these, by code. Raises ``ValueError`` with the closest names
     for an unknown one. That a model has the language is not said by this.
     """
     wanted = " ".join(name.lower().split())
-    if wanted in LANGUAGES or wanted in FURTHER_LANGUAGES or wanted in extra:
-        return wanted
     codes = _FURTHER_CODES | {own: code for code, own in (names or {}).items()} | LANGUAGE_CODES
-    if wanted in codes:
-        return codes[wanted]
+    for tag in _tags(wanted):
+        if tag in LANGUAGES or tag in FURTHER_LANGUAGES or tag in extra:
+            return tag
+        if tag in codes or tag in _ISO_CODES:
+            return codes.get(tag) or _ISO_CODES[tag]
     close = get_close_matches(wanted, dict.fromkeys([*codes, *LANGUAGES, *FURTHER_LANGUAGES, *extra]))
     hint = f"did you mean {' or '.join(close)}?" if close else "give a code such as en or a name such as english"
     raise ValueError(f"unknown language {name!r}: {hint}")
+
+
+def _tags(wanted: str) -> Iterator[str]:
+    """What to look for: what was given, then as a tag, then without its region, without its script (RFC 4647, lookup)."""
+    yield wanted
+    tag = re.split("[.@]", wanted)[0].replace("_", "-")
+    while _TAG.fullmatch(tag):
+        yield tag
+        tag = tag.rpartition("-")[0]
 
 
 def stated_languages(folder: Path) -> dict[str, str] | None:

@@ -45,14 +45,15 @@ def default() -> str:
 
 
 def load_model(
-    model: str | os.PathLike[str] | None, *, keep_int8: bool = False, announce: Callable[[str], None] = to_stderr
-) -> Loaded:
+    model: str | os.PathLike[str] | None, *, keep_int8: bool = False, model_dir: str | os.PathLike[str] | None = None,
+    announce: Callable[[str], None] = to_stderr,
+) -> Loaded:  # fmt: skip
     """Read a whisper-moe directory, any Whisper (:func:`~whisper_moe.weights.sources.load_whisper`), or the default (None).
 
-    A Whisper stays the dense model that it is; only where the default has to be made from one is it upcycled.
-    ``keep_int8``: see :func:`~whisper_moe.weights.checkpoint.load_checkpoint`.
+    A Whisper stays the dense model that it is; only where the default has to be made from one is it upcycled. ``model_dir``:
+    see :func:`~whisper_moe.weights.sources.resolve`. ``keep_int8``: see :func:`~whisper_moe.weights.checkpoint.load_checkpoint`.
     """
-    located = resolve(os.fspath(model) if model is not None else default(), announce=announce)
+    located = resolve(os.fspath(model) if model is not None else default(), model_dir=model_dir, announce=announce)
     if located.kind == "checkpoint":
         checkpoint = load_checkpoint(located.path, keep_int8=keep_int8)
         generation, tokenizer = checked(

@@ -22,21 +22,52 @@ _SMALL = frozenset(
     tokenizer_config.json adapter_config.json""".split()
 )
 
+_WHISPERS = "tiny tiny.en base base.en small small.en medium medium.en large-v2 large-v3 large-v3-turbo".split()
+_DISTILLED = "distil-small.en distil-medium.en distil-large-v2 distil-large-v3 distil-large-v3.5".split()
+PUBLISHED = (
+    {name: f"openai/whisper-{name}" for name in _WHISPERS}
+    | {"large-v1": "openai/whisper-large", "large": "openai/whisper-large-v3", "turbo": "openai/whisper-large-v3-turbo"}
+    | {name: f"distil-whisper/{name}" for name in _DISTILLED}
+)
+"""What ``whisper`` and faster-whisper call a model → the Hub's id. Its ``whisper-large`` is the first of that size."""
+
 
 def is_hub_id(name: str) -> bool:
     """Whether a name has the form ``owner/model``."""
     return _ID.fullmatch(name) is not None
 
 
-def cached(repo: str, revision: str | None = None) -> Path | None:
+def hub_id(name: str) -> str | None:
+    """The ``owner/model`` that a name stands for: itself, or what ``whisper`` or faster-whisper calls so."""
+    return name if is_hub_id(name) else PUBLISHED.get(name)
+
+
+def cached(repo: str, revision: str | None = None, cache_dir: Path | None = None) -> Path | None:
     """The folder of a model in the local cache, complete or not; never calls the Hub."""
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import LocalEntryNotFoundError
 
     try:
         # The pattern keeps newer clients from demanding that files which nobody asked for are cached too.
-        return Path(snapshot_download(repo, revision=revision, local_files_only=True, allow_patterns=["config.json"]))
+        patterns = ["config.json"]
+        return Path(
+            snapshot_download(
+                repo, revision=revision, cache_dir=cache_dir, local_files_only=True, allow_patterns=patterns
+            )
+        )
     except LocalEntryNotFoundError:
+        return None
+
+
+def fetch_tokenizer(repo: str, announce: Callable[[str], None]) -> Path | None:
+    """A folder with a model's ``tokenizer.json``, which is downloaded alone; None where it is not to be had."""
+    from huggingface_hub import hf_hub_download
+    from huggingface_hub.errors import HTTPError  # pyright: ignore[reportPrivateImportUsage] (its transport's)
+
+    announce(f"downloading the tokenizer of {repo}")
+    try:
+        return Path(hf_hub_download(repo, "tokenizer.json")).parent
+    except (HTTPError, OSError, ValueError):
         return None
 
 
@@ -69,28 +100,29 @@ def wanted(names: list[str], origin: str) -> list[str]:
 
 
 def fetch(
-    repo: str, *, revision: str | None = None, complete: Callable[[Path], bool], announce: Callable[[str], None]
-) -> Path:
-    """A model's folder in the local cache: as it is if ``complete`` says so, else downloaded.
+    repo: str, *, revision: str | None = None, cache_dir: Path | None = None, complete: Callable[[Path], bool],
+    announce: Callable[[str], None],
+) -> Path:  # fmt: skip
+    """A model's folder in the local cache, or ``cache_dir``: as it is if ``complete`` says so, else downloaded.
 
     Raises ``CheckpointError`` when the model is neither in the cache nor to be had.
     """
-    folder = cached(repo, revision)
-    if folder is not None and complete(folder):
-        return folder
+    for place in dict.fromkeys((cache_dir, None)):
+        folder = cached(repo, revision, place)
+        if folder is not None and complete(folder):
+            return folder
     from huggingface_hub import HfApi, constants, snapshot_download
     from huggingface_hub.errors import HTTPError  # pyright: ignore[reportPrivateImportUsage] (its transport's)
 
+    where = cache_dir or constants.HF_HUB_CACHE
     try:
         files = HfApi().model_info(repo, revision=revision, files_metadata=True).siblings or []
         names = wanted([file.rfilename for file in files], repo)
         size = sum(file.size or 0 for file in files if file.rfilename in names)
-        announce(f"downloading {repo}: {size / 1e6:,.1f} MB to {constants.HF_HUB_CACHE}")
-        return Path(snapshot_download(repo, revision=revision, allow_patterns=names))
+        announce(f"downloading {repo}: {size / 1e6:,.1f} MB to {where}")
+        return Path(snapshot_download(repo, revision=revision, cache_dir=cache_dir, allow_patterns=names))
     except CheckpointError:
         raise
     except (HTTPError, OSError, ValueError) as error:
         cause = (str(error).strip() or type(error).__name__).splitlines()[0]
-        raise CheckpointError(
-            f"{repo}: not in {constants.HF_HUB_CACHE}, and not to be had from the Hub: {cause}"
-        ) from error
+        raise CheckpointError(f"{repo}: not in {where}, and not to be had from the Hub: {cause}") from error

@@ -6,17 +6,19 @@ a ``CheckpointError`` that names the file.
 
 from __future__ import annotations
 
+import os
 import sys
 import zipfile
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from difflib import get_close_matches
 from pathlib import Path
 from typing import Any, Literal
 
 import torch
 from torch import Tensor
 
-from whisper_moe.config import ModelConfig
+from whisper_moe.config import ModelConfig, model_folder, model_name
 from whisper_moe.weights import hub, lora
 from whisper_moe.weights.files import (
     CheckpointError,
@@ -43,8 +45,6 @@ _PUBLISHED = {
     51_866: ("large-v3", "large-v3-turbo"),
 }
 """Vocabulary size → OpenAI's models on the Hub that share its tokenizer."""
-_SIZES = {size: size for sizes in _PUBLISHED.values() for size in sizes} | {"turbo": "large-v3-turbo"}
-"""What the ``whisper`` command calls them → what the Hub does."""
 
 
 @dataclass(frozen=True)
@@ -78,28 +78,51 @@ def kind_of(path: Path) -> Kind:
             raise CheckpointError(f"{path}: not a model; expected a folder or an openai/whisper .pt file")
         return "openai"
     if not path.is_dir():
-        size = _SIZES.get(str(path))
-        hint = f"; OpenAI's {path} is openai/whisper-{size} on the Hub" if size else ""
+        close = get_close_matches(str(path), hub.PUBLISHED)
+        hint = f"; did you mean {' or '.join(close)}?" if close else ""
         raise CheckpointError(f"{path}: no such file or folder{hint}")
     config = path / "config.json"
     if (path / "MANIFEST.json").exists() or (config.exists() and read_json(config).get("model_type") == "whisper_moe"):
         return "checkpoint"
     weights = hub.weight_files((file.name for file in path.iterdir()), path)
+    if not weights and (path / "run.json").exists():
+        raise CheckpointError(f"{path}: a training run without a model so far")
     if not weights:
         raise CheckpointError(f"{path}: no model.safetensors, pytorch_model.bin or adapter_model.safetensors in it")
     return "adapter" if weights[0].startswith("adapter_") else "whisper"
 
 
-def resolve(model: str | Path, *, revision: str | None = None, announce: Announce = to_stderr) -> Located:
+def resolve(
+    model: str | Path, *, revision: str | None = None, model_dir: str | os.PathLike[str] | None = None,
+    announce: Announce = to_stderr,
+) -> Located:  # fmt: skip
     """Find a model: a local path if there is one of that name, else a Hub id, from the cache or downloaded.
 
-    Raises ``CheckpointError`` where nothing is found.
+    A training run stands for its model, and ``base`` or ``turbo`` for what ``whisper`` calls so. In ``model_dir`` a file or
+    folder of that name is looked for first, and downloads go there. Raises ``CheckpointError`` where nothing is found.
     """
-    path = Path(model).expanduser()
-    if path.exists() or not hub.is_hub_id(str(model)):
-        return Located(kind_of(path), path, path.resolve().name)
-    folder = hub.fetch(str(model), revision=revision, complete=_is_complete, announce=announce)
-    return Located(kind_of(folder), folder, str(model))
+    name, folder = str(model), Path(model_dir).expanduser() if model_dir is not None else None
+    repo = hub.hub_id(name)
+    path = _local(name, repo, folder)
+    if repo is None or path.exists():
+        if repo is not None and repo != name:
+            announce(f"{name}: taken from {path}, not {repo} of the Hub")
+        path = model_folder(path)
+        return Located(kind_of(path), path, model_name(path))
+    path = hub.fetch(repo, revision=revision, cache_dir=folder, complete=_is_complete, announce=announce)
+    return Located(kind_of(path), path, repo)
+
+
+def _local(name: str, repo: str | None, folder: Path | None) -> Path:
+    """Where a model of that name lies, or would."""
+    here = Path(name).expanduser()
+    if folder is None:
+        return here
+    files = dict.fromkeys(
+        (name, (repo or name).removeprefix("openai/whisper-"))
+    )  # whisper's file of turbo is another's name
+    there = [*(folder / f"{file}.pt" for file in files), folder / name]
+    return next((path for path in there if path.exists()), here)
 
 
 def load_whisper(source: str | Path, *, base: str | None = None, announce: Announce | None = None) -> WhisperSource:
@@ -244,6 +267,8 @@ def _tokenizer_for(path: Path, vocab_size: int, base: str | None, announce: Anno
         folder = hub.cached(owner)
         if folder is not None and (folder / "tokenizer.json").exists():
             return folder
+    if owners and (folder := hub.fetch_tokenizer(owners[0], announce)) is not None:
+        return folder
     like = f" such as {owners[0]}" if owners else ""
     raise CheckpointError(
         f"{path}: has no tokenizer: put the tokenizer.json of a model with {vocab_size} tokens{like} beside it, "
