@@ -228,7 +228,7 @@ def test_bad_files_are_one_error_with_name_and_cause(even: Path, tmp_path: Path)
     sound_film(tmp_path / "cover.m4a", tone(1.0, 44_100), pictures=1, codec="png")
     cases = {
         "empty.mov": (b"", "the file is empty"),
-        "text.mov": (b"no film at all\n" * 99, "not film or sound"),
+        "text.mov": (b"no film at all\n" * 99, "not sound or film"),
         "list.mov": (b"ffconcat version 1.0\nfile 'even.mov'\n", "a playlist"),
         "index.mov": (no_index, "its index (moov) is missing"),
         "damaged.mov": (bytes(middle), "the film is damaged"),
@@ -295,7 +295,7 @@ def test_headers_tell_how_long_a_film_is(even: Path, tmp_path: Path) -> None:
     shutil.copy(encode(tmp_path / "s.mka", tone(1.5), 16_000, "flac"), raw)
     assert header_seconds(raw) == pytest.approx(1.5, abs=0.01)
     (tmp_path / "text.wav").write_text("text" * 100)
-    with pytest.raises(MediaError, match=r"text\.wav: not film or sound"):
+    with pytest.raises(MediaError, match=r"text\.wav: not sound or film"):
         header_seconds(tmp_path / "text.wav")
 
 

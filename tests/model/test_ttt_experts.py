@@ -8,8 +8,7 @@ from torch import Tensor
 
 from tests.model.tiny import relative
 from whisper_moe.model.router import NONE, Routing
-from whisper_moe.model.ttt import TTTMLP
-from whisper_moe.model.ttt_experts import ExpertTTT
+from whisper_moe.model.ttt import TTTMLP, ExpertTTT
 from whisper_moe.packing import Layout
 
 D, H, EXPERTS = 16, 2, 4

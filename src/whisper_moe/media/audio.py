@@ -28,14 +28,12 @@ from numpy.typing import NDArray
 from whisper_moe.config import SAMPLE_RATE
 from whisper_moe.media import containers
 from whisper_moe.media.containers import Damage
+from whisper_moe.media.tracks import check_shape, open_container, sound_track
 
 if TYPE_CHECKING:
     from av import AudioFifo, AudioFrame, AudioResampler, AudioStream, Packet
     from av.container import InputContainer
 
-MIN_RATE, MAX_RATE = 1_000, 768_000
-"""Sample rates (Hz) that are believed. One sample a second would turn a kilobyte into sixteen megasamples."""
-MAX_CHANNELS = 64
 SEAM_SECONDS = 0.25
 """Undecodable packets of a bare stream that are passed over, in seconds altogether: about ten MP3 frames."""
 GAP_SECONDS = 0.1
@@ -90,7 +88,7 @@ def stream_audio(
     name = name or (str(source) if isinstance(source, str | os.PathLike) else str(getattr(source, "name", "<stream>")))
     decoded = 0.0
     try:
-        with _seekable(source) as file, _open(file) as container:
+        with _seekable(source) as file, open_container(file, containers.CODECS) as container:
             track = _Track(container, file, max_seconds)
             for samples in _blocks(_resample(track.groups()), block):
                 decoded += len(samples) / SAMPLE_RATE
@@ -116,16 +114,6 @@ def _cause(error: Exception) -> str:
     return str(error) or type(error).__name__
 
 
-# Opening.
-
-
-class _NamelessFile:
-    """What FFmpeg sees of a file: bytes. A name would let it guess the format by the extension."""
-
-    def __init__(self, file: BinaryIO) -> None:
-        self.read, self.seek, self.tell = file.read, file.seek, file.tell
-
-
 @contextmanager
 def _seekable(source: str | Path | BinaryIO) -> Iterator[BinaryIO]:
     """The source as a seekable stream. What is opened here is closed here; a stream that was given stays open."""
@@ -140,55 +128,6 @@ def _seekable(source: str | Path | BinaryIO) -> Iterator[BinaryIO]:
             yield cast(BinaryIO, spool)
 
 
-def _open(file: BinaryIO) -> InputContainer:
-    """Let FFmpeg sniff the format and read the header, within the allow-lists."""
-    import av
-    from av.error import ArgumentError, EOFError, InvalidDataError
-
-    if file.seek(0, os.SEEK_END) == 0:
-        raise Damage("the file is empty")
-    file.seek(0)
-    options = {
-        "format_whitelist": containers.CONTAINERS,
-        "codec_whitelist": ",".join(sorted(containers.CODECS)),
-        "protocol_whitelist": "file",
-    }
-    try:
-        return av.open(_NamelessFile(file), "r", options=options, metadata_errors="ignore")
-    except ArgumentError:
-        raise Damage("a playlist, or another format that is not opened as sound") from None
-    except (InvalidDataError, EOFError):
-        if containers.lacks_index(file):
-            raise Damage("its index (moov) is missing: the recording was cut off before it was finished") from None
-        raise Damage("not sound or film in a format that can be read, or its header is damaged") from None
-
-
-def _sound_track(container: InputContainer) -> AudioStream:
-    """FFmpeg's best sound track, or the first whose codec is allowed; cover art and film tracks are left undecoded."""
-    from av.stream import Discard
-
-    tracks = container.streams.audio
-    if not tracks:
-        raise Damage("it has no sound track")
-    readable = [track for track in tracks if track.codec_context and track.codec_context.name in containers.CODECS]
-    if not readable:
-        codecs = sorted({track.codec_context.name if track.codec_context else "unknown" for track in tracks})
-        raise Damage(f"its sound is in a codec that is not read ({', '.join(codecs)})")
-    best = container.streams.best("audio")
-    track = next((track for track in readable if track is best), readable[0])
-    for other in container.streams:
-        other.discard = Discard.default if other is track else Discard.all
-    _check_shape(track.codec_context.sample_rate, track.codec_context.layout.nb_channels)
-    return track
-
-
-def _check_shape(rate: int, channels: int) -> None:
-    if not MIN_RATE <= rate <= MAX_RATE:
-        raise Damage(f"a sample rate of {rate} Hz is not believed; {MIN_RATE} to {MAX_RATE} Hz are read")
-    if not 1 <= channels <= MAX_CHANNELS:
-        raise Damage(f"{channels} channels, or a count that FFmpeg refuses; 1 to {MAX_CHANNELS} are read")
-
-
 # Decoding.
 
 
@@ -198,7 +137,7 @@ class _Track:
     def __init__(self, container: InputContainer, file: BinaryIO, max_seconds: float | None) -> None:
         self.container, self.file, self.max_seconds = container, file, max_seconds
         self.format = container.format.name
-        self.stream = _sound_track(container)
+        self.stream = sound_track(container)
         self.damage: Exception | None = None
         self.seconds = self.skipped = 0.0
         self.expected: float | None = None
@@ -212,7 +151,7 @@ class _Track:
         fifo, shape = AudioFifo(), None
         for frame in self._frames():
             if shape != (shape := (frame.format.name, frame.layout.nb_channels, frame.sample_rate)):
-                _check_shape(frame.sample_rate, frame.layout.nb_channels)
+                check_shape(frame.sample_rate, frame.layout.nb_channels)
                 yield from self._mixed(fifo)
                 fifo = AudioFifo()
             frame.pts = None

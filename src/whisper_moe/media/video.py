@@ -22,6 +22,7 @@ from whisper_moe.config import SAMPLE_RATE
 from whisper_moe.media import containers
 from whisper_moe.media.audio import MediaError, load_audio
 from whisper_moe.media.containers import Damage
+from whisper_moe.media.tracks import open_container
 
 if TYPE_CHECKING:
     from av import Packet, VideoFrame, VideoStream
@@ -115,39 +116,10 @@ def _opened(
     is_path = isinstance(source, str | os.PathLike)
     name = name or (str(source) if is_path else str(getattr(source, "name", "<stream>")))
     try:
-        with open(source, "rb") if is_path else nullcontext(source) as file, _container(file, codecs) as container:
+        with open(source, "rb") if is_path else nullcontext(source) as file, open_container(file, codecs) as container:
             yield container, file
     except containers.causes() as error:
         raise MediaError(name, _cause(error)) from error
-
-
-class _NamelessFile:
-    """What FFmpeg sees of a file: bytes. A name would let it guess the format by the extension."""
-
-    def __init__(self, file: BinaryIO) -> None:
-        self.read, self.seek, self.tell = file.read, file.seek, file.tell
-
-
-def _container(file: BinaryIO, codecs: frozenset[str]) -> InputContainer:
-    import av
-    from av.error import ArgumentError, EOFError, InvalidDataError
-
-    if file.seek(0, os.SEEK_END) == 0:
-        raise Damage("the file is empty")
-    file.seek(0)
-    options = {
-        "format_whitelist": containers.CONTAINERS,
-        "codec_whitelist": ",".join(sorted(codecs)),
-        "protocol_whitelist": "file",
-    }
-    try:
-        return av.open(_NamelessFile(file), "r", options=options, metadata_errors="ignore")
-    except ArgumentError:
-        raise Damage("a playlist, or another format that is not opened as film") from None
-    except (InvalidDataError, EOFError):
-        if containers.lacks_index(file):
-            raise Damage("its index (moov) is missing: the recording was cut off before it was finished") from None
-        raise Damage("not film or sound in a format that can be read, or its header is damaged") from None
 
 
 def _cause(error: Exception) -> str:

@@ -23,8 +23,7 @@ from whisper_moe.model.fast_weights import FastWeights
 from whisper_moe.model.feed_forward import FeedForward
 from whisper_moe.model.moe import Experts
 from whisper_moe.model.router import Choices, Router, Routing
-from whisper_moe.model.ttt import TTTMLP, TTTState
-from whisper_moe.model.ttt_experts import ExpertTTT
+from whisper_moe.model.ttt import TTTMLP, ExpertTTT, TTTState
 from whisper_moe.packing import Layout
 
 Source: TypeAlias = "tuple[Tensor, Layout]"

@@ -13,7 +13,7 @@ from torch.distributed.tensor import DTensor, Replicate
 from whisper_moe.model.model import Output, WhisperMoEModel
 from whisper_moe.model.moe import Experts
 from whisper_moe.model.router import NONE, Routing
-from whisper_moe.model.ttt_experts import ExpertTTT
+from whisper_moe.model.ttt import ExpertTTT
 from whisper_moe.train.model_parallel import ExpertsOverRanks, local
 
 

@@ -30,8 +30,7 @@ from torch.nn.parallel import DistributedDataParallel
 from whisper_moe.model.block import Block
 from whisper_moe.model.model import WhisperMoEModel
 from whisper_moe.model.router import Router
-from whisper_moe.model.ttt import TTTMLP
-from whisper_moe.model.ttt_experts import ExpertTTT
+from whisper_moe.model.ttt import TTTMLP, ExpertTTT
 from whisper_moe.train.gradients import Rest, Use, clip_gradients
 from whisper_moe.train.layout import ParallelConfig, Ranks
 from whisper_moe.train.model_parallel import ExpertsOverRanks, cut, spread_experts
