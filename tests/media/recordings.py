@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import struct
+from collections.abc import Callable
 from fractions import Fraction
 from pathlib import Path
 
@@ -120,3 +121,27 @@ def wav(
     return (
         struct.pack("<4sI4s4sI", b"RIFF", riff, b"WAVE", b"fmt ", 16) + fmt + struct.pack("<4sI", b"data", size) + raw
     )
+
+
+def retimed(source: Path, target: Path, shift: Callable[[float], float], *, film_seconds: float = 0.0) -> Path:
+    """The sound of a file in another container: each packet ``shift(its time)`` seconds later; beside a film, if any."""
+    with av.open(str(source)) as given, av.open(str(target), "w") as container:
+        codec = {".mpg": "mpeg1video", ".flv": "flv"}.get(target.suffix, "mpeg4")
+        video = container.add_stream(codec, rate=25) if film_seconds else None
+        sound = container.add_stream_from_template(given.streams.audio[0])
+        packets: list[tuple[float, av.Packet]] = []
+        for packet in given.demux(audio=0):
+            if packet.pts is not None and packet.time_base:
+                time = float(packet.pts * packet.time_base)
+                packet.pts = packet.dts = packet.pts + round(shift(time) / packet.time_base)
+                packet.stream = sound
+                packets.append((time + shift(time), packet))
+        if video is not None:
+            assert isinstance(video, av.VideoStream)
+            video.width, video.height, video.pix_fmt = 64, 64, "yuv420p"
+            picture = av.VideoFrame.from_ndarray(np.zeros((64, 64, 3), np.uint8), format="rgb24")
+            pictures = [video.encode(picture) for _ in range(round(25 * film_seconds))] + [video.encode(None)]
+            packets += [(float(p.pts * p.time_base), p) for few in pictures for p in few]
+        for _, packet in sorted(packets, key=lambda timed: timed[0]):
+            container.mux(packet)
+    return target

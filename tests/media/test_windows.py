@@ -289,3 +289,15 @@ def test_real_speech_is_cut_where_nobody_speaks(clips: list[Samples], gap: float
     loud = np.percentile(np.square(sound[: len(sound) // 320 * 320]).reshape(-1, 320).mean(1), 90)
     around = np.array([np.square(sound[cut - 1_600 : cut + 1_600]).mean() for cut in cuts])
     assert (10 * np.log10(around / loud + 1e-12)).max() < -30
+
+
+def test_digital_silence_before_the_first_sound_is_a_window_of_its_own() -> None:
+    """Decoded with it, the first words are given its start: seconds early."""
+    noise = np.random.default_rng(0).normal(0, 0.1, 3 * SAMPLE_RATE).astype(np.float32)
+    led = np.concatenate([np.zeros(5 * SAMPLE_RATE, np.float32), noise])
+    assert [(w.start, w.end) for w in cut_windows([led])] == [(0, 5), (5, 8)]
+    assert [(w.start, w.end) for w in cut_windows([led[int(4.6 * SAMPLE_RATE) :]])] == [(0, pytest.approx(3.4))]
+    gap = np.concatenate([noise, np.zeros(40 * SAMPLE_RATE, np.float32), noise])
+    windows = list(cut_windows([gap], max_seconds=20))
+    assert [(w.start, w.end) for w in windows if not is_silent(w.samples)][1:] == [(43, 46)]
+    np.testing.assert_array_equal(np.concatenate([w.samples for w in windows]), gap)

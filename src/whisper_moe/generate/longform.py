@@ -18,7 +18,7 @@ from whisper_moe.generate.fallback import Batches, decode_with_fallback, is_sile
 from whisper_moe.generate.options import TranscribeOptions
 from whisper_moe.generate.result import Segment, Transcription
 from whisper_moe.generate.segments import LEAST_ADVANCE, joined, numbered, segments_of, too_much
-from whisper_moe.media.windows import Window, halved, is_silent, speech_spans
+from whisper_moe.media.windows import Window, halved, is_silent, silent_lead, speech_spans
 from whisper_moe.model.block import Carry
 
 MAX_ROWS = 40
@@ -208,6 +208,7 @@ class Transcriber:
 
     def _rest(self, recording: Recording, window: Window, reached: float) -> list[_Job]:
         cut = round(reached * SAMPLE_RATE)
+        cut += silent_lead(window.samples[cut:])
         samples = window.samples[cut:]
         speech = sum(end - start for start, end in speech_spans(samples)) if len(samples) else 0
         if reached < LEAST_ADVANCE or window.duration - reached < LEAST_REST or speech < LEAST_REST * SAMPLE_RATE:

@@ -10,10 +10,15 @@ decoding stopped, after everything before that second has been handed out. What 
 Bare streams (MP3, ADTS, MPEG-TS …) are made to be cut and joined anywhere: up to :data:`SEAM_SECONDS` of tags and seams
 between their frames are passed over. Damage that leaves no trace cannot be seen: a changed bit in raw PCM, or in the
 framing of a Matroska block.
+
+Time is the container's. Where the sound starts later than the film, or its timestamps jump ahead, silence takes the place
+of what is not there. A jump is not believed, and nothing put in its place, where it leads beyond the end that the file
+states, or where it would make more than :data:`MAX_SILENCE_SECONDS` of silence.
 """
 
 from __future__ import annotations
 
+import math
 import os
 import shutil
 from collections.abc import Iterable, Iterator
@@ -37,7 +42,14 @@ if TYPE_CHECKING:
 SEAM_SECONDS = 0.25
 """Undecodable packets of a bare stream that are passed over, in seconds altogether: about ten MP3 frames."""
 GAP_SECONDS = 0.1
-"""A jump forward in Ogg's timestamps that says a page is missing (the shortest common page holds 0.2 s)."""
+"""Timestamps that run further ahead of the samples leave something out; as FFmpeg's ``aresample`` (``min_hard_comp``) has it.
+In Ogg that is a missing page (the shortest common one holds 0.2 s)."""
+RESET_SECONDS = 10.0
+"""Timestamps that fall back by more begin anew (joined files; FFmpeg's ``dts_delta_threshold``); by less, they overlap."""
+MAX_SILENCE_SECONDS = 4 * 3_600.0
+"""Silence that timestamps are believed, in all: damaged ones may ask for days."""
+MICROSECONDS = 1_000_000
+"""FFmpeg's units of a container's times in a second."""
 GROUP_SECONDS = 1.0
 """Decoded frames (about 20 ms each) are mixed and resampled in groups this long: three times as fast as one by one."""
 SPOOL_BYTES = 16 << 20
@@ -138,21 +150,25 @@ class _Track:
         self.container, self.file, self.max_seconds = container, file, max_seconds
         self.format = container.format.name
         self.stream = sound_track(container)
+        self.clock = _Clock(container, self.stream)
         self.damage: Exception | None = None
-        self.seconds = self.skipped = 0.0
-        self.expected: float | None = None
+        self.skipped = 0.0
         if self.stream.codec_context.name in containers.CHECKSUMMED:
             self.stream.codec_context.options = {"err_detect": "crccheck+explode"}
 
     def groups(self) -> Iterator[tuple[Samples, int]]:
-        """Mono at the track's own rate, and that rate, in groups of about :data:`GROUP_SECONDS`."""
+        """Mono at the track's own rate, and that rate, in groups of about :data:`GROUP_SECONDS`; silence where it is due."""
         from av import AudioFifo
 
         fifo, shape = AudioFifo(), None
-        for frame in self._frames():
-            if shape != (shape := (frame.format.name, frame.layout.nb_channels, frame.sample_rate)):
+        for frame, missing in self._frames():
+            changes = shape != (shape := (frame.format.name, frame.layout.nb_channels, frame.sample_rate))
+            if changes or missing:
                 check_shape(frame.sample_rate, frame.layout.nb_channels)
                 yield from self._mixed(fifo)
+                if self.damage:
+                    return
+                yield from _silence(missing, frame.sample_rate)
                 fifo = AudioFifo()
             frame.pts = None
             fifo.write(frame)
@@ -172,18 +188,36 @@ class _Track:
             mono = mono[: int(finite.argmin())]
         yield mono, frame.sample_rate
 
-    def _frames(self) -> Iterator[AudioFrame]:
-        """Decoded frames up to the end or the first damage, which is kept, not raised: what came before it gets out."""
+    def _frames(self) -> Iterator[tuple[AudioFrame, float]]:
+        """Decoded frames, each with the seconds of silence before it, up to the end or the first damage, which is kept, not
+        raised: what came before it gets out.
+        """
         try:
-            for packet in self.container.demux(self.stream):
+            for packet in self._packets():
                 for frame in self._decoded(packet):
-                    self._check_time(frame)
-                    yield frame
+                    yield frame, self._missing(frame)
                     if self.damage:
                         return
             self._check_end()
         except containers.causes() as error:
             self.damage = self._cut_off() or error
+
+    def _packets(self) -> Iterator[Packet[AudioStream]]:
+        """The track's packets, and the start of the film: FFmpeg, which decodes no film here, does not always know it."""
+        from av.stream import Discard
+
+        film, started = containers.film_tracks(self.container), False
+        for other in self.container.streams:
+            other.discard = Discard.default if other is self.stream or other in film else Discard.all
+        for packet in self.container.demux():
+            if packet.stream is self.stream:
+                if not started:
+                    for other in film:
+                        other.discard = Discard.all
+                started = True
+                yield cast("Packet[AudioStream]", packet)
+            elif not started and packet.pts is not None:
+                self.clock.zero = min(self.clock.zero, float(packet.pts * packet.time_base))
 
     def _decoded(self, packet: Packet[AudioStream]) -> list[AudioFrame]:
         """The packet's frames; none for what lies between the frames of a bare stream."""
@@ -197,16 +231,15 @@ class _Track:
                 raise Damage("the sound is damaged") from None
             return []
 
-    def _check_time(self, frame: AudioFrame) -> None:
-        seconds = frame.samples / frame.sample_rate
-        if self.format == "ogg" and frame.pts is not None and (base := frame.time_base):
+    def _missing(self, frame: AudioFrame) -> float:
+        """Seconds of silence that belong before a frame."""
+        start = None
+        if frame.pts is not None and (base := frame.time_base):
             start = frame.pts * base.numerator / base.denominator  # a product of fractions takes ten times as long
-            if self.expected is not None and start > self.expected + GAP_SECONDS:
-                raise Damage(f"the sound is damaged: {start - self.expected:.2f} s of it are missing")
-            self.expected = start + seconds
-        self.seconds += seconds
-        if self.max_seconds is not None and self.seconds > self.max_seconds + 1e-6:
+        missing = self.clock.missing(start, frame.samples / frame.sample_rate)
+        if self.max_seconds is not None and self.clock.now > self.max_seconds + 1e-6:
             raise Damage(f"longer than the limit of {self.max_seconds:g} s")
+        return missing
 
     def _check_end(self) -> None:
         """FFmpeg saw the end of the file: is it the end of the sound?"""
@@ -216,9 +249,9 @@ class _Track:
             raise Damage("the sound is damaged: an Ogg page fails its checksum")
         if self.format in containers.COUNTED and self.stream.duration and self.stream.time_base:
             stated = float(self.stream.duration * self.stream.time_base)
-            if self.seconds < stated - GAP_SECONDS:
+            if self.clock.sound < stated - GAP_SECONDS:
                 raise Damage(f"the file is cut off or damaged: its header states {stated:.2f} s")
-        if self.skipped and not self.seconds:
+        if self.skipped and not self.clock.sound:
             raise Damage("nothing in it decodes as sound")
 
     def _cut_off(self) -> Damage | None:
@@ -228,6 +261,60 @@ class _Track:
             if missing
             else None
         )
+
+
+class _Clock:
+    """Keeps the samples on the container's time, which players count from its start: what of it has no sound is silence."""
+
+    def __init__(self, container: InputContainer, stream: AudioStream) -> None:
+        self.format = container.format.name
+        self.zero = (container.start_time or 0) / MICROSECONDS
+        # A track's own duration is a guess by the bit rate where the format, as Matroska, states only that of the whole.
+        guessed = self.format in ("flv", "matroska,webm") and stream.duration
+        self.end = self.zero + container.duration / MICROSECONDS if container.duration and not guessed else math.inf
+        self.sound = self.silence = 0.0
+        self.expected: float | None = None
+        """Where the next frame is to start, by the file's timestamps."""
+
+    @property
+    def now(self) -> float:
+        """Seconds handed out."""
+        return self.sound + self.silence
+
+    def missing(self, start: float | None, seconds: float) -> float:
+        """The silence before a frame that lasts ``seconds`` and whose timestamp is ``start``; both are then counted."""
+        silence = 0.0 if start is None else self._silence_until(start)
+        start = self.expected if start is None else start
+        self.expected = None if start is None else start + seconds
+        self.silence += silence
+        self.sound += seconds
+        return silence
+
+    def _silence_until(self, start: float) -> float:
+        late = start - self.zero - self.now
+        if self.expected is not None:
+            if self.format == "ogg" and start > self.expected + GAP_SECONDS:
+                raise Damage(f"the sound is damaged: {start - self.expected:.2f} s of it are missing")
+            if self.format not in containers.CLOCKED:
+                return 0.0
+            if start < self.expected - RESET_SECONDS:
+                self.zero += late
+                return 0.0
+        elif self.format in containers.STREAMS - containers.CLOCKED:
+            return 0.0
+        if late <= GAP_SECONDS:
+            return 0.0
+        if start > self.end + GAP_SECONDS or self.silence + late > MAX_SILENCE_SECONDS:
+            self.zero += late
+            return 0.0
+        return late
+
+
+def _silence(seconds: float, rate: int) -> Iterator[tuple[Samples, int]]:
+    """In groups as :meth:`_Track.groups` gives them."""
+    left, most = round(seconds * rate), round(GROUP_SECONDS * rate)
+    for start in range(0, left, most):
+        yield np.zeros(min(most, left - start), np.float32), rate
 
 
 def _mix(frame: AudioFrame) -> Samples:

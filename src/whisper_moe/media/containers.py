@@ -12,7 +12,11 @@ from __future__ import annotations
 
 import zlib
 from collections.abc import Iterator
-from typing import BinaryIO
+from typing import TYPE_CHECKING, BinaryIO
+
+if TYPE_CHECKING:
+    from av import VideoStream
+    from av.container import InputContainer
 
 CONTAINERS = "aac,ac3,aiff,amr,ape,asf,au,avi,caf,eac3,flac,flv,matroska,mov,mp3,mpeg,mpegts,ogg,tta,w64,wav,wv"
 """Demuxers that may be used (``format_whitelist``): containers of sound or of film with sound."""
@@ -37,6 +41,9 @@ COUNTED = frozenset({"aiff", "flac", "tta", "wv"})
 STREAMS = frozenset({"aac", "ac3", "amr", "eac3", "mp3", "mpeg", "mpegts"})
 """Bare streams without a table of contents: made to be cut and joined at any byte, so that tags and seams lie between
 their frames."""
+
+CLOCKED = frozenset({"asf", "flv", "matroska,webm", "mov,mp4,m4a,3gp,3g2,mj2", "mpeg", "mpegts"})
+"""Containers that give every packet its time. The others say when a track starts, if that, and count from there."""
 
 _SLACK_BYTES = 1_024
 """Writers of RIFF and AIFF are sloppy about their size fields by a header or a padding byte (32 ms at 16 kHz)."""
@@ -70,6 +77,13 @@ def causes() -> tuple[type[Exception], ...]:
     from av.error import FFmpegError
 
     return (Damage, FFmpegError, OSError, ValueError, ArithmeticError, LookupError, RuntimeError, MemoryError)
+
+
+def film_tracks(container: InputContainer) -> list[VideoStream]:
+    """The tracks that are film; a cover picture is none."""
+    from av.stream import Disposition
+
+    return [track for track in container.streams.video if not track.disposition & Disposition.attached_pic]
 
 
 def missing_bytes(file: BinaryIO) -> int:

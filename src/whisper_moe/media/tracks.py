@@ -16,6 +16,8 @@ if TYPE_CHECKING:
 MIN_RATE, MAX_RATE = 1_000, 768_000
 """Sample rates (Hz) that are believed. One sample a second would turn a kilobyte into sixteen megasamples."""
 MAX_CHANNELS = 64
+PROBE_BYTES, PROBE_MICROSECONDS = 64 << 20, 3_600_000_000
+"""How far into an MPEG program stream without sound so far FFmpeg looks for it: that has no list of its tracks."""
 
 
 class _NamelessFile:
@@ -39,7 +41,13 @@ def open_container(file: BinaryIO, codecs: Collection[str]) -> InputContainer:
         "protocol_whitelist": "file",
     }
     try:
-        return av.open(_NamelessFile(file), "r", options=options, metadata_errors="ignore")
+        container = av.open(_NamelessFile(file), "r", options=options, metadata_errors="ignore")
+        if container.format.name == "mpeg" and not container.streams.audio:
+            container.close()
+            file.seek(0)
+            options |= {"probesize": str(PROBE_BYTES), "analyzeduration": str(PROBE_MICROSECONDS)}
+            container = av.open(_NamelessFile(file), "r", options=options, metadata_errors="ignore")
+        return container
     except ArgumentError:
         raise Damage("a playlist, or another format that is not opened as sound or film") from None
     except (InvalidDataError, EOFError):
@@ -49,9 +57,7 @@ def open_container(file: BinaryIO, codecs: Collection[str]) -> InputContainer:
 
 
 def sound_track(container: InputContainer) -> AudioStream:
-    """FFmpeg's best sound track, or the first whose codec is allowed; cover art and film tracks are left undecoded."""
-    from av.stream import Discard
-
+    """FFmpeg's best sound track, or the first whose codec is allowed."""
     tracks = container.streams.audio
     if not tracks:
         raise Damage("it has no sound track")
@@ -61,9 +67,8 @@ def sound_track(container: InputContainer) -> AudioStream:
         raise Damage(f"its sound is in a codec that is not read ({', '.join(codecs)})")
     best = container.streams.best("audio")
     track = next((track for track in readable if track is best), readable[0])
-    for other in container.streams:
-        other.discard = Discard.default if other is track else Discard.all
-    check_shape(track.codec_context.sample_rate, track.codec_context.layout.nb_channels)
+    if container.format.name not in containers.STREAMS:  # their frames say it, each for itself
+        check_shape(track.codec_context.sample_rate, track.codec_context.layout.nb_channels)
     return track
 
 

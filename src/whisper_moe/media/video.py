@@ -96,13 +96,14 @@ def header_seconds(source: str | Path | BinaryIO, *, name: str | None = None) ->
     A format that states nothing is decoded. Raises ``MediaError`` for a file that cannot be opened or is cut off.
     """
     with _opened(source, name, containers.CODECS | CODECS) as (container, file):
-        tracks = [*container.streams.audio, *(track for track in container.streams.video if not _is_cover(track))]
+        tracks = [*container.streams.audio, *containers.film_tracks(container)]
         if not tracks:
             raise Damage("it has neither sound nor film")
         _check_whole(file)
         first = tracks[0]
         if first.duration and first.time_base:
-            return float(first.duration * first.time_base)
+            late = (first.start_time or 0) * first.time_base - Fraction(container.start_time or 0, 1_000_000)
+            return float(first.duration * first.time_base + max(late, 0))
         if container.duration:
             return container.duration / 1_000_000
     return len(load_audio(source, name=name)) / SAMPLE_RATE
@@ -137,12 +138,6 @@ def _cause(error: Exception) -> str:
 def _check_whole(file: BinaryIO) -> None:
     if missing := containers.missing_bytes(file):
         raise Damage(f"the file is cut off: at least {missing:,} bytes that it announces are missing")
-
-
-def _is_cover(track: VideoStream) -> bool:
-    from av.stream import Disposition
-
-    return bool(track.disposition & Disposition.attached_pic)
 
 
 class _Film:
@@ -215,7 +210,7 @@ def _film_track(container: InputContainer) -> VideoStream:
     """FFmpeg's best film track, or the first whose codec is allowed; cover art is none."""
     from av.stream import Discard
 
-    tracks = [track for track in container.streams.video if not _is_cover(track)]
+    tracks = containers.film_tracks(container)
     if not tracks:
         raise Damage("it has no film track" + (", only a cover picture" if container.streams.video else ""))
     readable = [track for track in tracks if track.codec_context and track.codec_context.name in CODECS]

@@ -23,6 +23,9 @@ Spans = list[tuple[int, int]]
 SILENT_PEAK = 1e-4
 """-80 dBFS, three steps of 16-bit sound: what stays below has no speech in it at any gain."""
 
+LEAD_SECONDS = 0.5
+"""Digital silence before the first sound of a window that is not decoded with it."""
+
 STEP = SAMPLE_RATE // 50
 """Samples in a step of short-time energy: 320, 20 ms."""
 SMOOTH_STEPS = 13
@@ -68,6 +71,7 @@ def cut_windows(
     """Cut a stream into windows of at most ``max_seconds``, each cut in the longest pause before the limit.
 
     A recording that fits comes out as one window; of a longer one every sample is in exactly one window, none is empty.
+    Digital silence before the first sound of a window becomes one of its own.
     Holds one window and one block in memory. Where ``blocks`` end in a ``ValueError``, as of a damaged file, it is raised
     after what came before it.
 
@@ -91,12 +95,29 @@ def cut_windows(
         held = np.concatenate([held, block])
         while len(held) > limit:
             cut = limit - search + _pause(held[limit - search : limit])
-            yield Window(start / SAMPLE_RATE, held[:cut])
+            yield from _led_in(Window(start / SAMPLE_RATE, held[:cut]))
             held, start = held[cut:], start + cut
     if len(held):
-        yield Window(start / SAMPLE_RATE, held)
+        yield from _led_in(Window(start / SAMPLE_RATE, held))
     if damage is not None:
         raise damage
+
+
+def silent_lead(samples: Samples) -> int:
+    """Samples of digital silence before the first sound, where there are :data:`LEAD_SECONDS` of them; of mere silence, none.
+
+    A model that hears them puts the first words at their start, seconds early.
+    """
+    heard = np.abs(samples) >= SILENT_PEAK
+    first = int(heard.argmax()) if len(samples) else 0
+    return first if first >= LEAD_SECONDS * SAMPLE_RATE else 0
+
+
+def _led_in(window: Window) -> Iterator[Window]:
+    lead = silent_lead(window.samples)
+    if lead:
+        yield Window(window.start, window.samples[:lead])
+    yield Window(window.start + lead / SAMPLE_RATE, window.samples[lead:])
 
 
 def halved(window: Window) -> list[Window]:
