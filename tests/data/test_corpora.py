@@ -221,7 +221,7 @@ TABLE: dict[str, Any] = {"kind": "table", "source": "x.tsv"}
         ({"kind": "kathbath", "columns": ["path"]}, "columns is a setting of table"),
         ({"kind": "kathbath", "include_50": True}, "include_50 is a setting of include"),
         ({"kind": "table", "directions": ["en>hi"]}, "directions is a setting of wiki-translate"),
-        ({"kind": "table", "languages": ["hi", "or"]}, "one language"),
+        ({"kind": "table", "columns": {"sound": "clip"}}, "columns: there is no column 'sound': one of path, text"),
         ({"kind": "include", "languages": ["hi"]}, "Indian Sign Language"),
         ({"kind": "table", "limit": 0}, "greater than or equal to 1"),
         ({"kind": "table", "limit": "5"}, "valid integer"),

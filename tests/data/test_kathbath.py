@@ -183,7 +183,9 @@ def test_a_column_that_the_hub_renamed_is_named(tmp_path: Path, streaming: bool)
     rows = hub_rows("hindi")
     rows["transcript"] = rows.pop("text")
     parquet(tmp_path / "hub" / "hindi" / "train-00000-of-00001.parquet", rows)
-    with pytest.raises(DataError, match=r"hub.*hindi, column 'text': the column is missing; there are .*transcript"):
+    with pytest.raises(
+        DataError, match=r"hub.*hindi/train-.*parquet, column 'text': the column is missing; there are .*transcript"
+    ):
         kathbath(tmp_path / "hub", streaming=streaming)
 
 

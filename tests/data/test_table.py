@@ -56,7 +56,7 @@ def written(folder: Path, form: str) -> Path:
 
 @pytest.mark.parametrize("form", ["tsv", "csv", "jsonl", "parquet"])
 def test_every_form_of_a_table_says_the_same(folder: Path, form: str) -> None:
-    whole, piece, english = table(written(folder, form))
+    whole, piece, english = table(written(folder, form), languages=[], cache_dir=str(folder / "cache"))
     assert (whole.id, whole.text, whole.speaker, whole.domain) == (
         "rows/train/audio/a.wav",
         '"No," he said.',
@@ -69,7 +69,11 @@ def test_every_form_of_a_table_says_the_same(folder: Path, form: str) -> None:
     assert (english.task, english.language, english.target_language) == ("translate", "or", "en")
     assert piece.audio and whole.audio and english.audio == piece.audio
     assert len(piece.audio.read()) == 16_000 and len(whole.audio.read()) == 32_000
-    assert table(folder / f"rows.{form}").lengths().tolist() == [2.0, 1.0, 1.0]
+    assert table(folder / f"rows.{form}", languages=[], cache_dir=str(folder / "cache")).lengths().tolist() == [
+        2.0,
+        1.0,
+        1.0,
+    ]
 
 
 def test_ids_are_different_and_do_not_depend_on_the_rows_around(folder: Path) -> None:
@@ -94,7 +98,7 @@ def test_datasets_audiofolder_is_read_by_split(folder: Path) -> None:
 def test_nemos_manifests_are_read(folder: Path) -> None:
     row = {"audio_filepath": str(folder / "audio/b.wav"), "text": "hm", "offset": 1.0, "duration": 0.25, "lang": "hi"}
     (folder / "manifest.jsonl").write_text(json.dumps(row))
-    (sample,) = table(folder)
+    (sample,) = table(folder, languages=["hi"])
     assert sample.audio is not None and len(sample.audio.read()) == 4_000
     assert sample.language == "hi" and sample.duration == 0.25 and sample.id.endswith("/audio/b.wav#1-1.25")
 
@@ -226,7 +230,7 @@ OTHER_MISTAKES = {
         (b'path,text\naudio/a.wav,"x"y"\n', "row 2: not a table"),
         (b"path,text\naudio/a.wav,x\naudio/b.wav,\xff\n", "row 3: not UTF-8 text"),
     ],
-    "mine.parquet": [(b"PAR1", "not a parquet file")],
+    "mine.parquet": [(b"PAR1", "cannot be read: Parquet file size")],
     "mine.xlsx": [(b"PK", "not a table: one of .tsv")],
 }
 

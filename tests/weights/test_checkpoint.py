@@ -23,8 +23,7 @@ from whisper_moe.weights import checkpoint as module
 from whisper_moe.weights import files
 from whisper_moe.weights.checkpoint import load_checkpoint, save_checkpoint
 from whisper_moe.weights.manifest import INDEX, MANIFEST, describe, read_config, sha256
-from whisper_moe.weights.parts import expected_shapes
-from whisper_moe.weights.quantize import SCALE, quantizable
+from whisper_moe.weights.parts import SCALE, expected_shapes, quantizable
 
 
 @pytest.fixture(autouse=True)

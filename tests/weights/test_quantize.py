@@ -12,8 +12,7 @@ pytest.importorskip("transformers")
 from weights.whispers import CONFIGS
 
 from whisper_moe.model.int8 import Int8Rows
-from whisper_moe.weights.parts import expected_shapes
-from whisper_moe.weights.quantize import quantizable
+from whisper_moe.weights.parts import expected_shapes, quantizable
 
 
 def restored(levels: Tensor, scale: Tensor) -> Tensor:

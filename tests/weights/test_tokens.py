@@ -45,8 +45,7 @@ from whisper_moe.weights.default import load_model
 from whisper_moe.weights.export import save_whisper
 from whisper_moe.weights.files import CheckpointError
 from whisper_moe.weights.manifest import describe
-from whisper_moe.weights.parts import EMBEDDING, NEW_TOKENS
-from whisper_moe.weights.quantize import quantizable
+from whisper_moe.weights.parts import EMBEDDING, NEW_TOKENS, quantizable
 from whisper_moe.weights.sources import load_whisper
 from whisper_moe.weights.tokens import Extended, add_languages
 from whisper_moe.weights.upcycle import upcycle

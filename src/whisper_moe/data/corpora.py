@@ -35,7 +35,10 @@ _TASKS: dict[str, tuple[Task, ...]] = {
     "wiki-translate": ("translate-text",),
     "table": ("transcribe", "translate", "translate-text", "sign"),
 }
-_ONLY = {"directions": "wiki-translate", "columns": "table", "path": "table", "text": "table", "videos": "include"}
+_ONLY = {
+    **dict.fromkeys(("columns", "configuration", "path", "text"), "table"), "directions": "wiki-translate",
+    "videos": "include",
+}  # fmt: skip
 """Settings that mean something to one kind only."""
 FILE = "file"
 """The column with a local file's path, in the rows of corpora that have such files."""
@@ -59,7 +62,7 @@ class CorpusConfig(BaseModel):
     """``train``, ``valid``, ``test`` … as each corpus calls them; Kathbath's tests: ``test-known``, ``test-unknown``, and
     either with ``-noisy``. A table without a column ``split`` and without a folder of that name is read whole."""
     languages: tuple[str, ...] = Field(default=(), strict=False)
-    """Those to read; empty for all. For a table: the one of rows that do not say."""
+    """Those to read; empty for all. For a table, one is also that of rows that do not say theirs."""
     task: Task | None = None
     """For a table: that of rows that do not say; default ``transcribe``."""
     directions: tuple[str, ...] = Field(default=("en>any", "any>en"), strict=False)
@@ -68,8 +71,10 @@ class CorpusConfig(BaseModel):
     """INCLUDE: only the 50 words of INCLUDE-50."""
     videos: str | None = None
     """INCLUDE: the folder of the videos, if it is not the source."""
-    columns: tuple[str, ...] = Field(default=(), strict=False)
-    """Table: names of the columns, for a file that has no line with them."""
+    columns: tuple[str, ...] | dict[str, str] = ()
+    """Table: which columns are which, ``{path: clip, text: said}``; or, for a file that has no line with them, their names."""
+    configuration: str | None = None
+    """Table, of the Hub or laid out as there: the part to read, where it has several (``hi_in``)."""
     path: str | None = None
     """Table: where a row's file lies, with columns in braces: ``{language}/{path}``; default: the column ``path``."""
     text: Literal["column", "file-name", "none"] = "column"
@@ -87,6 +92,11 @@ class CorpusConfig(BaseModel):
     cache_dir: str | None = None
     """Where ``datasets`` prepares what it reads map-style; default: its own folder, ``HF_DATASETS_CACHE``."""
 
+    @field_validator("columns", mode="before")
+    @classmethod
+    def _tuple(cls, columns: Any) -> Any:
+        return tuple(columns) if isinstance(columns, list) else columns
+
     @field_validator("languages")
     @classmethod
     def _codes(cls, names: tuple[str, ...]) -> tuple[str, ...]:
@@ -94,6 +104,8 @@ class CorpusConfig(BaseModel):
 
     @model_validator(mode="after")
     def _check(self) -> Self:
+        from whisper_moe.data.rows import renamed
+
         if self.task is not None and self.task not in _TASKS[self.kind]:
             raise ValueError(f"{self.kind} has the task {_TASKS[self.kind][0]}, not {self.task}")
         for field, kind in _ONLY.items():
@@ -101,8 +113,8 @@ class CorpusConfig(BaseModel):
                 raise ValueError(f"{field} is a setting of {kind}, not of {self.kind}")
         if self.include_50 and self.kind != "include":
             raise ValueError(f"include_50 is a setting of include, not of {self.kind}")
-        if self.kind == "table" and len(self.languages) > 1:
-            raise ValueError(f"a table takes one language for rows that do not say, got {list(self.languages)}")
+        if isinstance(self.columns, dict):
+            renamed(self)
         if self.kind == "include" and self.languages not in ((), ("ins",)):
             raise ValueError(f"INCLUDE is Indian Sign Language (ins), got {list(self.languages)}")
         return self
@@ -126,6 +138,8 @@ class Corpus:
     left_out: tuple[Skipped, ...] = ()
     """What the corpus lists and cannot give: files that are not there, rows that are no samples. Not among the samples."""
 
+    version: str = ""
+    """Changes with sounds that are in no file of their own."""
     remarks: tuple[str, ...] = ()
     """What was decided for want of being told: of two columns the one that was taken, rows that were left aside."""
 
@@ -200,10 +214,11 @@ def _probed(corpus: Corpus, indices: NDArray[np.int64]) -> NDArray[np.float32]:
 def _memory(corpus: Corpus, indices: NDArray[np.int64]) -> Path:
     """Where the headers' seconds are kept: a name that changes with the rows and with size or date of any file."""
     rows = corpus._rows()
-    digest = hashlib.blake2b(f"{getattr(rows, '_fingerprint', '')} {len(rows)}".encode(), digest_size=16)
+    known = f"{getattr(rows, '_fingerprint', '')} {len(rows)} {corpus.version}"
+    digest = hashlib.blake2b(known.encode(), digest_size=16)
     digest.update(indices.tobytes())
     if FILE in rows.column_names:
-        for file in dict.fromkeys(rows.select_columns([FILE])[FILE][:]):
+        for file in filter(None, dict.fromkeys(rows.select_columns([FILE])[FILE][:])):
             try:
                 status = os.stat(file)
                 digest.update(f"{status.st_size} {status.st_mtime_ns};".encode())

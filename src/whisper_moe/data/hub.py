@@ -1,22 +1,26 @@
-"""Rows of the Hub's layout, from the Hub or from a local copy, through ``datasets``; their sound as it is encoded."""
+"""Rows that ``datasets`` reads, from the Hub, a local copy or its own files; their sound as it is encoded."""
 
 from __future__ import annotations
 
 import re
 import struct
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from whisper_moe.data.corpora import CorpusConfig
+from whisper_moe.data.corpora import STREAM_SHARDS, CorpusConfig
 from whisper_moe.data.sample import AudioRef, DataError
 
 if TYPE_CHECKING:
     from datasets import Dataset, IterableDataset
 
-_BUILDERS = {".parquet": "parquet", ".jsonl": "json", ".json": "json", ".csv": "csv", ".tsv": "csv"}
+_HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
+_SAVED = ("dataset_dict.json", "state.json")
+"""What ``save_to_disk`` writes beside its files."""
+_SPELLINGS = ("valid", "validation", "val", "dev")
+_BUILDERS = {".arrow": "arrow", ".parquet": "parquet", ".jsonl": "json", ".json": "json", ".csv": "csv", ".tsv": "csv"}
 
 
 def one_line(error: BaseException) -> str:
@@ -51,18 +55,16 @@ def load_rows(
     files: Sequence[Path] | None = None,
     spellings: Sequence[str] = (),
     needed: Iterable[str] = (),
-    sound: str | None = None,
 ) -> Dataset | IterableDataset:
     """Rows of a split from the Hub, or of local ``files``; every cause for which there are none is a :class:`DataError`.
 
     :param configuration: the Hub's name of the part to read.
     :param spellings: what the Hub may call the split instead.
     :param needed: columns that must be there.
-    :param sound: the column of sounds, which stay encoded.
     """
-    from datasets import Audio, IterableDataset
+    from datasets import IterableDataset
 
-    place = str(files[0].parent) if files else config.source
+    place = str(files[0] if len(files) == 1 else files[0].parent) if files else config.source
     try:
         dataset = _load(config, (split, *spellings), configuration, files)
         features = dataset.features
@@ -76,9 +78,69 @@ def load_rows(
     for column in needed:
         if column not in there:
             raise DataError(place, f"the column is missing; there are {', '.join(there)}", column=column)
-    if sound is not None and isinstance(features[sound], Audio):
-        dataset = dataset.cast_column(sound, Audio(decode=False))
+    return _encoded(dataset)
+
+
+def _encoded(dataset: Dataset | IterableDataset) -> Dataset | IterableDataset:
+    """With all sound as it is stored."""
+    from datasets import Audio
+
+    for name, feature in (dataset.features or {}).items():
+        if isinstance(feature, Audio):
+            dataset = dataset.cast_column(name, Audio(decode=False))
     return dataset
+
+
+def load_stored(config: CorpusConfig, file: Path | None) -> Dataset | IterableDataset | None:
+    """What ``datasets`` reads of a table's source: a Hub id, a folder laid out as there, what ``save_to_disk`` wrote, or
+    ``file``, if it is parquet or arrow. None for all else. Raises :class:`DataError`.
+    """
+    source, others = Path(config.source), spellings_of(config.split)[1:]
+    if file is not None and file.is_file():
+        stored = file.suffix.lower() in (".parquet", ".arrow")
+        return load_rows(config, split=config.split, files=[file]) if stored else None
+    if source.is_dir():
+        if any((source / name).is_file() for name in _SAVED):
+            return _saved(config, source)
+        if not any(next(source.rglob(f"*{suffix}"), None) for suffix in (".parquet", ".arrow")):
+            return None
+    elif not _HUB_ID.fullmatch(config.source) or source.suffix.lower() in _BUILDERS:
+        return None
+    return load_rows(config, split=config.split, configuration=config.configuration, spellings=others)
+
+
+def _saved(config: CorpusConfig, folder: Path) -> Dataset | IterableDataset:
+    """The split of what ``save_to_disk`` wrote, or all of it where it has none."""
+    from datasets import DatasetDict, load_from_disk
+
+    try:
+        found = load_from_disk(str(folder))
+    except Exception as error:  # of files, of Arrow, of features that this version does not know
+        raise DataError(folder, f"cannot be read: {one_line(error)}") from error
+    if isinstance(found, DatasetDict):
+        split = next((name for name in spellings_of(config.split) if name in found), None)
+        if split is None:
+            raise DataError(folder, f"no split {config.split!r}; there are {', '.join(map(str, found))}")
+        found = found[split]
+    return _encoded(found.to_iterable_dataset(min(STREAM_SHARDS, len(found))) if config.streaming else found)
+
+
+def spellings_of(split: str) -> tuple[str, ...]:
+    """A split's name, and what others may call it."""
+    return (split, *(name for name in _SPELLINGS if name != split)) if split in _SPELLINGS else (split,)
+
+
+def is_sound(feature: object) -> bool:
+    """Whether a column holds sounds themselves: ``Audio``, {bytes, path}, {array, sampling_rate}, or bytes."""
+    if isinstance(feature, dict):
+        return not {"bytes", "array"}.isdisjoint(feature)
+    return type(feature).__name__ == "Audio" or getattr(feature, "dtype", "") in ("binary", "large_binary")
+
+
+def plain_features(features: Mapping[str, object]) -> list[str]:
+    """The columns of words and numbers."""
+    plain = ("Value", "ClassLabel")
+    return [name for name, feature in features.items() if type(feature).__name__ in plain and not is_sound(feature)]
 
 
 def _load(
@@ -109,6 +171,8 @@ def audio_ref(cell: object, *, folder: Path, name: str) -> AudioRef:
     """
     if isinstance(cell, str) and cell:
         return AudioRef(path=str(folder / cell))
+    if isinstance(cell, bytes) and cell:
+        return AudioRef(path=name, data=cell)
     if isinstance(cell, dict):
         if cell.get("bytes"):
             return AudioRef(path=name, data=bytes(cell["bytes"]))

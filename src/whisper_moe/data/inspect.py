@@ -284,7 +284,9 @@ def run(sources: Sequence[str], *, kind: str, decode: bool, json: bool, model: s
     """
     given = {name: value for name, value in settings.items() if value is not None}
     for name in given.keys() & set(_LISTS):
-        given[name] = tuple(part.strip() for part in given[name].split(",") if part.strip())
+        parts = [part.strip() for part in given[name].split(",") if part.strip()]
+        named = name == "columns" and all("=" in part for part in parts)
+        given[name] = dict(part.split("=", 1) for part in parts) if named else tuple(parts)
     try:
         configs = [CorpusConfig(source=source, kind=kind_of(source, kind), **given) for source in sources]
     except ValidationError as error:

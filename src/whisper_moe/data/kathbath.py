@@ -120,7 +120,7 @@ def _language_part(config: CorpusConfig, split: str, name: str, files: list[Path
     """The rows of one language, with its code in a column of their own."""
     from datasets import Dataset, Features, Value
 
-    part = load_rows(config, split=split, configuration=name, files=files, needed=(SOUND, "text"), sound=SOUND)
+    part = load_rows(config, split=split, configuration=name, files=files, needed=(SOUND, "text"))
     code = LANGUAGES[name]
     if isinstance(part, Dataset):
         return part.add_column(LANGUAGE, [code] * len(part))

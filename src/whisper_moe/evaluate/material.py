@@ -49,7 +49,7 @@ def corpus_config(
     prefix, _, rest = source.partition(":")
     kind: Any = prefix if rest and prefix in _SPLITS else kind_of(source)
     source = rest if rest and prefix in _SPLITS else source
-    streaming = kind != "table" and not Path(source).exists()
+    streaming = not Path(source).exists()
     return CorpusConfig(
         kind=kind, source=source, split=split or _SPLITS[kind], languages=tuple(languages), task=task,
         streaming=streaming, limit=limit,

@@ -108,6 +108,8 @@ def _opened(configs: Iterable[CorpusConfig], parallel: Parallel, note: Note = la
     for config in configs:
         corpus = open_corpus(config)
         note(corpus.left_out)
+        for remark in corpus.remarks if parallel.rank == 0 else ():
+            to_stderr(f"{corpus.name}: {remark}")
         if corpus.left_out and parallel.rank == 0:
             named = "; ".join(map(str, corpus.left_out[:NAMED]))
             to_stderr(

@@ -54,8 +54,16 @@ from whisper_moe.weights.manifest import (
     verify,
     verify_size,
 )
-from whisper_moe.weights.parts import expected_shapes, file_key, part_of, require_plausible, spelled_alone, unstack
-from whisper_moe.weights.quantize import SCALE, quantizable
+from whisper_moe.weights.parts import (
+    SCALE,
+    expected_shapes,
+    file_key,
+    part_of,
+    quantizable,
+    require_plausible,
+    spelled_alone,
+    unstack,
+)
 from whisper_moe.weights.tokens import detected_when_trained
 
 if TYPE_CHECKING:
@@ -100,7 +108,7 @@ def save_checkpoint(
 
     ``state``: the model's tensors, float32. ``generation``: new languages in it are detected once their rows were trained
     (:func:`~whisper_moe.weights.tokens.detected_when_trained`). ``tokenizer_files``: at least ``tokenizer.json``, as a path
-    or its content. ``quantize``: int8 rows (:mod:`whisper_moe.weights.quantize`). Raises ``ValueError`` for a state that is
+    or its content. ``quantize``: int8 rows, of what is :func:`quantizable`. Raises ``ValueError`` for a state that is
     not finite or not of this configuration, and for a directory that exists, unless ``overwrite`` is set and it is a checkpoint.
     """
     directory = Path(directory).resolve()

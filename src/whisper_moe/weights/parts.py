@@ -1,4 +1,4 @@
-"""Which tensors a configuration has, and which file of a checkpoint each of them belongs to.
+"""Which tensors a configuration has, which file of a checkpoint each of them belongs to, and which may be int8 there.
 
 A tensor of an expert is spelled in three ways: the model stacks experts, ``….experts.up_weight`` [E, F, D]; alone it
 carries its expert's number, ``….experts.3.up_weight`` [F, D]; in the expert's own file the number is left out, so that
@@ -28,6 +28,13 @@ EMBEDDING, NEW_TOKENS = "decoder.token_embedding.weight", "decoder.new_tokens.we
 _MOST_IN_TABLE, _MOST_IN_MATRIX = 16 * 1_500 * 1_280, 16 * 51_866 * 1_280
 """Numbers in a table of positions, which takes memory when shapes are asked for, and in any other matrix: sixteen times
 what the largest Whisper has."""
+SCALE = ".scale"
+"""Suffix of the tensor that holds an int8 tensor's scales, [rows, 1]."""
+_INT8 = re.compile(
+    r"decoder\.token_embedding\.weight"
+    r"|(encoder|decoder)\.blocks\.\d+\.((cross_)?attn\.(qkv|q|kv|out)|ffn\.(up|down))\.weight"
+    r"|(encoder|decoder)\.blocks\.\d+\.experts\.(\d+\.)?(up|down)_weight"
+)
 _ADAPTING = (".ttt.", ".ttt_norm.", ".adapter.", "norm.delta_", ".conv.", ".conv_norm.")
 _OF_EXPERT = re.compile(r"(?P<head>.+\.blocks\.\d+\.(?:experts|ttt))\.(?P<expert>\d+)\.(?P<tail>.+)")
 
@@ -131,3 +138,11 @@ def expert_part(expert: int, config: ModelConfig) -> str:
         raise ValueError(f"there is no expert {expert}; the configuration has {len(names)}")
     slug = re.sub(r"[^a-z0-9]+", "-", names[expert].lower()).strip("-")[:40]
     return f"experts/{expert:02d}-{slug or 'expert'}"
+
+
+def quantizable(key: str) -> bool:
+    """Whether a tensor may be stored as int8: the matrices of linear layers and experts, and the token embedding.
+
+    Norms, biases, positions, convolutions, routers and fast weights stay as they are: they are small, and sensitive.
+    """
+    return _INT8.fullmatch(key) is not None
