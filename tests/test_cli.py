@@ -352,7 +352,7 @@ def test_a_part_of_a_path_that_is_there_is_no_pattern(
         return [Outcome(path, None, MediaError(path, "not heard")) for path in heard]
 
     def load(*_: Any, **__: Any) -> SimpleNamespace:
-        return SimpleNamespace(name="", device="", dtype="", transcribe_each=transcribe_each)
+        return SimpleNamespace(stated_language=None, name="", device="", dtype="", transcribe_each=transcribe_each)
 
     monkeypatch.setattr(WhisperMoE, "from_pretrained", load)
     monkeypatch.setenv("HOME", str(tmp_path))

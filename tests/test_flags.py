@@ -37,7 +37,7 @@ def asked(monkeypatch: pytest.MonkeyPatch) -> Asked:
 
         def load(model: str | None, **options: Any) -> SimpleNamespace:
             seen.update(options)
-            return SimpleNamespace(name="", device="", dtype="", transcribe_each=transcribe_each)
+            return SimpleNamespace(stated_language=None, name="", device="", dtype="", transcribe_each=transcribe_each)
 
         monkeypatch.setattr(WhisperMoE, "from_pretrained", load)
         assert status(monkeypatch, "transcribe", str(SAMPLE), *flags) == 1

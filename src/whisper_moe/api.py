@@ -28,6 +28,7 @@ from whisper_moe.model.linear import Arithmetic, arrange
 from whisper_moe.model.model import WhisperMoEModel
 from whisper_moe.weights.checkpoint import save_checkpoint
 from whisper_moe.weights.default import Loaded, load_model
+from whisper_moe.weights.generation import stated_language
 from whisper_moe.weights.parts import empty_model
 from whisper_moe.weights.sources import to_stderr
 
@@ -113,6 +114,11 @@ class WhisperMoE:
         """Seconds of silence that are kept after a clip where nothing else is asked for."""
         return self.config.margin
 
+    @property
+    def stated_language(self) -> str | None:
+        """The code of the language that a fine-tune says it is for: what it hears is taken for that, unless told otherwise."""
+        return stated_language(self.generation, self.tokenizer)
+
     def save_pretrained(self, directory: str | os.PathLike[str], *, quantize: bool = False) -> None:
         """Write a checkpoint directory; ``quantize`` stores matrices as int8. Raises ``ValueError`` for a model
         whose weights were rounded or arranged for this machine when it was loaded.
@@ -168,7 +174,7 @@ class WhisperMoE:
         """
         if not self.tokenizer.is_multilingual:
             raise ValueError(f"{self.name}: an English-only model cannot detect languages")
-        options = self._options({"allowed_languages": tuple(languages), "window": FULL_WINDOW})
+        options = self._options({"language": "auto", "allowed_languages": tuple(languages), "window": FULL_WINDOW})
         windows = self._recording(audio, options).windows
         window = next((window for window in windows if not is_silent(window.samples)), None)
         if window is None:
@@ -178,9 +184,9 @@ class WhisperMoE:
 
     def _options(self, options: dict[str, Any]) -> TranscribeOptions:
         fields = dict(options)
-        if fields.get("language"):
-            fields["language"] = self.tokenizer.language_code(fields["language"])
         names: Sequence[str] = fields.get("allowed_languages", ())
+        given: str | None = fields.get("language") or ("auto" if names else self.stated_language)
+        fields["language"] = None if given in (None, "auto") else self.tokenizer.language_code(given)
         known = tuple(map(self.tokenizer.language_code, names))
         fields["allowed_languages"] = known
         if fields.get("context_margin") is None:

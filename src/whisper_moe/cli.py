@@ -70,7 +70,7 @@ def transcribe(
     model: Model = None,
     model_dir: ModelDir = None,
     task: Annotated[str, _option("--task", help="transcribe, or translate into English.")] = "transcribe",
-    language: Annotated[str, _option("--language", "-l", help="auto (for every window), or a code or name: hi, Hindi.")] = "auto",
+    language: Annotated[str | None, _option("--language", "-l", help="auto (for every window), or a code or name: hi, Hindi. Default: the one that a fine-tune states, else auto.")] = None,
     languages: Annotated[str | None, _option("--languages", help="Detect among these only: hi,ta,en.")] = None,
     output_format: Annotated[str | None, _option("--output-format", "-f", help="txt, srt, vtt, tsv, json or all. Without -o it is printed: of several files txt, or json with a line for each.")] = None,
     output_dir: Annotated[Path | None, _option("--output-dir", "-o", help="Write a file for each input here.")] = None,
@@ -130,7 +130,7 @@ def detect_language(
 
 @app.command()
 def upcycle(
-    source: Annotated[str, typer.Argument(help="Any Whisper: base, turbo …, Hub id, folder, OpenAI's .pt, LoRA adapter.", show_default=False)],
+    source: Annotated[str, typer.Argument(help="Any Whisper: base, turbo …, Hub id, folder, OpenAI's .pt, LoRA adapter; or a dense whisper-moe folder.", show_default=False)],
     output: Annotated[Path, _option("--output", "-o", help="The folder to write.")],
     experts: Annotated[int, _option("--experts", min=0, help="Routed experts; 0 keeps the model dense.")] = 8,
     expert_dim: Annotated[int | None, _option("--expert-dim", min=1, help="Hidden units of each in a layer; default 256, or the feed-forward's own without a shared expert.")] = None,
@@ -140,7 +140,7 @@ def upcycle(
     router_layer: Annotated[int, _option("--router-layer", min=0, help="Encoder layers before the router's choice.")] = 2,
     ttt_layers: Annotated[str | None, _option("--ttt-layers", help="Encoder layers with a TTT layer behind a closed gate: 3 or 1,3; empty for none. Default: 3, or none without experts.")] = None,
     add_language: Annotated[list[str] | None, _option("--add-language", help="A language that Whisper lacks gets a token: or=odia, or=odia:like=bn,as (its token starts as their mean). Once for each.", show_default=False)] = None,
-    base: Annotated[str | None, _option("--base", help="The Whisper that a LoRA adapter belongs to, if not the one it names.")] = None,
+    base: Annotated[str | None, _option("--base", help="The Whisper that a LoRA adapter belongs to, if not the one it names; of other sources, the one whose tokenizer they take.")] = None,
     quantize: Annotated[bool, _option("--quantize", help="Store matrices as int8.")] = False,
     overwrite: Annotated[bool, _option("--overwrite", help="Replace a checkpoint that is there.")] = False,
     seed: Annotated[int, _option("--seed", help="Of the parts that are new.")] = 0,

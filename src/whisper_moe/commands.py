@@ -68,7 +68,7 @@ def transcribe(
     """Texts to standard output or to files, facts to standard error; 1 if any file failed."""
     with usage():
         options = transcribe_options(flags)
-        spoken = (options.language, *options.allowed_languages)
+        spoken = (None if options.language == "auto" else options.language, *options.allowed_languages)
         check_languages(spoken, model, model_dir)
         talkative, half = truth("--verbose", verbose), truth("--fp16", fp16)
         formats = expand_formats((output_format or ("txt" if output_dir is None else "all")).split(","))
@@ -90,6 +90,10 @@ def transcribe(
         loaded = _load(model, model_dir, device, dtype, threads, talkative)
         with usage():
             require_languages(spoken, loaded, options.task)
+        if talkative and not any(spoken) and options.language is None and loaded.stated_language:
+            say(
+                f"taken to be in {loaded.stated_language}, the language that the model states; --language auto detects it"
+            )
         failed += _transcribe(loaded, there, outputs, options, talkative)
     if failed and len(asked) > 1:
         say(f"whisper-moe: {failed} of {len(asked)} files failed")
@@ -234,11 +238,14 @@ def upcycle(
             router_layer=router_layer,
         ) if experts else None  # fmt: skip
     from whisper_moe.weights.checkpoint import save_checkpoint
-    from whisper_moe.weights.sources import load_whisper
+    from whisper_moe.weights.default import load_model
+    from whisper_moe.weights.generation import stated_language
     from whisper_moe.weights.tokens import add_languages
+    from whisper_moe.weights.upcycle import answer, read_back
     from whisper_moe.weights.upcycle import upcycle as upcycled
 
-    whisper = load_whisper(source, base=base, announce=say)
+    whisper = load_model(source, base=base, announce=say)
+    said = answer(whisper.config, whisper.state)
     if moe is not None and not shared and expert_dim is None:
         moe = moe.model_copy(update={"expert_dim": whisper.config.encoder_ffn_dim})
     config, state = upcycled(whisper.config, whisper.state, moe=moe, ttt=ttt, seed=seed)
@@ -250,7 +257,16 @@ def upcycle(
     )  # fmt: skip
     size = f"{sum(tensor.numel() for tensor in new.state.values()) / 1e6:.1f} M parameters"
     spoken = "".join(f", {language.name} ({language.code})" for language in languages)
-    say(f"{output}: {whisper.name} with {experts} experts{spoken}, {size}")
+    if code := stated_language(new.generation, whisper.tokenizer):
+        say(
+            f"{whisper.name} states the language {code}: what is heard is taken for that, unless --language says otherwise"
+        )
+    for held in (whisper.state, state, new.state):  # a large one need not be there twice
+        held.clear()
+    difference = read_back(output, said)
+    say(
+        f"{output}: {whisper.name} with {experts} experts{spoken}, {size}; read back, logits differ by {difference:.2g}"
+    )
     return 0
 
 

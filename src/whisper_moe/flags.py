@@ -50,7 +50,7 @@ def transcribe_options(flags: dict[str, Any]) -> TranscribeOptions:
     return TranscribeOptions(
         **plain, vad=_vad(flags), beam_size=flags["beam_size"] or 1, best_of=flags["best_of"] or 1,
         patience=1.0 if flags["patience"] is None else flags["patience"],
-        language=None if flags["language"].lower() == "auto" else flags["language"],
+        language="auto" if (flags["language"] or "").lower() == "auto" else flags["language"],
         allowed_languages=names(flags["languages"]),
         temperatures=tuple(round(first + i * increment, 6) for i in range(count)),
         suppress_tokens=numbers("--suppress-tokens", flags["suppress_tokens"]),

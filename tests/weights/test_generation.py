@@ -13,9 +13,10 @@ pytest.importorskip("transformers")
 from weights.whispers import TINY, tokenizer_json
 
 from whisper_moe.config import ModelConfig
+from whisper_moe.media.languages import LANGUAGES
 from whisper_moe.media.text import Tokenizer
 from whisper_moe.weights.files import CheckpointError
-from whisper_moe.weights.generation import complete_generation, read_tokenizer
+from whisper_moe.weights.generation import complete_generation, read_tokenizer, stated_language
 
 
 @pytest.fixture
@@ -113,6 +114,67 @@ def test_a_tokenizer_of_a_larger_vocabulary_than_the_embedding_is_refused(tokeni
     """As when an English-only model gets a multilingual model's tokenizer."""
     with pytest.raises(CheckpointError, match="they belong to different models"):
         complete(tokenizer, {}, TINY.model_copy(update={"vocab_size": TINY.vocab_size - 1}))
+
+
+def whispers_tokenizer(size: int, appended: int = 0) -> Tokenizer:
+    """One of a published size, its words made up; ``appended`` tokens follow the timestamps."""
+    from tokenizers import AddedToken, decoders, models, pre_tokenizers
+    from tokenizers import Tokenizer as Backend
+
+    codes = list(LANGUAGES)[: 100 if size == 51_866 else 99]
+    control = ["<|startoftranscript|>", *(f"<|{code}|>" for code in codes), "<|translate|>", "<|transcribe|>"]
+    control = ["<|endoftext|>", *control, "<|startoflm|>", "<|startofprev|>", "<|nospeech|>", "<|notimestamps|>"]
+    times = [f"<|{i * 0.02:.2f}|>" for i in range(1501)]
+    letters = sorted(pre_tokenizers.ByteLevel.alphabet())
+    words = [*letters, *(f"w{i}" for i in range(size - len(letters) - len(control) - len(times)))]
+    backend = Backend(models.BPE({word: i for i, word in enumerate(words)}, []))
+    backend.pre_tokenizer, backend.decoder = pre_tokenizers.ByteLevel(add_prefix_space=False), decoders.ByteLevel()
+    names = [*control, *times, *(f"<|new-{i}|>" for i in range(appended))]
+    backend.add_tokens([AddedToken(name, normalized=False, special=True) for name in names])
+    assert backend.get_vocab_size() == size + appended
+    return Tokenizer(backend)
+
+
+@pytest.mark.parametrize("rows", [51_864, 51_865, 51_866])
+def test_the_tokenizer_of_another_kind_of_whisper_is_refused_by_both_names(rows: int) -> None:
+    names = {51_864: "tiny.en", 51_865: "base", 51_866: "large-v3"}
+    for size, name in names.items():
+        tokenizer, config = whispers_tokenizer(size), TINY.model_copy(update={"vocab_size": rows})
+        if size == rows:
+            assert complete(tokenizer, {}, config)["no_timestamps_token_id"] == tokenizer.no_timestamps
+            continue
+        with pytest.raises(CheckpointError, match=rf"weights have {rows:,} tokens .as openai/whisper-{names[rows]}., "
+                           rf"the tokenizer {size:,} .as openai/whisper-{name}.; they belong to different models: "
+                           "upcycle --base MODEL"):  # fmt: skip
+            complete(tokenizer, {}, config)
+
+
+@pytest.mark.parametrize(("size", "appended", "rows"), [(51_865, 1, 51_866), (51_864, 2, 51_866), (51_865, 0, 51_968)])
+def test_tokens_that_were_appended_and_padding_are_no_other_kind(size: int, appended: int, rows: int) -> None:
+    tokenizer = whispers_tokenizer(size, appended)
+    assert complete(tokenizer, {}, TINY.model_copy(update={"vocab_size": rows}))["eos_token_id"] == tokenizer.eot
+
+
+@pytest.mark.parametrize(
+    ("stated", "code"),
+    [
+        ({"language": "hindi"}, "hi"), ({"language": "<|hi|>"}, "hi"), ({"language": "hi", "task": "transcribe"}, "hi"),
+        ({"language": "Hindi", "forced_decoder_ids": [[1, 258]]}, "hi"), ({"forced_decoder_ids": [[1, 259], [2, 261]]}, "hi"),
+        ({"forced_decoder_ids": [[1, 258], [2, 261]]}, "en"), ({"forced_decoder_ids": [[1, None], [2, 261]]}, None),
+        ({"language": None}, None), ({"language": "klingon"}, None), ({"language": "tamil"}, None), ({}, None),
+        ({"forced_decoder_ids": "none"}, None), ({"forced_decoder_ids": [[1], 2, {"1": 259}, [1, [259]]]}, None),
+    ],
+)  # fmt: skip
+def test_the_language_that_a_fine_tune_states(stated: dict[str, Any], code: str | None, tokenizer: Tokenizer) -> None:
+    assert stated_language(complete(tokenizer, stated), tokenizer) == code
+
+
+@pytest.mark.parametrize(("id", "code"), [(258, None), (259, "hi")])
+def test_english_in_an_old_config_is_openais_default_and_states_nothing(
+    id: int, code: str | None, tokenizer: Tokenizer
+) -> None:
+    result = complete(tokenizer, None, legacy={"forced_decoder_ids": [[1, id], [2, 261], [3, 265]]})
+    assert stated_language(result, tokenizer) == code and ("forced_decoder_ids" in result) == (code is not None)
 
 
 def test_the_standard_by_name_is_whisper_bases_own_file(whisper_base: Path) -> None:

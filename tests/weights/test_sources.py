@@ -164,6 +164,30 @@ def test_an_openai_file_takes_the_tokenizer_of_its_base_and_else_says_what_it_ne
     assert source.tokenizer_files == {"tokenizer.json": tokenizer_json()}
 
 
+def test_a_folder_without_a_tokenizer_takes_that_of_its_base_and_else_says_what_it_needs(tmp_path: Path) -> None:
+    bare = old_folder(tmp_path / "bare", tokenizer=False)
+    with pytest.raises(
+        CheckpointError, match=r"bare: has no tokenizer: put the tokenizer\.json of a model with 1767 tokens into it"
+    ):
+        load_whisper(bare, announce=silent)
+    (tmp_path / "tokenizer").mkdir()
+    (tmp_path / "tokenizer" / "tokenizer.json").write_bytes(tokenizer_json())
+    for base in (write_folder(tmp_path / "base", hub_model()), openai_file(tmp_path / "pt"), tmp_path / "tokenizer"):
+        source = load_whisper(bare, base=str(base), announce=silent)
+        assert source.tokenizer_files == {"tokenizer.json": tokenizer_json()} and same(source.state, EXPECTED)
+
+
+@pytest.mark.parametrize("kind", ["folder", "pt"])
+def test_the_base_that_is_named_goes_before_a_tokenizer_of_its_own(kind: str, tmp_path: Path) -> None:
+    source = write_folder(tmp_path / "a", hub_model()) if kind == "folder" else openai_file(tmp_path / "a")
+    (tmp_path / "a" / "tokenizer.json").write_text("{}")
+    base = str(write_folder(tmp_path / "base", hub_model()))
+    with pytest.raises(CheckpointError, match="tokenizer"):
+        load_whisper(source, announce=silent)
+    found = load_whisper(source, base=base, announce=silent).tokenizer_files
+    assert found == {"tokenizer.json": tokenizer_json()}
+
+
 @pytest.mark.parametrize(
     ("changes", "cause"),
     [
@@ -401,7 +425,7 @@ DAMAGES: dict[str, tuple[Callable[[Path], object], str]] = {
     "config is no JSON": (lambda f: (f / "config.json").write_text("{"), r"config\.json: not JSON"),
     "generation is a list": (lambda f: (f / "generation_config.json").write_text("[]"),
                              r"generation_config\.json: must hold a JSON object, holds list"),
-    "no tokenizer": (lambda f: (f / "tokenizer.json").unlink(), "no tokenizer.json"),
+    "no tokenizer": (lambda f: (f / "tokenizer.json").unlink(), "no tokenizer: put the tokenizer.json"),
     "no weights": (lambda f: (f / "model.safetensors").unlink(), "no model.safetensors"),
     "a tensor less": (lambda f: save_file(
         {k: v for k, v in load_file(f / "model.safetensors").items() if not k.endswith("fc2.bias")}, f / "model.safetensors"

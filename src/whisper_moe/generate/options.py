@@ -36,7 +36,7 @@ class TranscribeOptions:
 
     task: Literal["transcribe", "translate"] = "transcribe"
     language: str | None = None
-    """A code or name; None detects it for every window."""
+    """A code or name; ``auto`` detects it for every window, as does None, unless the model states one of its own."""
     allowed_languages: tuple[str, ...] = ()
     """Detection chooses among these; empty for all."""
     beam_size: int = 1

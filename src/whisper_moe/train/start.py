@@ -19,7 +19,7 @@ from whisper_moe.media.text import Tokenizer, read_backend
 from whisper_moe.train.recipe import ModelRecipe, RecipeError
 from whisper_moe.weights.default import load_model
 from whisper_moe.weights.files import json_bytes, new_folder, read_bytes, read_json
-from whisper_moe.weights.generation import speaking
+from whisper_moe.weights.generation import of_any_language, speaking
 from whisper_moe.weights.manifest import CONFIG, GENERATION, TOKENIZER, read_config
 from whisper_moe.weights.parts import expected_shapes
 from whisper_moe.weights.tokens import add_languages
@@ -63,7 +63,7 @@ def from_source(
     config = config.model_copy(update={"context_margin": config.margin if margin is None else margin})
     file = loaded.tokenizer_files[TOKENIZER]
     start = Start(
-        config=config, state=state, generation=loaded.generation,
+        config=config, state=state, generation=of_any_language(loaded.generation),
         tokenizer_json=file if isinstance(file, bytes) else read_backend(file).to_str().encode(),
     )  # fmt: skip
     if biased:

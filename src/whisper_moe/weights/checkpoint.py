@@ -183,7 +183,7 @@ def _stored(key: str, tensor: Tensor, quantize: bool) -> dict[str, Tensor]:
     """What is written for one tensor; what belongs together goes into the same file."""
     if quantize and quantizable(key):
         rows = Int8Rows.of(tensor)
-        return {key: rows.levels, key + SCALE: rows.scale}
+        return {key: rows.levels.contiguous(), key + SCALE: rows.scale.contiguous()}
     half = tensor.half()
     return {key: (half if torch.equal(half.float(), tensor) else tensor).contiguous()}
 

@@ -45,13 +45,15 @@ def default() -> str:
 
 
 def load_model(
-    model: str | os.PathLike[str] | None, *, keep_int8: bool = False, model_dir: str | os.PathLike[str] | None = None,
+    model: str | os.PathLike[str] | None, *, keep_int8: bool = False, base: str | None = None,
+    model_dir: str | os.PathLike[str] | None = None,
     announce: Callable[[str], None] = to_stderr,
 ) -> Loaded:  # fmt: skip
     """Read a whisper-moe directory, any Whisper (:func:`~whisper_moe.weights.sources.load_whisper`), or the default (None).
 
     A Whisper stays the dense model that it is; only where the default has to be made from one is it upcycled. ``model_dir``:
     see :func:`~whisper_moe.weights.sources.resolve`. ``keep_int8``: see :func:`~whisper_moe.weights.checkpoint.load_checkpoint`.
+    ``base``: see :func:`~whisper_moe.weights.sources.load_whisper`.
     """
     located = resolve(os.fspath(model) if model is not None else default(), model_dir=model_dir, announce=announce)
     if located.kind == "checkpoint":
@@ -63,7 +65,7 @@ def load_model(
         return Loaded(
             located.name, checkpoint.config, checkpoint.state, generation, tokenizer, files, checkpoint.quantized
         )  # fmt: skip
-    source = load_whisper(str(located.path), announce=announce)
+    source = load_whisper(str(located.path), base=base, announce=announce)
     config, state = source.config, dict(source.state)
     if model is None:
         announce(f"no default model beside this installation: made from {located.name}, its experts not trained")

@@ -17,6 +17,13 @@ if TYPE_CHECKING:
 _LEGACY = ("suppress_tokens", "begin_suppress_tokens", "forced_decoder_ids", "max_length")
 """What ``config.json`` said before ``generation_config.json`` existed. Ids are looked up by name instead."""
 _LISTS = ("suppress_tokens", "begin_suppress_tokens")
+_STATES_LANGUAGE = ("language", "forced_decoder_ids")
+PUBLISHED = {
+    51_864: ("tiny.en", "base.en", "small.en", "medium.en"),
+    51_865: ("base", "tiny", "small", "medium", "large-v2", "large"),
+    51_866: ("large-v3", "large-v3-turbo"),
+}
+"""Vocabulary size → OpenAI's models on the Hub that share its tokenizer."""
 
 
 def read_tokenizer(path: Path, generation: Mapping[str, Any] | None = None) -> tuple[bytes, Tokenizer]:
@@ -84,16 +91,41 @@ def complete_generation(
     hears of it.
     """
     if generation is None:
-        said = legacy or {}
-        generation = _standard(tokenizer, config) | {key: said[key] for key in _LEGACY if said.get(key) is not None}
+        said = {key: value for key, value in (legacy or {}).items() if key in _LEGACY and value is not None}
+        if stated_language(said, tokenizer) == "en":  # OpenAI's own files said so, of models that speak 99 languages
+            del said["forced_decoder_ids"]
+        generation = _standard(tokenizer, config) | said
     stated = {key: value for key, value in generation.items() if value is not None}
     complete = _by_name(tokenizer) | stated
+    _check_vocabulary(tokenizer, config, origin)
     _check_ids(complete, tokenizer, config, origin)
     heads = complete.get("alignment_heads")
     if heads is not None and not _are_heads(heads, config):
         announce(f"{origin}: alignment_heads are not this model's; words are timed by the upper half of its decoder")
         del complete["alignment_heads"]
     return complete
+
+
+def stated_language(generation: Mapping[str, Any], tokenizer: Tokenizer) -> str | None:
+    """The code of the one language that a fine-tune says it is for: ``language``, or one among its ``forced_decoder_ids``."""
+    name, forced = (generation.get(key) for key in _STATES_LANGUAGE)
+    if not tokenizer.is_multilingual:
+        return None
+    if isinstance(name, str):
+        try:
+            code = tokenizer.language_code(name.strip("<|>"))
+        except ValueError:
+            return None
+        return code if code in tokenizer.languages else None
+    codes = {id: code for code, id in tokenizer.languages.items()}
+    pairs = forced if isinstance(forced, list) else []
+    ids = (pair[1] for pair in pairs if isinstance(pair, list) and len(pair) == 2 and type(pair[1]) is int)
+    return next((codes[id] for id in ids if id in codes), None)
+
+
+def of_any_language(generation: Mapping[str, Any]) -> dict[str, Any]:
+    """The same, stating no language: that of a model which is about to learn others."""
+    return {key: value for key, value in generation.items() if key not in _STATES_LANGUAGE}
 
 
 def _by_name(tokenizer: Tokenizer) -> dict[str, Any]:
@@ -121,12 +153,23 @@ def _standard(tokenizer: Tokenizer, config: ModelConfig) -> dict[str, Any]:
     }
 
 
+def _check_vocabulary(tokenizer: Tokenizer, config: ModelConfig, origin: str | Path) -> None:
+    """Refuse the tokenizer of another kind of Whisper: where it is too small, each control token would be read as its neighbour.
+
+    One with tokens that a fine-tune has appended, and rows that are padding, are as they should be.
+    """
+    rows, listed = config.source_vocab_size, tokenizer.timestamp_end + 1
+    mixed = rows in PUBLISHED and listed in PUBLISHED and listed != rows
+    if listed <= config.vocab_size and not (mixed and tokenizer.vocab_size != config.vocab_size):
+        return
+    kinds = [f" (as openai/whisper-{PUBLISHED[size][0]})" if size in PUBLISHED else "" for size in (rows, listed)]
+    raise CheckpointError(
+        f"{origin}: the weights have {rows:,} tokens{kinds[0]}, the tokenizer {listed:,}{kinds[1]}; they belong to different "
+        "models: upcycle --base MODEL takes the tokenizer of another"
+    )
+
+
 def _check_ids(generation: Mapping[str, Any], tokenizer: Tokenizer, config: ModelConfig, origin: str | Path) -> None:
-    if tokenizer.timestamp_end >= config.vocab_size:
-        raise CheckpointError(
-            f"{origin}: the tokenizer has ids up to {tokenizer.timestamp_end}, the embedding {config.vocab_size} rows; "
-            "they belong to different models"
-        )
     for place, name in enumerate(config.new_tokens, config.source_vocab_size):
         if tokenizer.token_id(name) != place:
             raise CheckpointError(

@@ -27,7 +27,7 @@ from whisper_moe.weights.files import (
     listed,
     read_json,
 )
-from whisper_moe.weights.generation import complete_generation, read_tokenizer
+from whisper_moe.weights.generation import PUBLISHED, complete_generation, read_tokenizer
 from whisper_moe.weights.whisper import (
     config_from_openai,
     config_from_whisper,
@@ -38,13 +38,6 @@ from whisper_moe.weights.whisper import (
 
 Kind = Literal["checkpoint", "whisper", "openai", "adapter"]
 Announce = Callable[[str], None]
-
-_PUBLISHED = {
-    51_864: ("tiny.en", "base.en", "small.en", "medium.en"),
-    51_865: ("base", "tiny", "small", "medium", "large-v2", "large"),
-    51_866: ("large-v3", "large-v3-turbo"),
-}
-"""Vocabulary size → OpenAI's models on the Hub that share its tokenizer."""
 
 
 @dataclass(frozen=True)
@@ -126,7 +119,7 @@ def _local(name: str, repo: str | None, folder: Path | None) -> Path:
 
 
 def load_whisper(source: str | Path, *, base: str | None = None, announce: Announce | None = None) -> WhisperSource:
-    """Read a Whisper. ``base``: the model under an adapter, or the one whose tokenizer a ``.pt`` file shares.
+    """Read a Whisper. ``base``: the model under an adapter, or the one whose tokenizer any other source takes.
 
     ``announce`` is called with one line before a download and for what a source has wrong and can do without; by
     default the line goes to stderr.
@@ -144,18 +137,18 @@ def _load(at: Located, base: str | None, announce: Announce, above: tuple[Path, 
         return _load_adapter(at, base, announce, (*above, at.path.resolve()))
     if at.kind == "checkpoint":
         raise CheckpointError(f"{at.path}: is a whisper-moe checkpoint already, not a Whisper")
-    return _load_openai(at, base, announce) if at.kind == "openai" else _load_folder(at, announce)
+    return _load_openai(at, base, announce) if at.kind == "openai" else _load_folder(at, base, announce)
 
 
 # A folder as transformers writes it
 
 
-def _load_folder(at: Located, announce: Announce) -> WhisperSource:
+def _load_folder(at: Located, base: str | None, announce: Announce) -> WhisperSource:
     hf_config = read_json(at.path / "config.json")
     config = config_from_whisper(hf_config, origin=at.path / "config.json")
     file = at.path / "generation_config.json"
     stated = read_json(file) if file.exists() else None
-    content, tokenizer = read_tokenizer(at.path, stated)
+    content, tokenizer = read_tokenizer(_tokenizer_of(at.path, config.vocab_size, base, announce), stated)
     generation = complete_generation(stated, tokenizer, config, legacy=hf_config, origin=file, announce=announce)
     weights, origin = read_weights(at.path)
     state = state_from_whisper(weights, config, origin=origin)
@@ -248,30 +241,34 @@ def _load_openai(at: Located, base: str | None, announce: Announce) -> WhisperSo
     if not isinstance(dims, dict) or not isinstance(weights, dict):
         raise CheckpointError(f"{at.path}: lacks dims or model_state_dict; not a file of openai/whisper")
     config = config_from_openai(dims, origin=at.path)
-    place = _tokenizer_for(at.path, config.vocab_size, base, announce)
-    tokenizer_json, tokenizer = read_tokenizer(place)
+    tokenizer_json, tokenizer = read_tokenizer(_tokenizer_of(at.path, config.vocab_size, base, announce))
     generation = complete_generation(None, tokenizer, config, origin=at.path, announce=announce)
     state = state_from_openai(tensors(weights, at.path), config, origin=at.path)
     return WhisperSource(config, state, generation, {"tokenizer.json": tokenizer_json}, at.path.stem)
 
 
-def _tokenizer_for(path: Path, vocab_size: int, base: str | None, announce: Announce) -> Path:
-    """A ``.pt`` file has no tokenizer: the one beside it, of ``base``, or of OpenAI's own model in the Hub's cache."""
-    beside = path.with_name("tokenizer.json")
-    if beside.exists():
-        return beside
+def _tokenizer_of(path: Path, vocab_size: int, base: str | None, announce: Announce) -> Path:
+    """Where a source's tokenizer is: with ``base``, within its folder or beside its ``.pt`` file, or with OpenAI's own model
+    of that vocabulary in the Hub's cache."""
     if base is not None:
-        return resolve(base, announce=announce).path
-    owners = [f"openai/whisper-{name}" for name in _PUBLISHED.get(vocab_size, ())]
+        given = Path(base).expanduser()
+        found = given if (given / "tokenizer.json").exists() else resolve(base, announce=announce).path
+        return found.with_name("tokenizer.json") if found.is_file() else found
+    own = path if path.is_dir() else path.parent
+    if path.is_dir() and any((own / name).exists() for name in ("vocab.json", "merges.txt", "added_tokens.json")):
+        return own
+    if (own / "tokenizer.json").exists():
+        return own / "tokenizer.json"
+    owners = [f"openai/whisper-{name}" for name in PUBLISHED.get(vocab_size, ())]
     for owner in owners:
         folder = hub.cached(owner)
         if folder is not None and (folder / "tokenizer.json").exists():
             return folder
     if owners and (folder := hub.fetch_tokenizer(owners[0], announce)) is not None:
         return folder
-    like = f" such as {owners[0]}" if owners else ""
+    like, place = f" such as {owners[0]}" if owners else "", "into" if path.is_dir() else "beside"
     raise CheckpointError(
-        f"{path}: has no tokenizer: put the tokenizer.json of a model with {vocab_size} tokens{like} beside it, "
+        f"{path}: has no tokenizer: put the tokenizer.json of a model with {vocab_size} tokens{like} {place} it, "
         "or upcycle it with --base MODEL"
     )
 

@@ -21,6 +21,7 @@ from whisper_moe.config import ModelConfig
 from whisper_moe.media.languages import NewLanguage
 from whisper_moe.media.text import Tokenizer
 from whisper_moe.weights.files import CheckpointError, listed, read_bytes
+from whisper_moe.weights.generation import of_any_language
 from whisper_moe.weights.manifest import TOKENIZER
 from whisper_moe.weights.parts import EMBEDDING, NEW_TOKENS
 
@@ -77,7 +78,7 @@ def add_languages(
         "undetected_languages": sorted({*(generation.get("undetected_languages") or ()), *named}),
         UNTRAINED: {**(generation.get(UNTRAINED) or {}), **{code: _digest(rows[f"<|{code}|>"]) for code in named}},
     }
-    return Extended(config, state, {**generation, **added}, files)
+    return Extended(config, state, {**of_any_language(generation), **added}, files)
 
 
 def detected_when_trained(

@@ -7,14 +7,19 @@ every expert is a copy of the feed-forward, and gates that sum to one add up to 
 from __future__ import annotations
 
 from collections.abc import Mapping
+from pathlib import Path
 
 import torch
 from torch import Tensor
 
-from whisper_moe.config import AdaptConfig, ConformerConfig, ModelConfig, MoEConfig, TTTConfig
+from whisper_moe.config import POSITIONS_PER_SECOND, AdaptConfig, ConformerConfig, ModelConfig, MoEConfig, TTTConfig
 from whisper_moe.model.model import WhisperMoEModel
-from whisper_moe.weights.files import listed
-from whisper_moe.weights.parts import ADAPT, expected_shapes, part_of
+from whisper_moe.weights.checkpoint import load_checkpoint
+from whisper_moe.weights.files import CheckpointError, listed
+from whisper_moe.weights.parts import ADAPT, empty_model, expected_shapes, part_of
+
+_TOLERANCE = {"float32": 1e-3, "int8": 0.3}
+"""Of the largest logit: what a model that was written may differ by."""
 
 
 def upcycled_config(config: ModelConfig, *, moe: MoEConfig | None, ttt: TTTConfig | None) -> ModelConfig:
@@ -60,6 +65,34 @@ def upcycle(
     if moe is not None and not moe.shared:
         _copy_into_experts(new, state, moe.n_experts)
     return upcycled, new
+
+
+def answer(config: ModelConfig, state: Mapping[str, Tensor]) -> Tensor:
+    """[n, source's vocabulary]: what a model says of a second of noise, to compare it with another form of itself."""
+    model = empty_model(config).eval()
+    model.load_state_dict(state, assign=True)
+    frames = 2 * min(POSITIONS_PER_SECOND, config.max_source_positions)
+    mel = torch.randn(config.n_mels, frames, generator=torch.Generator().manual_seed(0))
+    with torch.inference_mode():
+        return model([mel], [torch.arange(4)])[:, : config.source_vocab_size]
+
+
+def read_back(directory: Path, expected: Tensor) -> float:
+    """Load a checkpoint that was just written; how far its :func:`answer` is from the one ``expected``, at most.
+
+    Raises ``CheckpointError`` for a file that is not what was written, and for a model that is not the one it should be: by more
+    than rounding, or, where it is stored as int8, by more than that may cost.
+    """
+    written = load_checkpoint(directory)
+    bits = "int8" if written.manifest.quantization else "float32"
+    found = answer(written.config, written.state)
+    difference, scale = float((found - expected).abs().max()), float(expected.abs().max())
+    if not difference <= _TOLERANCE[bits] * scale:  # NaN is no small number
+        raise CheckpointError(
+            f"{directory}: do not use it: read back, its logits of a second of noise, up to {scale:.3g}, differ from the "
+            f"source's by {difference:.2g}; {bits} may cost {_TOLERANCE[bits] * scale:.2g}"
+        )
+    return difference
 
 
 def _copy_into_experts(new: dict[str, Tensor], dense: Mapping[str, Tensor], n_experts: int) -> None:
