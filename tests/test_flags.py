@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import ast
 import sys
 from collections.abc import Callable, Iterable
+from importlib.util import find_spec
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
@@ -14,6 +17,7 @@ from commandline import SAMPLE
 import whisper_moe
 from whisper_moe import MediaError, Outcome, WhisperMoE, cli, commands
 
+ROOT = Path(__file__).parent.parent
 Asked = Callable[..., dict[str, Any]]
 
 
@@ -174,6 +178,69 @@ def test_a_flag_of_two_names_has_underscores_in_both_and_leaves_other_words_alon
     monkeypatch.setattr(commands, "upcycle", upcycle)
     assert status(monkeypatch, "upcycle", "_mymodel", "-o", "new", *flags) == 0
     assert expected.items() <= seen.items()
+
+
+# The table in docs/flags.md.
+
+
+def rows(heading: str) -> dict[str, tuple[str, str]]:
+    """First column → the others, of the table under a heading."""
+    text = (
+        (ROOT / "docs" / "flags.md").read_text(encoding="utf-8").partition(f"## {heading}\n")[2].partition("\n## ")[0]
+    )
+    cells = [
+        [cell.strip(" `") for cell in line.split("|")[1:-1]] for line in text.splitlines() if line.startswith("| `")
+    ]
+    found = {name: (here, why) for name, here, why in cells}
+    assert len(found) == len(cells) > 10
+    return found
+
+
+def installed(module: str, file: str) -> ast.Module:
+    """A module of a peer, read and not imported."""
+    found = find_spec(module)
+    if found is None or found.origin is None:
+        pytest.skip(f"{module} is not installed")
+    return ast.parse((Path(found.origin).parent / file).read_text(encoding="utf-8"))
+
+
+def ours() -> dict[str, Any]:
+    """Every spelling of an option of ``transcribe`` → its default."""
+    command: Any = cli.typer.main.get_command(cli.app)
+    options = command.commands["transcribe"].params
+    return {name: option.default for option in options for name in option.opts if name.startswith("--")}
+
+
+def test_the_table_has_every_flag_of_whisper_and_says_what_is_true_of_it() -> None:
+    calls = [node for node in ast.walk(installed("whisper", "transcribe.py")) if isinstance(node, ast.Call)]
+    added = [call for call in calls if isinstance(call.func, ast.Attribute) and call.func.attr == "add_argument"]
+    theirs: dict[str, str] = {}
+    for call in added:
+        name = ast.literal_eval(call.args[0])
+        if name.startswith("--"):
+            default = next((word.value for word in call.keywords if word.arg == "default"), ast.Constant(None))
+            theirs[name] = str(default.value if isinstance(default, ast.Constant) else ast.unparse(default))
+    table, here = rows("Of `whisper`"), ours()
+    assert set(table) == set(theirs)
+    assert {word for word, _ in table.values()} <= {"same", "different", "not here"}
+    coming = {f"--{flag}" for flag in cli._NOT_OURS}  # pyright: ignore[reportPrivateUsage]
+    assert {name for name, (word, _) in table.items() if word != "not here"} - coming == set(theirs) & set(
+        here
+    ) - coming
+    for name, (word, why) in table.items():
+        assert (word == "same") == (not why), name
+        if word == "same" and name not in coming:
+            one, other = theirs[name], str(here[name])
+            assert one == other or float(one) == float(other), name
+
+
+def test_the_table_of_faster_whisper_names_flags_that_are_there() -> None:
+    here = ours()
+    named = {name: flag for name, (flag, _) in rows("Of faster-whisper").items() if flag != "not here"}
+    assert set(named.values()) <= set(here)
+    functions = [n for n in ast.walk(installed("faster_whisper", "transcribe.py")) if isinstance(n, ast.FunctionDef)]
+    parameters = {argument.arg for f in functions if f.name in ("__init__", "transcribe") for argument in f.args.args}
+    assert set(rows("Of faster-whisper")) <= parameters
 
 
 def test_what_transcribe_each_gives_is_a_public_name() -> None:
