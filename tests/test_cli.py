@@ -630,7 +630,7 @@ def test_a_training_run_and_a_name_in_a_folder_are_models(run: Run, tiny: list[s
         assert (said.status, said.out) == (0, run("transcribe", sound, *tiny).out) and "mine on cpu" in said.err
         assert run("detect-language", sound, *flags).status == 0
     assert json.loads(run("info", made, "--json").out)["name"] == "mine"
-    assert "is a whisper-moe checkpoint already" in run("upcycle", made, "-o", tmp_path / "x").err
+    assert "only a dense Whisper can be upcycled" in run("upcycle", made, "-o", tmp_path / "x").err
     assert "only a dense model" in run("export", made, "-o", tmp_path / "x").err
     assert no_torch("transcribe", sound, "--model", made, "--language", "klingon")[0] == 2
 
