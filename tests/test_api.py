@@ -62,6 +62,31 @@ def test_a_recording_is_the_same_however_it_comes(tiny_model: WhisperMoE, wav: P
             assert tiny_model.transcribe(same, **TRUSTING) == expected
 
 
+def test_clips_are_transcribed_at_their_times_and_nothing_else(tiny_model: WhisperMoE) -> None:
+    wave = noise(12.0)
+    asked = {**TRUSTING, "language": "en"}
+    result = tiny_model.transcribe(wave, clip_timestamps=[2, 4.5, 9], **asked)
+    alone = [tiny_model.transcribe(wave[a * RATE // 2 : b * RATE // 2], **asked) for a, b in ((4, 9), (18, 24))]
+    shifted = [(shift, s) for each, shift in zip(alone, (2, 9), strict=True) for s in each.segments]
+    assert [s.tokens for s in result.segments] == [s.tokens for _, s in shifted] != []
+    assert [s.seek for s in result.segments] == [s.seek + shift * 100 for shift, s in shifted]
+    assert [s.start for s in result.segments] == pytest.approx([s.start + shift for shift, s in shifted])
+    assert result.duration == 12.0
+
+
+def test_marks_join_the_words_that_they_are_asked_to_join(tiny_model: WhisperMoE) -> None:
+    asked: dict[str, Any] = {**TRUSTING, "language": "en", "word_timestamps": True}
+    usual, joined = (
+        [
+            word.word
+            for segment in tiny_model.transcribe(noise(4.0), **asked, **more).segments
+            for word in segment.words or ()
+        ]
+        for more in ({}, {"append_punctuations": "".join(map(chr, range(33, 127)))})
+    )
+    assert "".join(usual) == "".join(joined) and len(joined) < len(usual)
+
+
 def test_a_list_gives_a_list_in_its_order(tiny_model: WhisperMoE, wav: Path) -> None:
     sounds = [noise(seconds, seed) for seed, seconds in enumerate((3.0, 0.5, 40.0, 1.0))]
     together = tiny_model.transcribe([*sounds, wav], **TRUSTING)

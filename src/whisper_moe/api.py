@@ -21,7 +21,7 @@ from whisper_moe.generate.result import Transcription
 from whisper_moe.heap import weights_apart
 from whisper_moe.media.audio import MediaError, stream_audio
 from whisper_moe.media.text import Tokenizer
-from whisper_moe.media.windows import Window, cut_windows, drop_silence, is_silent, speech_spans, speech_spans_silero
+from whisper_moe.media.windows import cut_clips, drop_silence, is_silent, speech_spans, speech_spans_silero
 from whisper_moe.model import fbgemm
 from whisper_moe.model.heads import TextHead
 from whisper_moe.model.linear import Arithmetic, arrange
@@ -210,16 +210,19 @@ class WhisperMoE:
             blocks = stream_audio(source if hasattr(source, "read") else Path(source), name=name)  # pyright: ignore[reportArgumentType]
         recording = Recording(name, iter(()), language=self._decoder.given_language(options))
         window = min(options.window_seconds, self._decoder.window_seconds)
-        windows = _timed(recording, cut_windows(blocks, max_seconds=window, search_seconds=window / 2))
+        limits = {"max_seconds": window, "search_seconds": window / 2}
+        windows = cut_clips(_timed(recording, blocks), options.clip_timestamps, **limits)
         recording.windows = windows if options.vad == "none" else drop_silence(windows, _DETECTORS[options.vad])
         return recording
 
 
-def _timed(recording: Recording, windows: Iterable[Window]) -> Iterator[Window]:
-    """The windows, while the recording's duration is read off them: also where what is silent will be dropped."""
-    for window in windows:
-        recording.duration = window.end
-        yield window
+def _timed(recording: Recording, blocks: Iterable[np.ndarray]) -> Iterator[np.ndarray]:
+    """The blocks, while the recording's duration is read off them: also of what is not transcribed."""
+    samples = 0
+    for block in blocks:
+        samples += len(block)
+        recording.duration = samples / SAMPLE_RATE
+        yield block
 
 
 def _pick_device(device: str) -> str:

@@ -13,6 +13,8 @@ from typing import Annotated, Any
 
 import typer
 
+from whisper_moe.generate.options import APPENDED_PUNCTUATION, PREPENDED_PUNCTUATION
+
 app = typer.Typer(
     help="Speech to text with eight experts: any audio or video file in, text and subtitles out.",
     add_completion=False, pretty_exceptions_enable=False,
@@ -72,6 +74,7 @@ def transcribe(
     task: Annotated[str, _option("--task", help="transcribe, or translate into English.")] = "transcribe",
     language: Annotated[str | None, _option("--language", "-l", help="auto (for every window), or a code or name: hi, Hindi. Default: the one that a fine-tune states, else auto.")] = None,
     languages: Annotated[str | None, _option("--languages", help="Detect among these only: hi,ta,en.")] = None,
+    detect_language_once: Annotated[bool, _option("--detect-language-once", help="Each file is in one language: that of its first window where it is sure.")] = False,
     output_format: Annotated[str | None, _option("--output-format", "-f", help="txt, srt, vtt, tsv, json or all. Without -o it is printed: of several files txt, or json with a line for each.")] = None,
     output_dir: Annotated[Path | None, _option("--output-dir", "-o", help="Write a file for each input here.")] = None,
     skip_existing: Annotated[bool, _option("--skip-existing", help="Leave out what has all its files in the output folder.")] = False,
@@ -86,14 +89,20 @@ def transcribe(
     temperature: Annotated[float, _option("--temperature", min=0, help="The first to try.", panel="Decoding")] = 0.0,
     temperature_increment_on_fallback: Annotated[float | None, _optional("--temperature-increment-on-fallback", kind=float, least=0, help="Step up to 1 while a transcript looks wrong; 0 tries no other.", panel="Decoding")] = 0.2,
     initial_prompt: Annotated[str | None, _option("--initial-prompt", help="Text that comes before: names, spelling, style.", panel="Decoding")] = None,
+    condition_on_previous_text: Annotated[str, _option("--condition-on-previous-text", help="True prompts each window with the text before it; one window at a time, slower.", panel="Decoding")] = "False",
+    carry_initial_prompt: Annotated[str, _option("--carry-initial-prompt", help="True: before every window also with --condition-on-previous-text; without that it always is.", panel="Decoding")] = "False",
     hotwords: Annotated[str | None, _option("--hotwords", help="Words to expect.", panel="Decoding")] = None,
     suppress_tokens: Annotated[str | None, _option("--suppress-tokens", help="Ids never to say, 1,2; -1 for annotations such as ♪. Default: the checkpoint's.", panel="Decoding")] = None,
     without_timestamps: Annotated[bool, _option("--without-timestamps", help="One segment for each window.", panel="Decoding")] = False,
     word_timestamps: Annotated[str, _option("--word-timestamps", help="True for a time on every word.", panel="Decoding")] = "False",
+    prepend_punctuations: Annotated[str, _option("--prepend-punctuations", help="Marks that are part of the word after them.", panel="Decoding")] = PREPENDED_PUNCTUATION,
+    append_punctuations: Annotated[str, _option("--append-punctuations", help="Marks that are part of the word before them.", panel="Decoding")] = APPENDED_PUNCTUATION,
+    hallucination_silence_threshold: Annotated[float | None, _optional("--hallucination-silence-threshold", kind=float, least=0, help="Skip silence of more seconds before what looks made up (with word timestamps).", panel="Decoding")] = None,
     highlight_words: Annotated[str, _option("--highlight-words", help="True underlines each word in srt and vtt as it is said.", panel="Subtitles")] = "False",
     max_line_width: Annotated[int | None, _optional("--max-line-width", kind=int, least=1, help="Characters in a line (with word timestamps).", panel="Subtitles")] = None,
     max_line_count: Annotated[int | None, _optional("--max-line-count", kind=int, least=1, help="Lines in a subtitle (with word timestamps).", panel="Subtitles")] = None,
     max_words_per_line: Annotated[int | None, _optional("--max-words-per-line", kind=int, least=1, help="Words in a line (with word timestamps).", panel="Subtitles")] = None,
+    clip_timestamps: Annotated[str, _option("--clip-timestamps", help="Only these stretches: start,end,start,end,… in seconds; the last end may be missing.", panel="Windows")] = "0",
     vad: Annotated[str, _option("--vad", help="Drop what is not speech: none, energy, or silero (extra `vad`).", panel="Windows")] = "none",
     vad_filter: Annotated[str, _option("--vad-filter", help="True: --vad silero, or energy where silero is not installed.", panel="Windows")] = "False",
     context_margin: Annotated[float | None, _option("--context-margin", min=0, help="Seconds of silence kept after a clip; 30 pads to Whisper's full window.", panel="Windows")] = None,
@@ -260,11 +269,6 @@ def grok(
     raise typer.Exit(grokking.run(recipe, overrides or [], output))
 
 
-_NOT_OURS = frozenset(
-    "condition_on_previous_text carry_initial_prompt clip_timestamps hallucination_silence_threshold "
-    "prepend_punctuations append_punctuations".split()
-)
-"""Flags that ``whisper`` has and this command has not."""
 _UsageError: Any = typer.BadParameter.__base__
 """Click's, of which newer versions of Typer bring their own."""
 
@@ -275,10 +279,7 @@ def main() -> None:
         sys.exit(app(sys.argv[1:] or ["--help"], prog_name="whisper-moe", standalone_mode=False))
     except _UsageError as error:
         command = error.ctx.command_path if error.ctx else "whisper-moe"
-        flag = getattr(error, "option_name", "")
-        foreign = flag.lstrip("-").replace("-", "_") in _NOT_OURS
-        said = f"whisper's flag {flag} is not supported here" if foreign else error.format_message().rstrip(".")
-        print(f"{command}: {said}; see {command} --help", file=sys.stderr)
+        print(f"{command}: {error.format_message().rstrip('.')}; see {command} --help", file=sys.stderr)
         sys.exit(2)
     except OSError as error:  # help that cannot be written; what the commands do reports its own
         print(f"whisper-moe: {error.strerror or error}", file=sys.stderr)

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from importlib.util import find_spec
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from pydantic import ValidationError
 
@@ -17,6 +17,8 @@ from whisper_moe.media.languages import NewLanguage, language_code, stated_langu
 
 if TYPE_CHECKING:
     from whisper_moe.api import WhisperMoE
+
+Number = TypeVar("Number", int, float)
 
 
 class UsageError(ValueError):
@@ -45,7 +47,8 @@ def transcribe_options(flags: dict[str, Any]) -> TranscribeOptions:
     count = int((1.0 - first + 1e-6) / increment) + 1 if increment > 0 and first <= 1 else 1
     plain = {name: flags[name] for name in (
         "task", "length_penalty", "initial_prompt", "hotwords", "carry_ttt",
-        "compression_ratio_threshold", "logprob_threshold", "no_speech_threshold",
+        "compression_ratio_threshold", "logprob_threshold", "no_speech_threshold", "detect_language_once",
+        "prepend_punctuations", "append_punctuations", "hallucination_silence_threshold",
     )}  # fmt: skip
     return TranscribeOptions(
         **plain, vad=_vad(flags), beam_size=flags["beam_size"] or 1, best_of=flags["best_of"] or 1,
@@ -56,6 +59,9 @@ def transcribe_options(flags: dict[str, Any]) -> TranscribeOptions:
         suppress_tokens=numbers("--suppress-tokens", flags["suppress_tokens"]),
         timestamps=not flags["without_timestamps"], context_margin=flags["context_margin"], window=flags["window"],
         word_timestamps=truth("--word-timestamps", flags["word_timestamps"]),
+        condition_on_previous_text=truth("--condition-on-previous-text", flags["condition_on_previous_text"]),
+        carry_initial_prompt=truth("--carry-initial-prompt", flags["carry_initial_prompt"]),
+        clip_timestamps=numbers("--clip-timestamps", flags["clip_timestamps"], float) or (),
     )  # fmt: skip
 
 
@@ -76,11 +82,11 @@ def subtitle_options(flags: dict[str, Any]) -> SubtitleOptions:
     return options
 
 
-def numbers(name: str, value: str | None) -> tuple[int, ...] | None:
+def numbers(name: str, value: str | None, kind: Callable[[str], Number] = int) -> tuple[Number, ...] | None:
     if value is None:
         return None
     try:
-        return tuple(int(number) for number in value.split(",") if number.strip())
+        return tuple(kind(number) for number in value.split(",") if number.strip())
     except ValueError:
         raise UsageError(f"{name} must be numbers with commas between them, got {value!r}") from None
 

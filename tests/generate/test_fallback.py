@@ -110,7 +110,7 @@ class Scripted:
 
     def decode(
         self, clips: Sequence[np.ndarray], options: TranscribeOptions, *, temperature: float, margin: float,
-        hints: Sequence[str | None] | None = None, carry: Any = None,
+        hints: Sequence[str | None] | None = None, carry: Any = None, previous: Any = None,
     ) -> list[Take]:  # fmt: skip
         names = tuple(int(clip[0]) for clip in clips)
         self.calls.append((names, margin, temperature, tuple(hints) if hints else None))

@@ -13,6 +13,7 @@ import pytest
 from generate.tiny import CONFIG, tiny_tokenizer, tiny_whisper_moe
 
 from whisper_moe import MediaError
+from whisper_moe.generate.align import WordTiming
 from whisper_moe.generate.decode import Take, WindowDecoder
 from whisper_moe.generate.longform import (
     BUFFERED_SECONDS,
@@ -24,7 +25,7 @@ from whisper_moe.generate.longform import (
 )
 from whisper_moe.generate.options import TranscribeOptions
 from whisper_moe.generate.search import Hypothesis
-from whisper_moe.media.windows import Window
+from whisper_moe.media.windows import Window, cut_windows
 
 TOKENIZER = tiny_tokenizer()
 RATE = 16_000
@@ -57,7 +58,7 @@ class Listener:
 
     def decode(
         self, clips: Sequence[np.ndarray], options: TranscribeOptions, *, temperature: float, margin: float,
-        hints: Sequence[str | None] | None = None, carry: Any = None,
+        hints: Sequence[str | None] | None = None, carry: Any = None, previous: Any = None,
     ) -> list[Take]:  # fmt: skip
         self.batches.append([self.positions(len(clip), margin) for clip in clips])
         takes = []
@@ -233,6 +234,105 @@ def test_without_times_nothing_is_left() -> None:
     assert len(listener.batches) == 1
 
 
+# When it was said.
+
+NOISE = np.random.default_rng(0).normal(0, 1, 60 * RATE).astype(np.float32)
+VOICE = NOISE * np.tile(np.repeat([1.0, 0.3], RATE // 8), 240).astype(np.float32) * 0.1
+"""Syllables four times a second."""
+
+
+def spoken_between(seconds: float, *spans: tuple[float, float], floor: float = 0.0) -> np.ndarray:
+    """Speech in the spans, and a noise of so much over all of it."""
+    sound = NOISE[: round(seconds * RATE)] * np.float32(floor)
+    for start, end in spans:
+        sound[round(start * RATE) : round(end * RATE)] += VOICE[: round(end * RATE) - round(start * RATE)]
+    return sound
+
+
+class Teller(Listener):
+    """Says one segment from the start of a window to its end, as Whisper does; its first word swallows the silence before."""
+
+    def decode(self, clips: Sequence[np.ndarray], options: TranscribeOptions, **_: Any) -> list[Take]:
+        takes: list[Take] = []
+        for clip in clips:
+            loud, end = np.flatnonzero(np.abs(clip) > 0.02), len(clip) // 320 * 0.02
+            takes.append(said(" ab c", until=end) if len(loud) else silence())
+            if len(loud) and options.word_timestamps:
+                starts = [0.0, *(loud[0] / RATE + 0.5 * np.arange(1, 10)).tolist()]
+                words = zip([" a", *"bcdefghij"], starts, [*starts[1:], end], strict=True)
+                timings = tuple(WordTiming(word, tuple(TOKENIZER.encode(word)), a, b, 0.9) for word, a, b in words)
+                tokens = [id for timing in timings for id in timing.tokens]
+                hypothesis = replace(said(until=end).hypothesis, tokens=(TOKENIZER.timestamp_begin, *tokens))
+                takes[-1] = replace(takes[-1], hypothesis=hypothesis, timings=timings)
+        return takes
+
+
+@pytest.mark.parametrize("timed", [False, True], ids=["cues", "words"])
+@pytest.mark.parametrize("floor", [0.0, 1e-3], ids=["digital silence", "noise"])
+def test_a_cue_begins_with_the_sound_and_ends_with_it(floor: float, timed: bool) -> None:
+    wave = spoken_between(60.0, (40.0, 45.0), floor=floor)
+    recording = Recording("late", cut_windows([wave], max_seconds=30.0))
+    (done,) = run(Teller(), [recording], options=TranscribeOptions(temperatures=(0.0,), word_timestamps=timed))
+    (segment,) = done.result().segments
+    assert 39.75 <= segment.start <= 40.0 and 45.0 <= segment.end <= 45.25
+    if timed:
+        words = segment.words or ()
+        assert (len(words), words[0].start, words[-1].end) == (10, segment.start, segment.end)
+
+
+def test_quiet_speech_before_loud_speech_belongs_to_its_cue() -> None:
+    """20 dB below, and well above the noise."""
+    wave = spoken_between(12.0, (6.0, 11.0), floor=1e-4)
+    wave[2 * RATE : 5 * RATE] += VOICE[: 3 * RATE] / 10
+    (done,) = run(Teller(), [Recording("quiet", iter([Window(0.0, wave)]))])
+    (segment,) = done.result().segments
+    assert 1.75 <= segment.start <= 2.0 and 11.0 <= segment.end <= 11.25
+
+
+def test_what_was_said_before_a_pause_does_not_hold_the_cue_after_it() -> None:
+    """The second cue is told to begin where the first ends, as speech dies away, ten seconds before its own words."""
+    begin = TOKENIZER.timestamp_begin
+    tokens = (begin, *TOKENIZER.encode(" a"), begin + 245, begin + 245, *TOKENIZER.encode(" b"), begin + 900)
+    wave = spoken_between(18.0, (0.0, 5.0), (15.0, 18.0), floor=1e-4)
+    wave[0] = 0.2
+    take = replace(said(), hypothesis=Hypothesis(tokens, -0.1, True))
+    (done,) = run(Listener({0.2: lambda *_: take}), [Recording("pause", iter([Window(0.0, wave)]))])
+    first, second = done.result().segments
+    assert (first.start, first.end) == (0.0, 4.9)
+    assert 14.75 <= second.start <= 15.0 and second.end == 18.0
+
+
+def test_what_was_made_up_is_left_and_what_is_behind_its_silence_heard_again() -> None:
+    """An odd word behind 8 s of silence, then speech: the window is heard again from there."""
+
+    def made_up(seconds: float, hint: str | None) -> Take:
+        if seconds < 12:
+            return said(" real")
+        timing = WordTiming(" you", tuple(TOKENIZER.encode(" you")), 8.0, 8.1, 0.01)
+        return replace(said(" you"), timings=(timing,))
+
+    wave = spoken_between(12.0, (9.0, 12.0), floor=1e-4)
+    wave[0] = wave[8 * RATE] = 0.3
+    options = TranscribeOptions(temperatures=(0.0,), word_timestamps=True)
+    strict = replace(options, hallucination_silence_threshold=2.0)
+    texts = []
+    for asked in (options, strict):
+        (done,) = run(Listener({0.3: made_up}), [Recording("a", iter([Window(0.0, wave)]))], options=asked)
+        texts.append([(s.text, s.seek) for s in done.result().segments])
+    assert texts[0][0] == (" you", 0) and texts[1] == [(" real", 800)]
+
+
+def test_long_digital_silence_is_not_decoded_and_the_rest_knows_its_time() -> None:
+    heard: list[float] = []
+    listener = Listener()
+    wave = spoken_between(60.0, (40.0, 59.0))
+    windows = cut_windows(np.split(wave, 60), max_seconds=20.0)
+    (done,) = run(listener, [Recording("late", windows)], progress=heard.append)
+    assert listener.batches == [[listener.positions(19 * RATE, TranscribeOptions().margin)]]
+    assert [(s.seek, s.start) for s in done.result().segments] == [(4000, 40.0)]
+    assert done.result().duration == sum(heard) == 60.0
+
+
 # Languages.
 
 
@@ -258,6 +358,18 @@ def test_a_language_that_was_asked_for_is_not_settled_again() -> None:
     (done,) = run(listener, [recording("a", 0.1, 0.1)])
     assert len(listener.batches) == 1
     assert (done.result().language, done.result().language_probability) == ("hi", None)
+
+
+def test_a_language_decided_once_is_that_of_the_first_window_that_is_sure() -> None:
+    answers = {0.1: speaking("hi", 0.9), 0.2: speaking("en", 0.9), 0.3: speaking("cy", 0.3), 0.4: lambda *_: silence()}
+    listener = Listener(answers)
+    once = TranscribeOptions(temperatures=(0.0,), detect_language_once=True)
+    talk = [0.4, 0.3, 0.1, *[0.2] * BUFFERED_WINDOWS]
+    first, second = run(listener, [recording("a", *talk), recording("b", 0.2, 0.1)], options=once)
+    assert set(first.result().text.split()) == {"hi"} and first.result().language == "hi"
+    assert second.result().text == "en en"
+    (each,) = run(listener, [recording("a", *talk)])
+    assert set(each.result().text.split()) == {"hi", "en"}
 
 
 def test_noise_does_not_name_the_language_of_what_follows() -> None:
@@ -306,6 +418,70 @@ def test_a_model_without_shared_ttt_layers_cannot_carry_them() -> None:
     dense = tiny_whisper_moe(config=CONFIG.model_copy(update={"ttt": None}))
     with pytest.raises(ValueError, match="carry_ttt"):
         dense.transcribe(np.full(RATE, 0.1, np.float32), carry_ttt=True)
+
+
+# Windows that go on from the text before them.
+
+
+def prompts(monkeypatch: pytest.MonkeyPatch, **options: Any) -> list[list[int]]:
+    """What each of three windows is prompted with by a tiny model."""
+    seen: list[list[int]] = []
+    prompt = WindowDecoder._prompt
+
+    def spy(self: WindowDecoder, *more: Any) -> list[int]:
+        seen.append(prompt(self, *more))
+        return seen[-1]
+
+    with monkeypatch.context() as patch:
+        patch.setattr(WindowDecoder, "_prompt", spy)
+        trusting = {"logprob_threshold": None, "compression_ratio_threshold": None, "no_speech_threshold": None}
+        whole = {"temperatures": (0.0,), "timestamps": False, "language": "en", "context_margin": 30.0, "window": 4}
+        result = tiny_whisper_moe().transcribe(NOISE[: 10 * RATE] * 0.1, **trusting, **whole, **options)
+    seen += [list(segment.tokens) for segment in result.segments]
+    return seen
+
+
+def test_a_window_is_prompted_with_the_text_before_it_as_in_whisper(monkeypatch: pytest.MonkeyPatch) -> None:
+    room, prev = CONFIG.max_target_positions // 2 - 1, TOKENIZER.sot_prev
+    initial = TOKENIZER.encode(" Hi")
+    first, second, third, one, two, _ = prompts(monkeypatch, initial_prompt="Hi", condition_on_previous_text=True)
+    assert first == [prev, *initial] and one and two
+    assert second == [prev, *[*initial, *one][-room:]]
+    assert third == [prev, *[*initial, *one, *two][-room:]]
+
+    carried = {"condition_on_previous_text": True, "carry_initial_prompt": True}
+    *each, one, two, _ = prompts(monkeypatch, initial_prompt="Hi", **carried)
+    before = [[], one, [*one, *two]]
+    assert each == [[prev, *initial, *said[-(room - len(initial)) :]] for said in before]
+
+    assert prompts(monkeypatch, initial_prompt="Hi")[0] == [prev, *initial], "without, all windows are decoded at once"
+
+
+def test_a_text_that_took_a_high_temperature_prompts_nothing() -> None:
+    prompted: list[Any] = []
+
+    class Prompted(Listener):
+        def decode(self, clips: Sequence[np.ndarray], *more: Any, previous: Any = None, **how: Any) -> list[Take]:
+            prompted.append(None if previous is None else TOKENIZER.decode(previous))
+            return super().decode(clips, *more, **how)
+
+    hot = {0.2: lambda *_: replace(said(" hot"), temperature=0.6)}
+    options = TranscribeOptions(temperatures=(0.0,), condition_on_previous_text=True)
+    run(Prompted(hot), [recording("a", 0.1, 0.2, 0.3, 0.4), recording("b", 0.5)], options=options)
+    assert prompted == ["", " 0.1", "", " 0.3", ""]
+
+
+def test_one_after_the_other_what_a_window_left_comes_before_the_next() -> None:
+    order: list[str] = []
+
+    class Ordered(Listener):
+        def decode(self, clips: Sequence[np.ndarray], *more: Any, previous: Any = None, **how: Any) -> list[Take]:
+            order.extend(f"{clip[0]:.1f} {len(clip) / RATE:g}" for clip in clips)
+            return super().decode(clips, *more, **how)
+
+    options = TranscribeOptions(temperatures=(0.0,), condition_on_previous_text=True)
+    run(Ordered({0.1: lambda *_: said(until=3.0)}), [recording("a", 0.1, 0.2, seconds=9.0)], options=options)
+    assert order == ["0.1 9", "0.1 6", "0.1 3", "0.2 9"]
 
 
 # Windows that say more than a decoder has positions.

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 from functools import cache
+from importlib import import_module
 from itertools import pairwise
 from types import SimpleNamespace
 from typing import Any
@@ -16,10 +17,21 @@ from parity.openai_whisper import hub_backend
 
 from whisper_moe.generate.align import WordTiming
 from whisper_moe.generate.decode import Take
-from whisper_moe.generate.result import Segment
+from whisper_moe.generate.options import APPENDED_PUNCTUATION, PREPENDED_PUNCTUATION
+from whisper_moe.generate.result import Segment, Word
 from whisper_moe.generate.search import Hypothesis
-from whisper_moe.generate.segments import goes_on, numbered, segments_of, split_at_timestamps
+from whisper_moe.generate.segments import (
+    goes_on,
+    numbered,
+    placed,
+    segments_of,
+    split_at_timestamps,
+    without_inventions,
+)
 from whisper_moe.media.text import Tokenizer
+from whisper_moe.media.windows import Window
+
+MARKS = PREPENDED_PUNCTUATION + APPENDED_PUNCTUATION
 
 DURATION = 12.0
 """Seconds of the window."""
@@ -181,6 +193,137 @@ def test_no_token_is_lost_between_the_pieces(tokens: list[int]) -> None:
     assert all(tokenizer().is_timestamp(token) for seam in seams for token in seam)
     adjacent = sum(map(tokenizer().is_timestamp, tokens[:-1]))
     assert len(pieces) <= adjacent + 1
+
+
+@st.composite
+def timed(draw: st.DrawFn) -> tuple[list[Segment], Window]:
+    """What add_words may make of a window: segments and words that overlap, run backwards, last no time or leave the window."""
+    start, seconds = draw(st.integers(0, 1_600_000)) / 16_000, draw(st.floats(1, 30))
+    wave = np.zeros(int(seconds * 16_000), np.float32)
+    for loud in draw(st.lists(st.integers(0, len(wave)), max_size=3)):
+        wave[loud : loud + 16_000] = 0.1
+    found: list[Segment] = []
+    for count in draw(st.lists(st.integers(0, 6), max_size=5)):
+        times = draw(st.lists(st.floats(-1, 31), min_size=2 * count + 2, max_size=2 * count + 2))
+        if draw(st.booleans()):
+            times = [round(time) for time in times]
+        begin, end, *rest = (start + time for time in times)
+        words = tuple(Word(a, b, " a", 0.5) for a, b in zip(rest[::2], rest[1::2], strict=True))
+        segment = segments_of(take([at(0), *say(" a")]), 0.0, DURATION, tokenizer())[0]
+        found.append(replace(segment, start=begin, end=end, words=words or draw(st.sampled_from([None, ()]))))
+    return found, Window(start, wave)
+
+
+@settings(max_examples=300, deadline=None)
+@given(timed())
+def test_every_time_can_be_shown(found: tuple[list[Segment], Window]) -> None:
+    """Whole milliseconds within the window, in order, no cue and no word without length, words within their segments."""
+    segments, window = found
+    shown = placed(segments, window)
+    assert [(s.text, len(s.words or ())) for s in shown] == [(s.text, len(s.words or ())) for s in segments]
+    for parts in (shown, [part for s in shown for part in s.words or ()]):
+        times = [time for part in parts for time in (part.start, part.end)]
+        assert times == sorted(times) == [round(time, 3) for time in times]
+        assert all(part.end >= part.start + 0.019 for part in parts)
+        assert all(window.start - 1e-9 <= time <= window.end + 1e-9 for time in times)
+    for segment in shown:
+        if segment.words:
+            assert (segment.start, segment.end) == (segment.words[0].start, segment.words[-1].end)
+
+
+def test_words_that_take_no_time_share_that_of_their_neighbours() -> None:
+    said = [(" one", 0.0, 0.5), (" two", 0.5, 0.5), (" three", 0.5, 0.5), (" four", 0.5, 0.9)]
+    timings = tuple(WordTiming(word, tuple(say(word)), start, end, 0.9) for word, start, end in said)
+    tokens = [at(0), *(token for timing in timings for token in timing.tokens), at(1)]
+    wave = np.full(16_000, 0.1, np.float32)
+    (segment,) = placed(segments_of(take(tokens, timings=timings), 0.0, 1.0, tokenizer()), Window(0.0, wave))
+    times = [(word.start, word.end) for word in segment.words or ()]
+    assert times == [(0.0, 0.5), (0.5, 0.52), (0.52, 0.54), (0.54, 0.9)]
+
+
+def test_a_text_is_kept_whose_words_together_take_no_time() -> None:
+    timings = tuple(WordTiming(word, tuple(say(word)), 0.6, 0.6, 0.9) for word in (" one", " two"))
+    tokens = [at(0.2), *(token for timing in timings for token in timing.tokens), at(1)]
+    (segment,) = segments_of(take(tokens, timings=timings), 0.0, DURATION, tokenizer())
+    assert [(w.word, w.start, w.end) for w in segment.words or ()] == [
+        (" one", 0.2, pytest.approx(0.6)),
+        (" two", pytest.approx(0.6), 1.0),
+    ]
+
+
+# What is made up in silence.
+
+
+def openai_skips(segments: list[Segment], threshold: float) -> tuple[list[str], float | None]:
+    """The texts of a first window of 30 s that openai/whisper keeps, and where it goes on to listen."""
+    import torch
+    from whisper.decoding import DecodingResult
+
+    seconds, tokens = 30.0, [token for segment in segments for token in segment.tokens]
+    seeks: list[float] = []
+
+    def decode(mel: torch.Tensor, options: Any) -> DecodingResult:
+        first = not seeks
+        seeks.append(round(seconds - float((mel[0] > -5).sum()) / 100, 2))
+        return DecodingResult(mel, "en", tokens=tokens if first else [], avg_logprob=-0.1 if first else -9.0,
+                              no_speech_prob=0.0 if first else 1.0, temperature=0.0, compression_ratio=1.0)  # fmt: skip
+
+    def add_words(segments: list[dict[str, Any]], **_: Any) -> None:
+        for segment, known in zip(segments, given_segments, strict=True):
+            segment |= {"start": known.start, "end": known.end, "words": [w.to_dict() for w in known.words or ()]}
+
+    module, given_segments = import_module("whisper.transcribe"), segments
+    model: Any = SimpleNamespace(
+        device=torch.device("cpu"), dims=SimpleNamespace(n_mels=80, n_audio_ctx=1500, n_text_ctx=448),
+        is_multilingual=True, num_languages=99, decode=decode,
+    )  # fmt: skip
+    mel = torch.cat([torch.zeros(80, 3000), torch.full((80, 3000), -9.0)], dim=1)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(module, "add_word_timestamps", add_words)
+        patch.setattr(module, "log_mel_spectrogram", lambda *_, **__: mel)
+        patch.setattr(
+            module,
+            "pad_or_trim",
+            lambda mel, length: torch.nn.functional.pad(mel, (0, length - mel.shape[1]), value=-9.0),
+        )
+        result = module.transcribe(
+            model, np.zeros(1), language="en", fp16=False, temperature=(0.0,), word_timestamps=True,
+            hallucination_silence_threshold=threshold, condition_on_previous_text=False,
+        )  # fmt: skip
+    kept: list[dict[str, Any]] = result["segments"]
+    return [segment["text"] for segment in kept], seeks[1] if len(seeks) > 1 else None
+
+
+@st.composite
+def doubtful(draw: st.DrawFn) -> tuple[list[Segment], float]:
+    """Segments of a window of 30 s, with sure and odd words, and silence of some length between them."""
+    found: list[Segment] = []
+    time = draw(st.sampled_from([0.0, 0.0, 1.5, 4.0, 9.0]))
+    for index in range(draw(st.integers(1, 4))):
+        length, odd = draw(st.sampled_from([0.1, 0.6, 2.5])), draw(st.booleans())
+        words = (Word(time, time + length, f" w{index}", 0.05 if odd else 0.9),)
+        tokens = (at(time), *say(f" w{index}"), at(time + length))
+        plain = segments_of(take(list(tokens)), 0.0, 30.0, tokenizer())[0]
+        found.append(replace(plain, words=words))
+        time = round(time + length + draw(st.sampled_from([0.0, 0.4, 2.6, 5.0])), 2)
+    assume(found[-1].end < 29.0)
+    return found, draw(st.sampled_from([0.5, 2.0, 4.0]))
+
+
+@settings(max_examples=150, deadline=None)
+@given(doubtful())
+def test_what_is_made_up_in_silence_is_skipped_as_in_openais(found: tuple[list[Segment], float]) -> None:
+    segments, threshold = found
+    first = segments[0]
+    assume(not threshold < first.start <= 1.0)  # so near a window's start we do not listen again
+    kept, again = without_inventions(segments, 0.0, 30.0, threshold, MARKS)
+    texts, seek = openai_skips(segments, threshold)
+    assert [segment.text for segment in kept] == texts
+    doubted = segments[len(kept)] if len(kept) < len(segments) else None
+    if doubted is not None and 30.0 - doubted.end >= threshold:  # otherwise openai/whisper is at the recording's end
+        assert again == pytest.approx(seek, abs=0.011)
+    else:
+        assert (again is None) == (doubted is None)
 
 
 def test_segments_are_numbered_in_order_of_time() -> None:

@@ -15,7 +15,17 @@ from hypothesis import strategies as st
 from whisper_moe.config import SAMPLE_RATE
 from whisper_moe.media import windows
 from whisper_moe.media.audio import load_audio
-from whisper_moe.media.windows import Samples, Spans, Window, cut_windows, drop_silence, is_silent, speech_spans
+from whisper_moe.media.windows import (
+    Samples,
+    Spans,
+    Window,
+    cut_clips,
+    cut_windows,
+    drop_silence,
+    is_silent,
+    sounding,
+    speech_spans,
+)
 
 
 def noise(seconds: float, level: float = 0.1, seed: int = 0) -> Samples:
@@ -154,6 +164,57 @@ def test_streaming_holds_one_window_and_one_block() -> None:
 def test_impossible_limits_are_refused(maximum: float, search: float) -> None:
     with pytest.raises(ValueError, match="search_seconds"):
         next(cut_windows([noise(1)], max_seconds=maximum, search_seconds=search))
+
+
+def test_the_first_words_after_long_silence_are_not_cut_off_from_the_rest() -> None:
+    """A window that is full of silence ends where sound begins, so that the next has room for what is said."""
+    wave = np.concatenate([np.zeros(10 * SAMPLE_RATE, np.float32), np.full(15 * SAMPLE_RATE, 0.1, np.float32)])
+    found = list(cut_windows([wave], max_seconds=20.0))
+    assert [(window.start, window.duration) for window in found] == [(0.0, 10.0), (10.0, 15.0)]
+
+
+@pytest.mark.parametrize(
+    ("before", "after", "kept"),
+    [(0.4, 0.4, (0.0, 2.8)), (0.505, 0.0, (0.5, 2.505)), (0.0, 4.0, (0.0, 2.0)), (3.0, 2.5, (3.0, 5.0))],
+)
+def test_only_digital_silence_of_half_a_second_or_more_is_taken_off_the_ends(
+    before: float, after: float, kept: tuple[float, float]
+) -> None:
+    sound = np.full(2 * SAMPLE_RATE, 2e-4, np.float32)  # as quiet as can be without being silent
+    sound[SAMPLE_RATE // 4 : -SAMPLE_RATE // 4] = 0.0
+    wave = np.concatenate([np.zeros(round(s * SAMPLE_RATE), np.float32) + 5e-5 for s in (before, after)])
+    wave = np.insert(wave, round(before * SAMPLE_RATE), sound)
+    window = sounding(Window(60.0, wave))
+    assert (window.start, window.end) == pytest.approx((60.0 + kept[0], 60.0 + kept[1]))
+    assert not len(sounding(Window(1.0, wave * 0)).samples)
+
+
+@pytest.mark.parametrize("size", [1_000, 16_000, 700_000])
+@pytest.mark.parametrize(
+    ("times", "stretches"),
+    [
+        ((), [(0, 40)]),
+        ((0,), [(0, 40)]),
+        ((12.5,), [(12.5, 40)]),
+        ((1, 2, 2, 3.25, 30, 99), [(1, 2), (2, 3.25), (30, 40)]),
+        ((5, 30, 50, 60), [(5, 30)]),
+    ],
+)
+def test_clips_are_cut_each_for_itself_and_keep_their_times(
+    times: tuple[float, ...], stretches: list[tuple[float, float]], size: int
+) -> None:
+    wave = np.random.default_rng(0).normal(0, 0.1, 40 * SAMPLE_RATE).astype(np.float32)
+    blocks = (wave[i : i + size] for i in range(0, len(wave), size))
+    found = list(cut_clips(blocks, times, max_seconds=8.0, search_seconds=4.0))
+    expected = [
+        Window(start + window.start, window.samples)
+        for start, end in stretches
+        for window in cut_windows(
+            [wave[round(start * SAMPLE_RATE) : round(end * SAMPLE_RATE)]], max_seconds=8.0, search_seconds=4.0
+        )
+    ]
+    assert [window.start for window in found] == [window.start for window in expected]
+    assert all(np.array_equal(a.samples, b.samples) for a, b in zip(found, expected, strict=True))
 
 
 def test_silence_is_a_matter_of_the_peak() -> None:

@@ -19,13 +19,10 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from whisper_moe.config import FRAMES_PER_SECOND, POSITIONS_PER_SECOND
+from whisper_moe.generate.options import APPENDED_PUNCTUATION, PREPENDED_PUNCTUATION
 from whisper_moe.generate.result import Segment, Word
 from whisper_moe.media.text import Tokenizer
 
-PREPENDED_PUNCTUATION = "\"'“¿([{-"
-"""Marks that join the word after them."""
-APPENDED_PUNCTUATION = "\"'.。,，!！?？:：”)]}、"
-"""Marks that join the word before them."""
 _SENTENCE_ENDS = ".。!！?？"
 _LONGEST_MEDIAN = 0.7
 """Seconds: the median duration of a word is taken to be no longer than this."""

@@ -52,6 +52,11 @@ class Take:
     """The fast weights after this window, where they are carried through the recording."""
 
 
+def prompt_ids(text: str | None, tokenizer: Tokenizer) -> list[int]:
+    """Tokens of a text that comes before a window; none of a blank one."""
+    return tokenizer.encode(f" {text.strip()}") if text and text.strip() else []
+
+
 class WindowDecoder:
     """A model with its tokenizer and generation config, ready to decode windows of up to 30 s."""
 
@@ -92,18 +97,19 @@ class WindowDecoder:
     @torch.inference_mode()
     def decode(
         self, clips: Sequence[np.ndarray], options: TranscribeOptions, *, temperature: float, margin: float,
-        hints: Sequence[str | None] | None = None, carry: Carry | None = None,
+        hints: Sequence[str | None] | None = None, carry: Carry | None = None, previous: Sequence[int] | None = None,
     ) -> list[Take]:  # fmt: skip
         """One take for each clip of float32 samples at 16 kHz. ``hints``: languages already known, window by window.
 
         ``carry``: what the window before this single one left; it is not changed, the take has what comes after.
+        ``previous``: the tokens before it, where windows are conditioned on them.
         """
         carried = carry.copy() if carry is not None else None
         order, encoded = self.encode(clips, margin, carried)
         give_back_memory(SPARE)  # packs of ever other sizes leave holes that would add up to hundreds of MB
         hints = [hints[i] for i in order] if hints else [None] * len(order)
         samples = [len(clips[i]) for i in order]
-        found = self.decode_encoded(encoded, samples, hints, options, temperature, margin)
+        found = self.decode_encoded(encoded, samples, hints, options, temperature, margin, previous)
         del encoded
         give_back_memory(SPARE)
         takes: list[Take | None] = [None] * len(order)
@@ -145,11 +151,11 @@ class WindowDecoder:
 
     def decode_encoded(
         self, encoded: Encoded, samples: Sequence[int], hints: Sequence[str | None], options: TranscribeOptions,
-        temperature: float, margin: float,
+        temperature: float, margin: float, previous: Sequence[int] | None = None,
     ) -> list[Take]:  # fmt: skip
         tokenizer, segments, choice = self.tokenizer, len(samples), options.search(temperature)
         state = self.model.decoder.start(encoded, choice.beams)
-        rows, prompt, heard = segments * choice.beams, self._prompt(options), None
+        rows, prompt, heard = segments * choice.beams, self._prompt(options, previous), None
         if prompt and self.given_language(options) is None:  # a prompt has a language of its own
             heard, state = self._hear(torch.tensor([[tokenizer.sot]] * rows), state)
             state = self.model.decoder.restarted(state)
@@ -182,13 +188,12 @@ class WindowDecoder:
             return most
         return min(most, MINIMUM_TOKEN_LIMIT + math.ceil(TOKENS_PER_SECOND * samples / SAMPLE_RATE))
 
-    def _prompt(self, options: TranscribeOptions) -> list[int]:
-        """Hotwords, then the prompt; where they are too long, as much of the prompt's end as there is room for."""
+    def _prompt(self, options: TranscribeOptions, previous: Sequence[int] | None) -> list[int]:
+        """Hotwords, then the prompt or the text before; where they are too long, as much of the end as there is room for."""
         room = self.model.config.max_target_positions // 2 - 1
-        words, prompt = (
-            self.tokenizer.encode(f" {text.strip()}") if text and text.strip() else []
-            for text in (options.hotwords, options.initial_prompt)
-        )
+        words, prompt = (prompt_ids(text, self.tokenizer) for text in (options.hotwords, options.initial_prompt))
+        if previous is not None:
+            words, prompt = [*words, *(prompt if options.carry_initial_prompt else ())], list(previous)
         words = words[:room]
         ids = words + prompt[max(0, len(prompt) - room + len(words)) :]
         return [self.tokenizer.sot_prev, *ids] if ids else []

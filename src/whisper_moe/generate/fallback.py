@@ -65,6 +65,7 @@ def decode_with_fallback(
     hints: Sequence[str | None] | None = None,
     groups: Batches,
     carry: Carry | None = None,
+    previous: Sequence[int] | None = None,
 ) -> list[tuple[Take, int]]:
     """The accepted take of each clip, and how many takes were thrown away before it.
 
@@ -82,7 +83,7 @@ def decode_with_fallback(
             batch_hints = [hints[i] for i in batch] if hints else None
             takes = decoder.decode(
                 [clips[i] for i in batch], options, temperature=temperature, margin=margin, hints=batch_hints,
-                carry=carry,
+                carry=carry, previous=previous,
             )  # fmt: skip
             for index, take in zip(batch, takes, strict=True):
                 results[index] = (take, results[index][1] + 1 if index in results else 0)

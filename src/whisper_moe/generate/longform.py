@@ -13,12 +13,20 @@ from dataclasses import dataclass, field
 import numpy as np
 
 from whisper_moe.config import MAX_PACK_TOKENS, SAMPLE_RATE
-from whisper_moe.generate.decode import Take, WindowDecoder
+from whisper_moe.generate.decode import Take, WindowDecoder, prompt_ids
 from whisper_moe.generate.fallback import Batches, decode_with_fallback, is_silence, looks_wrong
 from whisper_moe.generate.options import TranscribeOptions
 from whisper_moe.generate.result import Segment, Transcription
-from whisper_moe.generate.segments import LEAST_ADVANCE, joined, numbered, segments_of, too_much
-from whisper_moe.media.windows import Window, halved, is_silent, silent_lead, speech_spans
+from whisper_moe.generate.segments import (
+    LEAST_ADVANCE,
+    joined,
+    numbered,
+    placed,
+    segments_of,
+    too_much,
+    without_inventions,
+)
+from whisper_moe.media.windows import Window, halved, sounding, speech_spans
 from whisper_moe.model.block import Carry
 
 MAX_ROWS = 40
@@ -31,6 +39,8 @@ BUFFERED_SECONDS = 450
 """… and the audio in them: 64 kB a second."""
 SURE_LANGUAGE = 0.5
 """Below this probability a window takes the language that its recording has spoken most."""
+HOT = 0.5
+"""What was said at a temperature above this prompts no later window."""
 LEAST_REST = 1.5
 """Seconds of speech after the last timestamp that are worth a window of their own."""
 
@@ -49,11 +59,15 @@ class Recording:
     segments: list[Segment] = field(default_factory=list)
     spoken: dict[str, float] = field(default_factory=dict)
     """Seconds of each detected language."""
+    only_language: str | None = None
+    """What all of it is taken to be in, once that is known, where this is decided once."""
     language: str | None = None
     language_probability: float | None = None
     fallbacks: int = 0
     carry: Carry = field(default_factory=Carry)
     """Fast weights that its windows hand on, if asked to."""
+    said: list[int] | None = None
+    """Tokens that its next window goes on from, where windows are conditioned on them."""
 
     @property
     def complete(self) -> bool:
@@ -63,7 +77,7 @@ class Recording:
         segments = numbered(self.segments)
         return Transcription(
             text=joined(segments), segments=segments, language=self.language,
-            language_probability=self.language_probability, duration=self.duration, fallbacks=self.fallbacks,
+            language_probability=self.language_probability, duration=round(self.duration, 3), fallbacks=self.fallbacks,
             source=self.name,
         )  # fmt: skip
 
@@ -85,7 +99,8 @@ class Transcriber:
         self, decoder: WindowDecoder, options: TranscribeOptions, progress: Callable[[float], None] | None = None
     ) -> None:
         self.decoder, self.options, self.progress = decoder, options, progress
-        self.buffered = 1 if options.carry_ttt else BUFFERED_WINDOWS
+        self.one_by_one = options.carry_ttt or options.condition_on_previous_text
+        self.buffered = 1 if self.one_by_one else BUFFERED_WINDOWS
         ttt = decoder.model.config.ttt
         if options.carry_ttt and (ttt is None or not ttt.encoder_layers or ttt.per_expert):
             raise ValueError("carry_ttt needs a model with TTT layers in its encoder that all experts share")
@@ -108,34 +123,43 @@ class Transcriber:
 
     def _read(self, recording: Recording) -> Iterator[_Job]:
         """Cut windows off a recording; an error in its file ends it, and only it."""
+        if self.options.condition_on_previous_text:
+            first = None if self.options.carry_initial_prompt else self.options.initial_prompt
+            recording.said = prompt_ids(first, self.decoder.tokenizer)
         try:
             for window in recording.windows:
                 recording.duration = max(recording.duration, window.end)
-                if is_silent(window.samples):
-                    self._report(window.duration)
-                    continue
-                recording.waiting += 1
-                yield _Job(recording, window)
+                heard = sounding(window)
+                self._report(window.duration - heard.duration)
+                if len(heard.samples):
+                    recording.waiting += 1
+                    yield _Job(recording, heard)
         except ValueError as error:
             recording.error = error
         recording.exhausted = True
 
     def _work(self, jobs: list[_Job]) -> list[_Job]:
         """Decode all waiting windows; returns those that are left over: speech after a window's last timestamp."""
-        if self.options.carry_ttt:  # one after the other: each goes on from the fast weights that the last one left
-            return [left for job in jobs for left in self._decode([job], job.recording.carry)]
-        return self._decode(jobs, None)
+        while self.one_by_one and jobs:  # each goes on from what all before it left
+            jobs = self._decode(jobs[:1]) + jobs[1:]
+        return self._decode(jobs) if jobs else []
 
-    def _decode(self, jobs: list[_Job], carry: Carry | None) -> list[_Job]:
-        clips = [job.window.samples for job in jobs]
-        takes = decode_with_fallback(self.decoder, clips, self.options, groups=self._batches(clips), carry=carry)
-        takes = self._settle_languages(jobs, takes, carry)
+    def _decode(self, jobs: list[_Job]) -> list[_Job]:
+        takes = self._take(jobs, [job.recording.only_language for job in jobs])
+        takes = self._settle_languages(jobs, takes)
         rest: list[_Job] = []
         for job, (take, fallbacks) in zip(jobs, takes, strict=True):
             left = self._finish(job, take, fallbacks)
             self._report(job.window.duration - sum(again.window.duration for again in left))
             rest += left
         return rest
+
+    def _take(self, jobs: Sequence[_Job], hints: Sequence[str | None]) -> list[tuple[Take, int]]:
+        clips, first = [job.window.samples for job in jobs], jobs[0].recording
+        return decode_with_fallback(
+            self.decoder, clips, self.options, hints=hints, groups=self._batches(clips),
+            carry=first.carry if self.options.carry_ttt else None, previous=first.said,
+        )  # fmt: skip
 
     def _report(self, seconds: float) -> None:
         if self.progress is not None:
@@ -158,28 +182,28 @@ class Transcriber:
 
         return batches
 
-    def _settle_languages(
-        self, jobs: Sequence[_Job], takes: list[tuple[Take, int]], carry: Carry | None
-    ) -> list[tuple[Take, int]]:
-        """Windows whose language is not sure are decoded again in the one their recording speaks most."""
+    def _settle_languages(self, jobs: Sequence[_Job], takes: list[tuple[Take, int]]) -> list[tuple[Take, int]]:
+        """Windows in an unsure language, or not in their recording's only one, are decoded again in the one it speaks most."""
+        once = self.options.detect_language_once
         for job, (take, _) in zip(jobs, takes, strict=True):
             if take.language_probability is not None and take.language_probability >= SURE_LANGUAGE:
-                spoken = job.recording.spoken
-                spoken[take.language] = spoken.get(take.language, 0.0) + job.window.duration
-        unsure: dict[int, str] = {}
+                recording, seconds = job.recording, job.window.duration
+                recording.spoken[take.language] = recording.spoken.get(take.language, 0.0) + seconds
+                if once and recording.only_language is None and not is_silence(take, self.options):
+                    recording.only_language = take.language
+        again: dict[int, str] = {}
         for index, (job, (take, _)) in enumerate(zip(jobs, takes, strict=True)):
-            if take.language_probability is None or take.language_probability >= SURE_LANGUAGE:
+            spoken, only = job.recording.spoken, job.recording.only_language
+            sure = take.language_probability is None or take.language_probability >= SURE_LANGUAGE
+            if sure and only is None:
                 continue
-            spoken = job.recording.spoken
-            main = max(spoken, key=lambda code: spoken[code]) if spoken else take.language
+            main = only or (max(spoken, key=lambda code: spoken[code]) if spoken else take.language)
             if main != take.language and not is_silence(take, self.options):
-                unsure[index] = main
-        if unsure:
-            clips = [jobs[i].window.samples for i in unsure]
-            again = decode_with_fallback(
-                self.decoder, clips, self.options, hints=list(unsure.values()), groups=self._batches(clips), carry=carry
-            )
-            for index, (take, fallbacks) in zip(unsure, again, strict=True):
+                again[index] = main
+        if again:
+            for index, (take, fallbacks) in zip(
+                again, self._take([jobs[i] for i in again], list(again.values())), strict=True
+            ):
                 takes[index] = (take, takes[index][1] + 1 + fallbacks)
         return takes
 
@@ -198,23 +222,44 @@ class Transcriber:
             recording.waiting += 2
             return [_Job(recording, half) for half in halved(window)]
         recording.carry = take.carried or recording.carry
-        segments = [] if silence else segments_of(take, window.start, window.duration, tokenizer)
-        if recording.language is None or (segments and not recording.segments):
+        segments = [] if silence else self._segments(take, window)
+        segments, doubted = self._trusted(segments, window)
+        shown = placed(segments, window)
+        if recording.language is None or (shown and not recording.segments):
             recording.language, recording.language_probability = take.language, take.language_probability
-        recording.segments += segments
+        recording.segments += shown
+        if recording.said is not None and not silence:
+            tokens = [token for segment in segments for token in segment.tokens]
+            recording.said = [] if take.temperature > HOT else [*recording.said, *tokens]
+        if doubted is not None:
+            recording.fallbacks += fallbacks == 0
+            return self._later(recording, window, doubted - window.start, least=0.0)
         if not segments or not self.options.timestamps:
             return []
-        return self._rest(recording, window, segments[-1].end - window.start)
+        reached = max(each[-1].end for each in (segments, shown) if each) - window.start
+        return self._later(recording, window, reached, LEAST_REST) if reached >= LEAST_ADVANCE else []
 
-    def _rest(self, recording: Recording, window: Window, reached: float) -> list[_Job]:
+    def _segments(self, take: Take, window: Window) -> list[Segment]:
+        marks = {"prepended": self.options.prepend_punctuations, "appended": self.options.append_punctuations}
+        return segments_of(take, window.start, window.duration, self.decoder.tokenizer, **marks)
+
+    def _trusted(self, segments: list[Segment], window: Window) -> tuple[list[Segment], float | None]:
+        """Without what was probably made up in silence, if asked for; then also the time from which to listen again."""
+        threshold = self.options.hallucination_silence_threshold
+        if threshold is None:
+            return segments, None
+        marks = self.options.prepend_punctuations + self.options.append_punctuations
+        return without_inventions(segments, window.start, window.end, threshold, marks)
+
+    def _later(self, recording: Recording, window: Window, reached: float, least: float) -> list[_Job]:
+        """A job for what a window holds after ``reached`` seconds, if more than ``least`` of it may be speech."""
         cut = round(reached * SAMPLE_RATE)
-        cut += silent_lead(window.samples[cut:])
         samples = window.samples[cut:]
         speech = sum(end - start for start, end in speech_spans(samples)) if len(samples) else 0
-        if reached < LEAST_ADVANCE or window.duration - reached < LEAST_REST or speech < LEAST_REST * SAMPLE_RATE:
+        if window.duration - reached < least or speech < max(1, least * SAMPLE_RATE):
             return []
         recording.waiting += 1
-        return [_Job(recording, Window(window.start + cut / SAMPLE_RATE, samples))]
+        return [_Job(recording, sounding(Window(window.start + cut / SAMPLE_RATE, samples)))]
 
 
 def _taken_while_complete(recordings: list[Recording]) -> Iterator[Recording]:

@@ -3,13 +3,19 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import Literal
 
 from whisper_moe.config import DEFAULT_MARGIN, FULL_WINDOW
 
 DEFAULT_WINDOW = 20.0
 """Seconds of a long recording that are decoded as one; chosen by measurement (``docs/lab.md``)."""
+PREPENDED_PUNCTUATION = "\"'“¿([{-"
+"""Marks that join the word after them."""
+APPENDED_PUNCTUATION = "\"'.。,，!！?？:：”)]}、"
+"""Marks that join the word before them."""
 TEMPERATURES = (0.0, 0.2, 0.4, 0.6, 0.8, 1.0)
 
 
@@ -39,6 +45,8 @@ class TranscribeOptions:
     """A code or name; ``auto`` detects it for every window, as does None, unless the model states one of its own."""
     allowed_languages: tuple[str, ...] = ()
     """Detection chooses among these; empty for all."""
+    detect_language_once: bool = False
+    """The first window whose language is sure decides for all of its recording, instead of each for itself."""
     beam_size: int = 1
     best_of: int = 5
     """Samples to choose from at a temperature above 0."""
@@ -48,12 +56,22 @@ class TranscribeOptions:
     """Tried in turn while a transcript looks wrong."""
     initial_prompt: str | None = None
     """Text that every window is taken to continue: names, spelling, style. Of a longer one than fits, the end counts."""
+    carry_initial_prompt: bool = False
+    """With ``condition_on_previous_text``: before every window, as it always is without, not only while there is room."""
+    condition_on_previous_text: bool = False
+    """Each window is prompted with what was said before it, unless that needed a temperature above 0.5; one window at a time."""
     hotwords: str | None = None
     """Words to expect, put before the initial prompt."""
     timestamps: bool = True
     word_timestamps: bool = False
+    prepend_punctuations: str = PREPENDED_PUNCTUATION
+    append_punctuations: str = APPENDED_PUNCTUATION
+    hallucination_silence_threshold: float | None = None
+    """Seconds of silence that are skipped before words that look made up; needs ``word_timestamps``."""
     suppress_tokens: tuple[int, ...] | None = None
     """Tokens never to say; -1 stands for annotations such as ♪. None: what the checkpoint lists."""
+    clip_timestamps: Sequence[float] = ()
+    """Seconds: start, end, start, end … of the stretches to transcribe, in order; without the last end, to the recording's."""
     context_margin: float | None = None
     """Seconds of silence kept after each clip, up to the 30 s window; 30 pads as Whisper always did. None: what the model was
     trained to do with (``ModelConfig.context_margin``), else :data:`~whisper_moe.config.DEFAULT_MARGIN`."""
@@ -88,6 +106,16 @@ class TranscribeOptions:
             raise ValueError(f"temperatures must be numbers of at least 0, got {self.temperatures}")
         if any(token < -1 for token in self.suppress_tokens or ()):
             raise ValueError(f"suppress_tokens are token ids, or -1 for annotations, got {self.suppress_tokens}")
+
+        for index, (time, after) in enumerate(pairwise([*self.clip_timestamps, math.inf])):
+            if not (0 <= time < after or (time == after and index % 2)):  # a stretch may begin where one ends
+                given = ",".join(f"{time:g}" for time in self.clip_timestamps)
+                raise ValueError(f"clip_timestamps must be ascending seconds, start,end,start,end …, got {given}")
+        threshold = self.hallucination_silence_threshold
+        if threshold is not None and not (self.word_timestamps and threshold >= 0):
+            raise ValueError(
+                f"hallucination_silence_threshold must be at least 0 and needs word_timestamps, got {threshold}"
+            )
 
     @property
     def margin(self) -> float:

@@ -7,14 +7,15 @@ towards keeping: what a level alone does not prove to be silence stays. The lear
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
+from itertools import groupby
 
 import numpy as np
 from numpy.typing import NDArray
 
-from whisper_moe.config import SAMPLE_RATE
+from whisper_moe.config import FRAMES_PER_SECOND, SAMPLE_RATE
 
 Samples = NDArray[np.float32]
 Spans = list[tuple[int, int]]
@@ -24,8 +25,10 @@ SILENT_PEAK = 1e-4
 """-80 dBFS, three steps of 16-bit sound: what stays below has no speech in it at any gain."""
 
 LEAD_SECONDS = 0.5
-"""Digital silence before the first sound of a window that is not decoded with it."""
+"""Digital silence at the ends of a window that is not decoded with it."""
 
+FRAME = SAMPLE_RATE // FRAMES_PER_SECOND
+"""Samples in a mel frame: 160, 10 ms."""
 STEP = SAMPLE_RATE // 50
 """Samples in a step of short-time energy: 320, 20 ms."""
 SMOOTH_STEPS = 13
@@ -94,8 +97,8 @@ def cut_windows(
             break
         held = np.concatenate([held, block])
         while len(held) > limit:
-            cut = limit - search + _pause(held[limit - search : limit])
-            yield from _led_in(Window(start / SAMPLE_RATE, held[:cut]))
+            cut = silent_lead(held[:limit]) or limit - search + _pause(held[limit - search : limit])
+            yield Window(start / SAMPLE_RATE, held[:cut])
             held, start = held[cut:], start + cut
     if len(held):
         yield from _led_in(Window(start / SAMPLE_RATE, held))
@@ -106,10 +109,10 @@ def cut_windows(
 def silent_lead(samples: Samples) -> int:
     """Samples of digital silence before the first sound, where there are :data:`LEAD_SECONDS` of them; of mere silence, none.
 
-    A model that hears them puts the first words at their start, seconds early.
+    In whole mel frames. A model that hears them puts the first words at their start, seconds early, and invents or loses some.
     """
     heard = np.abs(samples) >= SILENT_PEAK
-    first = int(heard.argmax()) if len(samples) else 0
+    first = int(heard.argmax()) // FRAME * FRAME if len(samples) else 0
     return first if first >= LEAD_SECONDS * SAMPLE_RATE else 0
 
 
@@ -118,6 +121,31 @@ def _led_in(window: Window) -> Iterator[Window]:
     if lead:
         yield Window(window.start, window.samples[:lead])
     yield Window(window.start + lead / SAMPLE_RATE, window.samples[lead:])
+
+
+def cut_clips(blocks: Iterable[Samples], times: Sequence[float], **limits: float) -> Iterator[Window]:
+    """The same of some stretches of a stream only, cut each for itself; all of it without any.
+
+    :param times: seconds in order: start, end, start, end … of the stretches; the last end may be missing.
+    :param limits: those of :func:`cut_windows`.
+    """
+    samples = [round(time * SAMPLE_RATE) for time in times]
+    ends = [*samples[1::2], None] if len(samples) % 2 else samples[1::2]
+    stretches = list(zip(samples[::2], ends, strict=True)) or [(0, None)]
+    for start, group in groupby(_within(blocks, stretches), key=lambda found: found[0]):
+        for window in cut_windows((piece for _, piece in group), **limits):
+            yield Window(start / SAMPLE_RATE + window.start, window.samples)
+
+
+def _within(blocks: Iterable[Samples], stretches: Sequence[tuple[int, int | None]]) -> Iterator[tuple[int, Samples]]:
+    """Pieces of the blocks, each with the sample that its stretch begins at."""
+    done = 0
+    for block in blocks:
+        for start, end in stretches:
+            piece = block[max(0, start - done) : None if end is None else max(0, end - done)]
+            if len(piece):
+                yield start, piece
+        done += len(block)
 
 
 def halved(window: Window) -> list[Window]:
@@ -225,6 +253,15 @@ def _silero() -> tuple[object, Callable[..., list[dict[str, int]]]]:
         raise ImportError(f"{error.name or 'silero_vad'} is not installed: pip install 'whisper-moe[vad]'") from error
     finally:
         torch.set_num_threads(threads)  # importing silero_vad sets it to 1 for the whole process
+
+
+def sounding(window: Window) -> Window:
+    """The window without :data:`LEAD_SECONDS` or more of digital silence at its ends; empty if it is nothing else."""
+    if is_silent(window.samples):
+        return Window(window.start, window.samples[:0])
+    first = silent_lead(window.samples)
+    samples = window.samples[first : len(window.samples) - silent_lead(window.samples[::-1])]
+    return Window(window.start + first / SAMPLE_RATE, samples)
 
 
 def drop_silence(windows: Iterable[Window], spans: Callable[[Samples], Spans] = speech_spans) -> Iterator[Window]:
