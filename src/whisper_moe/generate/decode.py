@@ -188,7 +188,7 @@ class WindowDecoder:
             return most
         return min(most, MINIMUM_TOKEN_LIMIT + math.ceil(TOKENS_PER_SECOND * samples / SAMPLE_RATE))
 
-    def _prompt(self, options: TranscribeOptions, previous: Sequence[int] | None) -> list[int]:
+    def _prompt(self, options: TranscribeOptions, previous: Sequence[int] | None = None) -> list[int]:
         """Hotwords, then the prompt or the text before; where they are too long, as much of the end as there is room for."""
         room = self.model.config.max_target_positions // 2 - 1
         words, prompt = (prompt_ids(text, self.tokenizer) for text in (options.hotwords, options.initial_prompt))
