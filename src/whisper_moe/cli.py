@@ -246,10 +246,10 @@ def data_inspect(
 
 @app.command()
 def train(
-    recipe: Annotated[Path, typer.Argument(help="A YAML file: model, data, optimisation, losses, evaluation.", show_default=False)],
+    recipe: Annotated[Path, typer.Argument(help="A YAML file: model, data, optimisation, losses, evaluation. With --resume, also a run's directory, which keeps its own.", show_default=False)],
     overrides: Annotated[list[str] | None, typer.Argument(metavar="[KEY=VALUE]...", help="Changes to it: optimisation.lr=1e-5 data.train.0.limit=100.", show_default=False)] = None,
     output: Annotated[Path | None, _option("--output", "-o", help="The run's directory; default: the recipe's, or runs/ and its name.")] = None,
-    resume: Annotated[bool, _option("--resume", help="Go on from the newest checkpoint in the directory, if there is one.")] = False,
+    resume: Annotated[bool, _option("--resume", help="Go on from the newest checkpoint in the directory, if there is one: --resume runs/mine optimisation.steps=8000.")] = False,
 ) -> None:  # fmt: skip
     """Train as a recipe says; under torchrun, with all of its processes. 130 and 143: stopped by a signal, to be resumed."""
     from whisper_moe.train import run

@@ -53,13 +53,13 @@ FAULTS = {
     "between two lines of a checkpoint": KILLED.format(name="_write", condition="'step-00000010' in str(a[0])"),
     "before a checkpoint's commit": KILLED.format(name="_commit", condition="'step-00000010' in str(a[0])"),
     "before old checkpoints go": KILLED.format(name="_prune", condition="len(list(a[0].glob('checkpoints/*'))) == 3"),
-    "before anything is written": "before(run, '_write_record', lambda *a, **k: die())",
+    "before anything is written": "before(run, 'write_record', lambda *a, **k: die())",
     "inside an evaluation": "before(evaluation, 'pack_examples', lambda *a: die())",
     "inside the last evaluation": JUDGING.format(act="die()"),
     "before an evaluation is noted": "before(checkpoint, 'note', lambda *a, **k: die())",
     "before a checkpoint is judged": KILLED.format(name="_commit", condition="a[1].evaluation"),
     "when all is done but the model": "before(run, 'export', lambda *a, **k: die())",
-    "before the end is noted": "before(run, '_finish_record', lambda *a, **k: die())",
+    "before the end is noted": "before(run, 'finish_record', lambda *a, **k: die())",
 }
 NOTED = """
 def note_pass(name):

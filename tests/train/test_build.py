@@ -23,7 +23,8 @@ from whisper_moe.data.sample import DataError, Skipped
 from whisper_moe.train import build
 from whisper_moe.train.evaluation import Judge
 from whisper_moe.train.recipe import Recipe, RecipeError, recipe_of
-from whisper_moe.train.run import RECORD, _check_same, run
+from whisper_moe.train.record import RECORD, check_same
+from whisper_moe.train.run import run
 from whisper_moe.train.single import SingleProcess
 from whisper_moe.train.start import Start
 
@@ -209,12 +210,12 @@ def test_a_run_that_is_older_than_a_key_can_go_on(material: Path, tmp_path: Path
     then = recipe.model_dump(mode="json")
     del then["optimisation"]["most_bad_steps"], then["data"]["loader"]["max_corrupt_share"]
     (tmp_path / RECORD).write_text(json.dumps({"recipe": then}), "utf-8")
-    _check_same(recipe, tmp_path)
+    check_same(recipe, tmp_path)
     then["optimisation"]["lr"] = 1.0
     (tmp_path / RECORD).write_text(json.dumps({"recipe": then}), "utf-8")
     with pytest.raises(RecipeError, match=r"optimisation.lr was 1.0, is 0.003$"):
-        _check_same(recipe, tmp_path)
+        check_same(recipe, tmp_path)
     then["optimisation"]["gone"] = 1
     (tmp_path / RECORD).write_text(json.dumps({"recipe": then}), "utf-8")
     with pytest.raises(RecipeError, match=r"optimisation.gone was 1, is None"):
-        _check_same(recipe, tmp_path)
+        check_same(recipe, tmp_path)

@@ -17,8 +17,9 @@ from train.tiny import Fixed, notes, random_pack, tiny_trainer
 from whisper_moe.data.examples import Pack
 from whisper_moe.model.block import Block
 from whisper_moe.train import checkpoint
-from whisper_moe.train.loop import LossScale, NonFiniteError, Trainer
+from whisper_moe.train.loop import NonFiniteError, Trainer
 from whisper_moe.train.losses import RouterLosses
+from whisper_moe.train.optim import LossScale
 
 LENGTHS = [[(20, 4), (33, 9)], [(51, 5)], [(12, 12), (7, 3), (25, 6)], [(40, 8)]]
 

@@ -15,7 +15,7 @@ from whisper_moe.train.monitor import EVENTS, METRICS, RECENT, SKIPPED, Monitor
 
 def report(step: int, loss: float) -> StepReport:
     return StepReport(
-        step=step, loss=loss, parts={"cross_entropy": loss}, rate=1.0, gradient_norm=1.0, label_tokens=1, tokens=1,
+        step=step, epoch=1, loss=loss, parts={"cross_entropy": loss}, rate=1.0, gradient_norm=1.0, label_tokens=1, tokens=1,
         segments=1, packs=1, skipped_samples=0,
     )  # fmt: skip
 
@@ -23,7 +23,7 @@ def report(step: int, loss: float) -> StepReport:
 def test_the_plateau_is_told_of_the_mean_of_recent_steps(tmp_path: Path) -> None:
     said: list[str] = []
     step = 0
-    with Monitor(tmp_path, steps=1_000, rate=1.0, say=said.append) as monitor:
+    with Monitor(tmp_path, rate=1.0, say=said.append) as monitor:
         for loss in (4.0, 0.05, 0.05, 0.05, 0.05):
             for _ in range(RECENT):
                 step += 1
@@ -37,27 +37,27 @@ def test_the_plateau_is_told_of_the_mean_of_recent_steps(tmp_path: Path) -> None
 
 def test_what_came_after_the_checkpoint_or_is_torn_is_dropped(tmp_path: Path) -> None:
     """A name may hold what Python takes for the end of a line; a line may end in half a letter, or in zeros."""
-    monitor = Monitor(tmp_path, steps=9, rate=1.0, say=lambda line: None)
+    monitor = Monitor(tmp_path, rate=1.0, say=lambda line: None)
     monitor.skipped(report(1, 1.0), "the loss is nan", ["clip\u2028one"])
     monitor.stepped(report(2, 1.0))
     kept = (tmp_path / METRICS).read_bytes()
     monitor.stepped(report(3, 1.0))
     with (tmp_path / METRICS).open("ab") as file:
         file.write('{"step": 2, "ids": ["ଓ'.encode()[:-1] + b"\0" * 64)
-    monitor.resume(2, judged=False)
+    monitor.begin(9, after=2)
     assert (tmp_path / METRICS).read_bytes() == kept
     assert [json.loads(line)["step"] for line in kept.split(b"\n")[:-1]] == [1, 2]
     assert [path.name for path in tmp_path.iterdir()] == [METRICS]
 
 
 def test_an_evaluation_that_was_not_noted_is_forgotten(tmp_path: Path) -> None:
-    monitor = Monitor(tmp_path, steps=9, rate=1.0, say=lambda line: None)
+    monitor = Monitor(tmp_path, rate=1.0, say=lambda line: None)
     for step in (1, 2):
         monitor.stepped(report(step, 1.0))
         monitor.evaluated(step, {"wer": 0.5}, best=False)
 
     def left(judged: bool) -> list[tuple[int, bool]]:
-        monitor.resume(2, judged=judged)
+        monitor.begin(9, after=2, judged=judged)
         return [(line["step"], "evaluation" in line) for line in map(json.loads, (tmp_path / METRICS).open())]
 
     assert left(True) == [(1, False), (1, True), (2, False), (2, True)]
@@ -66,7 +66,7 @@ def test_an_evaluation_that_was_not_noted_is_forgotten(tmp_path: Path) -> None:
 
 def test_what_could_not_be_measured_is_told(tmp_path: Path) -> None:
     said: list[str] = []
-    Monitor(tmp_path, steps=9, rate=1.0, say=said.append).evaluated(2, {"loss": 1.0, "wer": math.nan}, best=False)
+    Monitor(tmp_path, rate=1.0, say=said.append).evaluated(2, {"loss": 1.0, "wer": math.nan}, best=False)
     assert said[0] == "WARNING: step 2: wer could not be measured, and counts as nothing"
 
 
@@ -75,8 +75,8 @@ def test_the_board_forgets_them_too(tmp_path: Path) -> None:
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
     for step, loss in ((2, 1.0), (4, 5.0)):
-        with Monitor(tmp_path, steps=9, rate=1.0, tensorboard=True, say=lambda line: None) as monitor:
-            monitor.resume(step - 2, judged=False)
+        with Monitor(tmp_path, rate=1.0, tensorboard=True, say=lambda line: None) as monitor:
+            monitor.begin(9, after=step - 2)
             for late in range(step - 1, step + 1):
                 monitor.stepped(report(late, loss))
             monitor.stepped(report(step + 1, 99.0))
@@ -87,7 +87,7 @@ def test_the_board_forgets_them_too(tmp_path: Path) -> None:
 
 
 def test_a_step_without_room_in_float16_leaves_a_line(tmp_path: Path) -> None:
-    Monitor(tmp_path, steps=9, rate=1.0, say=lambda line: None).rescaled(report(3, 1.0), 32_768.0)
+    Monitor(tmp_path, rate=1.0, say=lambda line: None).rescaled(report(3, 1.0), 32_768.0)
     assert json.loads((tmp_path / METRICS).read_text()) == {"step": 3, "overflow": True, "loss_scale": 32_768.0}
 
 
@@ -95,7 +95,7 @@ def test_a_sample_that_is_left_out_is_written_down_once(tmp_path: Path) -> None:
     """Whatever its name: with the end of a line in it, or bytes that are no text. A line that a kill cut off is written again."""
     names = ("a", "clip\u2028one", "b\udc80.wav", "ଓଡ଼ିଆ")
     samples = [Skipped(id=name, place="t.tsv, row 2", cause="no text") for name in names]
-    first = Monitor(tmp_path, steps=9, rate=1.0, say=lambda line: None)
+    first = Monitor(tmp_path, rate=1.0, say=lambda line: None)
     first.left_out(samples[:2])
     first.left_out(samples)
     whole = (tmp_path / SKIPPED).read_bytes()
@@ -104,7 +104,7 @@ def test_a_sample_that_is_left_out_is_written_down_once(tmp_path: Path) -> None:
         "id": "a", "place": "t.tsv, row 2", "kind": "corrupt", "cause": "no text"
     }  # fmt: skip
     (tmp_path / SKIPPED).write_bytes(whole[:-9])
-    resumed = Monitor(tmp_path, steps=9, rate=1.0, say=lambda line: None)
+    resumed = Monitor(tmp_path, rate=1.0, say=lambda line: None)
     resumed.left_out(samples)
     resumed.left_out([*samples, Skipped(id="c", kind="too long", cause="31 s")])
     assert (tmp_path / SKIPPED).read_bytes().startswith(whole)

@@ -243,7 +243,8 @@ def test_a_finished_run_stays_as_it_is(
     before = lines(undisturbed), model_bytes(undisturbed)
     assert train(write(material, tmp_path / "whole.yaml"), ["run.keep=3"], undisturbed, True) == 0
     assert (lines(undisturbed), model_bytes(undisturbed)) == before
-    assert "whole: is finished, nothing is left to train after step 6" in capfd.readouterr().err
+    said = "whole: is finished, nothing is left to train after step 6; with more optimisation.steps it goes on\n"
+    assert said in capfd.readouterr().err
 
 
 def test_a_run_that_stopped_early_stays_as_it_is(
@@ -263,11 +264,157 @@ def test_a_run_that_stopped_early_stays_as_it_is(
     assert "is finished, nothing is left to train" in capfd.readouterr().err
     record = json.loads((run / "run.json").read_text("utf-8"))
     assert (record["status"], record["step"]) == ("stopped early", before[-1]["step"])
+    # More patience is enough to go on; so are more steps, which give patience anew.
+    assert train(run, ["evaluation.patience=2"], None, True) == 0
+    patient = lines(run)
+    assert patient[: len(before)] == before and patient[-1]["step"] > before[-1]["step"]
+    assert train(run, ["optimisation.steps=31"], None, True) == 0
+    assert lines(run)[-1]["step"] > patient[-1]["step"]
 
 
 def test_resume_begins_a_run_that_has_not_begun(material: Path, tmp_path: Path) -> None:
     assert train(write(material, tmp_path / "a.yaml"), ["optimisation.steps=1"], tmp_path / "run", True) == 0
     assert len(lines(tmp_path / "run")) == 1
+
+
+def interrupted(recipe: Path, run: Path, monkeypatch: pytest.MonkeyPatch, *words: str) -> None:
+    """A run that was stopped after its third step."""
+    from whisper_moe.train.loop import Trainer
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Trainer, "step", Trainer.step)
+        exec(STRUCK.format(number=int(signal.SIGTERM)), {})
+        assert train(recipe, list(words), run, False) == 143
+
+
+def test_a_run_goes_on_by_its_directory_alone(
+    material: Path, undisturbed: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """From anywhere, without the recipe's file, and where all of it was moved: paths are those of the folder it was begun in."""
+    home = tmp_path / "home"
+    shutil.copytree(material, home / "material")
+    monkeypatch.chdir(home)
+    recipe = write(Path("material"), Path("whole.yaml"))
+    interrupted(recipe, Path("runs/mine"), monkeypatch)
+    recipe.unlink()
+    shutil.copytree("runs/mine", "runs/again")
+    home.rename(tmp_path / "moved")
+    monkeypatch.chdir(tmp_path)
+    for name in ("mine", "again/run.json"):
+        assert train(Path("moved/runs") / name, ["run.keep=1"], None, True) == 0
+        run = (tmp_path / "moved/runs" / name.partition("/")[0]).resolve()
+        assert lines(run) == lines(undisturbed) and model_bytes(run) == model_bytes(undisturbed)
+    assert Path.cwd() == tmp_path and sorted(path.name for path in tmp_path.iterdir()) == ["moved"]
+    record = json.loads((run / "run.json").read_text("utf-8"))
+    assert record["recipe"]["model"]["source"] == "material/model" and record["folder"] == str(tmp_path / "moved")
+
+
+def test_data_that_was_moved_alone_is_named_anew(
+    material: Path,
+    undisturbed: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capfd: pytest.CaptureFixture[str],
+) -> None:
+    shutil.copytree(material / "data", tmp_path / "a/data")
+    shutil.copytree(material / "model", tmp_path / "a/model")
+    run = tmp_path / "run"
+    interrupted(write(tmp_path / "a", tmp_path / "whole.yaml"), run, monkeypatch)
+    shutil.copytree(tmp_path / "a", tmp_path / "b")
+    word = f"data.train.0.source={tmp_path / 'b/data'}"
+    assert train(run, [word], None, True) == 2, "what it has read is still there"
+    assert "data.train.0.source was" in capfd.readouterr().err
+    shutil.rmtree(tmp_path / "a/data")
+    assert train(run, [word], None, True) == 0
+    assert lines(run) == lines(undisturbed)
+
+
+def test_more_steps_are_the_steps_of_a_longer_run_from_there_on(
+    material: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    """Of an unfinished run and of a finished one: whose rate is that of the new number of steps."""
+    longer, short, finished = (tmp_path / name for name in ("longer", "short", "finished"))
+    recipe = write(material, tmp_path / "a.yaml")
+    linear = "optimisation.schedule=linear"
+    assert train(recipe, [linear, "optimisation.steps=10"], longer, False) == 0
+    interrupted(recipe, short, monkeypatch, linear)
+    assert train(recipe, [linear], finished, False) == 0
+    for run, done in ((short, 3), (finished, 6)):
+        before = lines(run)
+        assert train(run, ["optimisation.steps=2"], None, True) == 2
+        said = capfd.readouterr().err
+        assert f"{done} steps are done, and 2 are asked for; there can be more, not fewer" in said
+        assert json.loads((run / "run.json").read_text("utf-8"))["recipe"]["optimisation"]["steps"] == 6
+        assert train(run, ["optimisation.steps=10"], None, True) == 0
+        said = capfd.readouterr().err
+        assert "10 steps instead of 6; from here on the rate is that of a run of 10" in said
+        assert lines(run)[:done] == before and [line["step"] for line in lines(run)] == [*range(1, 11)]
+        assert [line["lr"] for line in lines(run)[done:]] == [line["lr"] for line in lines(longer)[done:]]
+        assert train(run, [], None, True) == 0 and "nothing is left to train after step 10" in capfd.readouterr().err
+    assert [line["lr"] for line in lines(finished)[:6]] != [line["lr"] for line in lines(longer)[:6]]
+
+
+def test_epochs_are_gone_through_whole(material: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Twelve clips, three batches of four in an epoch; a step that takes two takes the last from the epoch behind."""
+    recipe = write(material, tmp_path / "a.yaml", optimisation={"epochs": 2, "lr": 3e-3, "warmup": 1})
+    whole, run, two = (tmp_path / name for name in ("whole", "run", "two"))
+    assert train(recipe, [], whole, False) == 0
+    assert [line["epoch"] for line in lines(whole)] == [1, 1, 1, 2, 2, 2]
+    interrupted(recipe, run, monkeypatch)
+    assert train(run, [], None, True) == 0
+    assert lines(run) == lines(whole) and model_bytes(run) == model_bytes(whole)
+    assert train(run, ["optimisation.epochs=3"], None, True) == 0
+    assert [line["epoch"] for line in lines(run)] == [1, 1, 1, 2, 2, 2, 3, 3, 3]
+    assert train(recipe, ["optimisation.epochs=1", "optimisation.accumulate=2"], two, False) == 0
+    assert [line["epoch"] for line in lines(two)] == [1, 2]
+
+
+@pytest.mark.parametrize("unit", ["examples", "packs"])
+def test_the_batches_of_epochs_are_counted_as_they_come(unit: str, material: Path, tmp_path: Path) -> None:
+    words = [f"data.loader.batch_unit={unit}", "data.loader.batch_size=2", "data.loader.planning_buffer=5"]
+    words += ["data.loader.examples.margin=[0, 20]"]
+    recipe = write(material, tmp_path / "a.yaml", optimisation={"epochs": 2, "lr": 3e-3, "warmup": 1})
+    assert train(recipe, words, tmp_path / "run", False) == 0
+    epochs = [line["epoch"] for line in lines(tmp_path / "run")]
+    assert set(epochs) == {1, 2}
+    assert train(recipe, [*words, "optimisation.epochs=3"], tmp_path / "run", True) == 0
+    longer = [line["epoch"] for line in lines(tmp_path / "run")]
+    assert longer[: len(epochs)] == epochs and set(longer[len(epochs) :]) == {3}
+
+
+def test_epochs_of_a_stream_are_refused(material: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    recipe = write(material, tmp_path / "a.yaml", optimisation={"epochs": 2})
+    assert train(recipe, ["data.train.0.streaming=true"], tmp_path / "run", False) == 2
+    assert "optimisation.epochs: a streamed corpus has no length" in capfd.readouterr().err
+    assert train(recipe, ["optimisation.steps=9"], tmp_path / "run", False) == 2
+    assert "either steps or epochs, got 9 and 2; optimisation.steps=null" in capfd.readouterr().err
+
+
+def test_what_is_no_run_is_said(
+    material: Path, undisturbed: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    recipe = write(material, tmp_path / "a.yaml")
+
+    def said(path: Path, output: Path | None = None, resume: bool = True) -> str:
+        assert train(path, [], output, resume) == 2
+        return capfd.readouterr().err
+
+    assert f"{tmp_path}: has no run.json, so no run can go on there\n" in said(tmp_path)
+    for part in ("model", "checkpoints", "start"):
+        assert f"has no run.json, so no run can go on there; it is a part of the run {undisturbed}" in said(
+            undisturbed / part
+        )
+    assert "is a run; --resume goes on with it" in said(undisturbed, resume=False)
+    assert "goes on in" in said(undisturbed, tmp_path / "other")
+    assert "cannot be read" in said(tmp_path / "gone.yaml")
+    assert f"--resume {undisturbed} goes on with the recipe that the run itself keeps" in said(
+        tmp_path / "gone.yaml", undisturbed
+    )
+    bare = tmp_path / "bare"
+    shutil.copytree(undisturbed / "checkpoints", bare / "checkpoints")
+    assert "has a run already" in said(recipe, bare, resume=False)
+    (bare / "run.json").write_text("{}", "utf-8")
+    assert "has no recipe, so it is not what a run writes" in said(bare)
 
 
 def test_what_a_checkpoint_tells_of_is_on_the_disk_before_it(

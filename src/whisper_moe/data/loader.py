@@ -112,6 +112,12 @@ class PackedLoader:
     def epoch(self) -> int:
         return self._position.epoch
 
+    def count(self, epochs: int) -> int:
+        """Batches of the first so many epochs, by planning them. Raises ``ValueError`` for a stream, whose end nobody knows."""
+        if not self._draws.size:
+            raise ValueError("a streamed corpus has no length, so the batches of an epoch cannot be counted")
+        return sum(1 for epoch in range(epochs) for _ in plan(self._draws, Position(epoch=epoch), self.config))
+
     def start(self, epoch: int) -> None:
         """Go to the first batch of an epoch."""
         self._position = Position(epoch=epoch)

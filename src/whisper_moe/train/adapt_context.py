@@ -58,6 +58,10 @@ class Lessons:
             raise ValueError(f"every clip needs an id of its own, and {doubled!r} is that of several")
         self._digest = sha256("\n".join(self._by_id).encode()).hexdigest()[:32]
 
+    def count(self, epochs: int) -> int:
+        """Batches of so many epochs."""
+        return epochs * -(-len(self.samples) // self.batch)
+
     def __iter__(self) -> Iterator[Batch]:
         while self.index * self.batch < len(self.samples):
             order = random.Random(f"{self.seed} {self.epoch}").sample(range(len(self.samples)), len(self.samples))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
@@ -23,7 +24,7 @@ from whisper_moe.model.block import Block
 from whisper_moe.model.model import WhisperMoEModel
 from whisper_moe.train.adapt_context import ContextObjective, Lessons
 from whisper_moe.train.evaluation import Judge
-from whisper_moe.train.loop import Batches, LoopSettings, Objective, Observer, Precision, Trainer
+from whisper_moe.train.loop import LoopSettings, Objective, Observer, Precision, Trainer
 from whisper_moe.train.losses import RouterLosses, SpeechObjective
 from whisper_moe.train.monitor import SKIPPED, Silent
 from whisper_moe.train.optim import Rates, build_optimizer, freeze, schedule_factor, unmatched
@@ -36,6 +37,7 @@ from whisper_moe.weights.parts import empty_model
 from whisper_moe.weights.sources import to_stderr
 
 Note: TypeAlias = Callable[[Sequence[Skipped]], None]
+DEFAULT_STEPS = 5_000
 _A_BATCH = "a batch"
 """What rank 0 says before each batch of an evaluation, where its figures come last."""
 
@@ -65,7 +67,7 @@ def build_trainer(
         recipe, start, model, parallel, directory, observer.left_out
     )
     return Trainer(
-        model, network, objective, batches, optimizer, _settings(recipe, parallel), parallel, observer,
+        model, network, objective, batches, optimizer, _settings(recipe, parallel, batches), parallel, observer,
         evaluate=_evaluation(recipe, start, model, parallel, stop_requested, observer.left_out), save=save, note=note,
         stop_requested=stop_requested,
     )  # fmt: skip
@@ -134,7 +136,7 @@ def _check_missing(corpora: Sequence[Corpus], configs: Sequence[CorpusConfig], m
 
 def _speech(
     recipe: Recipe, start: Start, model: WhisperMoEModel, parallel: Parallel, directory: Path, note: Note
-) -> tuple[Batches, Objective]:
+) -> tuple[PackedLoader | Lessons, Objective]:
     losses = recipe.losses
     balance = losses.balance if losses.balancing == "loss" else 0.0
     objective = SpeechObjective(
@@ -145,7 +147,7 @@ def _speech(
 
 def _context(
     recipe: Recipe, start: Start, model: WhisperMoEModel, parallel: Parallel, directory: Path, note: Note
-) -> tuple[Batches, Objective]:
+) -> tuple[PackedLoader | Lessons, Objective]:
     """The padded model's lessons are made first; those that are there already are kept."""
     context, data = recipe.losses.context, recipe.data.loader
     assert context is not None
@@ -191,12 +193,23 @@ def _rates(recipe: Recipe) -> Rates:
     )  # fmt: skip
 
 
-def _settings(recipe: Recipe, parallel: Parallel) -> LoopSettings:
+def _steps(recipe: Recipe, batches: PackedLoader | Lessons) -> int:
+    """As many as are asked for, or as the epochs have batches for; the last may take some of the epoch behind them."""
     given = recipe.optimisation
+    if given.epochs is None:
+        return given.steps or DEFAULT_STEPS
+    try:
+        return math.ceil(batches.count(given.epochs) / given.accumulate)
+    except ValueError as error:
+        raise RecipeError(f"optimisation.epochs: {error}; give optimisation.steps") from error
+
+
+def _settings(recipe: Recipe, parallel: Parallel, batches: PackedLoader | Lessons) -> LoopSettings:
+    given, steps = recipe.optimisation, _steps(recipe, batches)
     return LoopSettings(
-        steps=given.steps, accumulate=given.accumulate, clip=given.clip or float("inf"),
+        steps=steps, accumulate=given.accumulate, clip=given.clip or float("inf"),
         precision=precision_on(given.precision, parallel.device), most_bad_steps=given.most_bad_steps,
-        factor=partial(schedule_factor, steps=given.steps, warmup=given.warmup, schedule=given.schedule),
+        factor=partial(schedule_factor, steps=steps, warmup=given.warmup, schedule=given.schedule),
         balance_rate=recipe.losses.bias_rate if recipe.losses.balancing == "bias" else 0.0,
         evaluate_every=recipe.evaluation.every, checkpoint_every=recipe.run.checkpoint_every,
         metric=recipe.evaluation.metric, patience=recipe.evaluation.patience,

@@ -24,7 +24,7 @@ from whisper_moe.data.sample import Skipped
 from whisper_moe.heap import give_back_memory
 from whisper_moe.model.model import WhisperMoEModel
 from whisper_moe.train.losses import Terms, Totals, balance_biases
-from whisper_moe.train.optim import set_rates
+from whisper_moe.train.optim import LossScale, set_rates
 from whisper_moe.train.single import Parallel
 from whisper_moe.train.state import join, load_optimizer_state, optimizer_state, random_state, set_random_state, split
 
@@ -91,6 +91,8 @@ class StepReport:
 
     step: int
     """Counted from 1."""
+    epoch: int
+    """Of its last batch, counted from 1."""
     loss: float
     parts: dict[str, float]
     rate: float
@@ -104,47 +106,6 @@ class StepReport:
     skipped_samples: int
     load: tuple[float, ...] = ()
     """Each choice's share of all slots, *none* last."""
-
-
-class LossScale:
-    """float16's gradients are computed of a loss that is scaled up (arXiv 1710.03740, section 3.2); in other types, by 1.
-
-    Halved where they overflow, which costs that step, doubled after 2,000 steps without. Decided on the norm of all
-    gradients, so that all processes decide alike.
-    """
-
-    growth_steps = 2_000
-
-    def __init__(self, *, enabled: bool) -> None:
-        self.enabled, self.value, self._good = enabled, 65_536.0 if enabled else 1.0, 0
-
-    def remove(self, parameters: Sequence[nn.Parameter]) -> None:
-        """Undo the scale in the gradients."""
-        if self.enabled:
-            for parameter in parameters:
-                if parameter.grad is not None:
-                    parameter.grad /= self.value
-
-    def grow(self) -> None:
-        self._good += 1
-        if self.enabled and self._good % self.growth_steps == 0:
-            self.value *= 2
-
-    def halve(self) -> bool:
-        """Whether a smaller scale may help."""
-        self._good = 0
-        if not self.enabled or self.value <= 1:
-            return False
-        self.value /= 2
-        return True
-
-    def state(self) -> dict[str, float]:
-        return {"value": self.value, "good": self._good}
-
-    def load_state(self, state: Mapping[str, float]) -> None:
-        self._good = int(state["good"])
-        if self.enabled:
-            self.value = state["value"]
 
 
 @dataclass
@@ -185,6 +146,8 @@ class Trainer:
         self._evaluation, self._save, self._note, self._stop_requested = evaluate, save, note, stop_requested
         self.scale = LossScale(enabled=settings.precision == "float16")
         self.progress = Progress()
+        self.steps_before = settings.steps
+        """What was asked for when the run was last saved."""
         self._stream = self._endless()
 
     def run(self) -> End:
@@ -296,7 +259,7 @@ class Trainer:
         if skipped:
             self.observer.left_out(self.parallel.gather([sample for batch in batches for sample in batch.skipped]))
         return StepReport(
-            step=progress.step + 1, loss=loss, parts=dict(zip(names, parts, strict=True)),
+            step=progress.step + 1, epoch=batches[-1].epoch + 1, loss=loss, parts=dict(zip(names, parts, strict=True)),
             rate=self.settings.factor(progress.step), gradient_norm=norm, label_tokens=int(totals.tokens),
             tokens=int(tokens), segments=int(totals.segments), packs=int(packs), skipped_samples=int(skipped),
             load=tuple((counts / counts.sum().clamp_min(1)).tolist()) if counts.numel() else (),
@@ -362,8 +325,8 @@ class Trainer:
     def meta(self) -> dict[str, Any]:
         """All but the model and its optimizer."""
         return {
-            "scale": self.scale.state(), "progress": asdict(self.progress), "random": random_state(),
-            "batches": self.batches.state_dict(),
+            "steps": self.settings.steps, "scale": self.scale.state(), "progress": asdict(self.progress),
+            "random": random_state(), "batches": self.batches.state_dict(),
         }  # fmt: skip
 
     def load_state(self, tensors: Mapping[str, Tensor], meta: Mapping[str, Any]) -> None:
@@ -381,10 +344,18 @@ class Trainer:
         self.load_meta(meta)
 
     def load_meta(self, meta: Mapping[str, Any]) -> None:
-        """Go on where :meth:`meta` was taken, with a model and an optimizer that are there already."""
+        """Go on where :meth:`meta` was taken, with a model and an optimizer that are there already.
+
+        ``meta["evaluation"]``: what was measured since. Who asks for more steps than before has patience anew.
+        """
         self.scale.load_state(meta["scale"])
         progress = {name: value for name, value in meta["progress"].items() if name != "score"}  # which older runs have
         self.progress = Progress(**progress)
+        if meta.get("evaluation") is not None:
+            self.judged(meta["evaluation"])
+        self.steps_before = meta.get("steps", self.settings.steps)
+        if self.steps_before < self.settings.steps:
+            self.progress.worse_in_a_row = 0
         self.batches.load_state_dict(meta["batches"])
         self._stream = self._endless()
         set_random_state(meta["random"])

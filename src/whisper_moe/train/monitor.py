@@ -78,14 +78,14 @@ class Monitor:
     """Writes down and shows what happens. Use as a context: the bar and the files are closed at its end."""
 
     def __init__(
-        self, run: Path, *, steps: int, rate: float, choices: Sequence[str] = (), log_every: int = 1,
+        self, run: Path, *, rate: float, choices: Sequence[str] = (), log_every: int = 1,
         tensorboard: bool = False, say: Callable[[str], None] | None = None,
     ) -> None:  # fmt: skip
         """``rate``: the peak that shares of it are shown of. ``choices``: names of experts, *none* last.
 
         Raises ``ImportError`` that names the extra if TensorBoard is asked for and not there.
         """
-        self._run, self._steps, self._rate, self._choices, self._log_every = run, steps, rate, choices, log_every
+        self._run, self._steps, self._rate, self._choices, self._log_every = run, 0, rate, choices, log_every
         self._board = _board(run / EVENTS) if tensorboard else None
         self._say = say or _to_stderr
         self._bar: Progress | None = None
@@ -94,16 +94,19 @@ class Monitor:
         self._left_out = _whole_lines(run / SKIPPED)
         self._plateau, self._recent = Plateau(), deque[float](maxlen=RECENT)
 
-    def resume(self, step: int, *, judged: bool) -> None:
-        """Forget what a run that was killed wrote after its last checkpoint, which is of ``step``; and of the evaluation of
-        that step, unless it is ``judged``."""
-        path = self._run / METRICS
+    def begin(self, steps: int, *, after: int = 0, judged: bool = False) -> None:
+        """``steps`` are to be made, of which ``after`` are. What a run that was killed wrote of later ones is forgotten; and of
+        the evaluation of that step, unless it is ``judged``."""
+        self._steps, self._clock, path = steps, time.perf_counter(), self._run / METRICS
         if path.exists():
-            kept = [line for line in path.read_bytes().split(b"\n") if _place(line) <= (step, judged)]
+            kept = [line for line in path.read_bytes().split(b"\n") if _place(line) <= (after, judged)]
             replace(path, b"".join(line + b"\n" for line in kept))
         if self._board is not None:
             self._board.close()
-            self._board = _board(self._run / EVENTS, after=step)
+            self._board = _board(self._run / EVENTS, after=after)
+        if self._say is _to_stderr and sys.stderr.isatty():
+            self._bar, self._task = _bar(steps)
+            self._bar.start()
 
     def secure(self) -> None:
         """What has been written down is on the disk when this returns: before the checkpoint that it tells of."""
@@ -113,10 +116,6 @@ class Monitor:
                 sync(self._run)
 
     def __enter__(self) -> Monitor:
-        if self._say is _to_stderr and sys.stderr.isatty():
-            self._bar, self._task = _bar(self._steps)
-            self._bar.start()
-        self._clock = time.perf_counter()
         return self
 
     def __exit__(self, *_: object) -> None:
@@ -138,7 +137,7 @@ class Monitor:
         seconds, self._clock = now - self._clock, now
         fill = report.tokens / (report.packs * MAX_PACK_TOKENS) if report.packs else 0.0
         figures: dict[str, Any] = {
-            "loss": report.loss, **report.parts, "lr": self._rate * report.rate,
+            "epoch": report.epoch, "loss": report.loss, **report.parts, "lr": self._rate * report.rate,
             "gradient_norm": report.gradient_norm, "tokens": report.tokens, "label_tokens": report.label_tokens,
             "segments": report.segments, "packs": report.packs, "fill": fill,
         }  # fmt: skip
@@ -186,7 +185,7 @@ class Monitor:
 
     def _line(self, report: StepReport, fill: float, seconds: float) -> str:
         parts = [
-            f"loss {report.loss:.4f}", f"lr {self._rate * report.rate:.2e}",
+            f"epoch {report.epoch}", f"loss {report.loss:.4f}", f"lr {self._rate * report.rate:.2e}",
             f"{report.tokens / max(seconds, 1e-9):,.0f} tokens/s", f"fill {fill:.0%}",
         ]  # fmt: skip
         if report.load:

@@ -85,8 +85,10 @@ def check_grokfast(alpha: float, amplification: float) -> None:
 class OptimisationRecipe(_Frozen):
     """How it is trained. The defaults are the published hyperparameters, but for a warm-up that fits the run."""
 
-    steps: int = Field(default=5_000, ge=1)
-    """Updates."""
+    steps: int | None = Field(default=None, ge=1)
+    """Updates; default 5,000. A run that goes on may be asked for more."""
+    epochs: int | None = Field(default=None, ge=1)
+    """Instead of ``steps``: how often the data is gone through."""
     lr: float = Field(default=1.7e-5, gt=0)
     """Peak rate of all that no other rate is for."""
     schedule: Literal["linear", "cosine", "constant"] = "linear"
@@ -126,6 +128,10 @@ class OptimisationRecipe(_Frozen):
     def _check(self) -> Self:
         if not all(0 <= beta < 1 for beta in self.betas):
             raise ValueError(f"betas must be at least 0 and less than 1, got {list(self.betas)}")
+        if self.steps is not None and self.epochs is not None:
+            raise ValueError(
+                f"either steps or epochs, got {self.steps} and {self.epochs}; optimisation.steps=null takes the steps away"
+            )
         if self.grokfast is not None:
             check_grokfast(*self.grokfast)
         return self
@@ -272,7 +278,7 @@ def read_tree(path: Path, overrides: Sequence[str] = ()) -> dict[str, Any]:
     """A file's plain values with its overrides, not checked against anything."""
     tree = _read(path)
     for override in overrides:
-        _apply(tree, override)
+        apply(tree, override)
     return tree
 
 
@@ -330,7 +336,7 @@ def _models(annotation: Any) -> Iterator[type[BaseModel]]:
         yield from _models(argument)
 
 
-def _apply(tree: dict[str, Any], override: str) -> None:
+def apply(tree: dict[str, Any], override: str) -> None:
     """Put one ``key=value`` into the tree; numbers in a key are places in a list."""
     key, equals, text = override.partition("=")
     parts = key.split(".")

@@ -13,22 +13,19 @@ SIGINT and SIGTERM with a checkpoint written: ``--resume`` goes on from it, bit 
 
 from __future__ import annotations
 
-import json
 import os
 import random
 import signal
-import subprocess
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, nullcontext, suppress
+from contextlib import chdir, contextmanager, nullcontext
 from dataclasses import dataclass
-from datetime import datetime
 from functools import partial
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from whisper_moe.train.recipe import Recipe, RecipeError, RunRecipe, load_recipe, recipe_of
+from whisper_moe.train.recipe import Recipe, RecipeError, RunRecipe
+from whisper_moe.train.record import RECORD, asked, check_same, finish_record, write_record
 
 if TYPE_CHECKING:
     from whisper_moe.train.loop import Trainer
@@ -36,22 +33,15 @@ if TYPE_CHECKING:
     from whisper_moe.train.single import Parallel
     from whisper_moe.train.start import Start
 
-RECORD, MODEL = "run.json", "model"
-_PACKAGES = ("whisper-moe", "torch", "numpy", "datasets", "tokenizers", "safetensors", "av", "pydantic")
-_FREE = (
-    "run", "evaluation.every", "evaluation.batch_size", "evaluation.padded", "evaluation.patience", "name", "parallel",
-    "data.loader.workers", "data.loader.prefetch", "data.loader.cache_dir", "data.loader.cache_limit_mb",
-    "optimisation.recompute", "losses.context.lessons", "losses.context.limit_mb",
-)  # fmt: skip
-"""Parts of a recipe that may differ where a run goes on: they change neither what is learned nor what the best checkpoint is."""
+MODEL = "model"
 
 
 def train(path: Path, overrides: Sequence[str], output: Path | None, resume: bool) -> int:
     """What ``whisper-moe train`` does; returns the exit status."""
     try:
-        recipe = load_recipe(path, overrides)
-        directory = output or Path(recipe.run.directory or f"runs/{recipe.name}")
-        return run(recipe, directory, resume=resume)
+        recipe, directory, folder = asked(path, overrides, output, resume)
+        with chdir(folder):
+            return run(recipe, directory, resume=resume)
     except (ValueError, ImportError, OSError) as error:
         if os.environ.get("RANK", "0") == "0" or not isinstance(error, RecipeError):
             say(f"whisper-moe: {' '.join(str(error).split())}")
@@ -67,14 +57,14 @@ def run(recipe: Recipe, directory: Path, *, resume: bool = False) -> int:
     from whisper_moe.train.lock import run_lock
 
     begun = (directory / RECORD).exists()
-    if begun and not resume:
+    if not resume and (begun or (directory / "checkpoints").exists()):
         raise RecipeError(f"{directory}: has a run already; --resume goes on with it, -o names another directory")
     if directory.exists() and not directory.is_dir():
         raise RecipeError(f"{directory}: is a file; a run needs a directory")
     with _processes(recipe) as parallel, run_lock(directory, announce=say) if parallel.rank == 0 else nullcontext():
         parallel.barrier()
         if begun:
-            _check_same(recipe, directory)
+            check_same(recipe, directory)
         return _run(recipe, directory, parallel)
 
 
@@ -86,7 +76,6 @@ def _run(recipe: Recipe, directory: Path, parallel: Parallel) -> int:
     announce = say if first else _silent
     if first:
         checkpoint.clean(directory)
-        _warn(recipe, announce)
     _seed(recipe)
     if recipe.run.threads:
         import torch
@@ -97,25 +86,22 @@ def _run(recipe: Recipe, directory: Path, parallel: Parallel) -> int:
     start = _start(recipe, directory, parallel, goes_on=found_path != "")
     stop = _Stop()
     with _monitor(recipe, directory, start, first) as monitor:
-        save = partial(_save, directory, recipe.run, monitor)
         trainer = build_trainer(
-            recipe, start, parallel, monitor, save=save, note=partial(_note, directory, recipe.run, monitor),
-            stop_requested=stop.requested, directory=directory,
+            recipe, start, parallel, monitor, save=partial(_save, directory, recipe.run, monitor),
+            note=partial(_note, directory, recipe.run, monitor), stop_requested=stop.requested, directory=directory,
         )  # fmt: skip
-        if first:
-            _write_record(directory, recipe, trainer, parallel, resumed=bool(found_path))
         if found_path:
-            _go_on(trainer, Path(found_path))
-            said = "is finished, nothing is left to train" if trainer.ended() else "goes on"
-            announce(f"{directory}: {said} after step {trainer.progress.step}")
+            _go_on(trainer, Path(found_path), directory, announce)
         if monitor is not None:
-            monitor.resume(trainer.progress.step, judged=trainer.is_judged())
+            _warn(recipe, trainer, announce)
+            write_record(directory, recipe, trainer, parallel, resumed=bool(found_path))
+            monitor.begin(trainer.settings.steps, after=trainer.progress.step, judged=trainer.is_judged())
         with stop:  # until here a signal ends the process as it ends any
             end = trainer.run()
     if first:
         if end != "interrupted":
             export(directory, start, announce)
-        _finish_record(directory, end, trainer)
+        finish_record(directory, end, trainer)
         if end != "finished":
             announce(f"{directory}: {end} after step {trainer.progress.step}")
     parallel.barrier()
@@ -195,7 +181,7 @@ def _monitor(recipe: Recipe, directory: Path, start: Start, first: bool) -> Iter
     moe = start.config.moe
     names = (*moe.names, *(["none"] if moe.none_choice else [])) if moe else ()
     with Monitor(
-        directory, steps=recipe.optimisation.steps, rate=recipe.optimisation.lr, choices=names,
+        directory, rate=recipe.optimisation.lr, choices=names,
         log_every=recipe.run.log_every, tensorboard=recipe.run.tensorboard,
     ) as monitor:  # fmt: skip
         yield monitor
@@ -257,19 +243,32 @@ def _note(
     trainer.parallel.barrier()
 
 
-def _go_on(trainer: Trainer, path: Path) -> None:
-    """From a checkpoint, whichever way it was saved."""
+def _go_on(trainer: Trainer, path: Path, directory: Path, announce: Callable[[str], None]) -> None:
+    """From a checkpoint, whichever way it was saved. More steps can be asked for than before, not fewer than are done."""
     from whisper_moe.train import checkpoint
 
+    evaluation = {"evaluation": checkpoint.read_commit(path).evaluation}
     if checkpoint.is_sharded(path):
         from whisper_moe.train.sharded import load_sharded
 
-        trainer.load_meta(load_sharded(path, trainer.model, trainer.optimizer))
+        trainer.load_meta(load_sharded(path, trainer.model, trainer.optimizer) | evaluation)
     else:
         loaded = checkpoint.load(path)
-        trainer.load_state(loaded.tensors, loaded.meta)
-    if (metrics := checkpoint.read_commit(path).evaluation) is not None:
-        trainer.judged(metrics)
+        trainer.load_state(loaded.tensors, loaded.meta | evaluation)
+    done, before, steps = trainer.progress.step, trainer.steps_before, trainer.settings.steps
+    if done > steps:
+        raise RecipeError(
+            f"{directory}: {done:,} steps are done, and {steps:,} are asked for; there can be more, not fewer"
+        )
+    if before != steps:
+        announce(
+            f"{directory}: {steps:,} steps instead of {before:,}; from here on the rate is that of a run of {steps:,}"
+        )
+    said = f"goes on after step {done}"
+    if ended := trainer.ended():
+        more = "evaluation.patience or optimisation.steps" if ended == "stopped early" else "optimisation.steps"
+        said = f"is finished, nothing is left to train after step {done}; with more {more} it goes on"
+    announce(f"{directory}: {said}")
 
 
 def export(directory: Path, start: Start, announce: Callable[[str], None]) -> Path:
@@ -295,65 +294,11 @@ def export(directory: Path, start: Start, announce: Callable[[str], None]) -> Pa
     return directory / MODEL
 
 
-def _write_record(directory: Path, recipe: Recipe, trainer: Trainer, parallel: Parallel, *, resumed: bool) -> None:
-    path = directory / RECORD
-    before: dict[str, Any] = json.loads(path.read_text("utf-8")) if path.exists() else {}
-    groups = {group["name"]: sum(p.numel() for p in group["params"]) for group in trainer.optimizer.param_groups}
-    sessions = [*before.get("sessions", []), {"begun": _now(), "resumed": resumed, "command": sys.argv[1:]}]
-    record = {
-        "recipe": recipe.model_dump(mode="json"), "seeds": {"run": recipe.run.seed, "loader": recipe.data.loader.seed},
-        "versions": {"python": sys.version.split()[0]} | {name: _version(name) for name in _PACKAGES},
-        "git": git_state(), "device": str(parallel.device), "precision": trainer.settings.precision,
-        "processes": parallel.world_size, "trained_parameters": groups, "sessions": sessions, "status": "running",
-    }  # fmt: skip
-    _replace_record(path, record)
-
-
-def _finish_record(directory: Path, end: str, trainer: Trainer) -> None:
-    record = json.loads((directory / RECORD).read_text("utf-8"))
-    progress = trainer.progress
-    record |= {
-        "status": end, "step": progress.step, "best": progress.best, "best_step": progress.best_step,
-        "bad_steps": progress.bad_steps, "skipped_samples": progress.skipped_samples, "ended": _now(),
-    }  # fmt: skip
-    _replace_record(directory / RECORD, record)
-
-
-def _replace_record(path: Path, record: Mapping[str, Any]) -> None:
-    from whisper_moe.train.checkpoint import replace
-    from whisper_moe.weights.files import json_bytes
-
-    replace(path, json_bytes(record))
-
-
-def _check_same(recipe: Recipe, directory: Path) -> None:
-    """Raise :class:`RecipeError` where a run would go on with another recipe than it began with."""
-    then = json.loads((directory / RECORD).read_text("utf-8"))["recipe"]
-    with suppress(RecipeError):  # what was there then and is refused now is said as it was
-        then = recipe_of(then, RECORD).model_dump(mode="json")  # with the defaults of keys that are newer than the run
-    now = recipe.model_dump(mode="json")
-    changed = [
-        f"{key} was {before!r}, is {after!r}"
-        for key, before, after in _differences(then, now, "")
-        if not any(key == free or key.startswith(f"{free}.") for free in _FREE)
-    ]
-    if changed:
-        raise RecipeError(f"{directory}: a run goes on only with its own recipe; {'; '.join(changed)}")
-
-
-def _differences(then: Any, now: Any, where: str) -> Iterator[tuple[str, Any, Any]]:
-    if isinstance(then, dict) and isinstance(now, dict):
-        for key in sorted(then.keys() | now.keys()):
-            yield from _differences(then.get(key), now.get(key), f"{where}.{key}" if where else key)
-    elif then != now:
-        yield where, then, now
-
-
-def _warn(recipe: Recipe, announce: Callable[[str], None]) -> None:
+def _warn(recipe: Recipe, trainer: Trainer, announce: Callable[[str], None]) -> None:
     from whisper_moe.train.optim import warmup_warning
 
     given = recipe.optimisation
-    line = warmup_warning(rate=given.lr, steps=given.steps, warmup=given.warmup)
+    line = warmup_warning(rate=given.lr, steps=trainer.settings.steps, warmup=given.warmup)
     if line:
         announce(line)
 
@@ -365,31 +310,6 @@ def _seed(recipe: Recipe) -> None:
     random.seed(recipe.run.seed)
     np.random.seed(recipe.run.seed)  # noqa: NPY002 (the global one, which libraries use)
     torch.manual_seed(recipe.run.seed)
-
-
-def git_state() -> dict[str, Any] | None:
-    """Commit and whether anything was changed since, of the checkout that this code is in; None outside of one."""
-    here = Path(__file__).parent
-
-    def git(*words: str) -> str:
-        done = subprocess.run(["git", "-C", str(here), *words], capture_output=True, text=True, timeout=20, check=True)
-        return done.stdout.strip()
-
-    try:
-        return {"commit": git("rev-parse", "HEAD"), "changed": bool(git("status", "--porcelain"))}
-    except (OSError, subprocess.SubprocessError):
-        return None
-
-
-def _version(package: str) -> str | None:
-    try:
-        return version(package)
-    except PackageNotFoundError:
-        return None
-
-
-def _now() -> str:
-    return datetime.now().astimezone().isoformat(timespec="seconds")
 
 
 def say(line: str) -> None:
