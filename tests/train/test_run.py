@@ -457,6 +457,46 @@ for kind, port in zip(("whole", "sharded"), ports):
 """
 
 
+JUDGED = """
+import os, signal, sys
+from pathlib import Path
+from whisper_moe.train import evaluation
+from whisper_moe.train.run import train
+recipe, folder, struck = sys.argv[1:]
+(Path(folder) / os.environ["RANK"]).write_text(str(os.getpid()))
+pack = evaluation.pack_examples
+def strike(examples):
+    os.kill(int((Path(folder) / struck).read_text()), signal.SIGTERM)
+    return pack(examples)
+evaluation.pack_examples = strike
+words = ["evaluation.metric=loss", "evaluation.batch_size=1", "evaluation.every=2"]
+sys.exit(train(Path(recipe), words, Path(folder) / "run", False))
+"""
+
+
+@pytest.mark.parametrize("struck", ["0", "1"])
+def test_a_signal_to_one_of_two_ends_an_evaluation_in_both(struck: str, material: Path, tmp_path: Path) -> None:
+    """Whichever it is sent to. Twelve clips are judged one at a time; after the first, or the second, none is."""
+    data = recipe_tree(material / "model", material / "data")["data"]
+    recipe = write(material, tmp_path / "a.yaml", data=data | {"evaluation": data["train"]})
+    words = [sys.executable, "-c", JUDGED, str(recipe), str(tmp_path), struck]
+    shared = {"MASTER_ADDR": "127.0.0.1", "WORLD_SIZE": "2", "OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": "lo"}
+    shared["MASTER_PORT"] = str(ranks.free_port())
+    started = [
+        subprocess.Popen(
+            words, env=os.environ | shared | {"RANK": rank, "LOCAL_RANK": rank}, text=True, stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+        )
+        for rank in "01"
+    ]  # fmt: skip
+    said = ranks.finish(started)
+    assert [process.returncode for process in started] == [143, 143], "\n".join(said)
+    assert "interrupted after step 2" in said[0]
+    assert not any("evaluation" in line for line in lines(tmp_path / "run"))
+    found = checkpoint.latest(tmp_path / "run")
+    assert found is not None and checkpoint.step_of(found) == 2
+
+
 def test_one_process_goes_on_from_the_parts_that_two_wrote(material: Path, tmp_path: Path) -> None:
     """What becomes of it is, bit for bit, what becomes of whole checkpoints."""
     recipe, runs = write(material, tmp_path / "a.yaml"), (tmp_path / "whole", tmp_path / "sharded")

@@ -105,7 +105,7 @@ def _run(recipe: Recipe, directory: Path, parallel: Parallel) -> int:
         if end != "finished":
             announce(f"{directory}: {end} after step {trainer.progress.step}")
     parallel.barrier()
-    return 128 + (stop.signal or 0) if end == "interrupted" else 0
+    return 128 + (stop.signal or signal.SIGTERM) if end == "interrupted" else 0  # it may be another process that was told
 
 
 # What a run is made of
