@@ -105,7 +105,8 @@ def _run(recipe: Recipe, directory: Path, parallel: Parallel) -> int:
         if end != "finished":
             announce(f"{directory}: {end} after step {trainer.progress.step}")
     parallel.barrier()
-    return 128 + (stop.signal or signal.SIGTERM) if end == "interrupted" else 0  # it may be another process that was told
+    told = stop.signal or signal.SIGTERM  # it may be another process that was
+    return 128 + told if end == "interrupted" else 0
 
 
 # What a run is made of
