@@ -21,6 +21,7 @@ import pytest
 import torch
 from commandline import SAMPLE, noise, trusting_flags
 from generate.tiny import CONFIG
+from media.recordings import film_in, tone
 from weights.whispers import hub_model, write_folder
 
 from whisper_moe import MediaError, Outcome, WhisperMoE, cli, commands
@@ -518,6 +519,20 @@ def test_stopping_it_by_hand_has_its_own_status(run: Run, monkeypatch: pytest.Mo
 
     monkeypatch.setattr(commands, "transcribe", stop)
     assert run("transcribe", SAMPLE).status == 130
+
+
+def test_a_track_is_chosen_and_a_silent_one_tells_of_it(run: Run, tiny: list[str], tmp_path: Path) -> None:
+    path = film_in(["eng", "hin"], [tone(2, level=0), tone(2)], tmp_path / "film.mkv")
+    done = run("transcribe", path, "-f", "json", *tiny)
+    assert done.status == 0 and (notes := json.loads(done.out)["notes"])
+    assert "there is also 1 (hin, aac)" in notes[0] and f"{path}: {notes[0]}" in done.said
+    chosen = run("transcribe", path, "-f", "json", "--track", "Hindi", *tiny)
+    assert chosen.status == 0 and "notes" not in json.loads(chosen.out)
+    for command, flags in (("transcribe", tiny), ("detect-language", tiny[:4])):
+        gone = run(command, path, "--track", "7", *flags)
+        assert gone.status == 1 and any("its sound tracks are 0 (eng, aac), 1 (hin, aac)" in line for line in gone.said)
+    assert run("detect-language", path, "--track", "1", *tiny[:4]).status == 0
+    assert any("there is also 1" in line for line in run("detect-language", path, *tiny[:4]).said)
 
 
 # The other commands.

@@ -167,18 +167,24 @@ class WhisperMoE:
                 partial = replace(done.result(), damage=str(error)) if done.segments else None
                 yield Outcome(done.name, None, error, partial)
 
-    def detect_language(self, audio: Audio, *, languages: Sequence[str] = ()) -> dict[str, float]:
+    def detect_language(
+        self, audio: Audio, *, languages: Sequence[str] = (), track: int | str | None = None
+    ) -> dict[str, float]:
         """Probability of each language in the first 30 s of speech, likeliest first.
 
-        ``languages``: choose among these only. Raises ``ValueError`` for a model that knows just one.
+        ``languages``: choose among these only. ``track``: as in :class:`TranscribeOptions`. Raises
+        ``ValueError`` for a model that knows just one.
         """
         if not self.tokenizer.is_multilingual:
             raise ValueError(f"{self.name}: an English-only model cannot detect languages")
-        options = self._options({"language": "auto", "allowed_languages": tuple(languages), "window": FULL_WINDOW})
-        windows = self._recording(audio, options).windows
+        options = self._options(
+            {"language": "auto", "allowed_languages": tuple(languages), "window": FULL_WINDOW, "track": track}
+        )
+        recording = self._recording(audio, options)
+        windows = recording.windows
         window = next((window for window in windows if not is_silent(window.samples)), None)
         if window is None:
-            raise MediaError(_name_of(audio), "no sound in it")
+            raise MediaError(recording.name, "; ".join(["no sound in it", *recording.notes]))
         next(windows, None)  # damage right behind it is an error too
         return self._decoder.detect_language([window.samples], options, margin=FULL_WINDOW)[0]
 
@@ -204,11 +210,12 @@ class WhisperMoE:
 
     def _recording(self, source: Audio, options: TranscribeOptions) -> Recording:
         name = _name_of(source)
+        recording = Recording(name, iter(()), language=self._decoder.given_language(options))
         if isinstance(source, np.ndarray):
             blocks: Iterator[np.ndarray] = map(_checked, [source])  # lazily: bad samples cost this recording alone
         else:
-            blocks = stream_audio(source if hasattr(source, "read") else Path(source), name=name)  # pyright: ignore[reportArgumentType]
-        recording = Recording(name, iter(()), language=self._decoder.given_language(options))
+            given: Any = source if hasattr(source, "read") else Path(source)  # pyright: ignore[reportArgumentType]
+            blocks = stream_audio(given, name=name, track=options.track, note=recording.notes.append)
         window = min(options.window_seconds, self._decoder.window_seconds)
         limits = {"max_seconds": window, "search_seconds": window / 2}
         windows = cut_clips(_timed(recording, blocks), options.clip_timestamps, **limits)

@@ -54,6 +54,7 @@ def _optional(*names: str, help: str, kind: type[int] | type[float], least: floa
 
 Model = Annotated[str | None, _option("--model", help="A whisper-moe folder or training run, or any Whisper: base, turbo …, Hub id, folder, .pt file, LoRA adapter. Default: the one that comes along.")]  # fmt: skip
 ModelDir = Annotated[Path | None, _option("--model-dir", help="Look for the model here first (NAME.pt, NAME), and download it to here.")]  # fmt: skip
+Track = Annotated[str | None, _option("--track", help="The sound track of a film: its number, from 0, or its language: hin, hi, Hindi.")]  # fmt: skip
 Device = Annotated[str, _option("--device", help="cpu, cuda, cuda:1, mps; auto takes a GPU if there is one.")]
 Dtype = Annotated[
     str,
@@ -103,6 +104,7 @@ def transcribe(
     max_line_count: Annotated[int | None, _optional("--max-line-count", kind=int, least=1, help="Lines in a subtitle (with word timestamps).", panel="Subtitles")] = None,
     max_words_per_line: Annotated[int | None, _optional("--max-words-per-line", kind=int, least=1, help="Words in a line (with word timestamps).", panel="Subtitles")] = None,
     clip_timestamps: Annotated[str, _option("--clip-timestamps", help="Only these stretches: start,end,start,end,… in seconds; the last end may be missing.", panel="Windows")] = "0",
+    track: Track = None,
     vad: Annotated[str, _option("--vad", help="Drop what is not speech: none, energy, or silero (extra `vad`).", panel="Windows")] = "none",
     vad_filter: Annotated[str, _option("--vad-filter", help="True: --vad silero, or energy where silero is not installed.", panel="Windows")] = "False",
     context_margin: Annotated[float | None, _option("--context-margin", min=0, help="Seconds of silence kept after a clip; 30 pads to Whisper's full window.", panel="Windows")] = None,
@@ -127,6 +129,7 @@ def detect_language(
     model: Model = None,
     model_dir: ModelDir = None,
     languages: Annotated[str | None, _option("--languages", help="Choose among these only: hi,ta,en.")] = None,
+    track: Track = None,
     device: Device = "auto",
     dtype: Dtype = "auto",
     threads: Threads = None,
@@ -134,7 +137,7 @@ def detect_language(
     """Say which language is spoken at the start of each file, and how surely."""
     from whisper_moe import commands
 
-    raise typer.Exit(commands.detect_language(files, model, model_dir, languages, device, dtype, threads))
+    raise typer.Exit(commands.detect_language(files, model, model_dir, languages, track, device, dtype, threads))
 
 
 @app.command()

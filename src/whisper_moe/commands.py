@@ -190,8 +190,8 @@ def _progress(talkative: bool) -> Iterator[_Progress]:
 
 @_guarded
 def detect_language(
-    files: list[str], model: str | None, model_dir: Path | None, languages: str | None, device: str, dtype: str,
-    threads: int | None,
+    files: list[str], model: str | None, model_dir: Path | None, languages: str | None, track: str | None, device: str,
+    dtype: str, threads: int | None,
 ) -> int:  # fmt: skip
     """One line a file: language, probability, file name."""
     with usage():
@@ -208,7 +208,7 @@ def detect_language(
 
     for job in there:
         try:
-            code, probability = next(iter(loaded.detect_language(job.source, languages=allowed).items()))
+            code, probability = next(iter(loaded.detect_language(job.source, languages=allowed, track=track).items()))
             with standard_output() as stream:
                 stream.write(f"{code}\t{probability:.4f}\t{job.path}\n")
         except MediaError as error:

@@ -46,7 +46,7 @@ def transcribe_options(flags: dict[str, Any]) -> TranscribeOptions:
     increment, first = flags["temperature_increment_on_fallback"] or 0.0, flags["temperature"]
     count = int((1.0 - first + 1e-6) / increment) + 1 if increment > 0 and first <= 1 else 1
     plain = {name: flags[name] for name in (
-        "task", "length_penalty", "initial_prompt", "hotwords", "carry_ttt",
+        "task", "length_penalty", "initial_prompt", "hotwords", "track", "carry_ttt",
         "compression_ratio_threshold", "logprob_threshold", "no_speech_threshold", "detect_language_once",
         "prepend_punctuations", "append_punctuations", "hallucination_silence_threshold",
     )}  # fmt: skip

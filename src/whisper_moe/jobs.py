@@ -197,6 +197,8 @@ class Outputs:
             say(f"{said} {self._place(name)}")
         elif talkative:
             say(_facts(outcome.name, result) + (f"; {self._place(name)}" if self.directory else ""))
+            for note in result.notes:
+                say(f"{outcome.name}: {note}")
         return outcome.error is None
 
     def _write(self, result: Transcription, path: str, name: str) -> None:

@@ -145,3 +145,23 @@ def retimed(source: Path, target: Path, shift: Callable[[float], float], *, film
         for _, packet in sorted(packets, key=lambda timed: timed[0]):
             container.mux(packet)
     return target
+
+
+def film_in(languages: list[str], tones: list[Sound], path: Path, rate: int = 16_000) -> Path:
+    """A file with a sound track for each language, as its metadata state it."""
+    with av.open(str(path), "w") as container:
+        tracks = []
+        for language in languages:
+            track = container.add_stream("aac", rate=rate)
+            assert isinstance(track, av.AudioStream)
+            track.layout = "mono"
+            track.metadata["language"] = language
+            tracks.append(track)
+        for start in range(0, tones[0].shape[1], 1_024):
+            for track, sound in zip(tracks, tones, strict=True):
+                frame = av.AudioFrame.from_ndarray(sound[:, start : start + 1_024].copy(), format="fltp", layout="mono")
+                frame.sample_rate, frame.pts, frame.time_base = rate, start, Fraction(1, rate)
+                container.mux(track.encode(frame))
+        for track in tracks:
+            container.mux(track.encode(None))
+    return path

@@ -10,7 +10,8 @@ import numpy as np
 import pytest
 
 from tests.media.recordings import FORMATS, Sound, encode, retimed, sample, tone
-from whisper_moe.media.audio import MediaError, _Clock, load_audio, stream_audio
+from whisper_moe.media.audio import MediaError, load_audio, stream_audio
+from whisper_moe.media.tracks import Clock
 from whisper_moe.media.video import header_seconds
 from whisper_moe.media.windows import cut_windows, is_silent
 
@@ -97,7 +98,7 @@ def test_timestamps_that_begin_anew_are_a_clock_of_their_own(tmp_path: Path) -> 
 
 
 class Container:
-    """What :class:`_Clock` asks of one."""
+    """What :class:`Clock` asks of one."""
 
     def __init__(self, seconds: float | None, name: str = "mpegts") -> None:
         self.start_time, self.duration = 3_000_000, None if seconds is None else round(seconds * 1e6)
@@ -107,7 +108,7 @@ class Container:
 def silences(starts: list[float], *, stated: float | None = None, name: str = "mpegts") -> list[float]:
     """Before frames of one second that start there, from the container's start."""
     stream = type("Stream", (), {"duration": None})
-    clock = _Clock(Container(stated, name), stream)  # type: ignore[arg-type]
+    clock = Clock(Container(stated, name), stream)  # type: ignore[arg-type]
     return [pytest.approx(clock.missing(start + 3, 1.0)) for start in starts]
 
 
@@ -133,7 +134,7 @@ def test_a_jump_out_of_all_proportion_is_not_believed() -> None:
 def test_an_ordinary_file_has_nothing_put_in(tmp_path: Path, name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     path = sample(tmp_path, name)
     sound = load_audio(path)
-    monkeypatch.setattr(_Clock, "_silence_until", lambda self, start: 0.0)
+    monkeypatch.setattr(Clock, "_silence_until", lambda self, start: 0.0)
     np.testing.assert_array_equal(load_audio(path), sound)
 
 

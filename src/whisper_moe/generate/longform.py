@@ -56,6 +56,7 @@ class Recording:
     """Windows cut but not decoded yet."""
     exhausted: bool = False
     error: Exception | None = None
+    notes: list[str] = field(default_factory=list)
     segments: list[Segment] = field(default_factory=list)
     spoken: dict[str, float] = field(default_factory=dict)
     """Seconds of each detected language."""
@@ -78,6 +79,7 @@ class Recording:
         return Transcription(
             text=joined(segments), segments=segments, language=self.language,
             language_probability=self.language_probability, duration=round(self.duration, 3), fallbacks=self.fallbacks,
+            notes=tuple(self.notes),
             source=self.name,
         )  # fmt: skip
 

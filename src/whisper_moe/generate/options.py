@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import pairwise
@@ -78,6 +79,9 @@ class TranscribeOptions:
     window: float | None = None
     """Seconds that a recording is cut into, at most: shorter windows share more batches, longer ones have more context. None
     takes 20 s, and Whisper's 30 s where every window is padded to them anyway."""
+    track: int | str | None = None
+    """Which sound track of a file: its number, from 0, or its language as the file states it; samples have none. None takes the
+    one that FFmpeg calls best."""
     vad: Literal["none", "energy", "silero"] = "none"
     """Drop what is not speech before transcribing."""
     compression_ratio_threshold: float | None = 2.4
@@ -93,6 +97,8 @@ class TranscribeOptions:
             raise ValueError(f"task must be transcribe or translate, got {self.task!r}")
         if self.vad not in ("none", "energy", "silero"):
             raise ValueError(f"vad must be none, energy or silero, got {self.vad!r}")
+        if self.track is not None and re.match(r"\s*(-|$)", str(self.track)):
+            raise ValueError(f"track must be a number from 0 or a language, got {self.track!r}")
         bounds = {"beam_size": 1, "best_of": 1, "patience": 1e-9} | (
             {} if self.context_margin is None else {"context_margin": 0}
         )

@@ -103,11 +103,14 @@ class Transcription:
     temperature, in the recording's main language, or in two halves."""
     damage: str | None = None
     """Why there is no more of it, where a damaged file was read in part; ``duration`` is then that of what was read."""
+    notes: tuple[str, ...] = ()
+    """What is no damage and yet worth knowing about the file: channels that cancelled out, a silent track beside others."""
     source: str | None = None
     """The recording's path or name."""
 
     def to_dict(self) -> dict[str, Any]:
-        """Keys of openai/whisper first (``text``, ``segments``, ``language``), then ours; ``source``, ``damage`` where known."""
+        """Keys of openai/whisper first (``text``, ``segments``, ``language``), then ours; ``source``, ``damage``
+        and ``notes`` where there are any."""
         return {
             "text": self.text,
             "segments": [segment.to_dict() for segment in self.segments],
@@ -116,4 +119,5 @@ class Transcription:
             "duration": self.duration,
             "fallbacks": self.fallbacks,
             **{key: value for key, value in (("source", self.source), ("damage", self.damage)) if value is not None},
+            **({"notes": list(self.notes)} if self.notes else {}),
         }

@@ -13,19 +13,18 @@ framing of a Matroska block.
 
 Time is the container's. Where the sound starts later than the film, or its timestamps jump ahead, silence takes the place
 of what is not there. A jump is not believed, and nothing put in its place, where it leads beyond the end that the file
-states, or where it would make more than :data:`MAX_SILENCE_SECONDS` of silence.
+states, or where it would make more than :data:`whisper_moe.media.tracks.MAX_SILENCE_SECONDS` of silence.
 """
 
 from __future__ import annotations
 
-import math
 import os
 import shutil
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from tempfile import SpooledTemporaryFile
-from typing import TYPE_CHECKING, BinaryIO, cast
+from typing import TYPE_CHECKING, Any, BinaryIO, cast
 
 import numpy as np
 from numpy.typing import NDArray
@@ -33,7 +32,8 @@ from numpy.typing import NDArray
 from whisper_moe.config import SAMPLE_RATE
 from whisper_moe.media import containers
 from whisper_moe.media.containers import Damage
-from whisper_moe.media.tracks import check_shape, open_container, sound_track
+from whisper_moe.media.tracks import GAP_SECONDS, Clock, check_shape, open_container, other_tracks, sound_track
+from whisper_moe.media.windows import SILENT_PEAK, is_silent
 
 if TYPE_CHECKING:
     from av import AudioFifo, AudioFrame, AudioResampler, AudioStream, Packet
@@ -41,15 +41,9 @@ if TYPE_CHECKING:
 
 SEAM_SECONDS = 0.25
 """Undecodable packets of a bare stream that are passed over, in seconds altogether: about ten MP3 frames."""
-GAP_SECONDS = 0.1
-"""Timestamps that run further ahead of the samples leave something out; as FFmpeg's ``aresample`` (``min_hard_comp``) has it.
-In Ogg that is a missing page (the shortest common one holds 0.2 s)."""
-RESET_SECONDS = 10.0
-"""Timestamps that fall back by more begin anew (joined files; FFmpeg's ``dts_delta_threshold``); by less, they overlap."""
-MAX_SILENCE_SECONDS = 4 * 3_600.0
-"""Silence that timestamps are believed, in all: damaged ones may ask for days."""
-MICROSECONDS = 1_000_000
-"""FFmpeg's units of a container's times in a second."""
+CANCELLED = 0.1
+"""A mix with less of the energy than this has lost the sound (1: channels that have nothing in common). Lossy codecs leave
+noise where channels cancel, about 15 dB below."""
 GROUP_SECONDS = 1.0
 """Decoded frames (about 20 ms each) are mixed and resampled in groups this long: three times as fast as one by one."""
 SPOOL_BYTES = 16 << 20
@@ -82,15 +76,20 @@ def stream_audio(
     name: str | None = None,
     block_seconds: float = 30.0,
     max_seconds: float | None = None,
+    track: int | str | None = None,
+    note: Callable[[str], object] = str,
 ) -> Iterator[Samples]:
     """Decode to float32 mono 16 kHz in [-1, 1], in blocks of ``block_seconds`` (the last one shorter, none empty).
 
-    Every channel counts the same in the mix; louder than full scale is clipped. Of several sound tracks the one that
-    FFmpeg calls best is read. Memory does not grow with the length of the sound.
+    Every channel counts the same in the mix; where they would cancel each other, some are turned over. Louder than full
+    scale is clipped. Memory does not grow with the length of the sound.
 
     :param source: a path (never a URL), or a binary stream, read from its start; one that cannot seek is spooled first.
     :param name: what messages call a stream; a path calls itself.
     :param max_seconds: a longer sound raises, as soon as that much has been decoded.
+    :param track: which sound track: its number, from 0 as in FFmpeg's ``a:0``, or its language (``hin``, ``hi``, ``Hindi``), as
+        the file states it, the first of several. ``None`` reads the one that FFmpeg calls best.
+    :param note: is told, in a clause each, what is no error and yet worth knowing.
     :raises MediaError: for a file that is missing, unreadable, of a foreign format, without a sound track, cut off or
         damaged, *after* the blocks before the damage. A valid file without samples yields nothing and raises nothing.
     """
@@ -98,15 +97,18 @@ def stream_audio(
     if block < 1:
         raise ValueError(f"block_seconds must hold at least one sample, got {block_seconds}")
     name = name or (str(source) if isinstance(source, str | os.PathLike) else str(getattr(source, "name", "<stream>")))
-    decoded = 0.0
+    decoded, silent = 0.0, True
     try:
         with _seekable(source) as file, open_container(file, containers.CODECS) as container:
-            track = _Track(container, file, max_seconds)
-            for samples in _blocks(_resample(track.groups()), block):
+            pass_ = _Track(container, file, max_seconds, track, note)
+            for samples in _blocks(_resample(pass_.groups()), block):
                 decoded += len(samples) / SAMPLE_RATE
+                silent = silent and is_silent(samples)
                 yield samples
-            if track.damage:
-                raise track.damage
+            if silent and track is None and (others := other_tracks(container, pass_.stream)):
+                note(others)
+            if pass_.damage:
+                raise pass_.damage
     except containers.causes() as error:
         raise MediaError(name, _cause(error), decoded) from error
 
@@ -146,11 +148,15 @@ def _seekable(source: str | Path | BinaryIO) -> Iterator[BinaryIO]:
 class _Track:
     """One pass over one sound track. ``damage`` says, once :meth:`groups` has ended, why it ended early."""
 
-    def __init__(self, container: InputContainer, file: BinaryIO, max_seconds: float | None) -> None:
-        self.container, self.file, self.max_seconds = container, file, max_seconds
+    def __init__(
+        self, container: InputContainer, file: BinaryIO, max_seconds: float | None, wanted: int | str | None,
+        note: Callable[[str], object],
+    ) -> None:  # fmt: skip
+        self.container, self.file, self.max_seconds, self.note = container, file, max_seconds, note
         self.format = container.format.name
-        self.stream = sound_track(container)
-        self.clock = _Clock(container, self.stream)
+        self.stream = sound_track(container, wanted)
+        self.clock = Clock(container, self.stream, note)
+        self.signs, self.turned = np.ones(1, np.float32), False
         self.damage: Exception | None = None
         self.skipped = 0.0
         if self.stream.codec_context.name in containers.CHECKSUMMED:
@@ -181,12 +187,28 @@ class _Track:
         frame = fifo.read() if fifo.samples else None
         if frame is None:
             return
-        mono = _mix(frame)
+        mono = self._mix(frame)
         finite = np.isfinite(mono)
         if not finite.all():
             self.damage = Damage("NaN or infinite samples")
             mono = mono[: int(finite.argmin())]
         yield mono, frame.sample_rate
+
+    def _mix(self, frame: AudioFrame) -> Samples:
+        """The channels' mean, as it stands where nothing cancels."""
+        raw = frame.to_ndarray()
+        channels = raw if frame.format.is_planar else raw.reshape(-1, frame.layout.nb_channels).T
+        if len(self.signs) != len(channels):
+            self.signs = np.ones(len(channels), np.float32)
+        if len(channels) > 1:
+            levels = _levels(channels)
+            self.signs = _signs(levels, self.signs)
+            if self.signs.min() < 0:
+                if not self.turned:
+                    self.note("its channels cancel each other out; one is turned over before they are mixed")
+                self.turned = True
+                return self.signs @ levels / np.float32(len(levels))
+        return _mean(channels)
 
     def _frames(self) -> Iterator[tuple[AudioFrame, float]]:
         """Decoded frames, each with the seconds of silence before it, up to the end or the first damage, which is kept, not
@@ -263,53 +285,6 @@ class _Track:
         )
 
 
-class _Clock:
-    """Keeps the samples on the container's time, which players count from its start: what of it has no sound is silence."""
-
-    def __init__(self, container: InputContainer, stream: AudioStream) -> None:
-        self.format = container.format.name
-        self.zero = (container.start_time or 0) / MICROSECONDS
-        # A track's own duration is a guess by the bit rate where the format, as Matroska, states only that of the whole.
-        guessed = self.format in ("flv", "matroska,webm") and stream.duration
-        self.end = self.zero + container.duration / MICROSECONDS if container.duration and not guessed else math.inf
-        self.sound = self.silence = 0.0
-        self.expected: float | None = None
-        """Where the next frame is to start, by the file's timestamps."""
-
-    @property
-    def now(self) -> float:
-        """Seconds handed out."""
-        return self.sound + self.silence
-
-    def missing(self, start: float | None, seconds: float) -> float:
-        """The silence before a frame that lasts ``seconds`` and whose timestamp is ``start``; both are then counted."""
-        silence = 0.0 if start is None else self._silence_until(start)
-        start = self.expected if start is None else start
-        self.expected = None if start is None else start + seconds
-        self.silence += silence
-        self.sound += seconds
-        return silence
-
-    def _silence_until(self, start: float) -> float:
-        late = start - self.zero - self.now
-        if self.expected is not None:
-            if self.format == "ogg" and start > self.expected + GAP_SECONDS:
-                raise Damage(f"the sound is damaged: {start - self.expected:.2f} s of it are missing")
-            if self.format not in containers.CLOCKED:
-                return 0.0
-            if start < self.expected - RESET_SECONDS:
-                self.zero += late
-                return 0.0
-        elif self.format in containers.STREAMS - containers.CLOCKED:
-            return 0.0
-        if late <= GAP_SECONDS:
-            return 0.0
-        if start > self.end + GAP_SECONDS or self.silence + late > MAX_SILENCE_SECONDS:
-            self.zero += late
-            return 0.0
-        return late
-
-
 def _silence(seconds: float, rate: int) -> Iterator[tuple[Samples, int]]:
     """In groups as :meth:`_Track.groups` gives them."""
     left, most = round(seconds * rate), round(GROUP_SECONDS * rate)
@@ -317,19 +292,39 @@ def _silence(seconds: float, rate: int) -> Iterator[tuple[Samples, int]]:
         yield np.zeros(min(most, left - start), np.float32), rate
 
 
-def _mix(frame: AudioFrame) -> Samples:
+def _mean(channels: NDArray[Any]) -> Samples:
     """The mean of all channels, [samples], full scale = 1; in float32, so that NaN and overflow show."""
-    raw = frame.to_ndarray()
-    channels = raw if frame.format.is_planar else raw.reshape(-1, frame.layout.nb_channels).T
     with np.errstate(over="ignore", invalid="ignore"):
         mix = channels[0].astype(np.float32)
         for channel in channels[1:]:
             mix += channel
     mix /= len(channels)
-    if raw.dtype.kind == "f":
-        return mix
-    full_scale = np.float32(2 ** (8 * raw.dtype.itemsize - 1))
-    return mix / full_scale - (raw.dtype.kind == "u")
+    return _levels(mix, channels.dtype)
+
+
+def _levels(samples: NDArray[Any], dtype: np.dtype[Any] | None = None) -> Samples:
+    """Samples of any type (``dtype``, if they are no longer in it) as float32, full scale = 1."""
+    dtype = samples.dtype if dtype is None else dtype
+    with np.errstate(over="ignore"):
+        levels = samples.astype(np.float32, copy=False)
+    if dtype.kind == "f":
+        return levels
+    full_scale = np.float32(2 ** (8 * dtype.itemsize - 1))
+    return levels / full_scale - (dtype.kind == "u")
+
+
+def _signs(levels_CN: Samples, signs: Samples) -> Samples:
+    """Which channels (C) are turned over in the mix: as before, until that cancels; then those against a loud one.
+
+    Turned over, each is still heard: two voices on two channels lose nothing, which one channel alone would.
+    """
+    with np.errstate(over="ignore", invalid="ignore"):
+        energies = np.square(levels_CN).mean(1)
+        mixed = np.square(signs @ levels_CN).mean() / len(signs)
+        if energies.mean() < SILENT_PEAK**2 or not mixed < CANCELLED * energies.mean():
+            return signs
+        loud = int(np.argmax(energies > energies.max() / 2))
+        return np.where(levels_CN @ levels_CN[loud] < 0, np.float32(-1), np.float32(1))
 
 
 def _resample(groups: Iterable[tuple[Samples, int]]) -> Iterator[Samples]:

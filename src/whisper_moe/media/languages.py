@@ -136,6 +136,14 @@ def _tags(wanted: str) -> Iterator[str]:
         tag = tag.rpartition("-")[0]
 
 
+def spoken_code(name: str) -> str:
+    """The code of a language as :func:`language_code` has it; of an unknown one, as a file may state it, the name itself."""
+    try:
+        return language_code(name)
+    except ValueError:
+        return name.strip().lower()
+
+
 def stated_languages(folder: Path) -> dict[str, str] | None:
     """The languages that a model's folder adds to those known here, code → name; None where it does not say.
 
