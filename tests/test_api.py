@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import io
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -58,8 +59,10 @@ def test_a_recording_is_the_same_however_it_comes(tiny_model: WhisperMoE, wav: P
     expected = tiny_model.transcribe(wav, **TRUSTING)
     assert expected.text and expected.duration == 2.0
     with wav.open("rb") as file:
-        for same in (str(wav), file, io.BytesIO(wav.read_bytes()), noise(2.0), noise(2.0).astype(np.float64)):
-            assert tiny_model.transcribe(same, **TRUSTING) == expected
+        forms = (str(wav), file, io.BytesIO(wav.read_bytes()), noise(2.0), noise(2.0).astype(np.float64))
+        results = [tiny_model.transcribe(same, **TRUSTING) for same in forms]
+    assert [result.source for result in results] == [str(wav), str(wav), "<stream>", "samples", "samples"]
+    assert all(replace(result, source=str(wav)) == expected for result in results)
 
 
 def test_clips_are_transcribed_at_their_times_and_nothing_else(tiny_model: WhisperMoE) -> None:

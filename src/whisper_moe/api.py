@@ -283,7 +283,7 @@ def _checked(samples: np.ndarray) -> np.ndarray:
 def _name_of(source: Audio) -> str:
     if isinstance(source, np.ndarray):
         return "samples"
-    return str(getattr(source, "name", source)) if hasattr(source, "read") else str(source)
+    return str(getattr(source, "name", "<stream>") if hasattr(source, "read") else source)
 
 
 def _as_media_error(done: Recording) -> MediaError:
