@@ -123,7 +123,9 @@ def wav(
     )
 
 
-def retimed(source: Path, target: Path, shift: Callable[[float], float], *, film_seconds: float = 0.0) -> Path:
+def retimed(
+    source: Path, target: Path, shift: Callable[[float], float], *, film_seconds: float = 0.0, film_starts: float = 0.0
+) -> Path:
     """The sound of a file in another container: each packet ``shift(its time)`` seconds later; beside a film, if any."""
     with av.open(str(source)) as given, av.open(str(target), "w") as container:
         codec = {".mpg": "mpeg1video", ".flv": "flv"}.get(target.suffix, "mpeg4")
@@ -141,7 +143,9 @@ def retimed(source: Path, target: Path, shift: Callable[[float], float], *, film
             video.width, video.height, video.pix_fmt = 64, 64, "yuv420p"
             picture = av.VideoFrame.from_ndarray(np.zeros((64, 64, 3), np.uint8), format="rgb24")
             pictures = [video.encode(picture) for _ in range(round(25 * film_seconds))] + [video.encode(None)]
-            packets += [(float(p.pts * p.time_base), p) for few in pictures for p in few]
+            for packet in (packet for few in pictures for packet in few):
+                packet.pts = packet.dts = packet.pts + round(film_starts / packet.time_base)
+                packets.append((float(packet.pts * packet.time_base), packet))
         for _, packet in sorted(packets, key=lambda timed: timed[0]):
             container.mux(packet)
     return target

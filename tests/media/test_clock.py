@@ -41,6 +41,15 @@ def test_sound_that_starts_later_than_the_film_keeps_its_time(tmp_path: Path, co
     assert not sound[: round(4.7 * RATE)].any()
 
 
+@pytest.mark.parametrize("container", ["mp4", "mov"])
+def test_pictures_that_were_cut_away_are_not_the_start(tmp_path: Path, container: str) -> None:
+    """A cut without encoding keeps the pictures since the last whole one, and an edit list that hides them."""
+    path = retimed(spoken(tmp_path), tmp_path / f"cut.{container}", lambda _: 0.0, film_seconds=8, film_starts=-3.0)
+    sound = load_audio(path)
+    assert loud_at(sound) == [pytest.approx(0, abs=0.06)]
+    assert len(sound) / RATE == pytest.approx(4.0, abs=0.1)
+
+
 @pytest.mark.parametrize("container", ["mp4", "mkv", "ts", "flv", "mpg"])
 def test_a_gap_in_the_timestamps_is_as_long_in_the_sound(tmp_path: Path, container: str) -> None:
     source = spoken(tmp_path, codec_of(container))

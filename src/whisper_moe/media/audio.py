@@ -238,7 +238,7 @@ class _Track:
                         other.discard = Discard.all
                 started = True
                 yield cast("Packet[AudioStream]", packet)
-            elif not started and packet.pts is not None:
+            elif not started and packet.pts is not None and not packet.is_discard:
                 self.clock.zero = min(self.clock.zero, float(packet.pts * packet.time_base))
 
     def _decoded(self, packet: Packet[AudioStream]) -> list[AudioFrame]:
