@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 from data.miniatures import WIKI, archives, parquet, sign_lists, signs
-from generate.tiny import tiny_tokenizer
+from generate.tiny import tiny_tokenizer, tiny_whisper_moe
 from media.recordings import encode, tone
 
 from whisper_moe import cli
@@ -49,7 +49,7 @@ def test_samples_are_counted_and_what_cannot_be_used_is_named(mine: Path, stream
     assert seen.seconds == pytest.approx(0.5 + 1.5 + 1.6 + 31 + 2.5, abs=0.01) and group.longest == 31
     assert {edge: count for edge, count in seen.histogram.items() if count} == {0: 1, 1: 2, 2: 1, 30: 1}
     assert [each.id for each in seen.of_kind("corrupt")] == ["mine/train/noise.wav"]
-    assert "not film or sound" in seen.of_kind("corrupt")[0].cause
+    assert "not sound or film" in seen.of_kind("corrupt")[0].cause
     assert list(map(str, seen.of_kind("missing"))) == ["mine/train/gone.wav: no such file"]
 
 
@@ -75,6 +75,18 @@ def test_all_that_training_leaves_out_or_stops_for_is_shown_before(tmp_path: Pat
     )
     (remark,) = seen.as_json()["remarks"]
     assert "t: training stops: this model does not know the language 'or'" in remark and "(2 samples)" in remark
+    assert seen.refused == 2
+
+
+def test_what_training_stops_for_is_a_failure(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    encode(tmp_path / "a.wav", tone(0.5, 8_000), 8_000, "pcm_s16le")
+    tiny_whisper_moe().save_pretrained(tmp_path / "model")
+    for code, status in (("en", 0), ("or", 1)):
+        (tmp_path / "t.tsv").write_text(f"path\ttext\tlanguage\na.wav\tyes\t{code}\n")
+        assert command(monkeypatch, tmp_path / "t.tsv", "--model", tmp_path / "model") == status
+    assert "training stops: this model does not know the language 'or'" in capsys.readouterr().out
 
 
 def test_the_text_says_what_the_json_says(mine: Path) -> None:

@@ -195,8 +195,8 @@ def test_the_random_numbers_of_a_run_are_left_alone() -> None:
         ({"examples": {"margin": 1}}, "margin"),
         ({"mode": "padded"}, "mode"),
         ({"mixing": {"temperature": 3}}, "mixing"),
-        ({"samples": SAMPLES[:-1]}, "data"),
-        ({"samples": [*SAMPLES[:-1], replace(SAMPLES[-1], text="something else")]}, "data"),
+        ({"samples": SAMPLES[:-1]}, "data: the training data's rows, texts or lengths have changed"),
+        ({"samples": [*SAMPLES[:-1], replace(SAMPLES[-1], text="something else")]}, "rows, texts or lengths"),
     ],
 )
 def test_a_state_of_other_data_is_refused(change: dict[str, Any], named: str) -> None:

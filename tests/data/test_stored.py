@@ -204,10 +204,12 @@ def test_languages_of_rows_that_say_theirs_and_of_others(clips: Path, tmp_path: 
     table.write_text("\n".join(["path\ttext\tlanguage", *lines]) + "\n")
     one = opened(table, tmp_path, languages=["hi"])
     assert [(sample.text, sample.language) for sample in one] == [("b", "hi"), ("c", "hi")]
-    assert one.remarks == ("rows in other languages are not read: 1 in en",)
+    assert one.remarks == ("rows in other languages are not read: 1 in en, 1 in xx",) and one.left_out == ()
     two = opened(table, tmp_path, languages=["hi", "en"])
     assert [sample.text for sample in two] == ["a", "c"]
-    assert [each.cause.partition("column ")[2][:24] for each in two.left_out] == [
+    assert [each.cause.partition("column ")[2][:24] for each in two.left_out] == ["'language': no language:"]
+    every = opened(table, tmp_path)
+    assert [each.cause.partition("column ")[2][:24] for each in every.left_out] == [
         "'language': no language:", "'language': unknown lang"
     ]  # fmt: skip
     table.write_text("\n".join(["path\ttext\tlanguage", lines[0], lines[2]]) + "\n")

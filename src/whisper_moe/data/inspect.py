@@ -84,6 +84,11 @@ class Inspection:
     """What else is to be known, and of how many samples."""
 
     @property
+    def refused(self) -> int:
+        """Samples that training stops for."""
+        return self.remarks.total()
+
+    @property
     def samples(self) -> int:
         return sum(group.samples for group in self.groups.values())
 
@@ -279,6 +284,8 @@ _LISTS = ("languages", "directions", "columns")
 def run(sources: Sequence[str], *, kind: str, decode: bool, json: bool, model: str | None, **settings: Any) -> int:
     """``whisper-moe data inspect``: prints, and returns the exit status; 1 where something cannot be used, 2 for usage.
 
+    What training stops for is among it where somebody said which model is to learn.
+
     :param model: that is to learn; default: the one that comes along.
     :param settings: of :class:`CorpusConfig`; None for what was not given, lists with commas.
     """
@@ -308,7 +315,7 @@ def run(sources: Sequence[str], *, kind: str, decode: bool, json: bool, model: s
             failed += 1
     if failed < len(configs):
         print(dumps(seen.as_json(), ensure_ascii=False, indent=2) if json else seen)
-    return 1 if failed or seen.left_out else 0
+    return 1 if failed or seen.left_out or (model and seen.refused) else 0
 
 
 def _learner(model: str | None) -> _Model | None:

@@ -135,7 +135,12 @@ class PackedLoader:
             raise ValueError(f"the state of a loader has version {STATE_VERSION}, got {state.get('version')!r}")
         then, now = state.get("order", {}), self._settings()
         if changed := [name for name in sorted({*then, *now}) if then.get(name) != now.get(name)]:
-            differences = "; ".join(f"{name}: {then.get(name)!r} then, {now.get(name)!r} now" for name in changed)
+            said = {name: f"{name}: {then.get(name)!r} then, {now.get(name)!r} now" for name in changed}
+            if "data" in said:  # of a survey it is a digest
+                said["data"] = (
+                    "the training data's rows, texts or lengths have changed; a new run can begin with this one's model"
+                )
+            differences = "; ".join(said.values())
             raise ValueError(f"cannot go on in the middle of other data: {differences}")
         self._position = Position.from_state(state["position"])
 

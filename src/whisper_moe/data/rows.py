@@ -155,15 +155,16 @@ class RowReader:
         return found
 
     def wanted(self, raw: Cells) -> bool:
-        """Whether a row is of the split and in one of the languages; one whose language nobody knows is looked at."""
+        """Whether a row is of the split and in one of the languages; one that says none is looked at."""
         cells = self._ours(raw)
         self._has_splits |= "split" in cells
         if cells.get("split") not in (None, "", self.config.split):
             return False
+        said = str(cells.get("language") or "").strip() if self.config.languages else ""
         try:
-            code = language_code(str(cells["language"])) if cells.get("language") and self.config.languages else None
-        except ValueError:
-            return True
+            code = language_code(said) if said else None
+        except ValueError:  # whatever it is, it is none of these
+            code = said
         if code is not None and code not in self.config.languages:
             self._elsewhere[code] += 1
             return False
