@@ -25,6 +25,7 @@ from media.recordings import film_in, tone
 from weights.whispers import hub_model, write_folder
 
 from whisper_moe import MediaError, Outcome, WhisperMoE, cli, commands
+from whisper_moe.jobs import named
 
 ROOT = Path(__file__).parent.parent
 FACTS = re.compile(r"^(.+: )?[\d.]+ s, |loaded in|times real time|:$", re.MULTILINE)
@@ -224,6 +225,12 @@ def test_of_twenty_files_five_broken_ones_cost_only_themselves(run: Run, tiny: l
         alone = run("transcribe", path, *tiny, "--language", "en")
         assert alone.status == 0
         assert "".join(alone.out.split()) == "".join(written[path.stem]["text"].split())
+
+
+def test_no_two_outputs_have_one_name() -> None:
+    jobs = named(["a.wav", "a.partial.wav", "a.partial.partial.mp3"])
+    given = [name for job in jobs for name in (job.name, job.partial)]
+    assert given[:2] == ["a", "a.partial.partial.partial"] and len(set(given)) == len(given)
 
 
 def test_what_was_said_before_the_damage_is_kept(run: Run, tiny: list[str], tmp_path: Path) -> None:
@@ -531,6 +538,7 @@ def test_a_track_is_chosen_and_a_silent_one_tells_of_it(run: Run, tiny: list[str
     for command, flags in (("transcribe", tiny), ("detect-language", tiny[:4])):
         gone = run(command, path, "--track", "7", *flags)
         assert gone.status == 1 and any("its sound tracks are 0 (eng, aac), 1 (hin, aac)" in line for line in gone.said)
+        assert run(command, path, "--track=-1", *NO_MODEL).status == 2, "before a model is loaded"
     assert run("detect-language", path, "--track", "1", *tiny[:4]).status == 0
     assert any("there is also 1" in line for line in run("detect-language", path, *tiny[:4]).said)
 

@@ -197,6 +197,7 @@ def detect_language(
     with usage():
         allowed, jobs = names(languages), named(expand(files))
         check_languages(allowed, model, model_dir)
+        TranscribeOptions(track=track)
         dtype = _checked_dtype(device, dtype)
     there = readable(jobs)
     if not there:

@@ -52,11 +52,13 @@ class Job:
 def named(paths: Sequence[str]) -> list[Job]:
     """A job for each path; names depend on the whole list, whatever of it is done already."""
     names = output_names(paths)
+    given = set(names)
     jobs: list[Job] = []
     for path, name in zip(paths, names, strict=True):
         partial = name + ".partial"
-        while partial in names:
+        while partial in given:
             partial += ".partial"
+        given.add(partial)
         jobs.append(Job(path, name, partial))
     return jobs
 
