@@ -18,13 +18,12 @@ from itertools import product
 from pathlib import Path
 from typing import Any
 
-import torch
 from manifest import read_clips
 
 from whisper_moe import WhisperMoE
 from whisper_moe.evaluate.material import Clip
 from whisper_moe.evaluate.metrics import Tally, character_counts, clip_counts, interval, paired_difference
-from whisper_moe.machine import machine, versions
+from whisper_moe.machine import machine, take_threads, versions
 
 
 @dataclass(frozen=True)
@@ -114,7 +113,7 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
 
 def main(argv: Sequence[str] | None = None) -> int:
     args = parse(argv)
-    torch.set_num_threads(args.threads)
+    take_threads(args.threads)
     models = {name: WhisperMoE.from_pretrained(path, dtype=args.dtype) for name, path in args.models}
     first, padded = next(iter(models)), args.margins[-1]
     results: dict[str, Any] = {

@@ -24,6 +24,18 @@ def transcribed(default_model: WhisperMoE) -> dict[str, Transcription]:
     return {path.name: default_model.transcribe(path) for path in MEDIA}
 
 
+def test_as_many_threads_as_fit_give_the_same_numbers(default_model: WhisperMoE) -> None:
+    torch = pytest.importorskip("torch")
+    before, found = torch.get_num_threads(), []
+    try:
+        for threads in (1, 2, 3):
+            torch.set_num_threads(threads)
+            found.append(repr(default_model.transcribe(EXAMPLES / "sample.m4a", word_timestamps=True)))
+    finally:
+        torch.set_num_threads(before)
+    assert len(set(found)) == 1
+
+
 def test_there_are_six_examples_each_with_its_transcript() -> None:
     assert len(MEDIA) == 6
     assert {path.name for path in (EXAMPLES / "expected").iterdir()} == {f"{path.name}.txt" for path in MEDIA}

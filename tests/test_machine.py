@@ -9,7 +9,8 @@ from pathlib import Path
 
 import pytest
 
-from whisper_moe.machine import SPINS, THREAD_VARIABLES, share_cores, unshare_cores, usable_cores
+from whisper_moe import machine
+from whisper_moe.machine import SPINS, THREAD_VARIABLES, Load, share_cores, unshare_cores, usable_cores
 
 CORES = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
@@ -93,3 +94,53 @@ def test_a_quota_is_told_to_openmp_unless_the_user_said_something(monkeypatch: p
         own = {name: "5"}
         share_cores(own)
         assert own == {name: "5", "GOMP_SPINCOUNT": str(SPINS)}
+
+
+@pytest.mark.parametrize(
+    ("own", "all", "threads"),
+    [
+        (8.0, 8.0, 4),  # nobody else
+        (8.0, 8.5, 4),  # less than half a core
+        (8.0, 10.0, 3),  # a loop on a core
+        (4.0, 8.0, 2),  # a loop on every core, whose halves we have
+        (1.0, 8.0, 1),  # hardly anything is left
+        (0.0, 8.0, 1),
+        (8.0, 7.9, 4),  # two clocks that do not quite agree
+    ],
+)
+def test_threads_are_those_that_others_leave_cores_for(
+    own: float, all: float, threads: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(machine, "_allowed", lambda: {0, 1, 2, 3})
+    assert Load(12.0, 1 + own, 5 + all).threads_that_fit(Load(10.0, 1.0, 5.0)) == threads
+
+
+def test_work_on_our_cores_that_will_not_make_way_is_counted(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    stat = tmp_path / "stat"
+    core = "user nice system idle iowait irq softirq steal guest guest_nice"
+    stat.write_text("cpu 9 9 9 9 9 9 9 9 9 9\ncpu0 100 1000 10 5000 9 4 3 2 50 0\ncpu1 7 7 7 7 7 7 7 7 7 7\n" + core)
+    monkeypatch.setattr(machine, "_allowed", lambda: {0})
+    monkeypatch.setattr(machine, "_politeness", lambda: 0)
+    assert Load.now(stat).all * machine._TICKS == pytest.approx(119)
+    monkeypatch.setattr(machine, "_politeness", lambda: 10)  # now those at a lower priority are our equals
+    assert Load.now(stat).all * machine._TICKS == pytest.approx(1119)
+    assert Load.now(tmp_path / "missing").all == 0
+
+
+@pytest.mark.skipif(CORES < 2, reason="one core has one thread")
+def test_torch_has_the_threads_that_fit_within_and_the_users_own_behind(monkeypatch: pytest.MonkeyPatch) -> None:
+    torch = pytest.importorskip("torch")
+    before = torch.get_num_threads()
+    crowded = machine._Share(last=Load(Load.now().clock - 1, Load.now().own, Load.now().all - CORES))
+    try:
+        torch.set_num_threads(2)
+        monkeypatch.setattr(machine, "_share", crowded)
+        for _ in range(2):  # the second comes too soon to know better
+            with machine.fitting_threads():
+                assert torch.get_num_threads() == 1
+            assert torch.get_num_threads() == 2
+        machine.take_threads(2)
+        with machine.fitting_threads():
+            assert torch.get_num_threads() == 2
+    finally:
+        torch.set_num_threads(before)

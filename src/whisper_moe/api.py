@@ -19,6 +19,7 @@ from whisper_moe.generate.longform import Recording, Transcriber
 from whisper_moe.generate.options import TranscribeOptions
 from whisper_moe.generate.result import Transcription
 from whisper_moe.heap import weights_apart
+from whisper_moe.machine import take_threads
 from whisper_moe.media.audio import MediaError, stream_audio
 from whisper_moe.media.text import Tokenizer
 from whisper_moe.media.windows import cut_clips, drop_silence, is_silent, speech_spans, speech_spans_silero
@@ -79,9 +80,9 @@ class WhisperMoE:
 
         ``device``: ``cpu``, ``cuda``, ``mps`` …; ``auto`` takes a GPU if there is one. ``dtype``: ``int8`` is arithmetic
         with a scale for each token, on a CPU only; ``auto`` takes it where the CPU is fast at it, else float32.
-        ``threads``: of the CPU, for the whole process. ``for_inference`` arranges the weights for the machine; without,
-        they are float32 and can be trained and saved. ``model_dir``: a folder in which the model is looked for first, and
-        which downloads go to. ``announce`` is told before anything is downloaded.
+        ``threads``: of the CPU, for the whole process; by default as many as others leave cores for. ``for_inference``
+        arranges the weights for the machine; without, they are float32 and can be trained and saved. ``model_dir``: a folder
+        in which the model is looked for first, and which downloads go to. ``announce`` is told before anything is downloaded.
         Raises ``ValueError`` that names what is wrong.
         """
         if dtype not in get_args(Dtype):
@@ -89,7 +90,7 @@ class WhisperMoE:
         if threads is not None:
             if threads < 1:
                 raise ValueError(f"threads must be at least 1, got {threads}")
-            torch.set_num_threads(threads)
+            take_threads(threads)
         device = _pick_device(device)
         if dtype == "int8" and device != "cpu":
             raise ValueError(f"int8 arithmetic runs on a CPU; on {device} take bfloat16 or float16")

@@ -5,18 +5,25 @@ from __future__ import annotations
 import math
 import os
 import sys
-from collections.abc import Iterable, MutableMapping
+import time
+from collections.abc import Iterable, Iterator, MutableMapping
+from contextlib import contextmanager
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 THREAD_VARIABLES = ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS")
 """What numeric libraries read when they are loaded."""
-SPINS = 5_000
-"""Turns that an OpenMP thread waits for its next work before it sleeps: some tenths of a millisecond. libgomp's own 300,000 keep
+SPINS = 10_000
+"""Turns that an OpenMP thread waits for its next work before it sleeps: about half a millisecond. libgomp's own 300,000 keep
 a core busy with nothing: where another process wants that core, all wait for a thread that was put aside, and everything can
 be 40 times slower. Chosen by measurement (``docs/lab.md``)."""
 _SPINNING = ("GOMP_SPINCOUNT", "OMP_WAIT_POLICY")
 _CGROUPS, _MEMBERSHIP = Path("/sys/fs/cgroup"), Path("/proc/self/cgroup")
+_STAT = Path("/proc/stat")
+_TICKS = os.sysconf("SC_CLK_TCK") if hasattr(os, "sysconf") else 100
+_LEAST_SECONDS = 0.2
+"""The kernel counts in hundredths of a second: what is shorter says little."""
 
 
 def share_cores(environment: MutableMapping[str, str] = os.environ) -> None:
@@ -26,7 +33,8 @@ def share_cores(environment: MutableMapping[str, str] = os.environ) -> None:
     """
     if not any(name in environment for name in _SPINNING):
         environment["GOMP_SPINCOUNT"] = str(SPINS)
-    if not any(name in environment for name in THREAD_VARIABLES) and (cores := usable_cores()) < _allowed_cores():
+    _share.wanted = not any(name in environment for name in THREAD_VARIABLES)
+    if _share.wanted and (cores := usable_cores()) < _allowed_cores():
         environment["OMP_NUM_THREADS"] = str(cores)
 
 
@@ -41,10 +49,18 @@ def usable_cores(root: Path = _CGROUPS, membership: Path = _MEMBERSHIP) -> int:
     return math.ceil(min(_allowed_cores(), max(_quota(root, membership), 1)))
 
 
-def _allowed_cores() -> int:
+def _allowed() -> set[int]:
     if hasattr(os, "sched_getaffinity"):
-        return len(os.sched_getaffinity(0))
-    return os.cpu_count() or 1
+        return os.sched_getaffinity(0)
+    return set(range(os.cpu_count() or 1))
+
+
+def _politeness() -> int:
+    return os.nice(0) if hasattr(os, "nice") else 0
+
+
+def _allowed_cores() -> int:
+    return len(_allowed())
 
 
 def _quota(root: Path, membership: Path) -> float:
@@ -76,6 +92,69 @@ def _read(file: Path) -> str:
         return file.read_text()
     except OSError:
         return ""
+
+
+@dataclass(frozen=True)
+class Load:
+    """Seconds so far: of the clock, of this process's work, and of all work on the cores that it is allowed on."""
+
+    clock: float
+    own: float
+    all: float
+
+    @classmethod
+    def now(cls, stat: Path = _STAT) -> Load:
+        allowed = {f"cpu{core}" for core in _allowed()}
+        lines = [line.split() for line in _read(stat).splitlines()]
+        # user, nice, system, idle, iowait, irq, softirq, steal. Work at a lower priority than ours makes way: it is not counted.
+        counted = (1, 3, 6, 7, 8) if _politeness() <= 0 else (1, 2, 3, 6, 7, 8)
+        ticks = sum(int(line[column]) for line in lines if line and line[0] in allowed for column in counted)
+        return cls(time.monotonic(), time.process_time(), ticks / _TICKS)
+
+    def threads_that_fit(self, since: Load) -> int:
+        """Cores that others left to this process ``since`` then; one at least."""
+        others = max(self.all - since.all - (self.own - since.own), 0.0) / (self.clock - since.clock)
+        return max(1, math.floor(_allowed_cores() - others + 0.5))
+
+
+@dataclass
+class _Share:
+    """What :func:`fitting_threads` knows."""
+
+    wanted: bool = True
+    last: Load = field(default_factory=Load.now)
+    threads: int | None = None
+
+
+_share = _Share()
+
+
+@contextmanager
+def fitting_threads() -> Iterator[None]:
+    """Within, torch has no more threads than others have left cores for since it was last entered.
+
+    The threads of a product wait for each other: where one is put aside for another process, all are late, and fewer that keep
+    their cores are faster. Of no effect where threads were asked for, or where the system does not say what runs (Linux does).
+    """
+    import torch
+
+    most, now = torch.get_num_threads(), Load.now()
+    if _share.wanted and now.clock - _share.last.clock >= _LEAST_SECONDS:
+        _share.threads = now.threads_that_fit(_share.last)
+        _share.last = now
+    torch.set_num_threads(min(most, _share.threads or most))
+    try:
+        yield
+    finally:
+        torch.set_num_threads(most)
+
+
+def take_threads(count: int) -> None:
+    """Let torch compute with so many threads from now on, whatever else runs."""
+    import torch
+
+    _share.wanted, _share.threads = False, None
+    torch.set_num_threads(count)
 
 
 def machine() -> dict[str, Any]:

@@ -21,6 +21,7 @@ from whisper_moe.generate.options import TranscribeOptions
 from whisper_moe.generate.rules import Rules, Timestamps
 from whisper_moe.generate.search import Hypothesis, search
 from whisper_moe.heap import SPARE, give_back_memory
+from whisper_moe.machine import fitting_threads
 from whisper_moe.media.mel import log_mel
 from whisper_moe.media.text import Tokenizer
 from whisper_moe.model.block import Carry
@@ -95,6 +96,7 @@ class WindowDecoder:
         return max(1, min(wanted, self.window_positions))
 
     @torch.inference_mode()
+    @fitting_threads()
     def decode(
         self, clips: Sequence[np.ndarray], options: TranscribeOptions, *, temperature: float, margin: float,
         hints: Sequence[str | None] | None = None, carry: Carry | None = None, previous: Sequence[int] | None = None,
@@ -118,6 +120,7 @@ class WindowDecoder:
         return [take for take in takes if take is not None]
 
     @torch.inference_mode()
+    @fitting_threads()
     def detect_language(
         self, clips: Sequence[np.ndarray], options: TranscribeOptions, margin: float
     ) -> list[dict[str, float]]:
