@@ -6,6 +6,7 @@ Text goes to standard output, facts to standard error. Exit status: 0, 1 when so
 
 from __future__ import annotations
 
+import logging
 import math
 import sys
 from pathlib import Path
@@ -20,6 +21,22 @@ app = typer.Typer(
     add_completion=False, pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
 )  # fmt: skip
+
+
+class _StandardError(logging.StreamHandler[Any]):
+    """Whatever standard error is when something is said."""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        self.stream = sys.stderr
+        super().emit(record)
+
+
+def _speak() -> None:
+    """What the package logs is for the user of its commands: every line as it is, facts too."""
+    logger = logging.getLogger("whisper_moe")
+    if not logger.handlers:
+        logger.addHandler(_StandardError())
+    logger.setLevel(logging.INFO)
 
 
 def _option(*names: str, help: str, panel: str = "Options", **more: Any) -> Any:
@@ -278,6 +295,7 @@ _UsageError: Any = typer.BadParameter.__base__
 
 def main() -> None:
     """Entry point: every failure is one sentence on standard error."""
+    _speak()
     try:
         sys.exit(app(sys.argv[1:] or ["--help"], prog_name="whisper-moe", standalone_mode=False))
     except _UsageError as error:
