@@ -2,6 +2,7 @@
 # make test         the tests, without the slow ones
 # make check        lint, formatting, types, import order
 # make check-slow   the slow tests
+# make golden       what the program does, against the files it is frozen in
 #
 # PIP_ARGS goes to every pip install; it can name the index of PyTorch's small CPU build, for instance.
 
@@ -11,7 +12,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt $(PIP_ARGS)
 
-.PHONY: demo test check check-slow clean
+.PHONY: demo test check check-slow golden clean
 
 demo: $(VENV)/.runtime
 	$(BIN)/whisper-moe transcribe
@@ -27,6 +28,9 @@ check: $(VENV)/.dev
 
 check-slow: $(VENV)/.dev
 	$(BIN)/python -m pytest -m slow --timeout 1800
+
+golden: $(VENV)/.dev
+	$(BIN)/python tests/golden/golden.py
 
 $(VENV)/.runtime: pyproject.toml constraints.txt
 	@echo "Installing into $(VENV) (minutes the first time: torch is large)" >&2
