@@ -144,7 +144,7 @@ def transcripts() -> Made:
     if not (ROOT / "checkpoints").is_dir():
         return made
     with _one_thread():
-        model = WhisperMoE.from_pretrained(ROOT / "checkpoints", threads=1)
+        model = WhisperMoE.from_pretrained(ROOT / "checkpoints")
         for name, options in (("examples", {}), ("words", {"word_timestamps": True})):
             paths = sorted(path for path in (ROOT / "examples").iterdir() if path.suffix in MEDIA)
             heard = [model.transcribe(path, **options) for path in paths]
