@@ -24,7 +24,7 @@ from whisper_moe import WhisperMoE
 from whisper_moe.data import loader as loader_module
 from whisper_moe.generate.decode import WindowDecoder
 from whisper_moe.train import checkpoint
-from whisper_moe.train.run import train
+from whisper_moe.train.run import run_lock, train
 from whisper_moe.weights.files import CheckpointError
 
 ROOT = Path(__file__).parents[2]
@@ -565,11 +565,43 @@ def test_every_sample_that_is_left_out_is_named_once(material: Path, tmp_path: P
 def test_two_trainers_do_not_share_a_directory(
     material: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
-    from whisper_moe.train.lock import run_lock
+    recipe, run = write(material, tmp_path / "a.yaml"), tmp_path / "run"
+    with run_lock(run):
+        assert train(recipe, [], run, False) == 1
+        assert train(recipe, [], run, False) == 1, "the failed attempt did not let go of it"
+    assert f"{run}: another trainer is at work there" in capfd.readouterr().err
+    with pytest.raises(KeyError), run_lock(run):
+        raise KeyError
+    with run_lock(run):
+        pass
 
-    with run_lock(tmp_path / "run", announce=print):
-        assert train(write(material, tmp_path / "a.yaml"), [], tmp_path / "run", False) == 1
-    assert "another trainer is at work there" in capfd.readouterr().err
+
+HOLD = """
+import os, sys, time
+from pathlib import Path
+from whisper_moe.train.run import run_lock
+with run_lock(Path(sys.argv[1])):
+    worker = os.fork() or time.sleep(60)
+    print(worker, flush=True)
+    time.sleep(60)
+"""
+
+
+def test_a_killed_trainer_does_not_keep_its_directory(tmp_path: Path) -> None:
+    """Nor does a worker that outlives it."""
+    process = subprocess.Popen([sys.executable, "-c", HOLD, str(tmp_path)], stdout=subprocess.PIPE, text=True)
+    assert process.stdout
+    worker = int(process.stdout.readline())
+    try:
+        with pytest.raises(ValueError, match="another trainer"), run_lock(tmp_path):
+            pass
+        process.kill()
+        process.wait(timeout=60)
+        os.kill(worker, 0)
+        with run_lock(tmp_path):
+            pass
+    finally:
+        os.kill(worker, signal.SIGKILL)
 
 
 def test_the_best_checkpoint_becomes_the_model(material: Path, tmp_path: Path) -> None:

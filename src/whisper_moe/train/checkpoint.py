@@ -97,7 +97,7 @@ def save(
 
     ``tensors``: named ``group/name``; any dtype of safetensors, on any device (they are copied to the CPU one at a
     time). ``meta``: plain JSON (tuples become lists; NaN is allowed).
-    For one process at a time (:mod:`whisper_moe.train.lock`). Raises ``ValueError`` for what JSON or safetensors cannot
+    For one process at a time. Raises ``ValueError`` for what JSON or safetensors cannot
     hold, and ``OSError`` that says which checkpoint could not be written; the earlier ones are untouched then.
     """
     groups = _grouped(tensors)

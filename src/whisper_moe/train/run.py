@@ -33,7 +33,7 @@ if TYPE_CHECKING:
     from whisper_moe.train.single import Parallel
     from whisper_moe.train.start import Start
 
-MODEL = "model"
+MODEL, LOCK = "model", "trainer.lock"
 
 
 def train(path: Path, overrides: Sequence[str], output: Path | None, resume: bool) -> int:
@@ -54,14 +54,12 @@ def run(recipe: Recipe, directory: Path, *, resume: bool = False) -> int:
     A directory that has a run is only used with ``resume``; one that has none is begun in any case, so that a restarted
     job can always say ``resume``.
     """
-    from whisper_moe.train.lock import run_lock
-
     begun = (directory / RECORD).exists()
     if not resume and (begun or (directory / "checkpoints").exists()):
         raise RecipeError(f"{directory}: has a run already; --resume goes on with it, -o names another directory")
     if directory.exists() and not directory.is_dir():
         raise RecipeError(f"{directory}: is a file; a run needs a directory")
-    with _processes(recipe) as parallel, run_lock(directory, announce=say) if parallel.rank == 0 else nullcontext():
+    with _processes(recipe) as parallel, run_lock(directory) if parallel.rank == 0 else nullcontext():
         parallel.barrier()
         if begun:
             check_same(recipe, directory)
@@ -107,6 +105,28 @@ def _run(recipe: Recipe, directory: Path, parallel: Parallel) -> int:
     parallel.barrier()
     told = stop.signal or signal.SIGTERM  # it may be another process that was
     return 128 + told if end == "interrupted" else 0
+
+
+@contextmanager
+def run_lock(directory: Path) -> Iterator[None]:
+    """Hold a run's directory, which is made if need be. The kernel lets go of it with this process, however that ends.
+
+    Raises ``ValueError`` if another trainer has it. On a network file system the lock is worth what the server's locking is.
+    """
+    from filelock import FileLock, Timeout
+
+    directory.mkdir(parents=True, exist_ok=True)
+    lock = FileLock(directory / LOCK, blocking=False)
+    try:
+        lock.acquire()
+    except Timeout:
+        raise ValueError(
+            f"{directory}: another trainer is at work there; wait for it to end, or name another directory"
+        ) from None
+    try:
+        yield
+    finally:
+        lock.release()
 
 
 # What a run is made of
