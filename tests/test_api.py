@@ -159,6 +159,20 @@ def test_one_unreadable_recording_costs_only_itself(tiny_model: WhisperMoE, wav:
     assert all(isinstance(outcome.error, MediaError) for outcome in outcomes[1:-1])
 
 
+def test_outcomes_come_in_the_order_given_or_each_as_soon_as_it_is_there(tiny_model: WhisperMoE) -> None:
+    sources: list[Any] = [noise(0.5), noise(4.0), "gone.mp3", *map(noise, range(1, 9))]
+    options: dict[str, Any] = {"language": "en", "timestamps": False, "window": 30.0, **TRUSTING}
+    given = list(tiny_model.transcribe_each(sources, **options))
+    soon = list(tiny_model.transcribe_each(iter(sources), in_order=False, **options))
+    assert [outcome.index for outcome in given] == list(range(len(sources)))
+    assert [outcome.error is None for outcome in given] == [i != 2 for i in range(len(sources))]
+    assert [outcome.transcription.duration for outcome in given if outcome.transcription] == [0.5, 4.0, *range(1, 9)]
+    order = [outcome.index for outcome in soon]
+    assert order[0] == 2 and order.index(0) > order.index(1), "long windows are decoded first"
+    for one, other in zip(given, sorted(soon, key=lambda outcome: outcome.index), strict=True):
+        assert (one.name, one.transcription, str(one.error)) == (other.name, other.transcription, str(other.error))
+
+
 def test_transcribe_raises_for_the_first_that_cannot_be_read(tiny_model: WhisperMoE, wav: Path) -> None:
     with pytest.raises(MediaError, match=r"first\.mp3: no such file"):
         tiny_model.transcribe([wav, "first.mp3", "second.mp3"])

@@ -25,6 +25,8 @@ from media.recordings import film_in, tone
 from weights.whispers import hub_model, write_folder
 
 from whisper_moe import MediaError, Outcome, WhisperMoE, cli, commands
+from whisper_moe.config import FULL_WINDOW
+from whisper_moe.generate.decode import Take, WindowDecoder
 from whisper_moe.jobs import named
 
 ROOT = Path(__file__).parent.parent
@@ -252,8 +254,9 @@ def test_what_was_said_before_the_damage_is_kept(run: Run, tiny: list[str], tmp_
     assert 2.5 < brief["duration"] < 3.5 and brief["segments"]
     assert str(cut) in long["damage"] and str(short) in brief["damage"]
     errors = [line for line in done.said if line.startswith("whisper-moe: ")]
-    assert [str(path) in line for path, line in zip((cut, short, bad), errors, strict=False)] == [True] * 3
-    kept = [line for line in done.said if "what was said before" in line]
+    named_there = {line.split(": ")[1] for line in errors if str(tmp_path) in line}
+    assert named_there == {str(cut), str(short), str(bad)}
+    kept = sorted(line for line in done.said if "what was said before" in line)
     assert len(kept) == 2 and "cut.partial.partial.json" in kept[0] and "short.partial.json" in kept[1]
     alone = run("transcribe", cut, *flags)
     assert alone.status == 1 and "".join(alone.out.split()) == "".join(long["text"].split())
@@ -407,6 +410,36 @@ def test_what_has_its_transcripts_already_is_left_out(run: Run, tiny: list[str],
     assert "2 of 4 files have their transcripts" in grown.err
     assert written.items() <= {path.name: path.read_bytes() for path in (tmp_path / "out").iterdir()}.items()
     assert (tmp_path / "out" / "ep.json").stat().st_mtime == 1
+
+
+def test_a_file_is_written_before_anything_is_decoded_again_and_a_kill_does_not_cost_it(
+    run: Run, tiny: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    paths = [noise(tmp_path / f"{name}.wav", seconds) for name, seconds in (("a", 0.6), ("b", 2.0), ("c", 0.9))]
+    flags = ["-f", "json", "--language", "en", "--context-margin", "2", *tiny]
+    heard, killed, decode = list[int](), True, WindowDecoder.decode
+
+    def wrong(take: Take, seconds: float, *_: Any) -> bool:
+        return seconds == 2.0 and take.margin < FULL_WINDOW
+
+    def spy(self: WindowDecoder, clips: Any, *more: Any, margin: float, **how: Any) -> list[Take]:
+        if killed and margin == FULL_WINDOW:
+            raise MemoryError(" ".join(sorted(path.name for path in (tmp_path / "out").iterdir())))
+        heard.append(len(clips))
+        return decode(self, clips, *more, margin=margin, **how)
+
+    monkeypatch.setattr("whisper_moe.generate.fallback.looks_wrong", wrong)
+    monkeypatch.setattr(WindowDecoder, "decode", spy)
+    with pytest.raises(MemoryError, match=r"^a\.json c\.json$"):
+        run("transcribe", *paths, "-o", tmp_path / "out", *flags)
+    killed = False
+    again = run("transcribe", *paths, "-o", tmp_path / "out", "--skip-existing", *flags)
+    assert "2 of 3 files have their transcripts" in again.err and heard == [3, 1, 1]
+    printed = run("transcribe", *paths, *flags).out
+    assert [json.loads(line)["source"] for line in printed.splitlines()] == list(map(str, paths))
+    for path, line in zip(paths, printed.splitlines(), strict=True):
+        written = json.loads((tmp_path / "out" / f"{path.stem}.json").read_text())
+        assert written["text"] == json.loads(line)["text"] and written["source"] == str(path)
 
 
 def test_a_transcript_of_another_file_of_that_name_is_not_taken_for_its_own(

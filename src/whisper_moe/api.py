@@ -49,6 +49,8 @@ class Outcome:
     error: MediaError | None
     partial: Transcription | None = None
     """Beside an error: what was said before the damage."""
+    index: int = 0
+    """The recording's place among those given."""
 
 
 class WhisperMoE:
@@ -152,21 +154,18 @@ class WhisperMoE:
         return results[0] if alone else results
 
     def transcribe_each(
-        self, audio: Iterable[Audio], *, progress: Callable[[float], None] | None = None, **options: Any
-    ) -> Iterator[Outcome]:
+        self, audio: Iterable[Audio], *, in_order: bool = True, progress: Callable[[float], None] | None = None,
+        **options: Any,
+    ) -> Iterator[Outcome]:  # fmt: skip
         """Outcomes in the order given; a file that cannot be read costs that file and no other.
 
-        ``progress`` is told how many seconds of audio have just been finished.
+        ``in_order=False``: each as soon as it is there; :attr:`Outcome.index` says whose it is. ``progress`` is told how many
+        seconds of audio have just been finished.
         """
         asked = self._options(options)
-        recordings = (self._recording(source, asked) for source in audio)
-        for done in Transcriber(self._decoder, asked, progress=progress).run(recordings):
-            if done.error is None:
-                yield Outcome(done.name, done.result(), None)
-            else:
-                error = _as_media_error(done)
-                partial = replace(done.result(), damage=str(error)) if done.segments else None
-                yield Outcome(done.name, None, error, partial)
+        recordings = (self._recording(source, asked, index) for index, source in enumerate(audio))
+        outcomes = map(_outcome, Transcriber(self._decoder, asked, progress=progress).run(recordings))
+        yield from _in_order(outcomes) if in_order else outcomes
 
     def detect_language(
         self, audio: Audio, *, languages: Sequence[str] = (), track: int | str | None = None
@@ -209,9 +208,9 @@ class WhisperMoE:
             raise ValueError(f"suppress_tokens: {beyond} are beyond the model's {self.config.vocab_size} tokens")
         return asked
 
-    def _recording(self, source: Audio, options: TranscribeOptions) -> Recording:
+    def _recording(self, source: Audio, options: TranscribeOptions, index: int = 0) -> Recording:
         name = _name_of(source)
-        recording = Recording(name, iter(()), language=self._decoder.given_language(options))
+        recording = Recording(name, iter(()), index, language=self._decoder.given_language(options))
         if isinstance(source, np.ndarray):
             blocks: Iterator[np.ndarray] = map(_checked, [source])  # lazily: bad samples cost this recording alone
         else:
@@ -287,5 +286,20 @@ def _name_of(source: Audio) -> str:
     return str(getattr(source, "name", "<stream>") if hasattr(source, "read") else source)
 
 
-def _as_media_error(done: Recording) -> MediaError:
-    return done.error if isinstance(done.error, MediaError) else MediaError(done.name, str(done.error))
+def _outcome(done: Recording) -> Outcome:
+    if done.error is None:
+        return Outcome(done.name, done.result(), None, index=done.index)
+    error = done.error if isinstance(done.error, MediaError) else MediaError(done.name, str(done.error))
+    partial = replace(done.result(), damage=str(error)) if done.segments else None
+    return Outcome(done.name, None, error, partial, done.index)
+
+
+def _in_order(outcomes: Iterable[Outcome]) -> Iterator[Outcome]:
+    """Each outcome behind all those of the recordings before it."""
+    early: dict[int, Outcome] = {}
+    due = 0
+    for outcome in outcomes:
+        early[outcome.index] = outcome
+        while due in early:
+            yield early.pop(due)
+            due += 1

@@ -103,14 +103,14 @@ def transcribe(
 def _transcribe(
     loaded: WhisperMoE, jobs: Sequence[Job], outputs: Outputs, options: TranscribeOptions, talkative: bool
 ) -> int:
-    """Each transcript is written as soon as it is there; how many failed."""
+    """Each transcript is written as soon as it is there, on standard output in the order given; how many failed."""
     failed, heard, started = 0, 0.0, time.perf_counter()
     with _progress(talkative) as (progress, aside):
-        outcomes = loaded.transcribe_each((job.source for job in jobs), progress=progress, **vars(options))
-        for job, outcome in zip(jobs, outcomes, strict=True):
+        sources, in_order = (job.source for job in jobs), outputs.directory is None
+        for outcome in loaded.transcribe_each(sources, in_order=in_order, progress=progress, **vars(options)):
             with aside():
                 heard += outcome.transcription.duration if outcome.transcription else 0.0
-                failed += not outputs.deliver(outcome, job, talkative)
+                failed += not outputs.deliver(outcome, jobs[outcome.index], talkative)
     if talkative:
         seconds = time.perf_counter() - started
         say(f"{heard:.1f} s of audio in {seconds:.1f} s: {heard / seconds:.1f} times real time")

@@ -131,7 +131,8 @@ def in_pairs(indices: Sequence[int], margin: float, temperature: float) -> list[
 
 def fall_back(decoder: Scripted, clips: Sequence[np.ndarray], **more: Any) -> list[tuple[Take, int]]:
     options = TranscribeOptions(context_margin=2.0, temperatures=(0.0, 0.5, 1.0))
-    return decode_with_fallback(decoder, clips, options, groups=in_pairs, **more)  # pyright: ignore[reportArgumentType]
+    found = decode_with_fallback(decoder, clips, options, groups=in_pairs, **more)  # pyright: ignore[reportArgumentType]
+    return [(one, thrown_away) for _, one, thrown_away in sorted(found, key=lambda each: each[0])]
 
 
 def test_only_what_looks_wrong_is_tried_again_and_each_take_is_counted() -> None:
@@ -143,6 +144,15 @@ def test_only_what_looks_wrong_is_tried_again_and_each_take_is_counted() -> None
     assert [(one.margin, one.temperature, thrown_away) for one, thrown_away in found] == [
         (2.0, 0.0, 0), (30.0, 1.0, 3), (30.0, 0.0, 1), (30.0, 0.5, 2),
     ]  # fmt: skip
+
+
+def test_a_take_is_handed_out_with_the_batch_in_which_it_is_accepted() -> None:
+    """And so is the last that there will be."""
+    decoder = Scripted()
+    options = TranscribeOptions(context_margin=2.0, temperatures=(0.0,))
+    clips = clips_that_are_good_from(0, 9, 1, 0, 9)
+    found = decode_with_fallback(decoder, clips, options, groups=in_pairs)  # pyright: ignore[reportArgumentType]
+    assert [(index, len(decoder.calls)) for index, *_ in found] == [(0, 1), (3, 2), (1, 4), (2, 4), (4, 5)]
 
 
 def test_the_last_attempt_is_taken_as_it_is() -> None:

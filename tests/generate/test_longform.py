@@ -78,8 +78,17 @@ def recording(name: str, *loudness: float, seconds: float = 2.0) -> Recording:
 
 
 def run(listener: Listener, recordings: Sequence[Recording], **more: Any) -> list[Recording]:
+    """In the order given."""
     options = more.pop("options", TranscribeOptions(temperatures=(0.0,)))
-    return list(Transcriber(listener, options, **more).run(recordings))
+    done = list(Transcriber(listener, options, **more).run(recordings))
+    assert len(done) == len(recordings)
+    return sorted(done, key=list(recordings).index)
+
+
+def batches_until(listener: Listener, recordings: Sequence[Recording], **options: Any) -> dict[str, int]:
+    """How many batches had been decoded when each recording was handed on, in that order."""
+    done = Transcriber(listener, TranscribeOptions(temperatures=(0.0,), **options)).run(recordings)  # pyright: ignore[reportArgumentType]
+    return {each.name: len(listener.batches) for each in done}
 
 
 # How much waits.
@@ -142,6 +151,50 @@ def test_a_result_does_not_wait_for_the_end_of_a_long_recording() -> None:
     assert len(read) <= BUFFERED_WINDOWS
 
 
+def unsure(seconds: float, hint: str | None) -> Take:
+    take = said(" unsure")
+    return replace(take, hypothesis=replace(take.hypothesis, sum_logprob=-99.0))
+
+
+def test_a_recording_does_not_wait_for_what_is_tried_again_of_another() -> None:
+    recordings = [recording("a", 0.2), recording("b", 0.1), recording("c", 0.1, 0.2), recording("d", 0.1, 0.1)]
+    assert list(batches_until(Listener({0.2: unsure}), recordings).items()) == [("b", 1), ("d", 1), ("a", 2), ("c", 2)]
+
+
+def test_a_recording_waits_for_the_batch_of_its_last_window_and_no_other() -> None:
+    """Longer windows go first; the one that fills the buffer waits no longer than the others."""
+    recordings = [recording(str(i), 0.1, seconds=i % 3 + 1) for i in range(BUFFERED_WINDOWS - 1)]
+    until = batches_until(Listener(), [*recordings, recording("last", 0.1, seconds=3.1)], context_margin=0.0)
+    assert (until["last"], until["2"], until["61"], until["93"]) == (1, 1, 2, 3)
+    assert list(until.values()) == sorted(until.values())
+
+
+def test_unsure_languages_of_all_recordings_are_settled_in_one_batch_and_hold_up_nobody_else() -> None:
+    listener = Listener({0.1: speaking("en", 0.9), 0.2: speaking("cy", 0.3), 0.3: unsure})
+    talks = [recording(name, *levels) for name, *levels in (("a", 0.1, 0.2), ("b", 0.3), ("c", 0.1), ("d", 0.2, 0.1))]
+    assert list(batches_until(listener, talks).items()) == [("c", 1), ("b", 2), ("a", 3), ("d", 3)]
+    assert list(map(len, listener.batches)) == [6, 1, 2]
+    assert [talk.result().text for talk in talks] == ["en en", "unsure", "en", "en en"]
+
+
+def test_recordings_say_together_what_each_says_alone() -> None:
+    """Windows that are tried again, settled, halved, silent, or leave a rest."""
+    answers = {
+        0.1: speaking("en", 0.9), 0.2: speaking("cy", 0.3), 0.3: unsure, 0.4: cut_off, 0.5: lambda *_: silence(),
+        0.6: lambda seconds, hint: said(f" {seconds:g}", until=seconds / 2), 0.7: speaking("hi", 0.8),
+    }  # fmt: skip
+    levels = [[0.1 * (1 + (i * i + 3 * j) % 7) for j in range(1 + i % 5)] for i in range(40)]
+
+    def talk(i: int) -> Recording:
+        return recording(str(i), *levels[i], seconds=4.0 + i % 9)
+
+    for options in (TranscribeOptions(), TranscribeOptions(detect_language_once=True, condition_on_previous_text=True)):
+        together = run(Listener(answers), [talk(i) for i in range(40)], options=options)
+        alone = [run(Listener(answers), [talk(i)], options=options)[0] for i in range(40)]
+        assert [each.result() for each in together] == [each.result() for each in alone]
+        assert 10 < sum(each.fallbacks > 0 for each in alone) < 40
+
+
 def test_batches_fit_and_hold_clips_of_about_one_length() -> None:
     listener = Listener()
     lengths = [1.0 + (i * 7 % 29) for i in range(200)]
@@ -163,7 +216,7 @@ def test_beams_count_among_the_rows_of_a_batch(options: dict[str, int], most: in
 # What comes out.
 
 
-def test_recordings_come_out_in_the_order_they_were_given() -> None:
+def test_every_recording_comes_out_once() -> None:
     names = [f"{i}" for i in range(40)]
     recordings = [recording(name, *[0.01 * (i + 1)] * (1 + i * 13 % 9)) for i, name in enumerate(names)]
     counts = [1 + i * 13 % 9 for i in range(40)]

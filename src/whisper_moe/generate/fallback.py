@@ -7,7 +7,7 @@ too, temperatures follow (Whisper, section 4.5). Nothing falls back silently: th
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import TypeAlias
 
 import numpy as np
@@ -66,8 +66,8 @@ def decode_with_fallback(
     groups: Batches,
     carry: Carry | None = None,
     previous: Sequence[int] | None = None,
-) -> list[tuple[Take, int]]:
-    """The accepted take of each clip, and how many takes were thrown away before it.
+) -> Iterator[tuple[int, Take, int]]:
+    """Each clip's index, with its accepted take and how many takes were thrown away before it, as soon as it is accepted.
 
     ``groups(clip indices, margin, temperature)`` cuts clips into batches that fit. The last attempt is accepted as it is. A
     clip that fills its window anyway is not decoded again just to be padded.
@@ -75,7 +75,9 @@ def decode_with_fallback(
     results: dict[int, tuple[Take, int]] = {}
     pending = list(range(len(clips)))
     tried: dict[int, tuple[int, float]] = {}
-    for margin, temperature in attempts(options):
+    *_, last = tries = attempts(options)
+    for attempt in tries:
+        margin, temperature = attempt
         inputs = {i: (decoder.positions(len(clips[i]), margin), temperature) for i in pending}
         wrong = [i for i in pending if tried.get(i) == inputs[i]]
         tried |= inputs
@@ -87,9 +89,11 @@ def decode_with_fallback(
             )  # fmt: skip
             for index, take in zip(batch, takes, strict=True):
                 results[index] = (take, results[index][1] + 1 if index in results else 0)
-                if looks_wrong(take, len(clips[index]) / SAMPLE_RATE, decoder.tokenizer, options):
+                seconds = len(clips[index]) / SAMPLE_RATE
+                if attempt is not last and looks_wrong(take, seconds, decoder.tokenizer, options):
                     wrong.append(index)
+                else:
+                    yield index, *results[index]
         pending = wrong
-        if not pending:
-            break
-    return [results[index] for index in range(len(clips))]
+    for index in pending:  # what they had already is what the last attempt would have given
+        yield index, *results[index]

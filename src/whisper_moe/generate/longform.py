@@ -1,13 +1,15 @@
 """Many recordings of any length, a bounded number of windows at a time.
 
 Recordings are read as a stream and cut into windows of up to 30 s at their quietest moments. Windows of all recordings wait
-in one buffer, are sorted by length, packed and decoded together; each goes back to its recording. Memory does not grow with
-the length or the number of recordings.
+in one buffer, are sorted by length, packed and decoded together; each goes back to its recording, and a recording is handed
+on with its last one, whatever else of the buffer is to be decoded again. Memory does not grow with the length or the number
+of recordings.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections import Counter
+from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -45,12 +47,14 @@ LEAST_REST = 1.5
 """Seconds of speech after the last timestamp that are worth a window of their own."""
 
 
-@dataclass
+@dataclass(eq=False)
 class Recording:
     """A recording on its way: its windows so far, and what they said."""
 
     name: str
     windows: Iterator[Window]
+    index: int = 0
+    """Its place among those given."""
     duration: float = 0.0
     waiting: int = 0
     """Windows cut but not decoded yet."""
@@ -84,10 +88,15 @@ class Recording:
         )  # fmt: skip
 
 
-@dataclass(frozen=True)
+@dataclass(eq=False)
 class _Job:
     recording: Recording
     window: Window
+    take: Take = field(init=False)
+    tries: int = 0
+    """How often it was decoded until that take was accepted."""
+    left: list[_Job] = field(default_factory=list)
+    """What of the window is to be heard again."""
 
 
 def _seconds(jobs: Sequence[_Job]) -> float:
@@ -108,23 +117,22 @@ class Transcriber:
             raise ValueError("carry_ttt needs a model with TTT layers in its encoder that all experts share")
 
     def run(self, recordings: Iterable[Recording]) -> Iterator[Recording]:
-        """The recordings, in the order given, each as soon as it and those before it are complete or have failed."""
+        """Each recording as soon as it is complete or has failed: not in the order given."""
         buffer: list[_Job] = []
-        open_recordings: list[Recording] = []
         for recording in recordings:
-            open_recordings.append(recording)
+            job = None
             for job in self._read(recording):
                 buffer.append(job)
                 if len(buffer) >= self.buffered or _seconds(buffer) >= BUFFERED_SECONDS:
-                    buffer = self._work(buffer)
-                    yield from _taken_while_complete(open_recordings)
-            yield from _taken_while_complete(open_recordings)
+                    buffer = yield from self._work(buffer)
+            if job is None:  # nothing in it to wait for
+                yield recording
         while buffer:
-            buffer = self._work(buffer)
-            yield from _taken_while_complete(open_recordings)
+            buffer = yield from self._work(buffer)
 
     def _read(self, recording: Recording) -> Iterator[_Job]:
-        """Cut windows off a recording; an error in its file ends it, and only it."""
+        """Cut windows off a recording, the last one known to be the last; an error in its file ends it, and only it."""
+        job = None
         if self.options.condition_on_previous_text:
             first = None if self.options.carry_initial_prompt else self.options.initial_prompt
             recording.said = prompt_ids(first, self.decoder.tokenizer)
@@ -135,33 +143,57 @@ class Transcriber:
                 self._report(window.duration - heard.duration)
                 if len(heard.samples):
                     recording.waiting += 1
-                    yield _Job(recording, heard)
+                    if job is not None:
+                        yield job
+                    job = _Job(recording, heard)
         except ValueError as error:
             recording.error = error
         recording.exhausted = True
+        if job is not None:
+            yield job
 
-    def _work(self, jobs: list[_Job]) -> list[_Job]:
+    def _work(self, jobs: list[_Job]) -> Generator[Recording, None, list[_Job]]:
         """Decode all waiting windows; returns those that are left over: speech after a window's last timestamp."""
         while self.one_by_one and jobs:  # each goes on from what all before it left
-            jobs = self._decode(jobs[:1]) + jobs[1:]
-        return self._decode(jobs) if jobs else []
+            jobs = (yield from self._decode(jobs[:1])) + jobs[1:]
+        return (yield from self._decode(jobs))
 
-    def _decode(self, jobs: list[_Job]) -> list[_Job]:
-        takes = self._take(jobs, [job.recording.only_language for job in jobs])
-        takes = self._settle_languages(jobs, takes)
-        rest: list[_Job] = []
-        for job, (take, fallbacks) in zip(jobs, takes, strict=True):
-            left = self._finish(job, take, fallbacks)
-            self._report(job.window.duration - sum(again.window.duration for again in left))
-            rest += left
-        return rest
+    def _decode(self, jobs: list[_Job]) -> Generator[Recording, None, list[_Job]]:
+        for group in self._settled(jobs):
+            for job in group:
+                job.left = self._finish(job)
+                self._report(job.window.duration - _seconds(job.left))
+            if group[0].recording.complete:
+                yield group[0].recording
+        return [left for job in jobs for left in job.left]
 
-    def _take(self, jobs: Sequence[_Job], hints: Sequence[str | None]) -> list[tuple[Take, int]]:
+    def _settled(self, jobs: Sequence[_Job]) -> Iterator[list[_Job]]:
+        """As :meth:`_heard`, but windows in another language than their recording's are decoded again, those of all together."""
+        again: dict[_Job, str] = {}
+        for group in self._heard({job: job.recording.only_language for job in jobs}):
+            astray = self._astray(group)
+            again |= astray
+            if not astray:
+                yield group
+        for group in self._heard({job: again[job] for job in jobs if job in again}):
+            yield [job for job in jobs if job.recording is group[0].recording]
+
+    def _heard(self, hints: Mapping[_Job, str | None]) -> Iterator[list[_Job]]:
+        """Windows with their takes: those of one recording together, in order, as soon as the last of them has its own."""
+        if not hints:
+            return
+        jobs, waiting = list(hints), Counter(job.recording for job in hints)
         clips, first = [job.window.samples for job in jobs], jobs[0].recording
-        return decode_with_fallback(
-            self.decoder, clips, self.options, hints=hints, groups=self._batches(clips),
+        takes = decode_with_fallback(
+            self.decoder, clips, self.options, hints=list(hints.values()), groups=self._batches(clips),
             carry=first.carry if self.options.carry_ttt else None, previous=first.said,
         )  # fmt: skip
+        for index, take, thrown_away in takes:
+            job = jobs[index]
+            job.take, job.tries = take, job.tries + thrown_away + 1
+            waiting[job.recording] -= 1
+            if not waiting[job.recording]:
+                yield [each for each in jobs if each.recording is job.recording]
 
     def _report(self, seconds: float) -> None:
         if self.progress is not None:
@@ -184,34 +216,30 @@ class Transcriber:
 
         return batches
 
-    def _settle_languages(self, jobs: Sequence[_Job], takes: list[tuple[Take, int]]) -> list[tuple[Take, int]]:
-        """Windows in an unsure language, or not in their recording's only one, are decoded again in the one it speaks most."""
-        once = self.options.detect_language_once
-        for job, (take, _) in zip(jobs, takes, strict=True):
+    def _astray(self, jobs: Sequence[_Job]) -> dict[_Job, str]:
+        """Windows of one recording in an unsure language, or not in its only one; with the language that it speaks most."""
+        once, recording = self.options.detect_language_once, jobs[0].recording
+        spoken, astray = recording.spoken, dict[_Job, str]()
+        for job in jobs:
+            take = job.take
             if take.language_probability is not None and take.language_probability >= SURE_LANGUAGE:
-                recording, seconds = job.recording, job.window.duration
-                recording.spoken[take.language] = recording.spoken.get(take.language, 0.0) + seconds
+                spoken[take.language] = spoken.get(take.language, 0.0) + job.window.duration
                 if once and recording.only_language is None and not is_silence(take, self.options):
                     recording.only_language = take.language
-        again: dict[int, str] = {}
-        for index, (job, (take, _)) in enumerate(zip(jobs, takes, strict=True)):
-            spoken, only = job.recording.spoken, job.recording.only_language
+        only = recording.only_language
+        for job in jobs:
+            take = job.take
             sure = take.language_probability is None or take.language_probability >= SURE_LANGUAGE
             if sure and only is None:
                 continue
             main = only or (max(spoken, key=lambda code: spoken[code]) if spoken else take.language)
             if main != take.language and not is_silence(take, self.options):
-                again[index] = main
-        if again:
-            for index, (take, fallbacks) in zip(
-                again, self._take([jobs[i] for i in again], list(again.values())), strict=True
-            ):
-                takes[index] = (take, takes[index][1] + 1 + fallbacks)
-        return takes
+                astray[job] = main
+        return astray
 
-    def _finish(self, job: _Job, take: Take, fallbacks: int) -> list[_Job]:
+    def _finish(self, job: _Job) -> list[_Job]:
         """Give a window's segments to its recording; returns a job for speech that the take did not reach."""
-        recording, window, tokenizer = job.recording, job.window, self.decoder.tokenizer
+        recording, window, take, tokenizer = job.recording, job.window, job.take, self.decoder.tokenizer
         recording.waiting -= 1
         silence = is_silence(take, self.options)
         halve = (
@@ -219,7 +247,7 @@ class Transcriber:
             and too_much(take.hypothesis, window.duration, tokenizer)
             and looks_wrong(take, window.duration, tokenizer, self.options) is None
         )
-        recording.fallbacks += fallbacks > 0 or halve
+        recording.fallbacks += job.tries > 1 or halve
         if halve:
             recording.waiting += 2
             return [_Job(recording, half) for half in halved(window)]
@@ -234,7 +262,7 @@ class Transcriber:
             tokens = [token for segment in segments for token in segment.tokens]
             recording.said = [] if take.temperature > HOT else [*recording.said, *tokens]
         if doubted is not None:
-            recording.fallbacks += fallbacks == 0
+            recording.fallbacks += job.tries == 1
             return self._later(recording, window, doubted - window.start, least=0.0)
         if not segments or not self.options.timestamps:
             return []
@@ -262,9 +290,3 @@ class Transcriber:
             return []
         recording.waiting += 1
         return [_Job(recording, sounding(Window(window.start + cut / SAMPLE_RATE, samples)))]
-
-
-def _taken_while_complete(recordings: list[Recording]) -> Iterator[Recording]:
-    """Take complete recordings from the front of the list."""
-    while recordings and recordings[0].complete:
-        yield recordings.pop(0)
