@@ -22,7 +22,7 @@ from manifest import read_clips
 
 from whisper_moe import WhisperMoE
 from whisper_moe.evaluate.material import Clip
-from whisper_moe.evaluate.metrics import Tally, character_counts, clip_counts, interval, paired_difference
+from whisper_moe.evaluate.metrics import ErrorCounts, character_counts, clip_counts, interval, paired_difference
 from whisper_moe.machine import machine, take_threads, versions
 
 
@@ -54,9 +54,9 @@ def figures(clips: Sequence[Clip], heard: Heard, baseline: Heard) -> dict[str, A
     return row
 
 
-def _percent(tally: Tally) -> dict[str, float]:
-    low, high = interval(tally)
-    return {"value": 100 * tally.value, "low": 100 * low, "high": 100 * high}
+def _percent(counts: ErrorCounts) -> dict[str, float]:
+    low, high = interval(counts)
+    return {"value": 100 * counts.value, "low": 100 * low, "high": 100 * high}
 
 
 def table(results: dict[str, Any]) -> str:

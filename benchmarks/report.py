@@ -15,15 +15,19 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import jiwer
+import numpy as np
+
 from whisper_moe.evaluate.metrics import (
-    Tally,
+    ErrorCounts,
     character_counts,
     clip_counts,
+    edits_of,
     interval,
-    joined_counts,
     longest_loop,
     paired_difference,
 )
+from whisper_moe.media.normalize import normalize
 
 
 @dataclass(frozen=True)
@@ -35,10 +39,27 @@ class Material:
     joined: bool
 
 
-def counts(material: Material, transcripts: Sequence[str]) -> Tally:
+def counts(material: Material, transcripts: Sequence[str]) -> ErrorCounts:
     if material.joined:
         return joined_counts(material.references, transcripts[0])
     return clip_counts(material.references, transcripts)
+
+
+def joined_counts(references: Sequence[str], transcript: str, language: str = "en") -> ErrorCounts:
+    """Word edits of one transcript of all clips in a row, each charged to the clip that its reference word is in.
+
+    An insertion belongs to the clip of the word before it, so that the edits add up to those of the whole.
+    """
+    words = np.array([len(normalize(text, language).split()) for text in references])
+    owner = np.repeat(np.arange(len(references)), words)
+    said = " ".join(normalize(text, language) for text in references)
+    edits = np.zeros(len(references), dtype=int)
+    for chunk in jiwer.process_words([said], [normalize(transcript, language)]).alignments[0]:
+        if chunk.type == "insert":
+            edits[owner[max(chunk.ref_start_idx - 1, 0)]] += edits_of(chunk)
+        elif chunk.type != "equal":
+            np.add.at(edits, owner[chunk.ref_start_idx : chunk.ref_end_idx], 1)
+    return ErrorCounts.of(edits, words)
 
 
 def character_error_rate(material: Material, transcripts: Sequence[str]) -> float:

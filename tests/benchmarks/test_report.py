@@ -11,6 +11,8 @@ from types import ModuleType
 from typing import Any
 
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 for needed in ("jiwer", "whisper_normalizer", "matplotlib"):
     pytest.importorskip(needed, reason="the benchmark's packages are an extra")
@@ -30,6 +32,25 @@ def load(name: str) -> ModuleType:
 report, peers = load("report"), load("peers")
 
 REFERENCES: tuple[str, ...] = ("the cat sat on the mat", "a dog barked", "birds sing in spring")
+
+
+words = st.lists(st.sampled_from(["alpha", "bravo", "delta", "echo", "golf"]), min_size=1, max_size=6).map(" ".join)
+clips = st.lists(words, min_size=1, max_size=5)
+
+
+@given(clips, words)
+def test_edits_of_a_joined_recording_add_up_to_the_whole(references: list[str], transcript: str) -> None:
+    split = report.joined_counts(references, transcript)
+    whole = report.clip_counts([" ".join(references)], [transcript])
+    assert split.part.sum() == whole.part.sum()
+    assert split.whole.sum() == whole.whole.sum()
+
+
+def test_errors_of_a_joined_recording_stay_in_their_clip() -> None:
+    said = "the cat sat on the mat a frog barked birds sing loudly in spring"
+    assert report.joined_counts(REFERENCES, said).part.tolist() == [0, 1, 1]
+    between = "the cat sat on the mat yes a dog barked birds sing in spring"
+    assert report.joined_counts(REFERENCES, between).part.tolist() == [1, 0, 0]
 
 
 def material(joined: bool = False) -> Any:

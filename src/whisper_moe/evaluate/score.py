@@ -20,7 +20,7 @@ from whisper_moe.evaluate.cost import active_parameters, flops, parameters
 from whisper_moe.evaluate.material import Clip
 from whisper_moe.evaluate.measure import Measured
 from whisper_moe.evaluate.metrics import (
-    Tally,
+    ErrorCounts,
     character_counts,
     clip_counts,
     interval,
@@ -51,7 +51,7 @@ METRICS = {
 class Scored:
     """One system on the clips of one task."""
 
-    tallies: dict[str, Tally]
+    tallies: dict[str, ErrorCounts]
     signatures: dict[str, str]
     """How BLEU and chrF++ were computed, as sacrebleu writes it."""
 
@@ -84,17 +84,17 @@ def scored(clips: Sequence[Clip], measured: Measured, index: Sequence[int]) -> S
     elif task == "sign":
         tallies = {"accuracy": label_accuracy(said, written, codes)}
     else:
-        for name, (tally, signature) in translation_scores(said, written, codes).items():
-            tallies[name], signatures[name] = tally, signature
+        tallies = translation_scores(said, written, codes)
+        signatures = {name: counts.signature for name, counts in tallies.items()}
     tallies["script"] = script_fidelity(written, codes)
     if measured.surprise is not None:
         found = [measured.surprise[i] for i in index]
         rows = [(0.0, 0) if isinstance(each, str) else each for each in found]
-        tallies["cross_entropy"] = Tally(np.array(rows, dtype=float).reshape(-1, 2))
+        tallies["cross_entropy"] = ErrorCounts(np.array(rows, dtype=float).reshape(-1, 2))
     return Scored(tallies, signatures)
 
 
-def figures(tallies: dict[str, Tally], chosen: Sequence[int] | None = None) -> dict[str, Any]:
+def figures(tallies: dict[str, ErrorCounts], chosen: Sequence[int] | None = None) -> dict[str, Any]:
     """Value and interval of each metric, of all clips or of some; None where there is nothing to measure."""
     found = {}
     for name, tally in tallies.items():
@@ -264,5 +264,5 @@ def compared(clips: Sequence[Clip], mine: Measured, theirs: Measured) -> dict[st
     return found
 
 
-def _difference(ours: Tally, theirs: Tally) -> dict[str, float | None]:
+def _difference(ours: ErrorCounts, theirs: ErrorCounts) -> dict[str, float | None]:
     return {key: _number(value) for key, value in paired_difference(ours, theirs).items()}
