@@ -10,7 +10,7 @@ import json
 import os
 import subprocess
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -20,7 +20,7 @@ from generate.tiny import tiny_whisper_moe
 from media.recordings import encode, tone
 from torch import Tensor
 
-from whisper_moe.train.checkpoint import Loaded, load_latest
+from whisper_moe.train.checkpoint import Loaded, latest, load
 
 ROOT = Path(__file__).parent.parent.parent
 SAMPLES, BATCH, STEPS, CHECKPOINT_EVERY = 10, 3, 12, 5
@@ -133,13 +133,19 @@ def sample_ids(run: Path, rank: int = 0) -> dict[int, list[str]]:
     return ids
 
 
+def newest(run: Path, announce: Callable[[str], None] = print) -> Loaded | None:
+    """What the newest whole checkpoint holds, as a run that goes on reads it."""
+    path = latest(run, announce=announce)
+    return None if path is None else load(path)
+
+
 def last(run: Path) -> Loaded:
     """The newest checkpoint, in which nothing may be damaged."""
 
     def damaged(line: str) -> None:
         raise AssertionError(line)
 
-    loaded = load_latest(run, announce=damaged)
+    loaded = newest(run, announce=damaged)
     assert loaded is not None
     return loaded
 

@@ -15,9 +15,10 @@ from typing import get_args
 import pytest
 import torch
 from faults.disk import SURVIVED, FailingDisk, Loss, die_at
+from faults.runs import newest
 from torch import Tensor
 
-from whisper_moe.train.checkpoint import FOLDER, Loaded, best, clean, latest, load_latest, note, replace, save
+from whisper_moe.train.checkpoint import FOLDER, Loaded, best, clean, latest, note, replace, save
 
 
 def content(step: int) -> tuple[dict[str, Tensor], dict[str, object]]:
@@ -100,7 +101,7 @@ def test_a_save_that_is_killed_leaves_the_previous_or_the_new(
         status = die_at(lambda run=run: commit(run, 20), at, loss, torn)
         assert status == (9 if at < len(calls) else SURVIVED)
 
-        loaded = load_latest(run, announce=nothing_is_damaged)
+        loaded = newest(run, announce=nothing_is_damaged)
         if not is_whole(loaded, 20):
             assert loaded is None if before is first else is_whole(loaded, 10), (at, torn)
         outcomes.append("new" if is_whole(loaded, 20) else "previous")
@@ -111,7 +112,7 @@ def test_a_save_that_is_killed_leaves_the_previous_or_the_new(
         clean(run)
         assert [*(run / FOLDER).glob("[.]*")] == []
         commit(run, 30)
-        assert is_whole(load_latest(run, announce=nothing_is_damaged), 30), "the run goes on"
+        assert is_whole(newest(run, announce=nothing_is_damaged), 30), "the run goes on"
         shutil.rmtree(run)
     assert outcomes[-1] == "new", "what save has returned from is on the disk"
     assert len(outcomes) > 30 and outcomes.count("previous") > 20
@@ -126,7 +127,7 @@ def test_an_evaluation_that_is_noted_is_there_or_not_and_the_checkpoint_in_any_c
         run.mkdir()
         with_a_best(run)
         status = die_at(lambda run=run: judge(run, 10, 0.125), at, loss, torn)
-        assert is_whole(load_latest(run, announce=nothing_is_damaged), 10)
+        assert is_whole(newest(run, announce=nothing_is_damaged), 10)
         kept = best(run, announce=nothing_is_damaged)
         assert kept is not None
         found.append(kept.name)
@@ -179,15 +180,15 @@ def test_a_full_disk_leaves_the_previous_and_nothing_else(lasting: bool, tmp_pat
         error = full_disk(lambda run=run, lines=lines: commit(run, 20, announce=lines.append), at, lasting)
         if at > commit_is_on_the_disk:
             assert error is None and len(lines) == 1 and "could not be removed" in lines[0]
-            assert is_whole(load_latest(run, announce=nothing_is_damaged), 20)
+            assert is_whole(newest(run, announce=nothing_is_damaged), 20)
         else:
             failed += 1
             assert error is not None and error.errno == errno.ENOSPC and error.filename == str(run / FOLDER)
             assert str(error.strerror).startswith("the checkpoint of step 20 could not be written (No space"), call
             assert list((run / FOLDER).iterdir()) == [before], "litter"
-            assert is_whole(load_latest(run, announce=nothing_is_damaged), 10)
+            assert is_whole(newest(run, announce=nothing_is_damaged), 10)
         commit(run, 30)
-        assert is_whole(load_latest(run, announce=nothing_is_damaged), 30)
+        assert is_whole(newest(run, announce=nothing_is_damaged), 30)
     assert failed > 15
 
 
@@ -221,14 +222,14 @@ def test_a_limit_of_the_system_is_a_full_disk(tmp_path: Path) -> None:
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, limits)
     assert len(list((tmp_path / FOLDER).iterdir())) == 1
-    assert is_whole(load_latest(tmp_path, announce=nothing_is_damaged), 10)
+    assert is_whole(newest(tmp_path, announce=nothing_is_damaged), 10)
 
 
 def test_a_system_that_writes_a_little_at_a_time(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     write = os.write
     monkeypatch.setattr(os, "write", lambda descriptor, data: write(descriptor, data[:7]))
     commit(tmp_path, 10)
-    assert is_whole(load_latest(tmp_path, announce=nothing_is_damaged), 10)
+    assert is_whole(newest(tmp_path, announce=nothing_is_damaged), 10)
 
 
 def test_an_interrupted_save_is_undone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -11,12 +11,13 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from faults.runs import newest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load_file
 from torch import Tensor
 
-from whisper_moe.train.checkpoint import COMMIT, FOLDER, STATE, best, latest, load, load_latest, note, read_commit, save
+from whisper_moe.train.checkpoint import COMMIT, FOLDER, STATE, best, latest, load, note, read_commit, save
 from whisper_moe.weights.files import CheckpointError
 
 DTYPES = [
@@ -147,7 +148,7 @@ def test_the_newest_and_the_best_stay(tmp_path: Path) -> None:
 
 
 def test_nothing_has_been_saved_yet(tmp_path: Path) -> None:
-    assert latest(tmp_path) is best(tmp_path) is load_latest(tmp_path) is None
+    assert latest(tmp_path) is best(tmp_path) is None
     commit(tmp_path, 1)
     assert best(tmp_path) is None, "no score"
 
@@ -156,12 +157,12 @@ def test_the_newest_is_the_one_that_was_committed_last(tmp_path: Path) -> None:
     """A run that fell back from a damaged step 200 does not keep it in place of what it saves afterwards."""
     commit(tmp_path, 100)
     flip(commit(tmp_path, 200) / "model.safetensors")
-    loaded = load_latest(tmp_path, announce=lambda _: None)
+    loaded = newest(tmp_path, announce=lambda _: None)
     assert loaded is not None and loaded.step == 100
     commit(tmp_path, 150, keep=1)
     assert steps(tmp_path) == [150]
     commit(tmp_path, 150, keep=1)
-    loaded = load_latest(tmp_path)
+    loaded = newest(tmp_path)
     assert loaded is not None and loaded.step == 150 and loaded.path.name.startswith("0004-")
 
 
@@ -228,7 +229,7 @@ def test_a_damaged_checkpoint_is_passed_over_with_one_loud_line(damage: str, tmp
     with pytest.raises(CheckpointError, match=cause):
         load(path)
     lines: list[str] = []
-    loaded = load_latest(tmp_path, announce=lines.append)
+    loaded = newest(tmp_path, announce=lines.append)
     assert loaded is not None and loaded.step == 1 and torch.equal(loaded.tensors["model/w"], torch.ones(4))
     (line,) = lines
     assert (
@@ -240,7 +241,7 @@ def test_a_damaged_checkpoint_is_passed_over_with_one_loud_line(damage: str, tmp
 def test_without_its_marker_it_is_no_checkpoint(tmp_path: Path) -> None:
     commit(tmp_path, 1)
     (commit(tmp_path, 2) / COMMIT).unlink()
-    loaded = load_latest(tmp_path, announce=lambda line: pytest.fail(line))
+    loaded = newest(tmp_path, announce=lambda line: pytest.fail(line))
     assert loaded is not None and loaded.step == 1
     assert commit(tmp_path, 3).name == "0003-step-00000003", "its number is not given again"
 
@@ -248,11 +249,8 @@ def test_without_its_marker_it_is_no_checkpoint(tmp_path: Path) -> None:
 def test_a_run_is_not_begun_anew_because_all_is_damaged(tmp_path: Path) -> None:
     for step in (1, 2):
         flip(commit(tmp_path, step) / STATE)
-    for read in (load_latest, latest):
-        with pytest.raises(
-            CheckpointError, match=r"none of 2 checkpoints can be read; the newest: .*00000002/state.json"
-        ):
-            read(tmp_path)
+    with pytest.raises(CheckpointError, match=r"none of 2 checkpoints can be read; the newest: .*00000002/state.json"):
+        latest(tmp_path)
 
 
 def test_groups_are_read_alone(tmp_path: Path) -> None:

@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 import torch
+from faults.runs import newest
 from model.tiny import CONFIGS
 from torch import Tensor, nn
 from train.tiny import Fixed, notes, random_pack, tiny_trainer
@@ -109,7 +110,7 @@ def test_a_run_that_goes_on_is_the_same_run(name: str, tmp_path: Path) -> None:
 
     first = tiny_trainer(name, batches, steps=7, accumulate=2, save=save, stop=lambda: first.progress.step == 3)
     assert first.run() == "interrupted"
-    found = checkpoint.load_latest(tmp_path)
+    found = newest(tmp_path)
     assert found is not None and found.step == 3
     second = tiny_trainer(name, batches, seed=99, steps=7, accumulate=2)
     assert not same(weights(second), weights(first))

@@ -118,10 +118,6 @@ class PackedLoader:
             raise ValueError("a streamed corpus has no length, so the batches of an epoch cannot be counted")
         return sum(1 for epoch in range(epochs) for _ in plan(self._draws, Position(epoch=epoch), self.config))
 
-    def start(self, epoch: int) -> None:
-        """Go to the first batch of an epoch."""
-        self._position = Position(epoch=epoch)
-
     def state_dict(self) -> dict[str, Any]:
         """Where the next batch is and what the order depends on: plain data for JSON, the same on every rank."""
         return {"version": STATE_VERSION, "position": self._position.state(), "order": self._settings()}

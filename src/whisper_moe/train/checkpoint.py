@@ -26,7 +26,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal, TypeVar
+from typing import Any, Literal
 
 import torch
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
@@ -58,7 +58,6 @@ _DTYPES = {
 }  # fmt: skip
 
 Announce = Callable[[str], None]
-T = TypeVar("T")
 
 
 class Commit(BaseModel):
@@ -265,21 +264,16 @@ def _discard(path: Path) -> bool:
 
 
 def latest(run: Path, *, announce: Announce = to_stderr) -> Path | None:
-    """The newest checkpoint that is whole; None if there never was one. Raises as :func:`load_latest`."""
-    return _first(run, _committed(run), _whole, announce)
-
-
-def best(run: Path, *, announce: Announce = to_stderr) -> Path | None:
-    """The whole checkpoint of the lowest score, the earliest of equals; None if none has one."""
-    return _first(run, _by_score(_committed(run)), _whole, announce)
-
-
-def load_latest(run: Path, *, announce: Announce = to_stderr) -> Loaded | None:
     """The newest checkpoint that is whole; None if there never was one.
 
     For each one that is damaged, ``announce`` is given one line. Raises ``CheckpointError`` if all are.
     """
-    return _first(run, _committed(run), load, announce)
+    return _first(run, _committed(run), announce)
+
+
+def best(run: Path, *, announce: Announce = to_stderr) -> Path | None:
+    """The whole checkpoint of the lowest score, the earliest of equals; None if none has one."""
+    return _first(run, _by_score(_committed(run)), announce)
 
 
 def is_sharded(path: Path) -> bool:
@@ -308,18 +302,18 @@ def load(path: Path, groups: Iterable[str] | None = None) -> Loaded:
     return Loaded(path, commit.step, tensors, read_json(path / STATE))
 
 
-def _first(run: Path, paths: list[Path], read: Callable[[Path], T], announce: Announce) -> T | None:
-    """What the first of these that can be read holds."""
+def _first(run: Path, paths: list[Path], announce: Announce) -> Path | None:
+    """The first of these that is whole."""
     causes: list[str] = []
     for path in paths:
         try:
-            found = read(path)
+            _verified(path)
         except CheckpointError as error:
             causes.append(str(error))
         else:
             for cause in causes:
                 announce(f"WARNING: a damaged checkpoint is passed over for {path.name}: {cause}")
-            return found
+            return path
     if causes:
         raise CheckpointError(
             f"{run / FOLDER}: none of {len(causes)} checkpoints can be read; the newest: {causes[0]}. "
@@ -377,11 +371,6 @@ def read_commit(path: Path) -> Commit:
     if STATE not in commit.files:
         raise CheckpointError(f"{path / COMMIT}: does not list {STATE}")
     return commit
-
-
-def _whole(path: Path) -> Path:
-    _verified(path)
-    return path
 
 
 def _verified(path: Path, wanted: set[str] | None = None) -> Commit:
