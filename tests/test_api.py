@@ -75,6 +75,17 @@ def test_clips_are_transcribed_at_their_times_and_nothing_else(tiny_model: Whisp
     assert [s.seek for s in result.segments] == [s.seek + shift * 100 for shift, s in shifted]
     assert [s.start for s in result.segments] == pytest.approx([s.start + shift for shift, s in shifted])
     assert result.duration == 12.0
+    text = tiny_model.transcribe(wave, clip_timestamps=" 2,4.5,9", **asked)
+    assert [s.tokens for s in text.segments] == [s.tokens for s in result.segments]
+
+
+@pytest.mark.parametrize(
+    "given", ["a,b", "0,5;9", [0, "x"], 5, None, [5, 2], [0, float("inf")], [float("nan")]], ids=str
+)
+def test_clips_that_are_no_times_are_named(given: Any) -> None:
+    with pytest.raises(ValueError, match=r"clip_timestamps must be ascending seconds.* got") as error:
+        TranscribeOptions(clip_timestamps=given)
+    assert str(given) in str(error.value)
 
 
 def test_marks_join_the_words_that_they_are_asked_to_join(tiny_model: WhisperMoE) -> None:

@@ -103,7 +103,7 @@ NO_MODEL = ["--model", "no such model"]
         (["--best_of", "some"], "'some' is neither a number nor None"),
         (["--fp16", "maybe"], "--fp16 must be True or False, got 'maybe'"),
         (["--clip_timestamps=5,2"], "clip_timestamps must be ascending seconds, start,end,start,end …, got 5,2"),
-        (["--clip_timestamps=a"], "--clip-timestamps must be numbers with commas between them, got 'a'"),
+        (["--clip_timestamps=a"], "clip_timestamps must be ascending seconds, start,end,start,end …, got a"),
         (
             ["--hallucination_silence_threshold", "2"],
             "hallucination_silence_threshold must be at least 0 and needs word",
@@ -233,6 +233,27 @@ def test_no_two_outputs_have_one_name() -> None:
     jobs = named(["a.wav", "a.partial.wav", "a.partial.partial.mp3"])
     given = [name for job in jobs for name in (job.name, job.partial)]
     assert given[:2] == ["a", "a.partial.partial.partial"] and len(set(given)) == len(given)
+
+
+def test_what_was_said_before_the_damage_goes_when_all_is_said(run: Run, tiny: list[str], tmp_path: Path) -> None:
+    (tmp_path / "in").mkdir()
+    sound, out = noise(tmp_path / "in" / "cut.wav", 6.0), tmp_path / "out"
+    whole = sound.read_bytes()
+
+    def names(content: bytes, *flags: str | Path, formats: str = "txt,json") -> list[str]:
+        sound.write_bytes(content)
+        run("transcribe", sound, "-o", out, "-f", formats, *tiny, "--language", "en", *flags)
+        return sorted(path.name for path in out.iterdir())
+
+    assert names(whole[: len(whole) // 2]) == ["cut.partial.json", "cut.partial.txt"]
+    assert names(whole, formats="txt") == ["cut.partial.json", "cut.txt"], "only of what is written now"
+    assert names(whole) == ["cut.json", "cut.txt"]
+
+    namesake = noise(tmp_path / "in" / "cut.partial.wav")
+    run("transcribe", namesake, "-o", out, "-f", "txt,json", *tiny)
+    assert "cut.partial.txt" in names(whole, formats="txt"), "the whole transcript of another file"
+    namesake.unlink()
+    assert "cut.partial.json" in names(whole), "which says so itself"
 
 
 def test_what_was_said_before_the_damage_is_kept(run: Run, tiny: list[str], tmp_path: Path) -> None:
@@ -676,6 +697,9 @@ def test_a_language_nobody_knows_is_said_before_any_loading(run: Run, whisper: P
     for model in ([], ["--model", whisper]):
         status, said = no_torch("transcribe", sound, "--language", "tulu", *model)
         assert status == 2 and said.startswith("whisper-moe: unknown language 'tulu'") and len(said.splitlines()) == 1
+    for model in ([], ["--model", whisper], ["--model", tmp_path / "m"]):
+        status, said = no_torch("transcribe", sound, "--language", "Konkani", *model)
+        assert status == 2 and said.startswith("whisper-moe: this model does not know the language 'kok'; it knows ")
 
 
 def test_a_training_run_and_a_name_in_a_folder_are_models(run: Run, tiny: list[str], tmp_path: Path) -> None:

@@ -105,6 +105,21 @@ def test_subtitles_without_limits_are_what_they_are_by_default(asked: Asked) -> 
     assert asked("--max_line_width", "None", "--max_line_count", "None", "--max_words_per_line", "None")
 
 
+def test_a_path_may_begin_with_the_home_folder(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """A shell that leaves ``~`` behind ``=`` alone, as bash does."""
+    monkeypatch.setenv("HOME", str(tmp_path))
+    seen: dict[str, Any] = {}
+    monkeypatch.setattr(commands, "transcribe", lambda **given: seen.update(given) or 0)
+    flags = ("--output-dir=~/x", "--model_dir=~/m", "--initial-prompt=~/x")
+    assert status(monkeypatch, "transcribe", str(SAMPLE), *flags) == 0
+    assert (seen["output_dir"], seen["model_dir"]) == (tmp_path / "x", tmp_path / "m")
+    assert seen["initial_prompt"] == "~/x", "which is no path"
+    monkeypatch.setattr(commands, "export", lambda model, output, to: seen.update(output=output) or 0)
+    assert status(monkeypatch, "export", "m", "--output=~/e") == 0 and seen["output"] == tmp_path / "e"
+    monkeypatch.setattr("whisper_moe.data.inspect.run", lambda **given: seen.update(given) or 0)
+    assert status(monkeypatch, "data", "inspect", "x", "--videos=~/v") == 0 and seen["videos"] == f"{tmp_path}/v"
+
+
 def test_no_threads_are_the_default_number(asked: Asked) -> None:
     assert asked("--threads", "0")["threads"] is None
 

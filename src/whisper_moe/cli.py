@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import logging
 import math
+import os
 import sys
 from pathlib import Path
 from typing import Annotated, Any
@@ -40,10 +41,14 @@ def _speak() -> None:
 
 
 def _option(*names: str, help: str, panel: str = "Options", **more: Any) -> Any:
-    """A typer option that also answers to its underscore spellings."""
+    """A typer option that also answers to its underscore spellings; paths may begin with ``~``, as in ``--output-dir=~/out``."""
     underscored = (_underscored(name) for name in names)
     spellings = [*names, *(name for name in underscored if name.strip(" /"))]
-    return typer.Option(*spellings, help=help, rich_help_panel=panel, **more)
+    return typer.Option(*spellings, help=help, rich_help_panel=panel, callback=_at_home, **more)
+
+
+def _at_home(value: Any) -> Any:
+    return value.expanduser() if isinstance(value, Path) else value
 
 
 def _underscored(name: str) -> str:
@@ -213,6 +218,7 @@ def evaluate(
     split: Annotated[str | None, _option("--split", help="train, valid, test …; default: what each corpus is evaluated on.", panel="Data")] = None,
     languages: Annotated[str | None, _option("--languages", help="These only: hi,or. Of a table, one is also that of rows that do not say.", panel="Data")] = None,
     task: Annotated[str | None, _option("--task", help="Table: the task of rows that do not say: transcribe, translate …", panel="Data")] = None,
+    columns: Annotated[str | None, _option("--columns", help="Table: which are which: path=clip,text=said.", panel="Data")] = None,
     limit: Annotated[int | None, _option("--limit", min=1, help="The first so many samples of each.", panel="Data")] = None,
     detect: Annotated[bool, _option("--detect-language", help="Let the systems detect the language; else they are told.", panel="Data")] = False,
     output: Annotated[Path | None, _option("--output-dir", "-o", help="Write report.json, report.md, report.html and transcripts.tsv here. Without, tables are printed.")] = None,
@@ -248,7 +254,7 @@ def data_inspect(
     configuration: Annotated[str | None, _option("--configuration", help="Table of the Hub: the part to read, where it has several: hi_in.")] = None,
     path: Annotated[str | None, _option("--path", help="Table: where a row's file lies, from its columns: {language}/{path}.")] = None,
     text: Annotated[str | None, _option("--text", help="Table: file-name for recordings that are named after what is said, none for those without a text.")] = None,
-    videos: Annotated[str | None, _option("--videos", help="INCLUDE: the folder of the videos.")] = None,
+    videos: Annotated[str | None, _option("--videos", help="INCLUDE: the folder of the videos.", parser=os.path.expanduser, metavar="<str>")] = None,
     include_50: Annotated[bool, _option("--include-50", help="INCLUDE: the 50 words of INCLUDE-50.")] = False,
     streaming: Annotated[bool, _option("--streaming", help="Read row after row, without preparing a copy.")] = False,
     limit: Annotated[int | None, _option("--limit", min=1, help="The first so many samples of each.")] = None,

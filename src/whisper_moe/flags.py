@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
+import json
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from importlib.util import find_spec
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, Any
 
 from pydantic import ValidationError
 
@@ -17,8 +18,6 @@ from whisper_moe.media.languages import NewLanguage, language_code, stated_langu
 
 if TYPE_CHECKING:
     from whisper_moe.api import WhisperMoE
-
-Number = TypeVar("Number", int, float)
 
 
 class UsageError(ValueError):
@@ -61,7 +60,7 @@ def transcribe_options(flags: dict[str, Any]) -> TranscribeOptions:
         word_timestamps=truth("--word-timestamps", flags["word_timestamps"]),
         condition_on_previous_text=truth("--condition-on-previous-text", flags["condition_on_previous_text"]),
         carry_initial_prompt=truth("--carry-initial-prompt", flags["carry_initial_prompt"]),
-        clip_timestamps=numbers("--clip-timestamps", flags["clip_timestamps"], float) or (),
+        clip_timestamps=flags["clip_timestamps"],
     )  # fmt: skip
 
 
@@ -82,11 +81,11 @@ def subtitle_options(flags: dict[str, Any]) -> SubtitleOptions:
     return options
 
 
-def numbers(name: str, value: str | None, kind: Callable[[str], Number] = int) -> tuple[Number, ...] | None:
+def numbers(name: str, value: str | None) -> tuple[int, ...] | None:
     if value is None:
         return None
     try:
-        return tuple(kind(number) for number in value.split(",") if number.strip())
+        return tuple(int(number) for number in value.split(",") if number.strip())
     except ValueError:
         raise UsageError(f"{name} must be numbers with commas between them, got {value!r}") from None
 
@@ -104,24 +103,39 @@ def names(languages: str | None) -> tuple[str, ...]:
 
 
 def check_languages(languages: Iterable[str | None], model: str | None, model_dir: Path | None) -> None:
-    """Refuse a language that nobody knows, before anything is loaded.
+    """Refuse a language that nobody knows, or the model in a folder has not, before anything is loaded.
 
     A fine-tune may have languages of its own. They are read from its folder; where that cannot be done (a model on the Hub), the
     loaded model is asked: :func:`require_languages`.
     """
-    for name in languages:
-        if name is None:
-            continue
+    for name in filter(None, languages):
+        added = _added_languages(model) if model_dir is None else None
         try:
-            language_code(name)
+            code = language_code(name, added or (), added)
         except ValueError:
-            added = _added_languages(model) if model_dir is None else None
             if added is not None:
-                language_code(name, added, added)
+                raise
+        else:
+            if added is not None:
+                _require_token(code, _folder(model))
+
+
+def _require_token(code: str, folder: Path) -> None:
+    """To look for the token costs nothing; only where it is not, the tokenizer is read, which says what there is."""
+    file, generation = folder / "tokenizer.json", folder / "generation_config.json"
+    if file.is_file() and f'"<|{code}|>"'.encode() not in file.read_bytes():
+        from whisper_moe.media.text import Tokenizer
+
+        said = json.loads(generation.read_bytes()) if generation.is_file() else None
+        Tokenizer.from_file(file, said).sot_sequence(code)
+
+
+def _folder(model: str | None) -> Path:
+    return EMBEDDED if model is None else model_folder(Path(model).expanduser())
 
 
 def _added_languages(model: str | None) -> dict[str, str] | None:
-    path = EMBEDDED if model is None else model_folder(Path(model).expanduser())
+    path = _folder(model)
     if path.is_dir():
         return stated_languages(path)
     on_the_hub = not path.exists() and (model is None or "/" in model)

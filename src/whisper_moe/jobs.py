@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any, TextIO
 
 from whisper_moe.flags import UsageError, sentence
 from whisper_moe.generate.result import Transcription, mean_gates
-from whisper_moe.generate.text import SubtitleOptions, output_names, save, write
+from whisper_moe.generate.text import FORMATS, SubtitleOptions, output_names, save, write
 
 if TYPE_CHECKING:
     from whisper_moe.api import Outcome
@@ -167,7 +167,7 @@ class Outputs:
         """Whether all files of a job are there: files appear whole. A JSON that names another input is not its own."""
         if job.path == "-" or not all(file.is_file() for file in self.files(job.name)):
             return False
-        said = next((_source_of(file) for file in self.files(job.name) if file.suffix == ".json"), None)
+        said = next((_facts_in(file).get("source") for file in self.files(job.name) if file.suffix == ".json"), None)
         if said is None:
             return True
         ends = zip(reversed(Path(said).parts[-2:]), reversed(Path(job.path).parts[-2:]), strict=False)
@@ -186,6 +186,8 @@ class Outputs:
         name = job.name if outcome.partial is None else job.partial
         try:
             self._write(result, job.path, name)
+            if outcome.error is None:
+                self._forget_partial(job)
         except OSError as error:
             if self.directory is None:  # nobody can be told anything any more
                 raise
@@ -202,6 +204,15 @@ class Outputs:
             for note in result.notes:
                 say(f"{outcome.name}: {note}")
         return outcome.error is None
+
+    def _forget_partial(self, job: Job) -> None:
+        """Remove what was written of this input while it was damaged; not what another one, of that name, has said."""
+        inputs = Path(job.path).parent.glob(glob.escape(f"{Path(job.path).stem}.partial") + ".*")
+        files = self.files(job.partial)
+        known = [_facts_in(file) for file in files if file.suffix == ".json" and file.is_file()]
+        if all("damage" in said for said in known) and all(path.suffix[1:] in FORMATS for path in inputs):
+            for file in files:
+                file.unlink(missing_ok=True)
 
     def _write(self, result: Transcription, path: str, name: str) -> None:
         if self.directory is not None:
@@ -222,13 +233,13 @@ class Outputs:
         return f"in {self.directory / name}.{each if len(self.formats) == 1 else f'{{{each}}}'}"
 
 
-def _source_of(file: Path) -> str | None:
-    """The input that a JSON names; None if it names none."""
+def _facts_in(file: Path) -> dict[str, Any]:
+    """What a JSON says; nothing, if it is no transcript's."""
     try:
         said = json.loads(file.read_bytes())
     except ValueError:
-        return None
-    return said.get("source") if isinstance(said, dict) else None
+        return {}
+    return said if isinstance(said, dict) else {}
 
 
 def _try_folder(directory: Path) -> None:

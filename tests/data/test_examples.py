@@ -125,6 +125,23 @@ def test_silence_has_no_text_only_where_that_is_meant() -> None:
     assert example.labels[-1] == TOKENIZER.eot and set(example.labels[:-1]) == {IGNORED}
 
 
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        *((text, False) for text in ("...", "…", "-", "?!", "।", "♪♪", "«»", "<|0.00|> ... <|1.20|>")),
+        *((text, True) for text in ("a.", "५", "5%", "ฉ", "นี่", "हिन्दी", "ଓ", "ᱚ", "你", "<|0.00|> x <|1.20|>")),
+    ],
+)
+def test_a_text_without_a_letter_or_a_digit_is_none(text: str, said: bool) -> None:
+    sample = clip("a", 0.5, text=text)
+    if said:
+        assert tiny_reader(margin=0).tokens(sample)[1]
+        return
+    with pytest.raises(DataError, match="a, column 'text': it has no text"):
+        tiny_reader(margin=0).tokens(sample)
+    assert tiny_reader(margin=0, empty_text=True).tokens(sample)[1] == []
+
+
 @pytest.mark.parametrize("margin", [0.0, 0.013, 0.5, 2.5, 30.0])
 @pytest.mark.parametrize("seconds", [0.001, 0.5, 1.2345, 29.9])
 def test_the_spectrogram_is_that_of_the_clip_with_its_margin(seconds: float, margin: float) -> None:

@@ -15,8 +15,11 @@ from media.recordings import encode, tone
 
 from whisper_moe import cli
 from whisper_moe.config import ModelConfig
-from whisper_moe.data.corpora import CorpusConfig
+from whisper_moe.data.corpora import CorpusConfig, open_corpus
 from whisper_moe.data.inspect import EDGES, KINDS, inspect
+from whisper_moe.data.loader import PackedLoader
+from whisper_moe.data.planner import LoaderConfig
+from whisper_moe.data.sample import DataError
 
 
 @pytest.fixture
@@ -87,6 +90,26 @@ def test_what_training_stops_for_is_a_failure(
         (tmp_path / "t.tsv").write_text(f"path\ttext\tlanguage\na.wav\tyes\t{code}\n")
         assert command(monkeypatch, tmp_path / "t.tsv", "--model", tmp_path / "model") == status
     assert "training stops: this model does not know the language 'or'" in capsys.readouterr().out
+
+
+def test_so_much_left_out_that_training_stops_is_said_in_its_words(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    encode(tmp_path / "a.wav", tone(0.5, 8_000), 8_000, "pcm_s16le")
+    model = tiny_whisper_moe()
+    model.save_pretrained(tmp_path / "model")
+    for bad, stops in ((1, False), (2, True)):
+        rows = [*(f"a.wav\tyes {i}" for i in range(19)), *[f"a.wav\t{'no ' * 300}"] * 5, *["a.wav\t..."] * bad]
+        (tmp_path / "t.tsv").write_text("\n".join(["path\ttext", *rows]) + "\n")
+        assert command(monkeypatch, tmp_path / "t.tsv", "--languages", "en", "--model", tmp_path / "model") == 1
+        said = capsys.readouterr().err
+        corpora = [open_corpus(config(tmp_path / "t.tsv"))]
+        if stops:
+            with pytest.raises(DataError, match=r"9\.5% of 21 samples are corrupt, more than 5\.0%") as error:
+                PackedLoader(corpora, model.tokenizer, model.config, LoaderConfig())
+            assert said == f"whisper-moe: training stops: {error.value}\n"
+        else:
+            assert PackedLoader(corpora, model.tokenizer, model.config, LoaderConfig()) and said == ""
 
 
 def test_the_text_says_what_the_json_says(mine: Path) -> None:

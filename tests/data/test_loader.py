@@ -193,7 +193,10 @@ def test_the_random_numbers_of_a_run_are_left_alone() -> None:
     [
         ({"seed": 1}, "seed: 42 then, 1 now"),
         ({"batch_size": 6}, "batch_size"),
-        ({"examples": {"margin": 1}}, "margin"),
+        (
+            {"examples": {"margin": 1}},
+            "margin",
+        ),
         ({"mode": "padded"}, "mode"),
         ({"mixing": {"temperature": 3}}, "mixing"),
         ({"samples": SAMPLES[:-1]}, "data: the training data's rows, texts or lengths have changed"),

@@ -142,6 +142,23 @@ def test_every_form_gives_the_same_samples(clips: Path, tmp_path: Path, form: st
     assert streaming or some.remarks[-1] == "rows in other languages are not read: 1 in hi"
 
 
+def test_streamed_sounds_of_one_text_are_different_samples(clips: Path, tmp_path: Path) -> None:
+    sounds = [{"bytes": (clips / f"{name}.wav").read_bytes(), "path": None} for name in CLIPS]
+    source = tmp_path / "train.parquet"
+    datasets.Dataset.from_list([{"audio": sound, "text": "yes", "language": "en"} for sound in sounds]).to_parquet(
+        source
+    )
+    ids = [[sample.id for sample in opened(source, tmp_path, streaming=True)] for _ in range(2)]
+    assert len(set(ids[0])) == len(CLIPS) and ids[0] == ids[1]
+    (other := tmp_path / "other").mkdir()
+    datasets.Dataset.from_list([{"audio": sounds[1], "text": "yes", "language": "en"}]).to_parquet(
+        other / "train.parquet"
+    )
+    assert [sample.id for sample in opened(other / "train.parquet", tmp_path, streaming=True)] == [ids[0][1]], (
+        "wherever it is"
+    )
+
+
 @pytest.mark.parametrize("streaming", [False, True], ids=["map", "streaming"])
 def test_a_hub_id_is_a_table_with_its_configurations(
     clips: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, streaming: bool

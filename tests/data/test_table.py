@@ -85,6 +85,20 @@ def test_ids_are_different_and_do_not_depend_on_the_rows_around(folder: Path) ->
     assert table(file)[1].id == "rows/train/audio/a.wav"
 
 
+def test_a_split_may_be_called_as_others_call_it(folder: Path) -> None:
+    names = ("train", "Training", "dev", "val", "valid", "validation", "test", "test-clean", "eval", "")
+    (folder / "t.tsv").write_text("path\ttext\tsplit\n" + "".join(f"audio/a.wav\t{n or 'all'}\t{n}\n" for n in names))
+    for split in ("dev", "valid"):
+        assert [s.text for s in table(folder / "t.tsv", split=split)] == ["dev", "val", "valid", "validation", "all"]
+    assert [s.text for s in table(folder / "t.tsv")] == ["train", "Training", "all"]
+    assert [s.text for s in table(folder / "t.tsv", split="test")] == ["test", "all"]
+    assert [s.text for s in table(folder / "t.tsv", split="test-clean")] == ["test-clean", "all"]
+    (folder / "u.tsv").write_text("path\ttext\tsplit\naudio/a.wav\tx\ttrain\naudio/b.wav\ty\ttrian\n")
+    (fault,) = table(folder / "u.tsv").left_out
+    assert "row 3, column 'split': unknown split 'trian'" in fault.cause
+    assert table(folder / "u.tsv", split="trian").left_out == (), "whose own name it is"
+
+
 def test_datasets_audiofolder_is_read_by_split(folder: Path) -> None:
     for split, name in (("train", "a"), ("test", "b")):
         (folder / split).mkdir()

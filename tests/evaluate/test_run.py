@@ -179,6 +179,18 @@ def test_translations_and_signs_have_figures_of_their_own(tmp_path: Path):
     assert "wer" not in quality["sign"]["figures"]
 
 
+def test_columns_of_other_names_are_told(tmp_path: Path):
+    file = table(tmp_path)
+    spec = perfect(tmp_path, file)
+    _, expected = evaluated(tmp_path, spec, file)
+    file.write_text(file.read_text("utf-8").replace("path\ttext", "snd\tsaid", 1), "utf-8")
+    status, report = evaluated(tmp_path, spec, file, columns="path=snd, text=said")
+    assert status == 0 and report["systems"].keys() == expected["systems"].keys()
+    assert [each["quality"] for each in report["systems"].values()] == [
+        each["quality"] for each in expected["systems"].values()
+    ]
+
+
 def test_a_task_that_a_system_does_not_do_is_said_before_anything_is_loaded(tmp_path: Path, tiny_model: WhisperMoE):
     file = tmp_path / "pairs.jsonl"
     row = {"source_text": "x", "text": "y", "language": "hi", "target_language": "en", "task": "translate-text"}

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shlex
 import shutil
 from collections.abc import Callable
 from dataclasses import replace
@@ -22,7 +23,7 @@ from whisper_moe.data.corpora import CorpusConfig
 from whisper_moe.data.sample import DataError, Skipped
 from whisper_moe.train import build
 from whisper_moe.train.evaluation import Judge
-from whisper_moe.train.recipe import Recipe, RecipeError, recipe_of
+from whisper_moe.train.recipe import Recipe, RecipeError, apply, recipe_of
 from whisper_moe.train.record import RECORD, check_same
 from whisper_moe.train.run import run
 from whisper_moe.train.single import SingleProcess
@@ -107,7 +108,7 @@ def test_an_evaluation_without_a_row_that_can_be_judged_is_refused_at_the_start(
     check(rows, "b")
     with pytest.raises(RecipeError, match="none of the 0 rows"):
         check([])
-    laughing = [clip("a", 0.3, "♪"), clip("b", 0.3, "(laughs)")]
+    laughing = [clip("a", 0.3, "[sighs]"), clip("b", 0.3, "(laughs)")]
     check(laughing)
     pytest.importorskip("jiwer")
     with pytest.raises(RecipeError, match=r"none of the 2 rows .*: a: its text has no word that could be counted; b: "):
@@ -190,6 +191,22 @@ def test_bfloat16_that_is_only_emulated_is_not_taken(monkeypatch: pytest.MonkeyP
     assert build.precision_on("auto", torch.device("cuda")) == "float16"
 
 
+def test_what_a_run_goes_on_with_is_said_as_it_is_written(material: Path, tmp_path: Path) -> None:
+    """Of a run from before margins had a range."""
+    recipe = recipe_with(material)
+    then, now = recipe.model_dump(mode="json"), recipe.model_dump(mode="json")
+    then["data"]["loader"]["examples"]["margin"], then["model"]["freeze"] = 2.5, ["encoder.*"]
+    (tmp_path / RECORD).write_text(json.dumps({"recipe": then}), "utf-8")
+    with pytest.raises(RecipeError, match=r"margin was 2\.5, is ") as error:
+        check_same(recipe, tmp_path)
+    assert f"--resume {tmp_path} alone takes that" in str(error.value)
+    needed = shlex.split(str(error.value).partition(" needs ")[2])
+    assert needed == ["data.loader.examples.margin=2.5", 'model.freeze=["encoder.*"]']
+    for override in needed:
+        apply(now, override)
+    check_same(recipe_of(now, "now"), tmp_path)
+
+
 @pytest.mark.parametrize(
     ("device", "said"), [("cuda", "sees no such device"), ("cuda:7", "sees no such device"), ("gpu", "it is auto, cpu")]
 )
@@ -213,7 +230,7 @@ def test_a_run_that_is_older_than_a_key_can_go_on(material: Path, tmp_path: Path
     check_same(recipe, tmp_path)
     then["optimisation"]["lr"] = 1.0
     (tmp_path / RECORD).write_text(json.dumps({"recipe": then}), "utf-8")
-    with pytest.raises(RecipeError, match=r"optimisation.lr was 1.0, is 0.003$"):
+    with pytest.raises(RecipeError, match=r"optimisation.lr was 1.0, is 0.003\. "):
         check_same(recipe, tmp_path)
     then["optimisation"]["gone"] = 1
     (tmp_path / RECORD).write_text(json.dumps({"recipe": then}), "utf-8")

@@ -24,6 +24,8 @@ from whisper_moe.media.audio import MediaError
 
 MOST_SKIPPED_IN_A_ROW = 1_000
 """After so many unusable samples without one that can be used, a stream is given up."""
+NAMED = 3
+"""Corrupt samples that an error names."""
 
 
 class AnyCorpus(Protocol):
@@ -240,3 +242,41 @@ def left_out(sample: Sample | str, error: ValueError, strict: bool = False) -> S
     if isinstance(error, TooLong):
         return Skipped(id=id, place=place, cause=error.cause, kind="too long")
     return Skipped(id=id, place=place or (error.place if isinstance(error, DataError) else ""), cause=str(error))
+
+
+class Tally:
+    """How many samples were read, and which were corrupt."""
+
+    def __init__(self, limit: float, usable: int, excluded: Sequence[Skipped]) -> None:
+        """``usable`` and ``excluded``: what a survey found; its corrupt samples count, too."""
+        self._limit, self._surveyed = limit, 0.0
+        self._read = self._corrupt = 0
+        self._first: list[Skipped] = []
+        self.add(usable, excluded)
+        self.judge()
+        if self._read:
+            self._surveyed = self._corrupt / self._read
+            self._read = self._corrupt = 0
+
+    def add(self, read: int, skipped: Sequence[Skipped]) -> None:
+        """Raise :class:`DataError` if the share is over the limit by more than chance would explain."""
+        corrupt = [sample for sample in skipped if sample.corrupt]
+        self._corrupt += len(corrupt)
+        self._read += read + len(corrupt)
+        self._first = (self._first + corrupt)[:NAMED]
+        expected = self._limit * self._read
+        self._judge(expected + 3 * math.sqrt(expected))
+
+    def judge(self) -> None:
+        """Raise :class:`DataError` if the share is over the limit."""
+        self._judge(self._limit * self._read)
+
+    def _judge(self, allowed: float) -> None:
+        usable = 1 - self._surveyed  # what is read is the part of the whole that the survey found usable
+        if usable * self._corrupt + self._surveyed * self._read > allowed:
+            share = self._surveyed + usable * self._corrupt / self._read
+            named = "; ".join(map(str, self._first))
+            raise DataError(
+                "training data", f"{share:.1%} of {self._read:,} samples are corrupt, more than {self._limit:.1%}; "
+                f"the first: {named}",
+            )  # fmt: skip

@@ -196,8 +196,6 @@ class ExampleReader:
     def _text(self, sample: Sample) -> tuple[list[int], bool]:
         """Tokens of the text in NFC, and whether timestamps are among them."""
         text = unicodedata.normalize("NFC", sample.text).strip()
-        if not text and not self._config.empty_text:
-            raise DataError(sample.id, "it has no text", column="text")
         space = " " if self._config.leading_space and sample.target_language not in UNSPACED_LANGUAGES else ""
         ids: list[int] = []
         try:
@@ -207,6 +205,10 @@ class ExampleReader:
                 ids += [] if step is None else [self._tokenizer.timestamp_begin + step]
         except ValueError as error:
             raise DataError(sample.id, str(error), column="text") from error
+        if not any(map(str.isalnum, "".join(stretches))):  # dots and dashes are nothing that anybody said
+            if not self._config.empty_text:
+                raise DataError(sample.id, "it has no text", column="text")
+            return [], False
         return ids, bool(steps)
 
     def read(self, sample: Sample, margin: float) -> Example:

@@ -19,7 +19,8 @@ if TYPE_CHECKING:
 _HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
 _SAVED = ("dataset_dict.json", "state.json")
 """What ``save_to_disk`` writes beside its files."""
-_SPELLINGS = ("valid", "validation", "val", "dev")
+_SPELLINGS = (("train", "training"), ("valid", "validation", "val", "dev"), ("test", "testing"), ("eval", "evaluation"))
+"""What one split is called by different people; ``eval`` is ``valid`` to some and ``test`` to others, so it is neither."""
 _BUILDERS = {".arrow": "arrow", ".parquet": "parquet", ".jsonl": "json", ".json": "json", ".csv": "csv", ".tsv": "csv"}
 
 
@@ -33,8 +34,8 @@ def files_of_split(root: Path, split: str, *suffixes: str, within: str | None = 
 
     :param within: only below a folder of this name.
     """
-    forms = {"valid": "(valid|val|dev)", "val": "(valid|val|dev)"}
-    wanted = re.compile(rf"{forms.get(split, re.sub('[-_]', '[-_]', split))}(ation)?([-_.]?\d.*)?$", re.IGNORECASE)
+    forms = "|".join(re.sub("[-_]", "[-_]", name) for name in spellings_of(split))
+    wanted = re.compile(rf"({forms})([-_.]?\d.*)?$", re.IGNORECASE)
     found = []
     for file in sorted(file for file in root.rglob("*") if file.suffix.lower() in suffixes):
         folders = [root.resolve().name, *file.relative_to(root).parts[:-1]]
@@ -127,7 +128,13 @@ def _saved(config: CorpusConfig, folder: Path) -> Dataset | IterableDataset:
 
 def spellings_of(split: str) -> tuple[str, ...]:
     """A split's name, and what others may call it."""
-    return (split, *(name for name in _SPELLINGS if name != split)) if split in _SPELLINGS else (split,)
+    same = next((names for names in _SPELLINGS if split in names), ())
+    return (split, *(name for name in same if name != split))
+
+
+def is_usual_split(name: str) -> bool:
+    """Whether a split is called as splits are: ``train``, ``dev``, ``test-clean``."""
+    return any(re.split("[-_.]", name.lower())[0] in names for names in _SPELLINGS)
 
 
 def is_sound(feature: object) -> bool:
@@ -154,13 +161,15 @@ def _load(
         options |= {"sep": "\t"} if kind == ".tsv" else {}
         data_files = {splits[0]: [str(file) for file in files]}
         return load_dataset(_BUILDERS[kind], data_files=data_files, split=splits[0], **options)
-    for split in splits[:-1]:
+    unknown: list[ValueError] = []
+    for split in splits:
         try:
             return load_dataset(config.source, configuration, split=split, revision=config.revision, **options)
         except ValueError as error:
             if "split" not in str(error).lower():
                 raise
-    return load_dataset(config.source, configuration, split=splits[-1], revision=config.revision, **options)
+            unknown.append(error)
+    raise unknown[0]
 
 
 def audio_ref(cell: object, *, folder: Path, name: str) -> AudioRef:

@@ -20,9 +20,10 @@ from pydantic import ValidationError
 
 from whisper_moe.config import EMBEDDED, SAMPLE_RATE, ModelConfig, problems
 from whisper_moe.data.corpora import PROBES, Corpus, CorpusConfig, open_corpus
-from whisper_moe.data.draws import left_out, measure
+from whisper_moe.data.draws import Tally, left_out, measure
 from whisper_moe.data.examples import ExampleConfig, ExampleReader, TooLong
 from whisper_moe.data.kathbath import LANGUAGES, TRANSCRIPTS
+from whisper_moe.data.planner import LoaderConfig
 from whisper_moe.data.sample import DataError, Sample, Skipped
 from whisper_moe.media.audio import MediaError
 from whisper_moe.media.text import Tokenizer
@@ -291,9 +292,7 @@ def run(sources: Sequence[str], *, kind: str, decode: bool, json: bool, model: s
     """
     given = {name: value for name, value in settings.items() if value is not None}
     for name in given.keys() & set(_LISTS):
-        parts = [part.strip() for part in given[name].split(",") if part.strip()]
-        named = name == "columns" and all("=" in part for part in parts)
-        given[name] = dict(part.split("=", 1) for part in parts) if named else tuple(parts)
+        given[name] = listed(given[name])
     try:
         configs = [CorpusConfig(source=source, kind=kind_of(source, kind), **given) for source in sources]
     except ValidationError as error:
@@ -315,7 +314,23 @@ def run(sources: Sequence[str], *, kind: str, decode: bool, json: bool, model: s
             failed += 1
     if failed < len(configs):
         print(dumps(seen.as_json(), ensure_ascii=False, indent=2) if json else seen)
+    if not given.get("limit"):  # of what is listed beyond it, training does not speak
+        _judge(seen)
     return 1 if failed or seen.left_out or (model and seen.refused) else 0
+
+
+def _judge(seen: Inspection) -> None:
+    """Say what training would stop with, where it is for how much is left out."""
+    try:
+        Tally(LoaderConfig().max_corrupt_share, seen.samples - len(seen.of_kind("too long")), seen.left_out)
+    except DataError as error:
+        print(f"whisper-moe: training stops: {error}", file=sys.stderr)
+
+
+def listed(given: str) -> Any:
+    """``path,text`` as a tuple, ``path=clip,text=said`` as a map."""
+    parts = [part.strip() for part in given.split(",") if part.strip()]
+    return dict(part.split("=", 1) for part in parts) if all("=" in part for part in parts) else tuple(parts)
 
 
 def _learner(model: str | None) -> _Model | None:

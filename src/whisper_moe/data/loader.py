@@ -7,7 +7,6 @@ go on from it.
 
 from __future__ import annotations
 
-import math
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import closing
@@ -18,7 +17,7 @@ import torch
 from torch.utils.data import DataLoader, Dataset, get_worker_info
 
 from whisper_moe.config import MAX_PACK_TOKENS, ModelConfig
-from whisper_moe.data.draws import AnyCorpus, left_out, open_draws
+from whisper_moe.data.draws import AnyCorpus, Tally, left_out, open_draws
 from whisper_moe.data.examples import IGNORED, Example, ExampleReader, Pack, TooLong, pack_examples
 from whisper_moe.data.mel_cache import MelCache
 from whisper_moe.data.planner import Draw, LoaderConfig, PlannedBatch, Position, plan
@@ -27,8 +26,6 @@ from whisper_moe.media.audio import MediaError
 from whisper_moe.media.text import Tokenizer
 
 STATE_VERSION = 1
-NAMED = 3
-"""Corrupt samples that an error names."""
 
 _Work: TypeAlias = tuple[tuple[Draw, ...], ...]
 _Read: TypeAlias = "tuple[list[list[Example]], list[Skipped]] | _Sent | ValueError"
@@ -101,7 +98,7 @@ class PackedLoader:
         self._dataset = _Reading(list(corpora), self._reader)
         self._position = Position()
         note(self.excluded)
-        self._tally = _Tally(config.max_corrupt_share, self._draws.size, self.excluded)
+        self._tally = Tally(config.max_corrupt_share, self._draws.size, self.excluded)
 
     @property
     def excluded(self) -> tuple[Skipped, ...]:
@@ -182,44 +179,6 @@ class PackedLoader:
         self._note(skipped)
         self._tally.add(batch.examples, skipped)
         return batch
-
-
-class _Tally:
-    """How many samples were read, and which were corrupt."""
-
-    def __init__(self, limit: float, usable: int, excluded: Sequence[Skipped]) -> None:
-        """``usable`` and ``excluded``: what a survey found; its corrupt samples count, too."""
-        self._limit, self._surveyed = limit, 0.0
-        self._read = self._corrupt = 0
-        self._first: list[Skipped] = []
-        self.add(usable, excluded)
-        self.judge()
-        if self._read:
-            self._surveyed = self._corrupt / self._read
-            self._read = self._corrupt = 0
-
-    def add(self, read: int, skipped: Sequence[Skipped]) -> None:
-        """Raise :class:`DataError` if the share is over the limit by more than chance would explain."""
-        corrupt = [sample for sample in skipped if sample.corrupt]
-        self._corrupt += len(corrupt)
-        self._read += read + len(corrupt)
-        self._first = (self._first + corrupt)[:NAMED]
-        expected = self._limit * self._read
-        self._judge(expected + 3 * math.sqrt(expected))
-
-    def judge(self) -> None:
-        """Raise :class:`DataError` if the share is over the limit."""
-        self._judge(self._limit * self._read)
-
-    def _judge(self, allowed: float) -> None:
-        usable = 1 - self._surveyed  # what is read is the part of the whole that the survey found usable
-        if usable * self._corrupt + self._surveyed * self._read > allowed:
-            share = self._surveyed + usable * self._corrupt / self._read
-            named = "; ".join(map(str, self._first))
-            raise DataError(
-                "training data", f"{share:.1%} of {self._read:,} samples are corrupt, more than {self._limit:.1%}; "
-                f"the first: {named}",
-            )  # fmt: skip
 
 
 class _Plan:

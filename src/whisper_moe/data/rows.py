@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any, TypeAlias
 
 from whisper_moe.data.corpora import FILE, CorpusConfig, Row
+from whisper_moe.data.hub import is_usual_split, spellings_of
 from whisper_moe.data.sample import TASKS, DataError, Skipped
 from whisper_moe.media.languages import language_code
 from whisper_moe.media.text import split_timestamps
@@ -158,8 +159,9 @@ class RowReader:
         """Whether a row is of the split and in one of the languages; one that says none is looked at."""
         cells = self._ours(raw)
         self._has_splits |= "split" in cells
-        if cells.get("split") not in (None, "", self.config.split):
-            return False
+        split = str(cells.get("split") or "").strip()
+        if split not in ("", self.config.split) and split.lower() not in spellings_of(self.config.split):
+            return self._is_no_split(split)
         said = str(cells.get("language") or "").strip() if self.config.languages else ""
         try:
             code = language_code(said) if said else None
@@ -169,6 +171,10 @@ class RowReader:
             self._elsewhere[code] += 1
             return False
         return True
+
+    def _is_no_split(self, split: str) -> bool:
+        """Such a row is read, and refused: it would be missed by whoever misspelt it. A table may have splits of its own."""
+        return is_usual_split(self.config.split) and not is_usual_split(split)
 
     def _ours(self, raw: Cells) -> Cells:
         """By our names."""
@@ -181,6 +187,9 @@ class RowReader:
         cells = self._ours(raw)
         row: Row = {name: self._words(number, cells, name) for name in COLUMNS if name not in _NUMBERS}
         row |= {name: self._number(number, cells, name) for name in _NUMBERS}
+        split = row["split"] or ""
+        if split not in ("", self.config.split) and self._is_no_split(split):
+            raise self._wrong(number, "split", f"unknown split {split!r}; usual are train, valid, dev, test, eval")
         if self.config.text == "none":
             row["text"] = ""
         if row["text"] is None:

@@ -11,7 +11,7 @@ Columns, of which only the text and where it is said are needed:
 ``source_text``     instead of ``path``, for ``translate-text``
 ``target_language`` of the text, where it is another one; ``en`` for ``translate`` and ``sign``
 ``speaker, domain`` free words
-``split``           only rows with the corpus's split are read
+``split``           only rows with the corpus's split are read; ``dev``, ``val`` and so on are ``valid``
 ==================  ==================================================================================================
 
 The names that ``datasets``, NeMo's manifests and Common Voice use are understood (:data:`whisper_moe.data.rows.OTHER_NAMES`);
@@ -27,6 +27,7 @@ A row that is no sample (no text, an unknown language, a time that is none) cost
 from __future__ import annotations
 
 import csv
+import hashlib
 import json
 import os
 from collections import Counter
@@ -223,7 +224,13 @@ def _streamed(raw: Row, reader: RowReader, stored: Stored) -> Sample:
     """The sample of a row as it comes. Raises :class:`DataError` for one that is none."""
     row = reader.row(stored.plain_cells(raw), None)
     sample = table_sample(row)
-    return replace(sample, audio=stored.audio(raw, row)) if stored.sound and sample.task != "translate-text" else sample
+    if not stored.sound or sample.task == "translate-text":
+        return sample
+    audio = stored.audio(raw, row)
+    if row["path"] is None:  # equal texts are told apart by their sounds
+        sample = replace(sample, id=f"{sample.id}~{hashlib.blake2b(audio.data or b'', digest_size=8).hexdigest()}")
+        audio = replace(audio, path=sample.id)
+    return replace(sample, audio=audio)
 
 
 # Files.

@@ -10,7 +10,7 @@ from typing import Any
 
 from whisper_moe.config import SAMPLE_RATE
 from whisper_moe.data.corpora import Corpus, CorpusConfig, open_corpus
-from whisper_moe.data.inspect import kind_of
+from whisper_moe.data.inspect import kind_of, listed
 from whisper_moe.data.sample import DataError, Sample, Task
 from whisper_moe.media.audio import MediaError
 
@@ -39,7 +39,13 @@ class Material:
 
 
 def corpus_config(
-    source: str, *, split: str | None, languages: Sequence[str], task: Task | None, limit: int | None
+    source: str,
+    *,
+    split: str | None,
+    languages: Sequence[str],
+    task: Task | None,
+    limit: int | None,
+    columns: str | None = None,
 ) -> CorpusConfig:
     """``kathbath:FOLDER``, ``include:…``, ``wiki-translate:…``, ``table:…``; without a kind, the Hub id or what lies in
     the folder decides.
@@ -52,7 +58,7 @@ def corpus_config(
     streaming = not Path(source).exists()
     return CorpusConfig(
         kind=kind, source=source, split=split or _SPLITS[kind], languages=tuple(languages), task=task,
-        streaming=streaming, limit=limit,
+        streaming=streaming, limit=limit, columns=listed(columns) if columns else (),
     )  # fmt: skip
 
 

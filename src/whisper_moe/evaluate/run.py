@@ -34,6 +34,7 @@ class Plan:
     languages: tuple[str, ...]
     detect: bool
     task: Task | None
+    columns: str | None
     limit: int | None
     output: Path | None
     device: str
@@ -49,7 +50,7 @@ class Plan:
 def plan(
     model: str, data: Sequence[str], *, compare: Sequence[str] | None = None, split: str | None = None,
     languages: Sequence[str] = (), detect: bool = False, task: Any = None, limit: int | None = None,
-    output: Path | None = None, device: str = "auto",
+    columns: str | None = None, output: Path | None = None, device: str = "auto",
     dtype: str = "auto", threads: int = 1, beam: int = 1, fallback: bool = True, margin: float | None = None,
     latency_clips: int = 40,
 ) -> Plan:  # fmt: skip
@@ -66,12 +67,12 @@ def plan(
     if doubled := {label for label in labels if labels.count(label) > 1}:
         raise ValueError(f"two systems would both be called {', '.join(sorted(doubled))}: they cannot be told apart")
     for source in data:  # a mistake in a setting shows before anything is read
-        corpus_config(source, split=split, languages=languages, task=task, limit=limit)
+        corpus_config(source, split=split, languages=languages, task=task, limit=limit, columns=columns)
     if output is not None:
         reports.check_folder(output)
     return Plan(
         systems=systems, data=tuple(data), split=split, languages=tuple(languages), detect=detect, task=task, limit=limit,
-        output=output, device=device, dtype=dtype, threads=threads, beam=beam, fallback=fallback,
+        columns=columns, output=output, device=device, dtype=dtype, threads=threads, beam=beam, fallback=fallback,
         margin=margin, latency_clips=latency_clips,
     )  # fmt: skip
 
@@ -117,7 +118,9 @@ def _padded(system: System) -> System:
 
 def _material(asked: Plan, say: Callable[[str], None]) -> Material:
     configs = [
-        corpus_config(source, split=asked.split, languages=asked.languages, task=asked.task, limit=asked.limit)
+        corpus_config(
+            source, split=asked.split, languages=asked.languages, task=asked.task, limit=asked.limit, columns=asked.columns,
+        )
         for source in asked.data
     ]  # fmt: skip
     material = gather(configs)

@@ -72,7 +72,8 @@ class TranscribeOptions:
     suppress_tokens: tuple[int, ...] | None = None
     """Tokens never to say; -1 stands for annotations such as ♪. None: what the checkpoint lists."""
     clip_timestamps: Sequence[float] = ()
-    """Seconds: start, end, start, end … of the stretches to transcribe, in order; without the last end, to the recording's."""
+    """Seconds, or as text ``0,5,9``: start, end, start, end … of the stretches to transcribe, in order; without the last end,
+    to the recording's."""
     context_margin: float | None = None
     """Seconds of silence kept after each clip, up to the 30 s window; 30 pads as Whisper always did. None: what the model was
     trained to do with (``ModelConfig.context_margin``), else :data:`~whisper_moe.config.DEFAULT_MARGIN`."""
@@ -113,10 +114,7 @@ class TranscribeOptions:
         if any(token < -1 for token in self.suppress_tokens or ()):
             raise ValueError(f"suppress_tokens are token ids, or -1 for annotations, got {self.suppress_tokens}")
 
-        for index, (time, after) in enumerate(pairwise([*self.clip_timestamps, math.inf])):
-            if not (0 <= time < after or (time == after and index % 2)):  # a stretch may begin where one ends
-                given = ",".join(f"{time:g}" for time in self.clip_timestamps)
-                raise ValueError(f"clip_timestamps must be ascending seconds, start,end,start,end …, got {given}")
+        object.__setattr__(self, "clip_timestamps", _stretches(self.clip_timestamps))
         threshold = self.hallucination_silence_threshold
         if threshold is not None and not (self.word_timestamps and threshold >= 0):
             raise ValueError(
@@ -139,3 +137,15 @@ class TranscribeOptions:
         """Beams without a temperature, samples with one."""
         rows = self.beam_size if temperature == 0 else self.best_of
         return SearchOptions(rows, temperature, self.patience, self.length_penalty)
+
+
+def _stretches(given: str | Sequence[float]) -> tuple[float, ...]:
+    """``clip_timestamps`` as numbers. Raises ``ValueError`` for what is no such list."""
+    try:
+        times = tuple(map(float, filter(str.strip, given.split(",")) if isinstance(given, str) else given))
+    except (TypeError, ValueError):
+        times = (math.nan,)
+    for index, (time, after) in enumerate(pairwise([*times, math.inf])):
+        if not (0 <= time < after or (time == after < math.inf and index % 2)):  # a stretch may begin where one ends
+            raise ValueError(f"clip_timestamps must be ascending seconds, start,end,start,end …, got {given}")
+    return times

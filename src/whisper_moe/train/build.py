@@ -14,9 +14,9 @@ from typing import TypeAlias
 import torch
 
 from whisper_moe.data.corpora import Corpus, CorpusConfig, open_corpus
-from whisper_moe.data.draws import AnyCorpus, left_out
+from whisper_moe.data.draws import NAMED, AnyCorpus, left_out
 from whisper_moe.data.examples import ExampleReader, TooLong
-from whisper_moe.data.loader import NAMED, PackedLoader
+from whisper_moe.data.loader import PackedLoader
 from whisper_moe.data.planner import LoaderConfig
 from whisper_moe.data.sample import DataError, Sample, Skipped
 from whisper_moe.media.audio import MediaError

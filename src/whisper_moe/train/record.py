@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import json
 import os
+import shlex
 import subprocess
 import sys
 from collections.abc import Iterator, Mapping, Sequence
@@ -117,12 +119,16 @@ def check_same(recipe: Recipe, run: Path) -> None:
         then = recipe_of(then, RECORD).model_dump(mode="json")  # with the defaults of keys that are newer than the run
     now = recipe.model_dump(mode="json")
     changed = [
-        f"{key} was {before!r}, is {after!r}"
+        (key, before, after)
         for key, before, after in _differences(then, now, "")
         if not any(key == free or key.startswith(f"{free}.") for free in _FREE) and not _moved(key, before, after)
     ]
     if changed:
-        raise RecipeError(f"{run}: a run goes on only with its own recipe; {'; '.join(changed)}")
+        what = "; ".join(f"{key} was {before!r}, is {after!r}" for key, before, after in changed)
+        more = shlex.join(f"{key}={json.dumps(before)}" for key, before, _ in changed)
+        raise RecipeError(
+            f"{run}: a run goes on only with its own recipe; {what}. --resume {run} alone takes that; this one needs {more}"
+        )
 
 
 def _differences(then: Any, now: Any, where: str) -> Iterator[tuple[str, Any, Any]]:
