@@ -10,15 +10,14 @@ from __future__ import annotations
 import json
 import os
 import re
-import secrets
 import unicodedata
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TextIO
 
 from whisper_moe.generate.result import Segment, Transcription, Word
+from whisper_moe.weights.files import atomic_file
 
 _LONG_PAUSE = 3.0
 """Seconds of silence that end a subtitle, where subtitles do not follow the segments."""
@@ -214,25 +213,9 @@ def save(
     directory.mkdir(parents=True, exist_ok=True)
     paths = [directory / f"{stem}.{name}" for name in wanted]
     for name, path in zip(wanted, paths, strict=True):
-        _write_whole(path, lambda stream, name=name: write(result, name, stream, options))
+        with atomic_file(path) as scratch, scratch.open("x", encoding="utf-8") as stream:
+            write(result, name, stream, options)
     return paths
-
-
-def _write_whole(path: Path, write_to: Callable[[TextIO], None]) -> None:
-    # Not tempfile: its files are private to the user, and a transcript should get the usual permissions.
-    temporary = path.with_name(f".{secrets.token_hex(8)}.tmp")
-    try:
-        with temporary.open("x", encoding="utf-8") as stream:
-            write_to(stream)
-            stream.flush()
-            os.fsync(stream.fileno())  # a name without its content would be taken for a transcript that is there
-        os.replace(temporary, path)
-    except BaseException as error:
-        with suppress(OSError):
-            temporary.unlink()
-        if isinstance(error, OSError) and error.errno is not None:
-            error.filename, error.filename2 = str(path), None  # the one that was asked for
-        raise
 
 
 def output_names(paths: Sequence[Path | str]) -> list[str]:

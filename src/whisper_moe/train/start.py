@@ -18,7 +18,7 @@ from whisper_moe.media.languages import NewLanguage
 from whisper_moe.media.text import Tokenizer, read_backend
 from whisper_moe.train.recipe import ModelRecipe, RecipeError
 from whisper_moe.weights.default import load_model
-from whisper_moe.weights.files import json_bytes, new_folder, read_bytes, read_json
+from whisper_moe.weights.files import atomic_folder, json_bytes, read_bytes, read_json
 from whisper_moe.weights.generation import of_any_language, speaking
 from whisper_moe.weights.manifest import CONFIG, GENERATION, TOKENIZER, read_config
 from whisper_moe.weights.parts import expected_shapes
@@ -97,7 +97,7 @@ def _with_languages(start: Start, languages: Sequence[str]) -> Start:
 
 def write_start(run: Path, start: Start) -> None:
     """Keep all but the weights in the run's folder."""
-    with new_folder((run / START).resolve()) as folder:
+    with atomic_folder((run / START).resolve(), overwrite=True) as folder:
         (folder / CONFIG).write_bytes(json_bytes(start.config.model_dump(mode="json")))
         (folder / GENERATION).write_bytes(json_bytes(start.generation))
         (folder / TOKENIZER).write_bytes(start.tokenizer_json)

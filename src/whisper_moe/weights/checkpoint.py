@@ -30,11 +30,10 @@ from whisper_moe.media.text import read_backend
 from whisper_moe.model.int8 import LEVELS, Int8Rows
 from whisper_moe.weights.files import (
     CheckpointError,
+    atomic_folder,
     inside,
-    is_finite,
     json_bytes,
     listed,
-    new_folder,
     open_tensors,
     read_bytes,
     read_json,
@@ -58,6 +57,7 @@ from whisper_moe.weights.parts import (
     SCALE,
     expected_shapes,
     file_key,
+    is_finite,
     part_of,
     quantizable,
     require_plausible,
@@ -116,7 +116,7 @@ def save_checkpoint(
     _check_state(config, state)
     if TOKENIZER not in tokenizer_files:
         raise ValueError(f"tokenizer_files must have {TOKENIZER}; has {listed(tokenizer_files)}")
-    with new_folder(directory) as folder:
+    with atomic_folder(directory, overwrite=overwrite) as folder:
         index = _write_tensors(folder, config, state, quantize, shard_bytes)
         for name, value in tokenizer_files.items():
             inside(folder, name, folder).write_bytes(value if isinstance(value, bytes) else read_bytes(value))
@@ -133,12 +133,9 @@ def save_checkpoint(
 
 
 def _check_target(directory: Path, overwrite: bool) -> None:
-    if not directory.exists():
+    """Refuse before anything is computed what would be refused at the end; nothing but a checkpoint is ever overwritten."""
+    if not (overwrite and directory.is_dir()):
         return
-    if not overwrite:
-        raise ValueError(f"{directory}: exists already; name another directory or allow overwriting")
-    if not directory.is_dir():
-        raise ValueError(f"{directory}: exists and is not a directory")
     present = {path.relative_to(directory).as_posix() for path in directory.rglob("*") if not path.is_dir()}
     known = {*read_manifest(directory).files, MANIFEST} if (directory / MANIFEST).exists() else set()
     if present - known:

@@ -10,7 +10,7 @@ from safetensors.torch import save
 from torch import Tensor
 
 from whisper_moe.config import FRAMES_PER_SECOND, FULL_WINDOW, SAMPLE_RATE, ModelConfig
-from whisper_moe.weights.files import json_bytes, new_folder, read_bytes
+from whisper_moe.weights.files import atomic_folder, json_bytes, read_bytes
 from whisper_moe.weights.tokens import one_vocabulary
 from whisper_moe.weights.whisper import config_to_whisper, state_to_whisper
 
@@ -33,8 +33,6 @@ def save_whisper(
     Raises ``ValueError`` for a model with experts or TTT layers, and for a directory that exists.
     """
     directory = Path(directory).resolve()
-    if directory.exists():
-        raise ValueError(f"{directory}: exists already; name another directory")
     config, state = one_vocabulary(config, state)
     ids = {key: generation[key] for key in _TOKEN_IDS if key in generation}
     documents = {
@@ -44,7 +42,7 @@ def save_whisper(
         "tokenizer_config.json": {"tokenizer_class": "WhisperTokenizer"} | _NAMED,
     }
     weights = save(state_to_whisper(state, config), {"format": "pt"})
-    with new_folder(directory) as folder:
+    with atomic_folder(directory) as folder:
         (folder / "model.safetensors").write_bytes(weights)
         for name, document in documents.items():
             (folder / name).write_bytes(json_bytes(document))

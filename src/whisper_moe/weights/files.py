@@ -1,27 +1,26 @@
-"""Reading files that strangers made, and writing folders that appear whole or not at all.
+"""Reading files that strangers made, and writing files and folders that appear whole or not at all.
 
-Everything here refuses by raising :class:`CheckpointError`, whose message begins with the file's name.
+What cannot be read is refused by a :class:`CheckpointError`, whose message begins with the file's name.
 """
 
 from __future__ import annotations
 
 import ctypes
-import errno
 import json
-import math
 import os
 import re
 import secrets
 import shutil
 import stat
 from collections.abc import Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import torch
 from safetensors import SafetensorError, safe_open
-from torch import Tensor
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 _MOST_BYTES = 64_000_000
 
@@ -99,7 +98,7 @@ def open_tensors(path: Path) -> Any:
         raise CheckpointError(f"{path}: {cause}") from error
 
 
-class TensorFiles(Mapping[str, Tensor]):
+class TensorFiles(Mapping[str, "Tensor"]):
     """The tensors of safetensors files, each read when it is asked for, so that a large model is held once."""
 
     def __init__(self, paths: Iterable[Path]) -> None:
@@ -116,33 +115,45 @@ class TensorFiles(Mapping[str, Tensor]):
         return len(self._where)
 
 
-def is_finite(tensor: Tensor) -> bool:
-    """Whether no element is NaN or infinite; one pass, no copy."""
-    if not tensor.numel():
-        return True
-    low, high = torch.aminmax(tensor)
-    return math.isfinite(low.item()) and math.isfinite(high.item())
+@contextmanager
+def atomic_file(path: Path) -> Iterator[Path]:
+    """The path of a new file in the same folder. It takes its name, and an older one's place, if the block ends without an error.
+
+    Its content is on the disk before its name changes: a name always stands for the old file or the new one, whole.
+    """
+    # Not tempfile: its files are private to the user. A short name: the one that is asked for may be as long as can be.
+    scratch = path.with_name(f".{secrets.token_hex(8)}.tmp")
+    try:
+        yield scratch
+        sync(scratch)
+        os.replace(scratch, path)
+        sync(path.parent)
+    except BaseException as error:
+        with suppress(OSError):
+            scratch.unlink()
+        if isinstance(error, OSError) and error.errno is not None:
+            error.filename, error.filename2 = str(path), None  # the one that was asked for
+        raise
 
 
 @contextmanager
-def new_folder(directory: Path) -> Iterator[Path]:
-    """A new folder beside ``directory`` that takes its name once the block has ended without an error.
+def atomic_folder(path: Path, *, overwrite: bool = False) -> Iterator[Path]:
+    """The path of a new folder beside ``path``. It takes its name if the block ends without an error.
 
-    Everything is on the disk before the name changes. An old folder of that name is swapped out in the same step where
-    the system can do that (Linux), so that whoever is interrupted leaves either the old folder or the new one, whole.
+    Everything is on the disk before the name changes. With ``overwrite``, an old folder is exchanged for the new one in one
+    step where the system can do that (Linux). Raises ``ValueError`` for one that exists without it, and for a file.
     """
-    directory.parent.mkdir(parents=True, exist_ok=True)
-    scratch = directory.with_name(f".{directory.name}.{secrets.token_hex(4)}")
+    if path.exists() and not (overwrite and path.is_dir()):
+        raise ValueError(f"{path}: exists already{' and is not a directory' if overwrite else '; name another one'}")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    scratch = path.with_name(f".{secrets.token_hex(8)}.tmp")
     scratch.mkdir()
     try:
         yield scratch
-        for path in (*scratch.rglob("*"), scratch):
-            sync(path)
-        if directory.exists():
-            _swap(scratch, directory)
-        else:
-            os.rename(scratch, directory)
-        sync(directory.parent)
+        for written in (*scratch.rglob("*"), scratch):
+            sync(written)
+        _exchange(scratch, path) if path.exists() else os.rename(scratch, path)
+        sync(path.parent)
     finally:
         shutil.rmtree(scratch, ignore_errors=True)
 
@@ -156,25 +167,12 @@ def sync(path: Path) -> None:
         os.close(descriptor)
 
 
-def _swap(new: Path, old: Path) -> None:
-    """Exchange the names of two folders: in one step where that exists, in three renames elsewhere."""
-    if _exchange(new, old):
+def _exchange(new: Path, old: Path) -> None:
+    """Swap the names of two folders: by renameat2(RENAME_EXCHANGE) where system and file system have it, else in three steps."""
+    libc, here, exchange = ctypes.CDLL(None), -100, 2  # AT_FDCWD, RENAME_EXCHANGE
+    if hasattr(libc, "renameat2") and not libc.renameat2(here, os.fsencode(new), here, os.fsencode(old), exchange):
         return
-    aside = new.with_name(new.name + ".old")
+    aside = new.with_suffix(".old")
     os.rename(old, aside)
     os.rename(new, old)
     os.rename(aside, new)
-
-
-def _exchange(a: Path, b: Path) -> bool:
-    """Linux's renameat2(RENAME_EXCHANGE). False where the system or the file system has none."""
-    libc = ctypes.CDLL(None, use_errno=True)
-    if not hasattr(libc, "renameat2"):
-        return False
-    here, exchange = -100, 2  # AT_FDCWD, RENAME_EXCHANGE
-    if libc.renameat2(here, os.fsencode(a), here, os.fsencode(b), exchange) == 0:
-        return True
-    code = ctypes.get_errno()
-    if code in (errno.EINVAL, errno.ENOSYS, errno.ENOTSUP):
-        return False
-    raise OSError(code, os.strerror(code), str(b))

@@ -11,7 +11,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from whisper_moe.weights.files import CheckpointError, is_finite, listed
+from whisper_moe.weights.files import CheckpointError, listed
+from whisper_moe.weights.parts import is_finite
 
 _PREFIX = "base_model.model."
 _HARMLESS = frozenset(

@@ -7,6 +7,7 @@ the file can take another place or move to another model. The same holds for ``â
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
@@ -146,3 +147,11 @@ def quantizable(key: str) -> bool:
     Norms, biases, positions, convolutions, routers and fast weights stay as they are: they are small, and sensitive.
     """
     return _INT8.fullmatch(key) is not None
+
+
+def is_finite(tensor: Tensor) -> bool:
+    """Whether no element is NaN or infinite; one pass, no copy."""
+    if not tensor.numel():
+        return True
+    low, high = torch.aminmax(tensor)
+    return math.isfinite(low.item()) and math.isfinite(high.item())

@@ -16,8 +16,8 @@ from pydantic import ValidationError
 from torch import Tensor
 
 from whisper_moe.config import ModelConfig, problems
-from whisper_moe.weights.files import CheckpointError, is_finite, listed
-from whisper_moe.weights.parts import expected_shapes, require_plausible
+from whisper_moe.weights.files import CheckpointError, listed
+from whisper_moe.weights.parts import expected_shapes, is_finite, require_plausible
 
 
 @dataclass(frozen=True)

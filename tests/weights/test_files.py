@@ -1,0 +1,138 @@
+"""Files and folders that appear whole or not at all."""
+
+from __future__ import annotations
+
+import ctypes
+import errno
+import os
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from whisper_moe.weights.files import atomic_file, atomic_folder
+
+CALLS = ("fsync", "rename", "replace", "unlink")
+
+
+def write_file(path: Path, content: str) -> None:
+    with atomic_file(path) as scratch:
+        scratch.write_text(content)
+
+
+def write_folder(path: Path, content: str) -> None:
+    with atomic_folder(path, overwrite=True) as scratch:
+        (scratch / "a").write_text(content)
+        (scratch / "b").mkdir()
+        (scratch / "b/c").write_text(content)
+
+
+def content(path: Path) -> set[str]:
+    """What its files hold, each once."""
+    return {file.read_text() for file in ([path] if path.is_file() else path.rglob("*")) if file.is_file()}
+
+
+def die_at(call: int, act: Callable[[], None]) -> bool:
+    """Do it in a child that dies right before its call number ``call`` to the system. False: it got through."""
+    child = os.fork()
+    if child:
+        return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 9
+    left = iter(range(call))
+
+    def counted(name: str) -> Callable[..., object]:
+        function = getattr(os, name)
+        return lambda *given, **named: os._exit(9) if next(left, None) is None else function(*given, **named)
+
+    for name in CALLS:
+        setattr(os, name, counted(name))
+    act()
+    os._exit(0)
+
+
+@pytest.mark.parametrize("write", [write_file, write_folder])
+@pytest.mark.parametrize("exists", [True, False])
+def test_whoever_is_killed_leaves_the_old_or_the_new(
+    write: Callable[[Path, str], None], exists: bool, tmp_path: Path
+) -> None:
+    found = []
+    for call in range(20):
+        path = tmp_path / str(call) / "x"
+        path.parent.mkdir()
+        if exists:
+            write(path, "old")
+        died = die_at(call, lambda path=path: write(path, "new"))
+        found.append(content(path) if path.exists() else set())
+        if not died:
+            break
+    else:
+        pytest.fail("it never got through")
+    before = {"old"} if exists else set[str]()
+    assert found == [before] * found.index({"new"}) + [{"new"}] * (len(found) - found.index({"new"}))
+    assert before in found and len(found) >= 4
+
+
+@pytest.mark.parametrize("write", [write_file, write_folder])
+def test_everything_is_on_the_disk_before_the_name_changes(
+    write: Callable[[Path, str], None], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    happened: list[int | str] = []
+    monkeypatch.setattr(os, "fsync", lambda descriptor: happened.append(os.fstat(descriptor).st_ino))
+    for name, change in (("rename", os.rename), ("replace", os.replace)):
+        monkeypatch.setattr(os, name, lambda a, b, change=change: (happened.append("named"), change(a, b)))
+    write(tmp_path / "x", "new")
+    before, after = happened[: happened.index("named")], happened[happened.index("named") + 1 :]
+    assert set(before) == {path.stat().st_ino for path in tmp_path.rglob("*")}
+    assert after == [tmp_path.stat().st_ino]
+
+
+@pytest.mark.parametrize("write", [write_file, write_folder])
+def test_an_error_leaves_the_old_and_no_litter(
+    write: Callable[[Path, str], None], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    write(tmp_path / "x", "old")
+
+    def full(*_: object) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(os, "fsync", full)
+    with pytest.raises(OSError, match="No space left"):
+        write(tmp_path / "x", "new")
+    assert content(tmp_path / "x") == {"old"} and [path.name for path in tmp_path.iterdir()] == ["x"]
+
+
+def test_an_error_names_the_file_that_was_asked_for(tmp_path: Path) -> None:
+    with pytest.raises(FileNotFoundError, match="missing/x'"):
+        write_file(tmp_path / "missing/x", "new")
+
+
+def test_new_files_and_folders_have_the_usual_permissions(tmp_path: Path) -> None:
+    write_file(tmp_path / "file", "new")
+    write_folder(tmp_path / "folder", "new")
+    (tmp_path / "usual").touch()
+    (tmp_path / "usual folder").mkdir()
+    for ours, usual in (("file", "usual"), ("folder", "usual folder")):
+        assert (tmp_path / ours).stat().st_mode == (tmp_path / usual).stat().st_mode
+
+
+def test_a_name_may_be_as_long_as_can_be(tmp_path: Path) -> None:
+    write_file(tmp_path / ("x" * 255), "new")
+    write_folder(tmp_path / ("y" * 255), "new")
+
+
+def test_without_an_atomic_exchange_folders_still_change_places(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    write_folder(tmp_path / "x", "old")
+    monkeypatch.setattr(ctypes, "CDLL", lambda _: object())
+    write_folder(tmp_path / "x", "new")
+    assert content(tmp_path / "x") == {"new"} and [path.name for path in tmp_path.iterdir()] == ["x"]
+
+
+def test_what_exists_is_refused_unless_asked(tmp_path: Path) -> None:
+    write_folder(tmp_path / "x", "old")
+    with pytest.raises(ValueError, match="x: exists already; name another"), atomic_folder(tmp_path / "x"):
+        pass
+    write_file(tmp_path / "file", "old")
+    with pytest.raises(ValueError, match="file: exists already and is not a directory"):
+        write_folder(tmp_path / "file", "new")
+    assert content(tmp_path) == {"old"}
