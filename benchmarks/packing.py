@@ -26,7 +26,7 @@ from whisper_moe.data.examples import ExampleConfig, ExampleReader, Pack, pack_e
 from whisper_moe.data.loader import Batch
 from whisper_moe.data.sample import Sample
 from whisper_moe.machine import machine, versions
-from whisper_moe.media.text import Tokenizer
+from whisper_moe.media.tokenizer import Tokenizer
 from whisper_moe.model.model import WhisperMoEModel
 from whisper_moe.train.loop import LoopSettings, StepReport, Trainer
 from whisper_moe.train.losses import SpeechObjective

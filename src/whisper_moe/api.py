@@ -21,7 +21,7 @@ from whisper_moe.generate.result import Transcription
 from whisper_moe.heap import weights_apart
 from whisper_moe.machine import take_threads
 from whisper_moe.media.audio import MediaError, stream_audio
-from whisper_moe.media.text import Tokenizer
+from whisper_moe.media.tokenizer import Tokenizer
 from whisper_moe.media.windows import cut_clips, drop_silence, is_silent, speech_spans, speech_spans_silero
 from whisper_moe.model import fbgemm
 from whisper_moe.model.heads import TextHead

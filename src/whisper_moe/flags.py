@@ -124,7 +124,7 @@ def _require_token(code: str, folder: Path) -> None:
     """To look for the token costs nothing; only where it is not, the tokenizer is read, which says what there is."""
     file, generation = folder / "tokenizer.json", folder / "generation_config.json"
     if file.is_file() and f'"<|{code}|>"'.encode() not in file.read_bytes():
-        from whisper_moe.media.text import Tokenizer
+        from whisper_moe.media.tokenizer import Tokenizer
 
         said = json.loads(generation.read_bytes()) if generation.is_file() else None
         Tokenizer.from_file(file, said).sot_sequence(code)

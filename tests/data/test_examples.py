@@ -28,7 +28,7 @@ from whisper_moe.data.sample import AudioRef, DataError, Sample
 from whisper_moe.media.audio import MediaError
 from whisper_moe.media.languages import NewLanguage
 from whisper_moe.media.mel import log_mel
-from whisper_moe.media.text import Tokenizer
+from whisper_moe.media.tokenizer import Tokenizer
 from whisper_moe.packing import Layout
 from whisper_moe.weights.parts import EMBEDDING
 from whisper_moe.weights.tokens import add_languages, read_tokenizer_json

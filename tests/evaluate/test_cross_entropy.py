@@ -23,7 +23,7 @@ from whisper_moe.evaluate.cross_entropy import cross_entropy
 from whisper_moe.generate.decode import WindowDecoder
 from whisper_moe.media.languages import NewLanguage
 from whisper_moe.media.mel import log_mel
-from whisper_moe.media.text import Tokenizer
+from whisper_moe.media.tokenizer import Tokenizer
 from whisper_moe.model.model import WhisperMoEModel
 from whisper_moe.train.evaluation import Judge
 from whisper_moe.weights.tokens import add_languages, read_tokenizer_json

@@ -25,7 +25,7 @@ from whisper_moe.generate.align import (
     token_probabilities,
 )
 from whisper_moe.generate.result import Segment
-from whisper_moe.media.text import Tokenizer
+from whisper_moe.media.tokenizer import Tokenizer
 
 timing = pytest.importorskip("whisper.timing")
 pytest.importorskip("transformers")

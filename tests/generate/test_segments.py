@@ -28,7 +28,7 @@ from whisper_moe.generate.segments import (
     split_at_timestamps,
     without_inventions,
 )
-from whisper_moe.media.text import Tokenizer
+from whisper_moe.media.tokenizer import Tokenizer
 from whisper_moe.media.windows import Window
 
 MARKS = PREPENDED_PUNCTUATION + APPENDED_PUNCTUATION

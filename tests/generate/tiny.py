@@ -8,7 +8,7 @@ from weights.whispers import GENERATION, VOCABULARY, tokenizer_json
 
 from whisper_moe import WhisperMoE
 from whisper_moe.config import ModelConfig, MoEConfig, TTTConfig
-from whisper_moe.media.text import Tokenizer
+from whisper_moe.media.tokenizer import Tokenizer
 from whisper_moe.model.model import WhisperMoEModel
 
 CONFIG = ModelConfig(

@@ -19,7 +19,7 @@ from whisper_moe.media.languages import (
     language_code,
     stated_languages,
 )
-from whisper_moe.media.text import Tokenizer
+from whisper_moe.media.tokenizer import Tokenizer
 
 KATHBATH = {
     "bengali": "bn", "gujarati": "gu", "hindi": "hi", "kannada": "kn", "malayalam": "ml", "marathi": "mr", "odia": "or",

@@ -14,7 +14,7 @@ from weights.whispers import TINY, tokenizer_json
 
 from whisper_moe.config import ModelConfig
 from whisper_moe.media.languages import LANGUAGES
-from whisper_moe.media.text import Tokenizer
+from whisper_moe.media.tokenizer import Tokenizer
 from whisper_moe.weights.files import CheckpointError
 from whisper_moe.weights.generation import complete_generation, read_tokenizer, stated_language
 

@@ -35,7 +35,7 @@ from whisper_moe.config import ModelConfig
 from whisper_moe.generate.decode import Take
 from whisper_moe.generate.options import TranscribeOptions
 from whisper_moe.media.languages import NewLanguage
-from whisper_moe.media.text import Tokenizer
+from whisper_moe.media.tokenizer import Tokenizer
 from whisper_moe.model.int8 import Int8Embedding, Int8Rows
 from whisper_moe.model.linear import arrange
 from whisper_moe.model.model import WhisperMoEModel

@@ -27,7 +27,7 @@ from whisper_moe.config import (
 from whisper_moe.data.mel_cache import MelCache
 from whisper_moe.data.sample import DataError, Sample
 from whisper_moe.media.audio import MediaError
-from whisper_moe.media.text import UNSPACED_LANGUAGES, Tokenizer, split_timestamps
+from whisper_moe.media.tokenizer import UNSPACED_LANGUAGES, Tokenizer, split_timestamps
 from whisper_moe.packing import Layout, first_fit_decreasing
 
 if TYPE_CHECKING:

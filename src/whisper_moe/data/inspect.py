@@ -26,7 +26,7 @@ from whisper_moe.data.kathbath import LANGUAGES, TRANSCRIPTS
 from whisper_moe.data.planner import LoaderConfig
 from whisper_moe.data.sample import DataError, Sample, Skipped
 from whisper_moe.media.audio import MediaError
-from whisper_moe.media.text import Tokenizer
+from whisper_moe.media.tokenizer import Tokenizer
 from whisper_moe.media.video import load_frames
 
 KINDS = ("corrupt", "missing", "too long")

@@ -23,7 +23,7 @@ from whisper_moe.data.mel_cache import MelCache
 from whisper_moe.data.planner import Draw, LoaderConfig, PlannedBatch, Position, plan
 from whisper_moe.data.sample import DataError, Sample, Skipped
 from whisper_moe.media.audio import MediaError
-from whisper_moe.media.text import Tokenizer
+from whisper_moe.media.tokenizer import Tokenizer
 
 STATE_VERSION = 1
 

@@ -18,7 +18,7 @@ from whisper_moe.data.corpora import FILE, CorpusConfig, Row
 from whisper_moe.data.hub import is_usual_split, spellings_of
 from whisper_moe.data.sample import TASKS, DataError, Skipped
 from whisper_moe.media.languages import language_code
-from whisper_moe.media.text import split_timestamps
+from whisper_moe.media.tokenizer import split_timestamps
 
 COLUMNS = (
     *("path", "text", "start", "end", "duration", "language", "task", "source_text", "target_language"),

@@ -21,7 +21,7 @@ from torch import Tensor
 from whisper_moe.config import FRAMES_PER_SECOND, POSITIONS_PER_SECOND
 from whisper_moe.generate.options import APPENDED_PUNCTUATION, PREPENDED_PUNCTUATION
 from whisper_moe.generate.result import Segment, Word
-from whisper_moe.media.text import Tokenizer
+from whisper_moe.media.tokenizer import Tokenizer
 
 _SENTENCE_ENDS = ".。!！?？"
 _LONGEST_MEDIAN = 0.7

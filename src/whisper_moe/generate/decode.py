@@ -23,7 +23,7 @@ from whisper_moe.generate.search import Hypothesis, search
 from whisper_moe.heap import SPARE, give_back_memory
 from whisper_moe.machine import fitting_threads
 from whisper_moe.media.mel import log_mel
-from whisper_moe.media.text import Tokenizer
+from whisper_moe.media.tokenizer import Tokenizer
 from whisper_moe.model.block import Carry
 from whisper_moe.model.decoder import DecoderState
 from whisper_moe.model.encoder import Encoded

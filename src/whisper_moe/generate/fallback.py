@@ -17,7 +17,7 @@ from whisper_moe.generate.decode import TOKENS_PER_SECOND, Take, WindowDecoder
 from whisper_moe.generate.options import TranscribeOptions
 from whisper_moe.generate.result import compression_ratio
 from whisper_moe.generate.segments import goes_on, too_much
-from whisper_moe.media.text import Tokenizer
+from whisper_moe.media.tokenizer import Tokenizer
 from whisper_moe.model.block import Carry
 
 Batches: TypeAlias = Callable[[Sequence[int], float, float], list[list[int]]]

@@ -15,7 +15,7 @@ from whisper_moe.generate.decode import Take
 from whisper_moe.generate.options import APPENDED_PUNCTUATION, PREPENDED_PUNCTUATION
 from whisper_moe.generate.result import Segment, Word, compression_ratio
 from whisper_moe.generate.search import Hypothesis
-from whisper_moe.media.text import UNSPACED_LANGUAGES, Tokenizer
+from whisper_moe.media.tokenizer import UNSPACED_LANGUAGES, Tokenizer
 from whisper_moe.media.windows import Window, speech_spans
 
 LEAST_ADVANCE = 1.0

@@ -17,7 +17,7 @@ from whisper_moe.data.examples import Example, ExampleReader, pack_examples
 from whisper_moe.data.sample import Sample, Skipped
 from whisper_moe.generate.decode import WindowDecoder
 from whisper_moe.generate.options import TranscribeOptions
-from whisper_moe.media.text import Tokenizer
+from whisper_moe.media.tokenizer import Tokenizer
 from whisper_moe.model.model import WhisperMoEModel
 from whisper_moe.train.losses import IGNORED, cross_entropy, run_packs
 

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from whisper_moe.config import ModelConfig
 from whisper_moe.media.languages import NewLanguage
-from whisper_moe.media.text import Tokenizer, read_backend
+from whisper_moe.media.tokenizer import Tokenizer, read_backend
 from whisper_moe.train.recipe import ModelRecipe, RecipeError
 from whisper_moe.weights.default import load_model
 from whisper_moe.weights.files import atomic_folder, json_bytes, read_bytes, read_json

@@ -26,7 +26,7 @@ from safetensors.torch import save
 from torch import Tensor
 
 from whisper_moe.config import ModelConfig
-from whisper_moe.media.text import read_backend
+from whisper_moe.media.tokenizer import read_backend
 from whisper_moe.model.int8 import LEVELS, Int8Rows
 from whisper_moe.weights.files import (
     CheckpointError,

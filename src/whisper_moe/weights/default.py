@@ -11,7 +11,7 @@ from typing import Any
 from torch import Tensor
 
 from whisper_moe.config import EMBEDDED, ModelConfig, MoEConfig, TTTConfig
-from whisper_moe.media.text import Tokenizer, read_backend
+from whisper_moe.media.tokenizer import Tokenizer, read_backend
 from whisper_moe.model.int8 import Int8Rows
 from whisper_moe.weights.checkpoint import load_checkpoint
 from whisper_moe.weights.files import CheckpointError

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from whisper_moe.config import ModelConfig
-from whisper_moe.media.text import Tokenizer, read_backend
+from whisper_moe.media.tokenizer import Tokenizer, read_backend
 from whisper_moe.weights.files import CheckpointError, read_bytes, regular_size
 from whisper_moe.weights.manifest import GENERATION, TOKENIZER
 

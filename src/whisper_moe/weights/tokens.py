@@ -19,7 +19,7 @@ from torch import Tensor
 
 from whisper_moe.config import ModelConfig
 from whisper_moe.media.languages import NewLanguage
-from whisper_moe.media.text import Tokenizer
+from whisper_moe.media.tokenizer import Tokenizer
 from whisper_moe.weights.files import CheckpointError, listed, read_bytes
 from whisper_moe.weights.generation import of_any_language
 from whisper_moe.weights.manifest import TOKENIZER

@@ -11,8 +11,8 @@ import pytest
 from hypothesis import assume, example, given, settings
 from hypothesis import strategies as st
 
-import whisper_moe.media.text as media_text
-from whisper_moe.media.text import LANGUAGE_CODES, LANGUAGES, Tokenizer, language_code, read_backend
+import whisper_moe.media.tokenizer as tokenizer_module
+from whisper_moe.media.tokenizer import LANGUAGE_CODES, LANGUAGES, Tokenizer, language_code, read_backend
 
 pytest.importorskip("whisper")
 pytest.importorskip("transformers")
@@ -247,8 +247,10 @@ def test_timestamps_are_not_added_behind_somebody_elses_tokens(tmp_path: Path) -
 
 
 def test_the_language_tables_cost_no_heavy_import() -> None:
-    source = str(Path(media_text.__file__).parents[2])
-    command = "import sys, whisper_moe.media.text; print({'torch', 'tokenizers', 'transformers'} & set(sys.modules))"
+    source = str(Path(tokenizer_module.__file__).parents[2])
+    command = (
+        "import sys, whisper_moe.media.tokenizer; print({'torch', 'tokenizers', 'transformers'} & set(sys.modules))"
+    )
     environment = os.environ | {"PYTHONPATH": source}
     output = subprocess.run([sys.executable, "-c", command], env=environment, capture_output=True, check=True)
     assert output.stdout.strip() == b"set()"
