@@ -32,8 +32,8 @@ from whisper_moe.train.loop import LoopSettings, StepReport, Trainer
 from whisper_moe.train.losses import SpeechObjective
 from whisper_moe.train.monitor import Silent
 from whisper_moe.train.optim import Rates, build_optimizer
+from whisper_moe.train.parallel import Parallel
 from whisper_moe.train.recipe import ModelRecipe
-from whisper_moe.train.single import SingleProcess
 from whisper_moe.train.start import Start, from_source
 
 FORMS = ("packed", "padded")
@@ -91,7 +91,7 @@ def trainer(start: Start, batches: Sequence[Sequence[Sample]], form: str, args: 
     settings = LoopSettings(steps=args.steps, factor=lambda step: 1.0)
     return Trainer(
         model, model, SpeechObjective(), Reading(batches, reader, margin, packed=packed),
-        build_optimizer(model, rates, betas=(0.9, 0.98), eps=1e-6), settings, SingleProcess(), Strict(),
+        build_optimizer(model, rates, betas=(0.9, 0.98), eps=1e-6), settings, Parallel(), Strict(),
     )  # fmt: skip
 
 

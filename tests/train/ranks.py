@@ -33,7 +33,7 @@ from whisper_moe.train.layout import ParallelConfig
 from whisper_moe.train.loop import LoopSettings, StepReport, Trainer
 from whisper_moe.train.losses import RouterLosses, SpeechObjective
 from whisper_moe.train.optim import Rates, build_optimizer
-from whisper_moe.train.single import SingleProcess
+from whisper_moe.train.parallel import Parallel
 
 CONFIGS["wide"] = CONFIGS["segment"].model_copy(update={"decoder_heads": 4})
 """All heads can be cut over four ranks."""
@@ -215,7 +215,7 @@ def local_size(tensor: Tensor) -> int:
 
 
 def single(case: Case, steps: int = STEPS) -> dict[str, Any]:
-    return trained(case, SingleProcess(), steps)
+    return trained(case, Parallel(), steps)
 
 
 # Starting
@@ -265,17 +265,14 @@ def run_ranks(job: str, world: int, folder: Path, **extra: str) -> list[Any]:
 
 
 def settings(timeout: int = 600) -> Any:
-    return SimpleNamespace(device="cpu", parallel={"timeout_seconds": timeout})
+    return SimpleNamespace(run=SimpleNamespace(device="cpu"), parallel=ParallelConfig(timeout_seconds=timeout))
 
 
 def within(case: Case) -> Any:
     """The case's layout in the process group that there is."""
-    import torch.distributed as dist
-
     from whisper_moe.train.parallel import Processes
 
-    config = ParallelConfig.of(case.parallel)
-    return Processes(config, config.ranks(dist.get_world_size()), torch.device("cpu"))
+    return Processes(ParallelConfig(**case.parallel), torch.device("cpu"))
 
 
 def layouts(folder: Path, parallel: Any) -> dict[str, Any]:

@@ -27,8 +27,8 @@ from whisper_moe.train.loop import LoopSettings, Trainer
 from whisper_moe.train.losses import Totals, run_packs
 from whisper_moe.train.monitor import Silent
 from whisper_moe.train.optim import Rates, build_optimizer, freeze
+from whisper_moe.train.parallel import Parallel
 from whisper_moe.train.recipe import load_recipe
-from whisper_moe.train.single import SingleProcess
 from whisper_moe.train.teacher import MODES, Teacher, teacher_digest, teacher_of
 from whisper_moe.weights.upcycle import add_parts
 
@@ -240,7 +240,7 @@ def test_the_divergence() -> None:
 
 
 def test_padded_to_the_window_there_is_nothing_to_learn(samples: list[Sample], teacher: Teacher) -> None:
-    model, process = adapted(), SingleProcess("cpu")
+    model, process = adapted(), Parallel("cpu")
     for margin, least, most in ((30.0, 0.0, 1e-4), (0.0, 1e-3, math.inf)):
         lessons = lessons_of(samples, teacher, margins=(margin, margin))
         objective = ContextObjective(lessons=lessons, head=model.decoder.head)
@@ -259,7 +259,7 @@ def test_it_learns_and_only_the_adapting_part_moves(samples: list[Sample], teach
     )
     trainer = Trainer(
         model, model, objective, lessons, optimizer, LoopSettings(steps=12, factor=lambda step: 1.0),
-        SingleProcess("cpu"), Silent(),
+        Parallel("cpu"), Silent(),
     )  # fmt: skip
     losses = [trainer.step().loss for _ in range(12)]
     assert min(losses[-3:]) < 0.7 * losses[0], losses

@@ -23,10 +23,10 @@ from whisper_moe.data.corpora import CorpusConfig
 from whisper_moe.data.sample import DataError, Skipped
 from whisper_moe.train import build
 from whisper_moe.train.evaluation import Judge
+from whisper_moe.train.parallel import Parallel
 from whisper_moe.train.recipe import Recipe, RecipeError, apply, recipe_of
 from whisper_moe.train.record import RECORD, check_same
 from whisper_moe.train.run import run
-from whisper_moe.train.single import SingleProcess
 from whisper_moe.train.start import Start
 
 Tree = dict[str, Any]
@@ -156,7 +156,7 @@ def test_missing_recordings_of_an_evaluation_are_refused(material: Path, tmp_pat
 
 def test_missing_clips_of_context_adaptation_are_left_out_by_name(material: Path) -> None:
     left_out: list[Skipped] = []
-    samples = list(build._samples(recipe_with(material, data="holed"), SingleProcess(), left_out))
+    samples = list(build._samples(recipe_with(material, data="holed"), Parallel(), left_out))
     assert len(samples) == 11
     assert [str(each) for each in left_out] == ["holed/train/3.wav: no such file"]
     assert left_out[0].kind == "missing" and left_out[0].place.endswith("transcripts.tsv, row 5")
@@ -164,7 +164,7 @@ def test_missing_clips_of_context_adaptation_are_left_out_by_name(material: Path
 
 def test_nothing_is_missing_where_a_limit_is_reached(material: Path) -> None:
     configs = [CorpusConfig.model_validate(table(material / "holed", limit=limit)) for limit in (5, 12)]
-    assert [len(corpus.left_out) for corpus in build._opened(configs, SingleProcess())] == [0, 1]
+    assert [len(corpus.left_out) for corpus in build._opened(configs, Parallel())] == [0, 1]
 
 
 # Models and devices.
@@ -176,7 +176,7 @@ def test_full_windows_that_the_loaded_model_leaves_alone_teach_nothing(material:
     adapt = AdaptConfig(encoder_layers=(0, 1), adapter_dim=8, full_windows=False)
     start = Start(config=spoken.config.model_copy(update={"adapt": adapt}), state={}, generation={}, tokenizer_json=b"")
     with pytest.raises(RecipeError, match="full windows teach nothing"):
-        build._context(recipe, start, spoken.model, SingleProcess(), tmp_path, lambda skipped: None)
+        build._context(recipe, start, spoken.model, Parallel(), tmp_path, lambda skipped: None)
 
 
 def test_a_group_that_is_nobodys_is_told(material: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:

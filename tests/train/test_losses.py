@@ -21,7 +21,7 @@ from whisper_moe.train.losses import (
     router_terms,
     z_loss,
 )
-from whisper_moe.train.single import SingleProcess
+from whisper_moe.train.parallel import Parallel
 
 
 def routed(experts: list[list[int]], logits: torch.Tensor) -> Routing:
@@ -155,7 +155,7 @@ def test_biases_even_out_what_is_chosen_too_often() -> None:
 def test_a_process_without_a_pack_takes_part_and_changes_nothing(name: str) -> None:
     model = tiny_model(name, torch.float32).train()
     objective = SpeechObjective(routing=RouterLosses(balance=1.0, z=1.0))
-    terms = objective(model, [], Totals(10, 3), SingleProcess())
+    terms = objective(model, [], Totals(10, 3), Parallel())
     terms.loss.backward()
     assert terms.loss == 0 and terms.counts.sum() == 0
     gradients = [p.grad for p in model.parameters() if p.grad is not None]
@@ -169,7 +169,7 @@ def test_a_pass_reports_every_router(name: str, choices: int) -> None:
     objective = SpeechObjective()
     totals = objective.totals([pack])
     assert totals == Totals(5 + 7 - 4, 2)
-    terms = objective(model, [pack], totals, SingleProcess())
+    terms = objective(model, [pack], totals, Parallel())
     assert len(terms.counts) == choices
     if name == "token":
         assert terms.counts.sum(1).tolist() == [2 * 51.0] * 3 + [2 * 12.0] * 2

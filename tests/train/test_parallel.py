@@ -14,7 +14,7 @@ import torch
 from train import ranks
 
 from whisper_moe.train import checkpoint
-from whisper_moe.train.layout import ParallelConfig, Ranks
+from whisper_moe.train.layout import ParallelConfig
 from whisper_moe.train.model_parallel import cut, spread_experts
 from whisper_moe.train.parallel import device_of
 
@@ -150,7 +150,7 @@ def test_one_process_goes_on_where_two_stopped(
 ) -> None:
     case, turn = ranks.Case("alone", "segment", {}), ranks.TURN
     losses = quick[0]["stopping"][layout]
-    losses = losses + ranks.go_on(case, ranks.SingleProcess(), turn, str(folder / layout), None)["losses"]
+    losses = losses + ranks.go_on(case, ranks.Parallel(), turn, str(folder / layout), None)["losses"]
     assert losses == pytest.approx(single_run["losses"][: 2 * turn], rel=TOLERANCE)
     (made,) = (folder / layout / checkpoint.FOLDER).iterdir()
     commit, *shards, state = sorted(path.name for path in made.iterdir())
@@ -176,7 +176,7 @@ def test_a_run_goes_on_in_two_then_one_then_four_processes(
     folders, turn = [str(tmp_path / name) for name in ("two", "one")], ranks.TURN
     losses = going_on(2, tmp_path, 0, None, folders[0], **two)
     case = ranks.Case("alone", "segment", {})
-    losses += ranks.go_on(case, ranks.SingleProcess(), turn, folders[0], folders[1])["losses"]
+    losses += ranks.go_on(case, ranks.Parallel(), turn, folders[0], folders[1])["losses"]
     losses += going_on(4, tmp_path, 2 * turn, folders[1], None, **four)
     assert losses == pytest.approx(single_run["losses"], rel=TOLERANCE)
 
@@ -225,9 +225,9 @@ def test_a_rank_that_never_comes_is_not_waited_for(tmp_path: Path) -> None:
 
 
 def test_ranks_are_dealt_out() -> None:
-    assert ParallelConfig(data="fsdp2", experts=4).ranks(8) == Ranks(replicas=2, experts=4, tensor=1)
-    assert ParallelConfig(data="ddp", tensor=2).ranks(8).data == 4
-    assert ParallelConfig().ranks(1) == Ranks(1, 1, 1)
+    assert ParallelConfig(data="fsdp2", experts=4).replicas(8) == 2
+    assert ParallelConfig(data="ddp", tensor=2).replicas(8) == 4
+    assert ParallelConfig().replicas(1) == 1
 
 
 @pytest.mark.parametrize(
@@ -239,15 +239,11 @@ def test_ranks_are_dealt_out() -> None:
         ({"data": "none", "experts": 2}, 2, "needs data ddp or fsdp2"),
         ({"experts": 2, "tensor": 2}, 4, "cannot both be above 1"),
         ({"gathered": "bfloat16"}, 2, "is for data fsdp2"),
-        ({"data": "fsdp"}, 2, "parallel.data: "),
-        ({"expert": 2}, 2, "parallel.expert: "),
-        ({"tensor": 0}, 2, "parallel.tensor: "),
-        ({"experts": "2"}, 2, "parallel.experts: "),
     ],
 )
 def test_a_layout_that_cannot_be_is_refused(values: dict[str, Any], world: int, message: str) -> None:
     with pytest.raises(ValueError, match=re.escape(message)):
-        ParallelConfig.of(values).ranks(world)
+        ParallelConfig(**values).replicas(world)
 
 
 @pytest.mark.parametrize(
@@ -273,8 +269,10 @@ def test_a_process_without_a_gpu_is_told_so(monkeypatch: pytest.MonkeyPatch) -> 
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
     monkeypatch.setenv("LOCAL_RANK", "2")
-    with pytest.raises(ValueError, match="process 2 of this machine has no GPU of its own: there are 2"):
-        device_of("auto")
+    with pytest.raises(ValueError, match=r"run\.device is cuda:2, and PyTorch .* sees no such device here, of 2"):
+        device_of("auto", world=4)
     with pytest.raises(ValueError, match=r"run\.device is 'cuda:1'; many processes take"):
-        device_of("cuda:1")
-    assert device_of("cpu") == torch.device("cpu")
+        device_of("cuda:1", world=4)
+    with pytest.raises(ValueError, match=r"run\.device is 'gpu'; it is auto"):
+        device_of("gpu")
+    assert device_of("cpu", world=4) == torch.device("cpu")

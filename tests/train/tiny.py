@@ -21,7 +21,7 @@ from whisper_moe.model.model import WhisperMoEModel
 from whisper_moe.train.loop import LoopSettings, StepReport, Trainer
 from whisper_moe.train.losses import RouterLosses, SpeechObjective
 from whisper_moe.train.optim import Rates, build_optimizer
-from whisper_moe.train.single import SingleProcess
+from whisper_moe.train.parallel import Parallel
 
 LETTERS = "abcdefgh"
 RATES = Rates(rest=1e-3, weight_decay=0.01, ttt=1e-2, router=1e-3, new_tokens=1e-3)
@@ -158,7 +158,7 @@ def tiny_trainer(
     options = {"steps": 10, "factor": lambda step: 1.0, "clip": math.inf} | settings
     return Trainer(
         model, model, SpeechObjective(routing=routing), Fixed(batches, double),
-        build_optimizer(model, RATES, betas=(0.9, 0.98), eps=1e-6), LoopSettings(**options), SingleProcess(), Notes(),
+        build_optimizer(model, RATES, betas=(0.9, 0.98), eps=1e-6), LoopSettings(**options), Parallel(), Notes(),
         evaluate=evaluate, save=save, note=note, stop_requested=stop,
     )  # fmt: skip
 

@@ -30,7 +30,7 @@ from whisper_moe.media.mel import log_mel
 from whisper_moe.model.model import Output
 from whisper_moe.packing import first_fit_decreasing
 from whisper_moe.train.losses import Terms, Totals, run_packs
-from whisper_moe.train.single import Parallel
+from whisper_moe.train.parallel import Parallel
 from whisper_moe.train.teacher import MODES, Lesson, Mode, Teacher
 
 

@@ -28,9 +28,9 @@ from whisper_moe.train.loop import LoopSettings, Objective, Observer, Precision,
 from whisper_moe.train.losses import RouterLosses, SpeechObjective
 from whisper_moe.train.monitor import SKIPPED, Silent
 from whisper_moe.train.optim import Rates, build_optimizer, freeze, schedule_factor, unmatched
+from whisper_moe.train.parallel import Parallel
 from whisper_moe.train.recipe import NOTHING_TO_TEACH, Recipe, RecipeError
 from whisper_moe.train.recipe import Precision as WantedPrecision
-from whisper_moe.train.single import Parallel
 from whisper_moe.train.start import Start
 from whisper_moe.train.teacher import teacher_of
 from whisper_moe.weights.parts import empty_model

@@ -5,11 +5,9 @@ Ranks are numbered replica first, then expert, then tensor: neighbours, which sh
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import dataclass
 from typing import Literal, Self
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 
 class ParallelConfig(BaseModel):
@@ -46,48 +44,19 @@ class ParallelConfig(BaseModel):
             raise ValueError(f"gathered ({self.gathered}) is for data fsdp2; with data {self.data} nothing is gathered")
         return self
 
-    @classmethod
-    def of(cls, values: Mapping[str, object]) -> ParallelConfig:
-        """From a recipe's plain values. Raises ``ValueError`` that names each key at fault and the cause."""
-        try:
-            return cls.model_validate(dict(values))
-        except ValidationError as error:
-            causes = [
-                f"{'.'.join(('parallel', *map(str, e['loc'])))}: {e['msg'].removeprefix('Value error, ')}"
-                for e in error.errors()
-            ]
-            raise ValueError("; ".join(causes)) from None
+    def replicas(self, world_size: int) -> int:
+        """Copies of the routed experts in a run of so many ranks: what is left when ``experts`` and ``tensor`` have theirs.
 
-    def ranks(self, world_size: int) -> Ranks:
-        """Deal ``world_size`` ranks out. Raises ``ValueError`` for a number that this layout cannot use."""
-        shared = self.experts * self.tensor
-        if world_size % shared:
-            name = "experts" if self.experts > 1 else "tensor"
+        Raises ``ValueError`` for a number that this layout cannot use.
+        """
+        name = "experts" if self.experts > 1 else "tensor"
+        replicas, rest = divmod(world_size, shared := self.experts * self.tensor)
+        if rest:
             raise ValueError(
                 f"parallel.{name} is {shared}, which does not divide the {world_size} processes of the run"
             )
-        replicas = world_size // shared
         if self.data == "none" and replicas > 1:
             raise ValueError(
                 f"parallel.data is none, so all {world_size} processes must be tensor ranks; parallel.tensor is {self.tensor}"
             )
-        return Ranks(replicas, self.experts, self.tensor)
-
-
-@dataclass(frozen=True)
-class Ranks:
-    """How many ranks there are in each direction; the product is the world's size."""
-
-    replicas: int
-    """Copies of the routed experts."""
-    experts: int
-    tensor: int
-
-    @property
-    def data(self) -> int:
-        """Shares of the data."""
-        return self.replicas * self.experts
-
-    @property
-    def world(self) -> int:
-        return self.data * self.tensor
+        return replicas

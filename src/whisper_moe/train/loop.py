@@ -25,7 +25,7 @@ from whisper_moe.heap import give_back_memory
 from whisper_moe.model.model import WhisperMoEModel
 from whisper_moe.train.losses import Terms, Totals, balance_biases
 from whisper_moe.train.optim import LossScale, set_rates
-from whisper_moe.train.single import Parallel
+from whisper_moe.train.parallel import Parallel
 from whisper_moe.train.state import join, load_optimizer_state, optimizer_state, random_state, set_random_state, split
 
 Precision = Literal["float32", "bfloat16", "float16"]

@@ -25,7 +25,7 @@ from whisper_moe.data.examples import IGNORED, Pack
 from whisper_moe.model.model import Output, WhisperMoEModel
 from whisper_moe.model.router import NONE, Router, Routing
 from whisper_moe.packing import Layout
-from whisper_moe.train.single import Parallel
+from whisper_moe.train.parallel import Parallel
 
 
 @dataclass(frozen=True)

@@ -1,6 +1,6 @@
-"""A training run in many processes, on PyTorch's own engine: torchrun, DeviceMesh, DDP, ``fully_shard``, DTensor.
+"""How a run's processes share its work: one alone, or many on PyTorch's own engine (torchrun, DDP, ``fully_shard``, DTensor).
 
-:class:`Processes` answers the training loop (:class:`whisper_moe.train.single.Parallel`); the model knows nothing of it.
+The training loop asks :class:`Parallel`; the model knows nothing of it.
 
 - Data parallel: DDP, where all ranks hold everything, or FSDP2, where each holds a share of it (ZeRO, arXiv 1910.02054).
 - Model parallel: experts dealt out to ranks, or attention and feed-forwards cut over them; see
@@ -11,13 +11,14 @@ Nothing that torch.distributed sends is authenticated or encrypted: it is for pr
 
 from __future__ import annotations
 
+import logging
 import os
 import socket
 import sys
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from datetime import timedelta
-from typing import Protocol
+from typing import TypeVar
 
 import torch
 import torch.distributed as dist
@@ -32,50 +33,113 @@ from whisper_moe.model.model import WhisperMoEModel
 from whisper_moe.model.router import Router
 from whisper_moe.model.ttt import TTTMLP, ExpertTTT
 from whisper_moe.train.gradients import Rest, Use, clip_gradients
-from whisper_moe.train.layout import ParallelConfig, Ranks
+from whisper_moe.train.layout import ParallelConfig
 from whisper_moe.train.model_parallel import ExpertsOverRanks, cut, spread_experts
-from whisper_moe.train.recipe import RecipeError
-from whisper_moe.train.single import Said
+from whisper_moe.train.recipe import Recipe, RecipeError
+
+logger = logging.getLogger(__name__)
+Said = TypeVar("Said")
 
 
 class LostPeerError(ConnectionError):
     """Another process of the run ended, or did not answer in time."""
 
 
-class RunSettings(Protocol):
-    """What :func:`processes` reads of a recipe."""
+class Parallel:
+    """One process on one device; :class:`Processes` answers for many. Ranks that share one model read the same data."""
 
-    @property
-    def device(self) -> str: ...
-    @property
-    def parallel(self) -> dict[str, int | str | bool]: ...
+    rank = 0
+    """Of all processes; 0 writes files and speaks."""
+    world_size = 1
+    data_rank = 0
+    """Which share of the data this process reads, of ``data_size``."""
+    data_size = 1
+
+    def __init__(self, device: torch.device | str = "cpu") -> None:
+        self.device = torch.device(device)
+
+    def wrap(self, model: WhisperMoEModel) -> nn.Module:
+        """What is called for the forward pass; before the optimizer is made, since parameters may become DTensors.
+
+        ``model`` itself stays the owner of the names. Gradients become the mean over ``data_size``.
+        """
+        return model
+
+    def accumulating(self, model: nn.Module) -> AbstractContextManager[None]:
+        """Around the passes of a step before its last: gradients are added up, and exchanged in the last."""
+        return nullcontext()
+
+    def clip(self, parameters: Iterable[nn.Parameter], max_norm: float) -> Tensor:
+        """The norm of all gradients of the whole model, a plain scalar; above ``max_norm`` they are scaled down to it.
+
+        ``max_norm`` may be infinite: then the norm is only measured.
+        """
+        return nn.utils.clip_grad_norm_(list(parameters), max_norm)
+
+    def full(self, tensor: Tensor) -> Tensor:
+        """The whole of a parameter or of an optimizer's tensor, on the CPU. Every process calls it, in the same order."""
+        return tensor.detach().cpu()
+
+    def share(self, full: Tensor, like: Tensor) -> Tensor:
+        """This process's part of ``full``, laid out as ``like`` is, on its device and of its type."""
+        return full.to(like.device, like.dtype)
+
+    def whole(self, model: WhisperMoEModel) -> AbstractContextManager[WhisperMoEModel | None]:
+        """A model with whole parameters on rank 0, to decode with; None on other ranks. Every process enters it."""
+        return nullcontext(model)
+
+    def sum(self, values: Tensor) -> Tensor:
+        """Sum over the shares of the data; for counts and losses, no gradient flows through it."""
+        return values.detach()
+
+    def any(self, flag: bool) -> bool:
+        """Whether any process says so: all then do the same."""
+        return flag
+
+    def gather(self, names: Sequence[Said]) -> list[Said]:
+        """What each share of the data gives, one after another."""
+        return list(names)
+
+    def broadcast(self, text: str) -> str:
+        """What rank 0 says."""
+        return text
+
+    def barrier(self) -> None:
+        """All processes wait for each other."""
 
 
 @contextmanager
-def processes(settings: RunSettings) -> Iterator[Processes]:
-    """The processes that torchrun started, for the block.
+def processes(recipe: Recipe) -> Iterator[Parallel]:
+    """One process, or those that torchrun started, for the block.
 
     An error in the block is told with rank and machine, so that the one which began it can be found among those which
-    follow from it; the others are not waited for. Raises ``ValueError`` for a layout that these processes cannot have, and
-    :class:`LostPeerError` if another one ended.
+    follow from it; the others are not waited for. Raises :class:`RecipeError` for a layout that these processes cannot have,
+    and :class:`LostPeerError` if another one ended.
     """
-    world, rank = int(os.environ["WORLD_SIZE"]), int(os.environ["RANK"])
+    world, rank, config = int(os.environ.get("WORLD_SIZE", "1")), int(os.environ.get("RANK", "0")), recipe.parallel
     try:
-        config = ParallelConfig.of(settings.parallel)
-        ranks, device = config.ranks(world), device_of(settings.device)
-        if config.backend == "nccl" and device.type == "cpu":
-            raise ValueError("parallel.backend is nccl, which needs a GPU in every process; on a CPU it is gloo")
+        config.replicas(world)
     except ValueError as error:
-        raise RecipeError(str(error)) from None
+        raise RecipeError(f"{error}; torchrun starts several" if world == 1 else str(error)) from None
+    device = device_of(recipe.run.device, world)
+    if world == 1:
+        yield Parallel(device)
+        return
+    if config.backend == "nccl" and device.type == "cpu":
+        raise RecipeError("parallel.backend is nccl, which needs a GPU in every process; on a CPU it is gloo")
     backend = {"cuda": "cpu:gloo,cuda:nccl", "cpu": "gloo"}[device.type] if config.backend == "auto" else config.backend
+    if rank:
+        logging.getLogger("whisper_moe").setLevel(logging.ERROR)
     try:
         _meet(backend, timedelta(seconds=config.timeout_seconds))
-        yield Processes(config, ranks, device)
+        yield Processes(config, device)
     except BaseException as error:
         lost = _lost_peer(error)
-        _tell(rank, world, lost or error)
+        said = " ".join(str(lost or error).split()) or "no message"
+        place = f"rank {rank} of {world} ({socket.gethostname()}, process {os.getpid()})"
+        logger.error("%s: %s: %s", place, type(lost or error).__name__, said)
         if lost:
-            raise LostPeerError(str(lost)) from error
+            raise lost from error
         raise
     finally:
         if dist.is_initialized():
@@ -100,17 +164,26 @@ def _meet(backend: str, timeout: timedelta) -> None:
     dist.init_process_group(backend, store=own, rank=rank, world_size=world, timeout=timeout)
 
 
-def device_of(wanted: str) -> torch.device:
-    """Each process of a machine has a GPU of its own, by ``LOCAL_RANK``; or the CPU."""
-    if wanted == "cpu" or (wanted == "auto" and not torch.cuda.is_available()):
-        return torch.device("cpu")
-    if wanted not in ("auto", "cuda"):
-        raise ValueError(f"run.device is {wanted!r}; many processes take auto, cuda (a GPU for each) or cpu")
-    place, count = int(os.environ.get("LOCAL_RANK", "0")), torch.cuda.device_count()
-    if place >= count:
-        raise ValueError(f"process {place} of this machine has no GPU of its own: there are {count}")
-    torch.cuda.set_device(place)
-    return torch.device("cuda", place)
+def device_of(wanted: str, world: int = 1) -> torch.device:
+    """Of many processes on a machine each has a GPU of its own, by ``LOCAL_RANK``. Raises :class:`RecipeError`."""
+    if wanted == "auto":
+        wanted = "cuda" if torch.cuda.is_available() else "cpu"
+    if world > 1 and wanted not in ("cuda", "cpu"):
+        raise RecipeError(f"run.device is {wanted!r}; many processes take auto, cuda (a GPU for each) or cpu")
+    try:
+        device = torch.device(wanted)
+    except RuntimeError:
+        raise RecipeError(f"run.device is {wanted!r}; it is auto, cpu, cuda or cuda:1") from None
+    if world > 1 and wanted == "cuda":
+        device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
+    counts = {"cpu": 1, "cuda": torch.cuda.device_count(), "mps": int(torch.backends.mps.is_available())}
+    if (device.index or 0) >= (count := counts.get(device.type, 0)):
+        raise RecipeError(
+            f"run.device is {device}, and PyTorch {torch.__version__} sees no such device here, of {count} of its kind"
+        )
+    if world > 1 and device.type == "cuda":
+        torch.cuda.set_device(device)
+    return device
 
 
 def _lost_peer(error: BaseException) -> LostPeerError | None:
@@ -125,12 +198,6 @@ def _lost_peer(error: BaseException) -> LostPeerError | None:
     )
 
 
-def _tell(rank: int, world: int, error: BaseException) -> None:
-    said = " ".join(str(error).split()) or "no message"
-    line = f"rank {rank} of {world} ({socket.gethostname()}, process {os.getpid()}): {type(error).__name__}: {said}"
-    print(line, file=sys.stderr, flush=True)
-
-
 def _leave(*, failed: bool) -> None:
     """After an error, peers may sit in a collective that will never end: nothing is waited for."""
     if failed and dist.get_backend() != "gloo":
@@ -141,22 +208,21 @@ def _leave(*, failed: bool) -> None:
         dist.destroy_process_group()
 
 
-class Processes:
-    """This process among those of a run: what :class:`whisper_moe.train.single.Parallel` asks for."""
+class Processes(Parallel):
+    """This process among those of a run."""
 
-    def __init__(self, config: ParallelConfig, ranks: Ranks, device: torch.device) -> None:
+    def __init__(self, config: ParallelConfig, device: torch.device) -> None:
         """The process group exists; every rank of it comes here."""
-        assert ranks.world == dist.get_world_size(), (ranks, dist.get_world_size())
-        self.config, self.ranks, self.device = config, ranks, device
-        self.rank, self.world_size, self.data_size = dist.get_rank(), ranks.world, ranks.data
-        shape = (ranks.replicas, ranks.experts, ranks.tensor)
+        super().__init__(device)
+        self.config, self.rank, self.world_size = config, dist.get_rank(), dist.get_world_size()
+        self._replicas = config.replicas(self.world_size)
+        self.data_size = self._replicas * config.experts
+        shape = (self._replicas, config.experts, config.tensor)
         self.mesh = init_device_mesh(device.type, shape, mesh_dim_names=("replicas", "experts", "tensor"))
         self._data: DeviceMesh = self.mesh["replicas", "experts"]._flatten("data")
         self.data_rank = self._data.get_local_rank()
         self._rest: Rest | None = None
         self._use: Use | None = None
-
-    # The model
 
     def wrap(self, model: WhisperMoEModel) -> nn.Module:
         """Parallelise ``model`` in place; returns what is to be called. All ranks get rank 0's weights.
@@ -165,9 +231,9 @@ class Processes:
         """
         for tensor in (*model.parameters(), *model.buffers()):
             dist.broadcast(tensor.detach(), src=0)
-        if self.ranks.tensor > 1:
+        if self.config.tensor > 1:
             cut(model, self.mesh["tensor"])
-        if self.ranks.experts > 1:
+        if self.config.experts > 1:
             spread_experts(model, self.mesh["experts"])
         if self.config.data == "fsdp2":
             network, managed = self._sharded(model)
@@ -244,19 +310,15 @@ class Processes:
         if not isinstance(parameter, DTensor):
             return 0
         dealt = parameter.device_mesh.mesh_dim_names == ("experts",)
-        ranks = self.ranks.replicas if dealt else self.data_size
+        ranks = self._replicas if dealt else self.data_size
         if ranks == 1:
             return None
         taken = {getattr(placement, "dim", None) for placement in parameter.placements}
         free = [d for d in range(parameter.ndim) if d not in taken and (d == 0 or parameter.shape[d] % ranks == 0)]
         return free[0] if free else None
 
-    def accumulating(self, model: nn.Module) -> AbstractContextManager[None]:
-        """Around passes before a step's last: gradients are added up on each rank, and exchanged in the last."""
-        return self._accumulating(model)
-
     @contextmanager
-    def _accumulating(self, model: nn.Module) -> Iterator[None]:
+    def accumulating(self, model: nn.Module) -> Iterator[None]:
         assert self._rest is not None, "wrap the model first"
         self._rest.exchanging = False
         if isinstance(model, FSDPModule):
@@ -270,24 +332,17 @@ class Processes:
                 model.set_requires_gradient_sync(True)
 
     def clip(self, parameters: Iterable[nn.Parameter], max_norm: float) -> Tensor:
-        """The norm of the whole model's gradients, each element counted once, however many ranks hold it.
-
-        Scales them down to ``max_norm`` where it is greater, as ``torch.nn.utils.clip_grad_norm_`` does on one device. To
-        be called once a step, before the update: what no rank used loses its gradient of zeros here.
-        """
+        """Each element counts once, however many ranks hold it; what no rank used loses its gradient of zeros here."""
         if self._use is not None:
             self._use.forget_unused()
         return clip_gradients(parameters, max_norm, self.device)
 
-    # Tensors, whole and in parts
-
     def full(self, tensor: Tensor) -> Tensor:
-        """The whole of a tensor, on the CPU; every rank calls it, in the same order."""
         tensor = tensor.detach()
         return (tensor.full_tensor() if isinstance(tensor, DTensor) else tensor).cpu()
 
     def share(self, full: Tensor, like: Tensor) -> Tensor:
-        """This rank's part of ``full``, as ``like`` is laid out. Every rank has ``full``: nothing is sent."""
+        """Every rank has ``full``: nothing is sent."""
         full = full.to(like.device, like.dtype)
         if not isinstance(like, DTensor):
             return full
@@ -295,7 +350,6 @@ class Processes:
 
     @contextmanager
     def whole(self, model: WhisperMoEModel) -> Iterator[WhisperMoEModel | None]:
-        """A model with whole parameters on rank 0, to decode with; None on other ranks. Every rank enters it."""
         from whisper_moe.weights.parts import empty_model
 
         if not any(isinstance(parameter, DTensor) for parameter in model.parameters()):
@@ -313,32 +367,25 @@ class Processes:
         copy.load_state_dict(state, assign=True)
         yield copy.train(model.training)
 
-    # Words between ranks
-
     def sum(self, values: Tensor) -> Tensor:
-        """Sum over the shares of the data."""
         total = values.detach().clone()
         dist.all_reduce(total, group=self._data.get_group())
         return total
 
     def any(self, flag: bool) -> bool:
-        """Whether any rank says so."""
         said = torch.tensor(int(flag), device=self.device)
         dist.all_reduce(said, op=dist.ReduceOp.MAX)
         return bool(said)
 
     def gather(self, names: Sequence[Said]) -> list[Said]:
-        """What each share of the data gives, one after another."""
         said: list[list[Said]] = [[] for _ in range(self.data_size)]
         dist.all_gather_object(said, list(names), group=self._data.get_group())
         return [name for part in said for name in part]
 
     def broadcast(self, text: str) -> str:
-        """What rank 0 says."""
         said = [text]
         dist.broadcast_object_list(said, src=0)
         return said[0]
 
     def barrier(self) -> None:
-        """All ranks wait for each other."""
         dist.barrier()

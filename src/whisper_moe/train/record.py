@@ -18,7 +18,7 @@ from whisper_moe.train.recipe import Recipe, RecipeError, apply, load_recipe, re
 
 if TYPE_CHECKING:
     from whisper_moe.train.loop import Trainer
-    from whisper_moe.train.single import Parallel
+    from whisper_moe.train.parallel import Parallel
 
 RECORD = "run.json"
 _PACKAGES = ("whisper-moe", "torch", "numpy", "datasets", "tokenizers", "safetensors", "av", "pydantic")

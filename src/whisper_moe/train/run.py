@@ -30,7 +30,7 @@ from whisper_moe.train.record import RECORD, asked, check_same, finish_record, w
 if TYPE_CHECKING:
     from whisper_moe.train.loop import Trainer
     from whisper_moe.train.monitor import Monitor
-    from whisper_moe.train.single import Parallel
+    from whisper_moe.train.parallel import Parallel
     from whisper_moe.train.start import Start
 
 MODEL, LOCK = "model", "trainer.lock"
@@ -54,12 +54,16 @@ def run(recipe: Recipe, directory: Path, *, resume: bool = False) -> int:
     A directory that has a run is only used with ``resume``; one that has none is begun in any case, so that a restarted
     job can always say ``resume``.
     """
+    from whisper_moe.train.parallel import processes
+
     begun = (directory / RECORD).exists()
     if not resume and (begun or (directory / "checkpoints").exists()):
         raise RecipeError(f"{directory}: has a run already; --resume goes on with it, -o names another directory")
     if directory.exists() and not directory.is_dir():
         raise RecipeError(f"{directory}: is a file; a run needs a directory")
-    with _processes(recipe) as parallel, run_lock(directory) if parallel.rank == 0 else nullcontext():
+    if recipe.run.checkpoint == "sharded" and int(os.environ.get("WORLD_SIZE", "1")) == 1:
+        raise RecipeError("run.checkpoint is sharded, which is for several processes; for one it is whole")
+    with processes(recipe) as parallel, run_lock(directory) if parallel.rank == 0 else nullcontext():
         parallel.barrier()
         if begun:
             check_same(recipe, directory)
@@ -130,50 +134,6 @@ def run_lock(directory: Path) -> Iterator[None]:
 
 
 # What a run is made of
-
-
-@dataclass(frozen=True)
-class _Settings:
-    """What :func:`whisper_moe.train.parallel.processes` reads."""
-
-    device: str
-    parallel: dict[str, int | str | bool]
-
-
-@contextmanager
-def _processes(recipe: Recipe) -> Iterator[Parallel]:
-    """One process, or those that torchrun started."""
-    from whisper_moe.train.single import SingleProcess
-
-    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
-        from whisper_moe.train.parallel import processes
-
-        with processes(_Settings(recipe.run.device, recipe.parallel.model_dump())) as parallel:
-            yield parallel
-        return
-    try:
-        recipe.parallel.ranks(1)
-    except ValueError as error:
-        raise RecipeError(f"{error}; torchrun starts several") from None
-    if recipe.run.checkpoint == "sharded":
-        raise RecipeError("run.checkpoint is sharded, which is for several processes; for one it is whole")
-    yield SingleProcess(_device(recipe.run.device))
-
-
-def _device(wanted: str) -> str:
-    """Raises :class:`RecipeError` for one that is not here."""
-    import torch
-
-    if wanted == "auto":
-        return "cuda" if torch.cuda.is_available() else "cpu"
-    try:
-        device = torch.device(wanted)
-    except RuntimeError:
-        raise RecipeError(f"run.device is {wanted!r}; it is auto, cpu, cuda or cuda:1") from None
-    counts = {"cpu": 1, "cuda": torch.cuda.device_count(), "mps": int(torch.backends.mps.is_available())}
-    if (device.index or 0) >= counts.get(device.type, 0):
-        raise RecipeError(f"run.device is {wanted}, and PyTorch {torch.__version__} sees no such device here")
-    return wanted
 
 
 def _start(recipe: Recipe, directory: Path, parallel: Parallel, *, goes_on: bool) -> Start:
