@@ -50,13 +50,13 @@ class Reading:
         """Spent reading so far."""
 
     def __iter__(self) -> Iterator[Batch]:
-        for index, samples in enumerate(self._batches):
+        for samples in self._batches:
             begun = time.perf_counter()
             examples = [self._reader.read(sample, self._margin) for sample in samples]
             groups = [examples] if self._packed else [[example] for example in examples]
             packs: tuple[Pack, ...] = tuple(pack for group in groups for pack in pack_examples(group))
             self.seconds += time.perf_counter() - begun
-            yield Batch(packs=packs, epoch=0, index=index)
+            yield Batch(packs=packs, epoch=0)
 
     def state_dict(self) -> dict[str, Any]:
         return {}

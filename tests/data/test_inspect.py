@@ -18,8 +18,8 @@ from whisper_moe.config import ModelConfig
 from whisper_moe.data.corpora import CorpusConfig, open_corpus
 from whisper_moe.data.inspect import EDGES, KINDS, inspect
 from whisper_moe.data.loader import PackedLoader
-from whisper_moe.data.planner import LoaderConfig
 from whisper_moe.data.sample import DataError
+from whisper_moe.data.sampler import LoaderConfig
 
 
 @pytest.fixture

@@ -76,7 +76,7 @@ class Shares:
             packs = [pack(f, 10 * step + i) if f else None for i, f in enumerate(SHARES[step % len(SHARES)])]
             packs = packs[part * 4 // self.passes : (part + 1) * 4 // self.passes]
             self.next += 1
-            yield Batch(packs=tuple(filter(None, packs[self.rank :: self.size])), epoch=0, index=self.next)
+            yield Batch(packs=tuple(filter(None, packs[self.rank :: self.size])), epoch=0)
 
     def state_dict(self) -> dict[str, Any]:
         return {"next": self.next}

@@ -649,7 +649,7 @@ def test_the_margin_of_training_is_kept_judged_by_and_used(
 ) -> None:  # fmt: skip
     pytest.importorskip("jiwer")
     decode, margins, ranges = WindowDecoder.decode, set[float](), set[tuple[float, float]]()
-    open_draws = loader_module.open_draws
+    open_order = loader_module.open_order
 
     def noted(self: Any, *args: Any, margin: float, **options: Any) -> Any:
         margins.add(margin)
@@ -657,10 +657,10 @@ def test_the_margin_of_training_is_kept_judged_by_and_used(
 
     def opened(corpora: Any, reader: Any, config: Any) -> Any:
         ranges.add(reader.margins)
-        return open_draws(corpora, reader, config)
+        return open_order(corpora, reader, config)
 
     monkeypatch.setattr(WindowDecoder, "decode", noted)
-    monkeypatch.setattr(loader_module, "open_draws", opened)
+    monkeypatch.setattr(loader_module, "open_order", opened)
     data, run = recipe_tree(material / "model", material / "data")["data"], tmp_path / "run"
     recipe = write(material, tmp_path / "a.yaml", data=data | {"evaluation": data["train"]})
     assert train(recipe, ["optimisation.steps=1", "evaluation.limit=1", *overrides], run, False) == 0

@@ -97,7 +97,7 @@ class Fixed:
     def __iter__(self) -> Iterator[Batch]:
         while self._next < len(self._batches):
             index, self._next = self._next, self._next + 1
-            batch = Batch(packs=self._batches[index], epoch=0, index=index)
+            batch = Batch(packs=self._batches[index], epoch=0)
             self.given.append(batch.ids)
             yield batch
         self._next = 0

@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 import unicodedata
 from collections.abc import Iterable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from hashlib import blake2b
 from itertools import zip_longest
@@ -25,7 +26,7 @@ from whisper_moe.config import (
     ModelConfig,
 )
 from whisper_moe.data.mel_cache import MelCache
-from whisper_moe.data.sample import DataError, Sample
+from whisper_moe.data.sample import DataError, Sample, TooLong
 from whisper_moe.media.audio import MediaError
 from whisper_moe.media.tokenizer import UNSPACED_LANGUAGES, Tokenizer, split_timestamps
 from whisper_moe.packing import Layout, first_fit_decreasing
@@ -86,17 +87,6 @@ def drawn_margin(margins: tuple[float, float], share: float) -> float:
     low, high = margins
     scale = low + _LEAST_SCALE
     return low + scale * (((high + _LEAST_SCALE) / scale) ** share - 1)
-
-
-class TooLong(ValueError):
-    """A sound sample that does not fit the model; the message names it."""
-
-    def __init__(self, id: str, cause: str) -> None:
-        super().__init__(id, cause)
-        self.id, self.cause = id, cause
-
-    def __str__(self) -> str:
-        return f"{self.id}: {self.cause}"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -210,6 +200,23 @@ class ExampleReader:
                 raise DataError(sample.id, "it has no text", column="text")
             return [], False
         return ids, bool(steps)
+
+    def measure(self, sample: Sample, seconds: float) -> tuple[int, int]:
+        """Samples of sound and tokens of text, without decoding where the corpus or the file's header says how long it is.
+
+        ``seconds``: what is known of the sound, or NaN. Raises what :meth:`read` raises.
+        """
+        prompt, text = self.tokens(sample)
+        if math.isnan(seconds):
+            with suppress(MediaError):  # of some files only decoding tells; what is wrong with others, it says better
+                seconds = sample.seconds()
+        if not math.isfinite(seconds):
+            assert sample.audio is not None
+            seconds = len(sample.audio.read()) / SAMPLE_RATE
+        samples = round(seconds * SAMPLE_RATE)
+        if samples > self.max_positions * SAMPLES_PER_POSITION:
+            raise TooLong(sample.id, self.too_long(samples))
+        return samples, len(prompt) + len(text)
 
     def read(self, sample: Sample, margin: float) -> Example:
         """Decode and transform. Raises what :meth:`tokens` raises, ``MediaError`` for a file that cannot be decoded and

@@ -20,11 +20,10 @@ from pydantic import ValidationError
 
 from whisper_moe.config import EMBEDDED, SAMPLE_RATE, ModelConfig, problems
 from whisper_moe.data.corpora import PROBES, Corpus, CorpusConfig, open_corpus
-from whisper_moe.data.draws import Tally, left_out, measure
-from whisper_moe.data.examples import ExampleConfig, ExampleReader, TooLong
+from whisper_moe.data.examples import ExampleConfig, ExampleReader
 from whisper_moe.data.kathbath import LANGUAGES, TRANSCRIPTS
-from whisper_moe.data.planner import LoaderConfig
-from whisper_moe.data.sample import DataError, Sample, Skipped
+from whisper_moe.data.sample import DataError, Sample, Skipped, TooLong, left_out
+from whisper_moe.data.sampler import CorruptShare, LoaderConfig
 from whisper_moe.media.audio import MediaError
 from whisper_moe.media.tokenizer import Tokenizer
 from whisper_moe.media.video import load_frames
@@ -208,7 +207,7 @@ def _look_at(read: _Read, decode: bool, reader: ExampleReader | None) -> _Seen:
         return _Seen(skipped=left_out(named, error))
     try:
         if reader is not None:
-            measure(sample, seconds, reader)
+            reader.measure(sample, seconds)
     except DataError as error:
         return _Seen(skipped=left_out(sample, error))
     except TooLong as error:
@@ -322,7 +321,7 @@ def run(sources: Sequence[str], *, kind: str, decode: bool, json: bool, model: s
 def _judge(seen: Inspection) -> None:
     """Say what training would stop with, where it is for how much is left out."""
     try:
-        Tally(LoaderConfig().max_corrupt_share, seen.samples - len(seen.of_kind("too long")), seen.left_out)
+        CorruptShare(LoaderConfig().max_corrupt_share, seen.samples - len(seen.of_kind("too long")), seen.left_out)
     except DataError as error:
         print(f"whisper-moe: training stops: {error}", file=sys.stderr)
 

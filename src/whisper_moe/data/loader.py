@@ -1,6 +1,6 @@
 """The training loader: batches of packs for one rank, in an order that workers and ranks do not change.
 
-The plan is made in the training process (:mod:`whisper_moe.data.planner`); workers get the samples of a batch and read
+The plan is made in the training process (:mod:`whisper_moe.data.sampler`); workers get the samples of a batch and read
 them. So the only state is the place in the plan, it is the same on every rank, and any number of workers and ranks can
 go on from it.
 """
@@ -9,26 +9,25 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import closing
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, replace
 from typing import Any, TypeAlias
 
 import torch
+from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, get_worker_info
 
 from whisper_moe.config import MAX_PACK_TOKENS, ModelConfig
-from whisper_moe.data.draws import AnyCorpus, Tally, left_out, open_draws
-from whisper_moe.data.examples import IGNORED, Example, ExampleReader, Pack, TooLong, pack_examples
+from whisper_moe.data.examples import IGNORED, Example, ExampleReader, Pack, pack_examples
 from whisper_moe.data.mel_cache import MelCache
-from whisper_moe.data.planner import Draw, LoaderConfig, PlannedBatch, Position, plan
-from whisper_moe.data.sample import DataError, Sample, Skipped
+from whisper_moe.data.sample import AnyCorpus, DataError, Sample, Skipped, TooLong, left_out
+from whisper_moe.data.sampler import CorruptShare, Draw, LoaderConfig, Packs, PlannedBatch, Position, open_order, plan
 from whisper_moe.media.audio import MediaError
 from whisper_moe.media.tokenizer import Tokenizer
 
-STATE_VERSION = 1
+STATE_VERSION = 2
 
-_Work: TypeAlias = tuple[tuple[Draw, ...], ...]
-_Read: TypeAlias = "tuple[list[list[Example]], list[Skipped]] | _Sent | ValueError"
+_Read: TypeAlias = "tuple[list[list[Example]], list[Skipped], Tensor | None] | ValueError"
+"""The examples of each pack, what is left out, and the mels where they travel apart."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -37,8 +36,6 @@ class Batch:
 
     packs: tuple[Pack, ...]
     epoch: int
-    index: int
-    """Batches of this epoch before it; the same on all ranks."""
     skipped: tuple[Skipped, ...] = ()
     """This share of the samples that are left out."""
 
@@ -78,9 +75,16 @@ class PackedLoader:
     """
 
     def __init__(
-        self, corpora: Sequence[AnyCorpus], tokenizer: Tokenizer, model: ModelConfig, config: LoaderConfig,
-        *, rank: int = 0, world: int = 1, note: Callable[[Sequence[Skipped]], None] = lambda skipped: None,
-    ) -> None:  # fmt: skip
+        self,
+        corpora: Sequence[AnyCorpus],
+        tokenizer: Tokenizer,
+        model: ModelConfig,
+        config: LoaderConfig,
+        *,
+        rank: int = 0,
+        world: int = 1,
+        note: Callable[[Sequence[Skipped]], None] = lambda skipped: None,
+    ) -> None:
         """Survey the corpora. Raises ``ValueError`` for what does not fit together, :class:`DataError` where too many
         samples are corrupt.
 
@@ -94,16 +98,16 @@ class PackedLoader:
         self.config, self._rank, self._world, self._note = config, rank, world, note
         cache = MelCache(config.cache_dir, config.cache_limit_mb << 20) if config.cache_dir else None
         self._reader = ExampleReader(tokenizer, model, config.reading, cache)
-        self._draws = open_draws(corpora, self._reader, config)
+        self._order = open_order(corpora, self._reader, config)
         self._dataset = _Reading(list(corpora), self._reader)
         self._position = Position()
         note(self.excluded)
-        self._tally = Tally(config.max_corrupt_share, self._draws.size, self.excluded)
+        self._corrupt = CorruptShare(config.max_corrupt_share, self._order.size, self.excluded)
 
     @property
     def excluded(self) -> tuple[Skipped, ...]:
         """What was left out before the first batch; of streams, and where decoding fails, batches say it."""
-        return self._draws.excluded
+        return self._order.excluded
 
     @property
     def epoch(self) -> int:
@@ -111,13 +115,16 @@ class PackedLoader:
 
     def count(self, epochs: int) -> int:
         """Batches of the first so many epochs, by planning them. Raises ``ValueError`` for a stream, whose end nobody knows."""
-        if not self._draws.size:
+        if not self._order.size:
             raise ValueError("a streamed corpus has no length, so the batches of an epoch cannot be counted")
-        return sum(1 for epoch in range(epochs) for _ in plan(self._draws, Position(epoch=epoch), self.config))
+        return sum(1 for epoch in range(epochs) for _ in self._plan(Position(epoch=epoch)))
+
+    def _plan(self, start: Position) -> Iterator[PlannedBatch]:
+        return plan(self._order(start.epoch, start.cursor), start, self.config)
 
     def state_dict(self) -> dict[str, Any]:
         """Where the next batch is and what the order depends on: plain data for JSON, the same on every rank."""
-        return {"version": STATE_VERSION, "position": self._position.state(), "order": self._settings()}
+        return {"version": STATE_VERSION, "position": self._position.model_dump(), "order": self._settings()}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Go on behind the batch after which ``state`` was taken, with any number of workers and ranks.
@@ -135,63 +142,57 @@ class PackedLoader:
                 )
             differences = "; ".join(said.values())
             raise ValueError(f"cannot go on in the middle of other data: {differences}")
-        self._position = Position.from_state(state["position"])
+        self._position = Position.model_validate(state["position"])
 
     def _settings(self) -> dict[str, Any]:
         """Everything that the order of samples and their margins depend on."""
-        config = self.config
-        ordering = config.model_dump(
-            mode="json", include={"batch_size", "batch_unit", "mode", "planning_buffer", "seed", "mixing"}
-        )
-        return ordering | {"margin": list(self._reader.margins), "data": self._draws.fingerprint}
+        names = {"batch_size", "batch_unit", "mode", "planning_buffer", "seed", "mixing"}
+        ordering = self.config.model_dump(mode="json", include=names)
+        return ordering | {"margin": list(self._reader.margins), "data": self._order.fingerprint}
 
     def __iter__(self) -> Iterator[Batch]:
-        epoch = self._position.epoch
-        with closing(plan(self._draws, self._position, self.config, self._draws.skipped)) as batches:
-            ahead: deque[PlannedBatch] = deque()
-            for read in self._workers(_Plan(batches, ahead, self._rank, self._world)):
-                planned = ahead.popleft()
-                batch = self._batch(planned, read)
-                self._position = planned.after
-                yield batch
-        self._tally.judge()
+        epoch, workers = self._position.epoch, self.config.workers
+        ahead: deque[PlannedBatch] = deque()
+        reading = DataLoader(
+            self._dataset,
+            batch_size=None,
+            sampler=self._work(ahead),  # pyright: ignore[reportArgumentType]
+            num_workers=workers,
+            collate_fn=_as_it_is,
+            prefetch_factor=self.config.prefetch if workers else None,
+            generator=torch.Generator(),  # its own: the run's random numbers do not depend on how often it was resumed
+        )
+        for read in reading:
+            planned = ahead.popleft()
+            batch = self._batch(planned, read)
+            self._position = planned.after
+            yield batch
+        for planned in ahead:  # what the last rows of a stream were
+            self._tell(0, planned.skipped[self._rank :: self._world])
+        self._corrupt.check()
         if self._position.epoch == epoch:
             self._position = Position(epoch=epoch + 1)
 
-    def _workers(self, work: _Plan) -> DataLoader[Any]:
-        workers = self.config.workers
-        return DataLoader(
-            self._dataset, batch_size=None, sampler=work, num_workers=workers, collate_fn=_as_it_is,  # pyright: ignore[reportArgumentType]
-            prefetch_factor=self.config.prefetch if workers else None,
-            generator=torch.Generator(),  # its own: the run's random numbers do not depend on how often it was resumed
-        )  # fmt: skip
+    def _work(self, ahead: deque[PlannedBatch]) -> Iterator[Packs]:
+        """This rank's work, batch by batch, for the DataLoader; what is handed to it is remembered in ``ahead``."""
+        for planned in self._plan(self._position):
+            ahead.append(replace(planned, packs=()))  # what is read need not be held twice
+            if planned.packs:
+                yield planned.share(self._rank, self._world)
 
     def _batch(self, planned: PlannedBatch, read: _Read) -> Batch:
         if isinstance(read, ValueError):
             raise read
-        groups, skipped = read if isinstance(read, tuple) else (read.examples(), read.skipped)
         # Every rank draws from the same streams: each says its share of what was left out there.
-        skipped = [*planned.skipped[self._rank :: self._world], *skipped]
-        batch = Batch(
-            packs=tuple(pack for group in groups for pack in pack_examples(group)), epoch=planned.position.epoch,
-            index=planned.position.index, skipped=tuple(skipped),
-        )  # fmt: skip
-        self._note(skipped)
-        self._tally.add(batch.examples, skipped)
+        groups, skipped = _whole(*read), (*planned.skipped[self._rank :: self._world], *read[1])
+        packs = tuple(pack for group in groups for pack in pack_examples(group))
+        batch = Batch(packs=packs, epoch=planned.epoch, skipped=skipped)
+        self._tell(batch.examples, skipped)
         return batch
 
-
-class _Plan:
-    """This rank's work, batch by batch, for the DataLoader; what is handed to it is remembered in ``ahead``."""
-
-    def __init__(self, batches: Iterator[PlannedBatch], ahead: deque[PlannedBatch], rank: int, world: int) -> None:
-        self._batches, self._ahead, self._rank, self._world = batches, ahead, rank, world
-
-    def __iter__(self) -> Iterator[_Work]:
-        for planned in self._batches:
-            work = planned.share(self._rank, self._world)
-            self._ahead.append(replace(planned, packs=()))  # what is read need not be held twice
-            yield work
+    def _tell(self, read: int, skipped: Sequence[Skipped]) -> None:
+        self._note(skipped)
+        self._corrupt.add(read, skipped)
 
 
 class _Reading(Dataset[_Read]):
@@ -200,14 +201,14 @@ class _Reading(Dataset[_Read]):
     def __init__(self, corpora: list[AnyCorpus], reader: ExampleReader) -> None:
         self._corpora, self._reader = corpora, reader
 
-    def __getitem__(self, work: _Work) -> _Read:
+    def __getitem__(self, packs: Packs) -> _Read:
         try:
-            read = [[self._read(draw) for draw in pack] for pack in work]
+            read = [[self._read(draw) for draw in pack] for pack in packs]
         except ValueError as error:  # as a value: DataLoader would wrap it into a traceback's text
             return error
         groups = [[example for example in pack if isinstance(example, Example)] for pack in read]
         skipped = [sample for pack in read for sample in pack if isinstance(sample, Skipped)]
-        return _Sent(groups, skipped) if get_worker_info() else (groups, skipped)
+        return _apart(groups, skipped) if get_worker_info() else (groups, skipped, None)
 
     def _read(self, draw: Draw) -> Example | Skipped:
         """The example, or why there is none. Raises ``ValueError`` for what is wrong with more than this sample."""
@@ -216,35 +217,26 @@ class _Reading(Dataset[_Read]):
             if isinstance(draw.source, tuple):
                 corpus, row = draw.source
                 named = f"{self._corpora[corpus].name}, row {row + 1}"
-                sample = self._corpora[corpus][row]
+                named = self._corpora[corpus][row]
             else:
-                sample = draw.source
-            named = sample
-            return self._reader.read(sample, draw.margin)
+                named = draw.source
+            return self._reader.read(named, draw.margin)
         except (DataError, MediaError, TooLong) as error:
             return left_out(named, error, self._reader.strict)
 
 
-class _Sent:
-    """Examples on their way from a worker: all their mels are one tensor, for each tensor takes a file descriptor."""
+def _apart(groups: list[list[Example]], skipped: list[Skipped]) -> _Read:
+    """On their way from a worker all mels are one tensor, for each tensor takes a file descriptor."""
+    mels = [example.mel for group in groups for example in group]
+    shapes = [[replace(example, mel=example.mel.to("meta")) for example in group] for group in groups]
+    return shapes, skipped, torch.cat([mel.reshape(-1) for mel in mels]) if mels else None
 
-    def __init__(self, groups: list[list[Example]], skipped: list[Skipped]) -> None:
-        self.skipped = skipped
-        self._groups = [[self._rest(example) for example in group] for group in groups]
-        mels = [example.mel for group in groups for example in group]
-        self._shapes = [mel.shape for mel in mels]
-        self._mels = torch.cat([mel.reshape(-1) for mel in mels]) if mels else None
 
-    @staticmethod
-    def _rest(example: Example) -> dict[str, Any]:
-        return {field.name: getattr(example, field.name) for field in fields(example) if field.name != "mel"}
-
-    def examples(self) -> list[list[Example]]:
-        if self._mels is None:
-            return []
-        flat = self._mels.split([shape.numel() for shape in self._shapes])
-        mels = (part.view(shape) for part, shape in zip(flat, self._shapes, strict=True))
-        return [[Example(mel=next(mels), **rest) for rest in group] for group in self._groups]
+def _whole(groups: list[list[Example]], skipped: list[Skipped], mels: Tensor | None) -> list[list[Example]]:
+    if mels is None:
+        return groups
+    parts = iter(mels.split([example.mel.numel() for group in groups for example in group]))
+    return [[replace(each, mel=next(parts).view(each.mel.shape)) for each in group] for group in groups]
 
 
 def _as_it_is(read: Any) -> Any:

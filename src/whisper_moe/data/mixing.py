@@ -11,14 +11,15 @@ from __future__ import annotations
 import zlib
 from collections import defaultdict
 from collections.abc import Iterator, Mapping, Sequence
+from random import Random
 from typing import NamedTuple, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
 from pydantic import BaseModel, ConfigDict, Field
 
-_PASSES, _EPOCHS, _STREAMS = 1, 2, 3
-"""What a random generator is for: the first number of its seed keeps the three apart."""
+_PASSES, _EPOCHS = 1, 2
+"""What a random generator is for: the first number of its seed keeps the two apart."""
 
 _T = TypeVar("_T")
 
@@ -98,7 +99,7 @@ class EpochOrder:
         """[R] rows. With temperature 1 and equal weights each row comes exactly once."""
         parts = [self._continued(index, epoch) for index in range(len(self._names))]
         rows = np.concatenate(parts)
-        return rows[_generator(self._seed, _EPOCHS, epoch).permutation(len(rows))]
+        return rows[seeded(self._seed, _EPOCHS, epoch).permutation(len(rows))]
 
     def _continued(self, index: int, epoch: int) -> NDArray[np.int64]:
         """The group's next quota of its own endless sequence: one shuffled pass over its rows after another."""
@@ -108,7 +109,7 @@ class EpochOrder:
         key = zlib.crc32("/".join(self._names[index]).encode())
         start, size = epoch * quota, len(rows)
         first, last = start // size, (start + quota - 1) // size
-        passes = [rows[_generator(self._seed, _PASSES, key, n).permutation(size)] for n in range(first, last + 1)]
+        passes = [rows[seeded(self._seed, _PASSES, key, n).permutation(size)] for n in range(first, last + 1)]
         return np.concatenate(passes)[start - first * size :][:quota]
 
 
@@ -119,30 +120,27 @@ def stream_weights(sizes: Mapping[str, int | None], config: MixingConfig) -> dic
     unknown = [name for name, size in sizes.items() if size is None]
     if unknown and config.temperature != 1:
         raise ValueError(f"mixing.temperature needs sizes, which streams lack ({', '.join(unknown)}): give weights")
-    weighted = {
-        name: config.weights.get(name, 1.0) * (1 if unknown else size or 0) for name, size in sizes.items()
-    }  # fmt: skip
+    weighted = {name: config.weights.get(name, 1.0) * (1 if unknown else size or 0) for name, size in sizes.items()}
     return {name: weight ** (1 / config.temperature) if weight else 0.0 for name, weight in weighted.items()}
 
 
 def merged(streams: Mapping[str, Iterator[_T]], weights: Mapping[str, float], seed: int, epoch: int) -> Iterator[_T]:
     """Streams as one, each read once to its end; the choice among those not yet at their end is by weight."""
-    generator = _generator(seed, _STREAMS, epoch)
+    draw = Random(f"{seed} {epoch}")
     open_streams = {name: stream for name, stream in streams.items() if weights[name] > 0}
     while open_streams:
-        names = list(open_streams)
-        edges = np.cumsum([weights[name] for name in names])
-        chosen = names[min(int(np.searchsorted(edges, generator.random() * edges[-1], "right")), len(names) - 1)]
+        (chosen,) = draw.choices(list(open_streams), [weights[name] for name in open_streams])
         try:
             yield next(open_streams[chosen])
         except StopIteration:
             del open_streams[chosen]
 
 
-def stream_rows(size: int, name: str, seed: int, epoch: int) -> NDArray[np.int64]:
+def stream_rows(size: int, name: str, seed: int, epoch: int) -> list[int]:
     """A shuffled pass over a map-style corpus that is read among streams."""
-    return _generator(seed, _PASSES, zlib.crc32(name.encode()), epoch).permutation(size)
+    return seeded(seed, _PASSES, zlib.crc32(name.encode()), epoch).permutation(size).tolist()
 
 
-def _generator(*seed: int) -> np.random.Generator:
+def seeded(*seed: int) -> np.random.Generator:
+    """Random numbers that depend on these numbers alone."""
     return np.random.Generator(np.random.PCG64(np.random.SeedSequence(seed)))

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import io
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal, TypeAlias, get_args
+from typing import Literal, Protocol, TypeAlias, get_args
 
 import numpy as np
 from numpy.typing import NDArray
@@ -38,6 +39,17 @@ class DataError(ValueError):
 
 def _rebuilt(file: str, cause: str, row: int | None, column: str | None) -> DataError:
     return DataError(file, cause, row=row, column=column)
+
+
+class TooLong(ValueError):
+    """A sound sample that does not fit the model; the message names it."""
+
+    def __init__(self, id: str, cause: str) -> None:
+        super().__init__(id, cause)
+        self.id, self.cause = id, cause
+
+    def __str__(self) -> str:
+        return f"{self.id}: {self.cause}"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -142,3 +154,49 @@ class Sample:
         if self.audio is not None:
             return self.audio.seconds()
         return header_seconds(Path(self.video)) if self.video is not None else 0.0
+
+
+class AnyCorpus(Protocol):
+    """What is asked of a corpus; :class:`whisper_moe.data.corpora.Corpus` has it. Streams need only be iterated."""
+
+    @property
+    def name(self) -> str: ...
+    @property
+    def streaming(self) -> bool: ...
+    @property
+    def left_out(self) -> Sequence[Skipped]: ...
+    def __len__(self) -> int: ...
+    def __getitem__(self, index: int, /) -> Sample: ...
+    def __iter__(self) -> Iterator[Sample]: ...
+    def lengths(self) -> Sequence[float] | NDArray[np.float32]: ...
+
+
+def items(corpus: AnyCorpus, rows: Iterable[int] | None = None) -> Iterator[Sample | Skipped]:
+    """What every row is (of a map-style corpus also of some ``rows``): a sample, or why there is none."""
+    numbers = iter(range(len(corpus)) if rows is None and not corpus.streaming else rows or ())
+    samples, place = iter(corpus) if corpus.streaming else None, corpus.name
+    while True:
+        try:
+            if samples is not None:
+                yield next(samples)
+            else:
+                row = next(numbers)
+                place = f"{corpus.name}, row {row + 1}"
+                yield corpus[row]
+        except StopIteration:
+            return
+        except DataError as error:
+            yield left_out(place, error)
+
+
+def left_out(sample: Sample | str, error: ValueError, strict: bool = False) -> Skipped:
+    """The error as a skipped sample; raises it if samples that are too long are errors.
+
+    :param sample: the sample, or what stands for its id where there is none.
+    """
+    if isinstance(error, TooLong) and strict:
+        raise error
+    id, place = (sample, "") if isinstance(sample, str) else (sample.id, sample.place)
+    if isinstance(error, TooLong):
+        return Skipped(id=id, place=place, cause=error.cause, kind="too long")
+    return Skipped(id=id, place=place or (error.place if isinstance(error, DataError) else ""), cause=str(error))

@@ -70,7 +70,7 @@ class Lessons:
             groups = first_fit_decreasing([example.size for example in examples])
             packs = tuple(pack for group in groups for pack in pack_examples([examples[i] for i in group]))
             self.index += 1  # before it is handed out: a state that is taken then is that of the next one
-            yield Batch(packs=packs, epoch=self.epoch, index=self.index - 1)
+            yield Batch(packs=packs, epoch=self.epoch)
         self.epoch, self.index = self.epoch + 1, 0
 
     def _example(self, sample: Sample) -> Example:

@@ -14,11 +14,10 @@ from typing import TypeAlias
 import torch
 
 from whisper_moe.data.corpora import Corpus, CorpusConfig, open_corpus
-from whisper_moe.data.draws import NAMED, AnyCorpus, left_out
-from whisper_moe.data.examples import ExampleReader, TooLong
+from whisper_moe.data.examples import ExampleReader
 from whisper_moe.data.loader import PackedLoader
-from whisper_moe.data.planner import LoaderConfig
-from whisper_moe.data.sample import DataError, Sample, Skipped
+from whisper_moe.data.sample import AnyCorpus, DataError, Sample, Skipped, TooLong, left_out
+from whisper_moe.data.sampler import NAMED, LoaderConfig
 from whisper_moe.media.audio import MediaError
 from whisper_moe.model.block import Block
 from whisper_moe.model.model import WhisperMoEModel

@@ -12,9 +12,8 @@ import torch
 from numpy.typing import NDArray
 
 from whisper_moe.config import FULL_WINDOW
-from whisper_moe.data.draws import AnyCorpus, left_out
 from whisper_moe.data.examples import Example, ExampleReader, pack_examples
-from whisper_moe.data.sample import Sample, Skipped
+from whisper_moe.data.sample import AnyCorpus, Sample, Skipped, left_out
 from whisper_moe.generate.decode import WindowDecoder
 from whisper_moe.generate.options import TranscribeOptions
 from whisper_moe.media.tokenizer import Tokenizer

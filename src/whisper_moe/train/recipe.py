@@ -15,7 +15,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_valida
 
 from whisper_moe.config import FULL_WINDOW, AdaptConfig, ConformerConfig, MoEConfig, TTTConfig
 from whisper_moe.data.corpora import CorpusConfig
-from whisper_moe.data.planner import LoaderConfig
+from whisper_moe.data.sampler import LoaderConfig
 from whisper_moe.train.layout import ParallelConfig
 
 Precision = Literal["auto", "float32", "bfloat16", "float16"]

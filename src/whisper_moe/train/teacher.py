@@ -22,8 +22,8 @@ from safetensors.torch import save
 from torch import Tensor
 
 from whisper_moe.config import FULL_WINDOW, SAMPLE_RATE, ModelConfig
-from whisper_moe.data.draws import left_out as skipped
 from whisper_moe.data.sample import AudioRef, Sample, Skipped
+from whisper_moe.data.sample import left_out as skipped
 from whisper_moe.generate.decode import WindowDecoder
 from whisper_moe.generate.options import TranscribeOptions
 from whisper_moe.media.audio import MediaError

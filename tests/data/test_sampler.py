@@ -1,9 +1,9 @@
-"""Plans: every sample once, no pack too full, whole batches, shares that add up, and any place to go on from."""
+"""Plans: every sample once, no pack too full, equal batches, shares that add up, and any place to go on from."""
 
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 
 import numpy as np
 import pytest
@@ -12,8 +12,8 @@ from hypothesis import strategies as st
 
 from whisper_moe.config import MAX_PACK_TOKENS
 from whisper_moe.data.examples import positions
-from whisper_moe.data.planner import Draw, LoaderConfig, PlannedBatch, Position, plan
 from whisper_moe.data.sample import Skipped
+from whisper_moe.data.sampler import Draw, LoaderConfig, PlannedBatch, Position, plan
 
 SMALL = st.fixed_dictionaries(
     {
@@ -27,20 +27,19 @@ SMALL = st.fixed_dictionaries(
 SIZES = st.lists(st.integers(1, 1_900), min_size=1, max_size=60)
 
 
-def draws_of(sizes: Sequence[int]) -> Callable[[Position], Iterator[Draw]]:
-    def draws(position: Position) -> Iterator[Draw]:
-        for number in (*position.carried, *range(position.cursor, len(sizes))):
-            yield Draw(number, (0, number), 0.0, sizes[number], 0)
-
-    return draws
-
-
 def planned(sizes: Sequence[int], config: LoaderConfig, start: Position | None = None) -> list[PlannedBatch]:
-    return list(plan(draws_of(sizes), start or Position(), config))
+    start = start or Position()
+    order = [Draw((0, number), 0.0, size) for number, size in enumerate(sizes)]
+    return list(plan(order[start.cursor :], start, config))
+
+
+def number(draw: Draw) -> int:
+    assert isinstance(draw.source, tuple)
+    return draw.source[1]
 
 
 def numbers(batches: Sequence[PlannedBatch]) -> list[list[list[int]]]:
-    return [[[draw.number for draw in pack] for pack in batch.packs] for batch in batches]
+    return [[list(map(number, pack)) for pack in batch.packs] for batch in batches]
 
 
 @settings(deadline=None)
@@ -48,7 +47,7 @@ def numbers(batches: Sequence[PlannedBatch]) -> list[list[list[int]]]:
 def test_every_draw_is_in_one_pack_and_no_pack_is_too_full(sizes: list[int], config: LoaderConfig) -> None:
     batches = planned(sizes, config)
     packs = [pack for batch in batches for pack in batch.packs]
-    assert sorted(draw.number for pack in packs for draw in pack) == list(range(len(sizes)))
+    assert sorted(n for batch in numbers(batches) for pack in batch for n in pack) == list(range(len(sizes)))
     assert all(0 < sum(draw.size for draw in pack) <= MAX_PACK_TOKENS for pack in packs)
     if config.mode == "padded":
         assert all(len(pack) == 1 for pack in packs)
@@ -56,27 +55,29 @@ def test_every_draw_is_in_one_pack_and_no_pack_is_too_full(sizes: list[int], con
 
 @settings(deadline=None)
 @given(SIZES, SMALL)
-def test_all_batches_but_the_last_are_whole(sizes: list[int], config: LoaderConfig) -> None:
-    counts = [
-        len(batch.packs) if config.batch_unit == "packs" else sum(map(len, batch.packs))
-        for batch in planned(sizes, config)
-    ]
-    assert all(count == config.batch_size for count in counts[:-1])
-    assert 1 <= counts[-1] <= config.batch_size
+def test_batches_are_of_the_size_that_is_asked_for(sizes: list[int], config: LoaderConfig) -> None:
+    """Packs never more, examples in the mean; of an epoch's last window there may be fewer."""
+    batches = planned(sizes, config)
+    counts = [len(b.packs) if config.batch_unit == "packs" else sum(map(len, b.packs)) for b in batches]
+    assert min(counts) >= 1
+    if config.batch_unit == "packs":
+        assert max(counts) <= config.batch_size
+    else:
+        assert max(counts) < 2 * config.batch_size or max(counts) == 1
+        assert len(batches) == -(-len(sizes) // config.batch_size)
+        assert all(len(pack) <= config.batch_size for batch in batches for pack in batch.packs)
 
 
 @settings(deadline=None)
 @given(SIZES, SMALL)
 def test_a_plan_goes_on_from_every_position_as_if_it_had_never_stopped(sizes: list[int], config: LoaderConfig) -> None:
     batches = planned(sizes, config)
-    assert [batch.position.index for batch in batches] == list(range(len(batches)))
-    for index, batch in enumerate(batches):
-        here = Position.from_state(json.loads(json.dumps(batch.position.state())))
-        assert planned(sizes, config, here) == batches[index:]
-        if batch.after.epoch == 0:
-            assert planned(sizes, config, batch.after) == batches[index + 1 :]
+    for done, batch in enumerate(batches, 1):
+        after = Position.model_validate(json.loads(json.dumps(batch.after.model_dump())))
+        if done == len(batches):
+            assert after == Position(epoch=1)
         else:
-            assert index == len(batches) - 1 and batch.after == Position(epoch=1)
+            assert planned(sizes, config, after) == batches[done:]
 
 
 @settings(deadline=None)
@@ -84,8 +85,8 @@ def test_a_plan_goes_on_from_every_position_as_if_it_had_never_stopped(sizes: li
 def test_ranks_divide_every_batch_among_them(sizes: list[int], config: LoaderConfig, world: int) -> None:
     for batch in planned(sizes, config):
         shares = [batch.share(rank, world) for rank in range(world)]
-        divided = sorted(draw.number for share in shares for pack in share for draw in pack)
-        assert divided == sorted(draw.number for pack in batch.packs for draw in pack)
+        divided = sorted(number(draw) for share in shares for pack in share for draw in pack)
+        assert divided == sorted(number(draw) for pack in batch.packs for draw in pack)
         packs = [len(share) for share in shares]
         assert max(packs) - min(packs) <= 1
         assert min(packs) > 0 or len(divided) < world
@@ -102,15 +103,18 @@ def kathbath_like(count: int, margin: float, seed: int = 0) -> list[int]:
 
 
 @pytest.mark.parametrize("margin", [0.0, 0.5, 2.5])
-@pytest.mark.parametrize(("unit", "size"), [("examples", 32), ("packs", 32)])
+@pytest.mark.parametrize(("unit", "size"), [("examples", 32), ("packs", 32), ("examples", 8)])
 def test_packs_of_clips_of_3_to_10_seconds_are_95_percent_full(unit: str, size: int, margin: float) -> None:
     config = LoaderConfig.model_validate({"batch_unit": unit, "batch_size": size})
     sizes = kathbath_like(6_000, margin)
     batches = planned(sizes, config)
     packs = sum(len(batch.packs) for batch in batches)
-    assert sum(sizes) / (packs * MAX_PACK_TOKENS) >= 0.95
-    fills = [sum(draw.size for pack in b.packs for draw in pack) / len(b.packs) / MAX_PACK_TOKENS for b in batches]
-    assert min(fills[:-1]) > 0.8  # and not by a few bad batches
+    assert sum(sizes) / (packs * MAX_PACK_TOKENS) >= (0.95 if size == 32 else 0.94)
+    examples = [sum(map(len, batch.packs)) for batch in batches]
+    if unit == "examples":
+        assert np.mean(examples) == 6_000 / len(batches) and np.std(examples) < 4
+    else:
+        assert np.mean([len(batch.packs) for batch in batches]) > 0.9 * size
     padded = planned(sizes, config.model_copy(update={"mode": "padded"}))
     assert sum(len(batch.packs) for batch in padded) == 6_000
 
@@ -137,42 +141,24 @@ def test_an_epoch_without_samples_has_no_batches() -> None:
     assert planned([], LoaderConfig()) == []
 
 
-def test_what_is_skipped_is_told_once_with_the_first_batch_of_its_buffer() -> None:
-    config = LoaderConfig(batch_size=2, batch_unit="packs", planning_buffer=6)
-    found: list[Skipped] = []
+def test_what_is_skipped_is_told_once_with_the_first_batch_of_its_window() -> None:
+    def order(cursor: int) -> Iterator[Draw | Skipped]:
+        for number in range(cursor, 14):
+            left_out = number % 3 == 0 or number >= 12
+            yield Skipped(id=str(number), cause="") if left_out else Draw((0, number), 0.0, 1_500)
 
-    def draws(position: Position) -> Iterator[Draw]:
-        for draw in draws_of([1_500] * 12)(position):
-            if draw.number % 3 == 0:
-                found.append(Skipped(id=str(draw.number), cause=""))
-            yield draw
-
-    def skipped() -> tuple[Skipped, ...]:
-        told = tuple(found)
-        found.clear()
-        return told
-
-    batches = list(plan(draws, Position(), config, skipped))
+    config = LoaderConfig(batch_size=2, planning_buffer=6)
+    batches = list(plan(order(0), Position(), config))
     told = [[sample.id for sample in batch.skipped] for batch in batches]
-    assert told == [["0", "3"], [], [], ["6", "9"], [], []]
-    resumed = list(plan(draws, batches[1].position, config, skipped))
+    assert told == [["0", "3"], [], ["6", "9"], [], ["12", "13"]] and batches[-1].packs == ()
+    resumed = list(plan(order(0), batches[0].after, config))
     assert [[sample.id for sample in batch.skipped] for batch in resumed] == told[1:]
 
 
-@pytest.mark.parametrize(
-    "state",
-    [
-        {},
-        {"epoch": 0, "index": 0, "cursor": 0, "done": 0},
-        {"epoch": 0, "index": 0, "cursor": 0, "done": 0, "carried": [0], "more": 1},
-        {"epoch": -1, "index": 0, "cursor": 0, "done": 0, "carried": []},
-        {"epoch": 0, "index": "0", "cursor": 0, "done": 0, "carried": []},
-        {"epoch": 0, "index": 0, "cursor": 0, "done": 0, "carried": ["a"]},
-    ],
-)
+@pytest.mark.parametrize("state", [{"epoch": -1}, {"cursor": "0"}, {"done": 1.5}, {"index": 0}])
 def test_what_is_no_position_is_refused(state: dict[str, object]) -> None:
-    with pytest.raises(ValueError, match="not a position"):
-        Position.from_state(state)
+    with pytest.raises(ValueError, match=next(iter(state))):
+        Position.model_validate(state)
 
 
 @pytest.mark.parametrize("change", [{"batch_size": 0}, {"batch_unit": "clips"}, {"workers": -1}, {"batchsize": 3}])

@@ -1,0 +1,311 @@
+"""Which samples come together: an epoch's batches of packs, planned from lengths before any sound is decoded.
+
+An epoch's order is cut into windows. A window's samples are packed longest first, each into the first pack that has room
+(Patch-n-Pack: NaViT, arXiv 2307.06304); the packs are shuffled and divided into batches that are as equal as whole packs
+can be. A plan depends on the seed and the place in the epoch, never on who carries it out: ranks take their share of
+every batch, workers read what they are told, and a :class:`Position` is all that is needed to go on.
+
+Map-style corpora are surveyed once: what can be known without decoding (a text that is none or too long, a clip over the
+window, a row that is no sample) is found before the first step. Streams have neither lengths nor an index: each sample is
+looked at when it is drawn, and resuming reads a stream again from its start, without decoding what was seen.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from hashlib import blake2b
+from itertools import islice
+from typing import Literal, TypeAlias
+
+import numpy as np
+from pydantic import BaseModel, ConfigDict, Field
+
+from whisper_moe.config import FULL_WINDOW, MAX_PACK_TOKENS
+from whisper_moe.data.examples import ExampleConfig, ExampleReader, positions
+from whisper_moe.data.mixing import EpochOrder, Group, MixingConfig, merged, seeded, stream_rows, stream_weights
+from whisper_moe.data.sample import AnyCorpus, DataError, Sample, Skipped, TooLong, items, left_out
+from whisper_moe.media.audio import MediaError
+from whisper_moe.packing import first_fit_decreasing
+
+PLANNED_TOKENS = MAX_PACK_TOKENS - 4
+"""A plan leaves this much room: a corpus rounds its durations, and a clip's last position may come on top."""
+MOST_SKIPPED_IN_A_ROW = 1_000
+"""After so many unusable samples without one that can be used, a stream is given up."""
+NAMED = 3
+"""Corrupt samples that an error names."""
+_SHUFFLES = 4
+"""Keeps this module's random numbers apart from those of :mod:`whisper_moe.data.mixing`."""
+_CLIPS_A_PACK = 32
+"""A window has so many for each pack of a batch, so that it makes several batches."""
+
+
+class LoaderConfig(BaseModel):
+    """From corpora to batches."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
+
+    batch_size: int = Field(default=32, ge=1)
+    """Of all ranks together: a batch is the same for any number of them, and each takes its share. Of examples it is a
+    mean, since packs stay whole; of packs the most."""
+    batch_unit: Literal["examples", "packs"] = "examples"
+    """What ``batch_size`` counts."""
+    mode: Literal["packed", "padded"] = "packed"
+    """``padded``: each clip alone in a pack and padded to 30 s, as Whisper is usually trained; for comparison."""
+    planning_buffer: int = Field(default=2_048, ge=1)
+    """Samples that are packed together. More fill packs better; of streams, so many are held in memory."""
+    examples: ExampleConfig = ExampleConfig()
+    mixing: MixingConfig = MixingConfig()
+    seed: int = Field(default=42, ge=0)
+    workers: int = Field(default=0, ge=0)
+    """Processes that read ahead on each rank; 0 reads in the training process."""
+    prefetch: int = Field(default=2, ge=1)
+    """Batches that each worker reads ahead."""
+    max_corrupt_share: float = Field(default=0.05, ge=0, le=1)
+    """Above this share of unreadable samples training stops."""
+    cache_dir: str | None = None
+    """Where spectrograms are kept, so that a sound is decoded once; None keeps none."""
+    cache_limit_mb: int = Field(default=10_000, ge=1)
+
+    @property
+    def reading(self) -> ExampleConfig:
+        """How samples are read in this mode."""
+        if self.mode == "packed":
+            return self.examples
+        return self.examples.model_copy(update={"margin": FULL_WINDOW})
+
+    @property
+    def window(self) -> int:
+        """Samples that are planned together: the buffer, rounded to whole batches."""
+        packs = self.batch_unit == "packs" and self.mode == "packed"
+        batch = self.batch_size * (_CLIPS_A_PACK if packs else 1)
+        return max(1, self.planning_buffer // batch) * batch
+
+
+@dataclass(frozen=True, slots=True)
+class Draw:
+    """A sample in an epoch's order, with what is known before it is read."""
+
+    source: tuple[int, int] | Sample
+    """(corpus, row) where that says it, else the sample."""
+    margin: float
+    size: int
+    """Positions and tokens."""
+
+
+Packs: TypeAlias = tuple[tuple[Draw, ...], ...]
+
+
+class Position(BaseModel):
+    """Where in the data the next batch is. Plain numbers, the same on every rank."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", strict=True)
+
+    epoch: int = Field(default=0, ge=0)
+    cursor: int = Field(default=0, ge=0)
+    """Items of the epoch's order before its window."""
+    done: int = Field(default=0, ge=0)
+    """Batches of its window before it."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class PlannedBatch:
+    """The packs of a batch for all ranks; none where it only tells what the last rows of an epoch were."""
+
+    packs: Packs
+    epoch: int
+    after: Position
+    """Where the next one is."""
+    skipped: tuple[Skipped, ...] = ()
+    """What was left out since the batch before, known without decoding (streams)."""
+
+    def share(self, rank: int, world: int) -> Packs:
+        """The packs of one rank: every ``world``-th. A batch may have fewer packs than there are ranks; they are divided
+        then, and only where samples are fewer, too, some ranks get nothing."""
+        packs = list(self.packs)
+        while len(packs) < world and (largest := max(packs, key=len, default=())) and len(largest) > 1:
+            packs.remove(largest)
+            packs += [largest[: len(largest) // 2], largest[len(largest) // 2 :]]
+        return tuple(packs[rank::world])
+
+
+def plan(order: Iterable[Draw | Skipped], start: Position, config: LoaderConfig) -> Iterator[PlannedBatch]:
+    """The batches of an epoch from ``start`` to its end; ``order``: of that epoch, from the cursor on."""
+    coming, here, skipped = iter(order), start, list[Skipped]()
+    first = next(coming, None)
+    while first is not None:
+        window = [first, *islice(coming, config.window - 1)]
+        first = next(coming, None)
+        following = Position(epoch=start.epoch, cursor=here.cursor + len(window))
+        if first is None:
+            following = Position(epoch=start.epoch + 1)
+        if not here.done:
+            skipped += [item for item in window if isinstance(item, Skipped)]
+        batches = _batches([item for item in window if isinstance(item, Draw)], here, config)
+        for number, packs in enumerate(batches[here.done :], here.done + 1):
+            after = here.model_copy(update={"done": number}) if number < len(batches) else following
+            yield PlannedBatch(packs=packs, epoch=start.epoch, after=after, skipped=tuple(skipped))
+            skipped = []
+        here = following
+    if skipped:
+        yield PlannedBatch(packs=(), epoch=start.epoch, after=here, skipped=tuple(skipped))
+
+
+def _batches(draws: Sequence[Draw], here: Position, config: LoaderConfig) -> list[Packs]:
+    """A window's batches: its packs in random order, each in the batch in whose share of the window its middle lies."""
+    if config.mode == "padded":
+        groups = [[index] for index in range(len(draws))]
+    else:
+        groups = first_fit_decreasing([draw.size for draw in draws], PLANNED_TOKENS)
+    by_examples = config.batch_unit == "examples"
+    total = len(draws) if by_examples else len(groups)
+    count = -(-total // config.batch_size)
+    if by_examples and count:  # no pack is more than a batch
+        most = total // count
+        groups = [group[at : at + most] for group in groups for at in range(0, len(group), most)]
+    batches: list[list[tuple[Draw, ...]]] = [[] for _ in range(count)]
+    before = 0
+    for place in seeded(config.seed, _SHUFFLES, here.epoch, here.cursor).permutation(len(groups)):
+        size = len(groups[place]) if by_examples else 1
+        batches[(2 * before + size) * count // (2 * total)].append(tuple(draws[index] for index in groups[place]))
+        before += size
+    return list(map(tuple, batches))
+
+
+# What there is to be drawn from.
+
+
+class Order:
+    """An epoch's samples in the order in which they are drawn."""
+
+    size = 0
+    """Samples that a survey found usable; 0 without one."""
+    excluded: tuple[Skipped, ...] = ()
+    """What the survey left out."""
+    fingerprint: str
+    """Changes with the data, as far as they are known beforehand."""
+
+    def __init__(self, reader: ExampleReader, seed: int) -> None:
+        self._reader, self._seed = reader, seed
+
+    def __call__(self, epoch: int, cursor: int) -> Iterator[Draw | Skipped]:
+        raise NotImplementedError
+
+    def _draw(self, source: tuple[int, int] | Sample, id: str, samples: int, tokens: int, epoch: int) -> Draw:
+        margin = self._reader.margin_of(id, self._seed, epoch)
+        return Draw(source, margin, positions(samples, margin, self._reader.max_positions) + tokens)
+
+    def _measured(self, item: Sample | Skipped, seconds: float) -> tuple[int, int] | Skipped:
+        if isinstance(item, Skipped):
+            return item
+        try:
+            return self._reader.measure(item, seconds)
+        except (DataError, MediaError, TooLong) as error:
+            return left_out(item, error, self._reader.strict)
+
+
+def open_order(corpora: Sequence[AnyCorpus], reader: ExampleReader, config: LoaderConfig) -> Order:
+    """By index where all corpora have one, as streams as soon as one of them has none."""
+    names = [corpus.name for corpus in corpora]
+    if not names or len(set(names)) != len(names):
+        raise ValueError(f"a loader needs corpora of different names, got {names}; give each a `name` in the recipe")
+    streaming = any(corpus.streaming for corpus in corpora)
+    return (StreamOrder if streaming else IndexOrder)(corpora, reader, config)
+
+
+class IndexOrder(Order):
+    """Map-style corpora: every epoch's order and all lengths are known."""
+
+    def __init__(self, corpora: Sequence[AnyCorpus], reader: ExampleReader, config: LoaderConfig) -> None:
+        super().__init__(reader, config.seed)
+        excluded = [each for corpus in corpora for each in corpus.left_out]
+        self._ids: list[str] = []
+        known: list[tuple[int, int, int, int]] = []
+        groups: dict[Group, int] = {}
+        group_of: list[int] = []
+        digest = blake2b(digest_size=16)
+        for number, corpus in enumerate(corpora):
+            for row, (item, seconds) in enumerate(zip(items(corpus), corpus.lengths(), strict=True)):
+                measured = self._measured(item, float(seconds))
+                if isinstance(item, Skipped) or isinstance(measured, Skipped):
+                    excluded += [measured] if isinstance(measured, Skipped) else []
+                    continue
+                group = Group(corpus.name, item.task, item.language)
+                self._ids.append(item.id)
+                known.append((number, row, *measured))
+                group_of.append(groups.setdefault(group, len(groups)))
+                digest.update(f"{group} {item.id} {measured[0]} {measured[1]}\n".encode())
+        self.excluded, self.size, self.fingerprint = tuple(excluded), len(known), digest.hexdigest()
+        if not known:
+            first = f": {excluded[0].id}: {excluded[0].cause}" if excluded else ""
+            raise ValueError(f"no sample of {[corpus.name for corpus in corpora]} can be used{first}")
+        self._known = np.array(known, np.int64)
+        self._order = EpochOrder(list(groups), np.array(group_of, np.int32), config.mixing, config.seed)
+
+    def __call__(self, epoch: int, cursor: int) -> Iterator[Draw]:
+        for index in self._order.rows(epoch)[cursor:].tolist():
+            corpus, row, samples, tokens = self._known[index].tolist()
+            yield self._draw((corpus, row), self._ids[index], samples, tokens, epoch)
+
+
+class StreamOrder(Order):
+    """At least one stream: samples as they come, each corpus read once in an epoch."""
+
+    def __init__(self, corpora: Sequence[AnyCorpus], reader: ExampleReader, config: LoaderConfig) -> None:
+        super().__init__(reader, config.seed)
+        sizes = {corpus.name: None if corpus.streaming else len(corpus) for corpus in corpora}
+        self._corpora, self._weights = corpora, stream_weights(sizes, config.mixing)
+        self.fingerprint = " ".join(f"{name}:{'stream' if size is None else size}" for name, size in sizes.items())
+
+    def __call__(self, epoch: int, cursor: int) -> Iterator[Draw | Skipped]:
+        seed, in_a_row = self._seed, 0
+        streams = {
+            corpus.name: items(corpus, None if corpus.streaming else stream_rows(len(corpus), corpus.name, seed, epoch))
+            for corpus in self._corpora
+        }
+        for item in islice(merged(streams, self._weights, seed, epoch), cursor, None):
+            measured = self._measured(item, math.nan)
+            if isinstance(item, Sample) and not isinstance(measured, Skipped):
+                in_a_row = 0
+                yield self._draw(item, item.id, *measured, epoch)
+            elif isinstance(measured, Skipped):
+                in_a_row += 1
+                if in_a_row == MOST_SKIPPED_IN_A_ROW:
+                    cause = f"{in_a_row:,} samples in a row cannot be used; the last: {measured}"
+                    raise DataError("training data", cause)
+                yield measured
+
+
+class CorruptShare:
+    """How many samples were read, and which were corrupt."""
+
+    def __init__(self, limit: float, usable: int, excluded: Sequence[Skipped]) -> None:
+        """``usable`` and ``excluded``: what a survey found; its corrupt samples count, too."""
+        self._limit, self._surveyed = limit, 0.0
+        self._read = self._corrupt = 0
+        self._first: list[Skipped] = []
+        self.add(usable, excluded)
+        self.check()
+        if self._read:
+            self._surveyed = self._corrupt / self._read
+            self._read = self._corrupt = 0
+
+    def add(self, read: int, skipped: Sequence[Skipped]) -> None:
+        """Raise :class:`DataError` if the share is over the limit by more than chance would explain."""
+        corrupt = [sample for sample in skipped if sample.corrupt]
+        self._corrupt += len(corrupt)
+        self._read += read + len(corrupt)
+        self._first = (self._first + corrupt)[:NAMED]
+        self.check(slack=3 * math.sqrt(self._limit * self._read))
+
+    def check(self, slack: float = 0.0) -> None:
+        """Raise :class:`DataError` if the share is over the limit."""
+        usable = 1 - self._surveyed  # what is read is the part of the whole that the survey found usable
+        if usable * self._corrupt + self._surveyed * self._read > self._limit * self._read + slack:
+            share = self._surveyed + usable * self._corrupt / self._read
+            named = "; ".join(map(str, self._first))
+            cause = (
+                f"{share:.1%} of {self._read:,} samples are corrupt, more than {self._limit:.1%}; the first: {named}"
+            )
+            raise DataError("training data", cause)
