@@ -26,7 +26,7 @@ from weights.whispers import hub_model, write_folder
 
 from whisper_moe import MediaError, Outcome, WhisperMoE, cli, commands
 from whisper_moe.config import FULL_WINDOW
-from whisper_moe.generate.decode import Take, WindowDecoder
+from whisper_moe.generate.decode import DecodingResult, WindowDecoder
 from whisper_moe.jobs import named
 
 ROOT = Path(__file__).parent.parent
@@ -440,10 +440,10 @@ def test_a_file_is_written_before_anything_is_decoded_again_and_a_kill_does_not_
     flags = ["-f", "json", "--language", "en", "--context-margin", "2", *tiny]
     heard, killed, decode = list[int](), True, WindowDecoder.decode
 
-    def wrong(take: Take, seconds: float, *_: Any) -> bool:
+    def wrong(take: DecodingResult, seconds: float, *_: Any) -> bool:
         return seconds == 2.0 and take.margin < FULL_WINDOW
 
-    def spy(self: WindowDecoder, clips: Any, *more: Any, margin: float, **how: Any) -> list[Take]:
+    def spy(self: WindowDecoder, clips: Any, *more: Any, margin: float, **how: Any) -> list[DecodingResult]:
         if killed and margin == FULL_WINDOW:
             raise MemoryError(" ".join(sorted(path.name for path in (tmp_path / "out").iterdir())))
         heard.append(len(clips))

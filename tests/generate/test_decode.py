@@ -10,7 +10,7 @@ import pytest
 from generate.tiny import CONFIG, tiny_whisper_moe
 
 from whisper_moe import WhisperMoE
-from whisper_moe.generate.decode import MINIMUM_TOKEN_LIMIT, Take, WindowDecoder
+from whisper_moe.generate.decode import MINIMUM_TOKEN_LIMIT, DecodingResult, WindowDecoder
 from whisper_moe.generate.options import TranscribeOptions
 
 RATE = 16_000
@@ -26,7 +26,7 @@ CLIPS = [noise(seconds, seed) for seed, seconds in enumerate((0.2, 6.0, 2.5, 29.
 def decode(
     model: WhisperMoE, clips: Sequence[np.ndarray], *, temperature: float = 0.0, margin: float = 0.5,
     hints: Sequence[str | None] | None = None, **options: Any,
-) -> list[Take]:  # fmt: skip
+) -> list[DecodingResult]:  # fmt: skip
     asked = TranscribeOptions(**options)
     return model._decoder.decode(clips, asked, temperature=temperature, margin=margin, hints=hints)
 

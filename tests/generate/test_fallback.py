@@ -11,7 +11,7 @@ import pytest
 from generate.tiny import tiny_tokenizer
 
 from whisper_moe import WhisperMoE
-from whisper_moe.generate.decode import Take, WindowDecoder
+from whisper_moe.generate.decode import DecodingResult, WindowDecoder
 from whisper_moe.generate.fallback import attempts, decode_with_fallback, is_silence, looks_wrong
 from whisper_moe.generate.options import TranscribeOptions
 from whisper_moe.generate.search import Hypothesis
@@ -25,13 +25,15 @@ def at(seconds: float) -> int:
     return TOKENIZER.timestamp_begin + round(seconds / 0.02)
 
 
-def take(text: str = "Four words are said", *, average: float = -0.2, finished: bool = True, **changes: Any) -> Take:
+def take(
+    text: str = "Four words are said", *, average: float = -0.2, finished: bool = True, **changes: Any
+) -> DecodingResult:
     tokens = tuple(TOKENIZER.encode(text))
     found = Hypothesis(tokens, average * (len(tokens) + 1), finished)
-    return replace(Take(found, "en", None, 0.01, 0.0, 2.0, ()), **changes)
+    return replace(DecodingResult(found, "en", None, 0.01, 0.0, 2.0, ()), **changes)
 
 
-def why(found: Take, seconds: float = 3.0, **options: Any) -> str | None:
+def why(found: DecodingResult, seconds: float = 3.0, **options: Any) -> str | None:
     return looks_wrong(found, seconds, TOKENIZER, replace(OPTIONS, **options))
 
 
@@ -50,7 +52,7 @@ def test_a_good_take_is_trusted() -> None:
     ids=["repetitive", "unsure", "endless", "too long"],
 )
 def test_each_reason_speaks_against_a_take(
-    found: Take, seconds: float, reason: str, off: dict[str, None] | None
+    found: DecodingResult, seconds: float, reason: str, off: dict[str, None] | None
 ) -> None:
     assert why(found, seconds) == reason
     if off is not None:
@@ -111,7 +113,7 @@ class Scripted:
     def decode(
         self, clips: Sequence[np.ndarray], options: TranscribeOptions, *, temperature: float, margin: float,
         hints: Sequence[str | None] | None = None, carry: Any = None, previous: Any = None,
-    ) -> list[Take]:  # fmt: skip
+    ) -> list[DecodingResult]:  # fmt: skip
         names = tuple(int(clip[0]) for clip in clips)
         self.calls.append((names, margin, temperature, tuple(hints) if hints else None))
         takes = []
@@ -129,7 +131,7 @@ def in_pairs(indices: Sequence[int], margin: float, temperature: float) -> list[
     return [list(indices[i : i + 2]) for i in range(0, len(indices), 2)]
 
 
-def fall_back(decoder: Scripted, clips: Sequence[np.ndarray], **more: Any) -> list[tuple[Take, int]]:
+def fall_back(decoder: Scripted, clips: Sequence[np.ndarray], **more: Any) -> list[tuple[DecodingResult, int]]:
     options = TranscribeOptions(context_margin=2.0, temperatures=(0.0, 0.5, 1.0))
     found = decode_with_fallback(decoder, clips, options, groups=in_pairs, **more)  # pyright: ignore[reportArgumentType]
     return [(one, thrown_away) for _, one, thrown_away in sorted(found, key=lambda each: each[0])]

@@ -14,7 +14,7 @@ from generate.tiny import CONFIG, tiny_tokenizer, tiny_whisper_moe
 
 from whisper_moe import MediaError
 from whisper_moe.generate.align import WordTiming
-from whisper_moe.generate.decode import Take, WindowDecoder
+from whisper_moe.generate.decode import DecodingResult, WindowDecoder
 from whisper_moe.generate.longform import (
     BUFFERED_SECONDS,
     BUFFERED_WINDOWS,
@@ -31,15 +31,17 @@ TOKENIZER = tiny_tokenizer()
 RATE = 16_000
 
 
-def said(text: str = " word", *, until: float | None = None, language: str = "en", sure: float | None = 0.9) -> Take:
+def said(
+    text: str = " word", *, until: float | None = None, language: str = "en", sure: float | None = 0.9
+) -> DecodingResult:
     """A take that ends at a time in its window, or with the window."""
     tokens = [TOKENIZER.timestamp_begin, *TOKENIZER.encode(text)]
     if until is not None:
         tokens.append(TOKENIZER.timestamp_begin + round(until / 0.02))
-    return Take(Hypothesis(tuple(tokens), -0.1, True), language, sure, 0.01, 0.0, 30.0, ())
+    return DecodingResult(Hypothesis(tuple(tokens), -0.1, True), language, sure, 0.01, 0.0, 30.0, ())
 
 
-def silence() -> Take:
+def silence() -> DecodingResult:
     quiet = said(" you")
     return replace(quiet, no_speech_prob=0.9, hypothesis=replace(quiet.hypothesis, sum_logprob=-99.0))
 
@@ -48,7 +50,7 @@ def silence() -> Take:
 class Listener:
     """A decoder that hears the loudness of a clip and answers by ``answers``; anything else it calls by its loudness."""
 
-    answers: dict[float, Callable[[float, str | None], Take]] = field(default_factory=dict)
+    answers: dict[float, Callable[[float, str | None], DecodingResult]] = field(default_factory=dict)
     batches: list[list[int]] = field(default_factory=list)
     tokenizer: Any = TOKENIZER
     model: Any = field(default_factory=lambda: SimpleNamespace(config=CONFIG))
@@ -59,7 +61,7 @@ class Listener:
     def decode(
         self, clips: Sequence[np.ndarray], options: TranscribeOptions, *, temperature: float, margin: float,
         hints: Sequence[str | None] | None = None, carry: Any = None, previous: Any = None,
-    ) -> list[Take]:  # fmt: skip
+    ) -> list[DecodingResult]:  # fmt: skip
         self.batches.append([self.positions(len(clip), margin) for clip in clips])
         takes = []
         for clip, hint in zip(clips, hints or [None] * len(clips), strict=True):
@@ -151,7 +153,7 @@ def test_a_result_does_not_wait_for_the_end_of_a_long_recording() -> None:
     assert len(read) <= BUFFERED_WINDOWS
 
 
-def unsure(seconds: float, hint: str | None) -> Take:
+def unsure(seconds: float, hint: str | None) -> DecodingResult:
     take = said(" unsure")
     return replace(take, hypothesis=replace(take.hypothesis, sum_logprob=-99.0))
 
@@ -305,8 +307,8 @@ def spoken_between(seconds: float, *spans: tuple[float, float], floor: float = 0
 class Teller(Listener):
     """Says one segment from the start of a window to its end, as Whisper does; its first word swallows the silence before."""
 
-    def decode(self, clips: Sequence[np.ndarray], options: TranscribeOptions, **_: Any) -> list[Take]:
-        takes: list[Take] = []
+    def decode(self, clips: Sequence[np.ndarray], options: TranscribeOptions, **_: Any) -> list[DecodingResult]:
+        takes: list[DecodingResult] = []
         for clip in clips:
             loud, end = np.flatnonzero(np.abs(clip) > 0.02), len(clip) // 320 * 0.02
             takes.append(said(" ab c", until=end) if len(loud) else silence())
@@ -358,7 +360,7 @@ def test_what_was_said_before_a_pause_does_not_hold_the_cue_after_it() -> None:
 def test_what_was_made_up_is_left_and_what_is_behind_its_silence_heard_again() -> None:
     """An odd word behind 8 s of silence, then speech: the window is heard again from there."""
 
-    def made_up(seconds: float, hint: str | None) -> Take:
+    def made_up(seconds: float, hint: str | None) -> DecodingResult:
         if seconds < 12:
             return said(" real")
         timing = WordTiming(" you", tuple(TOKENIZER.encode(" you")), 8.0, 8.1, 0.01)
@@ -389,7 +391,7 @@ def test_long_digital_silence_is_not_decoded_and_the_rest_knows_its_time() -> No
 # Languages.
 
 
-def speaking(language: str, sure: float) -> Callable[[float, str | None], Take]:
+def speaking(language: str, sure: float) -> Callable[[float, str | None], DecodingResult]:
     return lambda seconds, hint: said(f" {hint or language}", language=hint or language, sure=sure)
 
 
@@ -439,7 +441,7 @@ def test_carried_fast_weights_change_what_follows_and_not_what_came_before(monke
     scores: dict[int, float] = {}
     decode = WindowDecoder.decode
 
-    def spy(self: WindowDecoder, clips: Sequence[np.ndarray], *more: Any, **how: Any) -> list[Take]:
+    def spy(self: WindowDecoder, clips: Sequence[np.ndarray], *more: Any, **how: Any) -> list[DecodingResult]:
         takes = decode(self, clips, *more, **how)
         scores.update((len(clip), take.hypothesis.avg_logprob) for clip, take in zip(clips, takes, strict=True))
         return takes
@@ -514,7 +516,9 @@ def test_a_text_that_took_a_high_temperature_prompts_nothing() -> None:
     prompted: list[Any] = []
 
     class Prompted(Listener):
-        def decode(self, clips: Sequence[np.ndarray], *more: Any, previous: Any = None, **how: Any) -> list[Take]:
+        def decode(
+            self, clips: Sequence[np.ndarray], *more: Any, previous: Any = None, **how: Any
+        ) -> list[DecodingResult]:
             prompted.append(None if previous is None else TOKENIZER.decode(previous))
             return super().decode(clips, *more, **how)
 
@@ -528,7 +532,9 @@ def test_one_after_the_other_what_a_window_left_comes_before_the_next() -> None:
     order: list[str] = []
 
     class Ordered(Listener):
-        def decode(self, clips: Sequence[np.ndarray], *more: Any, previous: Any = None, **how: Any) -> list[Take]:
+        def decode(
+            self, clips: Sequence[np.ndarray], *more: Any, previous: Any = None, **how: Any
+        ) -> list[DecodingResult]:
             order.extend(f"{clip[0]:.1f} {len(clip) / RATE:g}" for clip in clips)
             return super().decode(clips, *more, **how)
 
@@ -540,7 +546,7 @@ def test_one_after_the_other_what_a_window_left_comes_before_the_next() -> None:
 # Windows that say more than a decoder has positions.
 
 
-def cut_off(seconds: float, hint: str | None) -> Take:
+def cut_off(seconds: float, hint: str | None) -> DecodingResult:
     """A long text without a single time to go on from, unless the window is short."""
     whole = said(f" {seconds:g}")
     return whole if seconds < 10 else replace(whole, hypothesis=replace(whole.hypothesis, finished=False))

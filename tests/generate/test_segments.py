@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 from parity.openai_whisper import hub_backend
 
 from whisper_moe.generate.align import WordTiming
-from whisper_moe.generate.decode import Take
+from whisper_moe.generate.decode import DecodingResult
 from whisper_moe.generate.options import APPENDED_PUNCTUATION, PREPENDED_PUNCTUATION
 from whisper_moe.generate.result import Segment, Word
 from whisper_moe.generate.search import Hypothesis
@@ -51,9 +51,9 @@ def say(text: str) -> list[int]:
     return tokenizer().encode(text)
 
 
-def take(tokens: list[int], finished: bool = True, **changes: Any) -> Take:
+def take(tokens: list[int], finished: bool = True, **changes: Any) -> DecodingResult:
     found = Hypothesis(tuple(tokens), -0.25 * (len(tokens) + 1), finished)
-    return replace(Take(found, "en", 0.9, 0.1, 0.0, 2.0, (("hindi", 1.0),)), **changes)
+    return replace(DecodingResult(found, "en", 0.9, 0.1, 0.0, 2.0, (("hindi", 1.0),)), **changes)
 
 
 def by_openai(tokens: list[int]) -> tuple[list[dict[str, Any]], float | None]:

@@ -32,7 +32,7 @@ from weights.whispers import (
 
 from whisper_moe import WhisperMoE
 from whisper_moe.config import ModelConfig
-from whisper_moe.generate.decode import Take
+from whisper_moe.generate.decode import DecodingResult
 from whisper_moe.generate.options import TranscribeOptions
 from whisper_moe.media.languages import NewLanguage
 from whisper_moe.media.tokenizer import Tokenizer
@@ -388,7 +388,7 @@ def speaking(louder: float = 1.0, **generation: Any) -> WhisperMoE:
     return WhisperMoE(model, tokenizer, said, name="tiny", tokenizer_files=new.tokenizer_files)
 
 
-def decode(model: WhisperMoE, temperature: float = 0.0, **options: Any) -> list[Take]:
+def decode(model: WhisperMoE, temperature: float = 0.0, **options: Any) -> list[DecodingResult]:
     return model._decoder.decode(CLIPS, TranscribeOptions(**options), temperature=temperature, margin=0.5)
 
 

@@ -37,7 +37,7 @@ MINIMUM_TOKEN_LIMIT = 32
 
 
 @dataclass(frozen=True)
-class Take:
+class DecodingResult:
     """One decoding of one window."""
 
     hypothesis: Hypothesis
@@ -100,7 +100,7 @@ class WindowDecoder:
     def decode(
         self, clips: Sequence[np.ndarray], options: TranscribeOptions, *, temperature: float, margin: float,
         hints: Sequence[str | None] | None = None, carry: Carry | None = None, previous: Sequence[int] | None = None,
-    ) -> list[Take]:  # fmt: skip
+    ) -> list[DecodingResult]:  # fmt: skip
         """One take for each clip of float32 samples at 16 kHz. ``hints``: languages already known, window by window.
 
         ``carry``: what the window before this single one left; it is not changed, the take has what comes after.
@@ -114,7 +114,7 @@ class WindowDecoder:
         found = self.decode_encoded(encoded, samples, hints, options, temperature, margin, previous)
         del encoded
         give_back_memory(SPARE)
-        takes: list[Take | None] = [None] * len(order)
+        takes: list[DecodingResult | None] = [None] * len(order)
         for index, take in zip(order, found, strict=True):
             takes[index] = replace(take, carried=carried)
         return [take for take in takes if take is not None]
@@ -155,7 +155,7 @@ class WindowDecoder:
     def decode_encoded(
         self, encoded: Encoded, samples: Sequence[int], hints: Sequence[str | None], options: TranscribeOptions,
         temperature: float, margin: float, previous: Sequence[int] | None = None,
-    ) -> list[Take]:  # fmt: skip
+    ) -> list[DecodingResult]:  # fmt: skip
         tokenizer, segments, choice = self.tokenizer, len(samples), options.search(temperature)
         state = self.model.decoder.start(encoded, choice.beams)
         rows, prompt, heard = segments * choice.beams, self._prompt(options, previous), None
@@ -178,7 +178,7 @@ class WindowDecoder:
         )  # fmt: skip
         timings = self._timings(encoded, samples, best, [language for language, _ in languages], options)
         return [
-            Take(hypothesis, language, probability, silence, temperature, margin, experts, timing)
+            DecodingResult(hypothesis, language, probability, silence, temperature, margin, experts, timing)
             for hypothesis, (language, probability), silence, experts, timing in zip(
                 best, languages, no_speech, self._experts(encoded.routing, segments), timings, strict=True
             )

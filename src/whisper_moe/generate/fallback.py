@@ -13,7 +13,7 @@ from typing import TypeAlias
 import numpy as np
 
 from whisper_moe.config import FULL_WINDOW, SAMPLE_RATE
-from whisper_moe.generate.decode import TOKENS_PER_SECOND, Take, WindowDecoder
+from whisper_moe.generate.decode import TOKENS_PER_SECOND, DecodingResult, WindowDecoder
 from whisper_moe.generate.options import TranscribeOptions
 from whisper_moe.generate.result import compression_ratio
 from whisper_moe.generate.segments import goes_on, too_much
@@ -25,7 +25,7 @@ _SHORT_TEXT_TOKENS = 12
 """A text of so few tokens is never too long for its time: a cough of 0.2 s may hold a word."""
 
 
-def is_silence(take: Take, options: TranscribeOptions) -> bool:
+def is_silence(take: DecodingResult, options: TranscribeOptions) -> bool:
     """Whisper's rule: silence is likely, and the text is not sure enough to speak against it."""
     threshold = options.no_speech_threshold
     if threshold is None or take.no_speech_prob <= threshold:
@@ -33,7 +33,7 @@ def is_silence(take: Take, options: TranscribeOptions) -> bool:
     return options.logprob_threshold is None or take.hypothesis.avg_logprob <= options.logprob_threshold
 
 
-def looks_wrong(take: Take, seconds: float, tokenizer: Tokenizer, options: TranscribeOptions) -> str | None:
+def looks_wrong(take: DecodingResult, seconds: float, tokenizer: Tokenizer, options: TranscribeOptions) -> str | None:
     """Why a take should not be trusted, in a word or two; None if nothing speaks against it."""
     hypothesis = take.hypothesis
     if is_silence(take, options):
@@ -66,13 +66,13 @@ def decode_with_fallback(
     groups: Batches,
     carry: Carry | None = None,
     previous: Sequence[int] | None = None,
-) -> Iterator[tuple[int, Take, int]]:
+) -> Iterator[tuple[int, DecodingResult, int]]:
     """Each clip's index, with its accepted take and how many takes were thrown away before it, as soon as it is accepted.
 
     ``groups(clip indices, margin, temperature)`` cuts clips into batches that fit. The last attempt is accepted as it is. A
     clip that fills its window anyway is not decoded again just to be padded.
     """
-    results: dict[int, tuple[Take, int]] = {}
+    results: dict[int, tuple[DecodingResult, int]] = {}
     pending = list(range(len(clips)))
     tried: dict[int, tuple[int, float]] = {}
     *_, last = tries = attempts(options)

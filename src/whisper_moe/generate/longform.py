@@ -15,7 +15,7 @@ from dataclasses import dataclass, field
 import numpy as np
 
 from whisper_moe.config import MAX_PACK_TOKENS, SAMPLE_RATE
-from whisper_moe.generate.decode import Take, WindowDecoder, prompt_ids
+from whisper_moe.generate.decode import DecodingResult, WindowDecoder, prompt_ids
 from whisper_moe.generate.fallback import Batches, decode_with_fallback, is_silence, looks_wrong
 from whisper_moe.generate.options import TranscribeOptions
 from whisper_moe.generate.result import Segment, Transcription
@@ -92,7 +92,7 @@ class Recording:
 class _Job:
     recording: Recording
     window: Window
-    take: Take = field(init=False)
+    take: DecodingResult = field(init=False)
     tries: int = 0
     """How often it was decoded until that take was accepted."""
     left: list[_Job] = field(default_factory=list)
@@ -269,7 +269,7 @@ class Transcriber:
         reached = max(each[-1].end for each in (segments, shown) if each) - window.start
         return self._later(recording, window, reached, LEAST_REST) if reached >= LEAST_ADVANCE else []
 
-    def _segments(self, take: Take, window: Window) -> list[Segment]:
+    def _segments(self, take: DecodingResult, window: Window) -> list[Segment]:
         marks = {"prepended": self.options.prepend_punctuations, "appended": self.options.append_punctuations}
         return segments_of(take, window.start, window.duration, self.decoder.tokenizer, **marks)
 

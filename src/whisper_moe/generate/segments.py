@@ -11,7 +11,7 @@ import numpy as np
 
 from whisper_moe.config import FRAMES_PER_SECOND, SAMPLE_RATE
 from whisper_moe.generate.align import add_words
-from whisper_moe.generate.decode import Take
+from whisper_moe.generate.decode import DecodingResult
 from whisper_moe.generate.options import APPENDED_PUNCTUATION, PREPENDED_PUNCTUATION
 from whisper_moe.generate.result import Segment, Word, compression_ratio
 from whisper_moe.generate.search import Hypothesis
@@ -56,7 +56,7 @@ def too_much(hypothesis: Hypothesis, seconds: float, tokenizer: Tokenizer) -> bo
 
 
 def segments_of(
-    take: Take, start: float, duration: float, tokenizer: Tokenizer, *, prepended: str = PREPENDED_PUNCTUATION,
+    take: DecodingResult, start: float, duration: float, tokenizer: Tokenizer, *, prepended: str = PREPENDED_PUNCTUATION,
     appended: str = APPENDED_PUNCTUATION,
 ) -> list[Segment]:  # fmt: skip
     """The segments of a window that begins at ``start`` and lasts ``duration`` seconds; ids are given out later.
