@@ -29,7 +29,8 @@ SAMPLES, BATCH, STEPS, CHECKPOINT_EVERY = 10, 3, 12, 5
 _PRELUDE = """
 import json, os, signal, sys
 from pathlib import Path
-from whisper_moe.train import checkpoint, evaluation, loop, losses, monitor, run
+from whisper_moe.evaluate import evaluator
+from whisper_moe.train import checkpoint, loop, losses, monitor, run
 
 FOLDER = Path(sys.argv[sys.argv.index("-o") + 1])
 ATTEMPT = int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0))

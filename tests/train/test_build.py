@@ -21,8 +21,8 @@ pytest.importorskip("datasets")
 from whisper_moe.config import AdaptConfig
 from whisper_moe.data.corpora import CorpusConfig
 from whisper_moe.data.sample import DataError, Skipped
+from whisper_moe.evaluate.evaluator import Evaluator
 from whisper_moe.train import build
-from whisper_moe.train.evaluation import Judge
 from whisper_moe.train.parallel import Parallel
 from whisper_moe.train.recipe import Recipe, RecipeError, apply, recipe_of
 from whisper_moe.train.record import RECORD, check_same
@@ -76,11 +76,8 @@ def test_a_row_that_cannot_be_judged_is_left_out_and_counted() -> None:
         DataError("memory.tsv", "no such column", row=3),
         clip("b", 0.3),
     ]
-    judge = Judge(
-        [MemoryCorpus(rows)], tiny_reader(model.config), tiny_tokenizer(), model.generation, margin=0.5, batch_size=2,
-        limit=None, decode=False,
-    )  # fmt: skip
-    found = judge(model.model)
+    evaluator = Evaluator(tiny_reader(model.config), tiny_tokenizer(), model.generation, margin=0.5)
+    found = evaluator.figures(model.model, [MemoryCorpus(rows)], batch_size=2)
     assert found is not None and found["left_out"] == 3 and found["loss"] > 0
 
 

@@ -460,15 +460,15 @@ for kind, port in zip(("whole", "sharded"), ports):
 JUDGED = """
 import os, signal, sys
 from pathlib import Path
-from whisper_moe.train import evaluation
+from whisper_moe.evaluate import evaluator
 from whisper_moe.train.run import train
 recipe, folder, struck = sys.argv[1:]
 (Path(folder) / os.environ["RANK"]).write_text(str(os.getpid()))
-pack = evaluation.pack_examples
+pack = evaluator.pack_examples
 def strike(examples):
     os.kill(int((Path(folder) / struck).read_text()), signal.SIGTERM)
     return pack(examples)
-evaluation.pack_examples = strike
+evaluator.pack_examples = strike
 words = ["evaluation.metric=loss", "evaluation.batch_size=1", "evaluation.every=2"]
 sys.exit(train(Path(recipe), words, Path(folder) / "run", False))
 """

@@ -25,6 +25,9 @@ from whisper_moe.evaluate.peers import Adapter, Heard, Ours, Setup, WrittenTrans
 from whisper_moe.evaluate.systems import System, loaded
 from whisper_moe.machine import THREAD_VARIABLES, peak_bytes
 
+CLIPS_AT_ONCE = 32
+"""Clips whose sound is held at a time for the cross-entropy."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class Work:
@@ -169,22 +172,37 @@ def _disk(adapter: Adapter) -> int | None:
 
 def _ours(adapter: Ours, work: Work, measured: Measured) -> Measured:
     """What only this project's models say about themselves."""
-    from whisper_moe.evaluate.cross_entropy import cross_entropy
-    from whisper_moe.generate.decode import WindowDecoder
-
     model = adapter.model
-    decoder = WindowDecoder(model.model, model.tokenizer, model.generation)
-    code = ("en" if not model.tokenizer.is_multilingual else None) if work.detect else None
     peak = measured.peak
     if model.device.startswith("cuda"):
         import torch
 
         peak = torch.cuda.max_memory_allocated(model.device)
-    surprise = cross_entropy(decoder, [clip.sample for clip in work.clips], margin=adapter.margin, language=code)
+    surprise = _cross_entropies(model, work, adapter.margin)
     return replace(
         measured, device=model.device, dtype=model.dtype, config=model.config.model_dump(mode="json"), peak=peak,
         surprise=surprise, margin=adapter.margin,
     )  # fmt: skip
+
+
+def _cross_entropies(model: Any, work: Work, margin: float) -> list[tuple[float, int] | str]:
+    """Of each clip's reference the sum of −ln p and the number of its tokens, or why there is none."""
+    from whisper_moe.data.examples import ExampleConfig, ExampleReader
+    from whisper_moe.data.sample import TooLong
+    from whisper_moe.evaluate.evaluator import Evaluator
+
+    reading = ExampleConfig(empty_text=True, margin=min(margin, FULL_WINDOW))
+    reader = ExampleReader(model.tokenizer, model.config, reading)
+    evaluator = Evaluator(reader, model.tokenizer, model.generation, margin=margin)
+    samples = [clip.sample for clip in work.clips]
+    if work.detect and not model.tokenizer.is_multilingual:
+        samples = [replace(sample, language="en", target_language="en") for sample in samples]
+    found: list[tuple[float, int] | str] = []
+    for first in range(0, len(samples), CLIPS_AT_ONCE):
+        for each in evaluator.batch(model.model, samples[first : first + CLIPS_AT_ONCE]):
+            cause = each.error.cause if isinstance(each.error, TooLong) else str(each.error)
+            found.append((each.cross_entropy, each.tokens) if each.error is None else cause)
+    return found
 
 
 def _all(adapter: Adapter, work: Work, progress: Callable[[float], None]) -> tuple[list[Heard], list[float]]:

@@ -18,11 +18,11 @@ from whisper_moe.data.examples import ExampleReader
 from whisper_moe.data.loader import PackedLoader
 from whisper_moe.data.sample import AnyCorpus, DataError, Sample, Skipped, TooLong, left_out
 from whisper_moe.data.sampler import NAMED, LoaderConfig
+from whisper_moe.evaluate.evaluator import Evaluator
 from whisper_moe.media.audio import MediaError
 from whisper_moe.model.block import Block
 from whisper_moe.model.model import WhisperMoEModel
 from whisper_moe.train.adapt_context import ContextObjective, Lessons
-from whisper_moe.train.evaluation import Judge
 from whisper_moe.train.loop import LoopSettings, Objective, Observer, Precision, Trainer
 from whisper_moe.train.losses import RouterLosses, SpeechObjective
 from whisper_moe.train.monitor import SKIPPED, Silent
@@ -282,7 +282,7 @@ def _evaluation(
     """Rank 0 judges, and tells the others. Before each of its batches all say whether they are to stop, so that all do."""
     if not recipe.data.evaluation:
         return None
-    judge = _judge(recipe, start, parallel, note) if parallel.rank == 0 else None
+    figures = _figures(recipe, start, parallel, note) if parallel.rank == 0 else None
 
     def stop() -> bool:
         parallel.broadcast(_A_BATCH)
@@ -290,8 +290,8 @@ def _evaluation(
 
     def evaluate() -> Mapping[str, float] | None:
         with parallel.whole(model) as whole:
-            if judge is not None and whole is not None:
-                return json.loads(parallel.broadcast(json.dumps(judge(whole, stop))))
+            if figures is not None and whole is not None:
+                return json.loads(parallel.broadcast(json.dumps(figures(whole, stop_requested=stop))))
             while (said := parallel.broadcast("")) == _A_BATCH:
                 parallel.any(stop_requested())
             return json.loads(said)
@@ -299,14 +299,15 @@ def _evaluation(
     return evaluate
 
 
-def _judge(recipe: Recipe, start: Start, parallel: Parallel, note: Note) -> Judge:
-    """Raises ``ValueError`` for corpora that cannot be judged by."""
-    settings, tokenizer, decode = recipe.evaluation, start.tokenizer, recipe.evaluation.metric != "loss"
+def _figures(recipe: Recipe, start: Start, parallel: Parallel, note: Note) -> Callable[..., Mapping[str, float] | None]:
+    """What gives the figures of a model. Raises ``ValueError`` for corpora that it cannot be judged by."""
+    settings, decode = recipe.evaluation, recipe.evaluation.metric != "loss"
     corpora = list(_opened(recipe.data.evaluation, parallel, note))
     _check_missing(corpora, recipe.data.evaluation, recipe.data.loader.max_corrupt_share)
-    reader = ExampleReader(tokenizer, start.config, recipe.data.loader.reading)
+    reader = ExampleReader(start.tokenizer, start.config, recipe.data.loader.reading)
     _check_evaluation(corpora, reader, limit=settings.limit, decode=decode)
-    return Judge(
-        corpora, reader, tokenizer, start.generation, margin=start.config.margin, batch_size=settings.batch_size,
-        limit=settings.limit, decode=decode, padded=settings.padded, note=note,
-    )  # fmt: skip
+    evaluator = Evaluator(
+        reader, start.tokenizer, start.generation, margin=start.config.margin, decode=decode, padded=settings.padded
+    )
+    asked = {"batch_size": settings.batch_size, "limit": settings.limit, "note": note}
+    return partial(evaluator.figures, corpora=corpora, **asked)
