@@ -8,9 +8,9 @@ from __future__ import annotations
 
 import hashlib
 import os
-import tempfile
 from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
@@ -207,7 +207,12 @@ def _probed(corpus: Corpus, indices: NDArray[np.int64]) -> NDArray[np.float32]:
     with ThreadPoolExecutor(PROBES) as pool:
         found = np.fromiter(pool.map(seconds, indices.tolist()), np.float32, len(indices))
     if memory is not None:
-        _keep(memory, found)
+        from whisper_moe.weights.files import atomic_file
+
+        with suppress(OSError):  # a disk that takes nothing only costs the next run its time
+            memory.parent.mkdir(parents=True, exist_ok=True)
+            with atomic_file(memory) as scratch, scratch.open("wb") as file:
+                np.save(file, found, allow_pickle=False)
     return found
 
 
@@ -226,17 +231,6 @@ def _memory(corpus: Corpus, indices: NDArray[np.int64]) -> Path:
                 digest.update(b"none;")
     cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
     return cache / "whisper-moe" / f"seconds-{digest.hexdigest()}.npy"
-
-
-def _keep(memory: Path, seconds: NDArray[np.float32]) -> None:
-    """Whole or not at all, since several ranks write it; a disk that takes nothing only costs the next run its time."""
-    try:
-        memory.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.NamedTemporaryFile(dir=memory.parent, suffix=".tmp", delete=False) as file:
-            np.save(file, seconds, allow_pickle=False)
-        os.replace(file.name, memory)
-    except OSError:
-        pass
 
 
 class _Samples(Iterator[Sample]):

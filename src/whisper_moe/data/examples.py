@@ -15,6 +15,8 @@ from hashlib import blake2b
 from itertools import zip_longest
 from typing import TYPE_CHECKING, Literal, Self
 
+import numpy as np
+from numpy.typing import NDArray
 from pydantic import BaseModel, ConfigDict, model_validator
 
 from whisper_moe.config import (
@@ -237,17 +239,18 @@ class ExampleReader:
         """
         import torch
 
-        cache = self._cache
+        from whisper_moe.media.mel import window_mel
+
         low, high = self.margins
-        kept = low if low == high else _KEPT_SECONDS
-        key = cache.key(sample, self._n_mels, kept, self.max_positions) if cache else ""
-        found = cache.get(key) if cache else None
-        sound: Tensor | None = None
+        kept, cache, audio = low if low == high else _KEPT_SECONDS, self._cache, sample.audio
+        assert audio is not None
+        path = cache.path(audio, self._n_mels, kept, self.max_positions) if cache else None
+        found = cache.get(path) if cache and path else None
         if found is None:
             sound = self._sound(sample)
-            found = self._padded_mel(sound, positions(len(sound), kept, self.max_positions)), len(sound)
-            if cache:
-                cache.put(key, *found)
+            found = window_mel(sound, self._n_mels, positions(len(sound), kept, self.max_positions)), len(sound)
+            if cache and path:
+                cache.put(path, *found)
         mel, samples = found
         wanted = positions(samples, margin, self.max_positions)
         more = 2 * wanted - mel.shape[1]
@@ -257,27 +260,20 @@ class ExampleReader:
             return torch.cat((mel, mel[:, -1:].expand(-1, more)), dim=1), samples
         if more < 0 and wanted * SAMPLES_PER_POSITION - samples >= _EDGE_SAMPLES:
             return mel[:, : 2 * wanted].clone(), samples
-        return self._padded_mel(self._sound(sample) if sound is None else sound, wanted), samples
+        return window_mel(self._sound(sample), self._n_mels, wanted), samples
 
-    def _sound(self, sample: Sample) -> Tensor:
-        import torch
-
+    def _sound(self, sample: Sample) -> NDArray[np.float32]:
         assert sample.audio is not None
         sound = sample.audio.read()
         if not len(sound):
             raise MediaError(sample.audio.name, "it holds no sound")
         if len(sound) > self.max_positions * SAMPLES_PER_POSITION:
             raise TooLong(sample.id, self.too_long(len(sound)))
-        return torch.from_numpy(sound)
+        return sound
 
     def too_long(self, samples: int) -> str:
         window = self.max_positions / POSITIONS_PER_SECOND
         return f"its sound has {samples / SAMPLE_RATE:.2f} s; the window has {window:g}"
-
-    def _padded_mel(self, sound: Tensor, wanted: int) -> Tensor:
-        from whisper_moe.media.mel import log_mel
-
-        return log_mel(sound, self._n_mels, samples=wanted * SAMPLES_PER_POSITION)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import io
+import os
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from hashlib import sha256
 from pathlib import Path
 from typing import Literal, Protocol, TypeAlias, get_args
 
@@ -109,6 +111,16 @@ class AudioRef:
                 self.name, f"it ends at {position / SAMPLE_RATE:.2f} s, before the piece at {self.start:g} s"
             )
         return np.concatenate(pieces)
+
+    def fingerprint(self) -> str:
+        """What this piece of sound is known by; a file also by its size and date."""
+        if self.data is not None:
+            return repr(replace(self, data=sha256(self.data).digest()))
+        try:
+            status = os.stat(self.name)
+        except OSError:  # a file that is not there is named when it is read
+            return repr(self)
+        return f"{self!r} {status.st_size} {status.st_mtime_ns}"
 
     def seconds(self) -> float:
         """How long the sound is by its header, which costs no decoding. Raises ``MediaError``."""

@@ -22,7 +22,7 @@ from whisper_moe.generate.rules import Rules, Timestamps
 from whisper_moe.generate.search import Hypothesis, search
 from whisper_moe.heap import SPARE, give_back_memory
 from whisper_moe.machine import fitting_threads
-from whisper_moe.media.mel import log_mel
+from whisper_moe.media.mel import window_mel
 from whisper_moe.media.tokenizer import Tokenizer
 from whisper_moe.model.block import Carry
 from whisper_moe.model.decoder import DecoderState
@@ -143,14 +143,9 @@ class WindowDecoder:
         packs = first_fit_decreasing(lengths)
         parts = []
         for pack in packs:
-            mels = [self._mel(clips[i], lengths[i]) for i in pack]
+            mels = [window_mel(clips[i], self.model.config.n_mels, lengths[i]).to(self._like) for i in pack]
             parts.append(self.model.encoder(mels, heard=[heard[i] for i in pack], carry=carry))
         return [i for pack in packs for i in pack], _joined(parts)
-
-    def _mel(self, clip: np.ndarray, positions: int) -> Tensor:
-        samples = positions * SAMPLES_PER_POSITION
-        mel = log_mel(torch.from_numpy(clip[:samples]), self.model.config.n_mels, samples=samples)
-        return mel.to(self._like)
 
     def decode_encoded(
         self, encoded: Encoded, samples: Sequence[int], hints: Sequence[str | None], options: TranscribeOptions,

@@ -12,11 +12,13 @@ from __future__ import annotations
 
 from functools import lru_cache
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 from torch.nn import functional as F
 
-from whisper_moe.config import FRAMES_PER_SECOND, SAMPLE_RATE
+from whisper_moe.config import FRAMES_PER_SECOND, SAMPLE_RATE, SAMPLES_PER_POSITION
 
 HOP = SAMPLE_RATE // FRAMES_PER_SECOND
 """Samples from one frame to the next: 160, 10 ms."""
@@ -54,6 +56,12 @@ def log_mel(audio: Tensor, n_mels: int = 80, *, samples: int | None = None) -> T
     log = torch.maximum(log, log.amax(dim=(-2, -1), keepdim=True) - _DYNAMIC_RANGE)
     mel = (log + 4.0) / 4.0
     return mel if audio.dim() == 2 else mel[0]
+
+
+def window_mel(clip: NDArray[np.float32], n_mels: int, positions: int) -> Tensor:
+    """[n_mels, 2 · positions] of a clip [n] at 16 kHz, cut or padded with silence to so many encoder positions."""
+    samples = positions * SAMPLES_PER_POSITION
+    return log_mel(torch.from_numpy(clip[:samples]), n_mels, samples=samples)
 
 
 def _mel_power(audio: Tensor, n_mels: int) -> Tensor:

@@ -22,11 +22,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from whisper_moe.config import FULL_WINDOW, SAMPLE_RATE, SAMPLES_PER_POSITION, ModelConfig
+from whisper_moe.config import FULL_WINDOW, SAMPLE_RATE, ModelConfig
 from whisper_moe.data.examples import Example, Pack, drawn_margin, pack_examples, positions
 from whisper_moe.data.loader import Batch
 from whisper_moe.data.sample import Sample
-from whisper_moe.media.mel import log_mel
+from whisper_moe.media.mel import window_mel
 from whisper_moe.model.model import Output
 from whisper_moe.packing import first_fit_decreasing
 from whisper_moe.train.losses import Terms, Totals, run_packs
@@ -80,7 +80,7 @@ class Lessons:
         assert sample.audio is not None
         sound = sample.audio.read()
         wanted = positions(len(sound), margin, self.config.max_source_positions)
-        mel = log_mel(torch.from_numpy(sound), self.config.n_mels, samples=wanted * SAMPLES_PER_POSITION)
+        mel = window_mel(sound, self.config.n_mels, wanted)
         tokens = tuple(self.teacher.lesson(sample, mode).tokens.tolist())
         return Example(
             id=f"{sample.id}\n{mode}", mel=mel, heard=positions(len(sound), 0, self.config.max_source_positions),

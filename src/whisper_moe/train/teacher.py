@@ -8,9 +8,8 @@ step of self-distillation would cost, so it is done once. Transcripts of people 
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from hashlib import sha256
 from pathlib import Path
 from typing import Any, Literal
@@ -22,7 +21,7 @@ from safetensors.torch import save
 from torch import Tensor
 
 from whisper_moe.config import FULL_WINDOW, SAMPLE_RATE, ModelConfig
-from whisper_moe.data.sample import AudioRef, Sample, Skipped
+from whisper_moe.data.sample import Sample, Skipped
 from whisper_moe.data.sample import left_out as skipped
 from whisper_moe.generate.decode import WindowDecoder
 from whisper_moe.generate.options import TranscribeOptions
@@ -31,6 +30,7 @@ from whisper_moe.model.linear import arrange
 from whisper_moe.model.model import WhisperMoEModel
 from whisper_moe.packing import Layout
 from whisper_moe.weights.default import load_model
+from whisper_moe.weights.files import atomic_file
 from whisper_moe.weights.parts import empty_model
 
 Mode = Literal["plain", "timestamps"]
@@ -125,7 +125,7 @@ class Teacher:
 
     def _path(self, sample: Sample) -> Path:
         assert sample.audio is not None
-        key = f"{self._digest} {sample.id} {_fingerprint(sample.audio)}"
+        key = f"{self._digest} {sample.id} {sample.audio.fingerprint()}"
         return self._folder / f"{sha256(key.encode()).hexdigest()[:32]}.safetensors"
 
     @torch.inference_mode()
@@ -153,11 +153,8 @@ class Teacher:
         return sum(self._write(clips[i][0], tensors) for i, tensors in zip(order, kept, strict=True))
 
     def _write(self, sample: Sample, tensors: dict[str, Tensor]) -> int:
-        path = self._path(sample)
-        partial = path.with_suffix(f".{os.getpid()}.part")
-        partial.write_bytes(content := save(tensors))
-        partial.replace(path)
-        return len(content)
+        with atomic_file(self._path(sample)) as path:
+            return path.write_bytes(save(tensors))
 
 
 def teacher_of(source: str | None, folder: Path, device: torch.device, *, limit_mb: int) -> Teacher:
@@ -184,14 +181,3 @@ def teacher_digest(config: ModelConfig, state: Mapping[str, Tensor], generation:
         digest.update(f"{name} {tuple(tensor.shape)} {tensor.dtype}".encode())
         digest.update(some.view(torch.uint8).numpy().tobytes())
     return digest.hexdigest()
-
-
-def _fingerprint(audio: AudioRef) -> str:
-    """What a piece of sound is known by; a file also by its size and date."""
-    if audio.data is not None:
-        return repr(replace(audio, data=sha256(audio.data).digest()))
-    try:
-        status = os.stat(audio.name)
-    except OSError:
-        return repr(audio)
-    return f"{audio!r} {status.st_size} {status.st_mtime_ns}"
