@@ -28,13 +28,11 @@ from whisper_moe.data.sample import Sample
 from whisper_moe.machine import machine, versions
 from whisper_moe.media.tokenizer import Tokenizer
 from whisper_moe.model.model import WhisperMoEModel
-from whisper_moe.train.loop import LoopSettings, StepReport, Trainer
+from whisper_moe.train.build import InitialModel
+from whisper_moe.train.loop import Trainer
 from whisper_moe.train.losses import SpeechObjective
-from whisper_moe.train.monitor import Silent
-from whisper_moe.train.optim import Rates, build_optimizer
 from whisper_moe.train.parallel import Parallel
-from whisper_moe.train.recipe import ModelRecipe
-from whisper_moe.train.start import Start, from_source
+from whisper_moe.train.recipe import Recipe, recipe_of
 
 FORMS = ("packed", "padded")
 
@@ -58,18 +56,14 @@ class Reading:
             self.seconds += time.perf_counter() - begun
             yield Batch(packs=packs, epoch=0)
 
+    def count(self, epochs: int) -> int:
+        return epochs * len(self._batches)
+
     def state_dict(self) -> dict[str, Any]:
         return {}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         del state
-
-
-class Strict(Silent):
-    """A step that is left out is an error here; what else happens is read off the reports."""
-
-    def skipped(self, report: StepReport, cause: str, ids: Sequence[str]) -> None:
-        raise ValueError(f"step {report.step}: {cause}; {', '.join(ids)}")
 
 
 def read_samples(manifests: Sequence[Path], least: float, most: float) -> list[Sample]:
@@ -80,19 +74,25 @@ def read_samples(manifests: Sequence[Path], least: float, most: float) -> list[S
     return found
 
 
-def trainer(start: Start, batches: Sequence[Sequence[Sample]], form: str, args: argparse.Namespace) -> Trainer:
+def recipe_of_both(args: argparse.Namespace) -> Recipe:
+    """One rate for all, from the first step on; a step that cannot be made is an error."""
+    optimisation = {"steps": args.steps, "lr": args.lr, "ttt_lr": args.lr, "weight_decay": 0.01}
+    optimisation |= {"schedule": "constant", "warmup": 0, "most_bad_steps": 1}
+    data = {"train": [{"kind": "table", "source": str(args.manifests[0])}]}  # whose clips are read in another way
+    tree = {"model": {"source": args.source}, "data": data, "optimisation": optimisation, "run": {"seed": args.seed}}
+    return recipe_of(tree, "packing")
+
+
+def trainer(
+    recipe: Recipe, start: InitialModel, batches: Sequence[Sequence[Sample]], form: str, args: argparse.Namespace
+) -> Trainer:
     """A fresh copy of the source, about to learn."""
     packed, margin = form == "packed", args.margin if form == "packed" else FULL_WINDOW
     model = WhisperMoEModel(start.config)
     model.load_state_dict(start.state)
     tokenizer: Tokenizer = start.tokenizer
     reader = ExampleReader(tokenizer, start.config, ExampleConfig(margin=margin))
-    rates = Rates(rest=args.lr, weight_decay=0.01, ttt=args.lr, router=args.lr, new_tokens=args.lr)
-    settings = LoopSettings(steps=args.steps, factor=lambda step: 1.0)
-    return Trainer(
-        model, model, SpeechObjective(), Reading(batches, reader, margin, packed=packed),
-        build_optimizer(model, rates, betas=(0.9, 0.98), eps=1e-6), settings, Parallel(), Strict(),
-    )  # fmt: skip
+    return Trainer(recipe, model, SpeechObjective(), Reading(batches, reader, margin, packed=packed), Parallel())
 
 
 def step(trained: Trainer) -> dict[str, float]:
@@ -112,8 +112,9 @@ def compare(samples: Sequence[Sample], args: argparse.Namespace) -> dict[str, li
     batches = [
         [samples[i] for i in order[at : at + args.batch]] for at in range(0, args.steps * args.batch, args.batch)
     ]
-    start = from_source(ModelRecipe(source=args.source), margin=None, biased=False, seed=args.seed, announce=print)
-    trainers = {form: trainer(start, batches, form, args) for form in FORMS}
+    recipe = recipe_of_both(args)
+    start = InitialModel.of(recipe)
+    trainers = {form: trainer(recipe, start, batches, form, args) for form in FORMS}
     curves: dict[str, list[dict[str, float]]] = {form: [] for form in FORMS}
     for number in range(1, args.steps + 1):
         for form, trained in trainers.items():

@@ -23,6 +23,7 @@ from torch import Tensor
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
 from model.tiny import CONFIGS, random_mels, random_texts, tiny_model
+from train.tiny import tiny_recipe
 
 from whisper_moe.data.examples import Pack
 from whisper_moe.data.loader import Batch
@@ -30,9 +31,8 @@ from whisper_moe.model.block import Block
 from whisper_moe.model.model import WhisperMoEModel
 from whisper_moe.packing import Layout
 from whisper_moe.train.layout import ParallelConfig
-from whisper_moe.train.loop import LoopSettings, StepReport, Trainer
+from whisper_moe.train.loop import Trainer
 from whisper_moe.train.losses import RouterLosses, SpeechObjective
-from whisper_moe.train.optim import Rates, build_optimizer
 from whisper_moe.train.parallel import Parallel
 
 CONFIGS["wide"] = CONFIGS["segment"].model_copy(update={"decoder_heads": 4})
@@ -83,17 +83,6 @@ class Shares:
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         self.next = state["next"]
-
-
-class Quiet:
-    def stepped(self, report: StepReport) -> None: ...
-    def skipped(self, report: StepReport, cause: str, ids: Sequence[str]) -> None:
-        raise AssertionError(cause)
-
-    def rescaled(self, report: StepReport, scale: float) -> None:
-        raise AssertionError(scale)
-
-    def evaluated(self, step: int, metrics: Mapping[str, float], best: bool) -> None: ...
 
 
 @dataclass
@@ -165,15 +154,11 @@ def make_trainer(case: Case, parallel: Any, steps: int = STEPS) -> Trainer:
     for module in model.modules():
         if isinstance(module, Block):
             module.recompute = case.recompute
-    network = parallel.wrap(model)
-    rates = Rates(rest=1e-3, weight_decay=0.1, ttt=2e-3, router=1e-3, new_tokens=1e-3)
-    optimizer = build_optimizer(model, rates, betas=(0.9, 0.98), eps=1e-6)
+    optimisation = {"steps": steps, "accumulate": case.passes, "clip": CLIP, "precision": case.precision}
+    optimisation |= {"weight_decay": 0.1, "ttt_lr": 2e-3, "most_bad_steps": 1}
     objective = SpeechObjective(smoothing=0.1, routing=RouterLosses(balance=0.1, z=0.01))
-    settings = LoopSettings(
-        steps=steps, accumulate=case.passes, clip=CLIP, factor=lambda step: 1.0, precision=case.precision
-    )
     batches = Shares(parallel.data_rank, parallel.data_size, case.passes)
-    return Trainer(model, network, objective, batches, optimizer, settings, parallel, Quiet())
+    return Trainer(tiny_recipe(optimisation=optimisation), model, objective, batches, parallel)
 
 
 def trained(case: Case, parallel: Any, steps: int = STEPS) -> dict[str, Any]:

@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from generate.tiny import tiny_whisper_moe
 from media.recordings import encode
-from train.tiny import tiny_checkpoint
+from train.tiny import tiny_checkpoint, tiny_recipe
 
 from whisper_moe.config import FULL_WINDOW, AdaptConfig
 from whisper_moe.data.loader import Batch
@@ -23,10 +23,9 @@ from whisper_moe.media.mel import log_mel
 from whisper_moe.model.model import WhisperMoEModel
 from whisper_moe.packing import Layout
 from whisper_moe.train.adapt_context import ContextObjective, Lessons, divergence, relative_error
-from whisper_moe.train.loop import LoopSettings, Trainer
+from whisper_moe.train.loop import Trainer
 from whisper_moe.train.losses import Totals, run_packs
-from whisper_moe.train.monitor import Silent
-from whisper_moe.train.optim import Rates, build_optimizer, freeze
+from whisper_moe.train.optim import freeze
 from whisper_moe.train.parallel import Parallel
 from whisper_moe.train.recipe import load_recipe
 from whisper_moe.train.teacher import MODES, Teacher, teacher_digest, teacher_of
@@ -254,13 +253,8 @@ def test_it_learns_and_only_the_adapting_part_moves(samples: list[Sample], teach
     before = {name: parameter.detach().clone() for name, parameter in model.named_parameters()}
     lessons = lessons_of(samples, teacher, margins=(0.0, 0.0), batch=6)
     objective = ContextObjective(lessons=lessons, head=model.decoder.head)
-    optimizer = build_optimizer(
-        model, Rates(rest=1e-2, weight_decay=0.0, ttt=1e-2, router=1e-2, new_tokens=1e-2), betas=(0.9, 0.98), eps=1e-6
-    )
-    trainer = Trainer(
-        model, model, objective, lessons, optimizer, LoopSettings(steps=12, factor=lambda step: 1.0),
-        Parallel("cpu"), Silent(),
-    )  # fmt: skip
+    recipe = tiny_recipe(optimisation={"lr": 1e-2, "weight_decay": 0.0, "clip": 1.0})
+    trainer = Trainer(recipe, model, objective, lessons, Parallel())
     losses = [trainer.step().loss for _ in range(12)]
     assert min(losses[-3:]) < 0.7 * losses[0], losses
     moved = {name for name, parameter in model.named_parameters() if not torch.equal(parameter, before[name])}

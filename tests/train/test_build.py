@@ -24,10 +24,10 @@ from whisper_moe.data.sample import DataError, Skipped
 from whisper_moe.evaluate.evaluator import Evaluator
 from whisper_moe.train import build
 from whisper_moe.train.parallel import Parallel
-from whisper_moe.train.recipe import Recipe, RecipeError, apply, recipe_of
+from whisper_moe.train.reading import RecipeError, apply
+from whisper_moe.train.recipe import Recipe, recipe_of
 from whisper_moe.train.record import RECORD, check_same
 from whisper_moe.train.run import run
-from whisper_moe.train.start import Start
 
 Tree = dict[str, Any]
 
@@ -82,7 +82,7 @@ def test_a_row_that_cannot_be_judged_is_left_out_and_counted() -> None:
 
 
 def check(rows: list[Any], name: str = "memory", *, limit: int | None = None, decode: bool = False) -> None:
-    build._check_evaluation([MemoryCorpus(rows, name)], tiny_reader(), limit=limit, decode=decode)
+    build._check_rows(MemoryCorpus(rows, name), tiny_reader(), limit, decode=decode)
 
 
 MUTE, BROKEN = clip("mute", 0.3, " "), DataError("memory.tsv", "no such column", row=1)
@@ -116,17 +116,19 @@ def test_an_evaluation_without_a_row_that_can_be_judged_is_refused_at_the_start(
 
 
 def test_missing_recordings_are_told_and_count_as_corrupt(
-    material: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+    material: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     with pytest.raises(
         DataError, match=r"8\.3% of 12 samples are corrupt, more than 5\.0%; the first: .*3\.wav: no such"
     ):
         run(recipe_with(material, data="holed"), tmp_path / "run")
-    capfd.readouterr()
+    caplog.clear()
     allowed = recipe_with(material, lambda tree: tree["data"]["loader"].update(max_corrupt_share=0.1), "holed")
     assert run(allowed, tmp_path / "allowed") == 0
-    said = capfd.readouterr().err
-    assert said.count("holed: 1 samples are listed and cannot be had, the first: holed/train/3.wav: no such file") == 1
+    assert (
+        caplog.text.count("holed: 1 samples are listed and cannot be had, the first: holed/train/3.wav: no such file")
+        == 1
+    )
 
 
 def test_missing_recordings_of_a_stream_are_refused(material: Path, tmp_path: Path) -> None:
@@ -153,7 +155,7 @@ def test_missing_recordings_of_an_evaluation_are_refused(material: Path, tmp_pat
 
 def test_missing_clips_of_context_adaptation_are_left_out_by_name(material: Path) -> None:
     left_out: list[Skipped] = []
-    samples = list(build._samples(recipe_with(material, data="holed"), Parallel(), left_out))
+    samples = list(build._samples(recipe_with(material, data="holed"), left_out))
     assert len(samples) == 11
     assert [str(each) for each in left_out] == ["holed/train/3.wav: no such file"]
     assert left_out[0].kind == "missing" and left_out[0].place.endswith("transcripts.tsv, row 5")
@@ -161,7 +163,7 @@ def test_missing_clips_of_context_adaptation_are_left_out_by_name(material: Path
 
 def test_nothing_is_missing_where_a_limit_is_reached(material: Path) -> None:
     configs = [CorpusConfig.model_validate(table(material / "holed", limit=limit)) for limit in (5, 12)]
-    assert [len(corpus.left_out) for corpus in build._opened(configs, Parallel())] == [0, 1]
+    assert [len(corpus.left_out) for corpus in build._opened(configs)] == [0, 1]
 
 
 # Models and devices.
@@ -171,21 +173,17 @@ def test_full_windows_that_the_loaded_model_leaves_alone_teach_nothing(material:
     recipe = recipe_with(material, lambda tree: tree.update(losses={"context": {"padded": 0.1}}))
     spoken = tiny_whisper_moe()
     adapt = AdaptConfig(encoder_layers=(0, 1), adapter_dim=8, full_windows=False)
-    start = Start(config=spoken.config.model_copy(update={"adapt": adapt}), state={}, generation={}, tokenizer_json=b"")
+    start = build.InitialModel(
+        config=spoken.config.model_copy(update={"adapt": adapt}), state={}, generation={}, tokenizer_json=b""
+    )
     with pytest.raises(RecipeError, match="full windows teach nothing"):
         build._context(recipe, start, spoken.model, Parallel(), tmp_path, lambda skipped: None)
 
 
-def test_a_group_that_is_nobodys_is_told(material: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+def test_a_group_that_is_nobodys_is_told(material: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     groups = [{"pattern": "*.expert.*", "lr": 1e-3}, {"pattern": "*.router.*", "lr": 1e-3}]
     assert run(recipe_with(material, lambda tree: tree["optimisation"].update(groups=groups)), tmp_path / "run") == 0
-    said = capfd.readouterr().err
-    assert "optimisation.groups: no parameter is called '*.expert.*'" in said and "'*.router.*'" not in said
-
-
-def test_bfloat16_that_is_only_emulated_is_not_taken(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation=True: including_emulation)
-    assert build.precision_on("auto", torch.device("cuda")) == "float16"
+    assert "no parameter is called '*.expert.*'" in caplog.text and "'*.router.*'" not in caplog.text
 
 
 def test_what_a_run_goes_on_with_is_said_as_it_is_written(material: Path, tmp_path: Path) -> None:

@@ -5,12 +5,18 @@ from __future__ import annotations
 import json
 import math
 from pathlib import Path
+from typing import Any
 
 import pytest
+from model.tiny import CONFIGS
+from train.tiny import tiny_recipe
 
 from whisper_moe.data.sample import Skipped
-from whisper_moe.train.loop import StepReport
-from whisper_moe.train.monitor import EVENTS, METRICS, RECENT, SKIPPED, Monitor
+from whisper_moe.train.monitor import EVENTS, METRICS, RECENT, SKIPPED, Monitor, StepReport
+
+
+def monitor_of(run: Path, **settings: Any) -> Monitor:
+    return Monitor(run, tiny_recipe(run=settings), CONFIGS["dense"])
 
 
 def report(step: int, loss: float) -> StepReport:
@@ -20,24 +26,22 @@ def report(step: int, loss: float) -> StepReport:
     )  # fmt: skip
 
 
-def test_the_plateau_is_told_of_the_mean_of_recent_steps(tmp_path: Path) -> None:
-    said: list[str] = []
+def test_the_plateau_is_told_of_the_mean_of_recent_steps(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     step = 0
-    with Monitor(tmp_path, rate=1.0, say=said.append) as monitor:
+    with monitor_of(tmp_path) as monitor:
         for loss in (4.0, 0.05, 0.05, 0.05, 0.05):
             for _ in range(RECENT):
                 step += 1
                 monitor.stepped(report(step, loss))
             monitor.evaluated(step, {"wer": 80.0, "loss": 4.2}, best=False)
-    told = [line for line in said if "grokking" in line]
-    assert len(told) == 1 and told[0].startswith(
-        f"step {4 * RECENT}: the training loss is 0.05, the validation loss 4.2"
-    )
+    told = [line for line in caplog.messages if "grokking" in line]
+    assert len(told) == 1
+    assert told[0].startswith(f"step {4 * RECENT}: the training loss is 0.05, the validation loss 4.2")
 
 
 def test_what_came_after_the_checkpoint_or_is_torn_is_dropped(tmp_path: Path) -> None:
     """A name may hold what Python takes for the end of a line; a line may end in half a letter, or in zeros."""
-    monitor = Monitor(tmp_path, rate=1.0, say=lambda line: None)
+    monitor = monitor_of(tmp_path)
     monitor.skipped(report(1, 1.0), "the loss is nan", ["clip\u2028one"])
     monitor.stepped(report(2, 1.0))
     kept = (tmp_path / METRICS).read_bytes()
@@ -51,7 +55,7 @@ def test_what_came_after_the_checkpoint_or_is_torn_is_dropped(tmp_path: Path) ->
 
 
 def test_an_evaluation_that_was_not_noted_is_forgotten(tmp_path: Path) -> None:
-    monitor = Monitor(tmp_path, rate=1.0, say=lambda line: None)
+    monitor = monitor_of(tmp_path)
     for step in (1, 2):
         monitor.stepped(report(step, 1.0))
         monitor.evaluated(step, {"wer": 0.5}, best=False)
@@ -64,10 +68,9 @@ def test_an_evaluation_that_was_not_noted_is_forgotten(tmp_path: Path) -> None:
     assert left(False) == [(1, False), (1, True), (2, False)]
 
 
-def test_what_could_not_be_measured_is_told(tmp_path: Path) -> None:
-    said: list[str] = []
-    Monitor(tmp_path, rate=1.0, say=said.append).evaluated(2, {"loss": 1.0, "wer": math.nan}, best=False)
-    assert said[0] == "WARNING: step 2: wer could not be measured, and counts as nothing"
+def test_what_could_not_be_measured_is_told(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    monitor_of(tmp_path).evaluated(2, {"loss": 1.0, "wer": math.nan}, best=False)
+    assert caplog.messages[0] == "WARNING: step 2: wer could not be measured, and counts as nothing"
 
 
 def test_the_board_forgets_them_too(tmp_path: Path) -> None:
@@ -75,7 +78,7 @@ def test_the_board_forgets_them_too(tmp_path: Path) -> None:
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
     for step, loss in ((2, 1.0), (4, 5.0)):
-        with Monitor(tmp_path, rate=1.0, tensorboard=True, say=lambda line: None) as monitor:
+        with monitor_of(tmp_path, tensorboard=True) as monitor:
             monitor.begin(9, after=step - 2)
             for late in range(step - 1, step + 1):
                 monitor.stepped(report(late, loss))
@@ -87,7 +90,7 @@ def test_the_board_forgets_them_too(tmp_path: Path) -> None:
 
 
 def test_a_step_without_room_in_float16_leaves_a_line(tmp_path: Path) -> None:
-    Monitor(tmp_path, rate=1.0, say=lambda line: None).rescaled(report(3, 1.0), 32_768.0)
+    monitor_of(tmp_path).rescaled(report(3, 1.0), 32_768.0)
     assert json.loads((tmp_path / METRICS).read_text()) == {"step": 3, "overflow": True, "loss_scale": 32_768.0}
 
 
@@ -95,7 +98,7 @@ def test_a_sample_that_is_left_out_is_written_down_once(tmp_path: Path) -> None:
     """Whatever its name: with the end of a line in it, or bytes that are no text. A line that a kill cut off is written again."""
     names = ("a", "clip\u2028one", "b\udc80.wav", "ଓଡ଼ିଆ")
     samples = [Skipped(id=name, place="t.tsv, row 2", cause="no text") for name in names]
-    first = Monitor(tmp_path, rate=1.0, say=lambda line: None)
+    first = monitor_of(tmp_path)
     first.left_out(samples[:2])
     first.left_out(samples)
     whole = (tmp_path / SKIPPED).read_bytes()
@@ -104,7 +107,7 @@ def test_a_sample_that_is_left_out_is_written_down_once(tmp_path: Path) -> None:
         "id": "a", "place": "t.tsv, row 2", "kind": "corrupt", "cause": "no text"
     }  # fmt: skip
     (tmp_path / SKIPPED).write_bytes(whole[:-9])
-    resumed = Monitor(tmp_path, rate=1.0, say=lambda line: None)
+    resumed = monitor_of(tmp_path)
     resumed.left_out(samples)
     resumed.left_out([*samples, Skipped(id="c", kind="too long", cause="31 s")])
     assert (tmp_path / SKIPPED).read_bytes().startswith(whole)

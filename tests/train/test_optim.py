@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
+import json
 from pathlib import Path
 
 import pytest
@@ -10,30 +10,18 @@ import torch
 from model.tiny import CONFIGS
 
 from whisper_moe.model.model import WhisperMoEModel
-from whisper_moe.train.optim import (
-    GrokfastAdamW,
-    Rates,
-    build_optimizer,
-    freeze,
-    group_of,
-    schedule_factor,
-    set_rates,
-    unmatched,
-    warmup_warning,
-)
-from whisper_moe.train.recipe import load_recipe
+from whisper_moe.train.optim import build_optimizer, freeze, precision_on, set_rates, unmatched
+from whisper_moe.train.recipe import OptimisationRecipe, load_recipe
 
 RECIPES = Path(__file__).parents[2] / "recipes"
-RATES = Rates(rest=1e-4, weight_decay=0.1, ttt=1e-3, router=2e-4, new_tokens=3e-4)
+RATES = OptimisationRecipe(lr=1e-4, weight_decay=0.1, ttt_lr=1e-3, router_lr=2e-4, new_token_lr=3e-4)
 
 
 def rates_of(name: str) -> list[float]:
     """The rate of every step of a recipe."""
     given = load_recipe(RECIPES / f"{name}.yaml").optimisation
-    return [
-        given.lr * schedule_factor(step, steps=given.steps, warmup=given.warmup, schedule=given.schedule)
-        for step in range(given.steps)
-    ]
+    assert given.steps is not None
+    return [given.lr * given.factor(step, given.steps) for step in range(given.steps)]
 
 
 def test_the_published_rate_rises_to_the_end() -> None:
@@ -61,21 +49,15 @@ def test_schedules_are_those_of_transformers(schedule: str, name: str, steps: in
     optimizer = torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], lr=1.0)
     theirs = get_scheduler(name, optimizer, num_warmup_steps=warmup, num_training_steps=steps)
     for step in range(steps):
-        ours = schedule_factor(step, steps=steps, warmup=warmup, schedule=schedule)  # pyright: ignore[reportArgumentType]
+        ours = OptimisationRecipe.model_validate({"schedule": schedule, "warmup": warmup}).factor(step, steps)
         assert ours == pytest.approx(theirs.get_last_lr()[0], abs=1e-12)
         optimizer.step()
         theirs.step()
 
 
-def test_a_warmup_that_never_ends_is_told() -> None:
-    line = warmup_warning(rate=1.7e-5, steps=5_000, warmup=10_000)
-    assert line and "8.4983e-06" in line and "49.99 %" in line and "10,000" in line
-    assert warmup_warning(rate=1.7e-5, steps=5_000, warmup=500) is None
-
-
 def test_every_parameter_is_in_one_group_with_the_rate_it_needs() -> None:
     model = WhisperMoEModel(CONFIGS["segment"])
-    optimizer = build_optimizer(model, RATES, betas=(0.9, 0.98), eps=1e-6)
+    optimizer = build_optimizer(model, RATES)
     names = {id(parameter): name for name, parameter in model.named_parameters()}
     found = {names[id(p)]: group for group in optimizer.param_groups for p in group["params"]}
     assert sum(len(group["params"]) for group in optimizer.param_groups) == len(found) == len(names)
@@ -100,42 +82,44 @@ def test_every_parameter_is_in_one_group_with_the_rate_it_needs() -> None:
 
 def test_new_tokens_have_a_rate_of_their_own() -> None:
     config = CONFIGS["dense"].model_copy(update={"vocab_size": 62, "new_tokens": ("<|or|>",)})
-    optimizer = build_optimizer(WhisperMoEModel(config), RATES, betas=(0.9, 0.98), eps=1e-6)
+    optimizer = build_optimizer(WhisperMoEModel(config), RATES)
     (group,) = [group for group in optimizer.param_groups if group["name"] == "new_tokens"]
     assert group["lr"] == 3e-4 and [list(p.shape) for p in group["params"]] == [[1, 32]]
 
 
+def grouped(*named: tuple[str, float, float]) -> OptimisationRecipe:
+    groups = [{"pattern": pattern, "lr": rate, "weight_decay": decay} for pattern, rate, decay in named]
+    return OptimisationRecipe.model_validate_json(json.dumps({"lr": 1e-4, "weight_decay": 0.1, "groups": groups}))
+
+
 def test_a_named_group_comes_before_all_others() -> None:
-    model = WhisperMoEModel(CONFIGS["segment"])
-    rates = Rates(**vars(RATES) | {"named": [("*.experts.*", 5e-2, 0.3), ("*", 7e-2, 0.0)]})
-    optimizer = build_optimizer(model, rates, betas=(0.9, 0.98), eps=1e-6)
+    given = grouped(("*.experts.*", 5e-2, 0.3), ("*", 7e-2, 0.0))
+    optimizer = build_optimizer(WhisperMoEModel(CONFIGS["segment"]), given)
     assert {group["name"]: (group["lr"], group["weight_decay"]) for group in optimizer.param_groups} == {
         "*.experts.*": (5e-2, 0.3),
         "*": (7e-2, 0.0),
     }
-    assert group_of("encoder.router.weight", torch.zeros(2, 2), rates.named) == "*"
 
 
 def test_a_pattern_called_like_a_group_leaves_it_alone_and_of_two_alike_the_first_counts() -> None:
     model = WhisperMoEModel(CONFIGS["segment"])
     named = [("decay", 9e-2, 0.9), ("*.experts.*", 5e-2, 0.3), ("*.experts.*", 6e-2, 0.4)]
-    optimizer = build_optimizer(model, replace(RATES, named=named), betas=(0.9, 0.98), eps=1e-6)
+    optimizer = build_optimizer(model, grouped(*named))
     groups = {group["name"]: (group["lr"], group["weight_decay"]) for group in optimizer.param_groups}
     assert groups["decay"] == (1e-4, 0.1) and groups["*.experts.*"] == (5e-2, 0.3)
     assert unmatched(model, [pattern for pattern, _, _ in named]) == ["decay"]
 
 
-@pytest.mark.parametrize(("alpha", "amplification"), [(1.0, 2.0), (-0.1, 2.0), (0.98, -1.0)])
-def test_an_average_that_is_none_is_refused(alpha: float, amplification: float) -> None:
-    with pytest.raises(ValueError, match="0 <= alpha < 1 and lambda >= 0"):
-        GrokfastAdamW([torch.nn.Parameter(torch.zeros(1))], alpha=alpha, amplification=amplification, lr=1e-3)
-
-
 def test_a_factor_scales_every_peak() -> None:
-    optimizer = build_optimizer(WhisperMoEModel(CONFIGS["segment"]), RATES, betas=(0.9, 0.98), eps=1e-6)
+    optimizer = build_optimizer(WhisperMoEModel(CONFIGS["segment"]), RATES)
     for factor in (0.5, 0.25, 1.0):
         set_rates(optimizer, factor)
         assert all(group["lr"] == group["peak"] * factor for group in optimizer.param_groups)
+
+
+def test_bfloat16_that_is_only_emulated_is_not_taken(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation=True: including_emulation)
+    assert precision_on("auto", torch.device("cuda")) == "float16"
 
 
 def test_what_is_frozen_stays_out_of_the_optimizer() -> None:
@@ -143,7 +127,7 @@ def test_what_is_frozen_stays_out_of_the_optimizer() -> None:
     freeze(model, ["*"], ["*.ttt.gate_*", "decoder.norm.*"])
     trained = {name for name, parameter in model.named_parameters() if parameter.requires_grad}
     assert trained and all(".gate_" in name or name.startswith("decoder.norm.") for name in trained)
-    optimizer = build_optimizer(model, RATES, betas=(0.9, 0.98), eps=1e-6)
+    optimizer = build_optimizer(model, RATES)
     assert sum(len(group["params"]) for group in optimizer.param_groups) == len(trained)
 
 

@@ -701,9 +701,8 @@ def test_what_cannot_work_is_said_in_a_sentence(
     assert said is None or said in capfd.readouterr().err
 
 
-def test_a_long_warmup_is_told_at_the_start(material: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+def test_a_long_warmup_is_told_at_the_start(material: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     recipe = write(material, tmp_path / "a.yaml")
     words = ["optimisation.steps=2", "optimisation.warmup=10", "optimisation.schedule=linear"]
     assert train(recipe, words, tmp_path / "run", False) == 0
-    said = capfd.readouterr().err.splitlines()
-    assert said[0].startswith("WARNING: the warm-up of 10 steps is longer than the run of 2")
+    assert caplog.messages[0].startswith("WARNING: the warm-up of 10 steps is longer than the run of 2")

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import wave
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -18,13 +18,13 @@ from whisper_moe.data.examples import IGNORED, Example, Pack, pack_examples
 from whisper_moe.data.loader import Batch
 from whisper_moe.data.sample import Skipped
 from whisper_moe.model.model import WhisperMoEModel
-from whisper_moe.train.loop import LoopSettings, StepReport, Trainer
+from whisper_moe.train.loop import Figures, Trainer
 from whisper_moe.train.losses import RouterLosses, SpeechObjective
-from whisper_moe.train.optim import Rates, build_optimizer
+from whisper_moe.train.monitor import Monitor, StepReport
 from whisper_moe.train.parallel import Parallel
+from whisper_moe.train.recipe import Recipe, recipe_of
 
 LETTERS = "abcdefgh"
-RATES = Rates(rest=1e-3, weight_decay=0.01, ttt=1e-2, router=1e-3, new_tokens=1e-3)
 ROUTING = RouterLosses(balance=0.01, z=0.001)
 
 
@@ -109,8 +109,8 @@ class Fixed:
         self._next = state["next"]
 
 
-class Notes:
-    """An observer that remembers."""
+class Notes(Monitor):
+    """A monitor that only remembers."""
 
     def __init__(self) -> None:
         self.skipped_samples: list[Skipped] = []
@@ -122,6 +122,9 @@ class Notes:
     @property
     def losses(self) -> list[float]:
         return [report.loss for report in self.reports]
+
+    def begin(self, steps: int, *, after: int = 0, judged: bool = False) -> None: ...
+    def secure(self) -> None: ...
 
     def left_out(self, samples: Sequence[Skipped]) -> None:
         self.skipped_samples += samples
@@ -139,30 +142,49 @@ class Notes:
         self.evaluations.append((step, dict(metrics), best))
 
 
+def tiny_recipe(evaluation: dict[str, Any] | None = None, **sections: Any) -> Recipe:
+    """Rates that stay as they are, nothing clipped; with ``evaluation``, there is something to be judged by."""
+    corpus = {"kind": "table", "source": "nowhere"}
+    optimisation = {"lr": 1e-3, "ttt_lr": 1e-2, "weight_decay": 0.01, "schedule": "constant", "warmup": 0, "clip": None}
+    optimisation |= {"steps": 10} | sections.pop("optimisation", {})
+    data = {"train": [corpus], "evaluation": [] if evaluation is None else [corpus]}
+    tree = {"data": data, "optimisation": optimisation, "evaluation": {"every": None} | (evaluation or {})}
+    return recipe_of(tree | {"run": {"checkpoint_every": None}} | sections, "tiny")
+
+
 def tiny_trainer(
-    name: str, batches: Sequence[Sequence[Pack]], *, double: bool = False, seed: int = 0,
-    routing: RouterLosses = ROUTING, config: ModelConfig | None = None,
-    evaluate: Callable[[], Mapping[str, float] | None] | None = None,
-    save: Callable[[Trainer], Any] = lambda trainer: None,
-    note: Callable[[Trainer, Mapping[str, float]], Any] = lambda trainer, metrics: None,
-    stop: Callable[[], bool] = lambda: False, **settings: Any,
-) -> Trainer:  # fmt: skip
-    """A trainer of a tiny random model; its notes are its observer."""
+    name: str,
+    batches: Sequence[Sequence[Pack]],
+    *,
+    double: bool = False,
+    seed: int = 0,
+    routing: RouterLosses = ROUTING,
+    config: ModelConfig | None = None,
+    directory: Path | None = None,
+    figures: Figures | None = None,
+    sections: dict[str, Any] | None = None,
+    **optimisation: Any,
+) -> Trainer:
+    """A trainer of a tiny random model; its notes are its monitor. ``sections`` of the recipe."""
     torch.manual_seed(seed)
     model = WhisperMoEModel(config or CONFIGS[name])
     with torch.no_grad():
         for key, parameter in model.named_parameters():
             if ".gate_" in key or ".router." in key or ".experts.down" in key:
                 parameter.normal_(0, 0.2)
-    model = model.double() if double else model
-    options = {"steps": 10, "factor": lambda step: 1.0, "clip": math.inf} | settings
+    recipe = tiny_recipe(optimisation=optimisation, **(sections or {}))
     return Trainer(
-        model, model, SpeechObjective(routing=routing), Fixed(batches, double),
-        build_optimizer(model, RATES, betas=(0.9, 0.98), eps=1e-6), LoopSettings(**options), Parallel(), Notes(),
-        evaluate=evaluate, save=save, note=note, stop_requested=stop,
-    )  # fmt: skip
+        recipe,
+        model.double() if double else model,
+        SpeechObjective(routing=routing),
+        Fixed(batches, double),
+        Parallel(),
+        figures=figures,
+        monitor=Notes(),
+        directory=directory,
+    )
 
 
 def notes(trainer: Trainer) -> Notes:
-    assert isinstance(trainer.observer, Notes)
-    return trainer.observer
+    assert isinstance(trainer.monitor, Notes)
+    return trainer.monitor

@@ -8,27 +8,29 @@ trained with. :class:`~whisper_moe.train.monitor.Plateau` tells any run when it 
 from __future__ import annotations
 
 import json
+import logging
 import math
-import sys
 import time
 from collections import deque
-from collections.abc import Callable, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import torch
 import torch.nn.functional as F
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
+from pydantic import BaseModel, ConfigDict, Field, field_validator
 from torch import Tensor, nn
 
-from whisper_moe.config import ModelConfig, problems
+from whisper_moe.config import ModelConfig
 from whisper_moe.model.block import Block
 from whisper_moe.packing import Layout
-from whisper_moe.train.monitor import Plateau
+from whisper_moe.train.monitor import METRICS, Plateau
 from whisper_moe.train.optim import adamw
-from whisper_moe.train.recipe import RecipeError, read_tree
+from whisper_moe.train.reading import RecipeError, checked, read_tree
+from whisper_moe.train.recipe import Decay, Grokfast
 
-METRICS, PLOT = "metrics.jsonl", "curve.png"
+PLOT = "curve.png"
+logger = logging.getLogger(__name__)
 
 
 class GrokkingRecipe(BaseModel):
@@ -47,8 +49,8 @@ class GrokkingRecipe(BaseModel):
     lr: float = Field(default=1e-3, gt=0)
     warmup: int = Field(default=10, ge=0)
     weight_decay: float = Field(default=1.0, ge=0)
-    betas: tuple[float, float] = (0.9, 0.98)
-    grokfast: tuple[float, float] | None = None
+    betas: tuple[Decay, Decay] = (0.9, 0.98)
+    grokfast: Grokfast | None = None
     """(α, λ) of Grokfast-EMA; None trains with AdamW alone."""
     seed: int = Field(default=0, ge=0)
     evaluate_every: int = Field(default=100, ge=1)
@@ -116,10 +118,8 @@ class Divider(nn.Module):
         return self.head(self.norm(x_TD.view(rows, n, -1)[:, -1]))
 
 
-def train(
-    recipe: GrokkingRecipe, tell: Callable[[Point, str | None], None] = lambda point, warning: None
-) -> list[Point]:
-    """The curve, from before the first step to the last; ``tell`` hears each point, and a plateau that is seen there."""
+def train(recipe: GrokkingRecipe) -> Iterator[Point]:
+    """The curve, from before the first step to the last; a plateau that is seen there is logged."""
     torch.manual_seed(recipe.seed)
     tokens, answers = equations(recipe.prime)
     order = torch.randperm(len(tokens))
@@ -128,14 +128,13 @@ def train(
     model = Divider(recipe)
     options = {"lr": recipe.lr, "betas": recipe.betas, "weight_decay": recipe.weight_decay}
     optimizer = adamw(model.parameters(), recipe.grokfast, **options)
-    curve: list[Point] = []
     queue: deque[Tensor] = deque()
     plateau, began = Plateau(), time.perf_counter()
     for step in range(recipe.steps + 1):
         if step % recipe.evaluate_every == 0 or step == recipe.steps:
             known, new = (judged(model, tokens[rows], answers[rows]) for rows in (training, validation))
-            curve.append(point := Point(step, *known, *new, time.perf_counter() - began))
-            tell(point, plateau.seen(step, point.train_loss, point.validation_loss))
+            yield (point := Point(step, *known, *new, time.perf_counter() - began))
+            plateau.warn(step, point.train_loss, point.validation_loss)
             if point.validation_accuracy >= recipe.stop_at:
                 break
         if not queue:
@@ -146,7 +145,6 @@ def train(
         optimizer.zero_grad()
         F.cross_entropy(model(tokens[rows]), answers[rows]).backward()
         optimizer.step()
-    return curve
 
 
 @torch.no_grad()
@@ -159,36 +157,25 @@ def judged(model: nn.Module, tokens: Tensor, answers: Tensor) -> tuple[float, fl
 def run(path: Path, overrides: Sequence[str], output: Path) -> int:
     """What ``whisper-moe grok`` does: curve, figures and plot in a folder; returns the exit status."""
     try:
-        recipe = load(path, overrides)
+        recipe = checked(GrokkingRecipe, read_tree(path, overrides), str(path))
     except RecipeError as error:
-        say(f"whisper-moe: {error}")
+        logger.error("whisper-moe: %s", error)
         return 2
     torch.set_num_threads(recipe.threads)
     output.mkdir(parents=True, exist_ok=True)
+    curve: list[Point] = []
     with (output / METRICS).open("w", encoding="utf-8") as file:
-
-        def tell(point: Point, warning: str | None) -> None:
-            file.write(json.dumps(asdict(point)) + "\n")
-            file.flush()
-            say(f"step {point.step}: train {point.train_accuracy:.3f}, validation {point.validation_accuracy:.3f}")
-            if warning:
-                say(warning)
-
-        curve = train(recipe, tell)
+        for point in train(recipe):
+            curve.append(point)
+            print(json.dumps(asdict(point)), file=file, flush=True)
+            figures = point.step, point.train_accuracy, point.validation_accuracy
+            logger.info("step %d: train %.3f, validation %.3f", *figures)
     (output / "recipe.json").write_text(recipe.model_dump_json(indent=2) + "\n", "utf-8")
-    plot({"AdamW" if recipe.grokfast is None else "Grokfast-EMA": curve}, output / PLOT)
+    plot("AdamW" if recipe.grokfast is None else "Grokfast-EMA", curve, output / PLOT)
     return 0
 
 
-def load(path: Path, overrides: Sequence[str] = ()) -> GrokkingRecipe:
-    """Raises :class:`RecipeError` that names the file and the key."""
-    try:
-        return GrokkingRecipe.model_validate(read_tree(path, overrides))
-    except ValidationError as error:
-        raise RecipeError(f"{path}: {problems(error)}") from None
-
-
-def plot(curves: dict[str, list[Point]], path: Path) -> None:
+def plot(name: str, curve: Sequence[Point], path: Path) -> None:
     """Accuracy by step, train dashed, validation solid; raises ``ImportError`` that says what is missing."""
     try:
         from matplotlib.figure import Figure
@@ -196,14 +183,9 @@ def plot(curves: dict[str, list[Point]], path: Path) -> None:
         raise ImportError("the plot needs matplotlib: pip install 'whisper-moe[evaluate]'") from error
     figure = Figure(figsize=(7, 4), layout="constrained")
     axes = figure.subplots()
-    for index, (name, curve) in enumerate(curves.items()):
-        steps = [max(point.step, 1) for point in curve]
-        axes.plot(steps, [point.train_accuracy for point in curve], "--", color=f"C{index}", label=f"{name}, train")
-        axes.plot(steps, [point.validation_accuracy for point in curve], color=f"C{index}", label=f"{name}, validation")
+    steps = [max(point.step, 1) for point in curve]
+    axes.plot(steps, [point.train_accuracy for point in curve], "C0--", label=f"{name}, train")
+    axes.plot(steps, [point.validation_accuracy for point in curve], "C0", label=f"{name}, validation")
     axes.set(xscale="log", xlabel="step", ylabel="accuracy", title="Division modulo a prime")
     axes.legend()
     figure.savefig(path, dpi=120)
-
-
-def say(line: str) -> None:
-    print(line, file=sys.stderr, flush=True)

@@ -8,11 +8,15 @@ Everything that a run remembers is in :meth:`Trainer.state`; with it, a new trai
 
 from __future__ import annotations
 
+import json
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import nullcontext
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass
+from functools import reduce
 from itertools import count
+from operator import add
+from pathlib import Path
 from typing import Any, Literal, Protocol
 
 import torch
@@ -20,18 +24,25 @@ from torch import Tensor, nn
 
 from whisper_moe.data.examples import Pack
 from whisper_moe.data.loader import Batch
-from whisper_moe.data.sample import Skipped
 from whisper_moe.heap import give_back_memory
 from whisper_moe.model.model import WhisperMoEModel
+from whisper_moe.train import checkpoint
 from whisper_moe.train.losses import Terms, Totals, balance_biases
-from whisper_moe.train.optim import LossScale, set_rates
+from whisper_moe.train.monitor import Monitor, StepReport
+from whisper_moe.train.optim import LossScale, build_optimizer, precision_on, set_rates
 from whisper_moe.train.parallel import Parallel
+from whisper_moe.train.reading import RecipeError
+from whisper_moe.train.recipe import Recipe
 from whisper_moe.train.state import join, load_optimizer_state, optimizer_state, random_state, set_random_state, split
 
-Precision = Literal["float32", "bfloat16", "float16"]
 End = Literal["finished", "stopped early", "interrupted"]
+Figures = Callable[[WhisperMoEModel, Callable[[], bool]], Mapping[str, float] | None]
+"""A model, and what says before each batch whether to stop → figures; None if it was stopped."""
+DEFAULT_STEPS = 5_000
 _TRIMMED_EVERY = 10
 """Steps after which what is free goes back to the system: packs of ever other sizes leave holes that the next do not fill."""
+_A_BATCH = "a batch"
+"""What rank 0 says before each batch of an evaluation, where its figures come last."""
 
 
 class NonFiniteError(ValueError):
@@ -39,73 +50,19 @@ class NonFiniteError(ValueError):
 
 
 class Batches(Protocol):
-    """What gives batches, epoch after epoch, and can say where it is."""
+    """What gives batches, epoch after epoch, and can say where it is; ``count``: so many epochs' batches."""
 
     def __iter__(self) -> Iterator[Batch]: ...
+    def count(self, epochs: int) -> int: ...
     def state_dict(self) -> dict[str, Any]: ...
     def load_state_dict(self, state: dict[str, Any]) -> None: ...
 
 
 class Objective(Protocol):
-    """The losses of one batch's packs, as shares of the step's."""
+    """The losses of one batch's packs, as shares of the step's: whose totals are asked for before any pass."""
 
-    def totals(self, packs: Sequence[Pack]) -> Totals:
-        """What they add to the step's totals; asked before any pass."""
-        ...
-
+    def totals(self, packs: Sequence[Pack]) -> Totals: ...
     def __call__(self, model: nn.Module, packs: Sequence[Pack], totals: Totals, parallel: Parallel) -> Terms: ...
-
-
-class Observer(Protocol):
-    """Is told what happens."""
-
-    def stepped(self, report: StepReport) -> None: ...
-    def left_out(self, samples: Sequence[Skipped]) -> None: ...
-    def skipped(self, report: StepReport, cause: str, ids: Sequence[str]) -> None: ...
-    def rescaled(self, report: StepReport, scale: float) -> None: ...
-    def evaluated(self, step: int, metrics: Mapping[str, float], best: bool) -> None: ...
-
-
-@dataclass(frozen=True, kw_only=True)
-class LoopSettings:
-    """What the loop itself is told; see the recipe's fields of these names."""
-
-    steps: int
-    accumulate: int = 1
-    clip: float = 1.0
-    precision: Precision = "float32"
-    factor: Callable[[int], float]
-    """Step, counted from 0 → what peak rates are multiplied with."""
-    balance_rate: float = 0.0
-    """Above 0: routers' biases are moved by so much a step."""
-    most_bad_steps: int = 10
-    evaluate_every: int | None = None
-    checkpoint_every: int | None = None
-    metric: str = "wer"
-    patience: int | None = None
-
-
-@dataclass(frozen=True, kw_only=True)
-class StepReport:
-    """One step in figures, of all processes."""
-
-    step: int
-    """Counted from 1."""
-    epoch: int
-    """Of its last batch, counted from 1."""
-    loss: float
-    parts: dict[str, float]
-    rate: float
-    """What the peak rates were multiplied with."""
-    gradient_norm: float
-    label_tokens: int
-    tokens: int
-    """Of encoder and decoder."""
-    segments: int
-    packs: int
-    skipped_samples: int
-    load: tuple[float, ...] = ()
-    """Each choice's share of all slots, *none* last."""
 
 
 @dataclass
@@ -114,8 +71,6 @@ class Progress:
 
     step: int = 0
     """Steps done, those that were skipped included."""
-    tokens: int = 0
-    segments: int = 0
     bad_steps: int = 0
     bad_in_a_row: int = 0
     skipped_samples: int = 0
@@ -123,31 +78,39 @@ class Progress:
     best_step: int = 0
     worse_in_a_row: int = 0
     """Evaluations since the best, but for those that measured nothing."""
-    history: list[dict[str, float]] = field(default_factory=list)
-    """Every evaluation, with its ``step``."""
+    judged: int = 0
+    """The last step that was evaluated."""
 
 
 class Trainer:
-    """A model on its way. What it is given to call is called by every process; only files are rank 0's business."""
+    """A model on its way. Every process calls all of it; only files and lines are rank 0's business."""
 
     def __init__(
-        self, model: WhisperMoEModel, network: nn.Module, objective: Objective, batches: Batches,
-        optimizer: torch.optim.Optimizer, settings: LoopSettings, parallel: Parallel, observer: Observer, *,
-        evaluate: Callable[[], Mapping[str, float] | None] | None = None,
-        save: Callable[[Trainer], None] = lambda trainer: None,
-        note: Callable[[Trainer, Mapping[str, float]], None] = lambda trainer, metrics: None,
-        stop_requested: Callable[[], bool] = lambda: False,
-    ) -> None:  # fmt: skip
-        """``network`` is what ``parallel`` made of ``model`` before the ``optimizer`` was made of its parameters.
-        ``evaluate``: None of one that was stopped. ``note``: adds what it gave to what ``save`` had saved before it.
-        """
-        self.model, self.network, self.objective, self.batches = model, network, objective, batches
-        self.optimizer, self.settings, self.parallel, self.observer = optimizer, settings, parallel, observer
-        self._evaluation, self._save, self._note, self._stop_requested = evaluate, save, note, stop_requested
-        self.scale = LossScale(enabled=settings.precision == "float16")
+        self,
+        recipe: Recipe,
+        model: WhisperMoEModel,
+        objective: Objective,
+        batches: Batches,
+        parallel: Parallel,
+        *,
+        figures: Figures | None = None,
+        monitor: Monitor | None = None,
+        directory: Path | None = None,
+    ) -> None:
+        """``model``: is changed in place. ``figures`` of ``recipe.data.evaluation``, ``monitor``: of rank 0 alone.
+        ``directory``: the run's, where checkpoints are kept; None keeps none."""
+        self.recipe, self.model, self.objective, self.batches = recipe, model, objective, batches
+        self.parallel, self.figures, self.monitor, self.directory = parallel, figures, monitor, directory
+        self.network = parallel.wrap(model.to(parallel.device))
+        # A fused update takes a fifth of the time on a CPU; parts of tensors are updated in the plain way.
+        self.optimizer = build_optimizer(model, recipe.optimisation, fused=parallel.world_size == 1)
+        self.steps = self.steps_before = _steps(recipe, batches)
+        """What is asked for; and what was when the run was last saved."""
+        self.precision = precision_on(recipe.optimisation.precision, parallel.device)
+        self.scale = LossScale(enabled=self.precision == "float16")
         self.progress = Progress()
-        self.steps_before = settings.steps
-        """What was asked for when the run was last saved."""
+        self.signal: int | None = None
+        """The number of a signal to stop at."""
         self._stream = self._endless()
 
     def run(self) -> End:
@@ -155,41 +118,43 @@ class Trainer:
 
         What a step has learned is saved before it is evaluated, so that nothing of it is lost with a long evaluation.
         """
+        if self.monitor:
+            self.monitor.begin(self.steps, after=self.progress.step, judged=self.progress.judged == self.progress.step)
         while (end := self.ended()) is None:
             stepping = not self._owes_evaluation()
             self.step() if stepping else self._evaluate()
             over = self.ended() is not None
-            stop = self.parallel.any(self._stop_requested()) and not over
-            if stepping and (over or stop or self._owes_evaluation() or self._due(self.settings.checkpoint_every)):
-                self._save(self)
+            stop = self._stopped() and not over
+            if stepping and (over or stop or self._owes_evaluation() or self._due(self.recipe.run.checkpoint_every)):
+                self.save()
             if stop:
                 return "interrupted"
         return end
 
     def ended(self) -> End | None:
         """How the run has ended, if nothing is left to do: asked before a step, so that none is made after the end."""
-        patience = self.settings.patience
+        patience = self.recipe.evaluation.patience
         if self._owes_evaluation():
             return None
         if patience is not None and self.progress.worse_in_a_row >= patience:
             return "stopped early"
-        return "finished" if self.progress.step >= self.settings.steps else None
+        return "finished" if self.progress.step >= self.steps else None
 
     def step(self) -> StepReport:
         """One update, or one that is left out because its loss or gradient is not finite."""
-        batches = [next(self._stream) for _ in range(self.settings.accumulate)]
+        batches = [next(self._stream) for _ in range(self.recipe.optimisation.accumulate)]
         totals = self._totals(batches)
         self.network.train()
         passes = [self._pass(batch, totals, last=batch is batches[-1]) for batch in batches]
-        self.scale.remove(self._trained())
-        norm = float(self.parallel.clip(self._trained(), self.settings.clip))
+        parameters = [parameter for group in self.optimizer.param_groups for parameter in group["params"]]
+        self.scale.remove(parameters)
+        norm = float(self.parallel.clip(parameters, self.recipe.optimisation.clip or math.inf))
         report = self._report(batches, passes, totals, norm)
         if math.isfinite(report.loss) and math.isfinite(norm):
-            self._update(passes)
-            self.progress.bad_in_a_row = 0
-            self.observer.stepped(report)
+            self._update(passes, report)
         elif math.isfinite(report.loss) and self.scale.halve():
-            self.observer.rescaled(report, self.scale.value)
+            if self.monitor:
+                self.monitor.rescaled(report, self.scale.value)
         else:
             self._skip(report, batches, passes)
         self.progress.step += 1
@@ -200,37 +165,36 @@ class Trainer:
 
     def _pass(self, batch: Batch, totals: Totals, *, last: bool) -> Terms:
         """Forward and backward over one batch; gradients add up."""
-        device = self.parallel.device.type
-        half = {"bfloat16": torch.bfloat16, "float16": torch.float16}.get(self.settings.precision)
+        half = {"bfloat16": torch.bfloat16, "float16": torch.float16}.get(self.precision)
         with nullcontext() if last else self.parallel.accumulating(self.network):
-            with torch.autocast(device, half) if half else nullcontext():
+            with torch.autocast(self.parallel.device.type, half) if half else nullcontext():
                 terms = self.objective(self.network, batch.packs, totals, self.parallel)
             # Processes average their gradients, but each one's loss is already a share of the sum.
             (terms.loss * (self.parallel.data_size * self.scale.value)).backward()
         return Terms(terms.loss.detach(), terms.parts, terms.counts)
 
-    def _update(self, passes: Sequence[Terms]) -> None:
-        set_rates(self.optimizer, self.settings.factor(self.progress.step))
+    def _update(self, passes: Sequence[Terms], report: StepReport) -> None:
+        set_rates(self.optimizer, report.rate)
         self.optimizer.step()
-        if self.settings.balance_rate:
-            balance_biases(self.model, _sum([terms.counts for terms in passes]), self.settings.balance_rate)
+        if self.recipe.losses.balancing == "bias":
+            balance_biases(self.model, reduce(add, (terms.counts for terms in passes)), self.recipe.losses.bias_rate)
         self.scale.grow()
+        self.progress.bad_in_a_row = 0
+        if self.monitor:
+            self.monitor.stepped(report)
 
     def _skip(self, report: StepReport, batches: Sequence[Batch], passes: Sequence[Terms]) -> None:
         """Nothing is updated. The batches whose own loss is at fault are named, or all where only the gradient is."""
-        progress = self.progress
+        progress, own, cause = self.progress, batches, f"the gradient is {report.gradient_norm}"
+        if not math.isfinite(report.loss):
+            own = [batch for batch, terms in zip(batches, passes, strict=True) if not terms.loss.isfinite()]
+            cause = f"the loss is {report.loss}"
         progress.bad_steps += 1
         progress.bad_in_a_row += 1
-        bad = [batch for batch, terms in zip(batches, passes, strict=True) if not terms.loss.isfinite()]
-        own = batches if math.isfinite(report.loss) else bad
-        ids = self.parallel.gather([name for batch in own for pack in batch.packs for name in pack.ids])
-        cause = (
-            f"the loss is {report.loss}"
-            if not math.isfinite(report.loss)
-            else f"the gradient is {report.gradient_norm}"
-        )
-        self.observer.skipped(report, cause, ids)
-        if progress.bad_in_a_row >= self.settings.most_bad_steps:
+        ids = self.parallel.gather([name for batch in own for name in batch.ids])
+        if self.monitor:
+            self.monitor.skipped(report, cause, ids)
+        if progress.bad_in_a_row >= self.recipe.optimisation.most_bad_steps:
             raise NonFiniteError(
                 f"step {report.step}: {cause}, as in the {progress.bad_in_a_row - 1} steps before; look at the samples "
                 f"({', '.join(ids[:5])} …), or begin a new run with a lower rate or in float32"
@@ -246,64 +210,88 @@ class Trainer:
     def _report(self, batches: Sequence[Batch], passes: Sequence[Terms], totals: Totals, norm: float) -> StepReport:
         """The step's figures, of all processes, and the progress that they make."""
         names = sorted({name for terms in passes for name in terms.parts})
-        figures = [_sum([terms.loss for terms in passes])]
-        figures += [_sum([terms.parts[name] for terms in passes if name in terms.parts]) for name in names]
+        figures = [reduce(add, (terms.loss for terms in passes))]
+        figures += [reduce(add, (terms.parts[name] for terms in passes if name in terms.parts)) for name in names]
         own = [(batch.tokens, len(batch.packs), len(batch.skipped)) for batch in batches]
         counted = torch.tensor(own, dtype=torch.float64).sum(0)
         sums = self.parallel.sum(torch.cat([torch.stack(figures).double().cpu(), counted]).to(self.parallel.device))
         loss, *parts, tokens, packs, skipped = sums.tolist()
-        counts, progress = _sum([terms.counts for terms in passes]).sum(0), self.progress
-        progress.tokens += int(tokens)
-        progress.segments += int(totals.segments)
+        counts, progress = reduce(add, (terms.counts for terms in passes)).sum(0), self.progress
         progress.skipped_samples += int(skipped)
         if skipped:
-            self.observer.left_out(self.parallel.gather([sample for batch in batches for sample in batch.skipped]))
+            left_out = self.parallel.gather([sample for batch in batches for sample in batch.skipped])
+            if self.monitor:
+                self.monitor.left_out(left_out)
         return StepReport(
-            step=progress.step + 1, epoch=batches[-1].epoch + 1, loss=loss, parts=dict(zip(names, parts, strict=True)),
-            rate=self.settings.factor(progress.step), gradient_norm=norm, label_tokens=int(totals.tokens),
-            tokens=int(tokens), segments=int(totals.segments), packs=int(packs), skipped_samples=int(skipped),
-            load=tuple((counts / counts.sum().clamp_min(1)).tolist()) if counts.numel() else (),
-        )  # fmt: skip
+            step=progress.step + 1,
+            epoch=batches[-1].epoch + 1,
+            loss=loss,
+            parts=dict(zip(names, parts, strict=True)),
+            rate=self.recipe.optimisation.factor(progress.step, self.steps),
+            gradient_norm=norm,
+            label_tokens=int(totals.tokens),
+            tokens=int(tokens),
+            segments=int(totals.segments),
+            packs=int(packs),
+            skipped_samples=int(skipped),
+            load=tuple((counts / counts.sum().clamp_min(1)).tolist()),
+        )
+
+    # Evaluation
+
+    def _due(self, every: int | None) -> bool:
+        return every is not None and self.progress.step % every == 0
+
+    def _stopped(self) -> bool:
+        """Whether any process was told to stop: all then do."""
+        return self.parallel.any(self.signal is not None)
 
     def _owes_evaluation(self) -> bool:
         """Whether the last step is to be evaluated and has not been."""
         step = self.progress.step
-        due = step > 0 and (self._due(self.settings.evaluate_every) or step == self.settings.steps)
-        return self._evaluation is not None and due and not self.is_judged()
-
-    def is_judged(self) -> bool:
-        """Whether the last step has been evaluated."""
-        return any(judged["step"] == self.progress.step for judged in self.progress.history[-1:])
+        due = self._due(self.recipe.evaluation.every) or step == self.steps
+        return bool(self.recipe.data.evaluation) and due and self.progress.judged != step
 
     def _evaluate(self) -> None:
-        assert self._evaluation is not None
         self.network.eval()
-        metrics = self._evaluation()
+        with self.parallel.whole(self.model) as whole:
+            metrics = self._measured(whole)
         if metrics is None:  # stopped: it stays owed
             return
         best = self.judged(metrics)
-        self.observer.evaluated(self.progress.step, metrics, best)
-        self._note(self, metrics)
+        if self.monitor:
+            self.monitor.evaluated(self.progress.step, metrics, best)
+        self.save(metrics)
+
+    def _measured(self, whole: WhisperMoEModel | None) -> Mapping[str, float] | None:
+        """Rank 0 evaluates, and tells the others. Before each of its batches all say whether they are to stop."""
+
+        def stop() -> bool:
+            self.parallel.broadcast(_A_BATCH)
+            return self._stopped()
+
+        if whole is not None:
+            assert self.figures is not None
+            return json.loads(self.parallel.broadcast(json.dumps(self.figures(whole, stop))))
+        while (said := self.parallel.broadcast("")) == _A_BATCH:
+            self._stopped()
+        return json.loads(said)
 
     def judged(self, metrics: Mapping[str, float]) -> bool:
         """Remember what the last step's evaluation gave; whether it is the best so far.
 
         What could not be measured is neither better nor worse.
         """
-        progress, score = self.progress, metrics.get(self.settings.metric, math.nan)
+        progress, score = self.progress, metrics.get(self.recipe.evaluation.metric, math.nan)
         best = math.isfinite(score) and (progress.best is None or score < progress.best)
         if best:
             progress.best, progress.best_step, progress.worse_in_a_row = score, progress.step, 0
         elif math.isfinite(score):
             progress.worse_in_a_row += 1
-        progress.history.append({"step": progress.step, **metrics})
+        progress.judged = progress.step
         return best
 
-    def _due(self, every: int | None) -> bool:
-        return every is not None and self.progress.step % every == 0
-
-    def _trained(self) -> list[nn.Parameter]:
-        return [parameter for group in self.optimizer.param_groups for parameter in group["params"]]
+    # Batches and state
 
     def _endless(self) -> Iterator[Batch]:
         for number in count():
@@ -313,6 +301,26 @@ class Trainer:
                 yield batch
             if empty and number:  # of the epoch that a run goes on in, nothing may be left
                 raise ValueError("the training data gives no batch: it is empty, or every sample was skipped")
+
+    def save(self, metrics: Mapping[str, float] | None = None) -> None:
+        """Commit a checkpoint of what has been learned; ``metrics`` are added to the one that there is of this step."""
+        if self.directory is None:
+            return
+        if self.monitor:
+            self.monitor.secure()
+        where, given, first = (self.directory, self.progress.step), self.recipe.run, self.parallel.rank == 0
+        if metrics is not None:
+            if first:
+                checkpoint.note(*where, metrics, self.recipe.evaluation.metric, keep=given.keep)
+        elif given.checkpoint == "sharded":
+            from whisper_moe.train.sharded import save_sharded
+
+            save_sharded(*where, self.model, self.optimizer, self.meta(), keep=given.keep)
+        else:
+            tensors, meta = self.state()
+            if first:
+                checkpoint.save(*where, tensors, meta, keep=given.keep)
+        self.parallel.barrier()
 
     def state(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
         """Tensors by name, whole and on the CPU, and plain JSON. Every process calls it and gets the same."""
@@ -325,9 +333,12 @@ class Trainer:
     def meta(self) -> dict[str, Any]:
         """All but the model and its optimizer."""
         return {
-            "steps": self.settings.steps, "scale": self.scale.state(), "progress": asdict(self.progress),
-            "random": random_state(), "batches": self.batches.state_dict(),
-        }  # fmt: skip
+            "steps": self.steps,
+            "scale": {"value": self.scale.value, "good": self.scale.good},
+            "progress": asdict(self.progress),
+            "random": random_state(),
+            "batches": self.batches.state_dict(),
+        }
 
     def load_state(self, tensors: Mapping[str, Tensor], meta: Mapping[str, Any]) -> None:
         """Go on where :meth:`state` was taken."""
@@ -348,22 +359,26 @@ class Trainer:
 
         ``meta["evaluation"]``: what was measured since. Who asks for more steps than before has patience anew.
         """
-        self.scale.load_state(meta["scale"])
-        progress = {name: value for name, value in meta["progress"].items() if name != "score"}  # which older runs have
-        self.progress = Progress(**progress)
+        self.scale.good = meta["scale"]["good"]
+        if self.scale.enabled:
+            self.scale.value = meta["scale"]["value"]
+        self.progress = Progress(**meta["progress"])
         if meta.get("evaluation") is not None:
             self.judged(meta["evaluation"])
-        self.steps_before = meta.get("steps", self.settings.steps)
-        if self.steps_before < self.settings.steps:
+        self.steps_before = meta["steps"]
+        if self.steps_before < self.steps:
             self.progress.worse_in_a_row = 0
         self.batches.load_state_dict(meta["batches"])
         self._stream = self._endless()
         set_random_state(meta["random"])
 
 
-def _sum(tensors: Sequence[Tensor]) -> Tensor:
-    """In order, so that the result does not depend on how many there are of a kind."""
-    total = tensors[0]
-    for tensor in tensors[1:]:
-        total = total + tensor
-    return total
+def _steps(recipe: Recipe, batches: Batches) -> int:
+    """As many as are asked for, or as the epochs have batches for; the last may take some of the epoch behind them."""
+    given = recipe.optimisation
+    if given.epochs is None:
+        return given.steps or DEFAULT_STEPS
+    try:
+        return math.ceil(batches.count(given.epochs) / given.accumulate)
+    except ValueError as error:
+        raise RecipeError(f"optimisation.epochs: {error}; give optimisation.steps") from error

@@ -1,30 +1,30 @@
 """What a run says while it goes: a line of ``metrics.jsonl`` for each step, a bar or lines on stderr, TensorBoard.
 
-Only the process of rank 0 has one; the others stay silent.
+Only the process of rank 0 has a :class:`Monitor`.
 """
 
 from __future__ import annotations
 
 import json
+import logging
 import math
 import sys
 import time
 from collections import deque
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from whisper_moe.config import MAX_PACK_TOKENS
+from whisper_moe.config import MAX_PACK_TOKENS, ModelConfig
+from whisper_moe.data.sample import Skipped
 from whisper_moe.train.checkpoint import replace
+from whisper_moe.train.recipe import Recipe
 from whisper_moe.weights.files import sync
 
 if TYPE_CHECKING:
-    from rich.progress import Progress, TaskID
+    from rich.progress import Progress
     from torch.utils.tensorboard import SummaryWriter
-
-    from whisper_moe.data.sample import Skipped
-    from whisper_moe.train.loop import StepReport
 
 METRICS, SKIPPED = "metrics.jsonl", "skipped.jsonl"
 EVENTS = "tensorboard"
@@ -32,6 +32,30 @@ RECENT = 20
 """Steps whose mean training loss an evaluation is compared with."""
 SECONDS_BETWEEN_LINES = 10.0
 """Where there is no terminal for a bar."""
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, kw_only=True)
+class StepReport:
+    """One step in figures, of all processes."""
+
+    step: int
+    """Counted from 1."""
+    epoch: int
+    """Of its last batch, counted from 1."""
+    loss: float
+    parts: dict[str, float]
+    rate: float
+    """What the peak rates were multiplied with."""
+    gradient_norm: float
+    label_tokens: int
+    tokens: int
+    """Of encoder and decoder."""
+    segments: int
+    packs: int
+    skipped_samples: int
+    load: tuple[float, ...] = ()
+    """Each choice's share of all slots, *none* last."""
 
 
 class Plateau:
@@ -47,8 +71,8 @@ class Plateau:
         self._first: float | None = None
         self._row = 0
 
-    def seen(self, step: int, train_loss: float, validation_loss: float) -> str | None:
-        """A sentence when the plateau has just been reached, for one evaluation; None otherwise.
+    def warn(self, step: int, train_loss: float, validation_loss: float) -> bool:
+        """Log a warning when the plateau has just been reached, for one evaluation, and say so.
 
         Reached: in three evaluations in a row, the training loss is under a tenth of the first and a tenth of the
         validation loss, which is more than half of the first training loss.
@@ -57,39 +81,27 @@ class Plateau:
         here = train_loss < self.known * self._first and train_loss * self.apart < validation_loss
         self._row = self._row + 1 if here and validation_loss > 0.5 * self._first else 0
         if self._row != self.evaluations:
-            return None
-        return (
-            f"step {step}: the training loss is {train_loss:.3g}, the validation loss {validation_loss:.3g}: overfitting, or the "
-            "plateau before grokking; with weight decay and many more steps it may fall (arXiv 2201.02177)"
+            return False
+        logger.warning(
+            "step %d: the training loss is %.3g, the validation loss %.3g: overfitting, or the plateau before grokking; "
+            "with weight decay and many more steps it may fall (arXiv 2201.02177)",
+            step,
+            train_loss,
+            validation_loss,
         )
-
-
-class Silent:
-    """The observer of every process but the first."""
-
-    def left_out(self, samples: Sequence[Skipped]) -> None: ...
-    def stepped(self, report: StepReport) -> None: ...
-    def skipped(self, report: StepReport, cause: str, ids: Sequence[str]) -> None: ...
-    def rescaled(self, report: StepReport, scale: float) -> None: ...
-    def evaluated(self, step: int, metrics: Mapping[str, float], best: bool) -> None: ...
+        return True
 
 
 class Monitor:
     """Writes down and shows what happens. Use as a context: the bar and the files are closed at its end."""
 
-    def __init__(
-        self, run: Path, *, rate: float, choices: Sequence[str] = (), log_every: int = 1,
-        tensorboard: bool = False, say: Callable[[str], None] | None = None,
-    ) -> None:  # fmt: skip
-        """``rate``: the peak that shares of it are shown of. ``choices``: names of experts, *none* last.
-
-        Raises ``ImportError`` that names the extra if TensorBoard is asked for and not there.
-        """
-        self._run, self._steps, self._rate, self._choices, self._log_every = run, 0, rate, choices, log_every
-        self._board = _board(run / EVENTS) if tensorboard else None
-        self._say = say or _to_stderr
+    def __init__(self, run: Path, recipe: Recipe, config: ModelConfig) -> None:
+        """``run``: the run's directory. Raises ``ImportError`` that names the extra if TensorBoard is asked for and not there."""
+        self._run, self._steps, self._rate = run, 0, recipe.optimisation.lr
+        self._log_every, moe = recipe.run.log_every, config.moe
+        self._choices = (*moe.names, *(["none"] if moe.none_choice else [])) if moe else ()
+        self._board = _board(run / EVENTS) if recipe.run.tensorboard else None
         self._bar: Progress | None = None
-        self._task: TaskID | None = None
         self._clock = self._spoken = time.perf_counter()
         self._left_out = _whole_lines(run / SKIPPED)
         self._plateau, self._recent = Plateau(), deque[float](maxlen=RECENT)
@@ -103,9 +115,9 @@ class Monitor:
             replace(path, b"".join(line + b"\n" for line in kept))
         if self._board is not None:
             self._board.close()
-            self._board = _board(self._run / EVENTS, after=after)
-        if self._say is _to_stderr and sys.stderr.isatty():
-            self._bar, self._task = _bar(steps)
+            self._board = _board(self._run / EVENTS, purge_step=after + 1)
+        if sys.stderr.isatty():
+            self._bar = _bar(steps)
             self._bar.start()
 
     def secure(self) -> None:
@@ -134,83 +146,73 @@ class Monitor:
 
     def stepped(self, report: StepReport) -> None:
         now = time.perf_counter()
-        seconds, self._clock = now - self._clock, now
-        fill = report.tokens / (report.packs * MAX_PACK_TOKENS) if report.packs else 0.0
         figures: dict[str, Any] = {
-            "epoch": report.epoch, "loss": report.loss, **report.parts, "lr": self._rate * report.rate,
-            "gradient_norm": report.gradient_norm, "tokens": report.tokens, "label_tokens": report.label_tokens,
-            "segments": report.segments, "packs": report.packs, "fill": fill,
-        }  # fmt: skip
+            "epoch": report.epoch,
+            "loss": report.loss,
+            **report.parts,
+            "lr": self._rate * report.rate,
+            "gradient_norm": report.gradient_norm,
+            "tokens": report.tokens,
+            "label_tokens": report.label_tokens,
+            "segments": report.segments,
+            "packs": report.packs,
+            "fill": report.tokens / (report.packs * MAX_PACK_TOKENS) if report.packs else 0.0,
+        }
         if "cross_entropy" in report.parts:  # what an evaluation's loss can be compared with
             self._recent.append(report.parts["cross_entropy"])
         if report.load:
             figures["load"] = dict(zip(self._choices, report.load, strict=True))
         if report.skipped_samples:
             figures["skipped_samples"] = report.skipped_samples
-        figures["seconds"] = seconds
+        figures["seconds"], self._clock = now - self._clock, now
         if report.step % self._log_every == 0 or report.step in (1, self._steps):
             self._write({"step": report.step, **figures})
             self._plot(report.step, "train", figures)
-        self._show(report.step, now, self._line(report, fill, seconds))
+        self._show(report.step, now, figures)
 
     def skipped(self, report: StepReport, cause: str, ids: Sequence[str]) -> None:
-        self._clock = time.perf_counter()
         self._write({"step": report.step, "skipped": cause, "ids": list(ids)})
-        self.tell(f"WARNING: step {report.step} is skipped: {cause}; samples {', '.join(ids[:5])} …")
+        logger.warning("WARNING: step %d is skipped: %s; samples %s …", report.step, cause, ", ".join(ids[:5]))
 
     def rescaled(self, report: StepReport, scale: float) -> None:
         """A step that float16 had no room for: nothing is updated, and the loss is scaled up less from now on."""
-        self._clock = time.perf_counter()
         self._write({"step": report.step, "overflow": True, "loss_scale": scale})
 
     def evaluated(self, step: int, metrics: Mapping[str, float], best: bool) -> None:
-        self._clock = time.perf_counter()
         self._write({"step": step, "evaluation": dict(metrics), "best": best})
         self._plot(step, "evaluation", metrics)
         if unmeasured := [name for name, value in metrics.items() if not math.isfinite(value)]:
-            self.tell(f"WARNING: step {step}: {', '.join(unmeasured)} could not be measured, and counts as nothing")
+            logger.warning(
+                "WARNING: step %d: %s could not be measured, and counts as nothing", step, ", ".join(unmeasured)
+            )
         figures = ", ".join(f"{name} {value:.4f}" for name, value in metrics.items())
-        self.tell(f"step {step}: {figures}{' (the best so far)' if best else ''}")
+        logger.info("step %d: %s%s", step, figures, " (the best so far)" if best else "")
         if self._recent and "loss" in metrics:
-            warning = self._plateau.seen(step, sum(self._recent) / len(self._recent), metrics["loss"])
-            if warning:
-                self.tell(warning)
+            self._plateau.warn(step, sum(self._recent) / len(self._recent), metrics["loss"])
 
-    def tell(self, line: str) -> None:
-        """One line, above the bar where there is one."""
+    def _show(self, step: int, now: float, figures: Mapping[str, Any]) -> None:
+        speed = figures["tokens"] / max(figures["seconds"], 1e-9)
+        line = f"epoch {figures['epoch']}  loss {figures['loss']:.4f}  lr {figures['lr']:.2e}  {speed:,.0f} tokens/s"
+        line += f"  fill {figures['fill']:.0%}"
+        if load := figures.get("load"):
+            ranked = sorted(load.items(), key=lambda choice: choice[1], reverse=True)
+            line += "  load " + " ".join(f"{name} {share:.0%}" for name, share in ranked[:3])
         if self._bar is not None:
-            self._bar.console.print(line, highlight=False, markup=False)
-        else:
-            self._say(line)
-
-    def _line(self, report: StepReport, fill: float, seconds: float) -> str:
-        parts = [
-            f"epoch {report.epoch}", f"loss {report.loss:.4f}", f"lr {self._rate * report.rate:.2e}",
-            f"{report.tokens / max(seconds, 1e-9):,.0f} tokens/s", f"fill {fill:.0%}",
-        ]  # fmt: skip
-        if report.load:
-            ranked = sorted(zip(report.load, self._choices, strict=True), reverse=True)
-            parts.append("load " + " ".join(f"{name} {share:.0%}" for share, name in ranked[:3]))
-        return "  ".join(parts)
-
-    def _show(self, step: int, now: float, line: str) -> None:
-        if self._bar is not None and self._task is not None:
-            self._bar.update(self._task, completed=step, figures=line)
+            self._bar.update(self._bar.task_ids[0], completed=step, figures=line)
         elif now - self._spoken >= SECONDS_BETWEEN_LINES or step in (1, self._steps):
             self._spoken = now
-            self._say(f"step {step}/{self._steps}  {line}")
+            logger.info("step %d/%d  %s", step, self._steps, line)
 
     def _write(self, record: Mapping[str, Any]) -> None:
+        self._clock = time.perf_counter()
         with (self._run / METRICS).open("a", encoding="utf-8") as file:
             file.write(json.dumps(_plain(record), ensure_ascii=False) + "\n")
 
     def _plot(self, step: int, group: str, figures: Mapping[str, Any]) -> None:
-        if self._board is None:
-            return
-        for name, value in figures.items():
+        for name, value in figures.items() if self._board else ():
             if isinstance(value, Mapping):
                 self._plot(step, f"{group}/{name}", value)
-            else:
+            elif self._board:
                 self._board.add_scalar(f"{group}/{name}", value, step)
 
 
@@ -245,23 +247,21 @@ def _place(line: bytes) -> tuple[float, bool]:
         return math.inf, True
 
 
-def _to_stderr(line: str) -> None:
-    print(line, file=sys.stderr, flush=True)
-
-
-def _bar(steps: int) -> tuple[Progress, TaskID]:
+def _bar(steps: int) -> Progress:
+    """Lines that are said meanwhile go above it."""
     from rich.console import Console
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
     columns = (BarColumn(20), MofNCompleteColumn(), TextColumn("{task.fields[figures]}"), TimeRemainingColumn())
-    bar = Progress(*columns, console=Console(stderr=True), redirect_stdout=False, redirect_stderr=False)
-    return bar, bar.add_task("", total=steps, figures="")
+    bar = Progress(*columns, console=Console(stderr=True), redirect_stdout=False)
+    bar.add_task("", total=steps, figures="")
+    return bar
 
 
-def _board(folder: Path, after: int | None = None) -> SummaryWriter:
-    """``after``: what was written of later steps does not count."""
+def _board(folder: Path, purge_step: int | None = None) -> SummaryWriter:
+    """``purge_step``: what was written of it and later ones does not count."""
     try:
         from torch.utils.tensorboard import SummaryWriter
     except ImportError as error:
         raise ImportError("run.tensorboard needs TensorBoard: pip install 'whisper-moe[train]'") from error
-    return SummaryWriter(str(folder), purge_step=None if after is None else after + 1)
+    return SummaryWriter(str(folder), purge_step=purge_step)

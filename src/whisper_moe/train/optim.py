@@ -1,142 +1,80 @@
-"""AdamW with a group of its own for everything that needs another rate, and schedules that are functions of the step.
+"""AdamW with a group of its own for everything that needs another rate; Grokfast; float16's loss scale.
 
-A schedule has no state: the rate of a step is computed from its number, so that a run goes on exactly where it stopped.
+A rate is a function of the step (:meth:`whisper_moe.train.recipe.OptimisationRecipe.factor`), so that a run goes on
+exactly where it stopped.
 """
 
 from __future__ import annotations
 
-import math
-from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Sequence
+from fnmatch import filter as matching
 from fnmatch import fnmatchcase
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from whisper_moe.model.model import WhisperMoEModel
-from whisper_moe.train.recipe import check_grokfast
+from whisper_moe.train.reading import RecipeError
+from whisper_moe.train.recipe import OptimisationRecipe
 from whisper_moe.weights.files import listed
 from whisper_moe.weights.parts import EMBEDDING, NEW_TOKENS
 
-Schedule = Literal["linear", "cosine", "constant"]
 FAST = ("w1", "b1", "w2", "b2", "gamma", "beta", "tau", "gate_forward", "gate_backward")
 """Of a TTT layer: the start of the fast weights with their norm, and the gates."""
 
 
-@dataclass(frozen=True, kw_only=True)
-class Rates:
-    """Peak learning rates. Groups but ``decay`` are not decayed."""
-
-    rest: float
-    weight_decay: float
-    ttt: float
-    """Gates and fast weights: Adam moves a gate by about its rate a step, and it starts at 0."""
-    router: float
-    new_tokens: float
-    """The embeddings of tokens that the source lacked."""
-    named: Sequence[tuple[str, float, float]] = ()
-    """(pattern, rate, weight decay) of parameters by name, before all others."""
-
-
-def schedule_factor(step: int, *, steps: int, warmup: int, schedule: Schedule) -> float:
-    """What the peak rate is multiplied with in the ``step``-th step, counted from 0; of ``steps``.
-
-    Rises from 0 over ``warmup`` steps, then falls to 0 at ``steps``: as transformers' schedules of these names. A run whose
-    warm-up is longer than itself ends while the rate still rises.
-    """
-    if step < warmup:
-        return step / warmup
-    done = min(1.0, (step - warmup) / max(1, steps - warmup))
-    falling = {"linear": 1 - done, "cosine": 0.5 * (1 + math.cos(math.pi * done)), "constant": 1.0}
-    return falling[schedule]
-
-
-def warmup_warning(*, rate: float, steps: int, warmup: int) -> str | None:
-    """One line about a warm-up that the run never leaves."""
-    if warmup < steps:
-        return None
-    last = schedule_factor(steps - 1, steps=steps, warmup=warmup, schedule="linear")
-    return (
-        f"WARNING: the warm-up of {warmup:,} steps is longer than the run of {steps:,}: the rate rises to the end, to "
-        f"{rate * last:.4e}, {100 * last:.2f} % of {rate:g}, and never falls"
-    )
-
-
-def freeze(model: nn.Module, frozen: Sequence[str], trained: Sequence[str] = ()) -> None:
-    """Parameters whose names match a pattern of ``frozen`` (shell style, ``decoder.*``) and none of ``trained`` stay as they are.
-
-    Raises ``ValueError`` for a pattern that matches nothing, and if nothing is left to train.
-    """
-    names = [name for name, _ in model.named_parameters()]
-    for pattern in unmatched(model, (*frozen, *trained)):
-        raise ValueError(f"no parameter is called {pattern!r}; there are {listed(names, 3)}")
-    for name, parameter in model.named_parameters():
-        parameter.requires_grad = not _matches(name, frozen) or _matches(name, trained)
-    if not any(parameter.requires_grad for parameter in model.parameters()):
-        raise ValueError(f"nothing is left to train: every parameter matches {listed(frozen)}")
-
-
-def _matches(name: str, patterns: Iterable[str]) -> bool:
-    return any(fnmatchcase(name, pattern) for pattern in patterns)
+def names_of(model: nn.Module) -> list[str]:
+    return [name for name, _ in model.named_parameters()]
 
 
 def unmatched(model: nn.Module, patterns: Iterable[str]) -> list[str]:
-    """Those that no parameter's name matches."""
-    names = [name for name, _ in model.named_parameters()]
-    return [pattern for pattern in patterns if not any(fnmatchcase(name, pattern) for name in names)]
+    """Patterns (shell style, ``decoder.*``) that no parameter's name matches."""
+    return [pattern for pattern in patterns if not matching(names_of(model), pattern)]
 
 
-def group_of(name: str, parameter: Tensor, named: Sequence[tuple[str, float, float]] = ()) -> str:
-    """The pattern that names a parameter, or ``ttt``, ``router``, ``new_tokens``, ``no_decay`` or ``decay``."""
-    for pattern, _, _ in named:
-        if fnmatchcase(name, pattern):
-            return pattern
-    module, _, last = name.rpartition(".")
-    if last in FAST or module.endswith(".rate"):
-        return "ttt"
-    if ".router." in name:
-        return "router"
-    if name == NEW_TOKENS:
-        return "new_tokens"
-    # Biases and norms; of stacked experts the biases have two dimensions. Positions are embeddings.
-    no_decay = parameter.ndim < 2 or last.endswith("bias") or last == "positions" or name == EMBEDDING
-    return "no_decay" if no_decay else "decay"
+def freeze(model: nn.Module, frozen: Sequence[str], trained: Sequence[str] = ()) -> None:
+    """Parameters that a pattern of ``frozen`` matches, and none of ``trained``, stay as they are.
 
-
-def build_optimizer(
-    model: WhisperMoEModel,
-    rates: Rates,
-    *,
-    betas: tuple[float, float],
-    eps: float,
-    fused: bool = False,
-    grokfast: tuple[float, float] | None = None,
-) -> torch.optim.AdamW:
-    """AdamW over what is not frozen; with ``grokfast`` (α, λ), :class:`GrokfastAdamW`.
-
-    Every group carries its ``name`` and its ``peak`` rate, for :func:`set_rates`.
+    Raises ``ValueError`` for a pattern that matches nothing, and if nothing is left to train.
     """
-    settings = {
-        "ttt": (rates.ttt, 0.0),
-        "router": (rates.router, 0.0),
-        "new_tokens": (rates.new_tokens, 0.0),
-        "no_decay": (rates.rest, 0.0),
-        "decay": (rates.rest, rates.weight_decay),
-    }
-    for pattern, rate, decay in rates.named:  # of two alike the first; one that is called like a group matches nothing
-        settings.setdefault(pattern, (rate, decay))
-    members: dict[str, list[nn.Parameter]] = {name: [] for name in settings}
+    names = names_of(model)
+    for pattern in unmatched(model, (*frozen, *trained)):
+        raise ValueError(f"no parameter is called {pattern!r}; there are {listed(names, 3)}")
+    still = {name for pattern in frozen for name in matching(names, pattern)}
+    still -= {name for pattern in trained for name in matching(names, pattern)}
+    for name, parameter in model.named_parameters():
+        parameter.requires_grad = name not in still
+    if len(still) == len(names):
+        raise ValueError(f"nothing is left to train: every parameter matches {listed(frozen)}")
+
+
+def build_optimizer(model: nn.Module, given: OptimisationRecipe, *, fused: bool = False) -> torch.optim.AdamW:
+    """AdamW over what is not frozen. Every group carries its ``name`` and its ``peak`` rate, for :func:`set_rates`."""
+    groups: dict[str, dict[str, Any]] = {}
     for name, parameter in model.named_parameters():
         if parameter.requires_grad:
-            members[group_of(name, parameter, rates.named)].append(parameter)
-    groups: list[dict[str, Any]] = [
-        {"params": parameters, "name": name, "lr": rate, "peak": rate, "weight_decay": decay}
-        for name, parameters in members.items()
-        if parameters
-        for rate, decay in [settings[name]]
-    ]
-    return adamw(groups, grokfast, betas=betas, eps=eps, fused=fused)
+            kind, rate, decay = _group(name, parameter, given)
+            group = {"params": [], "name": kind, "lr": rate, "peak": rate, "weight_decay": decay}
+            groups.setdefault(kind, group)["params"].append(parameter)
+    return adamw([*groups.values()], given.grokfast, betas=given.betas, eps=given.eps, fused=fused)
+
+
+def _group(name: str, parameter: Tensor, given: OptimisationRecipe) -> tuple[str, float, float]:
+    """What a parameter's group is called, its peak rate and its decay."""
+    for own in given.groups:
+        if fnmatchcase(name, own.pattern):
+            return own.pattern, own.lr, own.weight_decay
+    module, _, last = name.rpartition(".")
+    if last in FAST or module.endswith(".rate"):
+        return "ttt", given.ttt_lr, 0.0
+    if ".router." in name:
+        return "router", given.router_lr or given.lr, 0.0
+    if name == NEW_TOKENS:
+        return "new_tokens", given.new_token_lr or given.lr, 0.0
+    # Biases and norms; of stacked experts the biases have two dimensions. Positions are embeddings.
+    if parameter.ndim < 2 or last.endswith("bias") or last == "positions" or name == EMBEDDING:
+        return "no_decay", given.lr, 0.0
+    return "decay", given.lr, given.weight_decay
 
 
 def adamw(parameters: Any, grokfast: tuple[float, float] | None, **options: Any) -> torch.optim.AdamW:
@@ -161,7 +99,6 @@ class GrokfastAdamW(torch.optim.AdamW):
 
     def __init__(self, params: Any, *, alpha: float = 0.98, amplification: float = 2.0, **options: Any) -> None:
         """``alpha`` of the moving average, ``amplification`` λ; ``options`` are AdamW's."""
-        check_grokfast(alpha, amplification)
         super().__init__(params, **options)
         self.alpha, self.amplification = alpha, amplification
 
@@ -180,42 +117,44 @@ class GrokfastAdamW(torch.optim.AdamW):
         return done
 
 
+def precision_on(wanted: str, device: torch.device) -> str:
+    """What ``auto`` is on this device. Raises :class:`RecipeError` for what the device has not."""
+    if wanted == "auto":
+        if device.type != "cuda":
+            return "float32"
+        return "bfloat16" if torch.cuda.is_bf16_supported(including_emulation=False) else "float16"
+    if wanted == "float16" and device.type == "cpu":
+        raise RecipeError("optimisation.precision is float16, which needs a GPU; take bfloat16 or float32 on a CPU")
+    return wanted
+
+
 class LossScale:
     """float16's gradients are computed of a loss that is scaled up (arXiv 1710.03740, section 3.2); in other types, by 1.
 
     Halved where they overflow, which costs that step, doubled after 2,000 steps without. Decided on the norm of all
-    gradients, so that all processes decide alike.
+    gradients, so that all processes decide alike (torch's ``GradScaler`` asks each process for its own).
     """
 
     growth_steps = 2_000
 
     def __init__(self, *, enabled: bool) -> None:
-        self.enabled, self.value, self._good = enabled, 65_536.0 if enabled else 1.0, 0
+        self.enabled, self.value, self.good = enabled, 65_536.0 if enabled else 1.0, 0
 
     def remove(self, parameters: Sequence[nn.Parameter]) -> None:
         """Undo the scale in the gradients."""
-        if self.enabled:
-            for parameter in parameters:
-                if parameter.grad is not None:
-                    parameter.grad /= self.value
+        for parameter in parameters if self.enabled else ():
+            if parameter.grad is not None:
+                parameter.grad /= self.value
 
     def grow(self) -> None:
-        self._good += 1
-        if self.enabled and self._good % self.growth_steps == 0:
+        self.good += 1
+        if self.enabled and self.good % self.growth_steps == 0:
             self.value *= 2
 
     def halve(self) -> bool:
         """Whether a smaller scale may help."""
-        self._good = 0
-        if not self.enabled or self.value <= 1:
+        self.good = 0
+        if self.value <= 1:
             return False
         self.value /= 2
         return True
-
-    def state(self) -> dict[str, float]:
-        return {"value": self.value, "good": self._good}
-
-    def load_state(self, state: Mapping[str, float]) -> None:
-        self._good = int(state["good"])
-        if self.enabled:
-            self.value = state["value"]

@@ -35,7 +35,8 @@ from whisper_moe.model.ttt import TTTMLP, ExpertTTT
 from whisper_moe.train.gradients import Rest, Use, clip_gradients
 from whisper_moe.train.layout import ParallelConfig
 from whisper_moe.train.model_parallel import ExpertsOverRanks, cut, spread_experts
-from whisper_moe.train.recipe import Recipe, RecipeError
+from whisper_moe.train.reading import RecipeError
+from whisper_moe.train.recipe import Recipe
 
 logger = logging.getLogger(__name__)
 Said = TypeVar("Said")

@@ -1,30 +1,30 @@
-"""A recipe: everything that a training run depends on, as data. YAML in, a frozen and checked object out.
+"""A recipe: everything that a training run depends on, as a frozen and checked object.
 
 Nothing here imports torch: a recipe can be wrong in a second rather than after a minute.
 """
 
 from __future__ import annotations
 
-import difflib
-import json
-from collections.abc import Iterator, Mapping, Sequence
+import math
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, Literal, Self, get_args
+from typing import Annotated, Any, Literal, Self
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 from whisper_moe.config import FULL_WINDOW, AdaptConfig, ConformerConfig, MoEConfig, TTTConfig
 from whisper_moe.data.corpora import CorpusConfig
 from whisper_moe.data.sampler import LoaderConfig
 from whisper_moe.train.layout import ParallelConfig
+from whisper_moe.train.reading import checked, read_tree
 
 Precision = Literal["auto", "float32", "bfloat16", "float16"]
 NOTHING_TO_TEACH = "losses.context.padded: full windows teach nothing where model.adapt.full_windows is false"
-_MOST_BYTES = 1_000_000
 
 
-class RecipeError(ValueError):
-    """A recipe that cannot be used: which file, which key, and why."""
+Decay = Annotated[float, Field(ge=0, lt=1)]
+"""Of a moving average: the weight of what was before."""
+Grokfast = tuple[Decay, Annotated[float, Field(ge=0)]]
 
 
 class _Frozen(BaseModel):
@@ -76,12 +76,6 @@ class GroupRecipe(_Frozen):
     """Decoupled decay, as AdamW's."""
 
 
-def check_grokfast(alpha: float, amplification: float) -> None:
-    """Raise ``ValueError`` for an average that is none, or one that is taken away from the gradient."""
-    if not 0 <= alpha < 1 or amplification < 0:
-        raise ValueError(f"grokfast is (alpha, lambda), 0 <= alpha < 1 and lambda >= 0, got {[alpha, amplification]}")
-
-
 class OptimisationRecipe(_Frozen):
     """How it is trained. The defaults are the published hyperparameters, but for a warm-up that fits the run."""
 
@@ -95,7 +89,7 @@ class OptimisationRecipe(_Frozen):
     """How the rate falls to 0 after the warm-up; ``constant`` does not fall."""
     warmup: int = Field(default=500, ge=0)
     """Steps in which the rate rises from 0. More than ``steps`` are allowed, with a warning."""
-    betas: tuple[float, float] = (0.9, 0.98)
+    betas: tuple[Decay, Decay] = (0.9, 0.98)
     """Of AdamW."""
     eps: float = Field(default=1e-6, gt=0)
     """Of AdamW."""
@@ -110,7 +104,7 @@ class OptimisationRecipe(_Frozen):
     """Of new tokens' embeddings; default ``lr``."""
     groups: tuple[GroupRecipe, ...] = ()
     """Parameters with rates of their own; the first pattern that matches, before all other groups."""
-    grokfast: tuple[float, float] | None = None
+    grokfast: Grokfast | None = None
     """(α, λ): the slow part of gradients is amplified (Grokfast-EMA, arXiv 2405.20233); (0.98, 2) are the paper's."""
     accumulate: int = Field(default=1, ge=1)
     """Batches for one update."""
@@ -126,15 +120,22 @@ class OptimisationRecipe(_Frozen):
 
     @model_validator(mode="after")
     def _check(self) -> Self:
-        if not all(0 <= beta < 1 for beta in self.betas):
-            raise ValueError(f"betas must be at least 0 and less than 1, got {list(self.betas)}")
         if self.steps is not None and self.epochs is not None:
             raise ValueError(
                 f"either steps or epochs, got {self.steps} and {self.epochs}; optimisation.steps=null takes the steps away"
             )
-        if self.grokfast is not None:
-            check_grokfast(*self.grokfast)
         return self
+
+    def factor(self, step: int, steps: int) -> float:
+        """What peak rates are multiplied with in the ``step``-th of ``steps`` steps, counted from 0.
+
+        Rises from 0 in the warm-up, then falls to 0 at ``steps``: as transformers' schedules of these names. A run whose
+        warm-up is longer than itself ends while the rate still rises.
+        """
+        if step < self.warmup:
+            return step / self.warmup
+        done = min(1.0, (step - self.warmup) / max(1, steps - self.warmup))
+        return {"linear": 1 - done, "cosine": 0.5 * (1 + math.cos(math.pi * done)), "constant": 1.0}[self.schedule]
 
 
 class ContextRecipe(_Frozen):
@@ -166,7 +167,6 @@ class LossRecipe(_Frozen):
 
     context: ContextRecipe | None = None
     """Instead of the cross-entropy: transcripts are not needed, and only what ``freeze`` and ``train`` leave learns."""
-
     label_smoothing: float = Field(default=0.0, ge=0, lt=1)
     """Weight of a uniform target in the cross-entropy."""
     balancing: Literal["loss", "bias", "none"] = "loss"
@@ -274,113 +274,6 @@ def load_recipe(path: Path, overrides: Sequence[str] = ()) -> Recipe:
     return recipe_of(tree, str(path))
 
 
-def read_tree(path: Path, overrides: Sequence[str] = ()) -> dict[str, Any]:
-    """A file's plain values with its overrides, not checked against anything."""
-    tree = _read(path)
-    for override in overrides:
-        apply(tree, override)
-    return tree
-
-
 def recipe_of(tree: Mapping[str, Any], origin: str) -> Recipe:
-    """Check a tree of plain values; ``origin`` is what messages begin with."""
-    try:
-        text = json.dumps(tree)
-    except ValueError:
-        raise RecipeError(f"{origin}: not plain values: something in it contains itself") from None
-    try:
-        return Recipe.model_validate_json(text)
-    except ValidationError as error:
-        causes = [_cause(e["loc"], e["type"], e["msg"], e["input"]) for e in error.errors()]
-        raise RecipeError(f"{origin}: {'; '.join(causes)}") from None
-
-
-def _cause(location: tuple[int | str, ...], kind: str, message: str, given: Any) -> str:
-    where = ".".join(map(str, location))
-    if kind == "extra_forbidden":
-        return f"{where} is not a key of a recipe{_suggestion(location)}"
-    if kind == "missing":
-        return f"{where} is missing"
-    said = message.removeprefix("Value error, ")
-    shown = "" if isinstance(given, (dict, list)) or kind == "value_error" else f", got {given!r}"
-    return f"{where}: {said}{shown}" if where else said
-
-
-def _suggestion(location: tuple[int | str, ...]) -> str:
-    """The closest key beside it, or anywhere by its last part."""
-    *_, last = map(str, location)
-    known = {".".join(path) for path in _keys(Recipe)}
-    beside = ".".join(str(part) for part in location[:-1] if not isinstance(part, int))
-    siblings = [key for key in known if key.rpartition(".")[0] == beside]
-    close = difflib.get_close_matches(last, [key.rpartition(".")[2] for key in siblings], n=1, cutoff=0.5)
-    if close:
-        return f"; did you mean {close[0]}?"
-    elsewhere = sorted((key for key in known if key.rpartition(".")[2] == last), key=len)
-    if elsewhere:
-        return f"; did you mean {elsewhere[0]}?"
-    return f"; there are {', '.join(sorted(key.rpartition('.')[2] for key in siblings))}" if siblings else ""
-
-
-def _keys(model: type[BaseModel]) -> Iterator[tuple[str, ...]]:
-    """Every key of a configuration and of those within it; lists add no part."""
-    for name, field in model.model_fields.items():
-        yield (name,)
-        for inner in _models(field.annotation):
-            yield from ((name, *path) for path in _keys(inner))
-
-
-def _models(annotation: Any) -> Iterator[type[BaseModel]]:
-    if isinstance(annotation, type) and issubclass(annotation, BaseModel):
-        yield annotation
-    for argument in get_args(annotation):
-        yield from _models(argument)
-
-
-def apply(tree: dict[str, Any], override: str) -> None:
-    """Put one ``key=value`` into the tree; numbers in a key are places in a list."""
-    key, equals, text = override.partition("=")
-    parts = key.split(".")
-    if not equals or not all(parts):
-        raise RecipeError(f"{override!r}: an override is written key=value, as in optimisation.lr=1e-4")
-    place: Any = tree
-    for depth, name in enumerate(parts):
-        last = depth == len(parts) - 1
-        part: Any = name
-        if isinstance(place, list):
-            if not name.isdigit() or int(name) >= len(place):
-                raise RecipeError(f"{override!r}: {'.'.join(parts[:depth])} has the places 0 to {len(place) - 1}")
-            part = int(name)
-        elif not isinstance(place, dict):
-            raise RecipeError(f"{override!r}: {'.'.join(parts[:depth])} is {place!r}, which has no keys")
-        elif not last and place.get(name) is None:
-            place[name] = {}
-        holder: Any = place
-        if last:
-            holder[part] = _yaml(text, override)
-        else:
-            place = holder[part]
-
-
-def _read(path: Path) -> dict[str, Any]:
-    try:
-        if path.stat().st_size > _MOST_BYTES:
-            raise RecipeError(f"{path}: larger than a recipe can be ({_MOST_BYTES:,} bytes)")
-        text = path.read_text(encoding="utf-8")
-    except OSError as error:
-        raise RecipeError(f"{path}: cannot be read ({error.strerror})") from error
-    except UnicodeDecodeError as error:
-        raise RecipeError(f"{path}: not UTF-8 text ({error.reason})") from error
-    tree = _yaml(text, str(path))
-    if not isinstance(tree, dict):
-        raise RecipeError(f"{path}: must hold keys and values, holds {type(tree).__name__}")
-    return tree
-
-
-def _yaml(text: str, origin: str) -> Any:
-    """Plain values only. Raises :class:`RecipeError` for a tag that would make an object, and for anything unreadable."""
-    from whisper_moe.train.yaml import YamlError, parse
-
-    try:
-        return parse(text)
-    except YamlError as error:
-        raise RecipeError(f"{origin}: {error}") from None
+    """Check a tree of plain values; ``origin`` is what messages begin with. Raises :class:`RecipeError`."""
+    return checked(Recipe, tree, origin)

@@ -14,7 +14,8 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from whisper_moe.train.recipe import Recipe, RecipeError, apply, load_recipe, recipe_of
+from whisper_moe.train.reading import RecipeError, apply
+from whisper_moe.train.recipe import Recipe, load_recipe, recipe_of
 
 if TYPE_CHECKING:
     from whisper_moe.train.loop import Trainer
@@ -87,9 +88,9 @@ def write_record(run: Path, recipe: Recipe, trainer: Trainer, parallel: Parallel
     sessions = [*before.get("sessions", []), {"begun": _now(), "resumed": resumed, "command": sys.argv[1:]}]
     record = {
         "recipe": recipe.model_dump(mode="json"), "folder": str(Path.cwd()), "directory": str(run.resolve()),
-        "steps": trainer.settings.steps, "seeds": {"run": recipe.run.seed, "loader": recipe.data.loader.seed},
+        "steps": trainer.steps, "seeds": {"run": recipe.run.seed, "loader": recipe.data.loader.seed},
         "versions": {"python": sys.version.split()[0]} | {name: _version(name) for name in _PACKAGES},
-        "git": git_state(), "device": str(parallel.device), "precision": trainer.settings.precision,
+        "git": git_state(), "device": str(parallel.device), "precision": trainer.precision,
         "processes": parallel.world_size, "trained_parameters": groups, "sessions": sessions, "status": "running",
     }  # fmt: skip
     _replace(run / RECORD, record)

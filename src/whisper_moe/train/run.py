@@ -17,21 +17,19 @@ import os
 import random
 import signal
 import sys
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import chdir, contextmanager, nullcontext
-from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from whisper_moe.train.recipe import Recipe, RecipeError, RunRecipe
+from whisper_moe.train.reading import RecipeError
+from whisper_moe.train.recipe import Recipe
 from whisper_moe.train.record import RECORD, asked, check_same, finish_record, write_record
 
 if TYPE_CHECKING:
+    from whisper_moe.train.build import InitialModel
     from whisper_moe.train.loop import Trainer
-    from whisper_moe.train.monitor import Monitor
     from whisper_moe.train.parallel import Parallel
-    from whisper_moe.train.start import Start
 
 MODEL, LOCK = "model", "trainer.lock"
 
@@ -73,6 +71,7 @@ def run(recipe: Recipe, directory: Path, *, resume: bool = False) -> int:
 def _run(recipe: Recipe, directory: Path, parallel: Parallel) -> int:
     from whisper_moe.train import checkpoint
     from whisper_moe.train.build import build_trainer
+    from whisper_moe.train.monitor import Monitor
 
     first = parallel.rank == 0
     announce = say if first else _silent
@@ -86,19 +85,13 @@ def _run(recipe: Recipe, directory: Path, parallel: Parallel) -> int:
     found = checkpoint.latest(directory, announce=announce) if first else None
     found_path = parallel.broadcast(str(found or ""))
     start = _start(recipe, directory, parallel, goes_on=found_path != "")
-    stop = _Stop()
-    with _monitor(recipe, directory, start, first) as monitor:
-        trainer = build_trainer(
-            recipe, start, parallel, monitor, save=partial(_save, directory, recipe.run, monitor),
-            note=partial(_note, directory, recipe.run, monitor), stop_requested=stop.requested, directory=directory,
-        )  # fmt: skip
+    with Monitor(directory, recipe, start.config) if first else nullcontext() as monitor:
+        trainer = build_trainer(recipe, start, parallel, monitor, directory)
         if found_path:
             _go_on(trainer, Path(found_path), directory, announce)
-        if monitor is not None:
-            _warn(recipe, trainer, announce)
+        if first:
             write_record(directory, recipe, trainer, parallel, resumed=bool(found_path))
-            monitor.begin(trainer.settings.steps, after=trainer.progress.step, judged=trainer.is_judged())
-        with stop:  # until here a signal ends the process as it ends any
+        with _signals(trainer):  # until here a signal ends the process as it ends any
             end = trainer.run()
     if first:
         if end != "interrupted":
@@ -107,7 +100,7 @@ def _run(recipe: Recipe, directory: Path, parallel: Parallel) -> int:
         if end != "finished":
             announce(f"{directory}: {end} after step {trainer.progress.step}")
     parallel.barrier()
-    told = stop.signal or signal.SIGTERM  # it may be another process that was
+    told = trainer.signal or signal.SIGTERM  # it may be another process that was
     return 128 + told if end == "interrupted" else 0
 
 
@@ -136,92 +129,37 @@ def run_lock(directory: Path) -> Iterator[None]:
 # What a run is made of
 
 
-def _start(recipe: Recipe, directory: Path, parallel: Parallel, *, goes_on: bool) -> Start:
+def _start(recipe: Recipe, directory: Path, parallel: Parallel, *, goes_on: bool) -> InitialModel:
     """From the run's folder where a checkpoint will give the weights, else from the source."""
-    from whisper_moe.train.start import from_source, read_start, write_start
+    from whisper_moe.train.build import InitialModel
 
     if goes_on:
-        return read_start(directory)
-    start = from_source(
-        recipe.model, margin=recipe.least_margin, biased=recipe.losses.balancing == "bias", seed=recipe.run.seed,
-        announce=say if parallel.rank == 0 else _silent,
-    )  # fmt: skip
+        return InitialModel.read(directory)
+    start = InitialModel.of(recipe)
     if parallel.rank == 0:
-        write_start(directory, start)
+        start.write(directory)
     parallel.barrier()
     return start
 
 
 @contextmanager
-def _monitor(recipe: Recipe, directory: Path, start: Start, first: bool) -> Iterator[Monitor | None]:
-    if not first:
-        yield None
-        return
-    from whisper_moe.train.monitor import Monitor
+def _signals(trainer: Trainer) -> Iterator[None]:
+    """The trainer stops at SIGTERM or SIGINT, the first of them; a second SIGINT interrupts there and then."""
 
-    moe = start.config.moe
-    names = (*moe.names, *(["none"] if moe.none_choice else [])) if moe else ()
-    with Monitor(
-        directory, rate=recipe.optimisation.lr, choices=names,
-        log_every=recipe.run.log_every, tensorboard=recipe.run.tensorboard,
-    ) as monitor:  # fmt: skip
-        yield monitor
-
-
-@dataclass
-class _Stop:
-    """Notes SIGTERM and SIGINT, the first of them; a second SIGINT interrupts there and then."""
-
-    signal: int | None = None
-
-    def requested(self) -> bool:
-        return self.signal is not None
-
-    def __enter__(self) -> _Stop:
-        self._before = {number: signal.signal(number, self._note) for number in (signal.SIGTERM, signal.SIGINT)}
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        for number, handler in self._before.items():
-            signal.signal(number, handler)
-
-    def _note(self, number: int, _: Any) -> None:
-        if self.signal is not None and number == signal.SIGINT:
+    def note(number: int, _: Any) -> None:
+        if trainer.signal is not None and number == signal.SIGINT:
             raise KeyboardInterrupt
-        self.signal = self.signal or number
+        trainer.signal = trainer.signal or number
+
+    before = {number: signal.signal(number, note) for number in (signal.SIGTERM, signal.SIGINT)}
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
 
 
 # What is kept
-
-
-def _save(directory: Path, settings: RunRecipe, monitor: Monitor | None, trainer: Trainer) -> None:
-    from whisper_moe.train import checkpoint
-
-    if monitor is not None:
-        monitor.secure()
-    step = trainer.progress.step
-    if settings.checkpoint == "sharded":
-        from whisper_moe.train.sharded import save_sharded
-
-        model, optimizer = trainer.model, trainer.optimizer
-        save_sharded(directory, step, model, optimizer, trainer.meta(), keep=settings.keep)
-        return
-    tensors, meta = trainer.state()
-    if trainer.parallel.rank == 0:
-        checkpoint.save(directory, step, tensors, meta, keep=settings.keep)
-    trainer.parallel.barrier()
-
-
-def _note(
-    directory: Path, settings: RunRecipe, monitor: Monitor | None, trainer: Trainer, metrics: Mapping[str, float]
-) -> None:
-    """An evaluation's figures go into the checkpoint that it was made after."""
-    from whisper_moe.train import checkpoint
-
-    if monitor is not None:
-        monitor.secure()
-        checkpoint.note(directory, trainer.progress.step, metrics, trainer.settings.metric, keep=settings.keep)
-    trainer.parallel.barrier()
 
 
 def _go_on(trainer: Trainer, path: Path, directory: Path, announce: Callable[[str], None]) -> None:
@@ -236,7 +174,7 @@ def _go_on(trainer: Trainer, path: Path, directory: Path, announce: Callable[[st
     else:
         loaded = checkpoint.load(path)
         trainer.load_state(loaded.tensors, loaded.meta | evaluation)
-    done, before, steps = trainer.progress.step, trainer.steps_before, trainer.settings.steps
+    done, before, steps = trainer.progress.step, trainer.steps_before, trainer.steps
     if done > steps:
         raise RecipeError(
             f"{directory}: {done:,} steps are done, and {steps:,} are asked for; there can be more, not fewer"
@@ -252,7 +190,7 @@ def _go_on(trainer: Trainer, path: Path, directory: Path, announce: Callable[[st
     announce(f"{directory}: {said}")
 
 
-def export(directory: Path, start: Start, announce: Callable[[str], None]) -> Path:
+def export(directory: Path, start: InitialModel, announce: Callable[[str], None]) -> Path:
     """Write the run's best checkpoint, or its last where none was judged, as a model; returns its folder."""
     from whisper_moe.train import checkpoint
     from whisper_moe.weights.checkpoint import save_checkpoint
@@ -273,15 +211,6 @@ def export(directory: Path, start: Start, announce: Callable[[str], None]) -> Pa
     )  # fmt: skip
     announce(f"{directory / MODEL}: the model of step {checkpoint.step_of(path)}")
     return directory / MODEL
-
-
-def _warn(recipe: Recipe, trainer: Trainer, announce: Callable[[str], None]) -> None:
-    from whisper_moe.train.optim import warmup_warning
-
-    given = recipe.optimisation
-    line = warmup_warning(rate=given.lr, steps=trainer.settings.steps, warmup=given.warmup)
-    if line:
-        announce(line)
 
 
 def _seed(recipe: Recipe) -> None:
