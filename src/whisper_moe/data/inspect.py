@@ -6,12 +6,15 @@ its sound or film; with ``decode`` all of it. What training would leave out is c
 
 from __future__ import annotations
 
+import io
+import math
 import sys
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, field
-from itertools import islice
+from functools import partial
+from itertools import islice, pairwise
 from json import dumps
 from pathlib import Path
 from typing import Any, TypeAlias
@@ -19,10 +22,10 @@ from typing import Any, TypeAlias
 from pydantic import ValidationError
 
 from whisper_moe.config import EMBEDDED, SAMPLE_RATE, ModelConfig, problems
-from whisper_moe.data.corpora import PROBES, Corpus, CorpusConfig, open_corpus
+from whisper_moe.data.corpora import PROBES, CorpusConfig, open_corpus
 from whisper_moe.data.examples import ExampleConfig, ExampleReader
 from whisper_moe.data.kathbath import LANGUAGES, TRANSCRIPTS
-from whisper_moe.data.sample import DataError, Sample, Skipped, TooLong, left_out
+from whisper_moe.data.sample import DataError, Sample, Skipped, TooLong, items, left_out
 from whisper_moe.data.sampler import CorruptShare, LoaderConfig
 from whisper_moe.media.audio import MediaError
 from whisper_moe.media.tokenizer import Tokenizer
@@ -37,24 +40,7 @@ NAMED = 20
 _BAR = 40
 _CHUNK = 64 * PROBES
 """Samples that are looked at together: of a stream, no more are held."""
-
-_Read: TypeAlias = Callable[[], Sample]
-
-
 _Model: TypeAlias = "tuple[Tokenizer, ModelConfig]"
-
-
-@dataclass(frozen=True, slots=True)
-class _Seen:
-    """What was found out about a row."""
-
-    sample: Sample | None = None
-    """None where there is none that can be read."""
-    seconds: float = 0.0
-    skipped: Skipped | None = None
-    """Why training leaves it out."""
-    refused: str = ""
-    """What training stops for: something that the model lacks."""
 
 
 @dataclass(slots=True)
@@ -100,44 +86,96 @@ class Inspection:
         """Of what is left out: ``corrupt``, ``missing`` or ``too long``."""
         return [each for each in self.left_out if each.kind == kind]
 
-    def add(self, split: str, corpus: str, sample: Sample, seconds: float) -> None:
-        same = sample.language == sample.target_language
-        language = sample.language if same else f"{sample.language}>{sample.target_language}"
-        key = (corpus, split, sample.task, language)
+    def look(self, config: CorpusConfig, decode: bool, model: _Model | None) -> None:
+        """Add every sample of a corpus. Raises :class:`DataError` for one that cannot be opened."""
+        corpus = open_corpus(config)
+        self.left_out += corpus.left_out
+        self.remarks.update(dict.fromkeys((f"{corpus.name}: {remark}" for remark in corpus.remarks), 0))
+        reader = ExampleReader(*model, ExampleConfig(empty_text=config.text == "none")) if model else None
+        rows = items(corpus)
+        with ThreadPoolExecutor(PROBES) as pool:
+            while chunk := list(islice(rows, _CHUNK)):
+                for item, found in zip(
+                    chunk, pool.map(partial(_look_at, decode=decode, reader=reader), chunk), strict=True
+                ):
+                    self._add(corpus.name, config.split, item, *found)
+
+    def _add(
+        self, corpus: str, split: str, item: Sample | Skipped, seconds: float, fault: Skipped | str | None
+    ) -> None:
+        if isinstance(fault, str):
+            self.remarks[f"{corpus}: training stops: {fault}"] += 1
+        elif fault is not None:
+            self.left_out.append(fault)
+            if fault.corrupt:
+                return
+        assert isinstance(item, Sample)
+        codes = dict.fromkeys((item.language, item.target_language))
+        key = (corpus, split, item.task, ">".join(codes))
         group = self.groups.setdefault(key, Group(*key))
         group.samples += 1
         group.seconds += seconds
         group.longest = max(group.longest, seconds)
-        if sample.speaker is not None:
-            group.speakers.add(sample.speaker)
-        if sample.audio is not None or sample.video is not None:
+        group.speakers |= {item.speaker} if item.speaker is not None else set()
+        if item.audio is not None or item.video is not None:
             self.histogram[max(edge for edge in EDGES if edge <= seconds)] += 1
+
+    def _remarks(self) -> list[str]:
+        return [f"{words} ({count:,} samples)" if count else words for words, count in self.remarks.items()]
 
     def as_json(self) -> dict[str, Any]:
         """Plain data: everything, with each unusable sample's name."""
-        groups = [{**asdict(group), "speakers": len(group.speakers)} for group in self.groups.values()]
+        counted = [(asdict(group), group) for group in self.groups.values()]
         return {
             "samples": self.samples,
             "seconds": round(self.seconds, 3),
-            "groups": [{**group, "seconds": round(group["seconds"], 3)} for group in groups],
+            "groups": [
+                {**plain, "seconds": round(group.seconds, 3), "speakers": len(group.speakers)}
+                for plain, group in counted
+            ],
             "histogram": [{"from_seconds": edge, "samples": self.histogram[edge]} for edge in EDGES],
             **{kind.replace(" ", "_"): [asdict(each) for each in self.of_kind(kind)] for kind in KINDS},
-            "remarks": list(map(_remark, self.remarks.items())),
+            "remarks": self._remarks(),
         }
 
     def __str__(self) -> str:
-        parts = [_table(self), _bars(self.histogram)]
+        parts = [self._table(), self._bars()]
         named = [(kind, list(map(str, self.of_kind(kind)))) for kind in KINDS]
-        for title, lines in (*named, ("remarks", list(map(_remark, self.remarks.items())))):
+        for title, lines in (*named, ("remarks", self._remarks())):
             if lines:
                 more = [f"  … and {len(lines) - NAMED:,} more; --json names all"] if len(lines) > NAMED else []
                 parts.append("\n".join([f"{title}: {len(lines):,}", *(f"  {line}" for line in lines[:NAMED]), *more]))
-        return "\n\n".join(part for part in parts if part)
+        return "\n\n".join(filter(None, parts))
 
+    def _table(self) -> str:
+        from rich import box
+        from rich.console import Console
+        from rich.table import Table
 
-def _remark(remark: tuple[str, int]) -> str:
-    words, samples = remark
-    return f"{words} ({samples:,} samples)" if samples else words
+        bare: dict[str, Any] = {"box": box.SIMPLE_HEAD, "show_edge": False, "pad_edge": False, "padding": (0, 1, 0, 0)}
+        table = Table("corpus", "split", "task", "language", **bare)
+        for name in ("samples", "hours", "mean s", "longest s", "speakers"):
+            table.add_column(name, justify="right")
+        for group in sorted(self.groups.values(), key=lambda group: (group.corpus, group.split, group.language)):
+            sizes = f"{group.samples:,}", f"{group.seconds / 3600:.2f}", f"{group.seconds / group.samples:.2f}"
+            words = group.corpus, group.split, group.task, group.language
+            table.add_row(*words, *sizes, f"{group.longest:.2f}", f"{len(group.speakers):,}")
+        table.add_row("total", "", "", "", f"{self.samples:,}", f"{self.seconds / 3600:.2f}")
+        page = Console(file=io.StringIO(), width=1_000, markup=False, highlight=False, color_system=None)
+        with page.capture() as printed:
+            page.print(table)
+        return "\n".join(line.rstrip() for line in printed.get().splitlines())
+
+    def _bars(self) -> str:
+        """The histogram of durations, from the first bar that is not empty to the last."""
+        used = [edge for edge in EDGES if self.histogram[edge]]
+        lines = ["seconds   samples"] if used else []
+        for edge, end in pairwise((*EDGES, None)):
+            if used and used[0] <= (edge or 0) <= used[-1]:
+                count = self.histogram[edge or 0]
+                bar = "█" * round(_BAR * count / max(self.histogram.values())) or ("▏" if count else "")
+                lines.append(f"{f'{edge}–{end}' if end else f'over {edge}':<8} {count:>8,} {bar}".rstrip())
+        return "\n".join(lines)
 
 
 def inspect(configs: Iterable[CorpusConfig], *, decode: bool = False, model: _Model | None = None) -> Inspection:
@@ -149,136 +187,39 @@ def inspect(configs: Iterable[CorpusConfig], *, decode: bool = False, model: _Mo
     """
     seen = Inspection()
     for config in configs:
-        _inspect(seen, config, decode, model)
+        seen.look(config, decode, model)
     return seen
 
 
-def _inspect(seen: Inspection, config: CorpusConfig, decode: bool, model: _Model | None) -> None:
-    corpus = open_corpus(config)
-    seen.left_out += corpus.left_out
-    seen.remarks.update(dict.fromkeys((f"{corpus.name}: {remark}" for remark in corpus.remarks), 0))
-    reader = ExampleReader(*model, ExampleConfig(empty_text=config.text == "none")) if model else None
-    for found in _look(corpus, decode, reader):
-        if found.sample is not None:
-            seen.add(config.split, corpus.name, found.sample, found.seconds)
-        if found.skipped is not None:
-            seen.left_out.append(found.skipped)
-        if found.refused:
-            seen.remarks[f"{corpus.name}: training stops: {found.refused}"] += 1
-
-
-def _look(corpus: Corpus, decode: bool, reader: ExampleReader | None) -> Iterator[_Seen]:
-    """Every sample of a corpus, some at a time."""
-    reads = _streamed(corpus) if corpus.streaming else _indexed(corpus)
-    with ThreadPoolExecutor(PROBES) as pool:
-        while chunk := list(islice(reads, _CHUNK)):
-            yield from pool.map(lambda read: _look_at(read, decode, reader), chunk)
-
-
-def _indexed(corpus: Corpus) -> Iterator[_Read]:
-    for index in range(len(corpus)):
-        yield lambda index=index: corpus[index]
-
-
-def _streamed(corpus: Corpus) -> Iterator[_Read]:
-    samples = iter(corpus)
-    while True:
-        try:
-            sample = next(samples)
-        except StopIteration:
-            return
-        except DataError as error:
-            yield lambda error=error: _raise(error)
-        else:
-            yield lambda sample=sample: sample
-
-
-def _raise(error: Exception) -> Sample:
-    raise error
-
-
-def _look_at(read: _Read, decode: bool, reader: ExampleReader | None) -> _Seen:
-    sample = None
+def _look_at(item: Sample | Skipped, decode: bool, reader: ExampleReader | None) -> tuple[float, Skipped | str | None]:
+    """Seconds of a sample; why training leaves it out, or what it stops for: something that the model lacks."""
+    seconds = math.nan
+    if isinstance(item, Skipped):
+        return seconds, item
     try:
-        sample = read()
-        seconds = _seconds(sample, decode)
-    except (MediaError, DataError) as error:
-        named = sample or (error.file if isinstance(error, DataError) else error.name)
-        return _Seen(skipped=left_out(named, error))
-    try:
+        seconds = _seconds(item, decode)
         if reader is not None:
-            reader.measure(sample, seconds)
-    except DataError as error:
-        return _Seen(skipped=left_out(sample, error))
-    except TooLong as error:
-        return _Seen(sample, seconds, skipped=left_out(sample, error))
+            reader.measure(item, seconds)
+    except (DataError, MediaError, TooLong) as error:
+        return seconds, left_out(item, error)
     except ValueError as error:
-        return _Seen(sample, seconds, refused=str(error).removeprefix(f"{sample.id}: "))
-    return _Seen(sample, seconds)
+        return seconds, str(error).removeprefix(f"{item.id}: ")
+    return seconds, None
 
 
 def _seconds(sample: Sample, decode: bool) -> float:
     """By the header, or by all of it."""
     if decode and sample.video is not None:
         load_frames(sample.video, rate=1.0, short_side=32)
-    whole = decode and sample.audio is not None
-    seconds = len(sample.audio.read()) / SAMPLE_RATE if whole and sample.audio is not None else sample.seconds()
-    if sample.audio is not None and seconds == 0.0:
+    if sample.audio is None:
+        return sample.seconds()
+    seconds = len(sample.audio.read()) / SAMPLE_RATE if decode else sample.seconds()
+    if seconds == 0.0:
         raise MediaError(sample.audio.name, "it holds no sound")
     return seconds
 
 
-# Text.
-
-
-def _table(seen: Inspection) -> str:
-    head = ("corpus", "split", "task", "language", "samples", "hours", "mean s", "longest s", "speakers")
-    rows = [
-        (
-            *(
-                group.corpus,
-                group.split,
-                group.task,
-                group.language,
-                f"{group.samples:,}",
-                f"{group.seconds / 3600:.2f}",
-            ),
-            *(f"{group.seconds / group.samples:.2f}", f"{group.longest:.2f}", f"{len(group.speakers):,}"),
-        )
-        for group in sorted(seen.groups.values(), key=lambda group: (group.corpus, group.split, group.language))
-    ]
-    rows.append(("total", "", "", "", f"{seen.samples:,}", f"{seen.seconds / 3600:.2f}", "", "", ""))
-    widths = [max(len(row[column]) for row in [head, *rows]) for column in range(len(head))]
-    words = 4  # columns of words stand left, numbers right
-    lines = [
-        "  ".join(
-            cell.ljust(width) if column < words else cell.rjust(width)
-            for column, (cell, width) in enumerate(zip(row, widths, strict=True))
-        ).rstrip()
-        for row in [head, *rows]
-    ]
-    return "\n".join([lines[0], "─" * len(lines[0]), *lines[1:]])
-
-
-def _bars(histogram: Counter[int]) -> str:
-    """The histogram of durations, from the first bar that is not empty to the last."""
-    used = [edge for edge in EDGES if histogram[edge]]
-    if not used:
-        return ""
-    lines = ["seconds   samples"]
-    ends = (*EDGES[1:], None)
-    for edge, end in zip(EDGES, ends, strict=True):
-        if used[0] <= edge <= used[-1]:
-            count = histogram[edge]
-            bar = "█" * round(_BAR * count / max(histogram.values())) or ("▏" if count else "")
-            lines.append(f"{f'{edge}–{end}' if end else f'over {edge}':<8} {count:>8,} {bar}".rstrip())
-    return "\n".join(lines)
-
-
 # The command.
-
-
-_LISTS = ("languages", "directions", "columns")
 
 
 def run(sources: Sequence[str], *, kind: str, decode: bool, json: bool, model: str | None, **settings: Any) -> int:
@@ -290,40 +231,37 @@ def run(sources: Sequence[str], *, kind: str, decode: bool, json: bool, model: s
     :param settings: of :class:`CorpusConfig`; None for what was not given, lists with commas.
     """
     given = {name: value for name, value in settings.items() if value is not None}
-    for name in given.keys() & set(_LISTS):
+    for name in given.keys() & {"languages", "directions", "columns"}:
         given[name] = listed(given[name])
     try:
         configs = [CorpusConfig(source=source, kind=kind_of(source, kind), **given) for source in sources]
     except ValidationError as error:
-        print(f"whisper-moe: {problems(error)}", file=sys.stderr)
-        return 2
+        return _complain(problems(error), 2)
     seen, failed = Inspection(), 0
     try:
         learner = _learner(model)
     except (ValueError, OSError) as error:
-        print(f"whisper-moe: --model: {' '.join(str(error).split())}", file=sys.stderr)
-        return 2
+        return _complain(f"--model: {error}", 2)
     if learner is None:
         seen.remarks["no model is at hand (--model): texts were not looked at"] = 0
     for config in configs:
         try:
-            _inspect(seen, config, decode, learner)
+            seen.look(config, decode, learner)
         except (DataError, ImportError, OSError) as error:
-            print(f"whisper-moe: {' '.join(str(error).split())}", file=sys.stderr)
-            failed += 1
+            failed += _complain(error)
     if failed < len(configs):
         print(dumps(seen.as_json(), ensure_ascii=False, indent=2) if json else seen)
     if not given.get("limit"):  # of what is listed beyond it, training does not speak
-        _judge(seen)
+        try:
+            CorruptShare(LoaderConfig().max_corrupt_share, seen.samples - len(seen.of_kind("too long")), seen.left_out)
+        except DataError as error:
+            _complain(f"training stops: {error}")
     return 1 if failed or seen.left_out or (model and seen.refused) else 0
 
 
-def _judge(seen: Inspection) -> None:
-    """Say what training would stop with, where it is for how much is left out."""
-    try:
-        CorruptShare(LoaderConfig().max_corrupt_share, seen.samples - len(seen.of_kind("too long")), seen.left_out)
-    except DataError as error:
-        print(f"whisper-moe: training stops: {error}", file=sys.stderr)
+def _complain(cause: object, status: int = 1) -> int:
+    print(f"whisper-moe: {' '.join(str(cause).split())}", file=sys.stderr)
+    return status
 
 
 def listed(given: str) -> Any:
