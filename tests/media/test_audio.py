@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 from tests.media.recordings import FORMATS, encode, film, hz_of, sample, tone, wav
-from whisper_moe.media.audio import _resample, load_audio, stream_audio
+from whisper_moe.media.audio import _resampled, load_audio, stream_audio
 
 
 @pytest.mark.parametrize("name", FORMATS)
@@ -144,7 +144,7 @@ def test_joined_mp3_files_are_read_to_the_end_across_seams_tags_and_rates(tmp_pa
 
 def test_no_sample_is_lost_where_the_rate_changes() -> None:
     groups = [(tone(1, rate, 100)[0], rate) for rate in (8_000, 48_000, 16_000, 44_100)]
-    sound = np.concatenate(list(_resample(groups)))
+    sound = np.concatenate(list(_resampled(groups)))
     assert len(sound) == pytest.approx(64_000, abs=4)
 
 

@@ -10,8 +10,8 @@ import numpy as np
 import pytest
 
 from tests.media.recordings import FORMATS, Sound, encode, retimed, sample, tone
-from whisper_moe.media.audio import MediaError, load_audio, stream_audio
-from whisper_moe.media.tracks import Clock
+from whisper_moe.media.audio import Clock, MediaError, load_audio, stream_audio
+from whisper_moe.media.containers import Reader
 from whisper_moe.media.video import header_seconds
 from whisper_moe.media.windows import cut_windows, is_silent
 
@@ -117,7 +117,7 @@ class Container:
 def silences(starts: list[float], *, stated: float | None = None, name: str = "mpegts") -> list[float]:
     """Before frames of one second that start there, from the container's start."""
     stream = type("Stream", (), {"duration": None})
-    clock = Clock(Container(stated, name), stream)  # type: ignore[arg-type]
+    clock = Clock(Reader(None, Container(stated, name)), stream)  # type: ignore[arg-type]
     return [pytest.approx(clock.missing(start + 3, 1.0)) for start in starts]
 
 

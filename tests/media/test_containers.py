@@ -9,7 +9,7 @@ import av
 import pytest
 
 from tests.media.recordings import FORMATS, sample, tone, wav
-from whisper_moe.media.containers import CODECS, CONTAINERS, lacks_index, missing_bytes, ogg_is_damaged
+from whisper_moe.media.containers import CONTAINERS, SOUND_CODECS, lacks_index, missing_bytes, ogg_is_damaged
 
 EXACT = ["aac.m4a", "faststart.m4a", "fragments.mp4", "pcm.mov", "opus.webm", "flac.mka", "sound.caf", "opus.ogg"]
 """Formats whose framing ends with the file, to the byte."""
@@ -95,6 +95,6 @@ def test_the_index_is_missed_only_where_there_is_sound_without_it(tmp_path: Path
 def test_the_allow_lists_name_what_ffmpeg_knows() -> None:
     demuxers = {part for name in av.formats_available for part in name.split(",")}
     assert set(CONTAINERS.split(",")) <= demuxers
-    assert av.codecs_available >= CODECS
-    assert {av.Codec(name, "r").type for name in CODECS} == {"audio"}
+    assert av.codecs_available >= SOUND_CODECS
+    assert {av.Codec(name, "r").type for name in SOUND_CODECS} == {"audio"}
     assert not {"hls", "concat", "dash", "sdp", "image2", "lavfi"} & set(CONTAINERS.split(","))

@@ -1,67 +1,65 @@
 """Sound in: any file that FFmpeg reads becomes float32 mono at 16 kHz, streamed in blocks (PyAV; no torch).
 
-Nothing is lost in silence. A file that is cut off or damaged ends in a :class:`MediaError` that names the second where
-decoding stopped, after everything before that second has been handed out. What counts as damage:
-
-- a packet that does not decode, or fails its checksum (FLAC, WavPack, TTA; the pages of Ogg);
-- a file that is shorter than its own framing says (:func:`whisper_moe.media.containers.missing_bytes`);
-- NaN or infinite samples.
-
-Bare streams (MP3, ADTS, MPEG-TS …) are made to be cut and joined anywhere: up to :data:`SEAM_SECONDS` of tags and seams
-between their frames are passed over. Damage that leaves no trace cannot be seen: a changed bit in raw PCM, or in the
-framing of a Matroska block.
+Nothing is lost in silence. A file that is cut off or damaged (:mod:`whisper_moe.media.containers`; here also NaN and infinite
+samples) ends in a :class:`MediaError` that names the second where decoding stopped, after everything before that second has
+been handed out.
 
 Time is the container's. Where the sound starts later than the film, or its timestamps jump ahead, silence takes the place
 of what is not there. A jump is not believed, and nothing put in its place, where it leads beyond the end that the file
-states, or where it would make more than :data:`whisper_moe.media.tracks.MAX_SILENCE_SECONDS` of silence.
+states, or where it would make more than :data:`MAX_SILENCE_SECONDS` of silence.
 """
 
 from __future__ import annotations
 
-import os
-import shutil
-from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
+import math
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from itertools import chain, groupby
 from pathlib import Path
-from tempfile import SpooledTemporaryFile
-from typing import TYPE_CHECKING, Any, BinaryIO, cast
+from typing import TYPE_CHECKING, Any, BinaryIO, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
 
 from whisper_moe.config import SAMPLE_RATE
-from whisper_moe.media import containers
-from whisper_moe.media.containers import Damage
-from whisper_moe.media.tracks import GAP_SECONDS, Clock, check_shape, open_container, other_tracks, sound_track
+from whisper_moe.media.containers import (
+    CHECKSUMMED,
+    MICROSECONDS,
+    SOUND_CODECS,
+    STREAMS,
+    Damage,
+    Reader,
+    causes,
+    opened,
+)
+from whisper_moe.media.containers import MediaError as MediaError
+from whisper_moe.media.languages import spoken_code
 from whisper_moe.media.windows import SILENT_PEAK, is_silent
 
 if TYPE_CHECKING:
-    from av import AudioFifo, AudioFrame, AudioResampler, AudioStream, Packet
-    from av.container import InputContainer
+    from av import AudioFifo, AudioFrame, AudioStream
 
-SEAM_SECONDS = 0.25
-"""Undecodable packets of a bare stream that are passed over, in seconds altogether: about ten MP3 frames."""
 CANCELLED = 0.1
 """A mix with less of the energy than this has lost the sound (1: channels that have nothing in common). Lossy codecs leave
 noise where channels cancel, about 15 dB below."""
 GROUP_SECONDS = 1.0
 """Decoded frames (about 20 ms each) are mixed and resampled in groups this long: three times as fast as one by one."""
-SPOOL_BYTES = 16 << 20
-"""What is kept of a pipe in memory; the rest of it goes to a temporary file."""
+MIN_RATE, MAX_RATE = 1_000, 768_000
+"""Sample rates (Hz) that are believed. One sample a second would turn a kilobyte into sixteen megasamples."""
+MAX_CHANNELS = 64
+GAP_SECONDS = 0.1
+"""Timestamps that run further ahead of the samples leave something out; as FFmpeg's ``aresample`` (``min_hard_comp``) has it.
+In Ogg that is a missing page (the shortest common one holds 0.2 s)."""
+RESET_SECONDS = 10.0
+"""Timestamps that fall back by more begin anew (joined files; FFmpeg's ``dts_delta_threshold``); by less, they overlap."""
+MAX_SILENCE_SECONDS = 4 * 3_600.0
+"""Silence that timestamps are believed, in all: damaged ones may ask for days."""
+CLOCKED = frozenset({"asf", "flv", "matroska,webm", "mov,mp4,m4a,3gp,3g2,mj2", "mpeg", "mpegts"})
+"""Containers that give every packet its time. The others say when a track starts, if that, and count from there."""
+COUNTED = frozenset({"aiff", "flac", "tta", "wv"})
+"""Containers whose header states the exact number of samples, where it states one at all."""
 
 Samples = NDArray[np.float32]
-
-
-class MediaError(ValueError):
-    """A file that cannot be read, or not to its end: ``name``, ``cause``, and the ``seconds`` decoded before."""
-
-    def __init__(self, name: str, cause: str, seconds: float = 0.0) -> None:
-        super().__init__(name, cause, seconds)
-        self.name, self.cause, self.seconds = name, cause, seconds
-
-    def __str__(self) -> str:
-        stopped = f" (decoding stopped after {self.seconds:.2f} s)" if self.seconds else ""
-        return f"{self.name}: {self.cause}{stopped}"
+T = TypeVar("T")
 
 
 def load_audio(source: str | Path | BinaryIO, *, name: str | None = None, max_seconds: float | None = None) -> Samples:
@@ -93,224 +91,204 @@ def stream_audio(
     :raises MediaError: for a file that is missing, unreadable, of a foreign format, without a sound track, cut off or
         damaged, *after* the blocks before the damage. A valid file without samples yields nothing and raises nothing.
     """
-    block = round(block_seconds * SAMPLE_RATE)
-    if block < 1:
+    size, silent, damage = round(block_seconds * SAMPLE_RATE), True, list[Exception]()
+    if size < 1:
         raise ValueError(f"block_seconds must hold at least one sample, got {block_seconds}")
-    name = name or (str(source) if isinstance(source, str | os.PathLike) else str(getattr(source, "name", "<stream>")))
-    decoded, silent = 0.0, True
+    with opened(source, name, SOUND_CODECS) as reader:
+        stream = sound_track(reader, track)
+        frames = _until(damage, _timed(reader, stream, max_seconds, note))
+        mono = _until(damage, _mixed(frames, note))
+        for samples in _blocks(_resampled(mono), size):
+            reader.seconds += len(samples) / SAMPLE_RATE
+            silent = silent and is_silent(samples)
+            yield samples
+        others = [other for other in reader.container.streams.audio if other is not stream]
+        if silent and others and track is None:
+            which = f"{_listed(reader, [stream])} is silent, and was chosen by default"
+            note(f"its sound track {which}; there is also {_listed(reader, others)}")
+        if damage:
+            raise damage[-1]
+
+
+def _until(damage: list[Exception], items: Iterator[T]) -> Iterator[T]:
+    """The items up to the first error, which is kept for later: what came before it gets out of the later stages first."""
     try:
-        with _seekable(source) as file, open_container(file, containers.CODECS) as container:
-            pass_ = _Track(container, file, max_seconds, track, note)
-            for samples in _blocks(_resample(pass_.groups()), block):
-                decoded += len(samples) / SAMPLE_RATE
-                silent = silent and is_silent(samples)
-                yield samples
-            if silent and track is None and (others := other_tracks(container, pass_.stream)):
-                note(others)
-            if pass_.damage:
-                raise pass_.damage
-    except containers.causes() as error:
-        raise MediaError(name, _cause(error), decoded) from error
+        yield from items
+    except causes() as error:
+        damage.append(error)
 
 
-def _cause(error: Exception) -> str:
-    """One clause of English; the operating system's own words where the fault is its."""
-    from av.error import FFmpegError, InvalidDataError
-
-    if isinstance(error, OSError) and error.strerror:
-        return error.strerror[0].lower() + error.strerror[1:]
-    if isinstance(error, InvalidDataError):
-        return "the sound is damaged"
-    if isinstance(error, IndexError):
-        return containers.LATE_TRACK
-    if isinstance(error, FFmpegError):
-        return f"FFmpeg cannot read it: {error.strerror}"
-    return str(error) or type(error).__name__
+# Which track.
 
 
-@contextmanager
-def _seekable(source: str | Path | BinaryIO) -> Iterator[BinaryIO]:
-    """The source as a seekable stream. What is opened here is closed here; a stream that was given stays open."""
-    if isinstance(source, str | os.PathLike):
-        with open(source, "rb") as file, _seekable(file) as seekable:
-            yield seekable
-    elif source.seekable():
-        yield source
+def sound_track(reader: Reader, wanted: int | str | None = None) -> AudioStream:
+    """The track of that number or language; by default FFmpeg's best, or the first whose codec is allowed."""
+    tracks = reader.container.streams.audio
+    if not tracks:
+        raise Damage("it has no sound track")
+    if wanted is None:
+        best = reader.container.streams.best("audio")
+        found = sorted(tracks, key=lambda track: track is not best)
+    elif str(wanted).isdecimal():
+        found = list(tracks[int(wanted) : int(wanted) + 1])
     else:
-        with SpooledTemporaryFile(max_size=SPOOL_BYTES) as spool:
-            shutil.copyfileobj(source, spool)
-            yield cast(BinaryIO, spool)
+        found = [
+            track for track in tracks if track.language and spoken_code(track.language) == spoken_code(str(wanted))
+        ]
+    if not found:
+        raise Damage(f"it has no sound track {wanted!r}; its sound tracks are {_listed(reader, tracks)}")
+    track = next((track for track in found if _codec(track) in SOUND_CODECS), None)
+    if track is None:
+        raise Damage(f"its sound is in a codec that is not read: its sound tracks are {_listed(reader, tracks)}")
+    context = track.codec_context
+    if reader.format not in STREAMS:  # their frames say it, each for itself
+        _check_shape(context.sample_rate, context.layout.nb_channels)
+    if context.name in CHECKSUMMED:
+        context.options = {"err_detect": "crccheck+explode"}
+    return track
 
 
-# Decoding.
+def _codec(track: AudioStream) -> str:
+    return track.codec_context.name if track.codec_context else "unknown"
 
 
-class _Track:
-    """One pass over one sound track. ``damage`` says, once :meth:`groups` has ended, why it ended early."""
+def _listed(reader: Reader, tracks: Sequence[AudioStream]) -> str:
+    """``0 (hin, aac), 1 (eng, ac3, Commentary)``."""
+    return ", ".join(
+        f"{number} ({', '.join(filter(None, (track.language or 'und', _codec(track), track.metadata.get('title'))))})"
+        for number, track in enumerate(reader.container.streams.audio)
+        if track in tracks
+    )
 
-    def __init__(
-        self, container: InputContainer, file: BinaryIO, max_seconds: float | None, wanted: int | str | None,
-        note: Callable[[str], object],
-    ) -> None:  # fmt: skip
-        self.container, self.file, self.max_seconds, self.note = container, file, max_seconds, note
-        self.format = container.format.name
-        self.stream = sound_track(container, wanted)
-        self.clock = Clock(container, self.stream, note)
-        self.signs, self.turned = np.ones(1, np.float32), False
-        self.damage: Exception | None = None
-        self.skipped = 0.0
-        if self.stream.codec_context.name in containers.CHECKSUMMED:
-            self.stream.codec_context.options = {"err_detect": "crccheck+explode"}
 
-    def groups(self) -> Iterator[tuple[Samples, int]]:
-        """Mono at the track's own rate, and that rate, in groups of about :data:`GROUP_SECONDS`; silence where it is due."""
-        from av import AudioFifo
+def _check_shape(rate: int, channels: int) -> None:
+    if not MIN_RATE <= rate <= MAX_RATE:
+        raise Damage(f"a sample rate of {rate} Hz is not believed; {MIN_RATE} to {MAX_RATE} Hz are read")
+    if not 1 <= channels <= MAX_CHANNELS:
+        raise Damage(f"{channels} channels, or a count that FFmpeg refuses; 1 to {MAX_CHANNELS} are read")
 
-        fifo, shape = AudioFifo(), None
-        for frame, missing in self._frames():
-            changes = shape != (shape := (frame.format.name, frame.layout.nb_channels, frame.sample_rate))
-            if changes or missing:
-                check_shape(frame.sample_rate, frame.layout.nb_channels)
-                yield from self._mixed(fifo)
-                if self.damage:
-                    return
-                yield from _silence(missing, frame.sample_rate)
-                fifo = AudioFifo()
-            frame.pts = None
-            fifo.write(frame)
-            if fifo.samples >= GROUP_SECONDS * frame.sample_rate:
-                yield from self._mixed(fifo)
-        yield from self._mixed(fifo)
 
-    def _mixed(self, fifo: AudioFifo) -> Iterator[tuple[Samples, int]]:
+# When it sounds.
+
+
+class Clock:
+    """Keeps the samples on the container's time, which players count from its start: what of it has no sound is silence."""
+
+    def __init__(self, reader: Reader, stream: AudioStream, note: Callable[[str], object] = str) -> None:
+        self.reader, self.format, self.note = reader, reader.format, note
+        # A track's own duration is a guess by the bit rate where the format, as Matroska, states only that of the whole.
+        stated = 0 if self.format in ("flv", "matroska,webm") and stream.duration else reader.container.duration
+        self.end = reader.start + stated / MICROSECONDS if stated else math.inf
+        self.shift = self.sound = self.silence = 0.0
+        self.expected: float | None = None
+        """Where the next frame is to start, by the file's timestamps."""
+
+    @property
+    def now(self) -> float:
+        """Seconds handed out."""
+        return self.sound + self.silence
+
+    def missing(self, start: float | None, seconds: float) -> float:
+        """The silence before a frame that lasts ``seconds`` and whose timestamp is ``start``; both are then counted."""
+        silence = 0.0 if start is None else self._silence_until(start)
+        start = self.expected if start is None else start
+        self.expected = None if start is None else start + seconds
+        self.silence += silence
+        self.sound += seconds
+        return silence
+
+    def _silence_until(self, start: float) -> float:
+        late = start - self.reader.start - self.shift - self.now
+        first, expected = self.expected is None, start if self.expected is None else self.expected
+        if self.format == "ogg" and start > expected + GAP_SECONDS:
+            raise Damage(f"the sound is damaged: {start - expected:.2f} s of it are missing")
+        if self.format not in CLOCKED and (not first or self.format in STREAMS):
+            return 0.0
+        if start < expected - RESET_SECONDS:
+            self.shift += late
+            return 0.0
+        if late <= GAP_SECONDS:
+            return 0.0
+        if start > self.end + GAP_SECONDS or self.silence + late > MAX_SILENCE_SECONDS:
+            self.note(f"its timestamps jump by {late:.1f} s at {self.now:.1f} s, which is not believed")
+            self.shift += late
+            return 0.0
+        return late
+
+
+def _timed(
+    reader: Reader, stream: AudioStream, max_seconds: float | None, note: Callable[[str], object]
+) -> Iterator[tuple[AudioFrame, float]]:
+    """Decoded frames, each with the seconds of silence before it."""
+    clock = Clock(reader, stream, note)
+    for frame in reader.frames(stream):
+        silence = clock.missing(frame.time, frame.samples / frame.sample_rate)
+        if max_seconds is not None and clock.now > max_seconds + 1e-6:
+            raise Damage(f"longer than the limit of {max_seconds:g} s")
+        yield frame, silence
+    if reader.format in COUNTED and stream.duration and stream.time_base:
+        stated = float(stream.duration * stream.time_base)
+        if clock.sound < stated - GAP_SECONDS:
+            raise Damage(f"the file is cut off or damaged: its header states {stated:.2f} s")
+
+
+# What of it is mixed.
+
+
+def _mixed(frames: Iterable[tuple[AudioFrame, float]], note: Callable[[str], object]) -> Iterator[tuple[Samples, int]]:
+    """Mono at the track's own rate, and that rate, in groups of about :data:`GROUP_SECONDS`; silence where it is due."""
+    from av import AudioFifo
+
+    mixer, fifo, shape = _Mixer(note), AudioFifo(), None
+    for frame, silence in frames:
+        changes = shape != (shape := (frame.format.name, frame.layout.nb_channels, frame.sample_rate))
+        if changes or silence:
+            yield from mixer.mix(fifo)
+            _check_shape(frame.sample_rate, frame.layout.nb_channels)
+            left, most = round(silence * frame.sample_rate), round(GROUP_SECONDS * frame.sample_rate)
+            for start in range(0, left, most):
+                yield np.zeros(min(most, left - start), np.float32), frame.sample_rate
+            fifo = AudioFifo()
+        frame.pts = None
+        fifo.write(frame)
+        if fifo.samples >= GROUP_SECONDS * frame.sample_rate:
+            yield from mixer.mix(fifo)
+    yield from mixer.mix(fifo)
+
+
+class _Mixer:
+    """The mean of all channels, some turned over while they would cancel each other."""
+
+    def __init__(self, note: Callable[[str], object]) -> None:
+        self.signs, self.turned, self.note = np.ones(1, np.float32), False, note
+
+    def mix(self, fifo: AudioFifo) -> Iterator[tuple[Samples, int]]:
         """What has gathered, up to the first sample that is no number."""
         frame = fifo.read() if fifo.samples else None
         if frame is None:
             return
-        mono = self._mix(frame)
-        finite = np.isfinite(mono)
-        if not finite.all():
-            self.damage = Damage("NaN or infinite samples")
-            mono = mono[: int(finite.argmin())]
-        yield mono, frame.sample_rate
-
-    def _mix(self, frame: AudioFrame) -> Samples:
-        """The channels' mean, as it stands where nothing cancels."""
         raw = frame.to_ndarray()
-        channels = raw if frame.format.is_planar else raw.reshape(-1, frame.layout.nb_channels).T
-        if len(self.signs) != len(channels):
-            self.signs = np.ones(len(channels), np.float32)
-        if len(channels) > 1:
-            levels = _levels(channels)
-            self.signs = _signs(levels, self.signs)
-            if self.signs.min() < 0:
-                if not self.turned:
-                    self.note("its channels cancel each other out; one is turned over before they are mixed")
-                self.turned = True
-                return self.signs @ levels / np.float32(len(levels))
-        return _mean(channels)
-
-    def _frames(self) -> Iterator[tuple[AudioFrame, float]]:
-        """Decoded frames, each with the seconds of silence before it, up to the end or the first damage, which is kept, not
-        raised: what came before it gets out.
-        """
-        try:
-            for packet in self._packets():
-                for frame in self._decoded(packet):
-                    yield frame, self._missing(frame)
-                    if self.damage:
-                        return
-            self._check_end()
-        except containers.causes() as error:
-            self.damage = self._cut_off() or error
-
-    def _packets(self) -> Iterator[Packet[AudioStream]]:
-        """The track's packets, and the start of the film: FFmpeg, which decodes no film here, does not always know it."""
-        from av.stream import Discard
-
-        film, started = containers.film_tracks(self.container), False
-        for other in self.container.streams:
-            other.discard = Discard.default if other is self.stream or other in film else Discard.all
-        for packet in self.container.demux():
-            if packet.stream is self.stream:
-                if not started:
-                    for other in film:
-                        other.discard = Discard.all
-                started = True
-                yield cast("Packet[AudioStream]", packet)
-            elif not started and packet.pts is not None and not packet.is_discard:
-                self.clock.zero = min(self.clock.zero, float(packet.pts * packet.time_base))
-
-    def _decoded(self, packet: Packet[AudioStream]) -> list[AudioFrame]:
-        """The packet's frames; none for what lies between the frames of a bare stream."""
-        from av.error import FFmpegError
-
-        try:
-            return packet.decode()
-        except FFmpegError:
-            self.skipped += float((packet.duration or 0) * packet.time_base)
-            if self.format not in containers.STREAMS or self.skipped > SEAM_SECONDS:
-                raise Damage("the sound is damaged") from None
-            return []
-
-    def _missing(self, frame: AudioFrame) -> float:
-        """Seconds of silence that belong before a frame."""
-        start = None
-        if frame.pts is not None and (base := frame.time_base):
-            start = frame.pts * base.numerator / base.denominator  # a product of fractions takes ten times as long
-        missing = self.clock.missing(start, frame.samples / frame.sample_rate)
-        if self.max_seconds is not None and self.clock.now > self.max_seconds + 1e-6:
-            raise Damage(f"longer than the limit of {self.max_seconds:g} s")
-        return missing
-
-    def _check_end(self) -> None:
-        """FFmpeg saw the end of the file: is it the end of the sound?"""
-        if cut_off := self._cut_off():
-            raise cut_off
-        if self.format == "ogg" and containers.ogg_is_damaged(self.file):
-            raise Damage("the sound is damaged: an Ogg page fails its checksum")
-        if self.format in containers.COUNTED and self.stream.duration and self.stream.time_base:
-            stated = float(self.stream.duration * self.stream.time_base)
-            if self.clock.sound < stated - GAP_SECONDS:
-                raise Damage(f"the file is cut off or damaged: its header states {stated:.2f} s")
-        if self.skipped and not self.clock.sound:
-            raise Damage("nothing in it decodes as sound")
-
-    def _cut_off(self) -> Damage | None:
-        missing = containers.missing_bytes(self.file)
-        return (
-            Damage(f"the file is cut off: at least {missing:,} bytes that it announces are missing")
-            if missing
-            else None
-        )
+        with np.errstate(over="ignore", invalid="ignore"):  # what is then no number shows
+            levels_CN = _levels(raw if frame.format.is_planar else raw.reshape(-1, frame.layout.nb_channels).T)
+            self.signs = _signs(levels_CN, self.signs)
+            mono = self.signs @ levels_CN / np.float32(len(levels_CN))
+        if self.signs.min() < 0 and not self.turned:
+            self.note("its channels cancel each other out; one is turned over before they are mixed")
+            self.turned = True
+        finite = np.isfinite(mono)
+        if finite.all():
+            yield mono, frame.sample_rate
+        else:
+            yield mono[: int(finite.argmin())], frame.sample_rate
+            raise Damage("NaN or infinite samples")
 
 
-def _silence(seconds: float, rate: int) -> Iterator[tuple[Samples, int]]:
-    """In groups as :meth:`_Track.groups` gives them."""
-    left, most = round(seconds * rate), round(GROUP_SECONDS * rate)
-    for start in range(0, left, most):
-        yield np.zeros(min(most, left - start), np.float32), rate
-
-
-def _mean(channels: NDArray[Any]) -> Samples:
-    """The mean of all channels, [samples], full scale = 1; in float32, so that NaN and overflow show."""
-    with np.errstate(over="ignore", invalid="ignore"):
-        mix = channels[0].astype(np.float32)
-        for channel in channels[1:]:
-            mix += channel
-    mix /= len(channels)
-    return _levels(mix, channels.dtype)
-
-
-def _levels(samples: NDArray[Any], dtype: np.dtype[Any] | None = None) -> Samples:
-    """Samples of any type (``dtype``, if they are no longer in it) as float32, full scale = 1."""
-    dtype = samples.dtype if dtype is None else dtype
-    with np.errstate(over="ignore"):
-        levels = samples.astype(np.float32, copy=False)
-    if dtype.kind == "f":
+def _levels(samples: NDArray[Any]) -> Samples:
+    """Samples of any type as float32, full scale = 1."""
+    levels = samples.astype(np.float32, copy=False)
+    if samples.dtype.kind == "f":
         return levels
-    full_scale = np.float32(2 ** (8 * dtype.itemsize - 1))
-    return levels / full_scale - (dtype.kind == "u")
+    return levels / np.float32(2 ** (8 * samples.dtype.itemsize - 1)) - (samples.dtype.kind == "u")
 
 
 def _signs(levels_CN: Samples, signs: Samples) -> Samples:
@@ -318,45 +296,29 @@ def _signs(levels_CN: Samples, signs: Samples) -> Samples:
 
     Turned over, each is still heard: two voices on two channels lose nothing, which one channel alone would.
     """
-    with np.errstate(over="ignore", invalid="ignore"):
-        energies = np.square(levels_CN).mean(1)
-        mixed = np.square(signs @ levels_CN).mean() / len(signs)
-        if energies.mean() < SILENT_PEAK**2 or not mixed < CANCELLED * energies.mean():
-            return signs
-        loud = int(np.argmax(energies > energies.max() / 2))
-        return np.where(levels_CN @ levels_CN[loud] < 0, np.float32(-1), np.float32(1))
+    if len(signs) != len(levels_CN):
+        signs = np.ones(len(levels_CN), np.float32)
+    if len(signs) == 1:
+        return signs
+    energies = np.square(levels_CN).mean(1)
+    mixed = np.square(signs @ levels_CN).mean() / len(signs)
+    if energies.mean() < SILENT_PEAK**2 or not mixed < CANCELLED * energies.mean():
+        return signs
+    loud = int(np.argmax(energies > energies.max() / 2))
+    return np.where(levels_CN @ levels_CN[loud] < 0, np.float32(-1), np.float32(1))
 
 
-def _resample(groups: Iterable[tuple[Samples, int]]) -> Iterator[Samples]:
+def _resampled(groups: Iterable[tuple[Samples, int]]) -> Iterator[Samples]:
     """To 16 kHz, clipped to full scale; a new filter whenever the rate changes."""
-    resampler, rate = None, 0
-    for mono, new_rate in groups:
-        if new_rate != rate:
-            yield from _filtered(resampler, None, rate)
-            resampler, rate = _resampler(new_rate), new_rate
-        yield from _filtered(resampler, mono, rate)
-    yield from _filtered(resampler, None, rate)
+    from av import AudioFrame, AudioResampler
 
-
-def _resampler(rate: int) -> AudioResampler | None:
-    from av import AudioResampler
-
-    return None if rate == SAMPLE_RATE else AudioResampler("flt", "mono", SAMPLE_RATE)
-
-
-def _filtered(resampler: AudioResampler | None, mono: Samples | None, rate: int) -> Iterator[Samples]:
-    """What comes out for this input; for ``None``, what was still inside."""
-    from av import AudioFrame
-
-    if resampler is None:
-        outputs = [] if mono is None else [mono]
-    else:
-        frame = None
-        if mono is not None:
-            frame = AudioFrame.from_ndarray(mono[None], format="flt", layout="mono")
-            frame.sample_rate = rate
-        outputs = [output.to_ndarray()[0] for output in resampler.resample(frame)]
-    yield from (np.clip(output, -1.0, 1.0, out=output) for output in outputs)
+    for rate, pieces in groupby(groups, key=lambda group: group[1]):
+        resampler = AudioResampler("flt", "mono", SAMPLE_RATE)
+        for mono in chain((mono for mono, _ in pieces if len(mono)), [None]):  # None: what is still inside
+            frame = None if mono is None else AudioFrame.from_ndarray(mono[None], format="flt", layout="mono")
+            if frame is not None:
+                frame.sample_rate = rate
+            yield from (np.clip(output.to_ndarray()[0], -1.0, 1.0) for output in resampler.resample(frame))
 
 
 def _blocks(pieces: Iterable[Samples], size: int) -> Iterator[Samples]:

@@ -1,71 +1,69 @@
-"""Which containers and codecs are opened at all, and how many bytes a file says it has.
+"""A file of sound or film, opened and decoded by FFmpeg (PyAV): what is read at all, and how damage shows.
 
 The allow-lists are FFmpeg's own names, so FFmpeg itself refuses everything else *before* it reads a header: playlists
 (HLS, ffconcat, DASH, SDP) that would open further files, device inputs, text and image formats. The format is always
 sniffed from the content; file names are never shown to FFmpeg.
 
-FFmpeg ends quietly where a truncated file ends, and passes over an Ogg page whose checksum is wrong. What is missing
-is noticed here: :func:`missing_bytes` reads what the file's framing promises, :func:`ogg_is_damaged` checks the pages.
+A file that is cut off or damaged ends in an error after everything before the damage has been handed out. FFmpeg alone
+ends quietly where a truncated file ends, and passes over an Ogg page whose checksum is wrong: :func:`missing_bytes`
+reads what the file's framing promises, :func:`ogg_is_damaged` checks the pages. Bare streams (MP3, ADTS, MPEG-TS …) are
+made to be cut and joined anywhere: up to :data:`SEAM_SECONDS` of tags and seams between their frames are passed over.
+Damage that leaves no trace cannot be seen: a changed bit in raw PCM, or in the framing of a Matroska block.
 """
 
 from __future__ import annotations
 
+import os
+import shutil
 import zlib
-from collections.abc import Iterator
-from typing import TYPE_CHECKING, BinaryIO
+from collections.abc import Collection, Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from tempfile import SpooledTemporaryFile
+from typing import TYPE_CHECKING, Any, BinaryIO, cast
 
 if TYPE_CHECKING:
-    from av import VideoStream
+    from av import AudioStream, Packet, VideoStream
     from av.container import InputContainer
 
 CONTAINERS = "aac,ac3,aiff,amr,ape,asf,au,avi,caf,eac3,flac,flv,matroska,mov,mp3,mpeg,mpegts,ogg,tta,w64,wav,wv"
 """Demuxers that may be used (``format_whitelist``): containers of sound or of film with sound."""
-
-CODECS = frozenset((
-    "aac", "aac_latm", "ac3", "adpcm_ima_qt", "adpcm_ima_wav", "adpcm_ms", "adpcm_swf", "alac", "amrnb", "amrwb",
-    "ape", "eac3", "flac", "g722", "g726", "g726le", "gsm", "gsm_ms", "mp1", "mp1float", "mp2", "mp2float", "mp3",
-    "mp3float", "nellymoser", "opus", "pcm_alaw", "pcm_bluray", "pcm_dvd", "pcm_f32be", "pcm_f32le", "pcm_f64be",
-    "pcm_f64le", "pcm_mulaw", "pcm_s16be", "pcm_s16be_planar", "pcm_s16le", "pcm_s16le_planar", "pcm_s24be",
-    "pcm_s24le", "pcm_s24le_planar", "pcm_s32be", "pcm_s32le", "pcm_s32le_planar", "pcm_s8", "pcm_s8_planar",
-    "pcm_u16be", "pcm_u16le", "pcm_u24be", "pcm_u24le", "pcm_u32be", "pcm_u32le", "pcm_u8", "qcelp", "qdm2", "qdmc",
-    "speex", "tta", "vorbis", "wavpack", "wmalossless", "wmapro", "wmav1", "wmav2", "wmavoice",
-))  # fmt: skip
-"""Decoders that may be used (``codec_whitelist``): sound only, so a film's pictures are never decoded."""
-
+SOUND_CODECS = frozenset(
+    """aac aac_latm ac3 adpcm_ima_qt adpcm_ima_wav adpcm_ms adpcm_swf alac amrnb amrwb ape eac3 flac g722 g726 g726le gsm
+    gsm_ms mp1 mp1float mp2 mp2float mp3 mp3float nellymoser opus pcm_alaw pcm_bluray pcm_dvd pcm_f32be pcm_f32le pcm_f64be
+    pcm_f64le pcm_mulaw pcm_s16be pcm_s16be_planar pcm_s16le pcm_s16le_planar pcm_s24be pcm_s24le pcm_s24le_planar
+    pcm_s32be pcm_s32le pcm_s32le_planar pcm_s8 pcm_s8_planar pcm_u16be pcm_u16le pcm_u24be pcm_u24le pcm_u32be pcm_u32le
+    pcm_u8 qcelp qdm2 qdmc speex tta vorbis wavpack wmalossless wmapro wmav1 wmav2 wmavoice""".split()
+)
+"""Decoders that may be used (``codec_whitelist``) where sound is wanted: a film's pictures are never decoded."""
+FILM_CODECS = frozenset(
+    """av1 cinepak dnxhd dvvideo ffv1 flv h263 h264 hevc huffyuv libdav1d mjpeg mpeg1video mpeg2video mpeg4 msmpeg4
+    msmpeg4v2 png prores qtrle rawvideo theora vc1 vp6f vp8 vp9 wmv1 wmv2 wmv3""".split()
+)
 CHECKSUMMED = frozenset({"flac", "tta", "wavpack"})
 """Codecs whose packets carry a checksum; FFmpeg is told to compare it and to stop where it is wrong."""
-
-COUNTED = frozenset({"aiff", "flac", "tta", "wv"})
-"""Containers whose header states the exact number of samples, where it states one at all."""
-
 STREAMS = frozenset({"aac", "ac3", "amr", "eac3", "mp3", "mpeg", "mpegts"})
-"""Bare streams without a table of contents: made to be cut and joined at any byte, so that tags and seams lie between
-their frames."""
-
-CLOCKED = frozenset({"asf", "flv", "matroska,webm", "mov,mp4,m4a,3gp,3g2,mj2", "mpeg", "mpegts"})
-"""Containers that give every packet its time. The others say when a track starts, if that, and count from there."""
-
-_SLACK_BYTES = 1_024
-"""Writers of RIFF and AIFF are sloppy about their size fields by a header or a padding byte (32 ms at 16 kHz)."""
-_OGG_PAGE_BYTES = 27 + 255 + 255 * 255
-"""The largest page that Ogg allows (RFC 3533, section 6)."""
-_CAF_CHUNKS = frozenset((
-    b"desc", b"data", b"pakt", b"chan", b"kuki", b"info", b"strg", b"mark", b"regn", b"inst", b"midi", b"ovvw", b"peak",
-    b"edct", b"umid", b"uuid", b"free", b"cnfo",
-))  # fmt: skip
-_MIRROR = bytes(int(f"{byte:08b}"[::-1], 2) for byte in range(256))
-_MAX_CHUNKS = 100_000
-"""Half a second of walking; 14 hours of one-second MP4 fragments."""
-_XING_OFFSETS = (13, 21, 36)
-"""Where the tag stands in an MP3 frame: four bytes of header and the side information (MPEG-2 mono … MPEG-1 stereo)."""
-_MP4_BOXES = frozenset((
-    b"ftyp", b"styp", b"moov", b"moof", b"mdat", b"free", b"skip", b"wide", b"sidx", b"mfra", b"pdin", b"pnot", b"meta",
-    b"uuid", b"udta",
-))  # fmt: skip
+"""Bare streams without a table of contents: tags and seams lie between their frames."""
+SEAM_SECONDS = 0.25
+"""Undecodable packets of a bare stream that are passed over, in seconds altogether: about ten MP3 frames."""
+PROBE = {"probesize": str(64 << 20), "analyzeduration": "3600000000"}
+"""How far into an MPEG program stream without sound so far FFmpeg looks for it: that has no list of its tracks."""
+SPOOL_BYTES = 16 << 20
+"""What is kept of a pipe in memory; the rest of it goes to a temporary file."""
+MICROSECONDS = 1_000_000
+"""FFmpeg's units of a container's times in a second."""
 
 
-LATE_TRACK = "a track begins in the middle of it, as in a damaged file"
-"""The cause of an ``IndexError``: PyAV knows the tracks that were there when the file was opened."""
+class MediaError(ValueError):
+    """A file that cannot be read, or not to its end: ``name``, ``cause``, and the ``seconds`` decoded before."""
+
+    def __init__(self, name: str, cause: str, seconds: float = 0.0) -> None:
+        super().__init__(name, cause, seconds)
+        self.name, self.cause, self.seconds = name, cause, seconds
+
+    def __str__(self) -> str:
+        stopped = f" (decoding stopped after {self.seconds:.2f} s)" if self.seconds else ""
+        return f"{self.name}: {self.cause}{stopped}"
 
 
 class Damage(Exception):
@@ -79,11 +77,167 @@ def causes() -> tuple[type[Exception], ...]:
     return (Damage, FFmpegError, OSError, ValueError, ArithmeticError, LookupError, RuntimeError, MemoryError)
 
 
-def film_tracks(container: InputContainer) -> list[VideoStream]:
-    """The tracks that are film; a cover picture is none."""
-    from av.stream import Disposition
+def _cause(error: Exception) -> str:
+    """One clause of English; the operating system's own words where the fault is its."""
+    from av.error import FFmpegError
 
-    return [track for track in container.streams.video if not track.disposition & Disposition.attached_pic]
+    if isinstance(error, OSError) and error.strerror:
+        return error.strerror[0].lower() + error.strerror[1:]
+    if isinstance(error, FFmpegError):
+        return f"FFmpeg cannot read it: {error.strerror}"
+    if isinstance(error, IndexError):  # PyAV knows the tracks that were there when the file was opened
+        return "a track begins in the middle of it, as in a damaged file"
+    return str(error) or type(error).__name__
+
+
+@contextmanager
+def opened(source: str | Path | BinaryIO, name: str | None, codecs: Collection[str]) -> Iterator[Reader]:
+    """A path (never a URL) or a binary stream as a :class:`Reader`; whatever goes wrong with it is a :class:`MediaError`.
+
+    A stream is read from its start and stays open; one that cannot seek is spooled first.
+    """
+    is_path, reader = isinstance(source, str | os.PathLike), None
+    try:
+        with _seekable(source) as file, _container(file, codecs) as container:
+            reader = Reader(file, container)
+            yield reader
+    except causes() as error:
+        name = name or (str(source) if is_path else str(getattr(source, "name", "<stream>")))
+        raise MediaError(name, _cause(error), reader.seconds if reader else 0.0) from error
+
+
+@contextmanager
+def _seekable(source: str | Path | BinaryIO) -> Iterator[BinaryIO]:
+    if isinstance(source, str | os.PathLike):
+        with open(source, "rb") as file, _seekable(file) as seekable:
+            yield seekable
+    elif source.seekable():
+        yield source
+    else:
+        with SpooledTemporaryFile(max_size=SPOOL_BYTES) as spool:
+            shutil.copyfileobj(source, spool)
+            yield cast(BinaryIO, spool)
+
+
+class _NamelessFile:
+    """What FFmpeg sees of a file: bytes. A name would let it guess the format by the extension."""
+
+    def __init__(self, file: BinaryIO) -> None:
+        self.read, self.seek, self.tell = file.read, file.seek, file.tell
+
+
+def _container(file: BinaryIO, codecs: Collection[str]) -> InputContainer:
+    """Let FFmpeg sniff the format and read the header."""
+    import av
+    from av.error import ArgumentError, EOFError, InvalidDataError
+
+    options = {"format_whitelist": CONTAINERS, "codec_whitelist": ",".join(codecs), "protocol_whitelist": "file"}
+    if file.seek(0, os.SEEK_END) == 0:
+        raise Damage("the file is empty")
+    try:
+        for probe in ({}, PROBE):
+            file.seek(0)
+            container = av.open(_NamelessFile(file), "r", options=options | probe, metadata_errors="ignore")
+            if container.format.name != "mpeg" or container.streams.audio or probe:
+                return container
+            container.close()
+    except ArgumentError:
+        raise Damage("a playlist, or another format that is not opened as sound or film") from None
+    except (InvalidDataError, EOFError):
+        if lacks_index(file):
+            raise Damage("its index (moov) is missing: the recording was cut off before it was finished") from None
+    raise Damage("not sound or film in a format that can be read, or its header is damaged")
+
+
+class Reader:
+    """An open file, of which one track is decoded."""
+
+    def __init__(self, file: BinaryIO, container: InputContainer) -> None:
+        self.file, self.container, self.format = file, container, container.format.name
+        self.start = (container.start_time or 0) / MICROSECONDS
+        """When the recording begins, by its timestamps; sure once the first frame is there."""
+        self.seconds = 0.0
+        """What has been handed out, for the message of an error."""
+        self.skipped = 0.0
+        """Seconds of packets between the frames of a bare stream."""
+
+    @property
+    def films(self) -> list[VideoStream]:
+        """The tracks that are film; a cover picture is none."""
+        from av.stream import Disposition
+
+        return [track for track in self.container.streams.video if not track.disposition & Disposition.attached_pic]
+
+    def frames(self, track: AudioStream | VideoStream) -> Iterator[Any]:
+        """The track's frames, decoded, up to the end of the file, or an error that tells why there are no more."""
+        from av.error import InvalidDataError
+
+        count, kind = 0, "sound" if track.type == "audio" else "film"
+        try:
+            for packet in self._packets(track):
+                frames = self._decoded(packet, kind)
+                count += len(frames)
+                yield from frames
+        except causes() as error:
+            self.check_whole()
+            raise Damage(f"the {kind} is damaged") if isinstance(error, InvalidDataError) else error from None
+        self.check_whole()
+        if self.format == "ogg" and ogg_is_damaged(self.file):
+            raise Damage(f"the {kind} is damaged: an Ogg page fails its checksum")
+        if self.skipped and not count:
+            raise Damage(f"nothing in it decodes as {kind}")
+
+    def _packets(self, track: AudioStream | VideoStream) -> Iterator[Packet]:
+        """Before sound also the start of the film: FFmpeg, which decodes no film then, does not always know it."""
+        from av.stream import Discard
+
+        films: Sequence[VideoStream] = self.films if track.type == "audio" else []
+        for other in self.container.streams:
+            other.discard = Discard.default if other is track or other in films else Discard.all
+        for packet in self.container.demux():
+            if packet.stream is track:
+                for film in films:
+                    film.discard = Discard.all
+                films = []
+                yield packet
+            elif films and packet.pts is not None and not packet.is_discard:
+                self.start = min(self.start, float(packet.pts * packet.time_base))
+
+    def _decoded(self, packet: Packet, kind: str) -> Sequence[Any]:
+        """The packet's frames; none for what lies between the frames of a bare stream."""
+        from av.error import FFmpegError
+
+        try:
+            frames = packet.decode()
+            if kind == "sound" or not any(frame.is_corrupt for frame in frames):  # pyright: ignore[reportAttributeAccessIssue]
+                return frames
+        except FFmpegError:
+            self.skipped += float((packet.duration or 0) * packet.time_base)
+            if kind == "sound" and self.format in STREAMS and self.skipped <= SEAM_SECONDS:
+                return []
+        raise Damage(f"the {kind} is damaged")
+
+    def check_whole(self) -> None:
+        """Raises :class:`Damage` for a file that is shorter than it says."""
+        if missing := missing_bytes(self.file):
+            raise Damage(f"the file is cut off: at least {missing:,} bytes that it announces are missing")
+
+
+# What a file's own framing promises, against what is there.
+
+_SLACK_BYTES = 1_024
+"""Writers of RIFF and AIFF are sloppy about their size fields by a header or a padding byte (32 ms at 16 kHz)."""
+_OGG_PAGE_BYTES = 27 + 255 + 255 * 255
+"""The largest page that Ogg allows (RFC 3533, section 6)."""
+_MIRROR = bytes(int(f"{byte:08b}"[::-1], 2) for byte in range(256))
+_MAX_CHUNKS = 100_000
+"""Half a second of walking; 14 hours of one-second MP4 fragments."""
+_XING_OFFSETS = (13, 21, 36)
+"""Where the tag stands in an MP3 frame: four bytes of header and the side information (MPEG-2 mono … MPEG-1 stereo)."""
+_CAF_CHUNKS = frozenset(
+    b"desc data pakt chan kuki info strg mark regn inst midi ovvw peak edct umid uuid free cnfo".split()
+)
+_MP4_BOXES = frozenset(b"ftyp styp moov moof mdat free skip wide sidx mfra pdin pnot meta uuid udta".split())
 
 
 def missing_bytes(file: BinaryIO) -> int:
@@ -91,9 +245,15 @@ def missing_bytes(file: BinaryIO) -> int:
 
     ``file`` is seekable; its position is kept, because FFmpeg may be reading from it.
     """
+    with _position_kept(file):
+        return max(0, _stated_bytes(file) - file.seek(0, os.SEEK_END))
+
+
+@contextmanager
+def _position_kept(file: BinaryIO) -> Iterator[None]:
     position = file.tell()
     try:
-        return max(0, _stated_bytes(file) - file.seek(0, 2))
+        yield
     finally:
         file.seek(position)
 
@@ -118,15 +278,13 @@ def ogg_is_damaged(file: BinaryIO) -> bool:
 
     Reads the whole file, faster than it decodes; keeps the position.
     """
-    position, start = file.tell(), 0
-    try:
+    start = 0
+    with _position_kept(file):
         while page := _ogg_page(file, start):
             if page[22:26] != _ogg_checksum(page):
                 return True
             start += len(page)
         return b"OggS" in _read(file, start, _OGG_PAGE_BYTES)
-    finally:
-        file.seek(position)
 
 
 def lacks_index(file: BinaryIO) -> bool:

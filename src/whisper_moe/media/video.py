@@ -7,9 +7,7 @@ numbers are limited while decoding, since a kilobyte may hold a gigabyte. Every 
 
 from __future__ import annotations
 
-import os
 from collections.abc import Iterator
-from contextlib import contextmanager, nullcontext
 from fractions import Fraction
 from math import ceil, prod
 from pathlib import Path
@@ -19,23 +17,14 @@ import numpy as np
 from numpy.typing import NDArray
 
 from whisper_moe.config import SAMPLE_RATE
-from whisper_moe.media import containers
-from whisper_moe.media.audio import MediaError, load_audio
-from whisper_moe.media.containers import Damage
-from whisper_moe.media.tracks import open_container
+from whisper_moe.media.audio import load_audio
+from whisper_moe.media.containers import FILM_CODECS, MICROSECONDS, SOUND_CODECS, Damage, Reader, opened
 
 if TYPE_CHECKING:
-    from av import Packet, VideoFrame, VideoStream
-    from av.container import InputContainer
+    from av import VideoFrame, VideoStream
 
 Frames = NDArray[np.uint8]
 
-CODECS = frozenset((
-    "av1", "cinepak", "dnxhd", "dvvideo", "ffv1", "flv", "h263", "h264", "hevc", "huffyuv", "libdav1d", "mjpeg",
-    "mpeg1video", "mpeg2video", "mpeg4", "msmpeg4", "msmpeg4v2", "png", "prores", "qtrle", "rawvideo", "theora", "vc1",
-    "vp6f", "vp8", "vp9", "wmv1", "wmv2", "wmv3",
-))  # fmt: skip
-"""Decoders that may be used: film only, so a film's sound is never decoded."""
 MAX_PIXELS = 4_096 * 2_304
 """Of one frame: 4K."""
 MAX_DECODED = 20_000
@@ -77,14 +66,12 @@ def load_frames(
         raise ValueError(f"short_side must be at least one pixel, got {short_side}")
     kept: list[Frames] = []
     size = 0
-    with _opened(source, name, CODECS) as (container, file):
-        film = _Film(container, file, max_pixels, max_decoded)
-        for frame, copies in _sampled(film, rate):
+    with opened(source, name, FILM_CODECS) as reader:
+        for frame, copies in _sampled(_Film(reader, max_pixels, max_decoded), rate):
             size += copies * 3 * prod(_size(frame, short_side))
             if size > max_bytes:
                 raise Damage(f"more than the limit of {max_bytes:,} bytes of pictures")
             kept += [_picture(frame, short_side)] * copies
-        _check_whole(file)
         if not kept:
             raise Damage("it has a film track, and no frame in it")
     return np.stack(kept)
@@ -95,57 +82,26 @@ def header_seconds(source: str | Path | BinaryIO, *, name: str | None = None) ->
 
     A format that states nothing is decoded. Raises ``MediaError`` for a file that cannot be opened or is cut off.
     """
-    with _opened(source, name, containers.CODECS | CODECS) as (container, file):
-        tracks = [*container.streams.audio, *containers.film_tracks(container)]
+    with opened(source, name, SOUND_CODECS | FILM_CODECS) as reader:
+        tracks = [*reader.container.streams.audio, *reader.films]
         if not tracks:
             raise Damage("it has neither sound nor film")
-        _check_whole(file)
-        first = tracks[0]
-        if first.duration and first.time_base:
-            late = (first.start_time or 0) * first.time_base - Fraction(container.start_time or 0, 1_000_000)
-            return float(first.duration * first.time_base + max(late, 0))
-        if container.duration:
-            return container.duration / 1_000_000
+        reader.check_whole()
+        track = tracks[0]
+        if track.duration and track.time_base:
+            late = (track.start_time or 0) * track.time_base - Fraction(reader.container.start_time or 0, MICROSECONDS)
+            return float(track.duration * track.time_base + max(late, 0))
+        if reader.container.duration:
+            return reader.container.duration / MICROSECONDS
     return len(load_audio(source, name=name)) / SAMPLE_RATE
-
-
-@contextmanager
-def _opened(
-    source: str | Path | BinaryIO, name: str | None, codecs: frozenset[str]
-) -> Iterator[tuple[InputContainer, BinaryIO]]:
-    """The container and its bytes; whatever goes wrong while they are open becomes a :class:`MediaError`."""
-    is_path = isinstance(source, str | os.PathLike)
-    name = name or (str(source) if is_path else str(getattr(source, "name", "<stream>")))
-    try:
-        with open(source, "rb") if is_path else nullcontext(source) as file, open_container(file, codecs) as container:
-            yield container, file
-    except containers.causes() as error:
-        raise MediaError(name, _cause(error)) from error
-
-
-def _cause(error: Exception) -> str:
-    from av.error import FFmpegError
-
-    if isinstance(error, OSError) and error.strerror and not isinstance(error, FFmpegError):
-        return error.strerror[0].lower() + error.strerror[1:]
-    if isinstance(error, FFmpegError):
-        return f"FFmpeg cannot read it: {error.strerror}"
-    if isinstance(error, IndexError):
-        return containers.LATE_TRACK
-    return str(error) or type(error).__name__
-
-
-def _check_whole(file: BinaryIO) -> None:
-    if missing := containers.missing_bytes(file):
-        raise Damage(f"the file is cut off: at least {missing:,} bytes that it announces are missing")
 
 
 class _Film:
     """One pass over one film track."""
 
-    def __init__(self, container: InputContainer, file: BinaryIO, max_pixels: int, max_decoded: int) -> None:
-        self.container, self.file, self.max_pixels, self.max_decoded = container, file, max_pixels, max_decoded
-        self.stream = _film_track(container)
+    def __init__(self, reader: Reader, max_pixels: int, max_decoded: int) -> None:
+        self.reader, self.max_pixels, self.max_decoded = reader, max_pixels, max_decoded
+        self.stream = _film_track(reader)
         context = self.stream.codec_context
         self._check_size(context.width, context.height)
         # FFmpeg counts what it allocates: rows that are rounded up. What is exact is checked on every frame.
@@ -158,32 +114,17 @@ class _Film:
 
     def frames(self) -> Iterator[tuple[VideoFrame, Fraction]]:
         """Decoded frames in the order in which they are shown, each with its time in seconds."""
-        latest, count = None, 0
-        for packet in self.container.demux(self.stream):
-            for frame in self._decoded(packet):
-                count += 1
-                if count > self.max_decoded:
-                    raise Damage(f"more than the limit of {self.max_decoded:,} frames")
-                time = self._time(frame)
-                if latest is not None and time < latest:
-                    raise Damage(f"its timestamps run backwards, from {float(latest):.3f} s to {float(time):.3f} s")
-                self._check_shape(frame, time)
-                lasts = frame.duration * frame.time_base if frame.duration and frame.time_base else self.usual
-                self.end = time + lasts
-                latest = time
-                yield frame, time
-
-    def _decoded(self, packet: Packet[VideoStream]) -> list[VideoFrame]:
-        from av.error import FFmpegError
-
-        try:
-            frames = packet.decode()
-        except FFmpegError:
-            frames = None
-        if frames is None or any(frame.is_corrupt for frame in frames):
-            _check_whole(self.file)
-            raise Damage(f"the film is damaged{'' if self.end is None else f' at {float(self.end):.2f} s'}")
-        return frames
+        latest = None
+        for count, frame in enumerate(self.reader.frames(self.stream), start=1):
+            if count > self.max_decoded:
+                raise Damage(f"more than the limit of {self.max_decoded:,} frames")
+            time = self._time(frame)
+            if latest is not None and time < latest:
+                raise Damage(f"its timestamps run backwards, from {float(latest):.3f} s to {float(time):.3f} s")
+            self._check_shape(frame, time)
+            end = time + (frame.duration * frame.time_base if frame.duration and frame.time_base else self.usual)
+            self.end, self.reader.seconds, latest = end, float(end), time
+            yield frame, time
 
     def _time(self, frame: VideoFrame) -> Fraction:
         """By the frame's own timestamp; where it has none, the end of the one before."""
@@ -206,22 +147,17 @@ class _Film:
             raise Damage(f"frames of {width}×{height} are over the limit of {self.max_pixels:,} pixels")
 
 
-def _film_track(container: InputContainer) -> VideoStream:
+def _film_track(reader: Reader) -> VideoStream:
     """FFmpeg's best film track, or the first whose codec is allowed; cover art is none."""
-    from av.stream import Discard
-
-    tracks = containers.film_tracks(container)
-    if not tracks:
-        raise Damage("it has no film track" + (", only a cover picture" if container.streams.video else ""))
-    readable = [track for track in tracks if track.codec_context and track.codec_context.name in CODECS]
+    streams, films = reader.container.streams, reader.films
+    if not films:
+        raise Damage("it has no film track" + (", only a cover picture" if streams.video else ""))
+    readable = [film for film in films if film.codec_context and film.codec_context.name in FILM_CODECS]
     if not readable:
-        codecs = sorted({track.codec_context.name if track.codec_context else "unknown" for track in tracks})
+        codecs = sorted({film.codec_context.name if film.codec_context else "unknown" for film in films})
         raise Damage(f"its film is in a codec that is not read ({', '.join(codecs)})")
-    best = container.streams.best("video")
-    film = next((track for track in readable if track is best), readable[0])
-    for other in container.streams:
-        other.discard = Discard.default if other is film else Discard.all
-    return film
+    best = streams.best("video")
+    return next((film for film in readable if film is best), readable[0])
 
 
 def _sampled(film: _Film, rate: float) -> Iterator[tuple[VideoFrame, int]]:
