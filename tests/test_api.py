@@ -281,7 +281,7 @@ def test_real_languages_are_detected(default_model: WhisperMoE, start: int, lang
 
 def logits(model: WhisperMoE, mel: torch.Tensor, text: torch.Tensor, routing: Any) -> torch.Tensor:
     encoded = model.model.encoder([mel], routing=routing)
-    return model.model.decoder.head(model.model.decoder(text, Layout([len(text)]), encoded)).float()
+    return model.model.decoder.head(model.model.decoder(text, Layout([len(text)]), encoded).states_TD).float()
 
 
 def test_a_saved_model_says_the_same(tiny_model: WhisperMoE, checkpoint: Path, tmp_path: Path) -> None:

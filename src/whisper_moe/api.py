@@ -23,10 +23,9 @@ from whisper_moe.machine import take_threads
 from whisper_moe.media.audio import MediaError, stream_audio
 from whisper_moe.media.tokenizer import Tokenizer
 from whisper_moe.media.windows import cut_clips, drop_silence, is_silent, speech_spans, speech_spans_silero
-from whisper_moe.model import fbgemm
-from whisper_moe.model.heads import TextHead
-from whisper_moe.model.linear import Arithmetic, arrange
-from whisper_moe.model.model import WhisperMoEModel
+from whisper_moe.model.inference import Arithmetic, prepare_for_inference
+from whisper_moe.model.int8 import suits_fbgemm
+from whisper_moe.model.model import TextHead, WhisperMoEModel
 from whisper_moe.weights.checkpoint import save_checkpoint
 from whisper_moe.weights.default import Loaded, load_model
 from whisper_moe.weights.generation import stated_language
@@ -83,7 +82,7 @@ class WhisperMoE:
         ``device``: ``cpu``, ``cuda``, ``mps`` …; ``auto`` takes a GPU if there is one. ``dtype``: ``int8`` is arithmetic
         with a scale for each token, on a CPU only; ``auto`` takes it where the CPU is fast at it, else float32.
         ``threads``: of the CPU, for the whole process; by default as many as others leave cores for. ``for_inference``
-        arranges the weights for the machine; without, they are float32 and can be trained and saved. ``model_dir``: a folder
+        lays the weights out for the machine; without, they are float32 and can be trained and saved. ``model_dir``: a folder
         in which the model is looked for first, and which downloads go to. ``announce`` is told before anything is downloaded.
         Raises ``ValueError`` that names what is wrong.
         """
@@ -99,9 +98,9 @@ class WhisperMoE:
         if not for_inference and dtype not in ("auto", "float32"):
             raise ValueError(f"for_inference=False loads float32 weights; dtype {dtype!r} would round them")
         dtype = _pick_dtype(dtype, device) if for_inference else "float32"
-        with weights_apart() if _arranged(device, dtype, for_inference) else nullcontext():
-            arranged = _arranged(device, dtype, for_inference)
-            loaded = load_model(model, keep_int8=arranged, model_dir=model_dir, announce=announce)
+        with weights_apart() if _prepared(device, dtype, for_inference) else nullcontext():
+            prepared = _prepared(device, dtype, for_inference)
+            loaded = load_model(model, keep_int8=prepared, model_dir=model_dir, announce=announce)
             network = _network(loaded, device, dtype, for_inference)
         return cls(
             network, loaded.tokenizer, loaded.generation, name=loaded.name, tokenizer_files=loaded.tokenizer_files,
@@ -124,7 +123,7 @@ class WhisperMoE:
 
     def save_pretrained(self, directory: str | os.PathLike[str], *, quantize: bool = False) -> None:
         """Write a checkpoint directory; ``quantize`` stores matrices as int8. Raises ``ValueError`` for a model
-        whose weights were rounded or arranged for this machine when it was loaded.
+        whose weights were rounded or laid out for this machine when it was loaded.
         """
         if self.dtype != "float32" or not isinstance(self.model.decoder.head, TextHead):
             raise ValueError("load the model with for_inference=False to save it")
@@ -250,10 +249,10 @@ def _pick_dtype(dtype: Dtype, device: str) -> Dtype:
     if dtype != "auto":
         return dtype
     wide = torch.backends.cpu.get_cpu_capability().startswith(("AVX512", "AMX"))
-    return "int8" if device == "cpu" and (wide or fbgemm.suits_this_cpu()) else "float32"
+    return "int8" if device == "cpu" and (wide or suits_fbgemm()) else "float32"
 
 
-def _arranged(device: str, dtype: str, for_inference: bool) -> bool:
+def _prepared(device: str, dtype: str, for_inference: bool) -> bool:
     """Whether the weights are laid out for the CPU, and given up for that."""
     return for_inference and device == "cpu" and dtype in ("float32", "int8")
 
@@ -261,11 +260,11 @@ def _arranged(device: str, dtype: str, for_inference: bool) -> bool:
 def _network(loaded: Loaded, device: str, dtype: str, for_inference: bool) -> WhisperMoEModel:
     network = empty_model(loaded.config)
     network.load_state_dict(loaded.state, strict=not loaded.quantized, assign=True)
-    loaded.state.clear()  # what is arranged below is then freed layer by layer
+    loaded.state.clear()  # what is prepared below is then freed layer by layer
     network.eval().requires_grad_(not for_inference)
-    if _arranged(device, dtype, for_inference):
+    if _prepared(device, dtype, for_inference):
         arithmetic: Arithmetic = "int8" if dtype == "int8" else "float32"
-        arrange(network, arithmetic, loaded.quantized)
+        prepare_for_inference(network, arithmetic, loaded.quantized)
         return network
     return network.to(device, {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}[dtype])
 

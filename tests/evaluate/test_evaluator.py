@@ -53,7 +53,7 @@ def test_it_is_what_the_whole_model_says_of_a_clip_by_itself(tiny_model: Whisper
     prompt = [tokenizer.sot, tokenizer.language_id("en"), tokenizer.tasks["transcribe"], tokenizer.no_timestamps]
     text = [*tokenizer.encode(" a dog barked"), tokenizer.eot]
     with torch.no_grad():
-        encoded = model.encoder([mel], heard=[50])
+        encoded = model.encoder([mel], valid_lengths=[50])
         state = model.decoder.start(encoded)
         logits = model.decoder.head(model.decoder.extend(torch.tensor([[*prompt, *text[:-1]]]), state))[0].float()
     expected = -logits.log_softmax(-1)[len(prompt) - 1 :].gather(1, torch.tensor(text)[:, None]).sum()

@@ -12,8 +12,8 @@ from model.tiny import random_texts, relative
 from whisper_moe import WhisperMoE
 from whisper_moe.config import DEFAULT_MARGIN, AdaptConfig, ModelConfig
 from whisper_moe.generate.options import TranscribeOptions
-from whisper_moe.model.adapt import AdaptedNorm
-from whisper_moe.model.linear import Arithmetic, arrange
+from whisper_moe.model.inference import Arithmetic, prepare_for_inference
+from whisper_moe.model.layers import Norm
 from whisper_moe.model.model import WhisperMoEModel
 from whisper_moe.weights.default import load_model
 from whisper_moe.weights.parts import ADAPT, CORE, part_of, unstack
@@ -131,12 +131,19 @@ def test_full_windows_go_through_the_core_alone(training: bool) -> None:
         assert relative(alone, plain.encoder([short]).states_TD) > 1e-2
 
 
-def test_full_windows_leave_no_parameter_without_a_gradient() -> None:
-    """Ranks that train together wait for every parameter's."""
-    model = for_short_windows()[1]
-    model.encoder([torch.randn(CONFIG.n_mels, FULL)]).states_TD.square().mean().backward()
+def test_full_windows_teach_the_core_alone() -> None:
+    """What adapts it has the gradient of the short windows in the pack, and none without any."""
+    model, full, short = for_short_windows()[1], torch.randn(CONFIG.n_mels, FULL), torch.randn(CONFIG.n_mels, FULL - 2)
     adapting = [p for name, p in model.encoder.named_parameters() if part_of(f"encoder.{name}", model.config) == ADAPT]
-    assert adapting and all(p.grad is not None and not p.grad.any() for p in adapting)
+
+    def gradients(mels: list[torch.Tensor], wanted: int) -> tuple[torch.Tensor | None, ...]:
+        encoded = model.encoder(mels)
+        loss = encoded.states_TD[: encoded.layout.cu_seqlens[wanted]].square().sum()
+        return torch.autograd.grad(loss, adapting, allow_unused=True)
+
+    assert adapting and all(gradient is None for gradient in gradients([full, full], 2))
+    for found, expected in zip(gradients([short, full], 1), gradients([short], 1), strict=True):
+        assert found is not None and expected is not None and relative(found, expected) < 1e-4
 
 
 @pytest.mark.parametrize(("arithmetic", "close"), [("float32", 1e-5), ("int8", 0.1)])
@@ -144,7 +151,7 @@ def test_arranged_full_windows_go_through_the_core_alone(arithmetic: Arithmetic,
     plain, model = for_short_windows()
     mels = [torch.randn(CONFIG.n_mels, frames) for frames in (FULL, FULL - 8)]
     expected = model.encoder(mels).states_TD.detach()
-    arrange(model, arithmetic), arrange(plain, arithmetic)
+    prepare_for_inference(model, arithmetic), prepare_for_inference(plain, arithmetic)
     with torch.inference_mode():
         assert relative(model.encoder(mels).states_TD, expected) < close
         assert torch.equal(model.encoder(mels[:1]).states_TD, plain.encoder(mels[:1]).states_TD)
@@ -174,7 +181,7 @@ def test_the_decoder_cannot_leave_full_windows_alone() -> None:
 def test_arranged_it_computes_the_same(arithmetic: Arithmetic, close: float) -> None:
     model = shaken(adapted()[1])
     expected = model(MELS, TEXTS).detach()
-    arranged = arrange(model, arithmetic)
-    assert not any(isinstance(module, AdaptedNorm) for module in arranged.modules())
+    arranged = prepare_for_inference(model, arithmetic)
+    assert not any(isinstance(module, Norm) and module.delta_weight is not None for module in arranged.modules())
     with torch.inference_mode():
         assert relative(arranged(MELS, TEXTS), expected) < close

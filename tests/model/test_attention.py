@@ -63,7 +63,7 @@ def test_cross_attention_is_the_masked_product(dtype: torch.dtype) -> None:
     heard = Layout([9, 1, 4, 30, 2, 8])
     attention, x = make_cross(dtype), normal(RAGGED.total, D, dtype=dtype).requires_grad_()
     states = normal(heard.total, D, dtype=dtype, seed=2).requires_grad_()
-    ours = attention(x, RAGGED, attention.memory(states, heard))
+    ours = attention(x, RAGGED, attention.cache(states, heard))
     oracle = masked_cross_attention(attention, x, RAGGED, states, heard)
     agree(ours, oracle, {"x": x, "states": states} | dict(attention.named_parameters()), TOLERANCE[dtype])
     whole = masked_cross_attention(attention, x, Layout([RAGGED.total]), states, Layout([heard.total]))
@@ -94,8 +94,8 @@ def test_causal_attention_does_not_see_the_future() -> None:
 def test_alignment_logits_are_those_that_cross_attention_computes_with() -> None:
     queries, heard = Layout([3, 1, 6]), Layout([5, 9, 2])
     attention, x, states = make_cross(), normal(10, D), normal(16, D, seed=2)
-    memory, heads = attention.memory(states, heard), [2, 0]
-    found = attention.logits(x, queries, memory, heads)
+    cache, heads = attention.cache(states, heard), [2, 0]
+    found = attention.logits(x, queries, cache, heads)
     whole = masked_logits(attention, x, queries, states, heard)[heads]
     assert [tuple(logits.shape) for logits in found] == [(2, 3, 5), (2, 1, 9), (2, 6, 2)]
     for logits, rows, columns in zip(found, queries.slices(), heard.slices(), strict=True):
@@ -137,11 +137,11 @@ def test_selected_rows_take_their_past_along_and_leave_the_old_cache_alone() -> 
     assert relative(stayed, attention(x.flatten(0, 1), Layout([8] * 3)).view(3, 8, D)[:, 5:]) < 1e-12
 
 
-def test_memory_is_selected_by_segment() -> None:
-    memory = make_cross().memory(normal(12, D), Layout([3, 4, 5]))
-    assert [tuple(keys.shape) for keys in memory.keys] == [(1, H, n, D // H) for n in (3, 4, 5)]
-    chosen = memory.select([2, 0])
-    assert chosen.keys == (memory.keys[2], memory.keys[0]) and chosen.values == (memory.values[2], memory.values[0])
+def test_a_cache_is_selected_by_segment() -> None:
+    cache = make_cross().cache(normal(12, D), Layout([3, 4, 5]))
+    assert [tuple(keys.shape) for keys in cache.keys] == [(1, H, n, D // H) for n in (3, 4, 5)]
+    chosen = cache.select([2, 0])
+    assert chosen.keys == (cache.keys[2], cache.keys[0]) and chosen.values == (cache.values[2], cache.values[0])
 
 
 def test_keys_start_without_a_bias_as_in_whisper() -> None:

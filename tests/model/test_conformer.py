@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from model.tiny import CONFIGS, random_mels, random_texts, relative
 
 from whisper_moe.config import ConformerConfig, ModelConfig
-from whisper_moe.model.conformer import ConvolutionModule
+from whisper_moe.model.layers import ConvolutionModule
 from whisper_moe.model.model import WhisperMoEModel
 from whisper_moe.packing import Layout
 from whisper_moe.weights.upcycle import add_parts

@@ -10,9 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from tests.model.tiny import CONFIGS, MINI_BATCH, random_mels, random_texts, relative, segment_alone, tiny_model
-from whisper_moe.model.decoder import DecoderState
-from whisper_moe.model.encoder import Encoded
-from whisper_moe.model.model import WhisperMoEModel
+from whisper_moe.model.model import DecoderState, Encoded, WhisperMoEModel
 from whisper_moe.packing import Layout
 
 FRAMES = (40, 9, 31)
@@ -31,7 +29,7 @@ def _no_gradients():
 def forced(model: WhisperMoEModel, tokens_Rn: Tensor, encoded: Encoded) -> Tensor:
     """The teacher-forced pass over a text for each segment, [R, n, D]."""
     rows, n = tokens_Rn.shape
-    return model.decoder(tokens_Rn.flatten(), Layout([n] * rows), encoded).view(rows, n, -1)
+    return model.decoder(tokens_Rn.flatten(), Layout([n] * rows), encoded).states_TD.view(rows, n, -1)
 
 
 def stepwise(model: WhisperMoEModel, tokens_Rn: Tensor, state: DecoderState, sizes: Sequence[int]) -> Tensor:
@@ -149,16 +147,16 @@ def test_a_selected_state_does_not_change_the_one_it_came_from(kind: str) -> Non
 
 
 @KINDS
-def test_beams_of_a_segment_share_one_memory(kind: str) -> None:
+def test_beams_of_a_segment_share_one_cache(kind: str) -> None:
     model, encoded = case(kind)
     state = model.decoder.start(encoded, beams=4)
     for block in state.blocks:
-        assert [keys.shape[2] for keys in block.memory.keys] == [20, 5, 16], "one for each segment, not for each beam"
+        assert [keys.shape[2] for keys in block.cross.keys] == [20, 5, 16], "one for each segment, not for each beam"
         assert block.cache.keys.shape[0] == 12
     moved = state.select(torch.arange(12).flip(0).view(3, 4).flip(0).flatten())
-    assert all(new.memory is old.memory for new, old in zip(moved.blocks, state.blocks, strict=True))
+    assert all(new.cross is old.cross for new, old in zip(moved.blocks, state.blocks, strict=True))
     left = state.keep([2])
-    assert all(new.memory.keys == (old.memory.keys[2],) for new, old in zip(left.blocks, state.blocks, strict=True))
+    assert all(new.cross.keys == (old.cross.keys[2],) for new, old in zip(left.blocks, state.blocks, strict=True))
     tokens = texts(3, 6).repeat_interleave(4, dim=0)
     out = stepwise(model, tokens, state, [1, 5]).view(3, 4, 6, -1)
     assert relative(out, forced(model, tokens[::4], encoded)[:, None].expand_as(out)) < 1e-10
@@ -188,8 +186,8 @@ def test_alignment_logits_are_those_of_the_heads_that_are_named() -> None:
     assert [tuple(logits.shape) for logits in found] == [(3, 5, 20), (3, 1, 5), (3, 9, 16)]
     for segment, rows in enumerate(layout.slices()):
         for place, (layer, head) in enumerate([(0, 1), (1, 0), (1, 1)]):
-            memory = model.decoder.blocks[layer].cross_attn.memory(encoded.states_TD, encoded.layout)
-            mixed = found[segment][place].softmax(-1) @ memory.values[segment][0, head]
+            cache = model.decoder.blocks[layer].cross_attn.cache(encoded.states_TD, encoded.layout)
+            mixed = found[segment][place].softmax(-1) @ cache.values[segment][0, head]
             assert relative(mixed, seen[layer][rows].unflatten(-1, (2, -1))[:, head]) < 1e-10
 
 

@@ -7,8 +7,7 @@ import torch
 
 from tests.model.tiny import CONFIGS, fixed_routing, random_mels, relative, tiny_model
 from whisper_moe.config import MoEConfig
-from whisper_moe.model.encoder import Encoder
-from whisper_moe.model.model import WhisperMoEModel
+from whisper_moe.model.model import Encoder, WhisperMoEModel
 from whisper_moe.model.router import Routing, pool_segments
 
 FRAMES = (40, 9, 64)
@@ -35,7 +34,9 @@ def test_the_router_reads_the_states_after_its_layer(layer: int) -> None:
     encoder, mels = encoder_routed_after(layer), random_mels(FRAMES)
     seen: dict[int, torch.Tensor] = {}
     for depth, block in enumerate(encoder.blocks):
-        block.register_forward_hook(lambda block, args, out, depth=depth: seen.update({depth: args[0], depth + 1: out}))
+        block.register_forward_hook(
+            lambda block, args, out, depth=depth: seen.update({depth: args[0], depth + 1: out.x_TD})
+        )
     encoded = encoder(mels)
     assert encoded.routing is not None and encoder.router is not None
     assert same_choice(encoded.routing, encoder.router(pool_segments(seen[layer], encoded.layout)))
@@ -58,11 +59,11 @@ def test_a_segments_choice_does_not_depend_on_its_batch_mates() -> None:
 @torch.no_grad()
 def test_what_is_heard_changes_the_routers_reading_and_nothing_else() -> None:
     encoder, mels, heard = tiny_model("segment").encoder, random_mels(FRAMES), [7, 5, 32]
-    whole, part = encoder(mels), encoder(mels, heard=heard)
+    whole, part = encoder(mels), encoder(mels, valid_lengths=heard)
     assert whole.routing is not None and part.routing is not None
     read = (whole.routing.logits - part.routing.logits).abs().amax(dim=1)
     assert read[0] > 1e-2 and (read[1:] == 0).all(), "segments 1 and 2 are heard to their ends"
-    assert torch.equal(encoder(mels, heard=heard, routing=whole.routing).states_TD, whole.states_TD)
+    assert torch.equal(encoder(mels, valid_lengths=heard, routing=whole.routing).states_TD, whole.states_TD)
     assert torch.equal(encoder(mels, routing=part.routing).states_TD, part.states_TD)
 
 
@@ -72,7 +73,7 @@ def test_only_what_is_heard_is_read() -> None:
     encoder, mels = encoder_routed_after(0), random_mels(FRAMES)
     noise = mels[0].clone()
     noise[:, 20:] += 1
-    before, after = (encoder([mel, *mels[1:]], heard=[9, 5, 32]).routing for mel in (mels[0], noise))
+    before, after = (encoder([mel, *mels[1:]], valid_lengths=[9, 5, 32]).routing for mel in (mels[0], noise))
     assert torch.equal(before.logits, after.logits)
     before, after = (encoder([mel, *mels[1:]]).routing for mel in (mels[0], noise))
     assert not torch.equal(before.logits[0], after.logits[0])
@@ -81,7 +82,7 @@ def test_only_what_is_heard_is_read() -> None:
 @pytest.mark.parametrize("heard", [[0, 5, 32], [21, 5, 32]])
 def test_a_count_outside_its_segment_is_refused(heard: list[int]) -> None:
     with pytest.raises(ValueError, match=rf"segment 0 has 20 tokens; {heard[0]} of them"):
-        tiny_model("segment").encoder(random_mels(FRAMES), heard=heard)
+        tiny_model("segment").encoder(random_mels(FRAMES), valid_lengths=heard)
 
 
 @torch.no_grad()

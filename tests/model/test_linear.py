@@ -13,14 +13,20 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 
 from tests.model.tiny import CONFIGS, random_mels, random_texts, relative, tiny_model
-from whisper_moe.model import fbgemm
-from whisper_moe.model import linear as linear_layers
-from whisper_moe.model.fbgemm import FbgemmLinear, unsaturated
-from whisper_moe.model.feed_forward import RUN
-from whisper_moe.model.int8 import Int8Embedding, Int8Experts, Int8Linear, Int8Rows
-from whisper_moe.model.linear import Arithmetic, BlockedLinear, SeparateExperts, arrange
+from whisper_moe.model import inference
+from whisper_moe.model.inference import Arithmetic, BlockedLinear, prepare_for_inference
+from whisper_moe.model.int8 import (
+    FbgemmLinear,
+    Int8Embedding,
+    Int8Linear,
+    Int8Rows,
+    fbgemm_packing,
+    suits_fbgemm,
+    unsaturated,
+)
+from whisper_moe.model.layers import CHUNK
 from whisper_moe.model.model import WhisperMoEModel
-from whisper_moe.model.moe import FEW_TOKENS, Experts
+from whisper_moe.model.moe import FEW_TOKENS, Experts, Int8Experts, SeparateExperts
 from whisper_moe.model.router import NONE, Routing
 from whisper_moe.model.ttt import TTTMLP
 from whisper_moe.packing import Layout
@@ -34,7 +40,7 @@ pytestmark = pytest.mark.usefixtures("_inference")
 
 @pytest.fixture
 def _inference():
-    with torch.inference_mode(), fbgemm.packing() if fbgemm.suits_this_cpu() else nullcontext():
+    with torch.inference_mode(), fbgemm_packing() if suits_fbgemm() else nullcontext():
         yield
 
 
@@ -44,7 +50,7 @@ def linear(inputs: int, outputs: int, bias: bool = True) -> nn.Linear:
 
 
 Int8Layer = type[Int8Linear] | type[FbgemmLinear]
-needs_avx2 = pytest.mark.skipif(not fbgemm.suits_this_cpu(), reason="for CPUs with AVX2 and no more")
+needs_avx2 = pytest.mark.skipif(not suits_fbgemm(), reason="for CPUs with AVX2 and no more")
 INT8_LAYERS = pytest.mark.parametrize("int8", [Int8Linear, pytest.param(FbgemmLinear, marks=needs_avx2)])
 
 
@@ -130,11 +136,11 @@ def test_a_tokens_int8_output_does_not_depend_on_its_batch_mates(
 
 @INT8_LAYERS
 def test_many_tokens_are_what_they_are_alone_and_none_are_none(int8: Int8Layer) -> None:
-    x = rows(2 * RUN + 76, 33)
+    x = rows(2 * CHUNK + 76, 33)
     layer = int8(Int8Rows.of(linear(33, 7).weight), None)
     alone = [layer(part) for part in x.split(7)]
-    for inference in (False, True):  # which takes a run at a time
-        with torch.set_grad_enabled(not inference):
+    for training in (False, True):  # inference takes a chunk at a time
+        with torch.set_grad_enabled(training):
             assert torch.equal(layer(x), torch.cat(alone)) and layer(x[:0]).shape == (0, 7)
 
 
@@ -264,7 +270,7 @@ def test_int8_experts_that_were_never_trained_add_nothing_at_all(int8_experts: C
 
 def arranged(model: WhisperMoEModel, arithmetic: Arithmetic) -> WhisperMoEModel:
     other = copy.deepcopy(model)
-    assert arrange(other, arithmetic) is other
+    assert prepare_for_inference(other, arithmetic) is other
     return other
 
 
@@ -274,7 +280,7 @@ def test_every_linear_layer_the_head_and_the_experts_are_swapped(kind: str, arit
     model = tiny_model(kind, torch.float32)
     linears = [name for name, module in model.named_modules() if isinstance(module, nn.Linear)]
     other = arranged(model, arithmetic)
-    avx2 = fbgemm.suits_this_cpu()
+    avx2 = suits_fbgemm()
     swapped = {"float32": BlockedLinear, "int8": FbgemmLinear if avx2 else Int8Linear}[arithmetic]
     names = [name for name, module in other.named_modules() if isinstance(module, swapped) and ".experts." not in name]
     expert_layers = [name for name, module in model.named_modules() if isinstance(module, Experts)]
@@ -294,15 +300,15 @@ def test_arranging_leaves_the_process_as_it_was_and_says_what_went_wrong(
     threads, engine = torch.get_num_threads(), torch.backends.quantized.engine
     torch.set_num_threads(3)
     try:
-        arrange(tiny_model("segment", torch.float32), arithmetic)
+        prepare_for_inference(tiny_model("segment", torch.float32), arithmetic)
         assert (torch.get_num_threads(), torch.backends.quantized.engine) == (3, engine)
 
         def fails(*_: object) -> nn.Module:
             raise MemoryError("no room")
 
-        monkeypatch.setattr(linear_layers, "_head", fails)
+        monkeypatch.setattr(inference, "_linear", fails)
         with pytest.raises(MemoryError, match="no room"):
-            arrange(tiny_model("segment", torch.float32), arithmetic)
+            prepare_for_inference(tiny_model("segment", torch.float32), arithmetic)
         assert (torch.get_num_threads(), torch.backends.quantized.engine) == (3, engine)
     finally:
         torch.set_num_threads(threads)
@@ -313,7 +319,7 @@ def run(model: WhisperMoEModel) -> tuple[Tensor, Tensor]:
     encoded = model.encoder(random_mels((81, 40, 7), torch.float32))
     texts = random_texts((9, 20, 4))
     layout = Layout(map(len, texts))
-    return encoded.states_TD, model.decoder.head(model.decoder(torch.cat(texts), layout, encoded))
+    return encoded.states_TD, model.decoder.head(model.decoder(torch.cat(texts), layout, encoded).states_TD)
 
 
 @ARITHMETIC
@@ -333,7 +339,7 @@ def test_int8_leaves_a_packed_segment_exactly_as_it_is_beside_others(
     avx2: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """A pack of the same shape with other neighbours: one scale for the whole tensor would show here."""
-    monkeypatch.setattr(fbgemm, "suits_this_cpu", lambda: avx2)
+    monkeypatch.setattr(inference, "suits_fbgemm", lambda: avx2)
     model = arranged(tiny_model("dense", torch.float32), "int8")
     mels = random_mels((81, 40, 7), torch.float32)
     before = model.encoder(mels)
@@ -369,7 +375,7 @@ def test_weights_that_are_int8_already_compute_what_their_float32_form_does(
     if not onednn:
         monkeypatch.setattr(torch.backends.mkldnn, "is_available", lambda: False)
     part, quantized, whole = halves(tiny_model(kind, torch.float32))
-    arrange(part, arithmetic, quantized)
+    prepare_for_inference(part, arithmetic, quantized)
     assert any(isinstance(module, Int8Embedding) for module in part.modules())
     for found, expected in zip(run(part), run(arranged(whole, arithmetic)), strict=True):
         assert torch.equal(found, expected)

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 from torch.nn import functional as F
 
-from whisper_moe.model.moe import LONG_RUN, Experts
+from whisper_moe.model.moe import Experts
 from whisper_moe.model.router import NONE, Router, Routing
 from whisper_moe.packing import Layout
 
@@ -53,18 +53,14 @@ def oracle(experts: Experts, x_TD: Tensor, routing: Routing, layout: Layout | No
 
 
 def every_path(experts: Experts, x_TD: Tensor, routing: Routing, layout: Layout | None = None) -> dict[str, Tensor]:
-    """The same sum by each implementation, and by whichever ``forward`` takes."""
-    tokens = routing if layout is None else routing.expand(layout)
-    bias_TD = experts._gated_down_bias(tokens.experts, tokens.gates)
-    results = {
-        "forward": experts(x_TD, routing, layout),
-        "by_expert": experts._by_expert(x_TD, tokens.experts, tokens.gates, bias_TD),
-        "by_run": experts._by_run(x_TD, tokens.gates, bias_TD, routing.runs(layout)),
-    }
-    if x_TD.dtype != torch.float64:
-        assert experts._can_group(x_TD)
-        results["grouped"] = experts._grouped(x_TD, tokens.experts, tokens.gates, bias_TD)
-    return results
+    """The same sum as it is defined and, where the numbers allow it, in one grouped product."""
+    fastest, can_group = experts(x_TD, routing, layout), experts._can_group
+    assert can_group(x_TD) == (x_TD.dtype != torch.float64)
+    experts._can_group = lambda x_TD: False
+    try:
+        return {"forward": fastest, "by definition": experts(x_TD, routing, layout)}
+    finally:
+        experts._can_group = can_group
 
 
 def relative_error(got: Tensor, expected: Tensor) -> float:
@@ -224,58 +220,34 @@ def test_experts_start_at_zero_and_alive() -> None:
     assert routing.gates.grad.abs().max() > 0
 
 
-SHORT = [LONG_RUN // 2] * 4
-LONG = [LONG_RUN] * 4
-
-
 @pytest.mark.parametrize(
-    ("lengths", "same", "dtype", "d_model", "path"),
+    ("dtype", "d_model", "grouped"),
     [
-        pytest.param(LONG, False, torch.float32, 32, "_by_run", id="long-segments"),
-        pytest.param(SHORT, False, torch.float32, 32, "_grouped", id="short-segments"),
-        pytest.param(SHORT, True, torch.float32, 32, "_by_run", id="one-choice"),
-        pytest.param(SHORT, False, torch.float64, 32, "_by_expert", id="float64"),
-        pytest.param(SHORT, False, torch.float32, 30, "_by_expert", id="unaligned"),
-        pytest.param(SHORT, False, torch.bfloat16, 32, "_grouped", id="bfloat16"),
-        pytest.param(SHORT, False, torch.bfloat16, 36, "_by_expert", id="unaligned-in-bfloat16"),
-        pytest.param([1, 1, 1, 1], True, torch.float32, 32, "_by_run", id="decoder-rows-that-agree"),
-        pytest.param([1, 1, 1, 1], False, torch.float32, 32, "_grouped", id="decoder-rows-that-differ"),
+        (torch.float32, 32, True), (torch.float32, 30, False), (torch.float64, 32, False), (torch.bfloat16, 32, True),
+        (torch.bfloat16, 36, False),
     ],
-)
-def test_forward_takes_the_documented_path(
-    monkeypatch: pytest.MonkeyPatch, lengths: list[int], same: bool, dtype: torch.dtype, d_model: int, path: str
+    ids=str,
+)  # fmt: skip
+def test_the_grouped_product_is_taken_where_it_is_possible(
+    monkeypatch: pytest.MonkeyPatch, dtype: torch.dtype, d_model: int, grouped: bool
 ) -> None:
-    taken: list[str] = []
-    for name in ("_by_run", "_grouped", "_by_expert"):
-        original = getattr(Experts, name)
-        monkeypatch.setattr(
-            Experts, name, lambda *args, name=name, original=original: taken.append(name) or original(*args)
-        )
-    experts, layout = make_experts(dtype, d_model), Layout(lengths)
-    routing = random_routing(4, dtype)
-    if same:
-        routing = routing.rows(torch.zeros(4, dtype=torch.int64))
+    taken: list[bool] = []
+    one_product = Experts._grouped
+    monkeypatch.setattr(Experts, "_grouped", lambda *args: taken.append(True) or one_product(*args))
+    experts, layout, routing = make_experts(dtype, d_model), Layout([32] * 4), random_routing(4, dtype)
     x = torch.randn(layout.total, d_model, dtype=dtype)
     y = experts(x, routing, layout)
-    assert taken == [path]
+    assert taken == [True] * grouped
     assert relative_error(y.double(), oracle(experts, x, routing, layout).double()) < 0.03
 
 
-@pytest.mark.parametrize("lengths", [LONG, [1, 1, 1, 1]], ids=["by_run", "grouped"])
+@pytest.mark.parametrize("lengths", [[64] * 4, [1] * 4], ids=["long", "short"])
 def test_bfloat16_autocast_computes_every_path_in_bfloat16(lengths: list[int]) -> None:
     experts, layout, routing = make_experts(torch.float32), Layout(lengths), random_routing(4, torch.float32)
     x = torch.randn(layout.total, D_MODEL)
     with torch.autocast("cpu", torch.bfloat16):
-        results = every_autocast_path(experts, x, routing, layout)
+        results = every_path(experts, x, routing, layout)
     expected = oracle(experts, x, routing, layout)
-    for y in results:
+    for y in results.values():
         assert y.dtype == torch.bfloat16
         assert 0 < relative_error(y.float(), expected) < 0.03
-
-
-def every_autocast_path(experts: Experts, x: Tensor, routing: Routing, layout: Layout) -> list[Tensor]:
-    """As ``forward`` chooses, and by the reference, from inputs cast as ``forward`` casts them."""
-    tokens = routing.expand(layout)
-    gates = tokens.gates.bfloat16()
-    bias = experts._gated_down_bias(tokens.experts, gates)
-    return [experts(x, routing, layout), experts._by_expert(x.bfloat16(), tokens.experts, gates, bias)]

@@ -53,7 +53,7 @@ class Case:
         encoded = self.model.encoder([self.mels[i] for i in segments], routing=routing)
         texts = [self.texts[i] for i in segments]
         layout = Layout(map(len, texts))
-        logits = self.model.decoder.head(self.model.decoder(torch.cat(texts), layout, encoded))
+        logits = self.model.decoder.head(self.model.decoder(torch.cat(texts), layout, encoded).states_TD)
         per_segment = [logits[rows] for rows in layout.slices()]
         labels = [(text + 1) % self.model.config.vocab_size for text in texts]
         loss = torch.stack(
@@ -118,12 +118,12 @@ def test_the_model_equals_itself_with_masked_attention(kind: str, monkeypatch: p
     with torch.no_grad():
         states, logits, _ = case.run(case.everything)
         monkeypatch.setattr(SelfAttention, "forward", masked_self_attention)
-        # The oracle computes keys and values itself, so the memory is the states that it computes them from.
-        monkeypatch.setattr(CrossAttention, "memory", lambda attention, states_TD, layout: (states_TD, layout))
+        # The oracle computes keys and values itself, so the cache is the states that it computes them from.
+        monkeypatch.setattr(CrossAttention, "cache", lambda attention, states_TD, layout: (states_TD, layout))
         monkeypatch.setattr(
             CrossAttention,
             "forward",
-            lambda self, x_TD, layout, memory: masked_cross_attention(self, x_TD, layout, *memory),
+            lambda self, x_TD, layout, cache: masked_cross_attention(self, x_TD, layout, *cache),
         )
         masked_states, masked_logits, _ = case.run(case.everything)
     for ours, oracle in zip(states + logits, masked_states + masked_logits, strict=True):

@@ -16,9 +16,8 @@ from transformers import WhisperForConditionalGeneration
 from whisper_moe.config import POSITIONS_PER_SECOND, SAMPLE_RATE
 from whisper_moe.media.audio import load_audio
 from whisper_moe.media.mel import log_mel
-from whisper_moe.model.encoder import Encoded
-from whisper_moe.model.linear import arrange
-from whisper_moe.model.model import WhisperMoEModel
+from whisper_moe.model.inference import prepare_for_inference
+from whisper_moe.model.model import Encoded, WhisperMoEModel
 from whisper_moe.packing import Layout
 from whisper_moe.weights.default import Loaded, load_model
 from whisper_moe.weights.parts import empty_model
@@ -101,7 +100,7 @@ def far(a: Tensor, b: Tensor) -> float:
 def forced(model: WhisperMoEModel, windows: list[Window], encoded: Encoded) -> list[Tensor]:
     """Teacher-forced logits of every window."""
     layout = Layout(len(w.text) for w in windows)
-    logits = model.decoder.head(model.decoder(torch.cat([w.text for w in windows]), layout, encoded))
+    logits = model.decoder.head(model.decoder(torch.cat([w.text for w in windows]), layout, encoded).states_TD)
     return [logits[rows] for rows in layout.slices()]
 
 
@@ -145,7 +144,7 @@ def test_arranged_for_this_machine_it_is_as_exact_as_transformers(loaded: Loaded
     which are themselves 1e-3 from those of float64; what is heard and the logits do not notice. By the CPU, they are up to
     2.2 times as far from float64's as transformers' are."""
     model, exact = make(loaded), make(loaded).double()
-    arrange(model)
+    prepare_for_inference(model)
     encoded = model.encoder([speech.mel])
     states = exact.encoder([speech.mel.double()]).states_TD
     assert 200 < speech.heard < 1000

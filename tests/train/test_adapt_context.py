@@ -91,12 +91,11 @@ def test_a_lesson_is_what_the_padded_model_says(samples: list[Sample], teacher: 
         lesson = teacher.lesson(sample, mode)  # pyright: ignore[reportArgumentType]
         assert tuple(lesson.tokens[-1 - len(take.hypothesis.tokens) : -1].tolist()) == take.hypothesis.tokens
         mel = log_mel(torch.from_numpy(clip), SPOKEN.config.n_mels, samples=30 * RATE)
-        depths: list[torch.Tensor] = []
         heard = [math.ceil(len(clip) / 320)]
-        encoded = SPOKEN.model.encoder([mel], heard=heard)
+        encoded = SPOKEN.model.encoder([mel], valid_lengths=heard)
         read = lesson.tokens[:-1]
-        last = SPOKEN.model.decoder(read, Layout([len(read)]), encoded, depths=depths)
-        expected = torch.stack([*depths, last])
+        decoded = SPOKEN.model.decoder(read, Layout([len(read)]), encoded)
+        expected = torch.stack([*decoded.depths, decoded.states_TD])
         assert (lesson.states.float() - expected).abs().max() < 2e-3 * expected.abs().max()
 
 

@@ -25,9 +25,7 @@ from whisper_moe.machine import fitting_threads
 from whisper_moe.media.mel import window_mel
 from whisper_moe.media.tokenizer import Tokenizer
 from whisper_moe.model.block import Carry
-from whisper_moe.model.decoder import DecoderState
-from whisper_moe.model.encoder import Encoded
-from whisper_moe.model.model import WhisperMoEModel
+from whisper_moe.model.model import DecoderState, Encoded, WhisperMoEModel
 from whisper_moe.model.router import Routing
 from whisper_moe.packing import Layout, first_fit_decreasing
 
@@ -68,17 +66,7 @@ class WindowDecoder:
     def step(self, tokens_Rn: Tensor, state: DecoderState) -> tuple[Tensor, DecoderState]:
         """The stepper of :mod:`whisper_moe.generate.search`."""
         states_RnD = self.model.decoder.extend(tokens_Rn.to(self._like.device), state)
-        return self.model.decoder.own_logits(states_RnD[:, -1]).float(), state
-
-    def _hear(self, tokens_Rn: Tensor, state: DecoderState) -> tuple[Tensor, DecoderState]:
-        """A step whose logits are those of new tokens too: a language may be among them, but none of them is ever said."""
-        states_RnD = self.model.decoder.extend(tokens_Rn.to(self._like.device), state)
         return self.model.decoder.head(states_RnD[:, -1]).float(), state
-
-    def _own(self, logits_RV: Tensor) -> Tensor:
-        """The logits without those of new tokens, laid out as if there were none: sums then round alike."""
-        own = self.model.config.source_vocab_size
-        return logits_RV if logits_RV.shape[1] == own else logits_RV[:, :own].contiguous()
 
     @property
     def window_seconds(self) -> float:
@@ -127,7 +115,7 @@ class WindowDecoder:
         """Probabilities of the allowed languages for each clip, likeliest first."""
         order, encoded = self.encode(clips, margin)
         state = self.model.decoder.start(encoded)
-        logits, _ = self._hear(torch.full((len(order), 1), self.tokenizer.sot), state)
+        logits, _ = self.step(torch.full((len(order), 1), self.tokenizer.sot), state)
         codes, probabilities = self._language_probabilities(logits, options)
         results: list[dict[str, float]] = [{} for _ in order]
         for index, row in zip(order, probabilities.tolist(), strict=True):
@@ -144,7 +132,7 @@ class WindowDecoder:
         parts = []
         for pack in packs:
             mels = [window_mel(clips[i], self.model.config.n_mels, lengths[i]).to(self._like) for i in pack]
-            parts.append(self.model.encoder(mels, heard=[heard[i] for i in pack], carry=carry))
+            parts.append(self.model.encoder(mels, valid_lengths=[heard[i] for i in pack], carry=carry))
         return [i for pack in packs for i in pack], _joined(parts)
 
     def decode_encoded(
@@ -155,13 +143,13 @@ class WindowDecoder:
         state = self.model.decoder.start(encoded, choice.beams)
         rows, prompt, heard = segments * choice.beams, self._prompt(options, previous), None
         if prompt and self.given_language(options) is None:  # a prompt has a language of its own
-            heard, state = self._hear(torch.tensor([[tokenizer.sot]] * rows), state)
+            heard, state = self.step(torch.tensor([[tokenizer.sot]] * rows), state)
             state = self.model.decoder.restarted(state)
         opening = [*prompt, tokenizer.sot]
-        opened, state = self._hear(torch.tensor([opening] * rows), state)
-        logits = self._own(opened)
-        no_speech = logits[:: choice.beams].softmax(-1)[:, tokenizer.no_speech].tolist()
-        languages = self._languages((opened if heard is None else heard)[:: choice.beams], hints, options)
+        logits, state = self.step(torch.tensor([opening] * rows), state)
+        own = self.model.config.source_vocab_size  # new tokens take no share of a probability: they are never said
+        no_speech = logits[:: choice.beams, :own].softmax(-1)[:, tokenizer.no_speech].tolist()
+        languages = self._languages((logits if heard is None else heard)[:: choice.beams], hints, options)
         prefixes = [self._prefix(language, options) for language, _ in languages]
         if prefixes[0]:
             logits, state = self.step(torch.tensor(prefixes).repeat_interleave(choice.beams, 0), state)
@@ -209,15 +197,15 @@ class WindowDecoder:
     def _rules(self, options: TranscribeOptions) -> Rules:
         tokenizer = self.tokenizer
         asked = self._suppressed if options.suppress_tokens is None else options.suppress_tokens
-        own = self.model.config.source_vocab_size  # new tokens are never said: their logits are not even computed
-        padding = range(tokenizer.vocab_size, own)
-        never = {id for id in (*tokenizer.suppressed(asked), tokenizer.no_timestamps, *padding) if id < own}
+        own, end = self.model.config.source_vocab_size, self.model.config.vocab_size
+        unsaid = range(min(own, tokenizer.vocab_size), end)  # rows of padding, and new tokens
+        never = {id for id in (*tokenizer.suppressed(asked), tokenizer.no_timestamps, *unsaid) if id < end}
         first = self.generation.get("begin_suppress_tokens") or (*tokenizer.encode(" "), tokenizer.eot)
         times = None
         if options.timestamps:
             most = self.generation.get("max_initial_timestamp_index", 50)
             times = Timestamps(tokenizer.timestamp_begin, tokenizer.timestamp_end, tokenizer.eot, most)
-        return Rules(tuple(sorted(never)), tuple(id for id in first if id < own), times)
+        return Rules(tuple(sorted(never)), tuple(id for id in first if id < end), times)
 
     def _languages(
         self, logits_SV: Tensor, hints: Sequence[str | None], options: TranscribeOptions
@@ -270,7 +258,8 @@ class WindowDecoder:
         layout, flat = Layout(map(len, inputs)), torch.tensor([token for tokens in inputs for token in tokens])
         flat = flat.to(self._like.device)
         attention = self.model.decoder.alignment(flat, layout, encoded, self._alignment_heads)
-        logits_TV = self.model.decoder.own_logits(self.model.decoder(flat, layout, encoded))
+        states_TD = self.model.decoder(flat, layout, encoded).states_TD
+        logits_TV = self.model.decoder.head(states_TD)[:, : self.model.config.source_vocab_size]
         timings = []
         for index, (rows, text, language) in enumerate(zip(layout.slices(), texts, languages, strict=True)):
             heard = attention[index][..., : self.positions(samples[index], 0)]  # no word lies in the silence behind
@@ -294,7 +283,5 @@ def _joined(parts: Sequence[Encoded]) -> Encoded:
         return parts[0]
     layout = Layout(length for part in parts for length in part.layout.lengths)
     routings = [part.routing for part in parts if part.routing is not None]
-    routing = None
-    if routings:
-        routing = Routing(torch.cat([r.experts for r in routings]), torch.cat([r.gates for r in routings]), None)
+    routing = Routing.cat(routings) if routings else None
     return Encoded(torch.cat([part.states_TD for part in parts]), layout, routing)

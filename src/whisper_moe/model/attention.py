@@ -51,14 +51,14 @@ class KeyValueCache:
 
 
 @dataclass(frozen=True)
-class Memory:
-    """What cross-attention reads of each segment: keys and values, one [1, H, positions, dh] pair a segment."""
+class CrossAttentionCache:
+    """Keys and values of the encoder's states, one [1, H, positions, dh] pair a segment; all its beams read them."""
 
     keys: tuple[Tensor, ...]
     values: tuple[Tensor, ...]
 
-    def select(self, segments: list[int]) -> Memory:
-        return Memory(tuple(self.keys[i] for i in segments), tuple(self.values[i] for i in segments))
+    def select(self, segments: list[int]) -> CrossAttentionCache:
+        return CrossAttentionCache(tuple(self.keys[i] for i in segments), tuple(self.values[i] for i in segments))
 
 
 class SelfAttention(nn.Module):
@@ -75,9 +75,7 @@ class SelfAttention(nn.Module):
     def forward(self, x_TD: Tensor, layout: Layout) -> Tensor:
         """Every token attends to its own segment, to its past only if ``causal``."""
         qkv = self.qkv(x_TD).unflatten(-1, (3, self.heads, -1))
-        if (
-            len(layout) > 1 and max(layout.lengths) == min(layout.lengths) <= SHORT
-        ):  # many small calls would cost the most
+        if len(layout) > 1 and max(layout.lengths) == min(layout.lengths) <= SHORT:
             q, k, v = qkv.unflatten(0, (len(layout), -1)).permute(2, 0, 3, 1, 4)
             mixed_SHnd = F.scaled_dot_product_attention(q, k, v, is_causal=self.causal)
             return self.out(mixed_SHnd.transpose(1, 2).reshape(x_TD.shape))
@@ -112,26 +110,26 @@ class CrossAttention(nn.Module):
         with torch.no_grad():
             self.kv.bias[:d_model] = 0
 
-    def memory(self, states_TD: Tensor, layout: Layout) -> Memory:
+    def cache(self, states_TD: Tensor, layout: Layout) -> CrossAttentionCache:
         """Keys and values of every segment, computed once and read at every decoding step."""
         kv = self.kv(states_TD).unflatten(-1, (2, self.heads, -1))
         pairs = [kv[rows].permute(1, 2, 0, 3).unsqueeze(1).contiguous() for rows in layout.slices()]
-        return Memory(tuple(pair[0] for pair in pairs), tuple(pair[1] for pair in pairs))
+        return CrossAttentionCache(tuple(pair[0] for pair in pairs), tuple(pair[1] for pair in pairs))
 
-    def forward(self, x_TD: Tensor, layout: Layout, memory: Memory) -> Tensor:
+    def forward(self, x_TD: Tensor, layout: Layout, cache: CrossAttentionCache) -> Tensor:
         """``layout`` gives each segment's tokens in x_TD: one teacher-forced text, or the new tokens of all its beams."""
         q_THd = self.q(x_TD).unflatten(-1, (self.heads, -1))
         mixed = [
             F.scaled_dot_product_attention(q_THd[rows].transpose(0, 1)[None], k, v)[0].transpose(0, 1)
-            for rows, k, v in zip(layout.slices(), memory.keys, memory.values, strict=True)
+            for rows, k, v in zip(layout.slices(), cache.keys, cache.values, strict=True)
         ]
         return self.out(torch.cat(mixed).flatten(1))
 
-    def logits(self, x_TD: Tensor, layout: Layout, memory: Memory, heads: list[int]) -> list[Tensor]:
+    def logits(self, x_TD: Tensor, layout: Layout, cache: CrossAttentionCache, heads: list[int]) -> list[Tensor]:
         """Scaled products of queries and keys, before softmax, [heads, tokens, positions] a segment: for alignment."""
         q_THd = self.q(x_TD).unflatten(-1, (self.heads, -1))
         scale = q_THd.shape[-1] ** -0.5
         return [
             q_THd[rows][:, heads].transpose(0, 1) @ k[0, heads].transpose(1, 2) * scale
-            for rows, k in zip(layout.slices(), memory.keys, strict=True)
+            for rows, k in zip(layout.slices(), cache.keys, strict=True)
         ]

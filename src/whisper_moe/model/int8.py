@@ -5,25 +5,36 @@ whisper-base: relative error 1.112 % against 1.119 %, which is not worth losing 
 
 Products are of int8 with sums in int32: a scale for each row of the weight and **a scale for each token** of the input. One
 scale over the whole flat tensor would let segments that share a pack change each other's answer; a scale per token cannot.
+
+x86 CPUs without AVX-512 have a kernel of their own, FBGEMM's. Without VNNI a CPU multiplies bytes in pairs, an unsigned one by
+a signed one, and adds the two products in 16 bits, which saturate: 255 · 127 + 255 · 127 is 64,770 and comes out as 32,767.
+The usual way out is to give up one bit of every number. Here only the pairs count: a row whose neighbours add up to at most
+128 on either side of 0 is exact as it is, and any other row is scaled down until it is. (A row's largest weight has a small
+neighbour most of the time.)
 """
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from whisper_moe.model.feed_forward import by_runs
-from whisper_moe.model.moe import FEW_TOKENS, shares
-from whisper_moe.model.router import Routing
-from whisper_moe.packing import Layout
+from whisper_moe.model.layers import by_chunks
 
 LEVELS = 127
 _CHUNK = 1 << 17
 """Elements de-quantised at a time: the pass that multiplies finds them in the cache."""
+_ZERO = 128
+"""FBGEMM's tokens are unsigned: -127 … 127 is stored as 1 … 255."""
+_PAIR = 32_767 // 255
+"""What the weights of a pair may add up to there, on either side of 0."""
+_ROWS = 512
+"""Rows of a matrix that are laid out at a time."""
 
 
 @dataclass(frozen=True)
@@ -74,7 +85,7 @@ def row_scale(x_TD: Tensor) -> Tensor:
     return x_TD.abs().amax(1, keepdim=True).clamp_min_(1e-12).div_(LEVELS)
 
 
-def _product(x_TD: Tensor, levels_DN: Tensor) -> Tensor:
+def int8_product(x_TD: Tensor, levels_DN: Tensor) -> Tensor:
     """x W for float32 tokens, each rounded to 127 steps of its own largest number; W's own scale is still to come."""
     scale_T1 = row_scale(x_TD)
     levels_TD = (x_TD / scale_T1).round_().to(torch.int8)
@@ -86,16 +97,16 @@ class Int8Linear(nn.Module):
 
     def __init__(self, weight: Int8Rows, bias: Tensor | None) -> None:
         super().__init__()
-        self.weight = weight.levels.t()
+        self.outputs, self.weight = weight.shape[0], weight.levels.t()
         self.scale = weight.scale[:, 0].contiguous()
         self.bias = bias.detach() if bias is not None else torch.zeros_like(self.scale)
 
     def forward(self, x: Tensor) -> Tensor:
-        return by_runs(self._product, x.reshape(-1, x.shape[-1])).view(*x.shape[:-1], len(self.scale))
+        return by_chunks(self._product, x.reshape(-1, x.shape[-1])).view(*x.shape[:-1], self.outputs)
 
     def _product(self, x_TD: Tensor) -> Tensor:
         # Passes in place: one addcmul that broadcasts along both dimensions takes ten times as long as all of them.
-        return _product(x_TD, self.weight).mul_(self.scale).add_(self.bias)
+        return int8_product(x_TD, self.weight).mul_(self.scale).add_(self.bias)
 
 
 class Int8Embedding(nn.Module):
@@ -109,44 +120,58 @@ class Int8Embedding(nn.Module):
         return self.levels[ids].float().mul_(self.scale[ids])
 
 
-class Int8Experts(nn.Module):
-    """:class:`~whisper_moe.model.moe.Experts`: those that tokens need are one feed-forward, their hidden units side by side.
+def suits_fbgemm() -> bool:
+    """An x86 CPU with AVX2 and no more, and a PyTorch that has the kernel (it is marked as deprecated in 2.13)."""
+    kernel = hasattr(torch.ops.quantized, "linear_with_input_q_dq_qweight_dq_output_fp32")
+    engine = "fbgemm" in torch.backends.quantized.supported_engines
+    return kernel and engine and torch.backends.cpu.get_cpu_capability() == "AVX2"
 
-    A row of ``down`` is one hidden unit's way out; its scale multiplies that unit, and so does its expert's gate. Units of
-    experts that a token did not choose are 0, so it does not matter to it which others are computed.
-    """
 
-    def __init__(self, up: Int8Rows, up_bias: Tensor, down: Int8Rows, down_bias: Tensor) -> None:
-        """Stacks [E, F, D] of E experts with F hidden units; biases [E, F] and [E, D]."""
-        super().__init__()
-        scales = (up.scale[..., 0].contiguous(), down.scale[..., 0].contiguous())
-        self.all = (up.levels, down.levels, *scales, up_bias.detach(), down_bias.detach())
-        self.last: tuple[tuple[int, ...], tuple[Tensor, ...]] = ((), ())
-        """The experts that were used last: decoding asks for the same ones at every step."""
+@contextmanager
+def fbgemm_packing() -> Iterator[None]:
+    """FBGEMM's own packing, in which every :class:`FbgemmLinear` has to be made; the choice is the whole process's."""
+    engine = torch.backends.quantized.engine
+    torch.backends.quantized.engine = "fbgemm"
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "torch.quantize_per_tensor")  # deprecated, without a successor on AVX2
+        try:
+            yield
+        finally:
+            torch.backends.quantized.engine = engine
 
-    def forward(self, x_TD: Tensor, routing: Routing, layout: Layout | None = None) -> Tensor:
-        """The gated sum over each token's experts, as :meth:`Experts.forward`."""
-        parts = shares(routing, layout, len(x_TD))
-        return torch.cat([self._mixed(x_TD[run], *self._widened(experts, gates)) for run, experts, gates in parts])
 
-    def _widened(self, experts: tuple[int, ...], gates_TC: Tensor) -> tuple[tuple[int, ...], Tensor]:
-        """All experts, where few tokens want most of them: their weights lie side by side as they are."""
-        count = len(self.all[0])
-        if len(gates_TC) > FEW_TOKENS or 2 * len(experts) <= count or len(experts) == count:
-            return experts, gates_TC
-        return tuple(range(count)), gates_TC.new_zeros(len(gates_TC), count).index_copy_(
-            1, torch.tensor(experts, device=gates_TC.device), gates_TC
-        )
+def unsaturated(weight: Int8Rows) -> Int8Rows:
+    """A matrix [rows, columns] whose neighbouring columns, two and two, do not overflow 16 bits; other rows stay as they are."""
+    levels, scale = torch.empty_like(weight.levels), torch.empty_like(weight.scale)
+    for part, old, out, out_scale in zip(
+        weight.levels.split(_ROWS), weight.scale.split(_ROWS), levels.split(_ROWS), scale.split(_ROWS), strict=True
+    ):
+        most = torch.maximum(_heaviest(part.clamp_min(0)), _heaviest(part.neg().clamp_min_(0)))
+        # One level of room: both of a pair may be rounded up.
+        shrink = torch.where(most > _PAIR, (_PAIR - 1) / most, 1)
+        out.copy_((part * shrink).round_())
+        torch.div(old, shrink, out=out_scale)
+    return Int8Rows(levels, scale)
 
-    def _mixed(self, x_TD: Tensor, experts: tuple[int, ...], gates_TC: Tensor) -> Tensor:
-        """Some experts for all tokens; ``gates_TC`` has a column for each of them."""
-        if not experts:
-            return torch.zeros_like(x_TD)
-        last = self.last  # read once and replaced as a whole: another thread may be transcribing
-        if last[0] != experts:
-            everyone = experts == tuple(range(len(self.all[0])))
-            last = self.last = (experts, self.all if everyone else tuple(t[list(experts)] for t in self.all))
-        up_CFD, down_CFD, up_scale, down_scale, up_bias, down_bias = last[1]
-        products = _product(x_TD, up_CFD.flatten(0, 1).t()).mul_(up_scale.flatten()).add_(up_bias.flatten())
-        hidden_TCF = F.gelu(products).view(len(x_TD), *up_scale.shape).mul_(down_scale).mul_(gates_TC[..., None])
-        return _product(hidden_TCF.flatten(1), down_CFD.flatten(0, 1)).addmm_(gates_TC, down_bias)
+
+def _heaviest(levels: Tensor) -> Tensor:
+    """The largest sum of two neighbours in each row of int8 numbers that are not negative, [rows, 1]."""
+    pairs = F.pad(levels, (0, levels.shape[1] % 2)).view(torch.int16)  # two bytes in one number: four times as fast
+    return ((pairs & 0xFF) + (pairs >> 8)).amax(1, keepdim=True)
+
+
+class FbgemmLinear(Int8Linear):
+    """The same product by FBGEMM, where :func:`suits_fbgemm`; made within :func:`fbgemm_packing`."""
+
+    def __init__(self, weight: Int8Rows, bias: Tensor | None) -> None:
+        nn.Module.__init__(self)
+        self.outputs, self.bias = weight.shape[0], bias.detach() if bias is not None else torch.zeros(weight.shape[0])
+        weight = unsaturated(weight)
+        zeros = torch.zeros(self.outputs, dtype=torch.long)
+        tensor = torch._make_per_channel_quantized_tensor(weight.levels, weight.scale[:, 0].double(), zeros, 0)  # pyright: ignore[reportPrivateImportUsage]
+        self.packed = torch.ops.quantized.linear_prepack(tensor, None)
+
+    def _product(self, x_TD: Tensor) -> Tensor:
+        scale_T1 = row_scale(x_TD)
+        product = torch.ops.quantized.linear_with_input_q_dq_qweight_dq_output_fp32
+        return product(x_TD / scale_T1, 1.0, _ZERO, self.packed).mul_(scale_T1).add_(self.bias)

@@ -1,31 +1,249 @@
-"""The whole encoder-decoder as one ``nn.Module``; everything around it (files, text, search) lives elsewhere."""
+"""The whole encoder-decoder as one ``nn.Module``; everything around it (files, text, search) lives elsewhere.
+
+T tokens of all segments, D width. Decoding rows R: S segments with the same number of beams each, rows of a segment side by
+side, all rows equally long; n new tokens a row.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import NamedTuple
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, replace
+from typing import NamedTuple, cast
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from whisper_moe.config import ModelConfig
-from whisper_moe.model.decoder import Decoder
-from whisper_moe.model.encoder import Encoder
-from whisper_moe.model.router import Choices, Routing
+from whisper_moe.embed.audio import AudioStem, sinusoids
+from whisper_moe.model.block import Block, BlockState, Carry
+from whisper_moe.model.router import Router, Routing, pool_segments
 from whisper_moe.packing import Layout
+
+_FIRST_CAPACITY = 64
+"""Tokens a cache has room for at first: most clips need fewer, and it doubles when they do not."""
+
+
+class Encoded(NamedTuple):
+    """What the encoder says about some segments."""
+
+    states_TD: Tensor
+    layout: Layout
+    """Where each segment lies."""
+    routing: Routing | None
+    """The experts of each segment; None without segment-scope experts."""
+    choices: tuple[Routing, ...] = ()
+    """Every choice that a router made or was given: one for the segments, or one for each routed layer's tokens."""
+
+
+class Decoded(NamedTuple):
+    """What a teacher-forced pass of the decoder gives."""
+
+    states_TD: Tensor
+    """Before the head."""
+    depths: tuple[Tensor, ...]
+    """Behind each block, [T, D]."""
+    choices: tuple[Routing, ...]
+    """One for each routed layer's tokens."""
 
 
 class Output(NamedTuple):
     """What training reads of one pass."""
 
     logits: Tensor
-    """[Σ n, vocab]"""
+    """[T, vocab]"""
     states_TD: Tensor
-    """The decoder's states before the head, [Σ n, D]."""
+    """The decoder's states before the head."""
     routings: tuple[Routing, ...]
     """Every choice that a router made, in order: one for the segments, or one for each routed layer's tokens."""
     depths: tuple[Tensor, ...]
-    """The decoder's states behind each of its blocks, [Σ n, D]."""
+    """The decoder's states behind each of its blocks, [T, D]."""
+
+
+@dataclass
+class DecoderState:
+    """Everything that decoding remembers: one :class:`BlockState` a block, and each row's experts."""
+
+    blocks: list[BlockState]
+    routing: Routing | None
+    segments: int
+    beams: int
+
+    @property
+    def length(self) -> int:
+        """Tokens decoded so far, the same for every row."""
+        return self.blocks[0].cache.length
+
+    def select(self, rows: Tensor) -> DecoderState:
+        """The state with row ``rows[i]`` in place of row i: beams that moved within their segments."""
+        blocks = [BlockState(b.cache.select(rows), b.cross, b.ttt.select(rows) if b.ttt else None) for b in self.blocks]
+        return replace(self, blocks=blocks)
+
+    def keep(self, segments: list[int]) -> DecoderState:
+        """The state without the segments that are finished: their rows, keys and values leave the batch."""
+        rows = torch.tensor([s * self.beams + b for s in segments for b in range(self.beams)])
+        rows = rows.to(self.blocks[0].cache.keys.device)
+        blocks = [replace(b, cross=b.cross.select(segments)) for b in self.select(rows).blocks]
+        return DecoderState(blocks, self.routing.rows(rows) if self.routing else None, len(segments), self.beams)
+
+
+class TextHead(nn.Module):
+    """Logits over the vocabulary by the token embedding itself (tied; the head owns no parameter), those of new tokens last."""
+
+    def __init__(self, embedding: nn.Embedding, new_tokens: nn.Embedding | None = None) -> None:
+        super().__init__()
+        self._tied = (embedding, new_tokens)  # in a tuple, so that they are not registered a second time
+
+    @property
+    def weight(self) -> Tensor:
+        return self._tied[0].weight
+
+    def forward(self, x_TD: Tensor) -> Tensor:
+        logits = [F.linear(x_TD, embedding.weight) for embedding in self._tied if embedding is not None]
+        return logits[0] if len(logits) == 1 else torch.cat(logits, -1)
+
+
+class Encoder(nn.Module):
+    """Stem, positions, blocks: log-mels of several segments → flat states, and the router's choice for each segment.
+
+    Blocks before ``moe.router_layer`` are unrouted; the router reads what they made.
+    """
+
+    positions: Tensor
+
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__()
+        self.stem = AudioStem(config.n_mels, config.d_model)
+        self.register_buffer("positions", sinusoids(config.max_source_positions, config.d_model))
+        self.blocks = _blocks(Block(config, "encoder", i) for i in range(config.encoder_layers))
+        self.norm = nn.LayerNorm(config.d_model)
+        self.core_alone = config.core_alone_on_full_windows
+        moe = config.moe if config.moe and config.moe.scope == "segment" else None
+        self.router = Router.of(config.d_model, moe) if moe else None
+        self.router_layer = moe.router_layer if moe else None
+
+    def forward(
+        self,
+        mels: Sequence[Tensor],
+        *,
+        valid_lengths: Sequence[int] | None = None,
+        routing: Routing | None = None,
+        carry: Carry | None = None,
+    ) -> Encoded:
+        """``mels``: [n_mels, frames] a segment.
+
+        ``valid_lengths``: how many positions of each segment the router reads (those of the sound, not of the silence kept
+        after it); default all. ``routing``: a choice made elsewhere, which the router then does not make. ``carry``: fast
+        weights of the same recording's window before, advanced in place; for one segment at a time.
+        """
+        if routing is not None and self.router is None:
+            raise ValueError("routing is given to a model whose segments are not routed")
+        x_TD, layout = self.stem(mels)
+        longest, limit = max(layout.lengths), self.positions.shape[0]
+        if longest > limit:
+            raise ValueError(f"a segment has {longest} positions; the encoder has {limit}")
+        x_TD = x_TD + self.positions[layout.positions(x_TD.device)]
+        alone = [self.core_alone and length == limit for length in layout.lengths]
+        choices: list[Routing] = []
+        for depth in range(len(self.blocks) + 1):
+            if depth == self.router_layer and self.router is not None:
+                found = routing or self.router(pool_segments(x_TD, layout, valid_lengths))
+                routing = found
+                choices.append(found)
+            if depth < len(self.blocks):
+                x_TD, chosen = self.blocks[depth](x_TD, layout, routing, carry=carry, alone=alone)
+                choices += [chosen] if chosen else []
+        return Encoded(self.norm(x_TD), layout, routing, tuple(choices))
+
+
+class Decoder(nn.Module):
+    """Token embedding, learned positions, blocks, tied head: teacher-forced, or token by token with a typed state."""
+
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__()
+        self.token_embedding = nn.Embedding(config.source_vocab_size, config.d_model)
+        self.positions = nn.Parameter(torch.randn(config.max_target_positions, config.d_model) * 0.02)
+        self.blocks = _blocks(Block(config, "decoder", i) for i in range(config.decoder_layers))
+        self.norm = nn.LayerNorm(config.d_model)
+        self.new_tokens = nn.Embedding(len(config.new_tokens), config.d_model) if config.new_tokens else None
+        self.head: nn.Module = TextHead(self.token_embedding, self.new_tokens)
+
+    def forward(self, tokens_T: Tensor, layout: Layout, encoded: Encoded) -> Decoded:
+        """Teacher forcing: flat tokens [T] of all segments, ``layout`` their texts."""
+        x_TD = self._embed(tokens_T, self._places(layout, tokens_T.device))
+        depths: list[Tensor] = []
+        choices: list[Routing] = []
+        for block in self.blocks:
+            x_TD, chosen = block(x_TD, layout, encoded.routing, (encoded.states_TD, encoded.layout))
+            depths.append(x_TD)
+            choices += [chosen] if chosen else []
+        return Decoded(self.norm(x_TD), tuple(depths), tuple(choices))
+
+    def start(self, encoded: Encoded, beams: int = 1) -> DecoderState:
+        """The state before the first token, ``beams`` rows for each segment."""
+        states_TD, layout, routing = encoded[:3]
+        segments = len(layout)
+        if routing is not None:
+            routing = routing.rows(torch.arange(segments, device=states_TD.device).repeat_interleave(beams))
+        capacity = min(_FIRST_CAPACITY, self.positions.shape[0])
+        blocks = [block.start(segments * beams, capacity, (states_TD, layout)) for block in self.blocks]
+        return DecoderState(blocks, routing, segments, beams)
+
+    def restarted(self, state: DecoderState) -> DecoderState:
+        """The state before the first token again; what was computed of the sound is kept."""
+        blocks = [block.restarted(old) for block, old in zip(self.blocks, state.blocks, strict=True)]
+        return replace(state, blocks=blocks)
+
+    def extend(self, tokens_Rn: Tensor, state: DecoderState) -> Tensor:
+        """n more tokens for each row, [R, n]; advances ``state`` and returns states [R, n, D] before the head."""
+        rows, n = tokens_Rn.shape
+        end, limit = state.length + n, self.positions.shape[0]
+        if end > limit:
+            raise ValueError(f"{end} tokens; the decoder has {limit} positions")
+        places = torch.arange(state.length, end, device=tokens_Rn.device).repeat(rows)
+        x_TD = self._embed(tokens_Rn.flatten(), places)
+        layout, beams = Layout([n] * rows), Layout([n * state.beams] * state.segments)
+        for block, own in zip(self.blocks, state.blocks, strict=True):
+            x_TD = block.extend(x_TD, layout, state.routing, own, beams)
+        return self.norm(x_TD).view(rows, n, -1)
+
+    def alignment(
+        self, tokens_T: Tensor, layout: Layout, encoded: Encoded, heads: list[tuple[int, int]]
+    ) -> list[Tensor]:
+        """Cross-attention logits of (layer, head) pairs for a teacher-forced text: [heads, tokens, positions] a segment.
+
+        Pairs come out by ascending layer, those of one layer in the order given.
+        """
+        x_TD = self._embed(tokens_T, self._places(layout, tokens_T.device))
+        found: list[list[Tensor]] = [[] for _ in layout.lengths]
+        for depth, block in enumerate(self.blocks):
+            assert block.cross_attn is not None
+            cache = block.cross_attn.cache(encoded.states_TD, encoded.layout)
+            wanted = [head for layer, head in heads if layer == depth]
+            if wanted:
+                for segment, logits in enumerate(block.cross_logits(x_TD, layout, cache, wanted)):
+                    found[segment].append(logits)
+            x_TD = block(x_TD, layout, encoded.routing, cache).x_TD
+        return [torch.cat(logits) for logits in found]
+
+    def _places(self, layout: Layout, device: torch.device) -> Tensor:
+        longest, limit = max(layout.lengths), self.positions.shape[0]
+        if longest > limit:
+            raise ValueError(f"a text has {longest} tokens; the decoder has {limit} positions")
+        return layout.positions(device)
+
+    def _embed(self, tokens_T: Tensor, places_T: Tensor) -> Tensor:
+        if self.new_tokens is None:
+            return self.token_embedding(tokens_T) + self.positions[places_T]
+        own = self.token_embedding.num_embeddings
+        own_TD = self.token_embedding(tokens_T.clamp_max(own - 1))
+        new_TD = self.new_tokens((tokens_T - own).clamp_min(0))
+        return torch.where((tokens_T < own)[:, None], own_TD, new_TD) + self.positions[places_T]
+
+
+def _blocks(blocks: Iterable[Block]) -> Sequence[Block]:
+    """A ``ModuleList``, by the type that it would have if it could say what it holds."""
+    return cast("Sequence[Block]", nn.ModuleList(blocks))
 
 
 class WhisperMoEModel(nn.Module):
@@ -38,18 +256,20 @@ class WhisperMoEModel(nn.Module):
         self.decoder = Decoder(config)
 
     def forward(
-        self, mels: Sequence[Tensor], texts: Sequence[Tensor], *, heard: Sequence[int] | None = None,
+        self,
+        mels: Sequence[Tensor],
+        texts: Sequence[Tensor],
+        *,
+        valid_lengths: Sequence[int] | None = None,
         detailed: bool = False,
-    ) -> Tensor | Output:  # fmt: skip
-        """Teacher forcing over packed pairs: a mel [n_mels, frames] and token ids [n] a segment → logits [Σ n, vocab].
+    ) -> Tensor | Output:
+        """Teacher forcing over packed pairs: a mel [n_mels, frames] and token ids [n] a segment → logits [T, vocab].
 
-        ``heard``: the positions of each segment that a router of segments reads (:meth:`Encoder.forward`).
+        ``valid_lengths``: the positions of each segment that a router of segments reads (:meth:`Encoder.forward`).
         ``detailed``: everything that losses are computed from, as :class:`Output`.
         """
-        choices = Choices()
-        encoded = self.encoder(mels, heard=heard, choices=choices)
+        encoded = self.encoder(mels, valid_lengths=valid_lengths)
         layout = Layout(len(text) for text in texts)
-        depths: list[Tensor] = []
-        states_TD = self.decoder(torch.cat(list(texts)), layout, encoded, choices, depths)
+        states_TD, depths, choices = self.decoder(torch.cat(list(texts)), layout, encoded)
         logits = self.decoder.head(states_TD)
-        return Output(logits, states_TD, tuple(choices.made), tuple(depths)) if detailed else logits
+        return Output(logits, states_TD, encoded.choices + choices, depths) if detailed else logits

@@ -5,23 +5,24 @@ what it shares a batch with. The shared expert (DeepSeekMoE arXiv 2401.06066) is
 this. A gate multiplies the hidden units rather than the output: the same function, and it makes the chosen experts one
 feed-forward whose hidden units stand side by side.
 
-T tokens, D width, K slots, E experts, F hidden units of one expert, P pairs of a token and an expert.
+:meth:`Experts.forward` is the definition. Beside it lies what computes the same sum faster: one grouped product, and for
+inference on a CPU (:mod:`whisper_moe.model.inference`) layers that are laid out for it, in float32 or int8.
+
+T tokens, D width, K slots, E experts, C experts that are computed, F hidden units of one expert, P pairs of a token and an
+expert.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from whisper_moe.model.int8 import Int8Rows, int8_product
 from whisper_moe.model.router import NONE, Routing
 from whisper_moe.packing import Layout
-
-LONG_RUN = 64
-"""Tokens in a run from which a slice for each run beats the grouped product: where the two cost the same on a CPU in
-float32 (width 512 with 256 hidden units and width 768 with 3,072, two of eight experts, 2 to 6 runs)."""
 
 FEW_TOKENS = 64
 """Up to here an expert's products cost what reading its weights costs, whoever needs them."""
@@ -32,8 +33,6 @@ class Experts(nn.Module):
 
     Alive nevertheless: the hidden units are random, so ``down_*`` gets a gradient in the first step; ``up_*`` and the
     gates get theirs from the second, when ``down_weight`` is no longer 0.
-
-    Three ways to compute the same sum, chosen by how many tokens share a choice; see :meth:`forward`.
     """
 
     def __init__(self, d_model: int, expert_dim: int, n_experts: int) -> None:
@@ -53,80 +52,29 @@ class Experts(nn.Module):
         """[T, D] → [T, D]: the gated sum over each token's experts; *none* adds nothing.
 
         ``routing`` has one row for each token or, where ``layout`` is given, for each of its segments.
-
-        - One choice for all tokens, or for runs of at least :data:`LONG_RUN` on average (an encoder's segments, decoder
-          rows that agree): :meth:`_by_run`.
-        - Choices that change from token to token: :meth:`_grouped`, or :meth:`_by_expert` where the grouped product is
-          not available (float64, widths that are not a multiple of 16 bytes).
         """
-        assert len(routing) == (len(x_TD) if layout is None else len(layout)), (x_TD.shape, routing.experts.shape)
-        assert layout is None or len(x_TD) == layout.total, (x_TD.shape, layout)
         if torch.is_autocast_enabled(x_TD.device.type) and x_TD.dtype != torch.float64:
             x_TD = x_TD.to(torch.get_autocast_dtype(x_TD.device.type))
         tokens = routing if layout is None else routing.expand(layout)
         experts_TK, gates_TK = tokens.experts, tokens.gates.to(x_TD.dtype)
-        bias_TD = self._gated_down_bias(experts_TK, gates_TK)
-        runs = routing.runs(layout)
-        if len(runs) == 1 or len(x_TD) >= len(runs) * LONG_RUN:
-            return self._by_run(x_TD, gates_TK, bias_TD, runs)
+        assert len(experts_TK) == len(x_TD), (x_TD.shape, experts_TK.shape)
+        y_TD = self._gated_down_bias(experts_TK, gates_TK)
         if self._can_group(x_TD):
-            return self._grouped(x_TD, experts_TK, gates_TK, bias_TD)
-        return self._by_expert(x_TD, experts_TK, gates_TK, bias_TD)
+            return self._grouped(x_TD, experts_TK, gates_TK, y_TD)
+        # Unbound at once: an index makes a gradient of all E.
+        each = zip(self.up_weight.unbind(), self.up_bias.unbind(), self.down_weight.unbind(), strict=True)
+        for expert, (up, up_bias, down) in enumerate(each):
+            token, slot = (experts_TK == expert).nonzero(as_tuple=True)
+            hidden = F.gelu(F.linear(x_TD[token], up, up_bias)) * gates_TK[token, slot, None]
+            y_TD = y_TD.index_add(0, token, hidden @ down)
+        return y_TD
 
     def _gated_down_bias(self, experts_TK: Tensor, gates_TK: Tensor) -> Tensor:
-        """[T, D]: what the experts' last biases add up to. Every path adds its products to it."""
+        """[T, D]: what the experts' last biases add up to; their products are added to it."""
         n_experts = len(self.down_bias)
         columns = experts_TK % (n_experts + 1)  # -1, *none*, becomes one column more, which is then cut off
         gates_TE = gates_TK.new_zeros(len(gates_TK), n_experts + 1).scatter_add(1, columns, gates_TK)
         return gates_TE[:, :n_experts] @ self.down_bias
-
-    def _by_expert(self, x_TD: Tensor, experts_TK: Tensor, gates_TK: Tensor, bias_TD: Tensor) -> Tensor:
-        """The reference that the other two are tested against: each expert in turn works on its own tokens."""
-        y_TD = bias_TD
-        for expert, (up, up_bias, down) in enumerate(self._each()):
-            token, slot = (experts_TK == expert).nonzero(as_tuple=True)
-            if len(token):
-                hidden = F.gelu(F.linear(x_TD[token], up, up_bias)) * gates_TK[token, slot, None]
-                y_TD = y_TD.index_add(0, token, hidden @ down)
-        return y_TD
-
-    def _by_run(
-        self, x_TD: Tensor, gates_TK: Tensor, bias_TD: Tensor, runs: Sequence[tuple[int, tuple[int, ...]]]
-    ) -> Tensor:
-        """Each run of tokens with one choice is a slice, so nothing is gathered or scattered.
-
-        Its experts are one feed-forward whose hidden units stand side by side. Their weights are used where they lie:
-        to copy them together first takes 4 times as long at one token, twice at 12, as long at 2,000.
-        """
-        experts = list(self._each())
-        sizes = [size for size, _ in runs]
-        parts = zip(runs, x_TD.split(sizes), gates_TK.split(sizes), bias_TD.split(sizes), strict=True)
-        outputs = []
-        for (_, choice), x, gates, y in parts:
-            for slot, expert in enumerate(choice):
-                if expert != NONE:
-                    up, up_bias, down = experts[expert]
-                    hidden = F.gelu(F.linear(x, up, up_bias)) * gates[:, slot, None]
-                    y = torch.addmm(y, hidden, down)
-            outputs.append(y)
-        return torch.cat(outputs)
-
-    def _grouped(self, x_TD: Tensor, experts_TK: Tensor, gates_TK: Tensor, bias_TD: Tensor) -> Tensor:
-        """All experts in one grouped product each way, over the pairs of token and expert sorted by expert.
-
-        The product leaves rows beyond its last group uninitialised; pairs with *none* are dropped first, so that there
-        are no such rows. Computing all of eight experts and masking by the gates takes, on one thread, 1.4 times as long
-        at one token and 3 times at 2,000.
-        """
-        token, slot = (experts_TK != NONE).nonzero(as_tuple=True)
-        if not len(token):
-            return bias_TD
-        expert_P, order = experts_TK[token, slot].sort(stable=True)
-        token, slot = token[order], slot[order]
-        ends = expert_P.bincount(minlength=len(self.up_weight)).cumsum(0).to(torch.int32)
-        up, up_bias, down = (w.to(x_TD.dtype) for w in (self.up_weight, self.up_bias, self.down_weight))
-        hidden = F.gelu(F.grouped_mm(x_TD[token], up.mT, offs=ends) + up_bias[expert_P]) * gates_TK[token, slot, None]
-        return bias_TD.index_add(0, token, F.grouped_mm(hidden, down, offs=ends))
 
     def _can_group(self, x_TD: Tensor) -> bool:
         """``grouped_mm`` takes no float64 and only rows that begin at multiples of 16 bytes."""
@@ -134,9 +82,76 @@ class Experts(nn.Module):
         aligned = all(width * x_TD.element_size() % 16 == 0 for width in (expert_dim, d_model))
         return aligned and x_TD.dtype in (torch.float32, torch.bfloat16, torch.float16)
 
-    def _each(self) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
-        """Each expert's (up_weight, up_bias, down_weight), unbound at once: an index makes a gradient of all E."""
-        return zip(self.up_weight.unbind(), self.up_bias.unbind(), self.down_weight.unbind(), strict=True)
+    def _grouped(self, x_TD: Tensor, experts_TK: Tensor, gates_TK: Tensor, y_TD: Tensor) -> Tensor:
+        """All experts in one grouped product each way, over the pairs of token and expert sorted by expert.
+
+        The product leaves rows beyond its last group uninitialised; pairs with *none* are dropped first, so that there
+        are no such rows.
+        """
+        token, slot = (experts_TK != NONE).nonzero(as_tuple=True)
+        if not len(token):
+            return y_TD
+        expert_P, order = experts_TK[token, slot].sort(stable=True)
+        token, slot = token[order], slot[order]
+        ends = expert_P.bincount(minlength=len(self.up_weight)).cumsum(0).to(torch.int32)
+        up, up_bias, down = (w.to(x_TD.dtype) for w in (self.up_weight, self.up_bias, self.down_weight))
+        hidden = F.gelu(F.grouped_mm(x_TD[token], up.mT, offs=ends) + up_bias[expert_P]) * gates_TK[token, slot, None]
+        return y_TD.index_add(0, token, F.grouped_mm(hidden, down, offs=ends))
+
+
+class PreparedExperts(nn.Module):
+    """:class:`Experts` for inference on a CPU: tokens that share a choice are computed together."""
+
+    def forward(self, x_TD: Tensor, routing: Routing, layout: Layout | None = None) -> Tensor:
+        """As :meth:`Experts.forward`."""
+        parts = shares(routing, layout, len(x_TD))
+        return torch.cat([self.mix(x_TD[rows], experts, gates) for rows, experts, gates in parts])
+
+    def mix(self, x_TD: Tensor, experts: tuple[int, ...], gates_TC: Tensor) -> Tensor:
+        """Some experts for all tokens; ``gates_TC`` has a column for each of them."""
+        raise NotImplementedError
+
+
+class SeparateExperts(PreparedExperts):
+    """A layer for each expert's two matrices."""
+
+    def __init__(self, ups: Iterable[nn.Module], downs: Iterable[nn.Module]) -> None:
+        super().__init__()
+        self.ups, self.downs = nn.ModuleList(ups), nn.ModuleList(downs)
+
+    def mix(self, x_TD: Tensor, experts: tuple[int, ...], gates_TC: Tensor) -> Tensor:
+        y_TD = torch.zeros_like(x_TD)
+        for expert, gate_T in zip(experts, gates_TC.unbind(1), strict=True):
+            y_TD.addcmul_(self.downs[expert](F.gelu(self.ups[expert](x_TD))), gate_T[:, None])
+        return y_TD
+
+
+class Int8Experts(PreparedExperts):
+    """The experts that tokens need are one feed-forward, their hidden units side by side.
+
+    A row of ``down`` is one hidden unit's way out; its scale multiplies that unit, and so does its expert's gate. Units of
+    experts that a token did not choose are 0, so it does not matter to it which others are computed.
+    """
+
+    def __init__(self, up: Int8Rows, up_bias: Tensor, down: Int8Rows, down_bias: Tensor) -> None:
+        """Stacks [E, F, D] of E experts with F hidden units; biases [E, F] and [E, D]."""
+        super().__init__()
+        scales = (up.scale[..., 0].contiguous(), down.scale[..., 0].contiguous())
+        self.all = (up.levels, down.levels, *scales, up_bias.detach(), down_bias.detach())
+        self.last: tuple[tuple[int, ...], tuple[Tensor, ...]] = ((), ())
+        """The experts that were used last: decoding asks for the same ones at every step."""
+
+    def mix(self, x_TD: Tensor, experts: tuple[int, ...], gates_TC: Tensor) -> Tensor:
+        if not experts:
+            return torch.zeros_like(x_TD)
+        last = self.last  # read once and replaced as a whole: another thread may be transcribing
+        if last[0] != experts:
+            everyone = experts == tuple(range(len(self.all[0])))
+            last = self.last = (experts, self.all if everyone else tuple(t[list(experts)] for t in self.all))
+        up_CFD, down_CFD, up_scale, down_scale, up_bias, down_bias = last[1]
+        products = int8_product(x_TD, up_CFD.flatten(0, 1).t()).mul_(up_scale.flatten()).add_(up_bias.flatten())
+        hidden_TCF = F.gelu(products).view(len(x_TD), *up_scale.shape).mul_(down_scale).mul_(gates_TC[..., None])
+        return int8_product(hidden_TCF.flatten(1), down_CFD.flatten(0, 1)).addmm_(gates_TC, down_bias)
 
 
 def shares(routing: Routing, layout: Layout | None, tokens: int) -> Iterator[tuple[slice, tuple[int, ...], Tensor]]:

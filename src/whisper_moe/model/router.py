@@ -24,6 +24,7 @@ from operator import itemgetter
 import torch
 from torch import Tensor, nn
 
+from whisper_moe.config import MoEConfig
 from whisper_moe.packing import Layout
 
 NONE = -1
@@ -69,6 +70,13 @@ class Routing:
         chosen = sorted({expert for choice in self.choices for expert in choice} - {NONE})
         return tuple((e, (self.gates * (self.experts == e)).sum(1, keepdim=True)) for e in chosen)
 
+    @classmethod
+    def cat(cls, parts: Sequence[Routing]) -> Routing:
+        """The rows of all parts, in order."""
+        logits = [part.logits for part in parts if part.logits is not None]
+        experts, gates = torch.cat([part.experts for part in parts]), torch.cat([part.gates for part in parts])
+        return cls(experts, gates, torch.cat(logits) if len(logits) == len(parts) else None)
+
     def runs(self, layout: Layout | None = None) -> list[tuple[int, tuple[int, ...]]]:
         """Neighbouring tokens with the same choice: (how many tokens, their experts), in order.
 
@@ -77,16 +85,6 @@ class Routing:
         lengths = (1,) * len(self) if layout is None else layout.lengths
         pairs = zip(self.choices, lengths, strict=True)
         return [(sum(length for _, length in run), choice) for choice, run in groupby(pairs, key=itemgetter(0))]
-
-
-class Choices:
-    """Gathers what the routers of one pass chose, for the losses that training puts on it.
-
-    No dataclass: FSDP2 hands a module copies of those, and what a copy gathers is lost.
-    """
-
-    def __init__(self) -> None:
-        self.made: list[Routing] = []
 
 
 class Router(nn.Module):
@@ -104,6 +102,10 @@ class Router(nn.Module):
         self.weight = nn.Parameter(torch.empty(n_experts + none_choice, d_model))
         self.register_buffer("bias", torch.zeros(n_experts + none_choice) if biased else None)
         self.reset_parameters()
+
+    @classmethod
+    def of(cls, d_model: int, moe: MoEConfig) -> Router:
+        return cls(d_model, moe.n_experts, moe.top_k, moe.none_choice, biased=moe.balance_bias)
 
     def reset_parameters(self) -> None:
         nn.init.normal_(self.weight, std=0.02)

@@ -102,19 +102,19 @@ class Divider(nn.Module):
         )
         self.embedding = nn.Embedding(recipe.prime + 2, width)
         self.positions = nn.Parameter(torch.randn(4, width) * 0.02)
-        self.blocks = nn.ModuleList(Block(config, "decoder", layer) for layer in range(recipe.layers))
+        blocks = [Block(config, "decoder", layer) for layer in range(recipe.layers)]
+        for block in blocks:
+            block.cross_attn, block.cross_norm = None, None
+        self.blocks = nn.ModuleList(blocks)
         self.norm = nn.LayerNorm(width)
         self.head = nn.Linear(width, recipe.prime, bias=False)
         nn.init.normal_(self.embedding.weight, std=0.02)
-        for block in self.blocks:
-            assert isinstance(block, Block)
-            block.cross_attn, block.cross_norm = None, None
 
     def forward(self, tokens_Nn: Tensor) -> Tensor:
         rows, n = tokens_Nn.shape
         x_TD, layout = (self.embedding(tokens_Nn) + self.positions).flatten(0, 1), Layout([n] * rows)
         for block in self.blocks:
-            x_TD = block(x_TD, layout, None)
+            x_TD = block(x_TD, layout, None).x_TD
         return self.head(self.norm(x_TD.view(rows, n, -1)[:, -1]))
 
 

@@ -27,7 +27,7 @@ from torch.distributed.tensor.placement_types import Placement, _StridedShard
 
 from whisper_moe.model.attention import CrossAttention, SelfAttention
 from whisper_moe.model.block import Block
-from whisper_moe.model.feed_forward import FeedForward
+from whisper_moe.model.layers import FeedForward
 from whisper_moe.model.model import WhisperMoEModel
 from whisper_moe.model.moe import Experts
 from whisper_moe.model.router import NONE, Routing

@@ -261,7 +261,8 @@ class Processes(Parallel):
             process_group=self._data.get_group(),
             forward_sync_buffers=False,  # what moves a router's bias moves it alike on all ranks
             gradient_as_bucket_view=True,
-            find_unused_parameters=model.config.moe is not None,  # an expert's own TTT layer, if nobody chose it
+            # An expert's own TTT layer, if nobody chose it; what adapts the core, if all windows are full.
+            find_unused_parameters=model.config.moe is not None or model.config.core_alone_on_full_windows,
         )
         return network, [parameter for parameter in model.parameters() if not isinstance(parameter, DTensor)]
 

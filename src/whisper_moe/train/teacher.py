@@ -26,8 +26,7 @@ from whisper_moe.data.sample import left_out as skipped
 from whisper_moe.generate.decode import WindowDecoder
 from whisper_moe.generate.options import TranscribeOptions
 from whisper_moe.media.audio import MediaError
-from whisper_moe.model.linear import arrange
-from whisper_moe.model.model import WhisperMoEModel
+from whisper_moe.model.inference import prepare_for_inference
 from whisper_moe.packing import Layout
 from whisper_moe.weights.default import load_model
 from whisper_moe.weights.files import atomic_file
@@ -144,10 +143,9 @@ class Teacher:
                 prefix = tokenizer.sot_sequence(take.language)
                 plain = [] if options.timestamps else [tokenizer.no_timestamps]
                 texts.append(torch.tensor([*prefix, *plain, *take.hypothesis.tokens, tokenizer.eot]))
-            depths: list[Tensor] = []
             layout, read = Layout(len(text) - 1 for text in texts), torch.cat([text[:-1] for text in texts])
-            last = decoder.model.decoder(read.to(encoded.states_TD.device), layout, encoded, depths=depths)
-            states = torch.stack([*depths, last]).half().cpu()
+            decoded = decoder.model.decoder(read.to(encoded.states_TD.device), layout, encoded)
+            states = torch.stack([*decoded.depths, decoded.states_TD]).half().cpu()
             for tensors, text, rows in zip(kept, texts, layout.slices(), strict=True):
                 tensors |= {f"{mode}.tokens": text, f"{mode}.states": states[:, rows].contiguous()}
         return sum(self._write(clips[i][0], tensors) for i, tensors in zip(order, kept, strict=True))
@@ -158,14 +156,13 @@ class Teacher:
 
 
 def teacher_of(source: str | None, folder: Path, device: torch.device, *, limit_mb: int) -> Teacher:
-    """A model as it is loaded, frozen; in float32, on a CPU arranged for it."""
+    """A model as it is loaded, frozen; in float32, on a CPU laid out for it."""
     loaded = load_model(source)
     digest = teacher_digest(loaded.config, loaded.state, loaded.generation)
     model = empty_model(loaded.config)
     model.load_state_dict(loaded.state, assign=True)
     model.eval().requires_grad_(False)
-    network = arrange(model) if device.type == "cpu" else model.to(device)
-    assert isinstance(network, WhisperMoEModel)
+    network = prepare_for_inference(model) if device.type == "cpu" else model.to(device)
     return Teacher(
         WindowDecoder(network, loaded.tokenizer, loaded.generation), folder, limit_mb=limit_mb, digest=digest
     )

@@ -1,0 +1,116 @@
+"""The layers of a block besides attention, experts and TTT: norms, feed-forwards, and the Conformer's convolution.
+
+T tokens of all segments, D width.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from whisper_moe.packing import Layout
+
+CHUNK = 512
+"""Tokens at a time: what is computed of them on the way (2,048 hidden units in whisper-base: 4 MB) stays in the cache. Chosen
+on two threads with whisper-base; 256 and 1,024 were as fast."""
+
+
+class Norm(nn.LayerNorm):
+    """LayerNorm; in an adapted layer its scale and shift are the core's plus a learned difference, which starts at 0."""
+
+    def __init__(self, width: int, *, adapted: bool) -> None:
+        super().__init__(width)
+        self.delta_weight = nn.Parameter(torch.zeros(width)) if adapted else None
+        self.delta_bias = nn.Parameter(torch.zeros(width)) if adapted else None
+
+    def forward(self, input: Tensor, adapted: bool = True) -> Tensor:
+        if self.delta_weight is None or self.delta_bias is None or not adapted:
+            return super().forward(input)
+        weight, bias = self.weight + self.delta_weight, self.bias + self.delta_bias
+        return F.layer_norm(input, self.normalized_shape, weight, bias, self.eps)
+
+    @torch.no_grad()
+    def fold(self) -> None:
+        """Make scale and difference one: for inference, where every token is adapted."""
+        if self.delta_weight is not None and self.delta_bias is not None:
+            self.weight = nn.Parameter(self.weight + self.delta_weight, requires_grad=False)
+            self.bias = nn.Parameter(self.bias + self.delta_bias, requires_grad=False)
+            self.delta_weight = self.delta_bias = None
+
+
+class FeedForward(nn.Module):
+    """down(gelu(up(x))), exact (erf) GELU."""
+
+    def __init__(self, d_model: int, hidden: int) -> None:
+        super().__init__()
+        self.up = nn.Linear(d_model, hidden)
+        self.down = nn.Linear(hidden, d_model)
+
+    def forward(self, x_TD: Tensor) -> Tensor:
+        return by_chunks(lambda x: self.down(F.gelu(self.up(x))), x_TD)
+
+
+class Adapter(FeedForward):
+    """A slim feed-forward beside the block's own (arXiv 1902.00751, in parallel as in 2110.04366).
+
+    Its output starts at exactly 0, and alive: ``up`` is random, so ``down`` has a gradient.
+    """
+
+    def __init__(self, d_model: int, hidden: int) -> None:
+        super().__init__(d_model, hidden)
+        nn.init.normal_(self.up.weight, std=0.02)
+        for parameter in (self.up.bias, self.down.weight, self.down.bias):
+            nn.init.zeros_(parameter)
+
+
+def by_chunks(function: Callable[[Tensor], Tensor], x_TD: Tensor) -> Tensor:
+    """``function(x_TD)`` where it maps each token on its own; inference on a CPU gives it :data:`CHUNK` tokens at a time.
+
+    A pack's hidden units are tens of megabytes: passes over them would each go through main memory, and fresh pages.
+    """
+    if len(x_TD) <= CHUNK or x_TD.device.type != "cpu" or torch.is_grad_enabled():
+        return function(x_TD)
+    first = function(x_TD[:CHUNK])
+    y_TD = first.new_empty(len(x_TD), *first.shape[1:])
+    y_TD[:CHUNK] = first
+    for begin in range(CHUNK, len(x_TD), CHUNK):
+        y_TD[begin : begin + CHUNK] = function(x_TD[begin : begin + CHUNK])
+    return y_TD
+
+
+class ConvolutionModule(nn.Module):
+    """The Conformer's convolution module (arXiv 2005.08100, section 2.2): ``h + conv(conv_norm(h), layout)``.
+
+    pointwise → GLU → depthwise → LayerNorm → swish → pointwise. LayerNorm in place of the paper's BatchNorm, whose
+    statistics would let the segments of a batch change each other. It starts as the identity and alive: the gate α is 0, so
+    the output is exactly 0, and the rest is random, so that α has a gradient.
+    """
+
+    def __init__(self, d_model: int, kernel_size: int) -> None:
+        """``kernel_size`` tokens, odd: as many before a token as after it."""
+        super().__init__()
+        assert kernel_size % 2 == 1, kernel_size
+        self.expand = nn.Linear(d_model, 2 * d_model)
+        self.depthwise = nn.Conv1d(d_model, d_model, kernel_size, groups=d_model)
+        self.norm = nn.LayerNorm(d_model)
+        self.out = nn.Linear(d_model, d_model)
+        self.gate = nn.Parameter(torch.zeros(d_model))
+
+    def forward(self, x_TD: Tensor, layout: Layout) -> Tensor:
+        """[T, D] → tanh(α) · the module's output, [T, D]."""
+        mixed_TD = self._along_time(F.glu(self.expand(x_TD), dim=-1), layout)
+        return torch.tanh(self.gate) * self.out(F.silu(self.norm(mixed_TD)))
+
+    def _along_time(self, x_TD: Tensor, layout: Layout) -> Tensor:
+        """The depthwise convolution, zeros beyond each segment's ends.
+
+        Segments lie in one buffer with as many zeros before, between and behind them as the kernel reaches.
+        """
+        reach = self.depthwise.kernel_size[0] // 2
+        places = torch.arange(layout.total, device=x_TD.device) + (layout.segment_ids(x_TD.device) + 1) * reach
+        spread = x_TD.new_zeros(layout.total + (len(layout) + 1) * reach, x_TD.shape[1])
+        spread = spread.index_copy(0, places, x_TD)
+        return self.depthwise(spread.T[None])[0].T[places - reach]
