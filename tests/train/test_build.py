@@ -20,12 +20,12 @@ pytest.importorskip("datasets")
 
 from whisper_moe.config import AdaptConfig
 from whisper_moe.data.corpora import CorpusConfig
-from whisper_moe.data.sample import DataError, Skipped
+from whisper_moe.data.sample import DataError
 from whisper_moe.evaluate.evaluator import Evaluator
 from whisper_moe.train import build
 from whisper_moe.train.parallel import Parallel
 from whisper_moe.train.reading import RecipeError, apply
-from whisper_moe.train.recipe import Recipe, recipe_of
+from whisper_moe.train.recipe import ContextRecipe, Recipe, recipe_of
 from whisper_moe.train.record import RECORD, check_same
 from whisper_moe.train.run import run
 
@@ -153,14 +153,6 @@ def test_missing_recordings_of_an_evaluation_are_refused(material: Path, tmp_pat
         run(recipe_with(material, judged), tmp_path / "run")
 
 
-def test_missing_clips_of_context_adaptation_are_left_out_by_name(material: Path) -> None:
-    left_out: list[Skipped] = []
-    samples = list(build._samples(recipe_with(material, data="holed"), left_out))
-    assert len(samples) == 11
-    assert [str(each) for each in left_out] == ["holed/train/3.wav: no such file"]
-    assert left_out[0].kind == "missing" and left_out[0].place.endswith("transcripts.tsv, row 5")
-
-
 def test_nothing_is_missing_where_a_limit_is_reached(material: Path) -> None:
     configs = [CorpusConfig.model_validate(table(material / "holed", limit=limit)) for limit in (5, 12)]
     assert [len(corpus.left_out) for corpus in build._opened(configs)] == [0, 1]
@@ -177,7 +169,7 @@ def test_full_windows_that_the_loaded_model_leaves_alone_teach_nothing(material:
         config=spoken.config.model_copy(update={"adapt": adapt}), state={}, generation={}, tokenizer_json=b""
     )
     with pytest.raises(RecipeError, match="full windows teach nothing"):
-        build._context(recipe, start, spoken.model, Parallel(), tmp_path, lambda skipped: None)
+        build._lessons(recipe, start, ContextRecipe(padded=0.1), Parallel(), tmp_path, lambda skipped: None)
 
 
 def test_a_group_that_is_nobodys_is_told(material: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:

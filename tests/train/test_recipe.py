@@ -64,16 +64,9 @@ def test_lessons_that_teach_nothing_are_refused() -> None:
     load_recipe(RECIPES / "context.yaml", ["losses.context.padded=0.15", "model.adapt.full_windows=true"])
 
 
-@pytest.mark.parametrize(
-    ("override", "said"),
-    [
-        ("losses.balancing=bias", "losses.balancing cannot be bias"),
-        ("data.loader.batch_unit=packs", "must be examples"),
-    ],
-)
-def test_what_context_adaptation_has_not_is_refused(override: str, said: str) -> None:
-    with pytest.raises(RecipeError, match=f"losses.context: .*{said}"):
-        load_recipe(RECIPES / "context.yaml", [override])
+def test_what_context_adaptation_has_not_is_refused() -> None:
+    with pytest.raises(RecipeError, match=r"losses.context: .*losses.balancing cannot be bias"):
+        load_recipe(RECIPES / "context.yaml", ["losses.balancing=bias"])
 
 
 @pytest.mark.parametrize("given", ["[1.0, 2.0]", "[-0.1, 2.0]", "[0.98, -2.0]"])

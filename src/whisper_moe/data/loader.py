@@ -83,12 +83,14 @@ class PackedLoader:
         *,
         rank: int = 0,
         world: int = 1,
+        reader: ExampleReader | None = None,
         note: Callable[[Sequence[Skipped]], None] = lambda skipped: None,
     ) -> None:
         """Survey the corpora. Raises ``ValueError`` for what does not fit together, :class:`DataError` where too many
         samples are corrupt.
 
         :param rank: the share of every batch that this loader gives, of ``world`` shares.
+        :param reader: another one than the ``config``'s.
         :param note: is told of samples that are left out, before there may be too many of them.
         """
         if not 0 <= rank < world:
@@ -97,7 +99,7 @@ class PackedLoader:
             raise ValueError(f"a batch of {config.batch_size} {config.batch_unit} cannot be shared by {world} ranks")
         self.config, self._rank, self._world, self._note = config, rank, world, note
         cache = MelCache(config.cache_dir, config.cache_limit_mb << 20) if config.cache_dir else None
-        self._reader = ExampleReader(tokenizer, model, config.reading, cache)
+        self._reader = reader or ExampleReader(tokenizer, model, config.reading, cache)
         self._order = open_order(corpora, self._reader, config)
         self._dataset = _Reading(list(corpora), self._reader)
         self._position = Position()

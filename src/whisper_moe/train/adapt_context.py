@@ -6,115 +6,232 @@ on any margin of silence, to have the states and the next-token probabilities th
 added). What learns is the always-on part beside the core: differences of norms, adapters, TTT layers with their gates.
 The core and the routed experts stay as they are.
 
+What the frozen model says, its *lessons*, is kept on disk: for each clip its own greedy transcripts, with and without
+timestamps, and every hidden state of the decoder on the way to them. The padded pass is most of what a step would cost, so
+it is done once. Transcripts of people are not needed.
+
 N clips, T decoder tokens, D width, depths: behind each decoder block, then behind the last norm.
 """
 
 from __future__ import annotations
 
+import json
+import math
 import random
-from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
 from hashlib import sha256
+from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 import torch.nn.functional as F
+from numpy.typing import NDArray
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save
 from torch import Tensor, nn
 
 from whisper_moe.config import FULL_WINDOW, SAMPLE_RATE, ModelConfig
-from whisper_moe.data.examples import Example, Pack, drawn_margin, pack_examples, positions
-from whisper_moe.data.loader import Batch
-from whisper_moe.data.sample import Sample
-from whisper_moe.media.mel import window_mel
+from whisper_moe.data.examples import ExampleConfig, ExampleReader, Pack
+from whisper_moe.data.sample import Sample, Skipped, TooLong, left_out
+from whisper_moe.generate.decode import WindowDecoder
+from whisper_moe.generate.options import TranscribeOptions
+from whisper_moe.media.audio import MediaError
+from whisper_moe.media.tokenizer import Tokenizer
+from whisper_moe.model.inference import prepare_for_inference
 from whisper_moe.model.model import Output
-from whisper_moe.packing import first_fit_decreasing
+from whisper_moe.packing import Layout
 from whisper_moe.train.losses import Terms, Totals, run_packs
 from whisper_moe.train.parallel import Parallel
-from whisper_moe.train.teacher import MODES, Lesson, Mode, Teacher
+from whisper_moe.train.recipe import ContextRecipe
+from whisper_moe.weights.default import load_model
+from whisper_moe.weights.files import atomic_file
+from whisper_moe.weights.parts import empty_model
+
+MODES = ("plain", "timestamps")
+CLIPS_AT_ONCE = 5
+"""Padded windows whose keys and values are held at a time."""
+NUMBERS = 1_024
+"""Of each tensor, by which teachers are told apart."""
+
+
+@dataclass(frozen=True)
+class Lesson:
+    """One clip, one mode."""
+
+    tokens: Tensor
+    """[n] int64: start, language, task, text, end of text; what the decoder reads is all but the last."""
+    states: Tensor
+    """[depths + 1, n - 1, D] float16: behind each decoder block, then behind the last norm."""
 
 
 class Lessons:
-    """Batches of clips, each with a margin of silence and a mode drawn anew in every epoch; a loop's ``Batches``.
+    """A folder of what a frozen model has said; and a corpus, of its clips, each with and without timestamps."""
 
-    Everything is a function of the seed, the epoch and the clip, so the only state is the place in the order.
-    """
+    name, streaming = "lessons", False
 
-    def __init__(
-        self, samples: Sequence[Sample], teacher: Teacher, config: ModelConfig, *,
-        margins: tuple[float, float], padded: float = 0.0, batch: int, seed: int,
-    ) -> None:  # fmt: skip
-        """``margins``: the least and the most silence, in seconds; small ones are drawn more often. ``padded``: the share of
-        clips that are padded to the window instead. ``batch``: clips. ``samples``: each with an id of its own, their lessons
-        prepared.
-        """
-        self.samples, self.teacher, self.config = samples, teacher, config
-        self.margins, self.padded = margins, padded
-        self.batch, self.seed = batch, seed
-        self.epoch = self.index = 0
-        self._by_id = {sample.id: sample for sample in samples}
-        if len(self._by_id) < len(samples):
-            doubled = next(id for id, times in Counter(sample.id for sample in samples).items() if times > 1)
-            raise ValueError(f"every clip needs an id of its own, and {doubled!r} is that of several")
-        self._digest = sha256("\n".join(self._by_id).encode()).hexdigest()[:32]
+    def __init__(self, folder: Path, digest: str = "") -> None:
+        """``digest`` tells teachers apart that share a folder."""
+        self.folder, self.digest = folder, digest
+        self.samples, self.left_out = list[Sample](), list[Skipped]()
 
-    def count(self, epochs: int) -> int:
-        """Batches of so many epochs."""
-        return epochs * -(-len(self.samples) // self.batch)
-
-    def __iter__(self) -> Iterator[Batch]:
-        while self.index * self.batch < len(self.samples):
-            order = random.Random(f"{self.seed} {self.epoch}").sample(range(len(self.samples)), len(self.samples))
-            chosen = order[self.index * self.batch : (self.index + 1) * self.batch]
-            examples = [self._example(self.samples[i]) for i in chosen]
-            groups = first_fit_decreasing([example.size for example in examples])
-            packs = tuple(pack for group in groups for pack in pack_examples([examples[i] for i in group]))
-            self.index += 1  # before it is handed out: a state that is taken then is that of the next one
-            yield Batch(packs=packs, epoch=self.epoch)
-        self.epoch, self.index = self.epoch + 1, 0
-
-    def _example(self, sample: Sample) -> Example:
-        draw = random.Random(f"{self.seed} {self.epoch} {sample.id}")
-        mode: Mode = draw.choice(MODES)
-        margin = FULL_WINDOW if draw.random() < self.padded else drawn_margin(self.margins, draw.random())
-        assert sample.audio is not None
-        sound = sample.audio.read()
-        wanted = positions(len(sound), margin, self.config.max_source_positions)
-        mel = window_mel(sound, self.config.n_mels, wanted)
-        tokens = tuple(self.teacher.lesson(sample, mode).tokens.tolist())
-        return Example(
-            id=f"{sample.id}\n{mode}", mel=mel, heard=positions(len(sound), 0, self.config.max_source_positions),
-            tokens=tokens[:-1], labels=tokens[1:], language=sample.language, task=sample.task,
-            seconds=len(sound) / SAMPLE_RATE,
-        )  # fmt: skip
+    def path(self, sample: Sample) -> Path:
+        """Where the lessons of this very sound are, if they have been made."""
+        assert sample.audio is not None, f"{sample.id} has no sound"
+        key = f"{self.digest} {sample.id} {sample.audio.fingerprint()}"
+        return self.folder / f"{sha256(key.encode()).hexdigest()[:32]}.safetensors"
 
     def lesson(self, id: str) -> Lesson:
-        """Of an example by its id."""
-        name, mode = id.rsplit("\n", 1)
-        return self.teacher.lesson(self._by_id[name], "plain" if mode == "plain" else "timestamps")
+        """By the id of one of this corpus's samples. Raises ``ValueError`` naming the file, if it is not what was written."""
+        name, key, mode = id.rsplit("\n", 2)
+        path = self.folder / key
+        try:
+            with safe_open(path, "pt") as file:
+                return Lesson(file.get_tensor(f"{mode}.tokens"), file.get_tensor(f"{mode}.states"))
+        except FileNotFoundError as error:
+            cause = f"no lesson of {name}: it is gone, or the sound has changed since it was made"
+            raise ValueError(f"{path}: {cause}") from error
+        except (OSError, SafetensorError) as error:
+            raise ValueError(f"{path}: not a lesson ({error}); delete it") from error
 
-    def state_dict(self) -> dict[str, Any]:
-        return {"epoch": self.epoch, "index": self.index, "clips": self._digest}
+    def __len__(self) -> int:
+        return len(MODES) * len(self.samples)
 
-    def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Raises ``ValueError`` where the state is of other clips."""
-        if state.get("clips", self._digest) != self._digest:
-            raise ValueError(
-                "cannot go on with other clips: their ids or their order are not those that the run began with"
-            )
-        self.epoch, self.index = state["epoch"], state["index"]
+    def __getitem__(self, index: int) -> Sample:
+        number, mode = divmod(index, len(MODES))
+        sample = self.samples[number]
+        return replace(sample, id=f"{sample.id}\n{self.path(sample).name}\n{MODES[mode]}")
+
+    def __iter__(self) -> Iterator[Sample]:
+        return map(self.__getitem__, range(len(self)))
+
+    def lengths(self) -> Sequence[float]:
+        return [sample.duration or math.nan for sample in self.samples for _ in MODES]
 
 
-@dataclass(frozen=True, kw_only=True)
+class LessonReader(ExampleReader):
+    """Lessons to examples: what is to be said is what the frozen model said."""
+
+    def __init__(self, tokenizer: Tokenizer, model: ModelConfig, given: ContextRecipe, lessons: Lessons) -> None:
+        super().__init__(tokenizer, model, ExampleConfig(margin=given.margins))
+        self._given, self._lessons = given, lessons
+
+    def margin_of(self, id: str, seed: int, epoch: int) -> float:
+        padded = random.Random(f"{seed} {epoch} {id}").random() < self._given.padded
+        return FULL_WINDOW if padded else super().margin_of(id, seed, epoch)
+
+    def tokens(self, sample: Sample) -> tuple[list[int], list[int]]:
+        start, *text, _ = self._lessons.lesson(sample.id).tokens.tolist()
+        return [start], text
+
+    def labels(self, prompt: Sequence[int], text: Sequence[int]) -> list[int]:
+        return [*text, self._tokenizer.eot]
+
+
+class Teacher:
+    """A model that is not changed any more, and whose lessons are to be made."""
+
+    def __init__(self, decoder: WindowDecoder, lessons: Lessons) -> None:
+        self.decoder, self.lessons = decoder, lessons
+
+    @classmethod
+    def of(cls, source: str | None, folder: Path, device: torch.device) -> Teacher:
+        """A model as it is loaded, frozen; in float32, on a CPU laid out for it."""
+        loaded = load_model(source)
+        digest = teacher_digest(loaded.config, loaded.state, loaded.generation)
+        model = empty_model(loaded.config)
+        model.load_state_dict(loaded.state, assign=True)
+        model.eval().requires_grad_(False)
+        network = prepare_for_inference(model) if device.type == "cpu" else model.to(device)
+        return cls(WindowDecoder(network, loaded.tokenizer, loaded.generation), Lessons(folder, digest))
+
+    def teach(self, rows: Iterable[Sample | Skipped], limit_mb: int = ContextRecipe().limit_mb) -> Lessons:
+        """The lessons of all these, made where they are missing. Clips that cannot be read or are too long are left out.
+
+        Raises ``ValueError`` when the folder has more than ``limit_mb``.
+        """
+        lessons, waiting = self.lessons, list[tuple[Sample, NDArray[np.float32]]]()
+        lessons.folder.mkdir(parents=True, exist_ok=True)
+        used = sum(path.stat().st_size for path in lessons.folder.glob("*.safetensors"))
+        for row in rows:
+            if isinstance(row, Skipped):
+                lessons.left_out.append(row)
+                continue
+            try:
+                if not lessons.path(row).is_file():
+                    waiting.append((row, self._sound(row)))
+                lessons.samples.append(row)
+            except (MediaError, TooLong) as error:
+                lessons.left_out.append(left_out(row, error))
+            if len(waiting) == CLIPS_AT_ONCE:
+                used += self._teach(waiting)
+                waiting.clear()
+                if used > limit_mb << 20:
+                    raise ValueError(
+                        f"{lessons.folder}: over its limit of {limit_mb} MB; give it more, empty it, or take fewer clips"
+                    )
+        if waiting:
+            self._teach(waiting)
+        return lessons
+
+    def _sound(self, sample: Sample) -> NDArray[np.float32]:
+        assert sample.audio is not None
+        clip = sample.audio.read()
+        if not len(clip):
+            raise MediaError(sample.audio.name, "it holds no sound")
+        if len(clip) > round(self.decoder.window_seconds * SAMPLE_RATE):
+            raise TooLong(sample.id, f"its sound has {len(clip) / SAMPLE_RATE:.2f} s")
+        return clip
+
+    @torch.inference_mode()
+    def _teach(self, clips: Sequence[tuple[Sample, NDArray[np.float32]]]) -> int:
+        """Decode some clips in every mode; returns the bytes written."""
+        decoder = self.decoder
+        order, encoded = decoder.encode([clip for _, clip in clips], FULL_WINDOW)
+        lengths = [len(clips[i][1]) for i in order]
+        kept: list[dict[str, Tensor]] = [{} for _ in order]
+        for mode in MODES:
+            options = TranscribeOptions(timestamps=mode == "timestamps", context_margin=FULL_WINDOW)
+            results = decoder.decode_encoded(encoded, lengths, [None] * len(order), options, 0.0, FULL_WINDOW)
+            tokenizer, texts = decoder.tokenizer, list[Tensor]()
+            for result in results:
+                prefix = tokenizer.sot_sequence(result.language)
+                plain = [] if options.timestamps else [tokenizer.no_timestamps]
+                texts.append(torch.tensor([*prefix, *plain, *result.hypothesis.tokens, tokenizer.eot]))
+            layout, read = Layout(len(text) - 1 for text in texts), torch.cat([text[:-1] for text in texts])
+            decoded = decoder.model.decoder(read.to(encoded.states_TD.device), layout, encoded)
+            states = torch.stack([*decoded.depths, decoded.states_TD]).half().cpu()
+            for tensors, text, rows in zip(kept, texts, layout.slices(), strict=True):
+                tensors |= {f"{mode}.tokens": text, f"{mode}.states": states[:, rows].contiguous()}
+        written = 0
+        for i, tensors in zip(order, kept, strict=True):
+            with atomic_file(self.lessons.path(clips[i][0])) as path:
+                written += path.write_bytes(save(tensors))
+        return written
+
+
+def teacher_digest(config: ModelConfig, state: Mapping[str, Tensor], generation: Mapping[str, Any]) -> str:
+    """What a teacher is known by: its settings, and numbers from all over each of its tensors."""
+    digest = sha256(config.model_dump_json().encode())
+    digest.update(json.dumps(generation, sort_keys=True, default=str).encode())
+    for name, tensor in sorted(state.items()):
+        flat = tensor.detach().flatten()
+        some = flat[:: max(1, len(flat) // NUMBERS)].contiguous().cpu()
+        digest.update(f"{name} {tuple(tensor.shape)} {tensor.dtype}".encode())
+        digest.update(some.view(torch.uint8).numpy().tobytes())
+    return digest.hexdigest()
+
+
+@dataclass(frozen=True)
 class ContextObjective:
     """``states`` × mean square error of all depths, each relative to the teacher's own power there, + ``divergence`` × KL
     of the next token's probabilities; means over decoder tokens."""
 
+    given: ContextRecipe
     lessons: Lessons
     head: nn.Module
     """Teacher's states → its logits: the head is not trained, so it is the student's too."""
-    states: float = 1.0
-    divergence: float = 1.0
 
     def totals(self, packs: Sequence[Pack]) -> Totals:
         return Totals(sum(pack.texts.total for pack in packs), sum(len(pack.ids) for pack in packs))
@@ -129,8 +246,8 @@ class ContextObjective:
         with torch.no_grad():
             target = self.head(wanted[-1]).float()
         kl = divergence(output.logits, target) / totals.tokens
-        parts = {"states": error.detach(), "divergence": kl.detach()}
-        return Terms(self.states * error + self.divergence * kl, parts, torch.zeros(0, 0))
+        loss = self.given.states * error + self.given.divergence * kl
+        return Terms(loss, {"states": error.detach(), "divergence": kl.detach()}, torch.zeros(0, 0))
 
 
 def relative_error(found: Tensor, wanted: Tensor) -> Tensor:

@@ -16,23 +16,22 @@ from whisper_moe.config import ModelConfig
 from whisper_moe.data.corpora import Corpus, CorpusConfig, open_corpus
 from whisper_moe.data.examples import ExampleReader
 from whisper_moe.data.loader import PackedLoader
-from whisper_moe.data.sample import AnyCorpus, DataError, Sample, Skipped, TooLong, left_out
-from whisper_moe.data.sampler import NAMED
+from whisper_moe.data.sample import AnyCorpus, DataError, Skipped, TooLong, items
+from whisper_moe.data.sampler import NAMED, LoaderConfig
 from whisper_moe.evaluate.evaluator import Evaluator
 from whisper_moe.media.audio import MediaError
 from whisper_moe.media.languages import NewLanguage
 from whisper_moe.media.tokenizer import Tokenizer, read_backend
 from whisper_moe.model.block import Block
 from whisper_moe.model.model import WhisperMoEModel
-from whisper_moe.train.adapt_context import ContextObjective, Lessons
-from whisper_moe.train.loop import Batches, Figures, Objective, Trainer
+from whisper_moe.train.adapt_context import ContextObjective, LessonReader, Lessons, Teacher
+from whisper_moe.train.loop import Figures, Objective, Trainer
 from whisper_moe.train.losses import RouterLosses, SpeechObjective
 from whisper_moe.train.monitor import SKIPPED, Monitor
 from whisper_moe.train.optim import freeze, unmatched
 from whisper_moe.train.parallel import Parallel
 from whisper_moe.train.reading import RecipeError
-from whisper_moe.train.recipe import NOTHING_TO_TEACH, Recipe
-from whisper_moe.train.teacher import teacher_of
+from whisper_moe.train.recipe import NOTHING_TO_TEACH, ContextRecipe, Recipe
 from whisper_moe.weights.default import load_model
 from whisper_moe.weights.files import atomic_folder, json_bytes, read_bytes, read_json
 from whisper_moe.weights.generation import of_any_language, speaking
@@ -162,36 +161,59 @@ def build_trainer(
 
 def _learned(
     recipe: Recipe, initial: InitialModel, model: WhisperMoEModel, parallel: Parallel, directory: Path, note: Note
-) -> tuple[Batches, Objective]:
-    if recipe.losses.context is not None:
-        return _context(recipe, initial, model, parallel, directory, note)
+) -> tuple[PackedLoader, Objective]:
+    """Batches of this process's share of the data, and the losses."""
     losses = recipe.losses
-    routing = RouterLosses(balance=losses.balance if losses.balancing == "loss" else 0.0, z=losses.z)
-    return _loader(recipe, initial, parallel, note), SpeechObjective(smoothing=losses.label_smoothing, routing=routing)
-
-
-def _loader(recipe: Recipe, initial: InitialModel, parallel: Parallel, note: Note) -> PackedLoader:
-    """This process's share of the data. Weights of the corpora are those of the mixture, unless it has its own."""
-    data = recipe.data
-    corpora = list(_opened(data.train, note))
+    if losses.context is not None:
+        lessons = _lessons(recipe, initial, losses.context, parallel, directory, note)
+        reader = LessonReader(initial.tokenizer, initial.config, losses.context, lessons)
+        objective = ContextObjective(losses.context, lessons, model.decoder.head)
+        return _loader([lessons], recipe.data.loader, initial, parallel, note, reader), objective
+    corpora, data = list(_opened(recipe.data.train, note)), recipe.data
     if any(corpus.streaming for corpus in corpora):  # else the loader counts them with what its survey finds
         _check_missing(corpora, data.train, data.loader.max_corrupt_share)
+    # Weights of the corpora are those of the mixture, unless it has its own.
     weights = {
         corpus.name: given.weight for corpus, given in zip(corpora, data.train, strict=True) if given.weight != 1
     }
     mixing = data.loader.mixing.model_copy(update={"weights": weights | dict(data.loader.mixing.weights)})
-    loader = PackedLoader(
-        corpora,
-        initial.tokenizer,
-        initial.config,
-        data.loader.model_copy(update={"mixing": mixing}),
-        rank=parallel.data_rank,
-        world=parallel.data_size,
-        note=note,
-    )
+    routing = RouterLosses(balance=losses.balance if losses.balancing == "loss" else 0.0, z=losses.z)
+    loader = _loader(corpora, data.loader.model_copy(update={"mixing": mixing}), initial, parallel, note)
+    return loader, SpeechObjective(smoothing=losses.label_smoothing, routing=routing)
+
+
+def _loader(
+    corpora: Sequence[AnyCorpus],
+    config: LoaderConfig,
+    initial: InitialModel,
+    parallel: Parallel,
+    note: Note,
+    reader: ExampleReader | None = None,
+) -> PackedLoader:
+    place = {"rank": parallel.data_rank, "world": parallel.data_size}
+    loader = PackedLoader(corpora, initial.tokenizer, initial.config, config, reader=reader, note=note, **place)
     if left := loader.excluded:
         logger.warning("%d samples are left out, the first: %s; %s names all", len(left), left[0], SKIPPED)
     return loader
+
+
+def _lessons(
+    recipe: Recipe, initial: InitialModel, context: ContextRecipe, parallel: Parallel, directory: Path, note: Note
+) -> Lessons:
+    """What the padded model says is made first; what is there already is kept."""
+    if parallel.world_size > 1:
+        raise RecipeError("losses.context: context adaptation runs in one process")
+    if context.padded and initial.config.core_alone_on_full_windows:
+        raise RecipeError(NOTHING_TO_TEACH)
+    folder = Path(context.lessons) if context.lessons else directory / "lessons"
+    teacher = Teacher.of(recipe.model.source, folder, parallel.device)
+    rows = (row for corpus in _opened(recipe.data.train) for row in (*corpus.left_out, *items(corpus)))
+    lessons = teacher.teach(rows, context.limit_mb)
+    corrupt, of = [each for each in lessons.left_out if each.corrupt], len(lessons.samples) + len(lessons.left_out)
+    if len(corrupt) > recipe.data.loader.max_corrupt_share * of:
+        note(lessons.left_out)
+        raise ValueError(f"{len(corrupt)} of {of} clips are corrupt; the first: {_first(corrupt)}")
+    return lessons
 
 
 def _opened(configs: Iterable[CorpusConfig], note: Note = lambda skipped: None) -> Iterator[Corpus]:
@@ -224,50 +246,6 @@ def _check_missing(corpora: Sequence[Corpus], configs: Sequence[CorpusConfig], m
         if missing > most * listed:
             cause = f"{missing:,} of {listed:,} samples cannot be had, more than {most:.1%}"
             raise DataError(corpus.name, f"{cause}; the first: {_first(corpus.left_out)}")
-
-
-def _context(
-    recipe: Recipe, initial: InitialModel, model: WhisperMoEModel, parallel: Parallel, directory: Path, note: Note
-) -> tuple[Lessons, ContextObjective]:
-    """The padded model's lessons are made first; those that are there already are kept."""
-    context, data = recipe.losses.context, recipe.data.loader
-    assert context is not None
-    if parallel.world_size > 1:
-        raise RecipeError("losses.context: context adaptation runs in one process")
-    if context.padded and initial.config.core_alone_on_full_windows:
-        raise RecipeError(NOTHING_TO_TEACH)
-    folder = Path(context.lessons) if context.lessons else directory / "lessons"
-    teacher = teacher_of(recipe.model.source, folder, parallel.device, limit_mb=context.limit_mb)
-    skipped: list[Skipped] = []
-    samples = list(teacher.prepare(_samples(recipe, skipped), skipped))
-    teacher.dismiss()
-    note(skipped)
-    corrupt, of = sum(each.corrupt for each in skipped), len(samples) + len(skipped)
-    if skipped:
-        logger.warning("%d clips are left out, the first: %s", len(skipped), skipped[0])
-    if corrupt > data.max_corrupt_share * of:
-        raise ValueError(f"{corrupt} of {of} clips are corrupt")
-    lessons = Lessons(
-        samples,
-        teacher,
-        initial.config,
-        margins=context.margins,
-        padded=context.padded,
-        batch=data.batch_size,
-        seed=data.seed,
-    )
-    head = model.decoder.head
-    return lessons, ContextObjective(lessons=lessons, head=head, states=context.states, divergence=context.divergence)
-
-
-def _samples(recipe: Recipe, skipped: list[Skipped]) -> Iterator[Sample]:
-    for corpus in _opened(recipe.data.train):
-        skipped += corpus.left_out
-        for index in range(len(corpus)):
-            try:
-                yield corpus[index]
-            except DataError as error:
-                skipped.append(left_out(f"{corpus.name}/{index}", error))
 
 
 # What it is judged by

@@ -248,8 +248,6 @@ class Recipe(_Frozen):
             raise ValueError(
                 "losses.context: nothing is balanced on the way, so losses.balancing cannot be bias; take none"
             )
-        if context and self.data.loader.batch_unit == "packs":
-            raise ValueError("losses.context: batches are counted in clips, so data.loader.batch_unit must be examples")
         if context and context.padded and adapt and not adapt.full_windows:
             raise ValueError(NOTHING_TO_TEACH)
         return self
