@@ -15,6 +15,7 @@ from typing import Any, Literal, get_args, get_origin
 from pydantic import BaseModel
 from pydantic.fields import FieldInfo
 
+from whisper_moe.train.reading import inner_models
 from whisper_moe.train.recipe import Recipe
 
 _PLAIN = {str: "text", float: "number", int: "whole number", bool: "`true`, `false`"}
@@ -44,7 +45,7 @@ def _sections(model: type[BaseModel], key: str, shown: dict[type[BaseModel], str
     yield f"{_prose(inspect.getdoc(model) or '')}\n"
     yield "| key | value | default | |\n|---|---|---|---|"
     for name, field in model.model_fields.items():
-        inner = next(_models(field.annotation), None)
+        inner = next(inner_models(field.annotation), None)
         if inner is not None:
             path = f"{key}.{name}".lstrip(".")
             within[path + (".0" if get_origin(field.annotation) is tuple else "")] = inner
@@ -73,13 +74,6 @@ def _prose(text: str) -> str:
     return " ".join(text.split())
 
 
-def _models(annotation: Any) -> Iterator[type[BaseModel]]:
-    if isinstance(annotation, type) and issubclass(annotation, BaseModel):
-        yield annotation
-    for argument in get_args(annotation):
-        yield from _models(argument)
-
-
 def _value(field: FieldInfo) -> str:
     bounds = [
         f"{sign} {getattr(bound, name)}"
@@ -100,7 +94,7 @@ def _type(annotation: Any) -> str:
         return f"list of {_type(arguments[0])}" if Ellipsis in arguments else f"{len(arguments)} numbers"
     if get_origin(annotation) not in (None, dict) and arguments and "Mapping" not in str(get_origin(annotation)):
         return " or ".join(_type(part) for part in arguments if part is not NoneType)
-    return "keys of its own" if next(_models(annotation), None) else f"{_type(arguments[1])} by name"
+    return "keys of its own" if next(inner_models(annotation), None) else f"{_type(arguments[1])} by name"
 
 
 def _default(field: FieldInfo) -> str:

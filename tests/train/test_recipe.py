@@ -18,66 +18,30 @@ from whisper_moe.train.reading import RecipeError, parse
 from whisper_moe.train.recipe import Recipe, load_recipe
 
 RECIPES = Path(__file__).parents[2] / "recipes"
-SMALL = """
-model:
-  source: openai/whisper-base
-data:
-  train:
-    - kind: table
-      source: clips
-      languages: [no]
-"""
 
 
 @pytest.fixture
 def small(tmp_path: Path) -> Path:
     path = tmp_path / "small.yaml"
-    path.write_text(SMALL, "utf-8")
+    path.write_text("data: {train: [{kind: table, source: clips, languages: [no]}]}", "utf-8")
     return path
 
 
-def test_the_published_recipe_is_literal() -> None:
-    published = load_recipe(RECIPES / "published.yaml")
-    given = published.optimisation
+def test_the_published_recipe_is_literal_and_the_practical_one_differs_in_what_it_repairs() -> None:
+    published, practical = (load_recipe(RECIPES / f"{name}.yaml") for name in ("published", "practical"))
+    given, loader = published.optimisation, published.data.loader
     assert (given.betas, given.eps, given.lr) == ((0.9, 0.98), 1e-6, 1.7e-5)
     assert (given.schedule, given.warmup, given.steps, given.precision) == ("linear", 10_000, 5_000, "auto")
-    loader = published.data.loader
     assert (loader.batch_size, loader.batch_unit, published.evaluation.batch_size) == (32, "examples", 32)
     assert (published.run.seed, loader.seed, given.accumulate) == (42, 42, 1)
-
-
-def test_the_practical_recipe_differs_in_what_it_repairs() -> None:
-    published, practical = (load_recipe(RECIPES / f"{name}.yaml") for name in ("published", "practical"))
     assert practical.optimisation.warmup == 500 and practical.evaluation.patience
     kept = {"lr", "schedule", "steps", "betas", "eps", "precision", "accumulate"}
-    assert practical.optimisation.model_dump(include=kept) == published.optimisation.model_dump(include=kept)
+    assert practical.optimisation.model_dump(include=kept) == given.model_dump(include=kept)
 
 
-@pytest.mark.parametrize("path", sorted(RECIPES.glob("*.yaml")), ids=lambda path: path.stem)
-def test_every_recipe_can_be_read(path: Path) -> None:
-    assert path.read_text("utf-8").startswith("#")
-
-
-def test_lessons_that_teach_nothing_are_refused() -> None:
-    with pytest.raises(RecipeError, match=r"losses.context.padded: full windows teach nothing"):
-        load_recipe(RECIPES / "context.yaml", ["losses.context.padded=0.15"])
-    load_recipe(RECIPES / "context.yaml", ["losses.context.padded=0.15", "model.adapt.full_windows=true"])
-
-
-def test_what_context_adaptation_has_not_is_refused() -> None:
-    with pytest.raises(RecipeError, match=r"losses.context: .*losses.balancing cannot be bias"):
-        load_recipe(RECIPES / "context.yaml", ["losses.balancing=bias"])
-
-
-@pytest.mark.parametrize("given", ["[1.0, 2.0]", "[-0.1, 2.0]", "[0.98, -2.0]"])
-def test_a_slow_gradient_that_is_none_is_refused(small: Path, given: str) -> None:
-    with pytest.raises(RecipeError, match=r"optimisation.grokfast.\d: Input should be (less|greater) than"):
-        load_recipe(small, [f"optimisation.grokfast={given}"])
-    assert load_recipe(small, ["optimisation.grokfast=[0.98, 2.0]"]).optimisation.grokfast == (0.98, 2.0)
-
-
-def test_a_table_is_judged_by_its_test_rows() -> None:
-    assert [corpus.split for corpus in load_recipe(RECIPES / "table.yaml").data.evaluation] == ["test"]
+def test_every_recipe_can_be_read() -> None:
+    recipes = {path.stem: load_recipe(path) for path in RECIPES.glob("*.yaml") if path.stem != "grokking"}
+    assert [corpus.split for corpus in recipes["table"].data.evaluation] == ["test"]
 
 
 def test_the_documented_commands_for_many_processes_have_experts_to_deal_out() -> None:
@@ -90,24 +54,26 @@ def test_the_documented_commands_for_many_processes_have_experts_to_deal_out() -
         assert recipe.model.moe is not None and recipe.model.moe.n_experts % recipe.parallel.experts == 0
 
 
-def test_a_recipe_has_the_name_of_its_file(small: Path) -> None:
+def test_a_recipe_has_the_name_of_its_file_and_is_frozen(small: Path) -> None:
     recipe = load_recipe(small)
     assert recipe.name == "small" and recipe.data.train[0].source == "clips"
     assert recipe == Recipe.model_validate_json(recipe.model_dump_json())
+    with pytest.raises(ValueError, match="frozen"):
+        recipe.optimisation.lr = 1.0  # pyright: ignore[reportAttributeAccessIssue]
 
 
 @pytest.mark.parametrize(
     ("override", "value"),
     [
         ("optimisation.lr=1e-4", 1e-4),
-        ("optimisation.lr=2", 2.0),
+        ("optimisation.grokfast=[0.98, 2]", (0.98, 2.0)),
         ("data.train.0.limit=7", 7),
         ("data.train.0.source=a=b.tsv", "a=b.tsv"),
+        ("data.train.0.name=no", "no"),
         ("evaluation.every=null", None),
         ("run.tensorboard=true", True),
         ("data.loader.examples.margin=[0.5, 4]", (0.5, 4.0)),
         ("model.moe={n_experts: 4}", 4),
-        ("data.train.0.name=no", "no"),
         ("model.moe.n_experts=6", 6),
     ],
 )
@@ -118,6 +84,9 @@ def test_overrides_reach_every_key(small: Path, override: str, value: object) ->
     assert getattr(found, "n_experts", found) == value
 
 
+CONTEXT = "losses.context={padded: 0.1}"
+
+
 @pytest.mark.parametrize(
     ("override", "said"),
     [
@@ -125,68 +94,61 @@ def test_overrides_reach_every_key(small: Path, override: str, value: object) ->
         ("optimization.lr=1", "optimization is not a key of a recipe; did you mean optimisation?"),
         ("lr=1", "lr is not a key of a recipe; did you mean optimisation.lr?"),
         ("data.train.0.sauce=x", "data.train.0.sauce is not a key of a recipe; did you mean data.train.source?"),
-        (
-            "data.loader.batchsize=4",
-            "data.loader.batchsize is not a key of a recipe; did you mean data.loader.batch_size?",
-        ),
         ("model.moe.nexperts=4", "model.moe.nexperts is not a key of a recipe; did you mean model.moe.n_experts?"),
-        ("parallel.expert=4", "parallel.expert is not a key of a recipe; did you mean parallel.experts?"),
         ("optimisation.lr=fast", "optimisation.lr: Input should be a valid number, got 'fast'"),
         ("optimisation.lr=.nan", "optimisation.lr"),
         ("optimisation.lr=-1", "optimisation.lr: Input should be greater than 0, got -1"),
         ("optimisation.steps=1.5", "optimisation.steps: "),
         ("optimisation.betas=[0.9, 1.0]", "optimisation.betas.1: Input should be less than 1, got 1.0"),
+        ("optimisation.grokfast=[0.98, -2.0]", "optimisation.grokfast.1: Input should be greater than or equal to 0"),
         ("model.moe={n_experts: 2, top_k: 3}", "top_k (3) is greater than n_experts (2)"),
         ("optimisation.lr", "an override is written key=value"),
         ("data.train.3.limit=1", "data.train has the places 0 to 0"),
         ("data.train.x.limit=1", "data.train has the places 0 to 0"),
-        ("optimisation.lr.x=1", "optimisation.lr"),
+        ("optimisation.lr.x=1", "optimisation.lr is 1e-05, which has no keys"),
         ("run.seed=!!python/object/apply:os.getcwd []", "would build an object"),
         ("evaluation.patience=2", "needs corpora in data.evaluation"),
         ("data.train=[]", "data.train"),
+        ("losses={context: {}, balancing: bias}", "losses.context: nothing is balanced on the way"),
+        ("model.adapt={full_windows: false}", "losses.context.padded: full windows teach nothing"),
     ],
 )
 def test_a_mistake_names_the_key_and_what_was_meant(small: Path, override: str, said: str) -> None:
     with pytest.raises(RecipeError) as raised:
-        load_recipe(small, ["optimisation.lr=1e-5", override])
+        load_recipe(small, ["optimisation.lr=1e-5", CONTEXT, override])
     assert said in str(raised.value) and "\n" not in str(raised.value)
 
 
 @pytest.mark.parametrize(
-    ("text", "said"),
+    ("content", "said"),
     [
-        ("data: !!python/object/apply:os.system ['true']", "line 1: the tag"),
-        ("a: 1\nb: !ours {x: 1}", "line 2: the tag '!ours' would build an object"),
-        ("run:\n  seed: 1\n  seed: 2", "line 3: the key 'seed' is there twice"),
-        ("1: x", "1 is not a key of a recipe"),
-        ("a: [1", "not YAML"),
-        ("- a", "must hold keys and values, holds list"),
-        ("", "must hold keys and values, holds NoneType"),
-        ("model: {}", "data is missing"),
-        ("a: &a [*a]", "contains itself"),
+        (b"data: !!python/object/apply:os.system ['true']", "line 1: the tag"),
+        (b"a: 1\nb: !ours {x: 1}", "line 2: the tag '!ours' would build an object"),
+        (b"run:\n  seed: 1\n  seed: 2", "line 3: the key 'seed' is there twice"),
+        (b"1: x", "1 is not a key of a recipe"),
+        (b"a: [1", "not YAML"),
+        (b"- a", "must hold keys and values, holds list"),
+        (b"", "must hold keys and values, holds NoneType"),
+        (b"model: {}", "data is missing"),
+        (b"a: &a [*a]", "contains itself"),
+        (b"\xff\xfe", "cannot be read"),
+        pytest.param(b"#" * 1_000_001, "larger than a recipe can be", id="large"),
+        (None, "cannot be read"),
     ],
 )
-def test_a_file_that_is_no_recipe_is_one_clear_sentence(tmp_path: Path, text: str, said: str) -> None:
+def test_a_file_that_is_no_recipe_is_one_clear_sentence(tmp_path: Path, content: bytes | None, said: str) -> None:
     path = tmp_path / "bad.yaml"
-    path.write_text(text, "utf-8")
+    if content is not None:
+        path.write_bytes(content)
     with pytest.raises(RecipeError) as raised:
         load_recipe(path)
     assert str(path) in str(raised.value) and said in str(raised.value) and "\n" not in str(raised.value)
 
 
-@pytest.mark.parametrize("content", [None, b"\xff\xfe", b"#" * 1_000_001], ids=["missing", "not UTF-8", "large"])
-def test_a_file_that_cannot_be_read_is_named(tmp_path: Path, content: bytes | None) -> None:
-    path = tmp_path / "bad.yaml"
-    if content is not None:
-        path.write_bytes(content)
-    with pytest.raises(RecipeError, match=r"bad\.yaml"):
-        load_recipe(path)
-
-
 def test_yaml_is_that_of_version_1_2() -> None:
-    assert parse("[1e-5, no, 010, 2024-01-01, true, ~, .5, -3, 0x1F]", "a") == [
-        1e-5, "no", 10, "2024-01-01", True, None, 0.5, -3, "0x1F"
-    ]  # fmt: skip
+    assert parse("[1e-5, no, 010, 2024-01-01, true, ~, .5, -3, 0x1F, '1']", "a") == [
+        *(1e-5, "no", 10, "2024-01-01", True, None, 0.5, -3, "0x1F", "1")
+    ]
     assert parse("base: &b {x: 1}\nmore: {<<: *b, y: 2}", "a") == {"base": {"x": 1}, "more": {"x": 1, "y": 2}}
     with pytest.raises(RecipeError):
         parse("[" * 5_000, "a")
@@ -202,12 +164,6 @@ def test_every_field_says_what_it_is() -> None:
             if isinstance(node, ast.AnnAssign):
                 said = isinstance(following, ast.Expr) and isinstance(following.value, ast.Constant)
                 assert said, f"{config.name}.{ast.unparse(node.target)}"
-
-
-def test_a_recipe_is_frozen(small: Path) -> None:
-    recipe = load_recipe(small)
-    with pytest.raises(ValueError, match="frozen"):
-        recipe.optimisation.lr = 1.0  # pyright: ignore[reportAttributeAccessIssue]
 
 
 def test_a_recipe_is_checked_without_torch(small: Path) -> None:

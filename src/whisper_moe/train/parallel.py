@@ -32,9 +32,9 @@ from whisper_moe.model.block import Block
 from whisper_moe.model.model import WhisperMoEModel
 from whisper_moe.model.router import Router
 from whisper_moe.model.ttt import TTTMLP, ExpertTTT
-from whisper_moe.train.gradients import Rest, Use, clip_gradients
 from whisper_moe.train.layout import ParallelConfig
 from whisper_moe.train.model_parallel import ExpertsOverRanks, cut, spread_experts
+from whisper_moe.train.optim import Rest, Use, clip_gradients
 from whisper_moe.train.reading import RecipeError
 from whisper_moe.train.recipe import Recipe
 
