@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from whisper_moe.data.corpora import CorpusConfig
+from whisper_moe.data.corpus import CorpusConfig
 from whisper_moe.evaluate.material import Clip, gather
 
 

@@ -16,8 +16,8 @@ from data.miniatures import SIGNS, TEXTS, WIKI, archives, hub_copy, parquet, rec
 from media.recordings import encode, tone
 from pydantic import ValidationError
 
-from whisper_moe.data import corpora
-from whisper_moe.data.corpora import Corpus, CorpusConfig, open_corpus
+from whisper_moe.data.corpora import open_corpus
+from whisper_moe.data.corpus import Corpus, CorpusConfig
 from whisper_moe.data.sample import DataError, Sample
 from whisper_moe.media.video import load_frames
 
@@ -107,7 +107,7 @@ def test_the_ranks_of_a_stream_share_its_ids(miniatures: dict[str, dict[str, Any
 def test_ids_do_not_depend_on_the_process(miniatures: dict[str, dict[str, Any]]) -> None:
     settings = miniatures["wiki-translate"]
     code = (
-        "import sys, json; from whisper_moe.data.corpora import *\n"
+        "import sys, json; from whisper_moe.data.corpora import CorpusConfig, open_corpus\n"
         "for sample in open_corpus(CorpusConfig(**json.loads(sys.argv[1]))): print(sample.id)"
     )
     import json
@@ -170,7 +170,7 @@ def test_a_corpus_that_states_lengths_is_not_probed(
 
 def test_headers_are_read_once_as_long_as_the_files_stay(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
-    monkeypatch.setattr(corpora, "REMEMBERED_FROM", 2)
+    monkeypatch.setattr("whisper_moe.data.corpus.REMEMBERED_FROM", 2)
     probed: list[str] = []
     seconds = Sample.seconds
     monkeypatch.setattr(Sample, "seconds", lambda sample: probed.append(sample.id) or seconds(sample))

@@ -15,7 +15,8 @@ from media.recordings import encode, tone
 
 from whisper_moe import cli
 from whisper_moe.config import ModelConfig
-from whisper_moe.data.corpora import CorpusConfig, open_corpus
+from whisper_moe.data.corpora import open_corpus
+from whisper_moe.data.corpus import CorpusConfig
 from whisper_moe.data.inspect import EDGES, KINDS, inspect
 from whisper_moe.data.loader import PackedLoader
 from whisper_moe.data.sample import DataError

@@ -14,7 +14,8 @@ from media.recordings import encode, tone
 
 datasets = pytest.importorskip("datasets")
 
-from whisper_moe.data.corpora import Corpus, CorpusConfig, open_corpus
+from whisper_moe.data.corpora import open_corpus
+from whisper_moe.data.corpus import Corpus, CorpusConfig
 from whisper_moe.data.inspect import inspect
 from whisper_moe.data.sample import DataError
 

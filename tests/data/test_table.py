@@ -11,7 +11,8 @@ import pytest
 from data.miniatures import film, parquet
 from media.recordings import encode, tone
 
-from whisper_moe.data.corpora import Corpus, CorpusConfig, open_corpus
+from whisper_moe.data.corpora import open_corpus
+from whisper_moe.data.corpus import Corpus, CorpusConfig
 from whisper_moe.data.sample import DataError
 
 

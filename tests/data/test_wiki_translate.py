@@ -9,7 +9,8 @@ from typing import Any
 import pytest
 from data.miniatures import WIKI, parquet
 
-from whisper_moe.data.corpora import Corpus, CorpusConfig, open_corpus
+from whisper_moe.data.corpora import open_corpus
+from whisper_moe.data.corpus import Corpus, CorpusConfig
 from whisper_moe.data.sample import DataError, Sample
 from whisper_moe.data.wiki_translate import COLUMNS
 

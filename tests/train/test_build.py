@@ -19,7 +19,7 @@ from train.tiny import recipe_tree, tiny_checkpoint, tones
 pytest.importorskip("datasets")
 
 from whisper_moe.config import AdaptConfig
-from whisper_moe.data.corpora import CorpusConfig
+from whisper_moe.data.corpus import CorpusConfig
 from whisper_moe.data.sample import DataError
 from whisper_moe.evaluate.evaluator import Evaluator
 from whisper_moe.train import build

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from whisper_moe.data.corpora import STREAM_SHARDS, CorpusConfig
+from whisper_moe.data.corpus import STREAM_SHARDS, CorpusConfig
 from whisper_moe.data.sample import AudioRef, DataError
 
 if TYPE_CHECKING:

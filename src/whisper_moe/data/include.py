@@ -9,12 +9,12 @@ into folders of their own are searched for what is not there. Videos that are mi
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator
-from pathlib import Path, PurePosixPath
+from collections.abc import Callable, Iterator
+from pathlib import Path, PurePath, PurePosixPath
 
-from whisper_moe.data.corpora import FILE, Corpus, CorpusConfig, Row, as_dataset
+from whisper_moe.data.corpus import FILE, Corpus, CorpusConfig, Row, listed
 from whisper_moe.data.hub import files_of_split, load_rows
-from whisper_moe.data.sample import DataError, Sample, Skipped
+from whisper_moe.data.sample import DataError
 
 PATH, FIFTY = "video_path", "include_50"
 _SPLITS = {"train": "train", "val": "val", "valid": "val", "validation": "val", "dev": "val", "test": "test"}
@@ -33,38 +33,14 @@ def open_include(config: CorpusConfig) -> Corpus:
     split = _SPLITS.get(config.split.lower())
     if split is None:
         raise DataError(config.source, f"INCLUDE has no split {config.split!r}: one of train, val, test")
-    source = Path(config.source)
-    listed = list(dict.fromkeys(_listed(config, source, split)))
-    name = config.name or "include"
-    videos = _Videos(Path(config.videos) if config.videos is not None else _folder(source))
+    source, name = Path(config.source), config.name or "include"
+    paths = list(dict.fromkeys(_listed(config, source, split)))
+    find = _finder(Path(config.videos) if config.videos is not None else _folder(source))
     rows: list[Row] = []
-    missing: list[Skipped] = []
-    for path in listed:
-        parts = PurePosixPath(path).parts
-        id = f"{name}/{split}/{PurePosixPath(path).with_suffix('')}"
-        file = videos.find(path)
-        if file is None:
-            missing.append(Skipped(id=id, place=path, kind="missing", cause="no such file"))
-        else:
-            rows.append({"id": id, FILE: str(file), "text": _word(parts[1]), "domain": parts[0]})
-    if not rows:
-        raise DataError(videos.root, f"none of the {len(listed):,} videos of the split {split} is below it")
-    return Corpus(name, as_dataset(rows, _FEATURES, config), _sample, left_out=tuple(missing))
-
-
-_FEATURES: dict[str, str] = dict.fromkeys(("id", FILE, "text", "domain"), "string")
-
-
-def _sample(row: Row) -> Sample:
-    return Sample(
-        id=row["id"],
-        task="sign",
-        text=row["text"],
-        language="ins",
-        target_language="en",
-        video=row[FILE],
-        domain=row["domain"],
-    )
+    for path in map(PurePosixPath, paths):
+        about = {"id": f"{name}/{split}/{path.with_suffix('')}", "text": _word(path.parts[1]), "domain": path.parts[0]}
+        rows.append({**about, FILE: str(find(path)), "task": "sign", "language": "ins", "target_language": "en"})
+    return listed(config, name, config.source, rows)
 
 
 def _word(part: str) -> str:
@@ -137,27 +113,22 @@ def _checked(path: object, place: Path | str, row: int) -> str:
     return "/".join(parts)
 
 
-class _Videos:
-    """The tree of videos: by the paths of the lists, else by their ends, whatever the case and the extension."""
+def _finder(root: Path) -> Callable[[PurePosixPath], Path]:
+    """Finds a video by its path in the lists, else by the path's end, whatever the case and the extension."""
+    by_end: dict[tuple[str, ...], Path] = {}
 
-    def __init__(self, root: Path) -> None:
-        self.root = root
-        self._by_end: dict[tuple[str, ...], Path] | None = None
+    def find(path: PurePosixPath) -> Path:
+        if (root / path).is_file():
+            return root / path
+        if not by_end:
+            for file in sorted(root.rglob("*"), reverse=True):  # of several copies, the first by name stays
+                if file.suffix.lower() in _VIDEOS and file.is_file():
+                    parts = _folded(file.relative_to(root))
+                    by_end.update((parts[at:], file) for at in range(len(parts) - 2))
+        return by_end.get(_folded(path), root / path)
 
-    def find(self, path: str) -> Path | None:
-        file = self.root / path
-        if file.is_file():
-            return file
-        if self._by_end is None:
-            self._by_end = dict(self._ends())
-        return self._by_end.get(_folded(PurePosixPath(path)))
-
-    def _ends(self) -> Iterator[tuple[tuple[str, ...], Path]]:
-        for file in sorted(self.root.rglob("*"), reverse=True):  # of several copies, the first by name stays
-            if file.suffix.lower() in _VIDEOS and file.is_file():
-                parts = _folded(PurePosixPath(file.relative_to(self.root)))
-                yield from ((parts[at:], file) for at in range(len(parts) - 2))
+    return find
 
 
-def _folded(path: PurePosixPath) -> tuple[str, ...]:
+def _folded(path: PurePath) -> tuple[str, ...]:
     return tuple(part.lower() for part in path.with_suffix("").parts)

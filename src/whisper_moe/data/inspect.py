@@ -16,15 +16,14 @@ from dataclasses import asdict, dataclass, field
 from functools import partial
 from itertools import islice, pairwise
 from json import dumps
-from pathlib import Path
 from typing import Any, TypeAlias
 
 from pydantic import ValidationError
 
 from whisper_moe.config import EMBEDDED, SAMPLE_RATE, ModelConfig, problems
-from whisper_moe.data.corpora import PROBES, CorpusConfig, open_corpus
+from whisper_moe.data.corpora import kind_of, open_corpus
+from whisper_moe.data.corpus import PROBES, CorpusConfig
 from whisper_moe.data.examples import ExampleConfig, ExampleReader
-from whisper_moe.data.kathbath import LANGUAGES, TRANSCRIPTS
 from whisper_moe.data.sample import DataError, Sample, Skipped, TooLong, items, left_out
 from whisper_moe.data.sampler import CorruptShare, LoaderConfig
 from whisper_moe.media.audio import MediaError
@@ -234,7 +233,11 @@ def run(sources: Sequence[str], *, kind: str, decode: bool, json: bool, model: s
     for name in given.keys() & {"languages", "directions", "columns"}:
         given[name] = listed(given[name])
     try:
-        configs = [CorpusConfig(source=source, kind=kind_of(source, kind), **given) for source in sources]
+        kinds = [kind_of(source) if kind == "auto" else kind for source in sources]
+        configs = [
+            CorpusConfig(source=source, kind=kind, **given)  # pyright: ignore[reportArgumentType]
+            for source, kind in zip(sources, kinds, strict=True)
+        ]
     except ValidationError as error:
         return _complain(problems(error), 2)
     seen, failed = Inspection(), 0
@@ -285,19 +288,3 @@ def _learner(model: str | None) -> _Model | None:
         return loaded.tokenizer, loaded.config
     tokenizer = Tokenizer.from_file(located.path / TOKENIZER, read_json(located.path / GENERATION))
     return tokenizer, read_config(located.path / CONFIG)
-
-
-def kind_of(source: str, given: str = "auto") -> Any:
-    """The kind that was given; for ``auto``, by the Hub id or by what lies in the folder."""
-    if given != "auto":
-        return given
-    path, plain = Path(source), source.lower()
-    if path.is_file():
-        return "table"
-    if not path.is_dir():
-        return next((kind for kind in ("kathbath", "include", "wiki-translate") if plain.endswith(f"/{kind}")), "table")
-    if any(path.rglob("include*_train.txt")) or any(path.rglob("include*_test.txt")):
-        return "include"
-    if any(path.rglob(TRANSCRIPTS)) or any((path / name).is_dir() for name in LANGUAGES):
-        return "kathbath"
-    return "table"

@@ -1,6 +1,6 @@
 """A table's cells become checked rows: which column is which of ours, what language, from where to where.
 
-Columns are known by our names, by those that others use (:data:`OTHER_NAMES`), or by what the corpus's ``columns`` say.
+Columns are known by our names, by those that others use, or by what the corpus's ``columns`` say.
 """
 
 from __future__ import annotations
@@ -14,30 +14,12 @@ from difflib import get_close_matches
 from pathlib import Path
 from typing import Any, TypeAlias
 
-from whisper_moe.data.corpora import FILE, CorpusConfig, Row
+from whisper_moe.data.corpus import COLUMNS, FILE, OTHER_NAMES, OUR_NAMES, CorpusConfig, Row
 from whisper_moe.data.hub import is_usual_split, spellings_of
 from whisper_moe.data.sample import TASKS, DataError, Skipped
 from whisper_moe.media.languages import language_code
 from whisper_moe.media.tokenizer import split_timestamps
 
-COLUMNS = (
-    *("path", "text", "start", "end", "duration", "language", "task", "source_text", "target_language"),
-    *("speaker", "domain", "split"),
-)
-OTHER_NAMES = {
-    "path": (
-        *("audio", "audio_filepath", "audio_path", "file_name", "filename", "file", "wav", "clip"),
-        *("video", "video_path"),
-    ),
-    "text": ("sentence", "transcript", "transcription", "raw_text", "raw_transcription", "normalized_text"),
-    "start": ("offset",),
-    "language": ("locale", "lang", "source_lang"),
-    "target_language": ("target_lang",),
-    "speaker": ("speaker_id", "client_id"),
-    "domain": ("sentence_domain",),
-}
-"""What others (``datasets``, NeMo, Common Voice) call our columns; of several in a table the first is taken, ours before all."""
-_OURS = {name: ours for ours, names in OTHER_NAMES.items() for name in names} | {name: name for name in COLUMNS}
 _NUMBERS = ("start", "end", "duration")
 
 
@@ -48,18 +30,6 @@ class RowError(DataError):
 Cells: TypeAlias = Mapping[str, Any]
 Rows: TypeAlias = Iterator[tuple[int, Cells | RowError]]
 """Line (or row) in the file, from 1, and what stands in it by column, or what is wrong with it."""
-
-
-def our_name(name: str) -> str:
-    """The name of ours for a column. Raises ``ValueError`` for one that is none."""
-    if name not in _OURS:
-        raise ValueError(f"columns: there is no column {name!r}: one of {', '.join(COLUMNS)}")
-    return _OURS[name]
-
-
-def renamed(config: CorpusConfig) -> dict[str, str]:
-    """What the configuration says of columns: our name, and the table's."""
-    return {our_name(name): its for name, its in config.columns.items()} if isinstance(config.columns, dict) else {}
 
 
 class RowReader:
@@ -73,10 +43,11 @@ class RowReader:
         self.file, self.folder, self.name, self.config, self.sound = file, folder, name, config, sound
         self.remarks: dict[str, None] = {}
         self.faults: list[RowError] = []
-        self._given = renamed(config)
+        self._given = config.renamed()
         self._clips = folder / "clips" if (folder / "clips").is_dir() else None  # where Common Voice's paths start
         self._names: dict[tuple[str, ...], dict[str, str]] = {}
         self._seen: Counter[str] = Counter()
+        self._at: tuple[int | None, str] = None, ""
         self._elsewhere: Counter[str] = Counter()
         self._has_splits, self._strict = False, sound is not None or str(file).lower().endswith((".tsv", ".csv"))
 
@@ -102,7 +73,8 @@ class RowReader:
     def left_out(self) -> Iterator[Skipped]:
         """The rows that are no samples."""
         for fault in self.faults:
-            yield Skipped(id=f"{self.name}, row {fault.row}", place=fault.place, cause=str(fault))
+            id = fault.file if fault.row is None else f"{self.name}, row {fault.row}"
+            yield Skipped(id=id, place=fault.place, cause=str(fault))
 
     def told(self) -> tuple[str, ...]:
         """Remarks on columns and on rows that were left aside."""
@@ -125,7 +97,7 @@ class RowReader:
         taken = self._taken(columns)
         if self._strict:
             self._check_given(columns)
-        for name in sorted(set(columns) - set(_OURS) - set(self._given.values())):
+        for name in sorted(set(columns) - set(OUR_NAMES) - set(self._given.values())):
             if near := get_close_matches(name.strip().lower(), set(COLUMNS) - set(taken), cutoff=0.85):
                 raise DataError(self.file, f"unknown column; did you mean {near[0]!r}?", row=number, column=name)
         if self._strict:
@@ -185,48 +157,51 @@ class RowReader:
     def row(self, raw: Cells, number: int | None) -> Row:
         """The row in its final form. Raises :class:`RowError`."""
         cells = self._ours(raw)
-        row: Row = {name: self._words(number, cells, name) for name in COLUMNS if name not in _NUMBERS}
-        row |= {name: self._number(number, cells, name) for name in _NUMBERS}
+        self._at = number, str(cells.get("path") or "")
+        row: Row = {name: self._words(cells, name) for name in COLUMNS if name not in _NUMBERS}
+        row |= {name: self._number(cells, name) for name in _NUMBERS}
         split = row["split"] or ""
         if split not in ("", self.config.split) and self._is_no_split(split):
-            raise self._wrong(number, "split", f"unknown split {split!r}; usual are train, valid, dev, test, eval")
+            raise self._wrong("split", f"unknown split {split!r}; usual are train, valid, dev, test, eval")
         if self.config.text == "none":
             row["text"] = ""
         if row["text"] is None:
-            raise self._wrong(number, "text", "no text")
+            raise self._wrong("text", "no text")
         try:
             split_timestamps(row["text"])
         except ValueError as error:
-            raise self._wrong(number, "text", str(error)) from None
+            raise self._wrong("text", str(error)) from None
         task = row["task"] = row["task"] or self.config.task or "transcribe"
         if task not in TASKS:
-            raise self._wrong(number, "task", f"unknown task {task!r}: one of {', '.join(TASKS)}")
+            raise self._wrong("task", f"unknown task {task!r}: one of {', '.join(TASKS)}")
         needed = "source_text" if task == "translate-text" else "path"
         if row[needed] is None and not (needed == "path" and self.sound):
-            raise self._wrong(number, needed, f"nothing there, and the task {task} needs it")
-        row |= self._languages(number, row) | self._times(number, row)
-        row[FILE] = (
-            None if task == "translate-text" or self.sound else self._file(number, {**raw, **cells}, row["path"])
-        )
-        row["stored"] = number - 1 if self.sound and number is not None and needed == "path" else None
+            raise self._wrong(needed, f"nothing there, and the task {task} needs it")
+        row |= self._languages(row) | self._times(row)
+        spoken = task != "translate-text"
+        row[FILE] = self._file({**raw, **cells}, row["path"]) if spoken and not self.sound else None
+        row["stored"] = number - 1 if self.sound and number is not None and spoken else None
         place = DataError(self.file, "", row=number).place
         return row | {"id": self._id(row, again=number is not None), "row": place}
 
-    def _wrong(self, number: int | None, column: str, cause: str) -> RowError:
-        return RowError(self.file, cause, row=number, column=column)
+    def _wrong(self, column: str, cause: str) -> RowError:
+        number, path = self._at  # of a stream, nobody knows the row
+        return RowError(
+            f"{self.file}: {path}" if path and number is None else self.file, cause, row=number, column=column
+        )
 
-    def _words(self, number: int | None, cells: Cells, column: str) -> str | None:
+    def _words(self, cells: Cells, column: str) -> str | None:
         value = cells.get(column)
         if value is None:
             return None
         if not isinstance(value, str | int | float):
-            raise self._wrong(number, column, f"a {type(value).__name__}, where words are expected")
+            raise self._wrong(column, f"a {type(value).__name__}, where words are expected")
         words = str(value).strip()
         if "\0" in words or any("\ud800" <= letter <= "\udfff" for letter in words):
-            raise self._wrong(number, column, "NUL, or half a character (a lone surrogate)")
+            raise self._wrong(column, "NUL, or half a character (a lone surrogate)")
         return words or None
 
-    def _number(self, number: int | None, cells: Cells, column: str) -> float | None:
+    def _number(self, cells: Cells, column: str) -> float | None:
         value = cells.get(column)
         if value is None or value == "":
             return None
@@ -235,10 +210,10 @@ class RowReader:
         except (TypeError, ValueError):
             seconds = math.nan
         if not math.isfinite(seconds) or seconds < 0:
-            raise self._wrong(number, column, f"{value!r} is no number of seconds from 0 on")
+            raise self._wrong(column, f"{value!r} is no number of seconds from 0 on")
         return seconds
 
-    def _languages(self, number: int | None, row: Row) -> Row:
+    def _languages(self, row: Row) -> Row:
         """Of what goes in and of the text; by the row, else by the configuration, else by the task."""
         usual = {"sign": "ins"}.get(row["task"], "")
         only = self.config.languages[0] if len(self.config.languages) == 1 else usual
@@ -247,28 +222,28 @@ class RowReader:
         codes: Row = {}
         for column, language in (("language", given), ("target_language", target)):
             if not language:
-                raise self._wrong(number, column, "no language: add the column, or say languages: [hi] for the corpus")
+                raise self._wrong(column, "no language: add the column, or say languages: [hi] for the corpus")
             try:
                 codes[column] = language_code(language)
             except ValueError as error:
-                raise self._wrong(number, column, str(error)) from None
+                raise self._wrong(column, str(error)) from None
         return codes
 
-    def _times(self, number: int | None, row: Row) -> Row:
+    def _times(self, row: Row) -> Row:
         start, end, duration = row["start"], row["end"], row["duration"]
         if end is None and start is not None and duration is not None:
             end = start + duration
         if end is not None and end <= (start or 0.0):
-            raise self._wrong(number, "end", f"ends at {end:g} s, where it begins or before")
+            raise self._wrong("end", f"ends at {end:g} s, where it begins or before")
         return {"start": start, "end": end, "seconds": duration if end is None else end - (start or 0.0)}
 
-    def _file(self, number: int | None, cells: Cells, path: str) -> str:
+    def _file(self, cells: Cells, path: str) -> str:
         if self.config.path is not None:
             try:
                 path = self.config.path.format_map({**cells, "path": path})
             except (KeyError, IndexError, ValueError, AttributeError) as error:
                 cause = f"the path {self.config.path!r} names a column that is not there ({error})"
-                raise DataError(self.file, cause, row=number) from None
+                raise DataError(self.file, cause, row=self._at[0]) from None
         if self._clips is not None and not os.path.isfile(self.folder / path):
             return str(self._clips / path)
         return str(self.folder / path)

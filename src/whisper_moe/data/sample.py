@@ -169,7 +169,7 @@ class Sample:
 
 
 class AnyCorpus(Protocol):
-    """What is asked of a corpus; :class:`whisper_moe.data.corpora.Corpus` has it. Streams need only be iterated."""
+    """What is asked of a corpus; :class:`whisper_moe.data.corpus.Corpus` has it. Streams need only be iterated."""
 
     @property
     def name(self) -> str: ...

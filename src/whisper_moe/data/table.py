@@ -14,7 +14,7 @@ Columns, of which only the text and where it is said are needed:
 ``split``           only rows with the corpus's split are read; ``dev``, ``val`` and so on are ``valid``
 ==================  ==================================================================================================
 
-The names that ``datasets``, NeMo's manifests and Common Voice use are understood (:data:`whisper_moe.data.rows.OTHER_NAMES`);
+The names that ``datasets``, NeMo's manifests and Common Voice use are understood (:data:`whisper_moe.data.corpus.OTHER_NAMES`);
 ``columns: {path: clip, text: said}`` names others; the rest are left alone. ``languages`` leaves out rows that say another one.
 
 A folder is read by its table (``train.tsv``, ``train_manifest.json``, ``metadata.jsonl`` …), in the folder of the split if there
@@ -29,7 +29,6 @@ from __future__ import annotations
 import csv
 import hashlib
 import json
-import os
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
@@ -37,10 +36,10 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from whisper_moe.data.corpora import FILE, Corpus, CorpusConfig, Row, as_dataset
+from whisper_moe.data.corpus import OTHER_NAMES, Corpus, CorpusConfig, Row, listed, sample_of
 from whisper_moe.data.hub import audio_ref, is_sound, load_stored, plain_features, spellings_of
-from whisper_moe.data.rows import OTHER_NAMES, Cells, RowError, RowReader, Rows, renamed
-from whisper_moe.data.sample import AudioRef, DataError, Sample, Skipped
+from whisper_moe.data.rows import Cells, RowError, RowReader, Rows
+from whisper_moe.data.sample import AudioRef, DataError, Sample
 
 if TYPE_CHECKING:
     from datasets import Dataset, IterableDataset
@@ -92,52 +91,16 @@ def _name(config: CorpusConfig, file: Path) -> str:
 def _corpus(reader: RowReader, rows: list[Row], stored: Stored | None = None) -> Corpus:
     if not rows:
         raise reader.nothing()
-    there = [row for row in rows if not row[FILE] or os.path.isfile(row[FILE])]
-    if not there:
-        raise DataError(
-            reader.file, f"none of its {len(rows):,} files is there, such as {rows[0][FILE]}", column="path"
-        )
-    missing = (
-        Skipped(id=row["id"], place=row["row"], kind="missing", cause="no such file")
-        for row in rows
-        if row[FILE] and not os.path.isfile(row[FILE])
-    )
-    return Corpus(
-        reader.name, as_dataset(there, _FEATURES, reader.config), partial(table_sample, stored=stored), "seconds",
-        left_out=(*reader.left_out(), *missing), remarks=reader.told(), version=stored.version if stored else "",
-    )  # fmt: skip
+    sample, version = (sample_of, "") if stored is None else (partial(_stored_sample, stored=stored), stored.version)
+    left_out, remarks = tuple(reader.left_out()), reader.told()
+    return listed(reader.config, reader.name, reader.file, rows, left_out, sample, remarks=remarks, version=version)
 
 
-_FEATURES = {
-    **dict.fromkeys(("id", FILE, "text", "source_text", "language", "target_language", "task"), "string"),
-    **dict.fromkeys(("start", "end", "seconds"), "float64"),
-    **dict.fromkeys(("speaker", "domain", "row"), "string"),
-    "stored": "int64",
-}
-
-
-def table_sample(row: Row, stored: Stored | None = None) -> Sample:
-    """The sample of a checked row; its sound may be ``stored`` beside the rows."""
-    sign = row["task"] == "sign"
-    audio = None
-    if row[FILE] is not None and not sign:
-        audio = AudioRef(path=row[FILE], start=row["start"] or 0.0, end=row["end"])
-    if stored is not None and row["stored"] is not None:
-        audio = stored.audio(stored.rows[row["stored"]], row)  # pyright: ignore[reportArgumentType, reportIndexIssue]
-    return Sample(
-        id=row["id"],
-        task=row["task"],
-        text=row["text"],
-        language=row["language"],
-        target_language=row["target_language"],
-        audio=audio,
-        video=row[FILE] if sign else None,
-        source_text=row["source_text"],
-        duration=row["seconds"],
-        speaker=row["speaker"],
-        domain=row["domain"],
-        row=row["row"],
-    )
+def _stored_sample(row: Row, stored: Stored) -> Sample:
+    sample = sample_of(row)
+    if row["stored"] is None:
+        return sample
+    return replace(sample, audio=stored.audio(stored.rows[row["stored"]], row))  # pyright: ignore[reportArgumentType, reportIndexIssue]
 
 
 # What datasets reads.
@@ -166,7 +129,7 @@ class Stored:
         """Every row's words and numbers, and of its sound the path."""
         features = self.rows.features or {}
         plain = plain_features(features)
-        flat: Any = self.rows.flatten()  # pyright: ignore[reportAttributeAccessIssue, reportCallIssue] (they have an index)
+        flat: Any = self.rows.with_format(None).flatten()  # pyright: ignore[reportAttributeAccessIssue, reportCallIssue] (they have an index)
         path = f"{self.sound}.path"
         names = [*plain, *([path] if path in flat.column_names else [])]
         number = 0
@@ -188,32 +151,31 @@ def _label(feature: Any, value: Any) -> Any:
 
 
 def _open_stored(config: CorpusConfig, dataset: Dataset | IterableDataset, source: Path, file: Path) -> Corpus:
-    features = dataset.features or {}
-    given = renamed(config).get("path")
+    features, given = dataset.features or {}, config.renamed().get("path")
     sounds = [name for name, feature in features.items() if is_sound(feature)]
     known = [name for name in (given or "path", *OTHER_NAMES["path"]) if name in sounds]
-    sound = (
-        (given if given in sounds else None)
-        if given
-        else next(iter(known or (sounds if len(sounds) == 1 else [])), None)
-    )
+    chosen = [given] if given else known or (sounds if len(sounds) == 1 else [])
+    sound = next((name for name in chosen if name in sounds), None)
     local = source.exists()
     folder = file.parent if file.is_file() else source if local else Path()
-    place = str(file) if local else config.source
-    name = _name(config, file)
-    reader = RowReader(place, folder, name, config, sound)
+    reader = RowReader(str(file) if local else config.source, folder, _name(config, file), config, sound)
     if sound and not given and sound not in known:
         reader.remarks[f"path is the column {sound!r}, the only one that holds sounds"] = None
+    return stored_corpus(reader, dataset)
+
+
+def stored_corpus(reader: RowReader, dataset: Dataset | IterableDataset) -> Corpus:
+    """What a reader makes of the rows of a dataset: all of them now, or of a stream each as it comes."""
+    features, sound = dataset.features or {}, reader.sound
     reader.check_columns([*plain_features(features), *([sound] if sound else [])], None)
-    if sound is None and config.streaming:
-        dataset = dataset.select_columns(plain_features(features))
-    stored = Stored(dataset, sound, folder)
     if hasattr(dataset, "__len__"):
-        part = Stored(dataset.select_columns([sound]), sound, folder) if sound else None
-        return _corpus(reader, list(reader.rows(stored.cells())), part)
-    wanted = dataset.filter(partial(_wanted, reader=reader, stored=Stored(dataset.take(0), sound, folder)))
-    sample = partial(_streamed, reader=reader, stored=Stored(dataset.take(0), sound, folder))
-    return Corpus(name, wanted, sample, remarks=reader.told())
+        part = Stored(dataset.select_columns([sound]), sound, reader.folder) if sound else None
+        return _corpus(reader, list(reader.rows(Stored(dataset, sound, reader.folder).cells())), part)
+    if sound is None:
+        dataset = dataset.select_columns(plain_features(features))
+    empty = Stored(dataset.take(0), sound, reader.folder)
+    wanted = dataset.filter(partial(_wanted, reader=reader, stored=empty))
+    return Corpus(reader.name, wanted, partial(_streamed, reader=reader, stored=empty), remarks=reader.told())
 
 
 def _wanted(raw: Row, reader: RowReader, stored: Stored) -> bool:
@@ -223,7 +185,7 @@ def _wanted(raw: Row, reader: RowReader, stored: Stored) -> bool:
 def _streamed(raw: Row, reader: RowReader, stored: Stored) -> Sample:
     """The sample of a row as it comes. Raises :class:`DataError` for one that is none."""
     row = reader.row(stored.plain_cells(raw), None)
-    sample = table_sample(row)
+    sample = sample_of(row)
     if not stored.sound or sample.task == "translate-text":
         return sample
     audio = stored.audio(raw, row)

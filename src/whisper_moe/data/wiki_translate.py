@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from whisper_moe.data.corpora import Corpus, CorpusConfig, Row
+from whisper_moe.data.corpus import Corpus, CorpusConfig, Row, sample_of
 from whisper_moe.data.hub import files_of_split, load_rows
 from whisper_moe.data.sample import DataError, Sample
 from whisper_moe.media.languages import language_code
@@ -62,7 +62,7 @@ def open_wiki_translate(config: CorpusConfig) -> Corpus:
         features=Features({column: Value(kind) for column, kind in _PAIR.items()} | {"seconds": Value("float32")}),
         fn_kwargs={"directions": directions, "columns": there, "prefix": f"{name}/{config.split}"},
     )
-    return Corpus(name, pairs, _sample, "seconds")
+    return Corpus(name, pairs, _sample)
 
 
 def _files(config: CorpusConfig) -> list[Path] | None:
@@ -167,11 +167,4 @@ def _sentences(cell: object) -> list[str]:
 def _sample(row: Row) -> Sample:
     if row["problem"] is not None:
         raise DataError(row["id"], row["problem"])
-    return Sample(
-        id=row["id"],
-        task="translate-text",
-        text=row["text"],
-        language=row["language"],
-        target_language=row["target_language"],
-        source_text=row["source_text"],
-    )
+    return sample_of(row | {"task": "translate-text"})

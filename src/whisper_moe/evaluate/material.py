@@ -9,8 +9,9 @@ from pathlib import Path
 from typing import Any
 
 from whisper_moe.config import SAMPLE_RATE
-from whisper_moe.data.corpora import Corpus, CorpusConfig, open_corpus
-from whisper_moe.data.inspect import kind_of, listed
+from whisper_moe.data.corpora import kind_of, open_corpus
+from whisper_moe.data.corpus import Corpus, CorpusConfig
+from whisper_moe.data.inspect import listed
 from whisper_moe.data.sample import DataError, Sample, Task
 from whisper_moe.media.audio import MediaError
 

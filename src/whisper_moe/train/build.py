@@ -13,7 +13,8 @@ import torch
 from torch import Tensor
 
 from whisper_moe.config import ModelConfig
-from whisper_moe.data.corpora import Corpus, CorpusConfig, open_corpus
+from whisper_moe.data.corpora import open_corpus
+from whisper_moe.data.corpus import Corpus, CorpusConfig
 from whisper_moe.data.examples import ExampleReader
 from whisper_moe.data.loader import PackedLoader
 from whisper_moe.data.sample import AnyCorpus, DataError, Skipped, TooLong, items

@@ -13,7 +13,7 @@ from typing import Annotated, Any, Literal, Self
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 from whisper_moe.config import FULL_WINDOW, AdaptConfig, ConformerConfig, MoEConfig, TTTConfig
-from whisper_moe.data.corpora import CorpusConfig
+from whisper_moe.data.corpus import CorpusConfig
 from whisper_moe.data.sampler import LoaderConfig
 from whisper_moe.train.layout import ParallelConfig
 from whisper_moe.train.reading import checked, read_tree

@@ -1,0 +1,318 @@
+"""A corpus: what a recipe says of it, and its rows, which have one form whatever they are read from.
+
+The rows are a dataset of the HF ``datasets`` module, map-style or streaming; sound stays encoded in them
+(``Audio(decode=False)``) until a sample is read. ``datasets`` is imported when a corpus is opened: it costs seconds.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal, Self, TypeAlias
+
+import numpy as np
+from numpy.typing import NDArray
+from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
+
+from whisper_moe.data.sample import AudioRef, DataError, Sample, Skipped, Task
+from whisper_moe.media.audio import MediaError
+from whisper_moe.media.languages import language_code
+
+if TYPE_CHECKING:
+    from datasets import Dataset, IterableDataset
+
+Row: TypeAlias = dict[str, Any]
+Kind: TypeAlias = Literal["kathbath", "include", "wiki-translate", "table"]
+_TASKS: dict[str, tuple[Task, ...]] = {
+    "kathbath": ("transcribe",),
+    "include": ("sign",),
+    "wiki-translate": ("translate-text",),
+    "table": ("transcribe", "translate", "translate-text", "sign"),
+}
+_ONLY = {
+    **dict.fromkeys(("columns", "configuration", "path", "text"), "table"),
+    **dict.fromkeys(("include_50", "videos"), "include"),
+    "directions": "wiki-translate",
+}
+"""Settings that mean something to one kind only."""
+COLUMNS = (
+    *("path", "text", "start", "end", "duration", "language", "task", "source_text", "target_language"),
+    *("speaker", "domain", "split"),
+)
+"""What a table may have."""
+OTHER_NAMES = {
+    "path": (
+        *("audio", "audio_filepath", "audio_path", "file_name", "filename", "file", "wav", "clip"),
+        *("video", "video_path"),
+    ),
+    "text": ("sentence", "transcript", "transcription", "raw_text", "raw_transcription", "normalized_text"),
+    "start": ("offset",),
+    "language": ("locale", "lang", "source_lang"),
+    "target_language": ("target_lang",),
+    "speaker": ("speaker_id", "client_id"),
+    "domain": ("sentence_domain",),
+}
+"""What others (``datasets``, NeMo, Common Voice) call our columns; of several in a table the first is taken, ours before all."""
+OUR_NAMES = {name: ours for ours, names in OTHER_NAMES.items() for name in names} | {name: name for name in COLUMNS}
+FILE = "file"
+"""The column with a local file's path, in the rows of corpora that have such files."""
+FEATURES = {
+    **dict.fromkeys(("id", FILE, "text", "source_text", "language", "target_language", "task"), "string"),
+    **dict.fromkeys(("start", "end", "seconds"), "float64"),
+    **dict.fromkeys(("speaker", "domain", "row", "member"), "string"),
+    **dict.fromkeys(("offset", "size", "stored"), "int64"),
+}
+"""A row's columns. The sound or film is a ``file``, a ``member`` of an archive (``size`` bytes from ``offset`` on), or row
+number ``stored`` of a dataset beside it; ``row``: table and row that it is of."""
+STREAM_SHARDS = 128
+"""Parts that ranks and workers divide a stream of rows among."""
+REMEMBERED_FROM = 1_000
+"""So many headers are worth remembering on disk."""
+PROBES = 8
+"""Files whose headers are read at the same time: the wait is for disks and networks."""
+
+
+class CorpusConfig(BaseModel):
+    """One corpus as a recipe names it. Languages are given by code or name and kept as codes."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False, strict=True)
+
+    kind: Kind
+    source: str = Field(min_length=1)
+    """A Hub id, or a local folder or file."""
+    split: str = Field(default="train", min_length=1)
+    """``train``, ``valid``, ``test`` … as each corpus calls them; Kathbath's tests: ``test-known``, ``test-unknown``, and
+    either with ``-noisy``. A table without a column ``split`` and without a folder of that name is read whole."""
+    languages: tuple[str, ...] = Field(default=(), strict=False)
+    """Those to read; empty for all. For a table, one is also that of rows that do not say theirs."""
+    task: Task | None = None
+    """For a table: that of rows that do not say; default ``transcribe``."""
+    directions: tuple[str, ...] = Field(default=("en>any", "any>en"), strict=False)
+    """wiki-translate: ``en>hi``, ``any>en``, ``any>any``."""
+    include_50: bool = False
+    """INCLUDE: only the 50 words of INCLUDE-50."""
+    videos: str | None = None
+    """INCLUDE: the folder of the videos, if it is not the source."""
+    columns: tuple[str, ...] | dict[str, str] = ()
+    """Table: which columns are which, ``{path: clip, text: said}``; or, for a file that has no line with them, their names."""
+    configuration: str | None = None
+    """Table, of the Hub or laid out as there: the part to read, where it has several (``hi_in``)."""
+    path: str | None = None
+    """Table: where a row's file lies, with columns in braces: ``{language}/{path}``; default: the column ``path``."""
+    text: Literal["column", "file-name", "none"] = "column"
+    """Table: ``file-name`` for a folder of recordings that are named after what is said (``good_morning.wav``), ``none`` for
+    recordings whose text nobody has written down (for self-distillation): their text is empty."""
+    name: str | None = None
+    """What ids begin with; default: the kind, or the table's own name."""
+    streaming: bool = False
+    limit: int | None = Field(default=None, ge=1)
+    """The first so many samples only."""
+    weight: float = Field(default=1.0, gt=0)
+    """How often it is drawn in a mixture, relative to the others."""
+    revision: str | None = None
+    """Hub: branch, tag or commit."""
+    cache_dir: str | None = None
+    """Where ``datasets`` prepares what it reads map-style; default: its own folder, ``HF_DATASETS_CACHE``."""
+
+    @field_validator("columns", mode="before")
+    @classmethod
+    def _tuple(cls, columns: Any) -> Any:
+        return tuple(columns) if isinstance(columns, list) else columns
+
+    @field_validator("languages")
+    @classmethod
+    def _codes(cls, names: tuple[str, ...]) -> tuple[str, ...]:
+        return tuple(dict.fromkeys(language_code(name) for name in names))
+
+    @model_validator(mode="after")
+    def _check(self) -> Self:
+        if self.task is not None and self.task not in _TASKS[self.kind]:
+            raise ValueError(f"{self.kind} has the task {_TASKS[self.kind][0]}, not {self.task}")
+        for field, kind in _ONLY.items():
+            if self.kind != kind and getattr(self, field) != type(self).model_fields[field].default:
+                raise ValueError(f"{field} is a setting of {kind}, not of {self.kind}")
+        self.renamed()
+        if self.kind == "include" and self.languages not in ((), ("ins",)):
+            raise ValueError(f"INCLUDE is Indian Sign Language (ins), got {list(self.languages)}")
+        return self
+
+    def renamed(self) -> dict[str, str]:
+        """What ``columns`` says of them: our name, and the table's. Raises ``ValueError`` for a column that is none of ours."""
+        given = self.columns if isinstance(self.columns, dict) else {}
+        if unknown := [name for name in given if name not in OUR_NAMES]:
+            raise ValueError(f"columns: there is no column {unknown[0]!r}: one of {', '.join(COLUMNS)}")
+        return {OUR_NAMES[name]: its for name, its in given.items()}
+
+
+@dataclass(frozen=True, eq=False)
+class Corpus:
+    """Samples by index (map-style), or one after another.
+
+    A row that is no sample raises :class:`DataError` where it is read, by index or from ``next``; an iterator goes on
+    behind it. Whether a sample's sound or film can be decoded shows when that is done.
+    """
+
+    name: str
+    dataset: Dataset | IterableDataset
+    """The rows; ``dataclasses.replace`` it to shuffle a stream or to take a rank's share of one."""
+    sample: Callable[[Row], Sample]
+    """What a row means, such as :func:`sample_of`. It can be pickled."""
+    left_out: tuple[Skipped, ...] = ()
+    """What the corpus lists and cannot give: files that are not there, rows that are no samples. Not among the samples."""
+
+    version: str = ""
+    """Changes with sounds that are in no file of their own."""
+    remarks: tuple[str, ...] = ()
+    """What was decided for want of being told: of two columns the one that was taken, rows that were left aside."""
+
+    @property
+    def streaming(self) -> bool:
+        return not hasattr(self.dataset, "__len__")
+
+    def __len__(self) -> int:
+        return len(self._rows())
+
+    def __getitem__(self, index: int) -> Sample:
+        return self.sample(self._rows()[index])
+
+    def __iter__(self) -> Iterator[Sample]:
+        return _Samples(self)
+
+    def _rows(self) -> Dataset:
+        if self.streaming:
+            raise TypeError(f"{self.name} is streamed: it has neither a length nor an index, and can only be iterated")
+        return self.dataset  # pyright: ignore[reportReturnType]
+
+    def lengths(self) -> NDArray[np.float32]:
+        """Seconds of each sample, [samples]; 0 for text, NaN where neither the corpus nor a header says (a corrupt file).
+
+        From the column ``seconds``; else from the headers of the files, which are opened once: what they say is kept
+        on disk, for as long as the files have the same sizes and dates.
+        """
+        return self._lengths
+
+    @cached_property
+    def _lengths(self) -> NDArray[np.float32]:
+        rows = self._rows()
+        known = np.full(len(rows), np.nan, np.float32)
+        if "seconds" in rows.column_names:
+            known = np.asarray(rows.select_columns(["seconds"])["seconds"][:], dtype=np.float32)
+        unknown = np.flatnonzero(np.isnan(known))
+        if len(unknown):
+            known[unknown] = _probed(self, unknown)
+        return known
+
+
+def sample_of(row: Row) -> Sample:
+    """The sample of a row; where its sound is ``stored``, without it. Raises :class:`DataError`."""
+    file, sign = row.get(FILE), row["task"] == "sign"
+    audio = None if file is None or sign else AudioRef(path=file, start=row["start"] or 0.0, end=row["end"])
+    if file is not None and row.get("member") is not None:
+        try:
+            with open(file, "rb") as archive:
+                archive.seek(row["offset"])
+                audio = AudioRef(path=f"{file}:{row['member']}", data=archive.read(row["size"]))
+        except OSError as error:
+            raise DataError(file, f"{row['member']} cannot be read: {error.strerror}") from error
+    return Sample(
+        id=row["id"],
+        task=row["task"],
+        text=row["text"],
+        language=row["language"],
+        target_language=row["target_language"],
+        audio=audio,
+        video=file if sign else None,
+        source_text=row.get("source_text"),
+        duration=row.get("seconds"),
+        speaker=row.get("speaker"),
+        domain=row.get("domain"),
+        row=row.get("row"),
+    )
+
+
+def listed(
+    config: CorpusConfig,
+    name: str,
+    place: str | Path,
+    rows: Sequence[Row],
+    left_out: Sequence[Skipped] = (),
+    sample: Callable[[Row], Sample] = sample_of,
+    **more: Any,
+) -> Corpus:
+    """A corpus of rows that are known from the start, in as many shards as can be; what a row does not say is None.
+
+    Rows whose file is not there are left out, unless all are: then :class:`DataError` says so of ``place``.
+    """
+    from datasets import Dataset, Features, Value
+
+    there, missing = list[Row](), list[Skipped]()
+    for row in rows:
+        if not row.get(FILE) or os.path.isfile(row[FILE]):
+            there.append(row)
+        else:
+            where = row.get("row") or row[FILE]
+            missing.append(Skipped(id=row["id"], place=where, kind="missing", cause="no such file"))
+    if not there:
+        raise DataError(place, f"none of its {len(rows):,} files is there, such as {rows[0][FILE]}", column="path")
+    features = Features({name: Value(kind) for name, kind in FEATURES.items()})
+    dataset = Dataset.from_dict({name: [row.get(name) for row in there] for name in FEATURES}, features=features)
+    if config.streaming:
+        dataset = dataset.to_iterable_dataset(num_shards=min(STREAM_SHARDS, len(dataset)))
+    return Corpus(name, dataset, sample, (*left_out, *missing), **more)
+
+
+def _probed(corpus: Corpus, indices: NDArray[np.int64]) -> NDArray[np.float32]:
+    """Seconds by the headers of these samples' files, [indices]; from disk if these very files were looked at before."""
+    memory = _memory(corpus, indices) if len(indices) >= REMEMBERED_FROM else None
+    if memory is not None and memory.exists():
+        return np.load(memory, allow_pickle=False)
+
+    def seconds(index: int) -> float:
+        try:
+            return corpus[index].seconds()
+        except (DataError, MediaError):
+            return float("nan")
+
+    with ThreadPoolExecutor(PROBES) as pool:
+        found = np.fromiter(pool.map(seconds, indices.tolist()), np.float32, len(indices))
+    if memory is not None:
+        from whisper_moe.weights.files import atomic_file
+
+        with suppress(OSError):  # a disk that takes nothing only costs the next run its time
+            memory.parent.mkdir(parents=True, exist_ok=True)
+            with atomic_file(memory) as scratch, scratch.open("wb") as file:
+                np.save(file, found, allow_pickle=False)
+    return found
+
+
+def _memory(corpus: Corpus, indices: NDArray[np.int64]) -> Path:
+    """Where the headers' seconds are kept: a name that changes with the rows and with size or date of any file."""
+    rows = corpus._rows()
+    known = f"{getattr(rows, '_fingerprint', '')} {len(rows)} {corpus.version}"
+    digest = hashlib.blake2b(known.encode(), digest_size=16)
+    digest.update(indices.tobytes())
+    if FILE in rows.column_names:
+        for file in filter(None, dict.fromkeys(rows.select_columns([FILE])[FILE][:])):
+            try:
+                status = os.stat(file)
+                digest.update(f"{status.st_size} {status.st_mtime_ns};".encode())
+            except OSError:
+                digest.update(b"none;")
+    cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
+    return cache / "whisper-moe" / f"seconds-{digest.hexdigest()}.npy"
+
+
+class _Samples(Iterator[Sample]):
+    """An iterator that survives a row that is no sample, as a generator would not."""
+
+    def __init__(self, corpus: Corpus) -> None:
+        self.name, self.rows, self.sample = corpus.name, iter(corpus.dataset), corpus.sample
+
+    def __next__(self) -> Sample:
+        return self.sample(next(self.rows))
