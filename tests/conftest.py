@@ -7,11 +7,13 @@ from __future__ import annotations
 
 import os
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import pytest
 
 if TYPE_CHECKING:
+    from commandline import Run
+
     from whisper_moe import WhisperMoE
 
 ROOT = Path(__file__).parent.parent
@@ -55,3 +57,27 @@ def tiny_model() -> WhisperMoE:
     from generate.tiny import tiny_whisper_moe
 
     return tiny_whisper_moe()
+
+
+@pytest.fixture
+def run(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Run:
+    """Calls the command line in this process."""
+    from commandline import runner
+
+    return runner(monkeypatch, capsys)
+
+
+@pytest.fixture
+def tiny(tiny_model: WhisperMoE, monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """Flags for the tiny model, which is in place of the default and need not be loaded: whatever it says is believed."""
+    from commandline import TRUSTING
+
+    from whisper_moe import WhisperMoE
+
+    load = WhisperMoE.from_pretrained
+
+    def loaded(model: str | None, **options: Any) -> WhisperMoE:
+        return tiny_model if model is None else load(model, **options)
+
+    monkeypatch.setattr(WhisperMoE, "from_pretrained", loaded)
+    return TRUSTING

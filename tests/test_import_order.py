@@ -20,7 +20,6 @@ ORDER = (
     {"generate"},
     {"data", "evaluate", "train", "merge", "compress"},
     {"api"},
-    {"flags"},
     {"jobs"},
     {"commands"},
     {"cli"},

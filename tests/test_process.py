@@ -9,7 +9,7 @@ import sys
 from pathlib import Path
 
 import pytest
-from commandline import SAMPLE, noise, trusting_flags
+from commandline import noise, trusting_flags
 
 from whisper_moe import WhisperMoE
 
@@ -58,10 +58,9 @@ def test_a_reader_that_has_gone_is_no_error(tiny: list[str], tmp_path: Path) -> 
 
 
 @pytest.mark.skipif(not Path("/dev/full").exists(), reason="Linux's full disk")
-@pytest.mark.parametrize("format", ["txt", "json"])
-def test_standard_output_on_a_full_disk_is_said_once(format: str, tiny: list[str], tmp_path: Path) -> None:
+def test_standard_output_on_a_full_disk_is_said_once(tiny: list[str], tmp_path: Path) -> None:
     paths = [str(noise(tmp_path / name, 2.0)) for name in ("a.wav", "b.wav")]
-    command = [sys.executable, "-m", "whisper_moe", "transcribe", *paths, *tiny, "-f", format, "--verbose", "False"]
+    command = [sys.executable, "-m", "whisper_moe", "transcribe", *paths, *tiny, "--verbose", "False"]
     with open("/dev/full", "wb") as full:
         done = subprocess.run(command, stdout=full, stderr=subprocess.PIPE, text=True, timeout=280, check=False)
     assert done.returncode == 1
@@ -116,13 +115,11 @@ def screen(sent: str) -> list[str]:
 
 
 def test_a_transcript_goes_to_its_file_while_a_bar_moves_on_the_terminal(tiny: list[str], tmp_path: Path) -> None:
-    path = noise(tmp_path / "a.wav", 40.0)
-    expected = whole_process("transcribe", path, *tiny)
-    assert expected.stdout.strip()
+    path = noise(tmp_path / "a.wav", 22.0)
     status, sent = on_terminal(["transcribe", str(path), *tiny], stdout=tmp_path / "a.txt")
-    assert status == 0 and "s of audio done" in sent
-    assert (tmp_path / "a.txt").read_bytes() == expected.stdout
-    assert f"{path}: 40.0 s" in sent
+    assert status == 0 and "s of audio done" in sent and f"{path}: 22.0 s" in sent
+    text = (tmp_path / "a.txt").read_bytes()
+    assert text.endswith(b"\n") and b"\x1b[" not in text and b"s of audio done" not in text
 
 
 def test_a_bar_on_the_same_terminal_leaves_text_and_facts_alone(tiny: list[str], tmp_path: Path) -> None:
@@ -142,24 +139,20 @@ def test_a_bar_on_the_same_terminal_leaves_text_and_facts_alone(tiny: list[str],
 # Scripts and file names.
 
 
-@pytest.mark.parametrize("name", ["हिन्दी.wav".encode(), b"\xff\xfe.wav"], ids=["Devanagari", "no text"])
-def test_a_file_name_comes_out_as_it_went_in(tiny: list[str], tmp_path: Path, name: bytes) -> None:
-    path = os.path.join(os.fsencode(tmp_path), name)
+def test_a_file_name_and_any_script_come_out_whatever_the_locale(tiny: list[str], tmp_path: Path) -> None:
+    names = ["हिन्दी.wav".encode(), b"\xff\xfe.wav"]
+    paths = [os.path.join(os.fsencode(tmp_path), name) for name in names]
     try:
-        os.rename(noise(tmp_path / "a.wav"), path)
+        for path in paths:
+            os.rename(noise(tmp_path / "a.wav"), path)
     except OSError:
         pytest.skip("this file system takes no such name")
-    done = whole_process("detect-language", path, b"gone-" + name, *tiny[:4], PYTHONIOENCODING="ascii")
-    assert done.stdout.endswith(b"\t" + path + b"\n"), done.stderr
-    assert done.returncode == 1 and b"no such file" in done.stderr and b"Traceback" not in done.stderr
-
-
-def test_any_script_can_be_written_whatever_the_locale(tiny: list[str], tmp_path: Path) -> None:
-    path = noise(tmp_path / "a.wav")
-    usual = whole_process("transcribe", path, *tiny)
-    assert not usual.stdout.decode().isascii()
-    plain = {"LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0"}
-    assert whole_process("transcribe", path, *tiny, **plain).stdout == usual.stdout
+    plain = {"LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0", "PYTHONIOENCODING": "ascii"}
+    done = whole_process("transcribe", *paths, b"gone-\xff", *tiny, "--language", "en", **plain)
+    assert done.returncode == 1 and b"gone-" in done.stderr and b"Traceback" not in done.stderr
+    assert not done.stdout.decode().isascii()
+    told = whole_process("detect-language", *paths, *tiny[:2], **plain)
+    assert [line.split(b"\t")[2] for line in told.stdout.splitlines()] == paths, told.stderr
 
 
 # The process as a whole.
@@ -167,7 +160,7 @@ def test_any_script_can_be_written_whatever_the_locale(tiny: list[str], tmp_path
 
 @pytest.mark.parametrize(
     ("arguments", "status"),
-    [(["--help"], 0), (["info", "8x74m"], 0), (["transcribe", "--task", "sing"], 2), (["sing"], 2)],
+    [(["info", "8x74m"], 0), (["transcribe", "--task", "sing"], 2)],
 )
 def test_the_process_hands_on_its_exit_status_and_all_of_its_output(arguments: list[str], status: int) -> None:
     done = whole_process(*arguments)
@@ -196,13 +189,3 @@ def test_without_arguments_the_sample_is_transcribed(default_model: WhisperMoE) 
         "And Mr. John Dashwood had then leisure to consider how much there might be prudently in his power to do for them.\n"
     )
     assert b"sample.m4a: 7.7 s, en; experts expert-" in done.stderr
-
-
-def test_a_pipe_becomes_subtitles(default_model: WhisperMoE) -> None:
-    flags = ["--language", "en", "--initial_prompt", "Novel.", "-f", "srt", "--word_timestamps", "True"]
-    done = whole_process("transcribe", "-", *flags, "--max-words-per-line", "5", stdin=SAMPLE.read_bytes())
-    assert done.returncode == 0, done.stderr
-    subtitles = done.stdout.decode().strip().split("\n\n")
-    assert len(subtitles) > 3
-    assert subtitles[0].splitlines()[:2][0] == "1" and "00:00:00," in subtitles[0]
-    assert "Dashwood" in done.stdout.decode()

@@ -10,11 +10,11 @@ import pytest
 import torch
 
 pytest.importorskip("transformers")
-from commandline import noise
+from commandline import Run, noise
 from generate.tiny import CONFIG
 from weights.whispers import hub_model, write_folder
 
-from whisper_moe import WhisperMoE, commands
+from whisper_moe import WhisperMoE
 from whisper_moe.weights import checkpoint
 from whisper_moe.weights.checkpoint import save_checkpoint
 from whisper_moe.weights.default import load_model
@@ -22,10 +22,7 @@ from whisper_moe.weights.manifest import read_config
 from whisper_moe.weights.upcycle import answer
 
 DENSE = CONFIG.model_copy(update={"moe": None, "ttt": None})
-PLAIN: dict[str, Any] = {
-    "experts": 2, "expert_dim": None, "top_k": 2, "shared": True, "scope": "segment", "router_layer": 1,
-    "ttt_layers": "1", "base": None, "quantize": False, "overwrite": False, "seed": 0,
-}  # fmt: skip
+PLAIN = ["--experts", "2", "--router-layer", "1", "--ttt-layers", "1"]
 
 
 @pytest.fixture
@@ -33,21 +30,14 @@ def whisper(tmp_path: Path) -> Path:
     return write_folder(tmp_path / "whisper", hub_model(DENSE))
 
 
-def upcycled(source: Path, output: Path, **changes: Any) -> int:
-    return commands.upcycle(str(source), output, **(PLAIN | changes))
-
-
-def said_by(capsys: pytest.CaptureFixture[str]) -> str:
-    return capsys.readouterr().err
-
-
 @pytest.mark.parametrize("shared", [True, False])
 @pytest.mark.parametrize("quantize", [True, False])
 def test_what_was_written_is_read_back_and_compared(
-    whisper: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], shared: bool, quantize: bool
+    whisper: Path, tmp_path: Path, run: Run, shared: bool, quantize: bool
 ) -> None:
-    assert upcycled(whisper, tmp_path / "m", shared=shared, quantize=quantize, add_language=["or"]) == 0
-    said = said_by(capsys)
+    flags = ["--shared" if shared else "--no-shared", *(["--quantize"] if quantize else [])]
+    status, _, said = run("upcycle", whisper, "-o", tmp_path / "m", *PLAIN, *flags, "--add-language", "or")
+    assert status == 0
     assert "read back, logits differ by " in said
     difference = float(said.split("read back, logits differ by ")[1])
     loaded, source = load_model(tmp_path / "m"), load_model(whisper)
@@ -58,7 +48,7 @@ def test_what_was_written_is_read_back_and_compared(
 
 @pytest.mark.parametrize("damage", ["bytes", "weights", "zeros"])
 def test_what_was_written_wrongly_is_not_called_done(
-    whisper: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, damage: str
+    whisper: Path, tmp_path: Path, run: Run, monkeypatch: pytest.MonkeyPatch, damage: str
 ) -> None:
     def wrong(folder: Path, config: Any, state: dict[str, torch.Tensor], **options: Any) -> None:
         if damage != "bytes":
@@ -72,26 +62,25 @@ def test_what_was_written_wrongly_is_not_called_done(
             file.write_bytes(content)
 
     monkeypatch.setattr(checkpoint, "save_checkpoint", wrong)
-    assert upcycled(whisper, tmp_path / "m") == 1
-    said = said_by(capsys)
+    status, _, said = run("upcycle", whisper, "-o", tmp_path / "m", *PLAIN)
+    assert status == 1
     assert ("core.safetensors: sha256 differs" if damage == "bytes" else "do not use it: read back") in said
     assert "with 2 experts" not in said
 
 
 def test_a_dense_fine_tune_of_this_project_is_upcycled_and_keeps_its_margin(
-    whisper: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    whisper: Path, tmp_path: Path, run: Run
 ) -> None:
     loaded = load_model(whisper)
     save_checkpoint(
         tmp_path / "tuned", loaded.config.model_copy(update={"context_margin": 0.7}), loaded.state,
         generation=loaded.generation, tokenizer_files=loaded.tokenizer_files,
     )  # fmt: skip
-    assert upcycled(tmp_path / "tuned", tmp_path / "m") == 0
+    assert run("upcycle", tmp_path / "tuned", "-o", tmp_path / "m", *PLAIN).status == 0
     config = read_config(tmp_path / "m" / "config.json")
     assert config.context_margin == 0.7 and config.moe is not None
-    said_by(capsys)
-    assert upcycled(tmp_path / "m", tmp_path / "again") == 1
-    assert "only a dense Whisper can be upcycled" in said_by(capsys)
+    again = run("upcycle", tmp_path / "m", "-o", tmp_path / "again", *PLAIN)
+    assert again.status == 1 and "only a dense Whisper can be upcycled" in again.err
 
 
 def state_language(folder: Path, **stated: Any) -> None:
@@ -100,13 +89,13 @@ def state_language(folder: Path, **stated: Any) -> None:
 
 
 def test_the_language_that_a_fine_tune_states_is_told_and_taken_unless_another_is_asked_for(
-    whisper: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    whisper: Path, tmp_path: Path, run: Run
 ) -> None:
-    assert upcycled(whisper, tmp_path / "silent") == 0
-    assert "states the language" not in said_by(capsys)
+    silent = run("upcycle", whisper, "-o", tmp_path / "silent", *PLAIN)
+    assert silent.status == 0 and "states the language" not in silent.err
     state_language(whisper, language="hindi", task="transcribe")
-    assert upcycled(whisper, tmp_path / "m") == 0
-    assert "whisper states the language hi: what is heard is taken for that" in said_by(capsys)
+    done = run("upcycle", whisper, "-o", tmp_path / "m", *PLAIN)
+    assert done.status == 0 and "whisper states the language hi: what is heard is taken for that" in done.err
     sound = noise(tmp_path / "a.wav")
     model = WhisperMoE.from_pretrained(tmp_path / "m", dtype="float32")
     free = WhisperMoE.from_pretrained(tmp_path / "silent", dtype="float32")
@@ -119,10 +108,8 @@ def test_the_language_that_a_fine_tune_states_is_told_and_taken_unless_another_i
     assert model.detect_language(sound) == free.detect_language(sound)
 
 
-def test_a_model_that_gets_a_language_states_none(
-    whisper: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_a_model_that_gets_a_language_states_none(whisper: Path, tmp_path: Path, run: Run) -> None:
     state_language(whisper, forced_decoder_ids=[[1, 259], [2, 261]])
-    assert upcycled(whisper, tmp_path / "m", add_language=["or"]) == 0
-    assert "states the language" not in said_by(capsys)
+    done = run("upcycle", whisper, "-o", tmp_path / "m", *PLAIN, "--add-language", "or")
+    assert done.status == 0 and "states the language" not in done.err
     assert WhisperMoE.from_pretrained(tmp_path / "m").stated_language is None

@@ -7,34 +7,32 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, BinaryIO, Literal, Self, TypeAlias, get_args, overload
+from typing import Any, BinaryIO, Self, TypeAlias, overload
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from whisper_moe.config import FULL_WINDOW, SAMPLE_RATE, ModelConfig
+from whisper_moe.config import DTYPES, FULL_WINDOW, SAMPLE_RATE, ModelConfig
 from whisper_moe.generate.decode import WindowDecoder
 from whisper_moe.generate.longform import Recording, Transcriber
 from whisper_moe.generate.options import TranscribeOptions
 from whisper_moe.generate.result import Transcription
 from whisper_moe.heap import weights_apart
-from whisper_moe.machine import take_threads
+from whisper_moe.machine import pick_device, take_threads
 from whisper_moe.media.audio import MediaError, stream_audio
 from whisper_moe.media.tokenizer import Tokenizer
 from whisper_moe.media.windows import cut_clips, drop_silence, is_silent, speech_spans, speech_spans_silero
-from whisper_moe.model.inference import Arithmetic, prepare_for_inference
+from whisper_moe.model.inference import prepare_for_inference
 from whisper_moe.model.int8 import suits_fbgemm
 from whisper_moe.model.model import TextHead, WhisperMoEModel
 from whisper_moe.weights.checkpoint import save_checkpoint
 from whisper_moe.weights.default import Loaded, load_model
 from whisper_moe.weights.generation import stated_language
 from whisper_moe.weights.parts import empty_model
-from whisper_moe.weights.sources import to_stderr
 
 Audio: TypeAlias = "str | os.PathLike[str] | BinaryIO | np.ndarray"
 """A path, an open binary file, or float32 samples at 16 kHz, mono."""
-Dtype: TypeAlias = Literal["auto", "float32", "int8", "bfloat16", "float16"]
 
 _DETECTORS = {"energy": speech_spans, "silero": speech_spans_silero}
 
@@ -60,10 +58,16 @@ class WhisperMoE:
     """
 
     def __init__(
-        self, model: WhisperMoEModel, tokenizer: Tokenizer, generation: dict[str, Any], *,
-        name: str = "", tokenizer_files: dict[str, Path | bytes] | None = None, device: str = "cpu",
+        self,
+        model: WhisperMoEModel,
+        tokenizer: Tokenizer,
+        generation: dict[str, Any],
+        *,
+        name: str = "",
+        tokenizer_files: dict[str, Path | bytes] | None = None,
+        device: str = "cpu",
         dtype: str = "float32",
-    ) -> None:  # fmt: skip
+    ) -> None:
         self.name, self.device, self.dtype = name, device, dtype
         self.tokenizer, self.generation = tokenizer, generation
         self._tokenizer_files = tokenizer_files or {}
@@ -72,10 +76,15 @@ class WhisperMoE:
 
     @classmethod
     def from_pretrained(
-        cls, model: str | os.PathLike[str] | None = None, *, device: str = "auto", dtype: Dtype = "auto",
-        threads: int | None = None, for_inference: bool = True, model_dir: str | os.PathLike[str] | None = None,
-        announce: Callable[[str], None] = to_stderr,
-    ) -> Self:  # fmt: skip
+        cls,
+        model: str | os.PathLike[str] | None = None,
+        *,
+        device: str = "auto",
+        dtype: str = "auto",
+        threads: int | None = None,
+        for_inference: bool = True,
+        model_dir: str | os.PathLike[str] | None = None,
+    ) -> Self:
         """Load a whisper-moe directory or training run, any Whisper (``base``, Hub id, folder, ``.pt`` file, LoRA adapter),
         or the default (None).
 
@@ -83,29 +92,26 @@ class WhisperMoE:
         with a scale for each token, on a CPU only; ``auto`` takes it where the CPU is fast at it, else float32.
         ``threads``: of the CPU, for the whole process; by default as many as others leave cores for. ``for_inference``
         lays the weights out for the machine; without, they are float32 and can be trained and saved. ``model_dir``: a folder
-        in which the model is looked for first, and which downloads go to. ``announce`` is told before anything is downloaded.
-        Raises ``ValueError`` that names what is wrong.
+        in which the model is looked for first, and which downloads go to. Raises ``ValueError`` that names what is wrong.
         """
-        if dtype not in get_args(Dtype):
-            raise ValueError(f"unknown dtype {dtype!r}: one of {', '.join(get_args(Dtype))}")
+        if dtype not in DTYPES:
+            raise ValueError(f"unknown dtype {dtype!r}: one of {', '.join(DTYPES)}")
         if threads is not None:
             if threads < 1:
                 raise ValueError(f"threads must be at least 1, got {threads}")
             take_threads(threads)
-        device = _pick_device(device)
+        device = pick_device(device)
         if dtype == "int8" and device != "cpu":
             raise ValueError(f"int8 arithmetic runs on a CPU; on {device} take bfloat16 or float16")
         if not for_inference and dtype not in ("auto", "float32"):
             raise ValueError(f"for_inference=False loads float32 weights; dtype {dtype!r} would round them")
         dtype = _pick_dtype(dtype, device) if for_inference else "float32"
-        with weights_apart() if _prepared(device, dtype, for_inference) else nullcontext():
-            prepared = _prepared(device, dtype, for_inference)
-            loaded = load_model(model, keep_int8=prepared, model_dir=model_dir, announce=announce)
-            network = _network(loaded, device, dtype, for_inference)
-        return cls(
-            network, loaded.tokenizer, loaded.generation, name=loaded.name, tokenizer_files=loaded.tokenizer_files,
-            device=device, dtype=dtype,
-        )  # fmt: skip
+        for_cpu = for_inference and device == "cpu" and dtype in ("float32", "int8")
+        with weights_apart() if for_cpu else nullcontext():
+            loaded = load_model(model, keep_int8=for_cpu, model_dir=model_dir)
+            network = _network(loaded, device, dtype, for_inference=for_inference, for_cpu=for_cpu)
+        parts: dict[str, Any] = {"name": loaded.name, "tokenizer_files": loaded.tokenizer_files}
+        return cls(network, loaded.tokenizer, loaded.generation, device=device, dtype=dtype, **parts)
 
     @property
     def config(self) -> ModelConfig:
@@ -128,10 +134,8 @@ class WhisperMoE:
         if self.dtype != "float32" or not isinstance(self.model.decoder.head, TextHead):
             raise ValueError("load the model with for_inference=False to save it")
         state: dict[str, Tensor] = {key: value.float().cpu() for key, value in self.model.state_dict().items()}
-        save_checkpoint(
-            Path(directory), self.config, state, generation=self.generation, tokenizer_files=self._tokenizer_files,
-            quantize=quantize,
-        )  # fmt: skip
+        parts: dict[str, Any] = {"generation": self.generation, "tokenizer_files": self._tokenizer_files}
+        save_checkpoint(Path(directory), self.config, state, quantize=quantize, **parts)
 
     @overload
     def transcribe(self, audio: Audio, **options: Any) -> Transcription: ...
@@ -153,15 +157,20 @@ class WhisperMoE:
         return results[0] if alone else results
 
     def transcribe_each(
-        self, audio: Iterable[Audio], *, in_order: bool = True, progress: Callable[[float], None] | None = None,
-        **options: Any,
-    ) -> Iterator[Outcome]:  # fmt: skip
+        self,
+        audio: Iterable[Audio],
+        options: TranscribeOptions | None = None,
+        *,
+        in_order: bool = True,
+        progress: Callable[[float], None] | None = None,
+        **changes: Any,
+    ) -> Iterator[Outcome]:
         """Outcomes in the order given; a file that cannot be read costs that file and no other.
 
         ``in_order=False``: each as soon as it is there; :attr:`Outcome.index` says whose it is. ``progress`` is told how many
-        seconds of audio have just been finished.
+        seconds of audio have just been finished. ``changes``: fields of the options.
         """
-        asked = self._options(options)
+        asked = self._asked(options or TranscribeOptions(), **changes)
         recordings = (self._recording(source, asked, index) for index, source in enumerate(audio))
         outcomes = map(_outcome, Transcriber(self._decoder, asked, progress=progress).run(recordings))
         yield from _in_order(outcomes) if in_order else outcomes
@@ -176,9 +185,8 @@ class WhisperMoE:
         """
         if not self.tokenizer.is_multilingual:
             raise ValueError(f"{self.name}: an English-only model cannot detect languages")
-        options = self._options(
-            {"language": "auto", "allowed_languages": tuple(languages), "window": FULL_WINDOW, "track": track}
-        )
+        limits = {"language": "auto", "allowed_languages": tuple(languages), "window": FULL_WINDOW, "track": track}
+        options = self._asked(TranscribeOptions(), **limits)
         recording = self._recording(audio, options)
         windows = recording.windows
         window = next((window for window in windows if not is_silent(window.samples)), None)
@@ -187,25 +195,21 @@ class WhisperMoE:
         next(windows, None)  # damage right behind it is an error too
         return self._decoder.detect_language([window.samples], options, margin=FULL_WINDOW)[0]
 
-    def _options(self, options: dict[str, Any]) -> TranscribeOptions:
-        fields = dict(options)
-        names: Sequence[str] = fields.get("allowed_languages", ())
-        given: str | None = fields.get("language") or ("auto" if names else self.stated_language)
-        fields["language"] = None if given in (None, "auto") else self.tokenizer.language_code(given)
-        known = tuple(map(self.tokenizer.language_code, names))
-        fields["allowed_languages"] = known
-        if fields.get("context_margin") is None:
-            fields["context_margin"] = self.context_margin
-        asked = TranscribeOptions(**fields)
+    def _asked(self, options: TranscribeOptions, **changes: Any) -> TranscribeOptions:
+        """The options for this model: languages by code, its own language and margin where nothing is said of them."""
+        asked = replace(options, **changes)
+        language = asked.language or ("auto" if asked.allowed_languages else self.stated_language or "auto")
+        code = None if language.lower() == "auto" else self.tokenizer.language_code(language)
+        allowed = tuple(map(self.tokenizer.language_code, asked.allowed_languages))
+        for known in filter(None, (code, *allowed)):
+            self.tokenizer.sot_sequence(known, asked.task)
         if asked.vad == "silero":
             speech_spans_silero(np.zeros(SAMPLE_RATE, np.float32))  # says now, not at the first file, if it is missing
-        for code in (asked.language, *known):
-            if code is not None:
-                self.tokenizer.sot_sequence(code, asked.task)
         beyond = [token for token in asked.suppress_tokens or () if token >= self.config.vocab_size]
         if beyond:
             raise ValueError(f"suppress_tokens: {beyond} are beyond the model's {self.config.vocab_size} tokens")
-        return asked
+        margin = self.context_margin if asked.context_margin is None else asked.context_margin
+        return replace(asked, language=code, allowed_languages=allowed, context_margin=margin)
 
     def _recording(self, source: Audio, options: TranscribeOptions, index: int = 0) -> Recording:
         name = _name_of(source)
@@ -231,42 +235,29 @@ def _timed(recording: Recording, blocks: Iterable[np.ndarray]) -> Iterator[np.nd
         yield block
 
 
-def _pick_device(device: str) -> str:
-    if device == "auto":
-        return "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
-    try:
-        wanted = torch.device(device)
-    except RuntimeError:
-        raise ValueError(f"unknown device {device!r}: cpu, cuda, cuda:1, mps or auto") from None
-    counts = {"cpu": 1, "cuda": torch.cuda.device_count(), "mps": int(torch.backends.mps.is_available())}
-    if (wanted.index or 0) >= counts.get(wanted.type, 1):
-        raise ValueError(f"device {device}: PyTorch {torch.__version__} sees no such device here")
-    return device
+def _pick_dtype(dtype: str, device: str) -> str:
+    """int8 where the CPU is faster at it than at float32: with AVX-512, or with AVX2 and a kernel made for that.
 
-
-def _pick_dtype(dtype: Dtype, device: str) -> Dtype:
-    """int8 where the CPU is faster at it than at float32: with AVX-512, or with AVX2 and a kernel made for that."""
-    if dtype != "auto":
+    CTranslate2's ``int8_float16`` is int8 on a CPU; on a GPU, what it has beside the int8.
+    """
+    if "_" in dtype:
+        return "int8" if device == "cpu" else dtype.removeprefix("int8_")
+    if dtype not in ("auto", "default"):
         return dtype
     wide = torch.backends.cpu.get_cpu_capability().startswith(("AVX512", "AMX"))
     return "int8" if device == "cpu" and (wide or suits_fbgemm()) else "float32"
 
 
-def _prepared(device: str, dtype: str, for_inference: bool) -> bool:
-    """Whether the weights are laid out for the CPU, and given up for that."""
-    return for_inference and device == "cpu" and dtype in ("float32", "int8")
-
-
-def _network(loaded: Loaded, device: str, dtype: str, for_inference: bool) -> WhisperMoEModel:
+def _network(loaded: Loaded, device: str, dtype: str, *, for_inference: bool, for_cpu: bool) -> WhisperMoEModel:
+    """``for_cpu``: the weights are laid out for the CPU, and given up for that."""
     network = empty_model(loaded.config)
     network.load_state_dict(loaded.state, strict=not loaded.quantized, assign=True)
     loaded.state.clear()  # what is prepared below is then freed layer by layer
     network.eval().requires_grad_(not for_inference)
-    if _prepared(device, dtype, for_inference):
-        arithmetic: Arithmetic = "int8" if dtype == "int8" else "float32"
-        prepare_for_inference(network, arithmetic, loaded.quantized)
+    if for_cpu:
+        prepare_for_inference(network, "int8" if dtype == "int8" else "float32", loaded.quantized)
         return network
-    return network.to(device, {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}[dtype])
+    return network.to(device, getattr(torch, dtype))
 
 
 def _checked(samples: np.ndarray) -> np.ndarray:

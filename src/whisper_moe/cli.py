@@ -1,27 +1,266 @@
-"""The command line. Flags are named as ``whisper``'s, whose underscore spellings work too.
+"""The command line, as one table. Flags are named as ``whisper``'s, whose underscore spellings work too.
 
-Everything that can be wrong about paths and flags is checked before a model is loaded, and ``--help`` never imports torch.
-Text goes to standard output, facts to standard error. Exit status: 0, 1 when some files failed, 2 for usage.
+``--help`` and mistakes in usage never import torch. Exit status: 0, 1 when some files failed, 2 for usage.
 """
 
 from __future__ import annotations
 
+import inspect
 import logging
-import math
 import os
+import re
 import sys
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
-from typing import Annotated, Any
+from types import SimpleNamespace
+from typing import Any
 
 import typer
+from typer.core import TyperCommand
 
-from whisper_moe.generate.options import APPENDED_PUNCTUATION, PREPENDED_PUNCTUATION
+from whisper_moe import commands
+from whisper_moe.jobs import UsageError, give_up_output, sentence
 
-app = typer.Typer(
-    help="Speech to text with eight experts: any audio or video file in, text and subtitles out.",
-    add_completion=False, pretty_exceptions_enable=False,
-    context_settings={"help_option_names": ["-h", "--help"]},
-)  # fmt: skip
+logger = logging.getLogger(__name__)
+
+_TABLE = """
+transcribe: Write down what is said, in its language or in English.
+  files                     [str]?               Audio or video files, globs, or - for standard input. Without any: the bundled sample.
+  --model                   str                  A whisper-moe folder or training run, or any Whisper: base, turbo …, Hub id, folder, .pt file, LoRA adapter. Default: the one that comes along.
+  --model-dir               path                 Look for the model here first (NAME.pt, NAME), and download it to here.
+  --task                    str = transcribe     transcribe, or translate into English.
+  --language -l             str                  auto (for every window), or a code or name: hi, Hindi. Default: the one that a fine-tune states, else auto.
+  --languages               str                  Detect among these only: hi,ta,en.
+  --detect-language-once    switch               Each file is in one language: that of its first window where it is sure.
+  --output-format -f        str                  txt, srt, vtt, tsv, json or all. Without -o it is printed: of several files txt, or json with a line for each.
+  --output-dir -o           path                 Write a file for each input here.
+  --skip-existing           switch               Leave out what has all its files in the output folder.
+  --device                  str = auto           cpu, cuda, cuda:1, mps; auto takes a GPU if there is one.
+  --dtype --compute-type    str = auto           auto (int8 on a CPU that is fast at it, else float32), float32, int8, bfloat16 or float16.
+  --fp16                    truth = False        True: the same as --dtype float16, on an NVIDIA GPU only.
+  --threads                 int?>=0              CPU threads; 0 for PyTorch's default.
+  --track                   str                  The sound track of a film: its number, from 0, or its language: hin, hi, Hindi.
+  --verbose                 truth = True         False prints no facts and no progress.
+ Decoding:
+  --beam-size               int?>=1 = 1          Beams at temperature 0.
+  --best-of                 int?>=1 = 5          Samples at other temperatures.
+  --patience                float? = 1.0         Beam search patience (arXiv 2204.05424).
+  --length-penalty          float?               Alpha of arXiv 1609.08144; default: mean log-probability.
+  --temperature             float>=0 = 0.0       The first to try.
+  --temperature-increment-on-fallback  float?>=0 = 0.2  Step up to 1 while a transcript looks wrong; 0 tries no other.
+  --initial-prompt          str                  Text that comes before: names, spelling, style.
+  --condition-on-previous-text  truth = False    True prompts each window with the text before it; one window at a time, slower.
+  --carry-initial-prompt    truth = False        True: before every window also with --condition-on-previous-text; without that it always is.
+  --hotwords                str                  Words to expect.
+  --suppress-tokens         ints                 Ids never to say, 1,2; -1 for annotations such as ♪. Default: the checkpoint's.
+  --without-timestamps      switch               One segment for each window.
+  --word-timestamps         truth = False        True for a time on every word.
+  --prepend-punctuations    str = "'“¿([{-       Marks that are part of the word after them.
+  --append-punctuations     str = "'.。,，!！?？:：”)]}、  Marks that are part of the word before them.
+  --hallucination-silence-threshold  float?>=0   Skip silence of more seconds before what looks made up (with word timestamps).
+ Subtitles:
+  --highlight-words         truth = False        True underlines each word in srt and vtt as it is said.
+  --max-line-width          int?>=1              Characters in a line (with word timestamps).
+  --max-line-count          int?>=1              Lines in a subtitle (with word timestamps).
+  --max-words-per-line      int?>=1              Words in a line (with word timestamps).
+ Windows:
+  --clip-timestamps         str = 0              Only these stretches: start,end,start,end,… in seconds; the last end may be missing.
+  --vad                     str = none           Drop what is not speech: none, energy, or silero (extra `vad`).
+  --vad-filter              truth = False        True: --vad silero, or energy where silero is not installed.
+  --context-margin          float>=0             Seconds of silence kept after a clip; 30 pads to Whisper's full window.
+  --window                  float>=1<=30         Seconds that a long recording is cut into, at most. Default: 20.
+  --carry-ttt               switch               Fast weights learn through a whole recording; slower.
+  --compression-ratio-threshold  float? = 2.4    Above it a text repeats itself.
+  --logprob-threshold       float? = -1.0        Below it a text is unsure.
+  --no-speech-threshold     float? = 0.6         Above it an unsure text is silence.
+
+detect-language: Say which language is spoken at the start of each file, and how surely.
+  files                     [str]                Audio or video files.
+  --model                   str                  A whisper-moe folder or training run, or any Whisper: base, turbo …, Hub id, folder, .pt file, LoRA adapter. Default: the one that comes along.
+  --model-dir               path                 Look for the model here first (NAME.pt, NAME), and download it to here.
+  --languages               str                  Choose among these only: hi,ta,en.
+  --track                   str                  The sound track of a film: its number, from 0, or its language: hin, hi, Hindi.
+  --device                  str = auto           cpu, cuda, cuda:1, mps; auto takes a GPU if there is one.
+  --dtype --compute-type    str = auto           auto (int8 on a CPU that is fast at it, else float32), float32, int8, bfloat16 or float16.
+  --threads                 int?>=0              CPU threads; 0 for PyTorch's default.
+
+upcycle: Turn any Whisper into a mixture of experts that computes the same function.
+  source                    str                  Any Whisper: base, turbo …, Hub id, folder, OpenAI's .pt, LoRA adapter; or a dense whisper-moe folder.
+  --output -o               path!                The folder to write.
+  --experts                 int>=0 = 8           Routed experts; 0 keeps the model dense.
+  --expert-dim              int>=1               Hidden units of each in a layer; default 256, or the feed-forward's own without a shared expert.
+  --top-k                   int>=1 = 2           Experts that a segment is sent to.
+  --shared/--no-shared      switch = True        Keep Whisper's feed-forward as a shared expert; without, every expert is a copy of it.
+  --scope                   str = segment        One choice for each segment, or token.
+  --router-layer            int>=0 = 2           Encoder layers before the router's choice.
+  --ttt-layers              ints                 Encoder layers with a TTT layer behind a closed gate: 3 or 1,3; empty for none. Default: 3, or none without experts.
+  --add-language            [str]                A language that Whisper lacks gets a token: or=odia, or=odia:like=bn,as (its token starts as their mean). Once for each.
+  --base                    str                  The Whisper that a LoRA adapter belongs to, if not the one it names; of other sources, the one whose tokenizer they take.
+  --quantize                switch               Store matrices as int8.
+  --overwrite               switch               Replace a checkpoint that is there.
+  --seed                    int = 0              Of the parts that are new.
+
+export: Write a dense model as a Whisper that other programs read.
+  model                     str                  A dense whisper-moe folder, or any Whisper.
+  --output -o               path!                The folder to write.
+  --to                      str = whisper        whisper: a folder that transformers reads.
+
+info: Parameters, total and active, bytes, FLOPs for 30 s, and the experts by name.
+  model                     str?                 A model or preset (8x241m); default: the one that comes along.
+  --json                    switch               As JSON.
+
+evaluate: Measure a model on corpora: errors by language, with intervals, speed, memory, cost; and peers beside it.
+  model                     str                  A whisper-moe folder or training run, any Whisper, a peer (see --compare), or default.
+  data                      [str]                Tables (path, text …), folders or Hub ids; a kind may come first: kathbath:FOLDER.
+  --compare                 [str]                Another model or a peer: faster-whisper:NAME, faster-whisper-float32:NAME, openai:NAME, transformers:NAME, transcripts:FILE.tsv. Once for each.
+  --output-dir -o           path                 Write report.json, report.md, report.html and transcripts.tsv here. Without, tables are printed.
+  --device                  str = auto           cpu, cuda, cuda:1, mps; auto takes a GPU if there is one.
+  --dtype --compute-type    str = auto           auto (int8 on a CPU that is fast at it, else float32), float32, int8, bfloat16 or float16.
+  --threads                 int?>=0              CPU threads; 0 for PyTorch's default.
+  --latency-clips           int>=0 = 40          Clips that are also transcribed one at a time.
+ Data:
+  --split                   str                  train, valid, test …; default: what each corpus is evaluated on.
+  --languages               str                  These only: hi,or. Of a table, one is also that of rows that do not say.
+  --task                    str                  Table: the task of rows that do not say: transcribe, translate …
+  --columns                 str                  Table: which are which: path=clip,text=said.
+  --limit                   int>=1               The first so many samples of each.
+  --detect-language         switch               Let the systems detect the language; else they are told.
+ Decoding:
+  --beam-size               int>=1 = 1           Beams at temperature 0; 1 is greedy.
+  --fallback/--no-fallback  switch = True        Decode again at other temperatures what looks wrong.
+  --context-margin          float>=0             Seconds of silence kept after a clip by this project's models.
+
+data inspect: Samples, hours, languages, speakers and tasks, a histogram of durations, and what cannot be used, by name.
+  sources                   [str]                Tables, folders or Hub ids.
+  --kind                    str = auto           kathbath, include, wiki-translate, table; auto goes by the Hub id or by what lies in the folder.
+  --split                   str = train          train, valid, test …
+  --languages               str                  These only: hi,or. Of a table, one is also that of rows that do not say.
+  --directions              str                  wiki-translate: en>hi,any>en.
+  --task                    str                  Table: the task of rows that do not say.
+  --columns                 str                  Table: which are which: path=clip,text=said; or the names of those of a file without any: path,text.
+  --configuration           str                  Table of the Hub: the part to read, where it has several: hi_in.
+  --path                    str                  Table: where a row's file lies, from its columns: {language}/{path}.
+  --text                    str                  Table: file-name for recordings that are named after what is said, none for those without a text.
+  --videos                  home                 INCLUDE: the folder of the videos.
+  --include-50              switch               INCLUDE: the 50 words of INCLUDE-50.
+  --streaming               switch               Read row after row, without preparing a copy.
+  --limit                   int>=1               The first so many samples of each.
+  --decode                  switch               Decode everything, instead of reading headers.
+  --model                   str                  That is to learn: its tokens tell which texts are too long. Default: the model that comes along.
+  --json                    switch               As JSON, with the name of every unusable sample.
+
+train: Train as a recipe says; under torchrun, with all of its processes. 130 and 143: stopped by a signal, to be resumed.
+  recipe                    path                 A YAML file: model, data, optimisation, losses, evaluation. With --resume, also a run's directory, which keeps its own.
+  overrides                 [KEY=VALUE]?         Changes to it: optimisation.lr=1e-5 data.train.0.limit=100.
+  --output -o               path                 The run's directory; default: the recipe's, or runs/ and its name.
+  --resume                  switch               Go on from the newest checkpoint in the directory, if there is one: --resume runs/mine optimisation.steps=8000.
+
+grok: Watch a small model understand long after it has learned by heart.
+  recipe                    path                 A YAML file such as recipes/grokking.yaml.
+  overrides                 [KEY=VALUE]?         Changes to it: grokfast=[0.98,2.0].
+  --output -o               path = runs/grokking  A folder for curve, figures and plot.
+"""
+"""A block for each command, which is the function of its name in :mod:`~whisper_moe.commands`. A line for each argument and flag:
+its spellings, its kind and its help, two spaces between them; above those of another panel of the help, the panel's name.
+
+Of the kinds, ``[str]`` is a list, ``!`` marks a flag that must be given, ``?`` an argument that need not, or a number that may be
+the word None, with which ``whisper`` leaves a setting out. ``switch`` takes no value, ``truth`` the word True or False, as there."""
+
+_TYPES = {"str": str, "path": Path, "int": int, "float": float, "switch": bool}
+_READERS: dict[str, tuple[Callable[[str], Any], str, str]] = {
+    "path": (lambda word: Path(word).expanduser(), "<path>", "a path"),
+    "home": (os.path.expanduser, "<str>", "a path"),
+    "truth": (lambda word: {"true": True, "false": False}[word.lower()], "<str>", "True or False"),
+    "ints": (lambda word: tuple(map(int, filter(str.strip, word.split(",")))), "<str>", "numbers with commas between"),
+    "int?": (lambda word: None if word.lower() == "none" else int(word), "<int or None>", "a number or None"),
+    "float?": (lambda word: None if word.lower() == "none" else float(word), "<float or None>", "a number or None"),
+}
+"""Of kinds that Typer has not: what makes a value of a word, how help calls the kind, and what the word must be."""
+
+
+def _parameter(line: str, panel: str) -> inspect.Parameter:
+    names, kind, help = re.split(r"\s{2,}", line.strip())
+    said = re.fullmatch(r"(\[)?([^]?!>< ]+)\]?([?!])?(?:>=(\d+))?(?:<=(\d+))?(?: = (.+))?", kind)
+    assert said is not None, line
+    several, kind, mark, least, most, default = said.groups()
+    name = names.split()[0].removeprefix("--").partition("/")[0].replace("-", "_")
+    hint = list[str] if several else _TYPES.get(kind, str)
+    if not names.startswith("--"):
+        metavar = f"[{kind}]..." if several and kind not in _TYPES else None
+        how: Any = typer.Argument(None if mark == "?" else ..., help=help, show_default=False, metavar=metavar)
+        return inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=how, annotation=hint)
+    more: dict[str, Any] = {"min": least and int(least), "max": most and int(most)}
+    if reader := _READERS.get(f"{kind}{mark}" if mark == "?" else kind):
+        hint, more = str, {"parser": _reading(*reader, float(least or "-inf")), "metavar": reader[1]}
+    start = ... if mark == "!" else default == "True" if kind == "switch" else default
+    how = typer.Option(start, *names.split(), help=help, rich_help_panel=panel, **more)
+    return inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=how, annotation=hint)
+
+
+def _reading(read: Callable[[str], Any], metavar: str, wanted: str, least: float) -> Callable[[str], Any]:
+    def parse(word: str) -> Any:
+        try:
+            value = read(word)
+        except (ValueError, KeyError):
+            raise typer.BadParameter(f"{word!r} is not {wanted}") from None
+        if isinstance(value, (int, float)) and value < least:
+            raise typer.BadParameter(f"{word} is less than {least:g}")
+        return value
+
+    return parse
+
+
+class _Command(TyperCommand):
+    """Its flags answer to their underscore spellings too."""
+
+    def __init__(self, *arguments: Any, params: list[Any], **more: Any) -> None:
+        for option in params:
+            for names in (option.opts, option.secondary_opts):
+                names += [f"--{name[2:].replace('-', '_')}" for name in names if "-" in name[2:]]
+        super().__init__(*arguments, params=params, **more)
+
+
+def _status(command: Callable[[SimpleNamespace], int], flags: dict[str, Any]) -> int:
+    """A failure that a user can mend is one sentence and an exit status; anything else is a bug and shows itself."""
+    try:
+        return command(SimpleNamespace(**flags))
+    except BrokenPipeError:  # the reader of our output has gone, as in `| head`
+        give_up_output()
+        return 0
+    except (ValueError, ImportError, OSError) as error:
+        logger.error("whisper-moe: %s", sentence(error))
+        return 2 if isinstance(error, UsageError) else 1
+
+
+def _parameters(lines: Iterable[str]) -> Iterator[inspect.Parameter]:
+    panel = "Options"
+    for line in lines:
+        if line.startswith("  "):
+            yield _parameter(line, panel)
+        else:
+            panel = line.strip(" :")
+
+
+def _built() -> typer.Typer:
+    settings: Any = {"context_settings": {"help_option_names": ["-h", "--help"]}, "pretty_exceptions_enable": False}
+    about = "Speech to text with eight experts: any audio or video file in, text and subtitles out."
+    program = typer.Typer(help=about, add_completion=False, **settings)
+    groups = {"": program, "data": typer.Typer(help="Training data: what is in it.", **settings)}
+    for block in _TABLE.strip().split("\n\n"):
+        head, *lines = block.splitlines()
+        words, _, about = head.partition(": ")
+        group, _, name = words.rpartition(" ")
+
+        def call(run: str = re.sub(r"\W", "_", words), **flags: Any) -> None:
+            raise typer.Exit(_status(getattr(commands, run), flags))
+
+        vars(call)["__signature__"] = inspect.Signature(list(_parameters(lines)))
+        groups[group].command(name, cls=_Command, help=about)(call)
+    program.add_typer(groups["data"], name="data")
+    return program
+
+
+app = _built()
 
 
 class _StandardError(logging.StreamHandler[Any]):
@@ -34,265 +273,10 @@ class _StandardError(logging.StreamHandler[Any]):
 
 def _speak() -> None:
     """What the package logs is for the user of its commands: every line as it is, facts too."""
-    logger = logging.getLogger("whisper_moe")
-    if not logger.handlers:
-        logger.addHandler(_StandardError())
-    logger.setLevel(logging.INFO)
-
-
-def _option(*names: str, help: str, panel: str = "Options", **more: Any) -> Any:
-    """A typer option that also answers to its underscore spellings; paths may begin with ``~``, as in ``--output-dir=~/out``."""
-    underscored = (_underscored(name) for name in names)
-    spellings = [*names, *(name for name in underscored if name.strip(" /"))]
-    return typer.Option(*spellings, help=help, rich_help_panel=panel, callback=_at_home, **more)
-
-
-def _at_home(value: Any) -> Any:
-    return value.expanduser() if isinstance(value, Path) else value
-
-
-def _underscored(name: str) -> str:
-    """``--no_x`` for ``--no-x``, a space where nothing changes; of ``--on/--off`` each half is a name of its own."""
-    halves = [(half, f"--{half[2:].replace('-', '_')}") for half in name.split("/")]
-    return "/".join(new if old.startswith("--") and new != old else " " for old, new in halves)
-
-
-def _optional(*names: str, help: str, kind: type[int] | type[float], least: float = -math.inf, **more: Any) -> Any:
-    """An option whose value is a number, or the word None, with which ``whisper`` leaves a setting out."""
-
-    def read(value: Any) -> float | None:
-        if str(value).lower() == "none":
-            return None
-        try:
-            number = kind(value)
-        except ValueError:
-            raise typer.BadParameter(f"{value!r} is neither a number nor None") from None
-        if number < least:
-            raise typer.BadParameter(f"{value} is less than {least}")
-        return number
-
-    return _option(*names, help=help, parser=read, metavar=f"<{kind.__name__} or None>", **more)
-
-
-Model = Annotated[str | None, _option("--model", help="A whisper-moe folder or training run, or any Whisper: base, turbo …, Hub id, folder, .pt file, LoRA adapter. Default: the one that comes along.")]  # fmt: skip
-ModelDir = Annotated[Path | None, _option("--model-dir", help="Look for the model here first (NAME.pt, NAME), and download it to here.")]  # fmt: skip
-Track = Annotated[str | None, _option("--track", help="The sound track of a film: its number, from 0, or its language: hin, hi, Hindi.")]  # fmt: skip
-Device = Annotated[str, _option("--device", help="cpu, cuda, cuda:1, mps; auto takes a GPU if there is one.")]
-Dtype = Annotated[
-    str,
-    _option(
-        "--dtype",
-        "--compute-type",
-        help="auto (int8 on a CPU that is fast at it, else float32), float32, int8, bfloat16 or float16.",
-    ),
-]
-Threads = Annotated[int | None, _optional("--threads", kind=int, least=0, help="CPU threads; 0 for PyTorch's default.")]
-
-
-@app.command()
-def transcribe(
-    files: Annotated[list[str] | None, typer.Argument(help="Audio or video files, globs, or - for standard input. Without any: the bundled sample.", show_default=False)] = None,
-    model: Model = None,
-    model_dir: ModelDir = None,
-    task: Annotated[str, _option("--task", help="transcribe, or translate into English.")] = "transcribe",
-    language: Annotated[str | None, _option("--language", "-l", help="auto (for every window), or a code or name: hi, Hindi. Default: the one that a fine-tune states, else auto.")] = None,
-    languages: Annotated[str | None, _option("--languages", help="Detect among these only: hi,ta,en.")] = None,
-    detect_language_once: Annotated[bool, _option("--detect-language-once", help="Each file is in one language: that of its first window where it is sure.")] = False,
-    output_format: Annotated[str | None, _option("--output-format", "-f", help="txt, srt, vtt, tsv, json or all. Without -o it is printed: of several files txt, or json with a line for each.")] = None,
-    output_dir: Annotated[Path | None, _option("--output-dir", "-o", help="Write a file for each input here.")] = None,
-    skip_existing: Annotated[bool, _option("--skip-existing", help="Leave out what has all its files in the output folder.")] = False,
-    device: Device = "auto",
-    dtype: Dtype = "auto",
-    fp16: Annotated[str, _option("--fp16", help="True: the same as --dtype float16, on an NVIDIA GPU only.")] = "False",
-    threads: Threads = None,
-    beam_size: Annotated[int | None, _optional("--beam-size", kind=int, least=1, help="Beams at temperature 0.", panel="Decoding")] = 1,
-    best_of: Annotated[int | None, _optional("--best-of", kind=int, least=1, help="Samples at other temperatures.", panel="Decoding")] = 5,
-    patience: Annotated[float | None, _optional("--patience", kind=float, help="Beam search patience (arXiv 2204.05424).", panel="Decoding")] = 1.0,
-    length_penalty: Annotated[float | None, _optional("--length-penalty", kind=float, help="Alpha of arXiv 1609.08144; default: mean log-probability.", panel="Decoding")] = None,
-    temperature: Annotated[float, _option("--temperature", min=0, help="The first to try.", panel="Decoding")] = 0.0,
-    temperature_increment_on_fallback: Annotated[float | None, _optional("--temperature-increment-on-fallback", kind=float, least=0, help="Step up to 1 while a transcript looks wrong; 0 tries no other.", panel="Decoding")] = 0.2,
-    initial_prompt: Annotated[str | None, _option("--initial-prompt", help="Text that comes before: names, spelling, style.", panel="Decoding")] = None,
-    condition_on_previous_text: Annotated[str, _option("--condition-on-previous-text", help="True prompts each window with the text before it; one window at a time, slower.", panel="Decoding")] = "False",
-    carry_initial_prompt: Annotated[str, _option("--carry-initial-prompt", help="True: before every window also with --condition-on-previous-text; without that it always is.", panel="Decoding")] = "False",
-    hotwords: Annotated[str | None, _option("--hotwords", help="Words to expect.", panel="Decoding")] = None,
-    suppress_tokens: Annotated[str | None, _option("--suppress-tokens", help="Ids never to say, 1,2; -1 for annotations such as ♪. Default: the checkpoint's.", panel="Decoding")] = None,
-    without_timestamps: Annotated[bool, _option("--without-timestamps", help="One segment for each window.", panel="Decoding")] = False,
-    word_timestamps: Annotated[str, _option("--word-timestamps", help="True for a time on every word.", panel="Decoding")] = "False",
-    prepend_punctuations: Annotated[str, _option("--prepend-punctuations", help="Marks that are part of the word after them.", panel="Decoding")] = PREPENDED_PUNCTUATION,
-    append_punctuations: Annotated[str, _option("--append-punctuations", help="Marks that are part of the word before them.", panel="Decoding")] = APPENDED_PUNCTUATION,
-    hallucination_silence_threshold: Annotated[float | None, _optional("--hallucination-silence-threshold", kind=float, least=0, help="Skip silence of more seconds before what looks made up (with word timestamps).", panel="Decoding")] = None,
-    highlight_words: Annotated[str, _option("--highlight-words", help="True underlines each word in srt and vtt as it is said.", panel="Subtitles")] = "False",
-    max_line_width: Annotated[int | None, _optional("--max-line-width", kind=int, least=1, help="Characters in a line (with word timestamps).", panel="Subtitles")] = None,
-    max_line_count: Annotated[int | None, _optional("--max-line-count", kind=int, least=1, help="Lines in a subtitle (with word timestamps).", panel="Subtitles")] = None,
-    max_words_per_line: Annotated[int | None, _optional("--max-words-per-line", kind=int, least=1, help="Words in a line (with word timestamps).", panel="Subtitles")] = None,
-    clip_timestamps: Annotated[str, _option("--clip-timestamps", help="Only these stretches: start,end,start,end,… in seconds; the last end may be missing.", panel="Windows")] = "0",
-    track: Track = None,
-    vad: Annotated[str, _option("--vad", help="Drop what is not speech: none, energy, or silero (extra `vad`).", panel="Windows")] = "none",
-    vad_filter: Annotated[str, _option("--vad-filter", help="True: --vad silero, or energy where silero is not installed.", panel="Windows")] = "False",
-    context_margin: Annotated[float | None, _option("--context-margin", min=0, help="Seconds of silence kept after a clip; 30 pads to Whisper's full window.", panel="Windows")] = None,
-    window: Annotated[float | None, _option("--window", min=1, max=30, help="Seconds that a long recording is cut into, at most. Default: 20.", panel="Windows")] = None,
-    carry_ttt: Annotated[bool, _option("--carry-ttt", help="Fast weights learn through a whole recording; slower.", panel="Windows")] = False,
-    compression_ratio_threshold: Annotated[float | None, _optional("--compression-ratio-threshold", kind=float, help="Above it a text repeats itself.", panel="Windows")] = 2.4,
-    logprob_threshold: Annotated[float | None, _optional("--logprob-threshold", kind=float, help="Below it a text is unsure.", panel="Windows")] = -1.0,
-    no_speech_threshold: Annotated[float | None, _optional("--no-speech-threshold", kind=float, help="Above it an unsure text is silence.", panel="Windows")] = 0.6,
-    verbose: Annotated[str, _option("--verbose", help="False prints no facts and no progress.")] = "True",
-) -> None:  # fmt: skip
-    """Write down what is said, in its language or in English."""
-    from whisper_moe import commands
-
-    given = dict(locals())
-    given.pop("commands")
-    raise typer.Exit(commands.transcribe(**given))
-
-
-@app.command("detect-language")
-def detect_language(
-    files: Annotated[list[str], typer.Argument(help="Audio or video files.", show_default=False)],
-    model: Model = None,
-    model_dir: ModelDir = None,
-    languages: Annotated[str | None, _option("--languages", help="Choose among these only: hi,ta,en.")] = None,
-    track: Track = None,
-    device: Device = "auto",
-    dtype: Dtype = "auto",
-    threads: Threads = None,
-) -> None:
-    """Say which language is spoken at the start of each file, and how surely."""
-    from whisper_moe import commands
-
-    raise typer.Exit(commands.detect_language(files, model, model_dir, languages, track, device, dtype, threads))
-
-
-@app.command()
-def upcycle(
-    source: Annotated[str, typer.Argument(help="Any Whisper: base, turbo …, Hub id, folder, OpenAI's .pt, LoRA adapter; or a dense whisper-moe folder.", show_default=False)],
-    output: Annotated[Path, _option("--output", "-o", help="The folder to write.")],
-    experts: Annotated[int, _option("--experts", min=0, help="Routed experts; 0 keeps the model dense.")] = 8,
-    expert_dim: Annotated[int | None, _option("--expert-dim", min=1, help="Hidden units of each in a layer; default 256, or the feed-forward's own without a shared expert.")] = None,
-    top_k: Annotated[int, _option("--top-k", min=1, help="Experts that a segment is sent to.")] = 2,
-    shared: Annotated[bool, _option("--shared/--no-shared", help="Keep Whisper's feed-forward as a shared expert; without, every expert is a copy of it.")] = True,
-    scope: Annotated[str, _option("--scope", help="One choice for each segment, or token.")] = "segment",
-    router_layer: Annotated[int, _option("--router-layer", min=0, help="Encoder layers before the router's choice.")] = 2,
-    ttt_layers: Annotated[str | None, _option("--ttt-layers", help="Encoder layers with a TTT layer behind a closed gate: 3 or 1,3; empty for none. Default: 3, or none without experts.")] = None,
-    add_language: Annotated[list[str] | None, _option("--add-language", help="A language that Whisper lacks gets a token: or=odia, or=odia:like=bn,as (its token starts as their mean). Once for each.", show_default=False)] = None,
-    base: Annotated[str | None, _option("--base", help="The Whisper that a LoRA adapter belongs to, if not the one it names; of other sources, the one whose tokenizer they take.")] = None,
-    quantize: Annotated[bool, _option("--quantize", help="Store matrices as int8.")] = False,
-    overwrite: Annotated[bool, _option("--overwrite", help="Replace a checkpoint that is there.")] = False,
-    seed: Annotated[int, _option("--seed", help="Of the parts that are new.")] = 0,
-) -> None:  # fmt: skip
-    """Turn any Whisper into a mixture of experts that computes the same function."""
-    from whisper_moe import commands
-
-    given = dict(locals())
-    given.pop("commands")
-    raise typer.Exit(commands.upcycle(**given))
-
-
-@app.command()
-def export(
-    model: Annotated[str, typer.Argument(help="A dense whisper-moe folder, or any Whisper.", show_default=False)],
-    output: Annotated[Path, _option("--output", "-o", help="The folder to write.")],
-    to: Annotated[str, _option("--to", help="whisper: a folder that transformers reads.")] = "whisper",
-) -> None:
-    """Write a dense model as a Whisper that other programs read."""
-    from whisper_moe import commands
-
-    raise typer.Exit(commands.export(model, output, to))
-
-
-@app.command()
-def info(
-    model: Annotated[str | None, typer.Argument(help="A model or preset (8x241m); default: the one that comes along.", show_default=False)] = None,
-    json: Annotated[bool, typer.Option("--json", help="As JSON.")] = False,
-) -> None:  # fmt: skip
-    """Parameters, total and active, bytes, FLOPs for 30 s, and the experts by name."""
-    from whisper_moe import commands
-
-    raise typer.Exit(commands.info(model, json))
-
-
-@app.command()
-def evaluate(
-    model: Annotated[str, typer.Argument(help="A whisper-moe folder or training run, any Whisper, a peer (see --compare), or default.", show_default=False)],
-    data: Annotated[list[str], typer.Argument(help="Tables (path, text …), folders or Hub ids; a kind may come first: kathbath:FOLDER.", show_default=False)],
-    compare: Annotated[list[str] | None, _option("--compare", help="Another model or a peer: faster-whisper:NAME, faster-whisper-float32:NAME, openai:NAME, transformers:NAME, transcripts:FILE.tsv. Once for each.", show_default=False)] = None,
-    split: Annotated[str | None, _option("--split", help="train, valid, test …; default: what each corpus is evaluated on.", panel="Data")] = None,
-    languages: Annotated[str | None, _option("--languages", help="These only: hi,or. Of a table, one is also that of rows that do not say.", panel="Data")] = None,
-    task: Annotated[str | None, _option("--task", help="Table: the task of rows that do not say: transcribe, translate …", panel="Data")] = None,
-    columns: Annotated[str | None, _option("--columns", help="Table: which are which: path=clip,text=said.", panel="Data")] = None,
-    limit: Annotated[int | None, _option("--limit", min=1, help="The first so many samples of each.", panel="Data")] = None,
-    detect: Annotated[bool, _option("--detect-language", help="Let the systems detect the language; else they are told.", panel="Data")] = False,
-    output: Annotated[Path | None, _option("--output-dir", "-o", help="Write report.json, report.md, report.html and transcripts.tsv here. Without, tables are printed.")] = None,
-    device: Device = "auto",
-    dtype: Dtype = "auto",
-    threads: Threads = None,
-    beam: Annotated[int, _option("--beam-size", min=1, help="Beams at temperature 0; 1 is greedy.", panel="Decoding")] = 1,
-    fallback: Annotated[bool, _option("--fallback/--no-fallback", help="Decode again at other temperatures what looks wrong.", panel="Decoding")] = True,
-    margin: Annotated[float | None, _option("--context-margin", min=0, help="Seconds of silence kept after a clip by this project's models.", panel="Decoding")] = None,
-    latency_clips: Annotated[int, _option("--latency-clips", min=0, help="Clips that are also transcribed one at a time.")] = 40,
-) -> None:  # fmt: skip
-    """Measure a model on corpora: errors by language, with intervals, speed, memory, cost; and peers beside it."""
-    from whisper_moe import commands
-
-    given = dict(locals())
-    given.pop("commands")
-    raise typer.Exit(commands.evaluate(**given))
-
-
-data = typer.Typer(help="Training data: what is in it.", context_settings={"help_option_names": ["-h", "--help"]})
-app.add_typer(data, name="data")
-
-
-@data.command("inspect")
-def data_inspect(
-    sources: Annotated[list[str], typer.Argument(help="Tables, folders or Hub ids.", show_default=False)],
-    kind: Annotated[str, _option("--kind", help="kathbath, include, wiki-translate, table; auto goes by the Hub id or by what lies in the folder.")] = "auto",
-    split: Annotated[str, _option("--split", help="train, valid, test …")] = "train",
-    languages: Annotated[str | None, _option("--languages", help="These only: hi,or. Of a table, one is also that of rows that do not say.")] = None,
-    directions: Annotated[str | None, _option("--directions", help="wiki-translate: en>hi,any>en.")] = None,
-    task: Annotated[str | None, _option("--task", help="Table: the task of rows that do not say.")] = None,
-    columns: Annotated[str | None, _option("--columns", help="Table: which are which: path=clip,text=said; or the names of those of a file without any: path,text.")] = None,
-    configuration: Annotated[str | None, _option("--configuration", help="Table of the Hub: the part to read, where it has several: hi_in.")] = None,
-    path: Annotated[str | None, _option("--path", help="Table: where a row's file lies, from its columns: {language}/{path}.")] = None,
-    text: Annotated[str | None, _option("--text", help="Table: file-name for recordings that are named after what is said, none for those without a text.")] = None,
-    videos: Annotated[str | None, _option("--videos", help="INCLUDE: the folder of the videos.", parser=os.path.expanduser, metavar="<str>")] = None,
-    include_50: Annotated[bool, _option("--include-50", help="INCLUDE: the 50 words of INCLUDE-50.")] = False,
-    streaming: Annotated[bool, _option("--streaming", help="Read row after row, without preparing a copy.")] = False,
-    limit: Annotated[int | None, _option("--limit", min=1, help="The first so many samples of each.")] = None,
-    decode: Annotated[bool, _option("--decode", help="Decode everything, instead of reading headers.")] = False,
-    model: Annotated[str | None, _option("--model", help="That is to learn: its tokens tell which texts are too long. Default: the model that comes along.")] = None,
-    json: Annotated[bool, typer.Option("--json", help="As JSON, with the name of every unusable sample.")] = False,
-) -> None:  # fmt: skip
-    """Samples, hours, languages, speakers and tasks, a histogram of durations, and what cannot be used, by name."""
-    from whisper_moe.data import inspect
-
-    given = dict(locals())
-    given.pop("inspect")
-    raise typer.Exit(inspect.run(**given))
-
-
-@app.command()
-def train(
-    recipe: Annotated[Path, typer.Argument(help="A YAML file: model, data, optimisation, losses, evaluation. With --resume, also a run's directory, which keeps its own.", show_default=False)],
-    overrides: Annotated[list[str] | None, typer.Argument(metavar="[KEY=VALUE]...", help="Changes to it: optimisation.lr=1e-5 data.train.0.limit=100.", show_default=False)] = None,
-    output: Annotated[Path | None, _option("--output", "-o", help="The run's directory; default: the recipe's, or runs/ and its name.")] = None,
-    resume: Annotated[bool, _option("--resume", help="Go on from the newest checkpoint in the directory, if there is one: --resume runs/mine optimisation.steps=8000.")] = False,
-) -> None:  # fmt: skip
-    """Train as a recipe says; under torchrun, with all of its processes. 130 and 143: stopped by a signal, to be resumed."""
-    from whisper_moe.train import run
-
-    raise typer.Exit(run.train(recipe, overrides or [], output, resume))
-
-
-@app.command()
-def grok(
-    recipe: Annotated[Path, typer.Argument(help="A YAML file such as recipes/grokking.yaml.", show_default=False)],
-    overrides: Annotated[list[str] | None, typer.Argument(metavar="[KEY=VALUE]...", help="Changes to it: grokfast=[0.98,2.0].", show_default=False)] = None,
-    output: Annotated[Path, _option("--output", "-o", help="A folder for curve, figures and plot.")] = Path("runs/grokking"),
-) -> None:  # fmt: skip
-    """Watch a small model understand long after it has learned by heart."""
-    from whisper_moe.train import grokking
-
-    raise typer.Exit(grokking.run(recipe, overrides or [], output))
+    root = logging.getLogger("whisper_moe")
+    if not root.handlers:
+        root.addHandler(_StandardError())
+    root.setLevel(logging.INFO)
 
 
 _UsageError: Any = typer.BadParameter.__base__

@@ -6,309 +6,278 @@ Torch is imported only after everything that can be checked without it has been.
 from __future__ import annotations
 
 import json
+import logging
 import re
-import sys
 import time
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager, nullcontext
-from functools import wraps
+from collections.abc import Iterable
+from dataclasses import fields
+from importlib.util import find_spec
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, ParamSpec, TypeAlias
+from types import SimpleNamespace
+from typing import TYPE_CHECKING, Any
 
-from whisper_moe.flags import (
-    UsageError,
-    check_languages,
-    names,
-    new_languages,
-    numbers,
-    require_languages,
-    sentence,
-    subtitle_options,
-    transcribe_options,
-    truth,
-    usage,
-)
-from whisper_moe.generate.options import TranscribeOptions
-from whisper_moe.generate.text import expand_formats
-from whisper_moe.jobs import Job, Outputs, expand, give_up_output, named, readable, say, standard_output
+from whisper_moe.config import DTYPES, EMBEDDED, MoEConfig, TTTConfig, model_folder
+from whisper_moe.generate.options import SubtitleOptions, TranscribeOptions
+from whisper_moe.jobs import Job, Outputs, UsageError, expand, named, put, readable, usage
+from whisper_moe.machine import pick_device, usable_cores
+from whisper_moe.media.languages import NewLanguage, language_code, stated_languages
 
 if TYPE_CHECKING:
+    from rich.progress import Progress
+
     from whisper_moe.api import WhisperMoE
 
-_DTYPES = ("auto", "float32", "int8", "bfloat16", "float16")
-_COMPUTE_TYPES = {"default": "auto"} | {f"int8_{dtype}": dtype for dtype in ("float32", "bfloat16", "float16")}
-"""CTranslate2's names that are not ours too."""
-P = ParamSpec("P")
-_Progress: TypeAlias = "tuple[Callable[[float], None] | None, Callable[[], AbstractContextManager[None]]]"
-"""What is told the seconds that are finished, and what takes the bar away for as long as something else is written."""
+logger = logging.getLogger(__name__)
 
 
-def _guarded(command: Callable[P, int]) -> Callable[P, int]:
-    """A failure that a user can mend is one sentence and an exit status; anything else is a bug and shows itself."""
-
-    @wraps(command)
-    def run(*args: P.args, **kwargs: P.kwargs) -> int:
-        try:
-            return command(*args, **kwargs)
-        except BrokenPipeError:  # the reader of our output has gone, as in `| head`
-            give_up_output()
-            return 0
-        except (ValueError, ImportError, OSError) as error:
-            say(f"whisper-moe: {sentence(error)}")
-            return 2 if isinstance(error, UsageError) else 1
-
-    return run
-
-
-@_guarded
-def transcribe(
-    files: list[str] | None, model: str | None, model_dir: Path | None, output_format: str | None, output_dir: Path | None,
-    skip_existing: bool, device: str, dtype: str, fp16: str, threads: int | None, verbose: str, **flags: Any,
-) -> int:  # fmt: skip
+def transcribe(flags: SimpleNamespace) -> int:
     """Texts to standard output or to files, facts to standard error; 1 if any file failed."""
+    if not flags.verbose:
+        logging.getLogger("whisper_moe").setLevel(logging.WARNING)
     with usage():
-        options = transcribe_options(flags)
-        spoken = (None if options.language == "auto" else options.language, *options.allowed_languages)
-        check_languages(spoken, model, model_dir)
-        talkative, half = truth("--verbose", verbose), truth("--fp16", fp16)
-        formats = expand_formats((output_format or ("txt" if output_dir is None else "all")).split(","))
-        jobs = named(expand(files))
-        outputs = Outputs.checked(formats, output_dir, subtitle_options(flags), inputs=len(jobs))
-        if skip_existing and output_dir is None:
+        options, subtitles = _options(flags)
+        languages = [name for name in (options.language, *options.allowed_languages) if name and name.lower() != "auto"]
+        _check_languages(languages, flags)
+        jobs = named(expand(flags.files))
+        outputs = Outputs(flags.output_format, flags.output_dir, subtitles, inputs=len(jobs))
+        if flags.skip_existing and flags.output_dir is None:
             raise UsageError("--skip-existing goes by the files of a folder: add -o DIR")
-        dtype = _checked_dtype(device, dtype)
-    if half:
-        dtype = _half_precision(device, dtype)
-    if talkative and options.vad != flags["vad"]:
-        say(f"--vad-filter True: --vad {options.vad}")
-    asked = [job for job in jobs if not (skip_existing and outputs.has(job))]
-    if skip_existing and talkative:
-        say(f"{len(jobs) - len(asked)} of {len(jobs)} files have their transcripts in {output_dir} already")
+        _check_device(flags)
+    if flags.fp16:
+        _take_half_precision(flags)
+    asked = [job for job in jobs if not (flags.skip_existing and outputs.has(job))]
+    if flags.skip_existing:
+        done = len(jobs) - len(asked)
+        logger.info("%d of %d files have their transcripts in %s already", done, len(jobs), flags.output_dir)
     there = readable(asked)
     failed = len(asked) - len(there)
     if there:
-        loaded = _load(model, model_dir, device, dtype, threads, talkative)
-        with usage():
-            require_languages(spoken, loaded, options.task)
-        if talkative and not any(spoken) and options.language is None and loaded.stated_language:
-            say(
-                f"taken to be in {loaded.stated_language}, the language that the model states; --language auto detects it"
-            )
-        failed += _transcribe(loaded, there, outputs, options, talkative)
+        failed += _transcribe(_load(flags, languages, options.task), there, outputs, options)
     if failed and len(asked) > 1:
-        say(f"whisper-moe: {failed} of {len(asked)} files failed")
-    return 1 if failed else 0
+        logger.error("whisper-moe: %d of %d files failed", failed, len(asked))
+    return int(failed > 0)
 
 
-def _transcribe(
-    loaded: WhisperMoE, jobs: Sequence[Job], outputs: Outputs, options: TranscribeOptions, talkative: bool
-) -> int:
+def _options(flags: SimpleNamespace) -> tuple[TranscribeOptions, SubtitleOptions]:
+    """Languages are still names, as far as only the model can tell what they stand for."""
+    first, step = flags.temperature, flags.temperature_increment_on_fallback or 0.0
+    count = int((1.0 - first + 1e-6) / step) + 1 if step > 0 and first <= 1 else 1
+    if flags.vad_filter and flags.vad == "none":  # faster-whisper's flag, whose detector is silero
+        flags.vad = "silero" if find_spec("silero_vad") and find_spec("onnxruntime") else "energy"
+        logger.info("--vad-filter True: --vad %s", flags.vad)
+    given = vars(flags) | {
+        "beam_size": flags.beam_size or 1,
+        "best_of": flags.best_of or 1,
+        "patience": 1.0 if flags.patience is None else flags.patience,
+        "allowed_languages": _names(flags.languages),
+        "temperatures": tuple(round(first + i * step, 6) for i in range(count)),
+        "timestamps": not flags.without_timestamps,
+    }
+    subtitles = SubtitleOptions(**{field.name: given[field.name] for field in fields(SubtitleOptions)})
+    if subtitles != SubtitleOptions() and not flags.word_timestamps:
+        raise UsageError("--highlight-words and the --max-… options need --word-timestamps True")
+    known = {field.name for field in fields(TranscribeOptions)}
+    return TranscribeOptions(**{name: value for name, value in given.items() if name in known}), subtitles
+
+
+def _names(languages: str | None) -> tuple[str, ...]:
+    """``hi,ta,en`` as its parts."""
+    return tuple(name.strip() for name in languages.split(",")) if languages else ()
+
+
+def _transcribe(loaded: WhisperMoE, jobs: list[Job], outputs: Outputs, options: TranscribeOptions) -> int:
     """Each transcript is written as soon as it is there, on standard output in the order given; how many failed."""
+    if loaded.stated_language and options.language is None and not options.allowed_languages:
+        said = "taken to be in %s, the language that the model states; --language auto detects it"
+        logger.info(said, loaded.stated_language)
     failed, heard, started = 0, 0.0, time.perf_counter()
-    with _progress(talkative) as (progress, aside):
+    with _progress() as bar:
+        task = bar.add_task("", total=None)
         sources, in_order = (job.source for job in jobs), outputs.directory is None
-        for outcome in loaded.transcribe_each(sources, in_order=in_order, progress=progress, **vars(options)):
-            with aside():
-                heard += outcome.transcription.duration if outcome.transcription else 0.0
-                failed += not outputs.deliver(outcome, jobs[outcome.index], talkative)
-    if talkative:
-        seconds = time.perf_counter() - started
-        say(f"{heard:.1f} s of audio in {seconds:.1f} s: {heard / seconds:.1f} times real time")
+        progress = lambda seconds: bar.advance(task, seconds)  # noqa: E731
+        for outcome in loaded.transcribe_each(sources, options, in_order=in_order, progress=progress):
+            bar.stop()
+            heard += outcome.transcription.duration if outcome.transcription else 0.0
+            failed += not outputs.deliver(outcome, jobs[outcome.index])
+            bar.start()
+    seconds = time.perf_counter() - started
+    logger.info("%.1f s of audio in %.1f s: %.1f times real time", heard, seconds, heard / seconds)
     return failed
 
 
-def _checked_dtype(device: str, dtype: str) -> str:
-    """What the model is loaded with. CTranslate2's ``int8_float16`` is int8 on a CPU; on a GPU, what it has beside the int8."""
-    if dtype not in (*_DTYPES, *_COMPUTE_TYPES):
-        raise UsageError(f"--dtype must be one of {', '.join((*_DTYPES, *_COMPUTE_TYPES))}, got {dtype!r}")
-    if not re.fullmatch(r"auto|[a-z]+(:\d+)?", device):
-        raise UsageError(f"--device must be cpu, cuda, cuda:1, mps or auto, got {device!r}")
-    if dtype == "int8" and device not in ("auto", "cpu"):
-        raise UsageError(f"--dtype int8 runs on a CPU; on {device} take bfloat16 or float16")
-    if dtype in _COMPUTE_TYPES:
-        return "int8" if "_" in dtype and not _on_cuda(device) else _COMPUTE_TYPES[dtype]
-    return dtype
-
-
-def _on_cuda(device: str) -> bool:
-    from torch import cuda
-
-    return device.startswith("cuda") or (device == "auto" and cuda.is_available())
-
-
-def _half_precision(device: str, dtype: str) -> str:
-    """What ``whisper``'s ``--fp16 True`` comes to: half precision only on the GPUs where ``whisper`` has it."""
-    if dtype == "auto" and _on_cuda(device):
-        return "float16"
-    say("whisper-moe: --fp16 True is ignored: it goes with an NVIDIA GPU and --dtype auto")
-    return dtype
-
-
-def _load(
-    model: str | None, model_dir: Path | None, device: str, dtype: str, threads: int | None, talkative: bool
-) -> WhisperMoE:
-    started = time.perf_counter()
-    from whisper_moe.api import WhisperMoE
-
-    loaded = WhisperMoE.from_pretrained(
-        model, device=device, dtype=dtype, threads=threads or None, model_dir=model_dir, announce=say  # pyright: ignore[reportArgumentType]
-    )  # fmt: skip
-    if talkative:
-        say(f"{loaded.name} on {loaded.device} ({loaded.dtype}), loaded in {time.perf_counter() - started:.1f} s")
-    return loaded
-
-
-@contextmanager
-def _progress(talkative: bool) -> Iterator[_Progress]:
+def _progress() -> Progress:
     """A bar of the seconds finished, where standard error is a terminal; how many there will be is not known before.
 
     Rich would redirect standard output to the terminal of the bar, even where it is a file: that is turned off.
     """
-    if not talkative or not sys.stderr.isatty():
-        yield None, nullcontext
-        return
     from rich.console import Console
     from rich.progress import Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 
-    columns = (SpinnerColumn(), TextColumn("{task.completed:.0f} s of audio done"), TimeElapsedColumn())
-    console = Console(stderr=True)
-    bar = Progress(
-        *columns, console=console, transient=True, redirect_stdout=False, redirect_stderr=False,
-        disable=not console.is_interactive,
-    )  # fmt: skip
-
-    @contextmanager
-    def aside() -> Iterator[None]:
-        bar.stop()
-        yield
-        bar.start()
-
-    with bar:
-        task = bar.add_task("", total=None)
-        yield lambda seconds: bar.advance(task, seconds), aside
+    console, text = Console(stderr=True), TextColumn("{task.completed:.0f} s of audio done")
+    shown = console.is_interactive and logger.isEnabledFor(logging.INFO)
+    how: dict[str, Any] = {"redirect_stdout": False, "redirect_stderr": False, "transient": True, "disable": not shown}
+    return Progress(SpinnerColumn(), text, TimeElapsedColumn(), console=console, **how)
 
 
-@_guarded
-def detect_language(
-    files: list[str], model: str | None, model_dir: Path | None, languages: str | None, track: str | None, device: str,
-    dtype: str, threads: int | None,
-) -> int:  # fmt: skip
+def _load(flags: SimpleNamespace, languages: Iterable[str], task: str = "transcribe") -> WhisperMoE:
+    started = time.perf_counter()
+    from whisper_moe.api import WhisperMoE
+
+    how = {"device": flags.device, "dtype": flags.dtype, "threads": flags.threads or None}
+    loaded = WhisperMoE.from_pretrained(flags.model, model_dir=flags.model_dir, **how)
+    seconds = time.perf_counter() - started
+    logger.info("%s on %s (%s), loaded in %.1f s", loaded.name, loaded.device, loaded.dtype, seconds)
+    with usage():
+        for name in languages:
+            loaded.tokenizer.sot_sequence(name, task)
+    return loaded
+
+
+def _check_device(flags: SimpleNamespace) -> None:
+    if flags.dtype not in DTYPES:
+        raise UsageError(f"--dtype must be one of {', '.join(DTYPES)}, got {flags.dtype!r}")
+    if not re.fullmatch(r"auto|[a-z]+(:\d+)?", flags.device):
+        raise UsageError(f"--device must be cpu, cuda, cuda:1, mps or auto, got {flags.device!r}")
+    if flags.dtype == "int8" and flags.device not in ("auto", "cpu"):
+        raise UsageError(f"--dtype int8 runs on a CPU; on {flags.device} take bfloat16 or float16")
+
+
+def _take_half_precision(flags: SimpleNamespace) -> None:
+    """What ``whisper``'s ``--fp16 True`` comes to: half precision only on the GPUs where ``whisper`` has it."""
+    if flags.dtype in ("auto", "default") and pick_device(flags.device).startswith("cuda"):
+        flags.dtype = "float16"
+    else:
+        logger.warning("whisper-moe: --fp16 True is ignored: it goes with an NVIDIA GPU and --dtype auto")
+
+
+def _check_languages(names: Iterable[str], flags: SimpleNamespace) -> None:
+    """Refuse a language that nobody knows, or that the model in a folder has not, before anything is loaded.
+
+    A fine-tune may have languages of its own. They are read from its folder; where that cannot be done (a model on the Hub), the
+    loaded model is asked.
+    """
+    folder = EMBEDDED if flags.model is None else model_folder(Path(flags.model).expanduser())
+    on_the_hub = not folder.exists() and (flags.model is None or "/" in flags.model)
+    added = None if flags.model_dir or on_the_hub else stated_languages(folder) if folder.is_dir() else {}
+    file, generation = folder / "tokenizer.json", folder / "generation_config.json"
+    for name in names if added is not None else ():
+        code = language_code(name, added or (), added)
+        # To look for the token costs nothing; only where it is not, the tokenizer is read, which says what there is.
+        if file.is_file() and f'"<|{code}|>"'.encode() not in file.read_bytes():
+            from whisper_moe.media.tokenizer import Tokenizer
+
+            said = json.loads(generation.read_bytes()) if generation.is_file() else None
+            Tokenizer.from_file(file, said).sot_sequence(code)
+
+
+def detect_language(flags: SimpleNamespace) -> int:
     """One line a file: language, probability, file name."""
     with usage():
-        allowed, jobs = names(languages), named(expand(files))
-        check_languages(allowed, model, model_dir)
-        TranscribeOptions(track=track)
-        dtype = _checked_dtype(device, dtype)
+        allowed, jobs = _names(flags.languages), named(expand(flags.files))
+        _check_languages(allowed, flags)
+        TranscribeOptions(track=flags.track)
+        _check_device(flags)
     there = readable(jobs)
     if not there:
         return 1
-    loaded, failed = _load(model, model_dir, device, dtype, threads, talkative=True), len(jobs) - len(there)
-    with usage():
-        require_languages(allowed, loaded)
+    loaded, failed = _load(flags, allowed), len(jobs) - len(there)
     from whisper_moe.media.audio import MediaError
 
     for job in there:
         try:
-            code, probability = next(iter(loaded.detect_language(job.source, languages=allowed, track=track).items()))
-            with standard_output() as stream:
-                stream.write(f"{code}\t{probability:.4f}\t{job.path}\n")
+            found = loaded.detect_language(job.source, languages=allowed, track=flags.track)
+            code, probability = next(iter(found.items()))
+            put(f"{code}\t{probability:.4f}\t{job.path}\n")
         except MediaError as error:
-            say(f"whisper-moe: {error}")
+            logger.error("whisper-moe: %s", error)
             failed += 1
-    return 1 if failed else 0
+    return int(failed > 0)
 
 
-@_guarded
-def upcycle(
-    source: str, output: Path, experts: int, expert_dim: int | None, top_k: int, shared: bool,
-    scope: Literal["segment", "token"], router_layer: int, ttt_layers: str | None, base: str | None, quantize: bool,
-    overwrite: bool, seed: int, add_language: list[str] | None = None,
-) -> int:  # fmt: skip
+def upcycle(flags: SimpleNamespace) -> int:
     """Write a whisper-moe directory that computes what ``source`` computes, with tokens for languages that it lacks."""
-    from whisper_moe.config import MoEConfig, TTTConfig
-
-    if output.exists() and not overwrite:
-        raise UsageError(f"{output}: exists already; --overwrite replaces it")
+    if flags.output.exists() and not flags.overwrite:
+        raise UsageError(f"{flags.output}: exists already; --overwrite replaces it")
     with usage():
-        languages = new_languages(add_language)
-        default = "3" if experts else ""
-        layers = numbers("--ttt-layers", default if ttt_layers is None else ttt_layers)
-        ttt = TTTConfig(encoder_layers=layers) if layers else None
-        moe = MoEConfig(
-            n_experts=experts, expert_dim=expert_dim or 256, top_k=top_k, shared=shared, none_choice=shared, scope=scope,
-            router_layer=router_layer,
-        ) if experts else None  # fmt: skip
+        languages, moe, ttt = _new_parts(flags)
     from whisper_moe.weights.checkpoint import save_checkpoint
     from whisper_moe.weights.default import load_model
     from whisper_moe.weights.generation import stated_language
     from whisper_moe.weights.tokens import add_languages
-    from whisper_moe.weights.upcycle import answer, read_back
-    from whisper_moe.weights.upcycle import upcycle as upcycled
+    from whisper_moe.weights.upcycle import answer, read_back, upcycle
 
-    whisper = load_model(source, base=base, announce=say)
+    whisper = load_model(flags.source, base=flags.base)
     said = answer(whisper.config, whisper.state)
-    if moe is not None and not shared and expert_dim is None:
+    if moe is not None and not flags.shared and flags.expert_dim is None:
         moe = moe.model_copy(update={"expert_dim": whisper.config.encoder_ffn_dim})
-    config, state = upcycled(whisper.config, whisper.state, moe=moe, ttt=ttt, seed=seed)
+    config, state = upcycle(whisper.config, whisper.state, moe=moe, ttt=ttt, seed=flags.seed)
     with usage():
         new = add_languages(config, state, whisper.generation, whisper.tokenizer_files, languages)
-    save_checkpoint(
-        output, new.config, new.state, generation=new.generation, tokenizer_files=new.tokenizer_files,
-        quantize=quantize, overwrite=overwrite,
-    )  # fmt: skip
-    size = f"{sum(tensor.numel() for tensor in new.state.values()) / 1e6:.1f} M parameters"
+    parts: dict[str, Any] = {"generation": new.generation, "tokenizer_files": new.tokenizer_files}
+    save_checkpoint(flags.output, new.config, new.state, quantize=flags.quantize, overwrite=flags.overwrite, **parts)
+    size = sum(tensor.numel() for tensor in new.state.values()) / 1e6
     spoken = "".join(f", {language.name} ({language.code})" for language in languages)
     if code := stated_language(new.generation, whisper.tokenizer):
-        say(
-            f"{whisper.name} states the language {code}: what is heard is taken for that, unless --language says otherwise"
-        )
+        text = "%s states the language %s: what is heard is taken for that, unless --language says otherwise"
+        logger.info(text, whisper.name, code)
     for held in (whisper.state, state, new.state):  # a large one need not be there twice
         held.clear()
-    difference = read_back(output, said)
-    say(
-        f"{output}: {whisper.name} with {experts} experts{spoken}, {size}; read back, logits differ by {difference:.2g}"
-    )
+    text = "%s: %s with %d experts%s, %.1f M parameters; read back, logits differ by %.2g"
+    logger.info(text, flags.output, whisper.name, flags.experts, spoken, size, read_back(flags.output, said))
     return 0
 
 
-@_guarded
-def export(model: str, output: Path, to: str) -> int:
+def _new_parts(flags: SimpleNamespace) -> tuple[list[NewLanguage], MoEConfig | None, TTTConfig | None]:
+    languages = [NewLanguage.parse(text) for text in flags.add_language or ()]
+    codes = [language.code for language in languages]
+    if len(set(codes)) < len(codes):
+        raise UsageError(f"--add-language gives a language twice: {', '.join(codes)}")
+    default = (3,) if flags.experts else ()
+    layers = default if flags.ttt_layers is None else flags.ttt_layers
+    ttt = TTTConfig(encoder_layers=layers) if layers else None
+    if not flags.experts:
+        return languages, None, ttt
+    given = {name: getattr(flags, name) for name in ("top_k", "shared", "scope", "router_layer")}
+    wide = flags.expert_dim or MoEConfig().expert_dim
+    return languages, MoEConfig(n_experts=flags.experts, expert_dim=wide, none_choice=flags.shared, **given), ttt
+
+
+def export(flags: SimpleNamespace) -> int:
     """Write a dense model in another program's layout."""
-    if to != "whisper":
-        raise UsageError(f"--to must be whisper, got {to!r}")
-    if output.exists():
-        raise UsageError(f"{output}: exists already")
+    if flags.to != "whisper":
+        raise UsageError(f"--to must be whisper, got {flags.to!r}")
+    if flags.output.exists():
+        raise UsageError(f"{flags.output}: exists already")
     from whisper_moe.weights.default import load_model
     from whisper_moe.weights.export import save_whisper
 
-    loaded = load_model(model, announce=say)
-    save_whisper(
-        output, loaded.config, loaded.state, generation=loaded.generation, tokenizer_files=loaded.tokenizer_files
-    )
-    say(f"{output}: written")
+    loaded = load_model(flags.model)
+    parts: dict[str, Any] = {"generation": loaded.generation, "tokenizer_files": loaded.tokenizer_files}
+    save_whisper(flags.output, loaded.config, loaded.state, **parts)
+    logger.info("%s: written", flags.output)
     return 0
 
 
-@_guarded
-def info(model: str | None, as_json: bool) -> int:
+def info(flags: SimpleNamespace) -> int:
     """Parameters, bytes, FLOPs and experts, as a table or as JSON."""
     from whisper_moe.evaluate.cost import facts_of, table
 
-    facts = facts_of(model)
-    print(json.dumps(facts, indent=2) if as_json else table(facts))
+    facts = facts_of(flags.model)
+    print(json.dumps(facts, indent=2) if flags.json else table(facts))
     return 0
 
 
-@_guarded
-def evaluate(model: str, data: list[str], threads: int | None, languages: str | None, **flags: Any) -> int:
+def evaluate(flags: SimpleNamespace) -> int:
     """Figures of a model and of what it is compared with; 1 if a file, a clip or a system failed."""
     from whisper_moe.evaluate import run
-    from whisper_moe.machine import usable_cores
 
     with usage():
-        flags["dtype"] = _checked_dtype(flags["device"], flags["dtype"])
-        asked = run.plan(model, data, threads=threads or usable_cores(), languages=names(languages), **flags)
-    return run.evaluate(asked, _from_pretrained, say=say)
+        _check_device(flags)
+        given = vars(flags) | {"threads": flags.threads or usable_cores(), "languages": _names(flags.languages)}
+        renamed = {"output_dir": "output", "detect_language": "detect", "beam_size": "beam", "context_margin": "margin"}
+        given = {renamed.get(name, name): value for name, value in given.items()}
+        plan = run.plan(**given)
+    return run.evaluate(plan, _from_pretrained)
 
 
 def _from_pretrained(model: str | None, **options: Any) -> WhisperMoE:
@@ -316,3 +285,21 @@ def _from_pretrained(model: str | None, **options: Any) -> WhisperMoE:
     from whisper_moe.api import WhisperMoE
 
     return WhisperMoE.from_pretrained(model, **options)
+
+
+def data_inspect(flags: SimpleNamespace) -> int:
+    from whisper_moe.data import inspect
+
+    return inspect.run(**vars(flags))
+
+
+def train(flags: SimpleNamespace) -> int:
+    from whisper_moe.train import run
+
+    return run.train(flags.recipe, flags.overrides or [], flags.output, flags.resume)
+
+
+def grok(flags: SimpleNamespace) -> int:
+    from whisper_moe.train import grokking
+
+    return grokking.run(flags.recipe, flags.overrides or [], flags.output)

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Literal, Self
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic_core import ErrorDetails
 
 SAMPLE_RATE = 16_000
 """Samples a second that every log-mel is computed at."""
@@ -29,6 +30,10 @@ EMBEDDED = Path(__file__).parents[2] / "checkpoints"
 """The default model of a checkout."""
 
 
+DTYPES = ("auto", "float32", "int8", "bfloat16", "float16", "default", "int8_float32", "int8_bfloat16", "int8_float16")
+"""What a model may be asked to compute in; the last four are CTranslate2's names."""
+
+
 def model_folder(path: Path) -> Path:
     """Where the model is that somebody named: a training run has it in a folder of its own."""
     return path / "model" if (path / "run.json").is_file() and (path / "model").is_dir() else path
@@ -41,9 +46,14 @@ def model_name(path: Path) -> str:
 
 
 def problems(error: ValidationError) -> str:
-    """Pydantic's findings in one line: ``moe.top_k: Input should be a valid integer``."""
-    messages = [(".".join(map(str, e["loc"])), e["msg"].removeprefix("Value error, ")) for e in error.errors()]
-    return "; ".join(f"{where}: {what}" if where else what for where, what in messages)
+    """Pydantic's findings in one line: ``moe.top_k: Input should be a valid integer, got 'two'``."""
+    return "; ".join(": ".join([*filter(None, [".".join(map(str, e["loc"]))]), _problem(e)]) for e in error.errors())
+
+
+def _problem(found: ErrorDetails) -> str:
+    given = found["input"]
+    value = f", got {given!r}" if found["type"] != "value_error" and isinstance(given, (str, int, float)) else ""
+    return found["msg"].removeprefix("Value error, ") + value
 
 
 class _Frozen(BaseModel):

@@ -1,10 +1,11 @@
-"""A job for each input of ``transcribe``: its path, what its transcript is called, and where that is written."""
+"""The inputs of a command, what their transcripts are called, and where these are written. Nothing here imports torch."""
 
 from __future__ import annotations
 
 import errno
 import glob
 import json
+import logging
 import os
 import re
 import sys
@@ -14,23 +15,49 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TextIO
+from typing import TYPE_CHECKING, Any
 
-from whisper_moe.flags import UsageError, sentence
-from whisper_moe.generate.result import Transcription, mean_gates
-from whisper_moe.generate.text import FORMATS, SubtitleOptions, output_names, save, write
+from pydantic import ValidationError
+
+from whisper_moe.config import problems
+from whisper_moe.generate.options import SubtitleOptions
+from whisper_moe.generate.result import FORMATS, Transcription, as_text, mean_gates
+from whisper_moe.weights.files import atomic_file
 
 if TYPE_CHECKING:
     from whisper_moe.api import Outcome
+
+logger = logging.getLogger(__name__)
 
 SAMPLE = Path(__file__).parents[2] / "examples" / "sample.m4a"
 """What is transcribed when no file is named; it comes with a checkout."""
 _APART = re.compile(rf"(?<=[{re.escape(os.sep + (os.altsep or ''))}])")
 """Behind each separator of a path."""
+_LONGEST_NAME = 230
+"""Bytes of a file name without what is put behind it; file systems take 255 in all."""
 
 
-def say(text: str) -> None:
-    print(text, file=sys.stderr, flush=True)
+class UsageError(ValueError):
+    """Flags or paths that cannot work; exit status 2."""
+
+
+def sentence(error: Exception) -> str:
+    """What an error says, on one line; of pydantic's only what is wrong with which field, of the system's with which file."""
+    if isinstance(error, OSError) and error.strerror:
+        return error.strerror if error.filename is None else f"{error.filename}: {error.strerror}"
+    return problems(error) if isinstance(error, ValidationError) else " ".join(str(error).split())
+
+
+@contextmanager
+def usage() -> Iterator[None]:
+    """Errors in here are the flags' fault."""
+    try:
+        yield
+    except ValueError as error:
+        raise UsageError(sentence(error)) from error
+
+
+# Files in.
 
 
 @dataclass(frozen=True)
@@ -50,17 +77,39 @@ class Job:
 
 
 def named(paths: Sequence[str]) -> list[Job]:
-    """A job for each path; names depend on the whole list, whatever of it is done already."""
-    names = output_names(paths)
-    given = set(names)
+    """A job for each path. No name is given twice: the input's own without extension, then ``name-2``, ``name-3`` …
+
+    Names that differ only in case or Unicode form count as equal, as some file systems take them. Names depend on the whole
+    list, whatever of it is done already: the same one always gives the same names, and so does one that has grown at its end,
+    unless it now holds ``name-2`` itself.
+    """
+    stems = ["stdin" if path == "-" else _stem(path) for path in paths]
+    reserved = set(map(_file_key, stems))
+    names: dict[str, str] = {}
+    for stem in stems:
+        name, number = stem, 2
+        while _file_key(name) in names or (name != stem and _file_key(name) in reserved):
+            name, number = f"{stem}-{number}", number + 1
+        names[_file_key(name)] = name
     jobs: list[Job] = []
-    for path, name in zip(paths, names, strict=True):
-        partial = name + ".partial"
-        while partial in given:
+    for path, name in zip(paths, list(names.values()), strict=True):
+        partial = f"{name}.partial"
+        while _file_key(partial) in names:
             partial += ".partial"
-        given.add(partial)
+        names[_file_key(partial)] = partial
         jobs.append(Job(path, name, partial))
     return jobs
+
+
+def _stem(path: str) -> str:
+    """A file name without extension, short enough to put something behind it, and a file name on every system."""
+    stem = Path(path).stem.replace("\\", "_")
+    name = os.fsencode(stem)
+    return stem if len(name) <= _LONGEST_NAME else name[:_LONGEST_NAME].decode(errors="ignore")
+
+
+def _file_key(name: str) -> str:
+    return unicodedata.normalize("NFC", unicodedata.normalize("NFC", name).casefold())
 
 
 def expand(files: Sequence[str] | None) -> list[str]:
@@ -102,7 +151,7 @@ def readable(jobs: Sequence[Job]) -> list[Job]:
     faults = [(job, None if job.path == "-" else _fault(job.path)) for job in jobs]
     for job, fault in faults:
         if fault:
-            say(f"whisper-moe: {job.path}: {fault}")
+            logger.error("whisper-moe: %s: %s", job.path, fault)
     return [job for job, fault in faults if not fault]
 
 
@@ -118,11 +167,13 @@ def _fault(path: str) -> str | None:
     return os.strerror(number).lower() if number else None
 
 
-@contextmanager
-def standard_output() -> Iterator[TextIO]:
-    """Flushed at the end. Once it cannot be written to it is given up, and the error says that it was this."""
+# Transcripts out.
+
+
+def put(text: str) -> None:
+    """Onto standard output, at once. Where it cannot be written to it is given up, and the error says that it was this."""
     try:
-        yield sys.stdout
+        sys.stdout.write(text)
         sys.stdout.flush()
     except BrokenPipeError:
         raise
@@ -137,28 +188,23 @@ def give_up_output() -> None:
     os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
-@dataclass(frozen=True, kw_only=True)
 class Outputs:
     """Where transcripts go: to files in a folder, or to standard output, and in which formats."""
 
-    formats: Sequence[str]
-    directory: Path | None
-    subtitles: SubtitleOptions
-    header: bool = False
-    """Say whose text it is before each on standard output."""
-
-    @classmethod
-    def checked(
-        cls, formats: Sequence[str], directory: Path | None, subtitles: SubtitleOptions, inputs: int
-    ) -> Outputs:
+    def __init__(self, formats: str | None, directory: Path | None, subtitles: SubtitleOptions, inputs: int) -> None:
         """Raises ``UsageError`` where outputs of so many inputs could not be written so."""
+        given = (formats or ("txt" if directory is None else "all")).split(",")
+        self.formats = list(dict.fromkeys(f for name in given for f in (FORMATS if name == "all" else (name,))))
+        self.directory, self.subtitles = directory, subtitles
+        self._several = inputs > 1
+        if unknown := [name for name in self.formats if name not in FORMATS]:
+            raise UsageError(f"unknown output format {unknown[0]!r}: one of {', '.join(FORMATS)}, all")
         if directory is not None:
             _try_folder(directory)
-        elif len(formats) > 1:
+        elif len(self.formats) > 1:
             raise UsageError("several formats need a folder to be written to: add -o DIR")
-        elif inputs > 1 and formats[0] not in ("txt", "json"):
-            raise UsageError(f"{inputs} files would be one broken {formats[0]} on standard output: add -o DIR")
-        return cls(formats=formats, directory=directory, subtitles=subtitles, header=inputs > 1 and formats[0] == "txt")
+        elif self._several and self.formats[0] not in ("txt", "json"):
+            raise UsageError(f"{inputs} files would be one broken {self.formats[0]} on standard output: add -o DIR")
 
     def files(self, name: str) -> list[Path]:
         return [self.directory / f"{name}.{format}" for format in self.formats] if self.directory else []
@@ -168,42 +214,36 @@ class Outputs:
         if job.path == "-" or not all(file.is_file() for file in self.files(job.name)):
             return False
         said = next((_facts_in(file).get("source") for file in self.files(job.name) if file.suffix == ".json"), None)
-        if said is None:
-            return True
-        ends = zip(reversed(Path(said).parts[-2:]), reversed(Path(job.path).parts[-2:]), strict=False)
+        ends = zip(reversed(Path(said or job.path).parts[-2:]), reversed(Path(job.path).parts[-2:]), strict=False)
         return all(one == other for one, other in ends)
 
-    def deliver(self, outcome: Outcome, job: Job, talkative: bool) -> bool:
+    def deliver(self, outcome: Outcome, job: Job) -> bool:
         """Write one result; whether it is whole and could be written: what ails one file costs that file alone.
 
         Of a damaged file, what was said before the damage is written, to a file whose name says so.
         """
-        result = outcome.transcription or outcome.partial
         if outcome.error is not None:
-            say(f"whisper-moe: {outcome.error}")
-        if result is None:
+            logger.error("whisper-moe: %s", outcome.error)
+        if (result := outcome.transcription or outcome.partial) is None:
             return False
         name = job.name if outcome.partial is None else job.partial
         try:
             self._write(result, job.path, name)
             if outcome.error is None:
                 self._forget_partial(job)
-        except OSError as error:
-            if self.directory is None:  # nobody can be told anything any more
+        except (OSError, ValueError) as error:
+            if self.directory is None and isinstance(error, OSError):  # nobody can be told anything any more
                 raise
-            say(f"whisper-moe: {sentence(error)}")
-            return False
-        except ValueError as error:
-            say(f"whisper-moe: {job.path}: {sentence(error)}")
+            logger.error("whisper-moe: %s%s", "" if isinstance(error, OSError) else f"{job.path}: ", sentence(error))
             return False
         if outcome.partial is not None:
-            said = f"{job.path}: what was said before, up to {outcome.partial.duration:.1f} s, is"
-            say(f"{said} {self._place(name)}")
-        elif talkative:
-            say(_facts(outcome.name, result) + (f"; {self._place(name)}" if self.directory else ""))
-            for note in result.notes:
-                say(f"{outcome.name}: {note}")
-        return outcome.error is None
+            place, until = self._place(name), outcome.partial.duration
+            logger.warning("%s: what was said before, up to %.1f s, is %s", job.path, until, place)
+            return False
+        logger.info("%s%s", _facts(outcome.name, result), f"; {self._place(name)}" if self.directory else "")
+        for note in result.notes:
+            logger.info("%s: %s", outcome.name, note)
+        return True
 
     def _forget_partial(self, job: Job) -> None:
         """Remove what was written of this input while it was damaged; not what another one, of that name, has said."""
@@ -215,15 +255,14 @@ class Outputs:
                 file.unlink(missing_ok=True)
 
     def _write(self, result: Transcription, path: str, name: str) -> None:
-        if self.directory is not None:
-            save(result, self.directory, name, self.formats, self.subtitles)
-            return
-        if self.header:
-            say(f"{path}:")
-        with standard_output() as stream:
-            write(result, self.formats[0], stream, self.subtitles)
+        for format, file in zip(self.formats, self.files(name), strict=False):
+            with atomic_file(file) as scratch:
+                scratch.write_text(as_text(result, format, self.subtitles), encoding="utf-8")
+        if self.directory is None:
+            if self._several and self.formats == ["txt"]:
+                print(f"{path}:", file=sys.stderr, flush=True)
             # The file of json has no end of line; on a terminal, and between two results, one is wanted.
-            stream.write("\n" if self.formats[0] == "json" else "")
+            put(as_text(result, self.formats[0], self.subtitles) + ("\n" if self.formats[0] == "json" else ""))
 
     def _place(self, name: str) -> str:
         """Where it is written, as a shell spells several files: ``out/ep.{srt,json}``."""

@@ -157,6 +157,22 @@ def take_threads(count: int) -> None:
     torch.set_num_threads(count)
 
 
+def pick_device(wanted: str) -> str:
+    """The device that is meant: ``auto`` is a GPU if there is one. Raises ``ValueError`` for one that is not here."""
+    import torch
+
+    gpus, apple = torch.cuda.device_count(), torch.backends.mps.is_available()
+    if wanted == "auto":
+        return "cuda" if torch.cuda.is_available() else "mps" if apple else "cpu"
+    try:
+        device = torch.device(wanted)
+    except RuntimeError:
+        raise ValueError(f"unknown device {wanted!r}: cpu, cuda, cuda:1, mps or auto") from None
+    if (device.index or 0) >= {"cpu": 1, "cuda": gpus, "mps": int(apple)}.get(device.type, 1):
+        raise ValueError(f"device {wanted}: PyTorch {torch.__version__} sees no such device here")
+    return wanted
+
+
 def machine() -> dict[str, Any]:
     """What figures were measured on."""
     import platform

@@ -54,7 +54,7 @@ def test_the_languages_of_containers_are_whispers() -> None:
         "hi", "fr", "fr", "zh", "zh", "or", "pt", "no", "qaa", "und",
     ]  # fmt: skip
     for wrong in ("", " ", -1, "-1"):
-        with pytest.raises(ValueError, match="track must be"):
+        with pytest.raises(ValueError, match="track"):
             TranscribeOptions(track=wrong)
 
 

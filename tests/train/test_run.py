@@ -17,6 +17,7 @@ import torch
 import yaml
 from train import ranks
 from train.tiny import recipe_tree, tiny_checkpoint, tones
+from typer.testing import CliRunner
 
 pytest.importorskip("datasets")
 
@@ -86,13 +87,14 @@ def test_a_dense_fine_tune_can_be_taken_to_transformers(material: Path, tmp_path
     from transformers import WhisperForConditionalGeneration
     from weights.whispers import TINY, hub_model, write_folder
 
-    from whisper_moe import commands
+    from whisper_moe.cli import app
 
     config = TINY.model_copy(update={"max_source_positions": 100, "max_target_positions": 40})
     source = write_folder(tmp_path / "hub", hub_model(config))
     recipe, run = write(material, tmp_path / "dense.yaml", model={"source": str(source)}), tmp_path / "run"
     assert train(recipe, [], run, False) == 0
-    assert commands.export(str(run / "model"), tmp_path / "out", "whisper") == 0
+    exported = CliRunner().invoke(app, ["export", str(run / "model"), "-o", str(tmp_path / "out")])
+    assert exported.exit_code == 0, exported.output
     theirs = WhisperForConditionalGeneration.from_pretrained(tmp_path / "out").eval()
     ours = WhisperMoE.from_pretrained(run / "model", for_inference=False).model.eval()
     mel, tokens = torch.randn(80, 200), torch.tensor([257, 258, 261, 265, 97])

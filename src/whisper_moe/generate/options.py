@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 import re
-from collections.abc import Sequence
-from dataclasses import dataclass
 from itertools import pairwise
-from typing import Literal
+from typing import Annotated, Any, Literal, Self, TypeAlias
+
+from pydantic import AfterValidator, BeforeValidator, ConfigDict, Field, model_validator
+from pydantic.dataclasses import dataclass
 
 from whisper_moe.config import DEFAULT_MARGIN, FULL_WINDOW
 
@@ -20,7 +22,7 @@ APPENDED_PUNCTUATION = "\"'.。,，!！?？:：”)]}、"
 TEMPERATURES = (0.0, 0.2, 0.4, 0.6, 0.8, 1.0)
 
 
-@dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True)
 class SearchOptions:
     """How to choose. ``temperature`` 0 is greedy, or beam search when ``beams`` > 1; above 0, ``beams`` samples."""
 
@@ -37,9 +39,34 @@ class SearchOptions:
         return sum_logprob / penalty
 
 
-@dataclass(frozen=True, kw_only=True)
+def _separate(given: Any) -> Any:
+    return [part for part in given.split(",") if part.strip()] if isinstance(given, str) else given
+
+
+def _ascending(times: tuple[float, ...]) -> tuple[float, ...]:
+    for index, (time, after) in enumerate(pairwise([*times, math.inf])):
+        if not (0 <= time < after or (time == after < math.inf and index % 2)):  # a stretch may begin where one ends
+            raise ValueError(
+                f"must be ascending seconds, start,end,start,end …, got {','.join(map('{:g}'.format, times))}"
+            )
+    return times
+
+
+def _track(given: int | str) -> int | str:
+    if re.match(r"\s*(-|$)", str(given)):
+        raise ValueError(f"must be a number from 0 or a language, got {given!r}")
+    return given
+
+
+Temperature: TypeAlias = Annotated[float, Field(ge=0, allow_inf_nan=False)]
+Tokens: TypeAlias = Annotated[tuple[Annotated[int, Field(ge=-1)], ...], BeforeValidator(_separate)]
+Stretches: TypeAlias = Annotated[tuple[float, ...], BeforeValidator(_separate), AfterValidator(_ascending)]
+Track: TypeAlias = Annotated[int | str, AfterValidator(_track)]
+
+
+@dataclass(frozen=True, kw_only=True, config=ConfigDict(extra="forbid"))
 class TranscribeOptions:
-    """Everything about a call to ``transcribe`` but its files."""
+    """Everything about a call to ``transcribe`` but its files. Lists may be given as text, ``0,5,9``."""
 
     task: Literal["transcribe", "translate"] = "transcribe"
     language: str | None = None
@@ -48,12 +75,12 @@ class TranscribeOptions:
     """Detection chooses among these; empty for all."""
     detect_language_once: bool = False
     """The first window whose language is sure decides for all of its recording, instead of each for itself."""
-    beam_size: int = 1
-    best_of: int = 5
+    beam_size: int = Field(default=1, ge=1)
+    best_of: int = Field(default=5, ge=1)
     """Samples to choose from at a temperature above 0."""
-    patience: float = 1.0
+    patience: float = Field(default=1.0, gt=0, allow_inf_nan=False)
     length_penalty: float | None = None
-    temperatures: tuple[float, ...] = TEMPERATURES
+    temperatures: tuple[Temperature, ...] = Field(default=TEMPERATURES, min_length=1)
     """Tried in turn while a transcript looks wrong."""
     initial_prompt: str | None = None
     """Text that every window is taken to continue: names, spelling, style. Of a longer one than fits, the end counts."""
@@ -67,20 +94,19 @@ class TranscribeOptions:
     word_timestamps: bool = False
     prepend_punctuations: str = PREPENDED_PUNCTUATION
     append_punctuations: str = APPENDED_PUNCTUATION
-    hallucination_silence_threshold: float | None = None
+    hallucination_silence_threshold: float | None = Field(default=None, ge=0)
     """Seconds of silence that are skipped before words that look made up; needs ``word_timestamps``."""
-    suppress_tokens: tuple[int, ...] | None = None
+    suppress_tokens: Tokens | None = None
     """Tokens never to say; -1 stands for annotations such as ♪. None: what the checkpoint lists."""
-    clip_timestamps: Sequence[float] = ()
-    """Seconds, or as text ``0,5,9``: start, end, start, end … of the stretches to transcribe, in order; without the last end,
-    to the recording's."""
-    context_margin: float | None = None
+    clip_timestamps: Stretches = ()
+    """Seconds: start, end, start, end … of the stretches to transcribe; without the last end, to the recording's."""
+    context_margin: float | None = Field(default=None, ge=0, allow_inf_nan=False)
     """Seconds of silence kept after each clip, up to the 30 s window; 30 pads as Whisper always did. None: what the model was
     trained to do with (``ModelConfig.context_margin``), else :data:`~whisper_moe.config.DEFAULT_MARGIN`."""
-    window: float | None = None
+    window: float | None = Field(default=None, ge=1, le=FULL_WINDOW)
     """Seconds that a recording is cut into, at most: shorter windows share more batches, longer ones have more context. None
     takes 20 s, and Whisper's 30 s where every window is padded to them anyway."""
-    track: int | str | None = None
+    track: Track | None = None
     """Which sound track of a file: its number, from 0, or its language as the file states it; samples have none. None takes the
     one that FFmpeg calls best."""
     vad: Literal["none", "energy", "silero"] = "none"
@@ -93,33 +119,11 @@ class TranscribeOptions:
     seed: int = 0
     """Of the samples at temperatures above 0."""
 
-    def __post_init__(self) -> None:
-        if self.task not in ("transcribe", "translate"):
-            raise ValueError(f"task must be transcribe or translate, got {self.task!r}")
-        if self.vad not in ("none", "energy", "silero"):
-            raise ValueError(f"vad must be none, energy or silero, got {self.vad!r}")
-        if self.track is not None and re.match(r"\s*(-|$)", str(self.track)):
-            raise ValueError(f"track must be a number from 0 or a language, got {self.track!r}")
-        bounds = {"beam_size": 1, "best_of": 1, "patience": 1e-9} | (
-            {} if self.context_margin is None else {"context_margin": 0}
-        )
-        for name, least in bounds.items():
-            value = getattr(self, name)
-            if not (math.isfinite(value) and value >= least):
-                raise ValueError(f"{name} must be {'positive' if least else 'at least 0'}, got {value}")
-        if self.window is not None and not 1 <= self.window <= FULL_WINDOW:  # NaN fails too
-            raise ValueError(f"window must be 1 to {FULL_WINDOW:.0f} seconds, got {self.window}")
-        if not self.temperatures or not all(math.isfinite(t) and t >= 0 for t in self.temperatures):
-            raise ValueError(f"temperatures must be numbers of at least 0, got {self.temperatures}")
-        if any(token < -1 for token in self.suppress_tokens or ()):
-            raise ValueError(f"suppress_tokens are token ids, or -1 for annotations, got {self.suppress_tokens}")
-
-        object.__setattr__(self, "clip_timestamps", _stretches(self.clip_timestamps))
-        threshold = self.hallucination_silence_threshold
-        if threshold is not None and not (self.word_timestamps and threshold >= 0):
-            raise ValueError(
-                f"hallucination_silence_threshold must be at least 0 and needs word_timestamps, got {threshold}"
-            )
+    @model_validator(mode="after")
+    def _check(self) -> Self:
+        if self.hallucination_silence_threshold is not None and not self.word_timestamps:
+            raise ValueError("hallucination_silence_threshold needs word_timestamps")
+        return self
 
     @property
     def margin(self) -> float:
@@ -129,9 +133,7 @@ class TranscribeOptions:
     @property
     def window_seconds(self) -> float:
         """What a window may last."""
-        if self.window is not None:
-            return self.window
-        return DEFAULT_WINDOW if self.margin < FULL_WINDOW else FULL_WINDOW
+        return self.window or (DEFAULT_WINDOW if self.margin < FULL_WINDOW else FULL_WINDOW)
 
     def search(self, temperature: float) -> SearchOptions:
         """Beams without a temperature, samples with one."""
@@ -139,13 +141,15 @@ class TranscribeOptions:
         return SearchOptions(rows, temperature, self.patience, self.length_penalty)
 
 
-def _stretches(given: str | Sequence[float]) -> tuple[float, ...]:
-    """``clip_timestamps`` as numbers. Raises ``ValueError`` for what is no such list."""
-    try:
-        times = tuple(map(float, filter(str.strip, given.split(",")) if isinstance(given, str) else given))
-    except (TypeError, ValueError):
-        times = (math.nan,)
-    for index, (time, after) in enumerate(pairwise([*times, math.inf])):
-        if not (0 <= time < after or (time == after < math.inf and index % 2)):  # a stretch may begin where one ends
-            raise ValueError(f"clip_timestamps must be ascending seconds, start,end,start,end …, got {given}")
-    return times
+@dataclass(frozen=True, kw_only=True, config=ConfigDict(extra="forbid"))
+class SubtitleOptions:
+    """How timed words are laid out in vtt and srt; without word timestamps nothing here has an effect."""
+
+    highlight_words: bool = False
+    """A cue for every word, in which it is underlined."""
+    max_line_width: int | None = Field(default=None, ge=1)
+    """Characters in a line."""
+    max_line_count: int | None = Field(default=None, ge=1)
+    """Lines in a subtitle; with ``max_line_width``, subtitles no longer break where segments do."""
+    max_words_per_line: int | None = Field(default=None, ge=1)
+    """Words in a subtitle; no effect where subtitles do not break with the segments."""

@@ -2,26 +2,15 @@ from __future__ import annotations
 
 import io
 import json
-import os
-import stat
 from dataclasses import FrozenInstanceError
-from pathlib import Path
 from typing import Any
 
 import pytest
-from hypothesis import example, given, settings
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from whisper_moe.generate.result import Segment, Transcription, Word, compression_ratio
-from whisper_moe.generate.text import (
-    FORMATS,
-    SubtitleOptions,
-    expand_formats,
-    format_timestamp,
-    output_names,
-    save,
-    write,
-)
+from whisper_moe.generate.options import SubtitleOptions
+from whisper_moe.generate.result import Segment, Transcription, Word, as_text, compression_ratio
 
 OPENAI_KEYS = ("id", "seek", "start", "end", "text", "tokens", "temperature", "avg_logprob", "compression_ratio",
                "no_speech_prob", "words")  # fmt: skip
@@ -104,16 +93,14 @@ DEFAULT = SubtitleOptions()
 
 
 def ours(result: Transcription, format: str, options: SubtitleOptions = DEFAULT) -> str:
-    stream = io.StringIO()
-    write(result, format, stream, options)
-    return stream.getvalue()
+    return as_text(result, format, options)
 
 
 def openai_text(result: Transcription, format: str, options: SubtitleOptions = DEFAULT) -> str:
     utils = pytest.importorskip("whisper.utils")
     stream = io.StringIO()
     writer = utils.get_writer(format, ".")
-    arguments = {name: getattr(options, name) for name in SubtitleOptions.__slots__}
+    arguments = {name: getattr(options, name) for name in vars(DEFAULT)}
     writer.write_result(openai_result(result), stream, **arguments)
     return stream.getvalue()
 
@@ -133,14 +120,14 @@ def transcription(*segments: Segment) -> Transcription:
 
 
 @pytest.mark.parametrize("format", ["txt", "vtt", "srt", "tsv"])
-@settings(deadline=None, max_examples=80)
+@settings(deadline=None, max_examples=40)
 @given(result=transcriptions(st.none()))
 def test_files_equal_openai(format: str, result: Transcription) -> None:
     assert ours(result, format) == openai_text(result, format)
 
 
 @pytest.mark.parametrize("format", ["vtt", "srt"])
-@settings(deadline=None, max_examples=300)
+@settings(deadline=None, max_examples=100)
 @given(result=transcriptions(timed_words()), options=options)
 def test_subtitles_of_words_equal_openai(format: str, result: Transcription, options: SubtitleOptions) -> None:
     assert ours(result, format, options) == openai_text(result, format, options)
@@ -166,7 +153,7 @@ def test_a_long_talk_equals_openai(options: SubtitleOptions) -> None:
     assert text.count("-->") > 1
 
 
-@settings(deadline=None, max_examples=60)
+@settings(deadline=None, max_examples=40)
 @given(st.one_of(transcriptions(st.none()), transcriptions(timed_words())))
 def test_json_has_openais_keys_and_values(result: Transcription) -> None:
     """Without the keys that are ours the file is openai/whisper's, byte for byte."""
@@ -200,18 +187,10 @@ def test_segments_of_which_only_some_have_words_are_written_as_segments() -> Non
     assert "Hello." in ours(result, "srt") and "yes" in ours(result, "srt")
 
 
-@settings(deadline=None)
-@given(seconds, st.booleans(), st.sampled_from([".", ","]))
-@example(3599.9996, False, ".")
-def test_timestamps_equal_openai(time: float, hours: bool, mark: str) -> None:
-    theirs = pytest.importorskip("whisper.utils").format_timestamp(time, hours, mark)
-    assert format_timestamp(time, hours=hours, decimal_mark=mark) == theirs
-
-
-def test_hours_begin_at_the_first() -> None:
-    assert [format_timestamp(t) for t in (3599.9994, 3599.9996)] == ["59:59.999", "01:00:00.000"]
-    with pytest.raises(ValueError, match="500 ms before the recording"):
-        format_timestamp(-0.5)
+def test_hours_begin_at_the_first_in_vtt() -> None:
+    result = transcription(segment("so", 3599.9994, 3599.9996))
+    assert ours(result, "vtt") == "WEBVTT\n\n59:59.999 --> 01:00:00.000\nso\n\n"
+    assert ours(result, "srt") == "1\n00:59:59,999 --> 01:00:00,000\nso\n\n"
 
 
 @given(st.text(st.characters(exclude_categories=("Cs",))))
@@ -229,84 +208,5 @@ def test_results_are_values() -> None:
 @pytest.mark.parametrize("name", ["max_line_width", "max_line_count", "max_words_per_line"])
 def test_a_limit_is_at_least_one(name: str) -> None:
     limit: dict[str, Any] = {name: 0}
-    with pytest.raises(ValueError, match=f"{name} is 0"):
+    with pytest.raises(ValueError, match=name):
         SubtitleOptions(**limit)
-
-
-def test_unknown_formats_are_named() -> None:
-    assert expand_formats(["srt", "all", "srt"]) == ("srt", "txt", "vtt", "tsv", "json")
-    with pytest.raises(ValueError, match="unknown output format 'doc': one of txt, vtt, srt, tsv, json, all"):
-        expand_formats(["doc"])
-    with pytest.raises(ValueError, match="unknown output format 'all'"):
-        ours(transcription(), "all")
-
-
-def test_saved_files_equal_openais(tmp_path: Path) -> None:
-    utils = pytest.importorskip("whisper.utils")
-    result = transcription(segment(" Grüße --> 你好\t!"), segment("", 1.0, 2.0))
-    paths = save(result, tmp_path / "new" / "ours", "talk", ["all"])
-    assert [path.name for path in paths] == [f"talk.{format}" for format in FORMATS]
-    (tmp_path / "theirs").mkdir()
-    utils.get_writer("all", str(tmp_path / "theirs"))(openai_result(result), "a/talk.m4a", {})
-    for path in paths[:-1]:
-        assert path.read_bytes() == (tmp_path / "theirs" / path.name).read_bytes()
-
-
-def test_saved_files_have_the_usual_permissions_and_replace_older_ones(tmp_path: Path) -> None:
-    (tmp_path / "talk.txt").write_text("older")
-    (path,) = save(transcription(segment()), tmp_path, "talk", ["txt"])
-    (tmp_path / "plain").touch()
-    assert path.read_text() == "Hello.\n"
-    assert stat.S_IMODE(path.stat().st_mode) == stat.S_IMODE((tmp_path / "plain").stat().st_mode)
-
-
-def test_a_failed_save_leaves_the_older_file_and_nothing_else(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    (tmp_path / "talk.json").write_text("older")
-    broken = transcription(segment(), segment(avg_logprob=float("inf")))
-    with pytest.raises(ValueError, match="not JSON compliant"):
-        save(broken, tmp_path, "talk", ["json"])
-
-    def refuse(*_: object) -> None:
-        raise OSError("disk full")
-
-    monkeypatch.setattr(os, "replace", refuse)
-    with pytest.raises(OSError, match="disk full"):
-        save(transcription(), tmp_path, "talk", ["json"])
-    assert [path.name for path in tmp_path.iterdir()] == ["talk.json"]
-    assert (tmp_path / "talk.json").read_text() == "older"
-
-
-@pytest.mark.parametrize("stem", ["", ".", "..", "../up", "a/b", "/etc/passwd", "a\\b", "nul\0"])
-def test_a_name_cannot_escape_the_directory(tmp_path: Path, stem: str) -> None:
-    directory = tmp_path / "out"
-    with pytest.raises(ValueError, match="is not a file name"):
-        save(transcription(), directory, stem, ["txt"])
-    assert not list(tmp_path.iterdir())
-
-
-def test_inputs_of_one_name_get_different_names() -> None:
-    assert output_names(["a/talk.m4a", "b/talk.mp3", Path("talk-2.wav"), "c/Talk.mp4", "-", "x.tar.gz"]) == [
-        "talk", "talk-3", "talk-2", "Talk-4", "stdin", "x.tar",
-    ]  # fmt: skip
-    composed, decomposed = output_names(["caf\u00e9.wav", "cafe\u0301.wav"])
-    assert composed == "caf\u00e9" and decomposed == "cafe\u0301-2"
-
-
-def test_a_name_is_one_that_every_format_can_be_written_to(tmp_path: Path) -> None:
-    inputs = ["न" * 83 + ".wav", "न" * 84 + ".wav", "x" * 251 + ".wav", "a\\b.wav", "-", os.fsdecode(b"\xff.wav")]
-    names = output_names(inputs)
-    assert [name[-2:] for name in names] == ["नन", "-2", "xx", "_b", "in", "\udcff"]
-    for name in names:
-        assert save(transcription(), tmp_path, f"{name}.partial", ["json"])[0].is_file()
-
-
-@given(
-    st.lists(
-        st.sampled_from(["a", "A", "a-2", "a-2-2", "b", "stdin", "-", "a.b"]).map(lambda s: f"{s}.wav"), max_size=12
-    )
-)
-def test_no_output_name_is_given_twice(paths: list[str]) -> None:
-    names = output_names(paths)
-    assert len({name.casefold() for name in names}) == len(paths)
-    assert all(name.startswith(Path(path).stem) for name, path in zip(names, paths, strict=True))
-    assert output_names(paths) == names
