@@ -16,9 +16,8 @@ from weights.whispers import hub_model, write_folder
 
 from whisper_moe import WhisperMoE
 from whisper_moe.weights import checkpoint
-from whisper_moe.weights.checkpoint import save_checkpoint
-from whisper_moe.weights.default import load_model
-from whisper_moe.weights.manifest import read_config
+from whisper_moe.weights.checkpoint import read_config, save_checkpoint
+from whisper_moe.weights.load import load_model
 from whisper_moe.weights.upcycle import answer
 
 DENSE = CONFIG.model_copy(update={"moe": None, "ttt": None})
@@ -74,7 +73,7 @@ def test_a_dense_fine_tune_of_this_project_is_upcycled_and_keeps_its_margin(
     loaded = load_model(whisper)
     save_checkpoint(
         tmp_path / "tuned", loaded.config.model_copy(update={"context_margin": 0.7}), loaded.state,
-        generation=loaded.generation, tokenizer_files=loaded.tokenizer_files,
+        generation=loaded.generation, tokenizer_json=loaded.tokenizer_json,
     )  # fmt: skip
     assert run("upcycle", tmp_path / "tuned", "-o", tmp_path / "m", *PLAIN).status == 0
     config = read_config(tmp_path / "m" / "config.json")

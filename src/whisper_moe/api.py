@@ -26,10 +26,10 @@ from whisper_moe.media.windows import cut_clips, drop_silence, is_silent, speech
 from whisper_moe.model.inference import prepare_for_inference
 from whisper_moe.model.int8 import suits_fbgemm
 from whisper_moe.model.model import TextHead, WhisperMoEModel
-from whisper_moe.weights.checkpoint import save_checkpoint
-from whisper_moe.weights.default import Loaded, load_model
-from whisper_moe.weights.generation import stated_language
+from whisper_moe.weights.checkpoint import Loaded, save_checkpoint
+from whisper_moe.weights.load import load_model
 from whisper_moe.weights.parts import empty_model
+from whisper_moe.weights.tokens import stated_language
 
 Audio: TypeAlias = "str | os.PathLike[str] | BinaryIO | np.ndarray"
 """A path, an open binary file, or float32 samples at 16 kHz, mono."""
@@ -64,13 +64,13 @@ class WhisperMoE:
         generation: dict[str, Any],
         *,
         name: str = "",
-        tokenizer_files: dict[str, Path | bytes] | None = None,
+        tokenizer_json: bytes = b"",
         device: str = "cpu",
         dtype: str = "float32",
     ) -> None:
         self.name, self.device, self.dtype = name, device, dtype
         self.tokenizer, self.generation = tokenizer, generation
-        self._tokenizer_files = tokenizer_files or {}
+        self._tokenizer_json = tokenizer_json
         self.model = model.eval()
         self._decoder = WindowDecoder(model, tokenizer, generation)
 
@@ -110,7 +110,7 @@ class WhisperMoE:
         with weights_apart() if for_cpu else nullcontext():
             loaded = load_model(model, keep_int8=for_cpu, model_dir=model_dir)
             network = _network(loaded, device, dtype, for_inference=for_inference, for_cpu=for_cpu)
-        parts: dict[str, Any] = {"name": loaded.name, "tokenizer_files": loaded.tokenizer_files}
+        parts: dict[str, Any] = {"name": loaded.name, "tokenizer_json": loaded.tokenizer_json}
         return cls(network, loaded.tokenizer, loaded.generation, device=device, dtype=dtype, **parts)
 
     @property
@@ -134,7 +134,7 @@ class WhisperMoE:
         if self.dtype != "float32" or not isinstance(self.model.decoder.head, TextHead):
             raise ValueError("load the model with for_inference=False to save it")
         state: dict[str, Tensor] = {key: value.float().cpu() for key, value in self.model.state_dict().items()}
-        parts: dict[str, Any] = {"generation": self.generation, "tokenizer_files": self._tokenizer_files}
+        parts: dict[str, Any] = {"generation": self.generation, "tokenizer_json": self._tokenizer_json}
         save_checkpoint(Path(directory), self.config, state, quantize=quantize, **parts)
 
     @overload

@@ -201,9 +201,8 @@ def upcycle(flags: SimpleNamespace) -> int:
     with usage():
         languages, moe, ttt = _new_parts(flags)
     from whisper_moe.weights.checkpoint import save_checkpoint
-    from whisper_moe.weights.default import load_model
-    from whisper_moe.weights.generation import stated_language
-    from whisper_moe.weights.tokens import add_languages
+    from whisper_moe.weights.load import load_model
+    from whisper_moe.weights.tokens import add_languages, stated_language
     from whisper_moe.weights.upcycle import answer, read_back, upcycle
 
     whisper = load_model(flags.source, base=flags.base)
@@ -212,8 +211,8 @@ def upcycle(flags: SimpleNamespace) -> int:
         moe = moe.model_copy(update={"expert_dim": whisper.config.encoder_ffn_dim})
     config, state = upcycle(whisper.config, whisper.state, moe=moe, ttt=ttt, seed=flags.seed)
     with usage():
-        new = add_languages(config, state, whisper.generation, whisper.tokenizer_files, languages)
-    parts: dict[str, Any] = {"generation": new.generation, "tokenizer_files": new.tokenizer_files}
+        new = add_languages(config, state, whisper.generation, whisper.tokenizer_json, languages)
+    parts: dict[str, Any] = {"generation": new.generation, "tokenizer_json": new.tokenizer_json}
     save_checkpoint(flags.output, new.config, new.state, quantize=flags.quantize, overwrite=flags.overwrite, **parts)
     size = sum(tensor.numel() for tensor in new.state.values()) / 1e6
     spoken = "".join(f", {language.name} ({language.code})" for language in languages)
@@ -248,11 +247,11 @@ def export(flags: SimpleNamespace) -> int:
         raise UsageError(f"--to must be whisper, got {flags.to!r}")
     if flags.output.exists():
         raise UsageError(f"{flags.output}: exists already")
-    from whisper_moe.weights.default import load_model
-    from whisper_moe.weights.export import save_whisper
+    from whisper_moe.weights.load import load_model
+    from whisper_moe.weights.whisper import save_whisper
 
     loaded = load_model(flags.model)
-    parts: dict[str, Any] = {"generation": loaded.generation, "tokenizer_files": loaded.tokenizer_files}
+    parts: dict[str, Any] = {"generation": loaded.generation, "tokenizer_json": loaded.tokenizer_json}
     save_whisper(flags.output, loaded.config, loaded.state, **parts)
     logger.info("%s: written", flags.output)
     return 0

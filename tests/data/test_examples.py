@@ -32,7 +32,7 @@ from whisper_moe.media.mel import log_mel
 from whisper_moe.media.tokenizer import Tokenizer
 from whisper_moe.packing import Layout
 from whisper_moe.weights.parts import EMBEDDING
-from whisper_moe.weights.tokens import add_languages, read_tokenizer_json
+from whisper_moe.weights.tokens import add_languages, parsed
 
 TOKENIZER = tiny_tokenizer()
 
@@ -53,11 +53,10 @@ def test_labels_are_the_next_tokens_after_the_prompt() -> None:
 
 
 def test_a_model_with_a_new_language_learns_to_tell_all_languages() -> None:
-    files: dict[str, Path | bytes] = {"tokenizer.json": tokenizer_json()}
     tiny = {EMBEDDING: torch.zeros(VOCABULARY, MODEL.d_model)}
     config = MODEL.model_copy(update={"vocab_size": VOCABULARY})
-    new = add_languages(config, tiny, GENERATION, files, [NewLanguage(code="or")])
-    tokenizer = Tokenizer(read_tokenizer_json(new.tokenizer_files), new.generation)
+    new = add_languages(config, tiny, GENERATION, tokenizer_json(), [NewLanguage(code="or")])
+    tokenizer = Tokenizer(parsed(new.tokenizer_json), new.generation)
     reader = ExampleReader(tokenizer, new.config, ExampleConfig())
     for code in ("or", "hi"):
         for text, prompted in (("Good", 3), ("<|0.00|> Good<|0.40|>", 2)):

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import pytest
 import torch
@@ -22,10 +22,8 @@ from whisper_moe.model.model import WhisperMoEModel
 from whisper_moe.model.moe import Experts
 from whisper_moe.model.router import Routing
 from whisper_moe.packing import Layout
-from whisper_moe.weights import sources
 from whisper_moe.weights.checkpoint import save_checkpoint
-from whisper_moe.weights.default import DEFAULT_MOE, DEFAULT_TTT
-from whisper_moe.weights.sources import Located, WhisperSource
+from whisper_moe.weights.load import DEFAULT_MOE, DEFAULT_TTT, Loaded, Located
 
 SMALL = ModelConfig(
     vocab_size=211, n_mels=8, d_model=32, encoder_layers=2, encoder_heads=4, encoder_ffn_dim=64, decoder_layers=3,
@@ -139,7 +137,7 @@ def test_parts_are_called_what_their_files_are_called(tmp_path: Path):
         config,
         WhisperMoEModel(config).state_dict(),
         generation={},
-        tokenizer_files={"tokenizer.json": b"{}"},
+        tokenizer_json=b"{}",
     )
     facts = facts_of(str(tmp_path / "m"))
     assert facts["parameters"].keys() == facts["bytes"].keys() >= {"experts/00-hindi", "experts/01-en-us-old"}
@@ -150,9 +148,9 @@ def test_parts_are_called_what_their_files_are_called(tmp_path: Path):
 
 def test_the_default_made_from_a_whisper_is_described_as_it_will_be(monkeypatch: pytest.MonkeyPatch):
     """An installation without a checkout has no checkpoint: its default is a dense Whisper, upcycled when it is loaded."""
-    dense = WhisperSource(ModelConfig(), {}, {}, {}, "whisper-base")
+    dense = Loaded("whisper-base", ModelConfig(), {}, {}, cast(Any, None), b"")
     monkeypatch.setattr(cost, "resolve", lambda _: Located("whisper", Path("nowhere"), "openai/whisper-base"))
-    monkeypatch.setattr(sources, "load_whisper", lambda _: dense)
+    monkeypatch.setattr(cost, "load_model", lambda _: dense)
     upcycled = ModelConfig(moe=DEFAULT_MOE, ttt=DEFAULT_TTT)
     assert facts_of(None)["parameters"] == parameters(upcycled)
     assert facts_of(None)["experts"] == list(DEFAULT_MOE.names)

@@ -27,7 +27,7 @@ from whisper_moe.media.languages import NewLanguage
 from whisper_moe.media.mel import log_mel
 from whisper_moe.media.tokenizer import Tokenizer
 from whisper_moe.model.model import WhisperMoEModel
-from whisper_moe.weights.tokens import add_languages, read_tokenizer_json
+from whisper_moe.weights.tokens import add_languages, parsed
 
 
 def evaluator_of(model: WhisperMoE, **options: bool) -> Evaluator:
@@ -101,10 +101,9 @@ def test_what_has_no_cross_entropy_says_why(tiny_model: WhisperMoE, samples: lis
 def test_a_runs_loss_is_the_mean_of_the_samples(samples: list[Sample], languages: tuple[str, ...]):
     """Also where new tokens take a part of the probability, and the language itself is to be told."""
     old = tiny_whisper_moe()
-    files: dict[str, Path | bytes] = {"tokenizer.json": tokenizer_json()}
     wanted = [NewLanguage(code=code) for code in languages]
-    new = add_languages(old.config, old.model.state_dict(), old.generation, files, wanted)
-    tokenizer = Tokenizer(read_tokenizer_json(new.tokenizer_files), new.generation)
+    new = add_languages(old.config, old.model.state_dict(), old.generation, tokenizer_json(), wanted)
+    tokenizer = Tokenizer(parsed(new.tokenizer_json), new.generation)
     model = WhisperMoEModel(new.config)
     model.load_state_dict(new.state)
     heard = [*samples, *(replace(samples[0], language=code, target_language=code) for code in languages)]

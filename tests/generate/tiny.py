@@ -36,5 +36,4 @@ def tiny_whisper_moe(seed: int = 0, config: ModelConfig = CONFIG) -> WhisperMoE:
             parameter.normal_(1 if key.endswith("norm.weight") else 0, 0.3)
         model.decoder.token_embedding.weight[:TEXT] *= 5  # otherwise the many timestamps are likelier than all text
         model.decoder.positions *= 8  # … and the last token its own best successor
-    files = {"tokenizer.json": tokenizer_json()}
-    return WhisperMoE(model, tiny_tokenizer(), GENERATION, name="tiny", tokenizer_files=files)
+    return WhisperMoE(model, tiny_tokenizer(), GENERATION, name="tiny", tokenizer_json=tokenizer_json())

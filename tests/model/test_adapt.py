@@ -15,7 +15,7 @@ from whisper_moe.generate.options import TranscribeOptions
 from whisper_moe.model.inference import Arithmetic, prepare_for_inference
 from whisper_moe.model.layers import Norm
 from whisper_moe.model.model import WhisperMoEModel
-from whisper_moe.weights.default import load_model
+from whisper_moe.weights.load import load_model
 from whisper_moe.weights.parts import ADAPT, CORE, part_of, unstack
 from whisper_moe.weights.upcycle import add_parts
 
@@ -87,8 +87,9 @@ def test_it_is_a_part_of_its_own() -> None:
 def test_it_is_written_and_read(tmp_path: Path) -> None:
     plain, model = adapted()
     shaken(model)
-    files = {"tokenizer.json": plain._tokenizer_files["tokenizer.json"]}
-    WhisperMoE(model, plain.tokenizer, plain.generation, tokenizer_files=files).save_pretrained(tmp_path / "m")
+    WhisperMoE(model, plain.tokenizer, plain.generation, tokenizer_json=plain._tokenizer_json).save_pretrained(
+        tmp_path / "m"
+    )
     plain.save_pretrained(tmp_path / "plain")
     loaded = load_model(tmp_path / "m")
     assert loaded.config == model.config

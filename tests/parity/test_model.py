@@ -19,7 +19,7 @@ from whisper_moe.media.mel import log_mel
 from whisper_moe.model.inference import prepare_for_inference
 from whisper_moe.model.model import Encoded, WhisperMoEModel
 from whisper_moe.packing import Layout
-from whisper_moe.weights.default import Loaded, load_model
+from whisper_moe.weights.load import Loaded, load_model
 from whisper_moe.weights.parts import empty_model
 
 TOLERANCE = 2e-4

@@ -18,7 +18,7 @@ from weights.whispers import hub_model
 
 from whisper_moe.config import ModelConfig
 from whisper_moe.packing import Layout
-from whisper_moe.weights.default import load_model
+from whisper_moe.weights.load import load_model
 from whisper_moe.weights.parts import empty_model
 
 TOLERANCE = 2e-4

@@ -16,7 +16,7 @@ from whisper_moe.config import ModelConfig
 from whisper_moe.media.languages import LANGUAGES
 from whisper_moe.media.tokenizer import Tokenizer
 from whisper_moe.weights.files import CheckpointError
-from whisper_moe.weights.generation import complete_generation, read_tokenizer, stated_language
+from whisper_moe.weights.tokens import complete, read_tokenizer, stated_language
 
 
 @pytest.fixture
@@ -25,11 +25,10 @@ def tokenizer(tmp_path: Path) -> Tokenizer:
     return read_tokenizer(tmp_path, {"is_multilingual": True})[1]
 
 
-def complete(
+def completed(
     tokenizer: Tokenizer, generation: dict[str, Any] | None, config: ModelConfig = TINY, **options: Any
 ) -> dict[str, Any]:
-    options = {"announce": pytest.fail} | options
-    return complete_generation(generation, tokenizer, config, origin="generation_config.json", **options)
+    return complete(generation, tokenizer, config, origin="generation_config.json", **options)[0]
 
 
 def test_what_a_source_says_is_kept_and_what_it_leaves_out_is_found_by_name(tokenizer: Tokenizer) -> None:
@@ -40,7 +39,7 @@ def test_what_a_source_says_is_kept_and_what_it_leaves_out_is_found_by_name(toke
         "alignment_heads": [[0, 1]],
         "custom": "x",
     }
-    result = complete(tokenizer, stated | {"begin_suppress_tokens": None})
+    result = completed(tokenizer, stated | {"begin_suppress_tokens": None})
     assert stated.items() <= result.items()
     assert "begin_suppress_tokens" not in result
     assert result["lang_to_id"] == {"<|en|>": 258, "<|hi|>": 259}
@@ -54,7 +53,7 @@ def test_what_a_source_says_is_kept_and_what_it_leaves_out_is_found_by_name(toke
 
 def test_an_english_model_has_no_languages_and_no_tasks(tmp_path: Path) -> None:
     (tmp_path / "tokenizer.json").write_bytes(tokenizer_json())
-    result = complete(read_tokenizer(tmp_path, {"is_multilingual": False})[1], {})
+    result = completed(read_tokenizer(tmp_path, {"is_multilingual": False})[1], {})
     assert not {"lang_to_id", "task_to_id"} & result.keys()
     assert result["is_multilingual"] is False
 
@@ -67,53 +66,60 @@ def test_an_old_fine_tunes_config_stands_in_for_a_missing_file(tokenizer: Tokeni
         "eos_token_id": 1,
         "d_model": 8,
     }
-    result = complete(tokenizer, None, legacy=legacy)
+    result = completed(tokenizer, None, legacy=legacy)
     assert result["suppress_tokens"] == []
     assert result["begin_suppress_tokens"] == [5, 6]
     assert result["eos_token_id"] == 256
     assert not {"forced_decoder_ids", "d_model"} & result.keys()
 
 
-def test_alignment_heads_of_another_model_are_left_out_aloud(tokenizer: Tokenizer) -> None:
-    for heads in ([[1, 0]], [[0, 2]], [[-1, 0]], [3], [[0.0, 1]], [[0, True]], [[0, 1, 0]], "all", [["a", "b"]]):
-        said: list[str] = []
-        result = complete(tokenizer, {"alignment_heads": heads}, announce=said.append)
-        assert "alignment_heads" not in result
-        assert len(said) == 1
-        assert said[0].startswith("generation_config.json: alignment_heads are not this model's")
+@pytest.mark.parametrize(
+    "heads", [[[1, 0]], [[0, 2]], [[-1, 0]], [3], [[0.0, 1]], [[0, True]], [[0, 1, 0]], "all", [["a", "b"]]], ids=str
+)
+def test_alignment_heads_of_another_model_are_left_out_aloud(
+    heads: object, tokenizer: Tokenizer, caplog: pytest.LogCaptureFixture
+) -> None:
+    assert "alignment_heads" not in completed(tokenizer, {"alignment_heads": heads})
+    (said,) = caplog.messages
+    assert said.startswith("generation_config.json: alignment_heads are not this model's")
 
 
 @pytest.mark.parametrize(
     ("stated", "cause"),
     [
-        ({"suppress_tokens": [1, 99999]}, "suppress_tokens has 99999"),
-        ({"suppress_tokens": "none"}, "suppress_tokens has 'none'"),
-        ({"begin_suppress_tokens": [1.5]}, "begin_suppress_tokens has 1.5"),
-        ({"eos_token_id": -2}, "eos_token_id has -2"),
-        ({"lang_to_id": {"<|en|>": "258"}}, "lang_to_id has '258'"),
-        ({"lang_to_id": {"<|en|>": 259}}, "lang_to_id gives <[|]en[|]> the id 259, the tokenizer 258"),
-        ({"suppress_tokens": 5}, "suppress_tokens has '5', which is no list"),
-        ({"suppress_tokens": [True]}, "suppress_tokens has True"),
-        ({"lang_to_id": 7_000}, "lang_to_id has '7000', which is no dict"),
-        ({"lang_to_id": 5}, "lang_to_id has '5', which is no dict"),
-        ({"lang_to_id": [258]}, "lang_to_id has '.258.', which is no dict"),
-        ({"lang_to_id": []}, "lang_to_id has '..', which is no dict"),
-        ({"max_initial_timestamp_index": "50"}, "max_initial_timestamp_index is '50', must be a number"),
-        ({"max_initial_timestamp_index": -1}, "max_initial_timestamp_index is '-1', must be a number"),
-        ({"task_to_id": {"transcribe": 10**9}}, "task_to_id has 1000000000"),
+        ({"suppress_tokens": [1, 99999]}, "suppress_tokens.1: 99999 is none of 1767 tokens"),
+        ({"suppress_tokens": "none"}, "suppress_tokens: Input should be a valid list"),
+        ({"suppress_tokens": [True]}, "suppress_tokens.0: Input should be a valid integer"),
+        ({"begin_suppress_tokens": [1.5]}, "begin_suppress_tokens.0: Input should be a valid integer"),
+        ({"eos_token_id": -2}, "eos_token_id.0: Input should be greater than or equal to -1"),
+        ({"decoder_start_token_id": [257, 10**9]}, "decoder_start_token_id.1: 1000000000 is none of"),
+        ({"lang_to_id": {"<|en|>": "258"}}, "lang_to_id.<.en.>: Input should be a valid integer"),
+        ({"lang_to_id": {"<|en|>": 259}}, "the generation config gives <[|]en[|]> the id 259, the tokenizer 258"),
+        ({"lang_to_id": {"<|tlh|>": 259}}, "not a Whisper tokenizer: it has no token <.tlh.>"),
+        ({"lang_to_id": [258]}, "lang_to_id: Input should be a valid dictionary"),
+        ({"max_initial_timestamp_index": "50"}, "max_initial_timestamp_index: Input should be a valid integer"),
+        (
+            {"max_initial_timestamp_index": -1},
+            "max_initial_timestamp_index: Input should be greater than or equal to 0",
+        ),
+        ({"task_to_id": {"transcribe": 10**9}}, "task_to_id.transcribe: 1000000000 is none of"),
+        ({"language_names": {"or": 7}}, "language_names.or: Input should be a valid string"),
+        ({"untrained_rows": ["or"]}, "untrained_rows: Input should be a valid dictionary"),
+        ({"undetected_languages": "or"}, "undetected_languages: Input should be a valid list"),
+        ({"undetected_languages": ["en", "hi"]}, "undetected_languages leaves no language that could be detected"),
     ],
 )
 def test_ids_that_the_embedding_does_not_have_are_refused(
     stated: dict[str, Any], cause: str, tokenizer: Tokenizer
 ) -> None:
     with pytest.raises(CheckpointError, match=f"generation_config.json: {cause}"):
-        complete(tokenizer, stated)
+        completed(tokenizer, stated)
 
 
 def test_a_tokenizer_of_a_larger_vocabulary_than_the_embedding_is_refused(tokenizer: Tokenizer) -> None:
     """As when an English-only model gets a multilingual model's tokenizer."""
     with pytest.raises(CheckpointError, match="they belong to different models"):
-        complete(tokenizer, {}, TINY.model_copy(update={"vocab_size": TINY.vocab_size - 1}))
+        completed(tokenizer, {}, TINY.model_copy(update={"vocab_size": TINY.vocab_size - 1}))
 
 
 def whispers_tokenizer(size: int, appended: int = 0) -> Tokenizer:
@@ -141,18 +147,18 @@ def test_the_tokenizer_of_another_kind_of_whisper_is_refused_by_both_names(rows:
     for size, name in names.items():
         tokenizer, config = whispers_tokenizer(size), TINY.model_copy(update={"vocab_size": rows})
         if size == rows:
-            assert complete(tokenizer, {}, config)["no_timestamps_token_id"] == tokenizer.no_timestamps
+            assert completed(tokenizer, {}, config)["no_timestamps_token_id"] == tokenizer.no_timestamps
             continue
         with pytest.raises(CheckpointError, match=rf"weights have {rows:,} tokens .as openai/whisper-{names[rows]}., "
                            rf"the tokenizer {size:,} .as openai/whisper-{name}.; they belong to different models: "
                            "upcycle --base MODEL"):  # fmt: skip
-            complete(tokenizer, {}, config)
+            completed(tokenizer, {}, config)
 
 
 @pytest.mark.parametrize(("size", "appended", "rows"), [(51_865, 1, 51_866), (51_864, 2, 51_866), (51_865, 0, 51_968)])
 def test_tokens_that_were_appended_and_padding_are_no_other_kind(size: int, appended: int, rows: int) -> None:
     tokenizer = whispers_tokenizer(size, appended)
-    assert complete(tokenizer, {}, TINY.model_copy(update={"vocab_size": rows}))["eos_token_id"] == tokenizer.eot
+    assert completed(tokenizer, {}, TINY.model_copy(update={"vocab_size": rows}))["eos_token_id"] == tokenizer.eot
 
 
 @pytest.mark.parametrize(
@@ -166,21 +172,21 @@ def test_tokens_that_were_appended_and_padding_are_no_other_kind(size: int, appe
     ],
 )  # fmt: skip
 def test_the_language_that_a_fine_tune_states(stated: dict[str, Any], code: str | None, tokenizer: Tokenizer) -> None:
-    assert stated_language(complete(tokenizer, stated), tokenizer) == code
+    assert stated_language(completed(tokenizer, stated), tokenizer) == code
 
 
 @pytest.mark.parametrize(("id", "code"), [(258, None), (259, "hi")])
 def test_english_in_an_old_config_is_openais_default_and_states_nothing(
     id: int, code: str | None, tokenizer: Tokenizer
 ) -> None:
-    result = complete(tokenizer, None, legacy={"forced_decoder_ids": [[1, id], [2, 261], [3, 265]]})
+    result = completed(tokenizer, None, legacy={"forced_decoder_ids": [[1, id], [2, 261], [3, 265]]})
     assert stated_language(result, tokenizer) == code and ("forced_decoder_ids" in result) == (code is not None)
 
 
 def test_the_standard_by_name_is_whisper_bases_own_file(whisper_base: Path) -> None:
     _, tokenizer = read_tokenizer(whisper_base)
     published = json.loads((whisper_base / "generation_config.json").read_text())
-    result = complete(tokenizer, None, ModelConfig(), legacy={})
+    result = completed(tokenizer, None, ModelConfig(), legacy={})
     published.pop("alignment_heads")
     assert result == {key: value for key, value in published.items() if key in result}
     assert published.keys() <= result.keys()

@@ -12,9 +12,8 @@ from torch import Tensor
 
 from whisper_moe.config import ModelConfig, MoEConfig, TTTConfig
 from whisper_moe.model.model import WhisperMoEModel
-from whisper_moe.weights.default import DEFAULT_MOE, DEFAULT_TTT
+from whisper_moe.weights.load import DEFAULT_MOE, DEFAULT_TTT, load_model
 from whisper_moe.weights.parts import expected_shapes
-from whisper_moe.weights.sources import load_whisper
 from whisper_moe.weights.upcycle import upcycle
 
 DENSE = ModelConfig(
@@ -213,7 +212,7 @@ def test_weights_that_are_not_the_configurations_are_refused(change: dict[str, T
 
 @torch.inference_mode()
 def test_whisper_base_with_the_default_experts_is_whisper_base_to_the_last_bit(whisper_base: Path) -> None:
-    source = load_whisper(whisper_base)
+    source = load_model(whisper_base)
     dense = model_of(source.config, source.state)
     upcycled = model_of(*upcycle(source.config, source.state, moe=DEFAULT_MOE, ttt=DEFAULT_TTT))
     mels, texts = batch(80, 51_865, frames=(501, 120, 64))
@@ -224,7 +223,7 @@ def test_whisper_base_with_the_default_experts_is_whisper_base_to_the_last_bit(w
 @torch.inference_mode()
 def test_eight_copies_of_whisper_base_are_whisper_base(whisper_base: Path) -> None:
     """The presets' granularity; only two routed layers a side are looked at, so that eight copies stay small."""
-    source = load_whisper(whisper_base)
+    source = load_model(whisper_base)
     config = source.config.model_copy(update={"encoder_layers": 2, "decoder_layers": 2})
     state = {key: source.state[key] for key in expected_shapes(config)}
     moe = MoEConfig(expert_dim=2_048, shared=False, none_choice=False, router_layer=0)

@@ -275,10 +275,10 @@ def listed(given: str) -> Any:
 
 def _learner(model: str | None) -> _Model | None:
     """Tokenizer and configuration of a model, without its weights if it is one of ours; None where there is no default."""
-    from whisper_moe.weights.default import load_model
+    from whisper_moe.weights.checkpoint import CONFIG, read_config
     from whisper_moe.weights.files import read_json
-    from whisper_moe.weights.manifest import CONFIG, GENERATION, TOKENIZER, read_config
-    from whisper_moe.weights.sources import resolve
+    from whisper_moe.weights.load import load_model, resolve
+    from whisper_moe.weights.tokens import GENERATION, TOKENIZER
 
     if model is None and not EMBEDDED.is_dir():
         return None

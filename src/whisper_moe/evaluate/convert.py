@@ -99,7 +99,7 @@ def openai_name(name: str) -> str:
 def to_hub(model: str) -> Path:
     from huggingface_hub import snapshot_download
 
-    from whisper_moe.weights.hub import hub_id
+    from whisper_moe.weights.load import hub_id
 
     if Path(model).is_dir():
         return Path(model)

@@ -12,10 +12,9 @@ from pathlib import Path
 from typing import Any
 
 from whisper_moe.config import FRAMES_PER_SECOND, FULL_WINDOW, PRESETS, ModelConfig
-from whisper_moe.weights.default import DEFAULT_MOE, DEFAULT_TTT, default
-from whisper_moe.weights.manifest import describe
+from whisper_moe.weights.checkpoint import describe
+from whisper_moe.weights.load import DEFAULT_MOE, DEFAULT_TTT, default, load_model, resolve
 from whisper_moe.weights.parts import expected_shapes, part_of, spelled_alone
-from whisper_moe.weights.sources import resolve
 from whisper_moe.weights.upcycle import upcycled_config
 
 TYPICAL_TOKENS = 100
@@ -153,12 +152,10 @@ def facts_of(model: str | None) -> dict[str, Any]:
         return {"name": model, "granularity": "ffn", **_facts(PRESETS[model])}
     located = resolve(model or default())
     if located.kind == "checkpoint":
-        described = describe(located.path)
-        return {"name": located.name, **_facts(described.config), "bytes": described.part_bytes}
-    from whisper_moe.weights.sources import load_whisper
-
+        config, sizes = describe(located.path)
+        return {"name": located.name, **_facts(config), "bytes": sizes}
     size = located.path.stat().st_size if located.path.is_file() else _weight_bytes(located.path)
-    config = load_whisper(str(located.path)).config
+    config = load_model(located.path).config
     if model is None:  # as load_model does
         config = upcycled_config(config, moe=DEFAULT_MOE, ttt=DEFAULT_TTT)
     return {"name": located.name, **_facts(config), "bytes": {"weights": size}}

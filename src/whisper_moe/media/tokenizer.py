@@ -151,12 +151,18 @@ class Tokenizer:
         self.language_names: dict[str, str] = dict(config.get("language_names") or {})
         self.languages = self._read_languages(config.get("lang_to_id") or {}) if self.is_multilingual else {}
         self.detected = self._detected(config)
+        if self.languages and not self.detected:
+            raise ValueError("undetected_languages leaves no language that could be detected")
         self.tasks = {task: self._id(f"<|{task}|>") for task in TASKS} if self.is_multilingual else {}
 
     @classmethod
     def from_file(cls, path: Path | str, generation_config: Mapping[str, Any] | None = None) -> Tokenizer:
         """Read what :func:`read_backend` reads; ``generation_config`` is the content of ``generation_config.json``."""
         return cls(read_backend(Path(path)), generation_config)
+
+    def configured(self, generation_config: Mapping[str, Any]) -> Tokenizer:
+        """The same with another generation config."""
+        return Tokenizer(self._backend, generation_config)
 
     def _id(self, *names: str) -> int:
         """The id of the first of these names that there is."""

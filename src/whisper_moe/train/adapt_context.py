@@ -45,8 +45,8 @@ from whisper_moe.packing import Layout
 from whisper_moe.train.losses import Terms, Totals, run_packs
 from whisper_moe.train.parallel import Parallel
 from whisper_moe.train.recipe import ContextRecipe
-from whisper_moe.weights.default import load_model
 from whisper_moe.weights.files import atomic_file
+from whisper_moe.weights.load import load_model
 from whisper_moe.weights.parts import empty_model
 
 MODES = ("plain", "timestamps")

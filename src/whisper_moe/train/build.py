@@ -22,7 +22,7 @@ from whisper_moe.data.sampler import NAMED, LoaderConfig
 from whisper_moe.evaluate.evaluator import Evaluator
 from whisper_moe.media.audio import MediaError
 from whisper_moe.media.languages import NewLanguage
-from whisper_moe.media.tokenizer import Tokenizer, read_backend
+from whisper_moe.media.tokenizer import Tokenizer
 from whisper_moe.model.block import Block
 from whisper_moe.model.model import WhisperMoEModel
 from whisper_moe.train.adapt_context import ContextObjective, LessonReader, Lessons, Teacher
@@ -33,12 +33,11 @@ from whisper_moe.train.optim import freeze, unmatched
 from whisper_moe.train.parallel import Parallel
 from whisper_moe.train.reading import RecipeError
 from whisper_moe.train.recipe import NOTHING_TO_TEACH, ContextRecipe, Recipe
-from whisper_moe.weights.default import load_model
+from whisper_moe.weights.checkpoint import CONFIG, read_config
 from whisper_moe.weights.files import atomic_folder, json_bytes, read_bytes, read_json
-from whisper_moe.weights.generation import of_any_language, speaking
-from whisper_moe.weights.manifest import CONFIG, GENERATION, TOKENIZER, read_config
+from whisper_moe.weights.load import load_model
 from whisper_moe.weights.parts import empty_model, expected_shapes
-from whisper_moe.weights.tokens import add_languages
+from whisper_moe.weights.tokens import GENERATION, TOKENIZER, add_languages, of_any_language, parsed
 from whisper_moe.weights.upcycle import add_parts, upcycle
 
 Note: TypeAlias = Callable[[Sequence[Skipped]], None]
@@ -58,9 +57,7 @@ class InitialModel:
 
     @property
     def tokenizer(self) -> Tokenizer:
-        from tokenizers import Tokenizer as Backend
-
-        return speaking(Backend.from_buffer(self.tokenizer_json), self.generation, TOKENIZER)
+        return Tokenizer(parsed(self.tokenizer_json), self.generation)
 
     @classmethod
     def of(cls, recipe: Recipe) -> InitialModel:
@@ -81,18 +78,13 @@ class InitialModel:
         config = config.model_copy(update={"context_margin": config.margin if margin is None else margin})
         if recipe.losses.balancing == "bias":
             config, state = _with_biases(config, state)
-        file, generation = loaded.tokenizer_files[TOKENIZER], of_any_language(loaded.generation)
-        content = file if isinstance(file, bytes) else read_backend(file).to_str().encode()
+        generation, content = of_any_language(loaded.generation), loaded.tokenizer_json
         initial = cls(config=config, state=state, generation=generation, tokenizer_json=content)
         known = initial.tokenizer.languages if given.new_languages else {}
         wanted = [language for language in map(NewLanguage.parse, given.new_languages) if language.code not in known]
         if not wanted:
             return initial
-        files = {TOKENIZER: content}
-        config, state, generation, files = add_languages(config, state, generation, files, wanted)
-        content = files[TOKENIZER]
-        assert isinstance(content, bytes)
-        return cls(config=config, state=state, generation=generation, tokenizer_json=content)
+        return cls(**add_languages(config, state, generation, content, wanted)._asdict())
 
     def write(self, run: Path) -> None:
         """Keep all but the weights in the run's folder."""

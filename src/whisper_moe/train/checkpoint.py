@@ -17,6 +17,7 @@ from __future__ import annotations
 import errno
 import hashlib
 import json
+import logging
 import math
 import os
 import re
@@ -36,16 +37,16 @@ from whisper_moe.config import problems
 from whisper_moe.train.state import state_bytes
 from whisper_moe.weights.files import (
     CheckpointError,
+    FileFacts,
     inside,
     json_bytes,
     listed,
     open_tensors,
     read_json,
     regular_size,
+    sha256,
     sync,
 )
-from whisper_moe.weights.manifest import FileFacts, sha256
-from whisper_moe.weights.sources import to_stderr
 
 FOLDER, STATE, COMMIT = "checkpoints", "state.json", "COMMIT.json"
 _NAME = re.compile(r"(\d{4,})-step-(\d{8,})")
@@ -57,6 +58,7 @@ _DTYPES = {
     torch.int32: "I32", torch.int16: "I16", torch.int8: "I8", torch.uint8: "U8", torch.bool: "BOOL",
 }  # fmt: skip
 
+logger = logging.getLogger(__name__)
 Announce = Callable[[str], None]
 
 
@@ -90,7 +92,7 @@ class Loaded:
 
 def save(
     run: Path, step: int, tensors: Mapping[str, Tensor], meta: Mapping[str, Any], *, keep: int,
-    announce: Announce = to_stderr,
+    announce: Announce = logger.warning,
 ) -> Path:  # fmt: skip
     """Commit a checkpoint of ``run`` and remove older ones but the ``keep`` newest and the one of the best score.
 
@@ -109,7 +111,7 @@ def save(
 
 @contextmanager
 def committing(
-    run: Path, step: int, meta: Mapping[str, Any], *, keep: int, announce: Announce = to_stderr
+    run: Path, step: int, meta: Mapping[str, Any], *, keep: int, announce: Announce = logger.warning
 ) -> Iterator[tuple[Path, dict[str, FileFacts]]]:
     """A folder to write files into and what they are, to be filled in: a checkpoint once the block ends. See :func:`save`."""
     if keep < 1:
@@ -137,7 +139,13 @@ def committing(
 
 
 def note(
-    run: Path, step: int, evaluation: Mapping[str, float], metric: str, *, keep: int, announce: Announce = to_stderr
+    run: Path,
+    step: int,
+    evaluation: Mapping[str, float],
+    metric: str,
+    *,
+    keep: int,
+    announce: Announce = logger.warning,
 ) -> None:
     """Add what an evaluation gave to the newest checkpoint of this step: its marker is replaced, whole.
 
@@ -263,7 +271,7 @@ def _discard(path: Path) -> bool:
 # Loading
 
 
-def latest(run: Path, *, announce: Announce = to_stderr) -> Path | None:
+def latest(run: Path, *, announce: Announce = logger.warning) -> Path | None:
     """The newest checkpoint that is whole; None if there never was one.
 
     For each one that is damaged, ``announce`` is given one line. Raises ``CheckpointError`` if all are.
@@ -271,7 +279,7 @@ def latest(run: Path, *, announce: Announce = to_stderr) -> Path | None:
     return _first(run, _committed(run), announce)
 
 
-def best(run: Path, *, announce: Announce = to_stderr) -> Path | None:
+def best(run: Path, *, announce: Announce = logger.warning) -> Path | None:
     """The whole checkpoint of the lowest score, the earliest of equals; None if none has one."""
     return _first(run, _by_score(_committed(run)), announce)
 

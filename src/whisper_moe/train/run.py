@@ -207,7 +207,7 @@ def export(directory: Path, start: InitialModel, announce: Callable[[str], None]
         state = {name.removeprefix("model/"): tensor for name, tensor in loaded.tensors.items()}
     save_checkpoint(
         directory / MODEL, start.config, {name: tensor.float() for name, tensor in state.items()}, generation=start.generation,
-        tokenizer_files={"tokenizer.json": start.tokenizer_json}, overwrite=True,
+        tokenizer_json=start.tokenizer_json, overwrite=True,
     )  # fmt: skip
     announce(f"{directory / MODEL}: the model of step {checkpoint.step_of(path)}")
     return directory / MODEL

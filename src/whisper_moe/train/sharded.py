@@ -31,8 +31,7 @@ from torch.optim import Optimizer
 
 from whisper_moe.train.checkpoint import STATE, committing
 from whisper_moe.train.state import join, load_optimizer_state, optimizer_state, split
-from whisper_moe.weights.files import CheckpointError, listed, read_json, sync
-from whisper_moe.weights.manifest import FileFacts, sha256
+from whisper_moe.weights.files import CheckpointError, FileFacts, listed, read_json, sync
 
 T = TypeVar("T")
 
@@ -76,7 +75,7 @@ def _written(folder: Path) -> dict[str, FileFacts]:
     facts: dict[str, FileFacts] = {}
     for path in folder.glob(f"shard-{rank + 1:05d}-*"):
         sync(path)
-        facts[path.name] = FileFacts(bytes=path.stat().st_size, sha256=sha256(path))
+        facts[path.name] = FileFacts.of(path)
     return facts
 
 

@@ -13,45 +13,34 @@ are float32, but for int8 matrices that are asked for as they are. How tensors a
 
 from __future__ import annotations
 
+import json
 import math
 import os
-from collections.abc import Iterable, Mapping
+import re
+from collections.abc import Iterable, Mapping, Sequence, Set
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any, Literal
 
 import torch
+from pydantic import BaseModel, ConfigDict, ValidationError
 from safetensors.torch import save
 from torch import Tensor
 
-from whisper_moe.config import ModelConfig
-from whisper_moe.media.tokenizer import read_backend
+from whisper_moe.config import ModelConfig, model_name, problems
+from whisper_moe.media.tokenizer import Tokenizer
 from whisper_moe.model.int8 import LEVELS, Int8Rows
 from whisper_moe.weights.files import (
     CheckpointError,
+    FileFacts,
     atomic_folder,
     inside,
     json_bytes,
     listed,
     open_tensors,
-    read_bytes,
-    read_json,
-)
-from whisper_moe.weights.manifest import (
-    CONFIG,
-    GENERATION,
-    INDEX,
-    MANIFEST,
-    TOKENIZER,
-    FileFacts,
-    Manifest,
-    read_config,
     read_index,
-    read_manifest,
-    sha256,
-    verify,
-    verify_size,
+    read_json,
 )
 from whisper_moe.weights.parts import (
     SCALE,
@@ -64,30 +53,39 @@ from whisper_moe.weights.parts import (
     spelled_alone,
     unstack,
 )
-from whisper_moe.weights.tokens import detected_when_trained
+from whisper_moe.weights.tokens import GENERATION, TOKENIZER, complete, detected_when_trained, read_tokenizer
 
-if TYPE_CHECKING:
-    import tokenizers
-
+CONFIG, INDEX, MANIFEST = "config.json", "model.safetensors.index.json", "MANIFEST.json"
 SHARD_BYTES = 44_000_000
 """Tensor bytes in one file, at most: below what hosts of git repositories refuse. A larger tensor is alone in one."""
+_FLOATS = (torch.float32, torch.float16, torch.bfloat16)
+
+
+class Manifest(BaseModel):
+    """MANIFEST.json."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", strict=True)
+
+    format: Literal["whisper_moe"] = "whisper_moe"
+    format_version: Literal[1] = 1
+    quantization: Literal["int8"] | None = None
+    """``int8``: matrices, token embedding and experts are stored as int8 rows, each with a scale."""
+    files: dict[str, FileFacts]
 
 
 @dataclass(frozen=True)
-class Checkpoint:
-    """A whole checkpoint in memory; its tensors are named as the model names them."""
+class Loaded:
+    """A model in memory, whatever it was read from; its tensors are named as the model names them."""
 
-    directory: Path
+    name: str
     config: ModelConfig
     state: dict[str, Tensor]
     """float32."""
-    quantized: dict[str, Int8Rows]
-    """Empty unless asked for: matrices that were left as they are stored; ``state`` lacks them."""
     generation: dict[str, Any]
-    tokenizer: Path
-    backend: tokenizers.Tokenizer
-    """What ``tokenizer`` holds."""
-    manifest: Manifest
+    tokenizer: Tokenizer
+    tokenizer_json: bytes
+    quantized: dict[str, Int8Rows] = field(default_factory=dict)
+    """Empty unless asked for: matrices that are still int8; ``state`` lacks them."""
 
 
 # Saving
@@ -99,7 +97,7 @@ def save_checkpoint(
     state: Mapping[str, Tensor],
     *,
     generation: Mapping[str, Any],
-    tokenizer_files: Mapping[str, Path | bytes],
+    tokenizer_json: bytes,
     quantize: bool = False,
     shard_bytes: int = SHARD_BYTES,
     overwrite: bool = False,
@@ -107,19 +105,16 @@ def save_checkpoint(
     """Write ``directory`` whole or not at all; the same input gives the same bytes.
 
     ``state``: the model's tensors, float32. ``generation``: new languages in it are detected once their rows were trained
-    (:func:`~whisper_moe.weights.tokens.detected_when_trained`). ``tokenizer_files``: at least ``tokenizer.json``, as a path
-    or its content. ``quantize``: int8 rows, of what is :func:`quantizable`. Raises ``ValueError`` for a state that is
-    not finite or not of this configuration, and for a directory that exists, unless ``overwrite`` is set and it is a checkpoint.
+    (:func:`~whisper_moe.weights.tokens.detected_when_trained`). ``quantize``: int8 rows, of what is :func:`quantizable`.
+    Raises ``ValueError`` for a state that is not finite or not of this configuration, and for a directory that exists, unless
+    ``overwrite`` is set and it is a checkpoint.
     """
     directory = Path(directory).resolve()
     _check_target(directory, overwrite)
     _check_state(config, state)
-    if TOKENIZER not in tokenizer_files:
-        raise ValueError(f"tokenizer_files must have {TOKENIZER}; has {listed(tokenizer_files)}")
     with atomic_folder(directory, overwrite=overwrite) as folder:
         index = _write_tensors(folder, config, state, quantize, shard_bytes)
-        for name, value in tokenizer_files.items():
-            inside(folder, name, folder).write_bytes(value if isinstance(value, bytes) else read_bytes(value))
+        (folder / TOKENIZER).write_bytes(tokenizer_json)
         for name, document in (
             (CONFIG, config.model_dump(mode="json")),
             (GENERATION, detected_when_trained(generation, config, state)),
@@ -127,8 +122,8 @@ def save_checkpoint(
         ):
             (folder / name).write_bytes(json_bytes(document))
         names = sorted(path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file())
-        facts = {name: FileFacts(bytes=(folder / name).stat().st_size, sha256=sha256(folder / name)) for name in names}
-        manifest = Manifest(quantization="int8" if quantize else None, files=facts)
+        files = {name: FileFacts.of(folder / name) for name in names}
+        manifest = Manifest(quantization="int8" if quantize else None, files=files)
         (folder / MANIFEST).write_bytes(json_bytes(manifest.model_dump(mode="json")))
 
 
@@ -201,78 +196,120 @@ def _shards(groups: Iterable[dict[str, Tensor]], shard_bytes: int) -> list[dict[
 # Loading
 
 
-def load_checkpoint(directory: str | Path, *, keep_int8: bool = False) -> Checkpoint:
-    """Read and check everything: sha256 of every file, keys, shapes, types, finite values.
+def read_manifest(directory: Path) -> Manifest:
+    path = directory / MANIFEST
+    try:
+        manifest = Manifest.model_validate(read_json(path))
+    except ValidationError as error:
+        raise CheckpointError(f"{path}: {problems(error)}") from error
+    for name in manifest.files:
+        inside(directory, name, path)
+    missing = {CONFIG, GENERATION, TOKENIZER, INDEX} - set(manifest.files)
+    if missing:
+        raise CheckpointError(f"{path}: does not list {listed(sorted(missing))}")
+    return manifest
+
+
+def read_config(path: Path) -> ModelConfig:
+    tree = read_json(path)
+    adapt = tree.get("adapt")
+    if isinstance(adapt, dict) and "context_margin" in adapt:  # where it was in the first checkpoints that had one
+        tree.setdefault("context_margin", adapt.pop("context_margin"))
+    try:
+        return ModelConfig.model_validate_json(json.dumps(tree), strict=True)
+    except ValidationError as error:
+        raise CheckpointError(f"{path}: {problems(error)}") from error
+
+
+@dataclass(frozen=True)
+class _Header:
+    """What the small files say, checked. ``index``: tensor (spelled alone) → file."""
+
+    files: dict[str, FileFacts]
+    config: ModelConfig
+    index: dict[str, str]
+
+
+def _read_header(directory: Path) -> _Header:
+    files = read_manifest(directory).files
+    weights = {name for name in files if name.endswith(".safetensors")}
+    for name in files.keys() - weights:
+        files[name].check(directory / name, MANIFEST)
+    config, index = read_config(directory / CONFIG), read_index(directory / INDEX)
+    if different := weights ^ set(index.values()):
+        raise CheckpointError(f"{directory / INDEX}: does not agree with {MANIFEST} about {listed(sorted(different))}")
+    require_plausible(config, len(index), directory / CONFIG)
+    return _Header(files, config, index)
+
+
+def describe(directory: str | Path) -> tuple[ModelConfig, dict[str, int]]:
+    """The configuration, and the bytes on disk of each part: ``core``, ``experts/00-name`` … No weights are read."""
+    header = _read_header(Path(directory))
+    sizes: dict[str, int] = {}
+    for name, facts in header.files.items():
+        if name.endswith(".safetensors"):
+            part = re.sub(r"(-\d{5}-of-\d{5})?\.safetensors$", "", name)
+            sizes[part] = sizes.get(part, 0) + facts.bytes
+    return header.config, sizes
+
+
+def load_checkpoint(directory: str | Path, *, keep_int8: bool = False) -> Loaded:
+    """Read and check everything: sha256 of every file, keys, shapes, types, finite values, tokens.
 
     ``keep_int8``: matrices that are int8 on disk stay so.
     Raises ``CheckpointError`` that names the file at fault.
     """
     directory = Path(directory)
-    manifest = read_manifest(directory)
+    header = _read_header(directory)
+    facts, config, index = header.files, header.config, header.index
+    shapes = expected_shapes(config)
+    _check_size(shapes, {name: facts[name] for name in sorted(set(index.values()))}, directory)
+    kept = _stored_int8(shapes, index) if keep_int8 else set()
+    state = {key: torch.empty(shape, dtype=torch.float32) for key, shape in shapes.items() if key not in kept}
+    quantized = {key: Int8Rows.empty(*shapes[key]) for key in kept}
+    views: dict[str, Tensor | Int8Rows] = dict(unstack(state)) | dict(unstack(quantized))
+    files = _plan(index, views.keys(), directory / INDEX)
     with ThreadPoolExecutor(min(4, os.cpu_count() or 1)) as pool:
-        small = [name for name in manifest.files if not name.endswith(".safetensors")]
-        list(pool.map(lambda name: verify(directory, name, manifest), small))
-        config = read_config(directory / CONFIG)
-        weight_map = read_index(directory, manifest)
-        require_plausible(config, len(weight_map), directory / CONFIG)
-        shapes = expected_shapes(config)
-        _check_size(shapes, weight_map, manifest, directory)
-        kept = _stored_int8(shapes, weight_map) if keep_int8 else set()
-        state = {key: torch.empty(shape, dtype=torch.float32) for key, shape in shapes.items() if key not in kept}
-        quantized = {key: Int8Rows.empty(*shapes[key]) for key in kept}
-        views: dict[str, Tensor | Int8Rows] = dict(unstack(state)) | dict(unstack(quantized))
-        files = _plan(weight_map, set(views), directory / INDEX)
-
-        verified = pool.map(lambda name: verify(directory, name, manifest) or name, files)
-        backend = _read_tokenizer(directory / TOKENIZER)  # while the threads compute checksums
-        for name in verified:
-            _fill(directory / name, {key: views.get(key) for key in files[name]})
-    generation = read_json(directory / GENERATION)
-    return Checkpoint(directory, config, state, quantized, generation, directory / TOKENIZER, backend, manifest)
+        checked = pool.map(lambda name: facts[name].check(directory / name, MANIFEST), files)
+        # While the threads compute checksums:
+        stated = read_json(directory / GENERATION)
+        tokenizer_json, tokenizer = read_tokenizer(directory / TOKENIZER, stated)
+        generation, tokenizer = complete(stated, tokenizer, config, origin=directory / GENERATION)
+        for (name, keys), _ in zip(files.items(), checked, strict=True):
+            _fill(directory / name, {key: views.get(key) for key in keys})
+    return Loaded(model_name(directory), config, state, generation, tokenizer, tokenizer_json, quantized)
 
 
-def _stored_int8(shapes: Mapping[str, tuple[int, ...]], weight_map: Mapping[str, str]) -> set[str]:
-    """Of a stack of experts all must be."""
+def _check_size(shapes: Mapping[str, tuple[int, ...]], files: Mapping[str, FileFacts], directory: Path) -> None:
+    """Before memory is taken for the weights: a number needs a byte at least, on disk and not only in the manifest."""
+    for name, facts in files.items():
+        facts.check_size(directory / name, MANIFEST)
+    numbers, stored = sum(map(math.prod, shapes.values())), sum(facts.bytes for facts in files.values())
+    if numbers > stored:
+        raise CheckpointError(f"{directory / CONFIG}: asks for {numbers:,} weights, the files have {stored:,} bytes")
+
+
+def _stored_int8(shapes: Mapping[str, tuple[int, ...]], index: Mapping[str, str]) -> set[str]:
+    """Of a stack of experts all must be, each in one file with its scales."""
     return {
         key
         for key, shape in shapes.items()
-        if quantizable(key) and all(name + SCALE in weight_map for name in spelled_alone(key, shape))
+        if quantizable(key)
+        and all(name in index and index.get(name + SCALE) == index[name] for name in spelled_alone(key, shape))
     }
 
 
-def _read_tokenizer(path: Path) -> tokenizers.Tokenizer:
-    try:
-        return read_backend(path)
-    except ValueError as error:
-        raise CheckpointError(f"{path}: not a tokenizer ({error})") from error
-
-
-def _plan(weight_map: Mapping[str, str], needed: set[str], path: Path) -> dict[str, list[str]]:
+def _plan(index: Mapping[str, str], needed: Set[str], path: Path) -> dict[str, list[str]]:
     """File → its tensors. Every tensor that the configuration needs is in one of them, and nothing else but scales."""
-    scales = {key for key in weight_map if key.endswith(SCALE) and quantizable(key.removesuffix(SCALE))}
-    missing, extra = sorted(needed - set(weight_map)), sorted(set(weight_map) - needed - scales)
-    if missing or extra:
-        what = f"lacks {listed(missing)}" if missing else f"lists what {CONFIG} does not have: {listed(extra)}"
-        raise CheckpointError(f"{path}: {what}")
-    apart = sorted(key for key in scales if weight_map[key] != weight_map.get(key.removesuffix(SCALE)))
-    if apart:  # a file is read by itself
-        raise CheckpointError(f"{path}: {listed(apart)} is not in the file of its matrix")
+    scales = {key for key in index if key.endswith(SCALE) and quantizable(key.removesuffix(SCALE))}
+    if missing := needed - index.keys():
+        raise CheckpointError(f"{path}: lacks {listed(sorted(missing))}")
+    if extra := index.keys() - needed - scales:
+        raise CheckpointError(f"{path}: lists what {CONFIG} does not have: {listed(sorted(extra))}")
     files: dict[str, list[str]] = {}
-    for key, name in weight_map.items():
+    for key, name in index.items():
         files.setdefault(name, []).append(key)
     return files
-
-
-def _check_size(
-    shapes: Mapping[str, tuple[int, ...]], weight_map: Mapping[str, str], manifest: Manifest, directory: Path
-) -> None:
-    """Before memory is taken for the weights: a number needs a byte at least, on disk and not only in the manifest."""
-    names = set(weight_map.values())
-    for name in sorted(names):
-        verify_size(directory, name, manifest)
-    numbers, stored = sum(map(math.prod, shapes.values())), sum(manifest.files[name].bytes for name in names)
-    if numbers > stored:
-        raise CheckpointError(f"{directory / CONFIG}: asks for {numbers:,} weights, the files have {stored:,} bytes")
 
 
 def _fill(path: Path, views: Mapping[str, Tensor | Int8Rows | None]) -> None:
@@ -287,32 +324,25 @@ def _fill(path: Path, views: Mapping[str, Tensor | Int8Rows | None]) -> None:
         if out is None:
             continue
         stored = file.get_tensor(name)
-        scale = file.get_tensor(name + SCALE) if name + SCALE in keys else None
-        _check_stored(path, name, stored, scale, out)
-        _copy(stored, scale, out)
-        if not is_finite(stored if scale is None else scale * LEVELS):
+        if name + SCALE not in keys:
+            _check_stored(f"{path}: {name}", stored, out.shape, _FLOATS)
+            assert isinstance(out, Tensor)
+            out.copy_(stored)
+        else:
+            scale = file.get_tensor(name + SCALE)
+            _check_stored(f"{path}: {name}", stored, out.shape, (torch.int8,))
+            _check_stored(f"{path}: {name}{SCALE}", scale, (len(stored), 1), (torch.float32,))
+            if isinstance(out, Tensor):
+                Int8Rows(stored, scale).dequantize_into(out)
+            else:
+                out.levels.copy_(stored)
+                out.scale.copy_(scale)
+            stored = scale * LEVELS
+        if not is_finite(stored):
             raise CheckpointError(f"{path}: {name} is not finite (NaN or infinity)")
 
 
-def _copy(stored: Tensor, scale: Tensor | None, out: Tensor | Int8Rows) -> None:
-    if scale is None:
-        assert isinstance(out, Tensor)
-        out.copy_(stored)
-    elif isinstance(out, Tensor):
-        Int8Rows(stored, scale).dequantize_into(out)
-    else:
-        out.levels.copy_(stored)
-        out.scale.copy_(scale)
-
-
-def _check_stored(path: Path, name: str, stored: Tensor, scale: Tensor | None, out: Tensor | Int8Rows) -> None:
-    kinds = (torch.float32, torch.float16, torch.bfloat16) if scale is None else (torch.int8,)
-    if stored.shape != out.shape or stored.dtype not in kinds:
-        found, needed = list(stored.shape), list(out.shape)
-        raise CheckpointError(
-            f"{path}: {name} is {found} {stored.dtype}, must be {needed} {' or '.join(map(str, kinds))}"
-        )
-    if scale is not None and (scale.shape != (len(stored), 1) or scale.dtype != torch.float32):
-        raise CheckpointError(
-            f"{path}: {name}{SCALE} is {list(scale.shape)} {scale.dtype}, must be {[len(stored), 1]} float32"
-        )
+def _check_stored(name: str, stored: Tensor, shape: Sequence[int], kinds: tuple[torch.dtype, ...]) -> None:
+    if stored.shape != tuple(shape) or stored.dtype not in kinds:
+        needed = f"{list(shape)} {' or '.join(map(str, kinds))}"
+        raise CheckpointError(f"{name} is {list(stored.shape)} {stored.dtype}, must be {needed}")

@@ -6,6 +6,7 @@ What cannot be read is refused by a :class:`CheckpointError`, whose message begi
 from __future__ import annotations
 
 import ctypes
+import hashlib
 import json
 import os
 import re
@@ -17,6 +18,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from pydantic import BaseModel, ConfigDict, Field
 from safetensors import SafetensorError, safe_open
 
 if TYPE_CHECKING:
@@ -96,6 +98,47 @@ def open_tensors(path: Path) -> Any:
     except (SafetensorError, OSError) as error:
         cause = "no such file" if isinstance(error, FileNotFoundError) else f"not a whole safetensors file ({error})"
         raise CheckpointError(f"{path}: {cause}") from error
+
+
+def read_index(path: Path) -> dict[str, str]:
+    """Tensor → name of its file, of an index beside the files that it lists."""
+    weight_map = read_json(path).get("weight_map")
+    if not isinstance(weight_map, dict):
+        raise CheckpointError(f"{path}: has no weight_map")
+    for name in weight_map.values():
+        inside(path.parent, name, path)
+    return weight_map
+
+
+class FileFacts(BaseModel):
+    """Size and checksum of a file, as a list of files has them."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", strict=True)
+
+    bytes: int = Field(ge=0)
+    sha256: str = Field(pattern="^[0-9a-f]{64}$")
+
+    @classmethod
+    def of(cls, path: Path) -> FileFacts:
+        return cls(bytes=path.stat().st_size, sha256=sha256(path))
+
+    def check_size(self, path: Path, origin: str) -> None:
+        """``origin``: the list."""
+        if (size := regular_size(path)) != self.bytes:
+            raise CheckpointError(f"{path}: has {size} bytes, {origin} says {self.bytes}: incomplete or changed")
+
+    def check(self, path: Path, origin: str) -> None:
+        self.check_size(path, origin)
+        if sha256(path) != self.sha256:
+            raise CheckpointError(f"{path}: sha256 differs from {origin}'s: damaged or changed")
+
+
+def sha256(path: Path) -> str:
+    try:
+        with path.open("rb") as file:
+            return hashlib.file_digest(file, "sha256").hexdigest()
+    except OSError as error:
+        raise CheckpointError(f"{path}: cannot be read ({error.strerror})") from error
 
 
 class TensorFiles(Mapping[str, "Tensor"]):

@@ -29,6 +29,7 @@ EMBEDDING, NEW_TOKENS = "decoder.token_embedding.weight", "decoder.new_tokens.we
 _MOST_IN_TABLE, _MOST_IN_MATRIX = 16 * 1_500 * 1_280, 16 * 51_866 * 1_280
 """Numbers in a table of positions, which takes memory when shapes are asked for, and in any other matrix: sixteen times
 what the largest Whisper has."""
+_SIDES = ("vocab_size", "n_mels", "d_model", "encoder_ffn_dim", "decoder_ffn_dim")
 SCALE = ".scale"
 """Suffix of the tensor that holds an int8 tensor's scales, [rows, 1]."""
 _INT8 = re.compile(
@@ -75,15 +76,12 @@ def require_plausible(config: ModelConfig, tensors: int, origin: str | Path) -> 
     experts = moe.n_experts if moe else 0
     if layers + experts * (layers - unrouted) > tensors:
         raise CheckpointError(f"{origin}: {tensors} tensors cannot hold {layers} layers and {experts} experts")
-    sides = {
-        "max_source_positions": _MOST_IN_TABLE,
-        "max_target_positions": _MOST_IN_TABLE,
-        **dict.fromkeys(("vocab_size", "n_mels", "d_model", "encoder_ffn_dim", "decoder_ffn_dim"), _MOST_IN_MATRIX),
-    }
-    sizes = [(name, getattr(config, name), most) for name, most in sides.items()]
-    sizes += [("moe.expert_dim", moe.expert_dim, _MOST_IN_MATRIX)] if moe else []
-    for name, size, most in sizes:
-        if size * width > most:
+    tables = ("max_source_positions", "max_target_positions")
+    sizes = {name: getattr(config, name) for name in (*tables, *_SIDES)} | (
+        {"moe.expert_dim": moe.expert_dim} if moe else {}
+    )
+    for name, size in sizes.items():
+        if size * width > (_MOST_IN_TABLE if name in tables else _MOST_IN_MATRIX):
             raise CheckpointError(f"{origin}: {name} {size} times d_model {width} is too many")
 
 

@@ -1,36 +1,224 @@
-"""Tokens that a source lacks: languages first, and whatever else a prompt may name later.
+"""Which tokens a model has, and which of them steer generation.
 
-They follow the source's own vocabulary, padding included, and are found by name. Their embedding rows are a part of their own
-(``tokens.safetensors``), so that the core stays as it was, byte for byte; and their logits a product of their own, so that those
-of the source's tokens stay as they were, bit for bit. A row starts as the mean of the rows of related tokens (J. Hewitt,
-*Initializing New Word Embeddings for Pretrained Language Models*, 2021). A language that nobody has trained is not detected
-unless it is asked for: the mean of others would take their place. What a row began as is noted, so that a checkpoint can tell.
+``generation_config.json`` is completed by name where a source says less or nothing.
+
+Languages that a source lacks follow its own vocabulary, padding included, and are found by name. Their embedding rows are a
+part of their own (``tokens.safetensors``), so that the core stays as it was, byte for byte; and their logits a product of their
+own, so that those of the source's tokens stay as they were, bit for bit. A row starts as the mean of the rows of related tokens
+(J. Hewitt, *Initializing New Word Embeddings for Pretrained Language Models*, 2021). A language that nobody has trained is not
+detected unless it is asked for: the mean of others would take their place. What a row began as is noted, so that a checkpoint
+can tell.
 """
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Mapping, Sequence
 from hashlib import sha256
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Annotated, Any, NamedTuple
 
 import torch
+from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, ValidationInfo
 from torch import Tensor
 
-from whisper_moe.config import ModelConfig
+from whisper_moe.config import ModelConfig, problems
 from whisper_moe.media.languages import NewLanguage
-from whisper_moe.media.tokenizer import Tokenizer
-from whisper_moe.weights.files import CheckpointError, listed, read_bytes
-from whisper_moe.weights.generation import of_any_language
-from whisper_moe.weights.manifest import TOKENIZER
+from whisper_moe.media.tokenizer import Tokenizer, read_backend
+from whisper_moe.weights.files import CheckpointError, listed, read_bytes, regular_size
 from whisper_moe.weights.parts import EMBEDDING, NEW_TOKENS
 
 if TYPE_CHECKING:
     import tokenizers
 
-Files = Mapping[str, Path | bytes]
+GENERATION, TOKENIZER = "generation_config.json", "tokenizer.json"
+OLD_TOKENIZER = ("vocab.json", "merges.txt", "added_tokens.json")
 UNTRAINED = "untrained_rows"
 """In a generation config: the languages whose rows nobody has trained yet, each with the digest of what its row began as."""
+PUBLISHED = {
+    51_864: ("tiny.en", "base.en", "small.en", "medium.en"),
+    51_865: ("base", "tiny", "small", "medium", "large-v2", "large"),
+    51_866: ("large-v3", "large-v3-turbo"),
+}
+"""Vocabulary size → OpenAI's models on the Hub that share its tokenizer."""
+_LEGACY = ("suppress_tokens", "begin_suppress_tokens", "forced_decoder_ids", "max_length")
+"""What ``config.json`` said before ``generation_config.json`` existed. Ids are looked up by name instead."""
+_STATES_LANGUAGE = ("language", "forced_decoder_ids")
+
+logger = logging.getLogger(__name__)
+
+
+def _in_vocabulary(id: int, info: ValidationInfo) -> int:
+    if id >= (info.context or 0):
+        raise ValueError(f"{id} is none of {info.context} tokens")
+    return id
+
+
+Id = Annotated[int, Field(ge=-1), AfterValidator(_in_vocabulary)]
+"""A token, or the -1 that stands for all annotations."""
+Ids = Annotated[list[Id], BeforeValidator(lambda value: value if isinstance(value, list) else [value])]
+
+
+class _Generation(BaseModel):
+    """What decoding relies on in a generation config; validated with the size of the vocabulary as context."""
+
+    model_config = ConfigDict(strict=True)
+
+    suppress_tokens: list[Id] = []
+    begin_suppress_tokens: list[Id] = []
+    bos_token_id: Ids = []
+    eos_token_id: Ids = []
+    pad_token_id: Ids = []
+    decoder_start_token_id: Ids = []
+    no_timestamps_token_id: Ids = []
+    prev_sot_token_id: Ids = []
+    lang_to_id: dict[str, Id] = {}
+    task_to_id: dict[str, Id] = {}
+    max_initial_timestamp_index: int = Field(default=0, ge=0)
+    language_names: dict[str, str] = {}
+    undetected_languages: list[str] = []
+    untrained_rows: dict[str, str] = {}
+
+
+# What a source says
+
+
+def read_tokenizer(path: Path, generation: Mapping[str, Any] | None = None) -> tuple[bytes, Tokenizer]:
+    """``tokenizer.json`` for a checkpoint, and the tokenizer it describes, from a folder or a file.
+
+    The file's own bytes where it is complete; otherwise built from ``vocab.json``, ``merges.txt`` and
+    ``added_tokens.json``, with the timestamp tokens that early checkpoints leave out. ``generation``: the source's
+    generation config, which may say whether the model is multilingual.
+    """
+    for name in (TOKENIZER, *OLD_TOKENIZER) if path.is_dir() else ("",):
+        if (path / name).exists():
+            regular_size(path / name)
+    try:
+        backend = read_backend(path)
+        file = path / TOKENIZER if path.is_dir() else path
+        content = read_bytes(file) if file.exists() else b""
+        if b"<|0.00|>" not in content:
+            content = backend.to_str().encode()
+        stated = (generation or {}).get("is_multilingual")
+        return content, Tokenizer(backend, {} if stated is None else {"is_multilingual": stated})
+    except CheckpointError:
+        raise
+    except ValueError as error:
+        raise CheckpointError(f"{path}: not a tokenizer ({error})") from error
+
+
+def complete(
+    generation: Mapping[str, Any] | None,
+    tokenizer: Tokenizer,
+    config: ModelConfig,
+    *,
+    legacy: Mapping[str, Any] | None = None,
+    origin: str | Path,
+) -> tuple[dict[str, Any], Tokenizer]:
+    """A generation config with every token id that decoding needs, and ``tokenizer`` with what it says of languages.
+
+    ``generation``: the source's own file, whose entries are kept; without one (None), openai/whisper's standard and
+    what ``legacy`` (``config.json``) says. ``origin``: the file that errors name. Raises ``CheckpointError`` for ids that the
+    embedding does not have. Alignment heads of other layers than the model's (distilled models copied them) are left out.
+    """
+    try:
+        _check_vocabulary(tokenizer, config)
+        if generation is None:
+            said = {key: value for key, value in (legacy or {}).items() if key in _LEGACY and value is not None}
+            if (
+                stated_language(said, tokenizer) == "en"
+            ):  # OpenAI's own files said so, of models that speak 99 languages
+                del said["forced_decoder_ids"]
+            generation = _standard(tokenizer, config) | said
+        result = _by_name(tokenizer) | {key: value for key, value in generation.items() if value is not None}
+        _Generation.model_validate(result, context=config.vocab_size)
+        tokenizer = tokenizer.configured(result)
+    except ValidationError as error:
+        raise CheckpointError(f"{origin}: {problems(error)}") from error
+    except ValueError as error:
+        raise CheckpointError(f"{origin}: {error}") from error
+    if not _are_heads(result.get("alignment_heads", []), config):
+        logger.warning(
+            "%s: alignment_heads are not this model's; words are timed by the upper half of its decoder", origin
+        )
+        del result["alignment_heads"]
+    return result, tokenizer
+
+
+def stated_language(generation: Mapping[str, Any], tokenizer: Tokenizer) -> str | None:
+    """The code of the one language that a fine-tune says it is for: ``language``, or one among its ``forced_decoder_ids``."""
+    name, forced = (generation.get(key) for key in _STATES_LANGUAGE)
+    if not tokenizer.is_multilingual:
+        return None
+    if isinstance(name, str):
+        try:
+            code = tokenizer.language_code(name.strip("<|>"))
+        except ValueError:
+            return None
+        return code if code in tokenizer.languages else None
+    codes = {id: code for code, id in tokenizer.languages.items()}
+    pairs = forced if isinstance(forced, list) else []
+    ids = (pair[1] for pair in pairs if isinstance(pair, list) and len(pair) == 2 and type(pair[1]) is int)
+    return next((codes[id] for id in ids if id in codes), None)
+
+
+def of_any_language(generation: Mapping[str, Any]) -> dict[str, Any]:
+    """The same, stating no language: that of a model which is about to learn others."""
+    return {key: value for key, value in generation.items() if key not in _STATES_LANGUAGE}
+
+
+def _by_name(tokenizer: Tokenizer) -> dict[str, Any]:
+    ids: dict[str, Any] = dict.fromkeys(("bos_token_id", "eos_token_id", "pad_token_id"), tokenizer.eot)
+    ids |= {
+        "decoder_start_token_id": tokenizer.sot,
+        "no_timestamps_token_id": tokenizer.no_timestamps,
+        "prev_sot_token_id": tokenizer.sot_prev,
+        "is_multilingual": tokenizer.is_multilingual,
+    }
+    if tokenizer.is_multilingual:
+        ids["lang_to_id"] = {f"<|{code}|>": id for code, id in tokenizer.languages.items()}
+        ids["task_to_id"] = dict(tokenizer.tasks)
+    return ids
+
+
+def _standard(tokenizer: Tokenizer, config: ModelConfig) -> dict[str, Any]:
+    """What openai/whisper does by default: no annotations, and neither a space nor the end as the first token."""
+    return {
+        "suppress_tokens": list(tokenizer.suppressed()),
+        "begin_suppress_tokens": [*tokenizer.encode(" "), tokenizer.eot],
+        "max_initial_timestamp_index": 50,
+        "max_length": config.max_target_positions,
+        "return_timestamps": False,
+    }
+
+
+def _check_vocabulary(tokenizer: Tokenizer, config: ModelConfig) -> None:
+    """Refuse the tokenizer of another kind of Whisper: where it is too small, each control token would be read as its neighbour.
+
+    One with tokens that a fine-tune has appended, and rows that are padding, are as they should be.
+    """
+    rows, listed = config.source_vocab_size, tokenizer.timestamp_end + 1
+    mixed = rows in PUBLISHED and listed in PUBLISHED and listed != rows
+    if listed > config.vocab_size or (mixed and tokenizer.vocab_size != config.vocab_size):
+        kinds = [f" (as openai/whisper-{PUBLISHED[size][0]})" if size in PUBLISHED else "" for size in (rows, listed)]
+        raise ValueError(
+            f"the weights have {rows:,} tokens{kinds[0]}, the tokenizer {listed:,}{kinds[1]}; they belong to different "
+            "models: upcycle --base MODEL takes the tokenizer of another"
+        )
+    for row, name in enumerate(config.new_tokens, rows):
+        if (id := tokenizer.token_id(name)) != row:
+            raise ValueError(f"the new token {name} has the row {row}, in the tokenizer the id {id}")
+
+
+def _are_heads(heads: Any, config: ModelConfig) -> bool:
+    try:
+        ids = all(type(part) is int for pair in heads for part in pair)
+        return ids and all(0 <= i < config.decoder_layers and 0 <= head < config.decoder_heads for i, head in heads)
+    except (TypeError, ValueError):
+        return False
+
+
+# New languages
 
 
 class Extended(NamedTuple):
@@ -39,14 +227,14 @@ class Extended(NamedTuple):
     config: ModelConfig
     state: dict[str, Tensor]
     generation: dict[str, Any]
-    tokenizer_files: dict[str, Path | bytes]
+    tokenizer_json: bytes
 
 
 def add_languages(
     config: ModelConfig,
     state: Mapping[str, Tensor],
     generation: Mapping[str, Any],
-    tokenizer_files: Files,
+    tokenizer_json: bytes,
     languages: Sequence[NewLanguage],
 ) -> Extended:
     """Give a model, dense or a mixture, a token for each of these languages.
@@ -56,9 +244,8 @@ def add_languages(
     a language that the model has, and for relatives that it has not.
     """
     if not languages:
-        return Extended(config, dict(state), dict(generation), dict(tokenizer_files))
-    backend = read_tokenizer_json(tokenizer_files)
-    tokenizer = Tokenizer(read_tokenizer_json(tokenizer_files), generation)
+        return Extended(config, dict(state), dict(generation), tokenizer_json)
+    backend, tokenizer = parsed(tokenizer_json), Tokenizer(parsed(tokenizer_json), generation)
     if not tokenizer.is_multilingual:
         raise ValueError("an English-only model has no tokens of languages; add languages to a multilingual one")
     rows: dict[str, Tensor] = {}
@@ -67,7 +254,7 @@ def add_languages(
         if language.code in tokenizer.languages or token in rows:
             raise ValueError(f"the model has the language {language.code!r} already")
         rows[token] = _start(language, tokenizer, config, state)
-    config, state, files = _append(config, state, tokenizer_files, backend, rows)
+    config, state = _append(config, state, backend, rows)
     named = {language.code: language.name for language in languages}
     ids = {f"<|{code}|>": backend.token_to_id(f"<|{code}|>") for code in named}
     listed_ids = generation.get("lang_to_id") or {f"<|{code}|>": id for code, id in tokenizer.languages.items()}
@@ -78,7 +265,7 @@ def add_languages(
         "undetected_languages": sorted({*(generation.get("undetected_languages") or ()), *named}),
         UNTRAINED: {**(generation.get(UNTRAINED) or {}), **{code: _digest(rows[f"<|{code}|>"]) for code in named}},
     }
-    return Extended(config, state, {**of_any_language(generation), **added}, files)
+    return Extended(config, state, {**of_any_language(generation), **added}, backend.to_str(pretty=True).encode())
 
 
 def detected_when_trained(
@@ -121,15 +308,11 @@ def one_vocabulary(config: ModelConfig, state: Mapping[str, Tensor]) -> tuple[Mo
     return config.model_copy(update={"new_tokens": ()}), joined
 
 
-def read_tokenizer_json(files: Files) -> tokenizers.Tokenizer:
-    """A new copy of the tokenizer that these files hold."""
+def parsed(tokenizer_json: bytes) -> tokenizers.Tokenizer:
     from tokenizers import Tokenizer as Backend
 
-    source = files[TOKENIZER]
     try:
-        return Backend.from_buffer(source if isinstance(source, bytes) else read_bytes(source))
-    except CheckpointError:
-        raise
+        return Backend.from_buffer(tokenizer_json)
     except Exception as error:  # the Rust side raises bare Exceptions
         raise CheckpointError(f"{TOKENIZER}: not a tokenizer ({error})") from error
 
@@ -148,10 +331,9 @@ def _start(language: NewLanguage, tokenizer: Tokenizer, config: ModelConfig, sta
 def _append(
     config: ModelConfig,
     state: Mapping[str, Tensor],
-    files: Files,
     backend: tokenizers.Tokenizer,
     rows: Mapping[str, Tensor],
-) -> tuple[ModelConfig, dict[str, Tensor], dict[str, Path | bytes]]:
+) -> tuple[ModelConfig, dict[str, Tensor]]:
     """The model with these tokens, name → row [D], and ``backend`` with their names at the ids that follow."""
     from tokenizers import AddedToken
 
@@ -174,5 +356,4 @@ def _append(
     before = [state[NEW_TOKENS]] if config.new_tokens else []
     new = {key: tensor for key, tensor in state.items() if key != NEW_TOKENS}
     new[NEW_TOKENS] = torch.cat((*before, torch.stack(list(rows.values()))))
-    content = backend.to_str(pretty=True).encode()
-    return ModelConfig.model_validate(grown), new, {**files, TOKENIZER: content}
+    return ModelConfig.model_validate(grown), new

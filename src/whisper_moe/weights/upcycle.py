@@ -14,7 +14,7 @@ from torch import Tensor
 
 from whisper_moe.config import POSITIONS_PER_SECOND, AdaptConfig, ConformerConfig, ModelConfig, MoEConfig, TTTConfig
 from whisper_moe.model.model import WhisperMoEModel
-from whisper_moe.weights.checkpoint import load_checkpoint
+from whisper_moe.weights.checkpoint import load_checkpoint, read_manifest
 from whisper_moe.weights.files import CheckpointError, listed
 from whisper_moe.weights.parts import ADAPT, empty_model, expected_shapes, part_of
 
@@ -84,7 +84,7 @@ def read_back(directory: Path, expected: Tensor) -> float:
     than rounding, or, where it is stored as int8, by more than that may cost.
     """
     written = load_checkpoint(directory)
-    bits = "int8" if written.manifest.quantization else "float32"
+    bits = read_manifest(directory).quantization or "float32"
     found = answer(written.config, written.state)
     difference, scale = float((found - expected).abs().max()), float(expected.abs().max())
     if not difference <= _TOLERANCE[bits] * scale:  # NaN is no small number

@@ -1,4 +1,4 @@
-"""The names of Whisper's weights, here and in the two formats that Whispers are published in: a pure key map.
+"""The names of Whisper's weights, here and in the two formats that Whispers are published in: a key map, and a folder to write.
 
 One table for each format serves both directions. Query, key and value are one matrix here, and three there; Whisper has
 no bias on keys, so that part of the fused bias is zero.
@@ -13,11 +13,14 @@ from typing import Any
 
 import torch
 from pydantic import ValidationError
+from safetensors.torch import save
 from torch import Tensor
 
-from whisper_moe.config import ModelConfig, problems
-from whisper_moe.weights.files import CheckpointError, listed
+from whisper_moe.config import FRAMES_PER_SECOND, FULL_WINDOW, SAMPLE_RATE, ModelConfig, problems
+from whisper_moe.weights.checkpoint import CONFIG
+from whisper_moe.weights.files import CheckpointError, atomic_folder, json_bytes, listed
 from whisper_moe.weights.parts import expected_shapes, is_finite, require_plausible
+from whisper_moe.weights.tokens import GENERATION, TOKENIZER, one_vocabulary
 
 
 @dataclass(frozen=True)
@@ -107,6 +110,8 @@ _CONFIG = {
 """Our field → transformers' and OpenAI's. OpenAI's feed-forward is always four times as wide as the model."""
 _FIXED = {"activation_function": "gelu", "scale_embedding": False, "tie_word_embeddings": True}
 """Options of transformers' configuration that would change what the weights compute, and the value they must have."""
+_TOKEN_IDS = ("bos_token_id", "eos_token_id", "pad_token_id", "decoder_start_token_id")
+_END_TOKENS = ("bos_token", "eos_token", "unk_token", "pad_token")
 
 
 def key_map(config: ModelConfig, spelling: Format) -> dict[str, tuple[str | None, ...]]:
@@ -207,6 +212,54 @@ def state_to_whisper(state: Mapping[str, Tensor], config: ModelConfig) -> dict[s
         for ours, sources in keys.items()
         for theirs, part in zip(sources, state[ours].chunk(len(sources)), strict=True)
         if theirs is not None
+    }
+
+
+def save_whisper(
+    directory: str | Path,
+    config: ModelConfig,
+    state: Mapping[str, Tensor],
+    *,
+    generation: Mapping[str, Any],
+    tokenizer_json: bytes,
+) -> None:
+    """Write a ``WhisperForConditionalGeneration`` with its processor, in the precision of ``state``.
+
+    New tokens become the last rows of its one embedding.
+    Raises ``ValueError`` for a model with experts or TTT layers, and for a directory that exists.
+    """
+    directory = Path(directory).resolve()
+    config, state = one_vocabulary(config, state)
+    ids = {key: generation[key] for key in _TOKEN_IDS if key in generation}
+    documents = {
+        CONFIG: config_to_whisper(config) | ids,
+        GENERATION: dict(generation),
+        "preprocessor_config.json": _preprocessor(config),
+        "tokenizer_config.json": {"tokenizer_class": "WhisperTokenizer"} | dict.fromkeys(_END_TOKENS, "<|endoftext|>"),
+    }
+    weights = save(state_to_whisper(state, config), {"format": "pt"})
+    with atomic_folder(directory) as folder:
+        (folder / "model.safetensors").write_bytes(weights)
+        for name, document in documents.items():
+            (folder / name).write_bytes(json_bytes(document))
+        (folder / TOKENIZER).write_bytes(tokenizer_json)
+
+
+def _preprocessor(config: ModelConfig) -> dict[str, Any]:
+    """The settings of transformers' ``WhisperFeatureExtractor``."""
+    return {
+        "feature_extractor_type": "WhisperFeatureExtractor",
+        "processor_class": "WhisperProcessor",
+        "feature_size": config.n_mels,
+        "sampling_rate": SAMPLE_RATE,
+        "hop_length": SAMPLE_RATE // FRAMES_PER_SECOND,
+        "n_fft": 400,
+        "chunk_length": int(FULL_WINDOW),
+        "n_samples": int(FULL_WINDOW) * SAMPLE_RATE,
+        "nb_max_frames": int(FULL_WINDOW) * FRAMES_PER_SECOND,
+        "padding_side": "right",
+        "padding_value": 0.0,
+        "return_attention_mask": False,
     }
 
 
