@@ -58,10 +58,14 @@ def samples(tmp_path_factory: pytest.TempPathFactory) -> list[Sample]:
         path = encode(folder / f"{index}.wav", sound[None], RATE, "pcm_f32le")
         made.append(
             Sample(
-                id=f"clip-{index}", task="transcribe", text="", language="en", target_language="en",
+                id=f"clip-{index}",
+                task="transcribe",
+                text="",
+                language="en",
+                target_language="en",
                 audio=AudioRef(path=str(path)),
             )
-        )  # fmt: skip
+        )
     return made
 
 

@@ -97,10 +97,8 @@ def test_the_first_sound_row_says_whether_a_corpus_can_be_judged() -> None:
 def test_an_evaluation_without_a_row_that_can_be_judged_is_refused_at_the_start() -> None:
     """Whatever it is that is wrong with each of them; rows beyond the limit do not count."""
     rows = [BROKEN, MUTE, damaged(clip("b", 0.3)), clip("long", 3.0), clip("a", 0.3)]
-    with pytest.raises(
-        RecipeError,
-        match=r"data.evaluation: b: none of the 3 rows can be judged by; the first: .*column; mute, .*; broken.wav: ",
-    ):
+    said = r"data.evaluation: b: none of the 3 rows can be judged by; the first: .*column; mute, .*; broken.wav: "
+    with pytest.raises(RecipeError, match=said):
         check(rows, "b", limit=3)
     check(rows, "b")
     with pytest.raises(RecipeError, match="none of the 0 rows"):
@@ -118,39 +116,29 @@ def test_an_evaluation_without_a_row_that_can_be_judged_is_refused_at_the_start(
 def test_missing_recordings_are_told_and_count_as_corrupt(
     material: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
-    with pytest.raises(
-        DataError, match=r"8\.3% of 12 samples are corrupt, more than 5\.0%; the first: .*3\.wav: no such"
-    ):
+    said = r"8\.3% of 12 samples are corrupt, more than 5\.0%; the first: .*3\.wav: no such"
+    with pytest.raises(DataError, match=said):
         run(recipe_with(material, data="holed"), tmp_path / "run")
     caplog.clear()
     allowed = recipe_with(material, lambda tree: tree["data"]["loader"].update(max_corrupt_share=0.1), "holed")
     assert run(allowed, tmp_path / "allowed") == 0
-    assert (
-        caplog.text.count("holed: 1 samples are listed and cannot be had, the first: holed/train/3.wav: no such file")
-        == 1
-    )
+    said = "holed: 1 samples are listed and cannot be had, the first: holed/train/3.wav: no such file"
+    assert caplog.messages.count(said) == 1
 
 
-def test_missing_recordings_of_a_stream_are_refused(material: Path, tmp_path: Path) -> None:
-    def streamed(tree: Tree) -> None:
-        tree["data"]["train"][0]["streaming"] = True
+@pytest.mark.parametrize("where", ["stream", "evaluation"])
+def test_missing_recordings_of_a_stream_or_an_evaluation_are_refused(
+    material: Path, tmp_path: Path, where: str
+) -> None:
+    def change(tree: Tree) -> None:
+        if where == "stream":
+            tree["data"]["train"] = [table(material / "holed", streaming=True)]
+        else:
+            tree["data"]["evaluation"], tree["evaluation"] = [table(material / "holed")], {"metric": "loss"}
 
-    with pytest.raises(
-        DataError, match=r"1 of 12 samples cannot be had, more than 5\.0%; the first: holed/train/3\.wav"
-    ):
-        run(recipe_with(material, streamed, "holed"), tmp_path / "run")
-    run(recipe_with(material, streamed), tmp_path / "whole")
-
-
-def test_missing_recordings_of_an_evaluation_are_refused(material: Path, tmp_path: Path) -> None:
-    def judged(tree: Tree) -> None:
-        tree["data"]["evaluation"] = [table(material / "holed")]
-        tree["evaluation"] = {"metric": "loss"}
-
-    with pytest.raises(
-        DataError, match=r"1 of 12 samples cannot be had, more than 5\.0%; the first: holed/train/3\.wav"
-    ):
-        run(recipe_with(material, judged), tmp_path / "run")
+    said = r"1 of 12 samples cannot be had, more than 5\.0%; the first: holed/train/3\.wav"
+    with pytest.raises(DataError, match=said):
+        run(recipe_with(material, change), tmp_path / "run")
 
 
 def test_nothing_is_missing_where_a_limit_is_reached(material: Path) -> None:

@@ -93,10 +93,16 @@ def _rows(pack: Pack, segment: int) -> Pack:
 
     rows = pack.texts.slices()[segment]
     return replace(
-        pack, ids=(pack.ids[segment],), mels=(pack.mels[segment],), heard=(pack.heard[segment],),
-        tokens_T=pack.tokens_T[rows], labels_T=pack.labels_T[rows], texts=Layout([rows.stop - rows.start]),
-        languages=("en",), tasks=("transcribe",),
-    )  # fmt: skip
+        pack,
+        ids=(pack.ids[segment],),
+        mels=(pack.mels[segment],),
+        heard=(pack.heard[segment],),
+        tokens_T=pack.tokens_T[rows],
+        labels_T=pack.labels_T[rows],
+        texts=Layout([rows.stop - rows.start]),
+        languages=("en",),
+        tasks=("transcribe",),
+    )
 
 
 def test_the_loss_falls() -> None:

@@ -21,9 +21,18 @@ def monitor_of(run: Path, **settings: Any) -> Monitor:
 
 def report(step: int, loss: float) -> StepReport:
     return StepReport(
-        step=step, epoch=1, loss=loss, parts={"cross_entropy": loss}, rate=1.0, gradient_norm=1.0, label_tokens=1, tokens=1,
-        segments=1, packs=1, skipped_samples=0,
-    )  # fmt: skip
+        step=step,
+        epoch=1,
+        loss=loss,
+        parts={"cross_entropy": loss},
+        rate=1.0,
+        gradient_norm=1.0,
+        label_tokens=1,
+        tokens=1,
+        segments=1,
+        packs=1,
+        skipped_samples=0,
+    )
 
 
 def test_the_plateau_is_told_of_the_mean_of_recent_steps(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
@@ -85,8 +94,12 @@ def test_the_board_forgets_them_too(tmp_path: Path) -> None:
             monitor.stepped(report(step + 1, 99.0))
     board = EventAccumulator(str(tmp_path / EVENTS)).Reload()
     assert [(event.step, event.value) for event in board.Scalars("train/loss")] == [
-        (1, 1.0), (2, 1.0), (3, 5.0), (4, 5.0), (5, 99.0)
-    ]  # fmt: skip
+        (1, 1.0),
+        (2, 1.0),
+        (3, 5.0),
+        (4, 5.0),
+        (5, 99.0),
+    ]
 
 
 def test_a_step_without_room_in_float16_leaves_a_line(tmp_path: Path) -> None:
@@ -104,8 +117,11 @@ def test_a_sample_that_is_left_out_is_written_down_once(tmp_path: Path) -> None:
     whole = (tmp_path / SKIPPED).read_bytes()
     assert [json.loads(line)["id"] for line in whole.split(b"\n")[:-1]] == list(names)
     assert json.loads(whole.split(b"\n")[0]) == {
-        "id": "a", "place": "t.tsv, row 2", "kind": "corrupt", "cause": "no text"
-    }  # fmt: skip
+        "id": "a",
+        "place": "t.tsv, row 2",
+        "kind": "corrupt",
+        "cause": "no text",
+    }
     (tmp_path / SKIPPED).write_bytes(whole[:-9])
     resumed = monitor_of(tmp_path)
     resumed.left_out(samples)

@@ -73,11 +73,16 @@ def random_examples(lengths: Sequence[tuple[int, int]], config: ModelConfig, see
         ids = torch.randint(config.vocab_size, (tokens + 1,), generator=generator).tolist()
         examples.append(
             Example(
-                id=f"{seed}-{number}", mel=torch.randn(config.n_mels, 2 * positions, generator=generator),
-                heard=max(1, positions - 2), tokens=tuple(ids[:-1]), labels=(IGNORED, IGNORED, *ids[3:]), language="en",
-                task="transcribe", seconds=positions / 50,
+                id=f"{seed}-{number}",
+                mel=torch.randn(config.n_mels, 2 * positions, generator=generator),
+                heard=max(1, positions - 2),
+                tokens=tuple(ids[:-1]),
+                labels=(IGNORED, IGNORED, *ids[3:]),
+                language="en",
+                task="transcribe",
+                seconds=positions / 50,
             )
-        )  # fmt: skip
+        )
     return examples
 
 
