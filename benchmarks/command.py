@@ -14,7 +14,7 @@ import time
 from pathlib import Path
 from typing import Any
 
-from whisper_moe.evaluate.convert import weights
+from peers import weights_of
 
 CLIP_SECONDS = 5.0
 
@@ -36,9 +36,9 @@ def commands(args: argparse.Namespace, clip: Path, folder: str) -> dict[str, lis
     if args.language == "auto":
         common = common[2:]
     ours = [program("whisper-moe"), "transcribe", str(clip), *common, "--beam-size", str(args.beam)]
-    checkpoint = weights("openai", args.model, args.cache)
+    checkpoint = weights_of("openai", args.model, args.cache)
     greedy = ["--beam_size", str(args.beam)] if args.beam > 1 else ["--beam_size", "None", "--best_of", "None"]
-    theirs = [program("whisper"), str(clip), *common, *greedy, "--fp16", "False", "--model", str(checkpoint)]
+    theirs = [program("whisper"), str(clip), *common, *greedy, "--fp16", "False", "--model", checkpoint]
     theirs += ["--temperature", "0", "-f", "txt", "-o", folder]
     if not args.fallback:
         ours += ["--temperature-increment-on-fallback", "0"]

@@ -5,7 +5,8 @@ from __future__ import annotations
 from pathlib import Path
 
 from whisper_moe.data.corpus import CorpusConfig
-from whisper_moe.evaluate.material import Clip, gather
+from whisper_moe.evaluate.measure import Clip
+from whisper_moe.evaluate.run import gather
 
 
 def read_clips(path: Path) -> list[Clip]:
@@ -13,7 +14,7 @@ def read_clips(path: Path) -> list[Clip]:
 
     Raises ``ValueError`` that names what is not there or cannot be read.
     """
-    material = gather([CorpusConfig(kind="table", source=str(path), languages=("en",), name=path.parent.name)])
-    if material.broken:
-        raise ValueError(f"{path}: " + "; ".join(f"{name}: {cause}" for name, cause in material.broken[:3]))
-    return material.clips
+    clips, broken = gather([CorpusConfig(kind="table", source=str(path), languages=("en",), name=path.parent.name)])
+    if broken:
+        raise ValueError(f"{path}: " + "; ".join(f"{name}: {cause}" for name, cause in broken[:3]))
+    return clips

@@ -21,7 +21,7 @@ from typing import Any
 from manifest import read_clips
 
 from whisper_moe import WhisperMoE
-from whisper_moe.evaluate.material import Clip
+from whisper_moe.evaluate.measure import Clip
 from whisper_moe.evaluate.metrics import ErrorCounts, character_counts, clip_counts, interval, paired_difference
 from whisper_moe.machine import machine, take_threads, versions
 

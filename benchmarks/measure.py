@@ -16,17 +16,17 @@ from typing import Any
 
 from peers import Adapter, Heard, Job, Ours, systems
 
-from whisper_moe.evaluate.convert import disk_bytes
+from whisper_moe.evaluate.measure import disk_bytes
 from whisper_moe.machine import peak_bytes, unshare_cores
 
 
-def run_pass(adapter: Adapter, clips: Sequence[str]) -> dict[str, Any]:
+def run_pass(adapter: Adapter, job: Job) -> dict[str, Any]:
     """The whole job once: wall and processor seconds, seconds of each clip where they run one by one, transcripts."""
     cpu, start = time.process_time(), time.perf_counter()
     if adapter.batched:
-        heard, latencies = hear(adapter, clips), []
+        heard, latencies = hear(adapter, job, job.clips), []
     else:
-        heard, latencies = one_by_one(adapter, clips)
+        heard, latencies = one_by_one(adapter, job, job.clips)
     return {
         "wall": time.perf_counter() - start,
         "cpu": time.process_time() - cpu,
@@ -36,18 +36,18 @@ def run_pass(adapter: Adapter, clips: Sequence[str]) -> dict[str, Any]:
     }
 
 
-def one_by_one(adapter: Adapter, clips: Sequence[str]) -> tuple[list[Heard], list[float]]:
+def one_by_one(adapter: Adapter, job: Job, clips: Sequence[str]) -> tuple[list[Heard], list[float]]:
     heard, latencies = [], []
     for clip in clips:
         start = time.perf_counter()
-        heard += hear(adapter, [clip])
+        heard += hear(adapter, job, [clip])
         latencies.append(time.perf_counter() - start)
     return heard, latencies
 
 
-def hear(adapter: Adapter, clips: Sequence[str]) -> list[Heard]:
+def hear(adapter: Adapter, job: Job, clips: Sequence[str]) -> list[Heard]:
     """One result for each clip. Raises ``ValueError`` naming one that could not be read."""
-    heard = list(adapter.hear(clips))
+    heard = list(adapter.hear(clips, language=job.language, task="transcribe", long=job.long))
     if errors := [each.error for each in heard if each.error is not None]:
         raise ValueError(errors[0])
     return heard
@@ -64,20 +64,20 @@ def measure(job: Job) -> dict[str, Any]:
     imported = time.perf_counter()
     adapter = system.make(job)
     loaded = time.perf_counter()
-    hear(adapter, job.clips[:1])
-    passes = [run_pass(adapter, job.clips) for _ in range(job.passes)]
+    hear(adapter, job, job.clips[:1])
+    passes = [run_pass(adapter, job) for _ in range(job.passes)]
     result = {
         "import_seconds": imported - start,
         "load_seconds": loaded - imported,
         "passes": passes,
         "peak_bytes": peak_bytes(),
-        "disk_bytes": disk_bytes(adapter.weights),
+        "disk_bytes": disk_bytes(Path(job.weights)),
         "batched": adapter.batched,
         "options": adapter.options,
         "fallbacks": passes[0]["fallbacks"],
     }
     if adapter.batched and job.latency_clips:
-        result["one_by_one"] = one_by_one(adapter, job.clips[: job.latency_clips])[1]
+        result["one_by_one"] = one_by_one(adapter, job, job.clips[: job.latency_clips])[1]
     return result
 
 

@@ -25,10 +25,9 @@ from typing import Any
 import command
 import numpy as np
 import report
-from peers import SAMPLE_RATE, WINDOW_SECONDS, Job, decode, systems
+from peers import SAMPLE_RATE, WINDOW_SECONDS, Job, decode, systems, weights_of
 
 from whisper_moe.config import FULL_WINDOW
-from whisper_moe.evaluate.convert import weights
 from whisper_moe.machine import THREAD_VARIABLES, machine, versions
 
 PAUSE_SECONDS = 0.5
@@ -116,7 +115,7 @@ def prepare(names: Sequence[str], args: argparse.Namespace, recordings: Sequence
             clips=tuple(str(clip.path) for clip in recordings),
             long=max(clip.seconds for clip in recordings) > FULL_WINDOW,
             model=args.model,
-            weights=ready or (str(weights(form, args.model, args.cache)) if form else ""),
+            weights=ready or weights_of(form, args.model, args.cache),
             threads=args.threads,
             language=None if args.language == "auto" else args.language,
             beam=args.beam,

@@ -10,6 +10,7 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
+import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -163,3 +164,15 @@ def test_the_written_files_hold_the_figures(tmp_path: Path, joined: bool) -> Non
     assert {len(row) for row in rows} == {5}
     assert len(rows) == (2 if joined else 4)
     assert (tmp_path / "plot.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_clips_that_a_pipeline_mixes_up_are_an_error_and_not_a_wrong_transcript() -> None:
+    class Pipeline:
+        def transcribe(self, *_: Any, **__: Any) -> tuple[list[Any], None]:
+            return [], None
+
+    adapter = peers.FasterWhisperBatched.__new__(peers.FasterWhisperBatched)
+    adapter.pipeline, adapter.options = Pipeline(), {}
+    clips = [np.zeros(16_000, np.float32)] * 2
+    with pytest.raises(RuntimeError, match="2 clips gave 0 segments"):
+        list(adapter.hear(clips, language="en", task="transcribe", long=False))

@@ -2,16 +2,14 @@
 
 from __future__ import annotations
 
-import os
-import time
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, NoReturn
 
 import numpy as np
 from media.recordings import encode
 
-from whisper_moe.evaluate.material import Clip, Material, corpus_config, gather
+from whisper_moe.evaluate.measure import Clip
+from whisper_moe.evaluate.run import gather, plan
 
 RATE = 16_000
 TEXTS = ("the cat sat on the mat", "a dog barked", "नमस्ते दुनिया", "birds sing in spring")
@@ -40,26 +38,5 @@ def written(folder: Path, name: str, texts: dict[str, str]) -> str:
     return f"transcripts:{file}"
 
 
-def material(*files: Path, **settings: Any) -> Material:
-    usual: dict[str, Any] = {"split": None, "languages": (), "task": None, "limit": None}
-    return gather([corpus_config(str(file), **usual | settings) for file in files])
-
-
-def clips(file: Path) -> tuple[Clip, ...]:
-    return tuple(material(file).clips)
-
-
-def vanish(*_: Any, **__: Any) -> NoReturn:
-    """A system that takes its process with it."""
-    os._exit(7)
-
-
-def linger(note: str, **_: Any) -> NoReturn:
-    """A system that takes a minute to load, and notes which process does it."""
-    Path(note).write_text(f"{os.getpid()}\n")
-    time.sleep(60)
-    raise AssertionError("nobody ended it")
-
-
-def refuse(*_: Any, **__: Any) -> NoReturn:
-    raise ValueError("no such\nmodel")
+def clips(file: Path) -> list[Clip]:
+    return gather(plan("default", [str(file)]).corpora)[0]

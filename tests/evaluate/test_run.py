@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-import re
+from base64 import b64decode
 from html.parser import HTMLParser
 from pathlib import Path
 from typing import Any
@@ -11,7 +11,7 @@ from xml.etree import ElementTree
 
 import pytest
 
-for needed in ("datasets", "jiwer", "sacrebleu", "whisper_normalizer"):
+for needed in ("datasets", "jiwer", "matplotlib", "sacrebleu", "whisper_normalizer"):
     pytest.importorskip(needed, reason="what evaluation needs is an extra")
 
 from commandline import trusting_flags
@@ -21,8 +21,9 @@ from whisper_moe import WhisperMoE
 from whisper_moe.evaluate import report as reports
 from whisper_moe.evaluate import run as module
 from whisper_moe.evaluate.cost import flops
-from whisper_moe.evaluate.measure import SystemFailed, measure
+from whisper_moe.evaluate.measure import Clip, Measured, Options, measure
 from whisper_moe.evaluate.run import evaluate, plan
+from whisper_moe.evaluate.systems import System, SystemFailed
 
 FILES = {"report.json", "report.md", "report.html", "transcripts.tsv"}
 
@@ -36,11 +37,16 @@ def ids(file: Path) -> list[str]:
     return [clip.sample.id for clip in clips(file)]
 
 
+def here(system: System, clips: list[Clip], options: Options, load: Any) -> Measured:
+    """In this process."""
+    return measure(system, system.weights(), clips, options, load)
+
+
 def evaluated(folder: Path, model: str, file: Path, **settings: Any) -> tuple[int, dict[str, Any]]:
     """Status and report, measured in this process."""
     output = folder / "out"
     asked = plan(model, [str(file)], output=output, dtype="float32", fallback=False, latency_clips=2, **settings)
-    status = evaluate(asked, WhisperMoE.from_pretrained, measure=measure, say=lambda _: None)
+    status = evaluate(asked, WhisperMoE.from_pretrained, measure=here)
     return status, json.loads((output / "report.json").read_text(encoding="utf-8"))
 
 
@@ -137,13 +143,13 @@ def test_a_peer_that_cannot_be_measured_is_named_and_the_rest_is_reported(tmp_pa
     file = table(tmp_path)
     good, bad = perfect(tmp_path, file), written(tmp_path, "bad", {})
 
-    def some(work: Any, load: Any) -> Any:
-        if "bad" in work.system.name:
+    def some(system: System, *others: Any) -> Any:
+        if "bad" in system.name:
             raise SystemFailed("bad: killed")
-        return measure(work, load)
+        return here(system, *others)
 
     asked = plan(good, [str(file)], compare=[bad], output=tmp_path / "out")
-    assert evaluate(asked, WhisperMoE.from_pretrained, measure=some, say=lambda _: None) == 1
+    assert evaluate(asked, WhisperMoE.from_pretrained, measure=some) == 1
     report = json.loads((tmp_path / "out/report.json").read_text(encoding="utf-8"))
     assert report["not_measured"] == {"transcripts:bad.tsv": "bad: killed"}
     assert "bad: killed" in (tmp_path / "out/report.html").read_text()
@@ -220,13 +226,14 @@ def test_the_page_needs_nothing_else_and_takes_no_orders_from_what_it_shows(tmp_
     text = (tmp_path / "out/report.html").read_text(encoding="utf-8")
     page = _Page()
     page.feed(text)
-    assert page.links == [] and "url(" not in text and "@import" not in text
-    assert not {"script", "iframe", "img", "link", "object", "b"} & set(page.tags)
-    assert "&lt;script&gt;alert" in text and "&lt;b&gt;bold" in text
-    drawings = re.findall(r"<svg.*?</svg>", text, re.DOTALL)
-    assert len(drawings) == 5  # by duration, by language, experts at its own margin and padded, latency
-    for drawing in drawings:
+    pictures = [link.removeprefix("data:image/svg+xml;base64,") for link in page.links]
+    assert len(pictures) == 5  # by duration, by language, experts at its own margin and padded, latency
+    for drawing in map(b64decode, pictures):
         ElementTree.fromstring(drawing)
+        assert b"<script" not in drawing and b"<b>" not in drawing
+    assert "url(" not in text and "@import" not in text
+    assert not {"script", "iframe", "link", "object", "b", "svg"} & set(page.tags)
+    assert "&lt;script&gt;alert" in text and "&lt;b&gt;bold" in text
     table_text = (tmp_path / "out/report.md").read_text(encoding="utf-8")
     assert "<script>" not in table_text
     assert all(line.replace("\\|", "").count("|") > 2 for line in table_text.splitlines() if EVIL[:4] in line)
@@ -254,7 +261,7 @@ def test_a_report_is_replaced_whole_and_a_failed_one_leaves_the_old(tmp_path: Pa
         raise OSError(28, "No space left on device")
 
     with monkeypatch.context() as patch:
-        patch.setattr(reports.os, "fsync", full)
+        patch.setattr("whisper_moe.weights.files.sync", full)
         with pytest.raises(OSError, match="No space"):
             evaluated(tmp_path, spec, file, limit=2)
     assert {path.name: path.read_bytes() for path in (tmp_path / "out").iterdir()} == before
@@ -267,16 +274,22 @@ def test_a_report_is_replaced_whole_and_a_failed_one_leaves_the_old(tmp_path: Pa
 def test_a_folder_with_other_things_in_it_is_left_alone(tmp_path: Path):
     (tmp_path / "mine").mkdir()
     (tmp_path / "mine/letter.txt").write_text("dear")
-    with pytest.raises(ValueError, match="no earlier report that could be replaced"):
-        reports.check_folder(tmp_path / "mine")
+    spec = written(tmp_path, "w", {})
+
+    def check(folder: Path) -> None:
+        plan(spec, ["nowhere.tsv"], output=folder)
+
     with pytest.raises(ValueError, match="is a file"):
-        reports.check_folder(tmp_path / "mine/letter.txt")
-    for name in (reports.JSON, reports.PAGE):
+        check(tmp_path / "mine/letter.txt")
+    for name in (*reports.FILES, reports.JSON):
+        with pytest.raises(ValueError, match=r"it holds more than a report: letter\.txt"):
+            check(tmp_path / "mine")
         (tmp_path / "mine" / name).write_text("{}")
-    with pytest.raises(ValueError, match=r"it holds more than a report: letter\.txt"):
-        reports.check_folder(tmp_path / "mine")
     (tmp_path / "mine/letter.txt").unlink()
-    reports.check_folder(tmp_path / "mine")
+    check(tmp_path / "mine")
+    (tmp_path / "mine" / reports.JSON).unlink()
+    with pytest.raises(ValueError, match="not replaced"):
+        check(tmp_path / "mine")
 
 
 @pytest.mark.parametrize(

@@ -6,9 +6,9 @@ that the model could say, with the margin of silence that a clip is transcribed 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from itertools import count, islice
+from itertools import islice
 from typing import Any
 
 import torch
@@ -16,7 +16,7 @@ import torch.nn.functional as F
 
 from whisper_moe.config import FULL_WINDOW
 from whisper_moe.data.examples import IGNORED, Example, ExampleReader, pack_examples
-from whisper_moe.data.sample import AnyCorpus, Sample, Skipped, left_out
+from whisper_moe.data.sample import AnyCorpus, Sample, Skipped, items, left_out
 from whisper_moe.generate.decode import WindowDecoder
 from whisper_moe.generate.options import TranscribeOptions
 from whisper_moe.media.tokenizer import Tokenizer
@@ -36,8 +36,8 @@ class Evaluated:
     tokens: int = 0
     texts: dict[str, str] = field(default_factory=dict)
     """What it wrote: ``""`` with the model's own margin, ``_padded`` with 30 s."""
-    error: ValueError | None = None
-    """Why the sample could not be read, or not be judged by."""
+    skipped: Skipped | None = None
+    """Why the sample cannot be read, or not be judged by."""
 
 
 class Evaluator:
@@ -79,33 +79,32 @@ class Evaluator:
         try:
             for corpus in corpora:
                 found[corpus.name] = []
-                rows = rows_of(corpus, limit)
+                rows = islice(items(corpus), limit)
                 while batch := list(islice(rows, batch_size)):
                     if stop_requested():
                         return None
-                    for row, each in zip(batch, self.batch(model, batch), strict=True):
-                        found[corpus.name].append(each)
-                        if each.error is not None:
-                            note([left_out(row if isinstance(row, Sample) else corpus.name, each.error)])
+                    found[corpus.name] += (results := self.batch(model, batch))
+                    if skipped := [each.skipped for each in results if each.skipped is not None]:
+                        note(skipped)
         finally:
             model.train(training)
         parts = {name: self._sums(part) for name, part in found.items()} if len(found) > 1 else {}
         whole = self._sums([each for part in found.values() for each in part])
         return whole | {f"{key}/{name}": value for name, part in parts.items() for key, value in part.items()}
 
-    def batch(self, model: WhisperMoEModel, rows: Sequence[Sample | ValueError]) -> list[Evaluated]:
-        """Of samples whose sound fits in memory together, and of rows that are none."""
+    def batch(self, model: WhisperMoEModel, rows: Sequence[Sample | Skipped]) -> list[Evaluated]:
+        """Of rows whose sound fits in memory together."""
         found: list[Evaluated] = []
         read: list[tuple[Evaluated, Sample, Example]] = []
         for row in rows:
-            if isinstance(row, ValueError):
-                found.append(Evaluated("", "", error=row))
+            if isinstance(row, Skipped):
+                found.append(Evaluated("", "", skipped=row))
                 continue
             found.append(Evaluated(row.text, row.target_language))
             try:
                 read.append((found[-1], row, self._reader.read(row, self._margin)))
             except ValueError as error:  # of the sample, or of a language or task that this model cannot do
-                found[-1].error = error
+                found[-1].skipped = left_out(row, error)
         sums = cross_entropy(model, [example for _, _, example in read])
         for (each, _, _), (lost, tokens) in zip(read, sums, strict=True):
             each.cross_entropy, each.tokens = lost, tokens
@@ -132,7 +131,7 @@ class Evaluator:
     def _sums(self, found: Sequence[Evaluated]) -> dict[str, float]:
         from whisper_moe.evaluate.metrics import character_counts, clip_counts
 
-        judged = [each for each in found if each.error is None]
+        judged = [each for each in found if each.skipped is None]
         tokens = sum(each.tokens for each in judged)
         figures = {"loss": sum(each.cross_entropy for each in judged) / tokens if tokens else float("nan")}
         references, languages = [each.reference for each in judged], [each.language for each in judged]
@@ -158,15 +157,3 @@ def cross_entropy(model: WhisperMoEModel, examples: Sequence[Example]) -> list[t
         for index, lost, labels in zip(group, lost_T.split(lengths), pack.labels_T.split(lengths), strict=True):
             found[index] = float(lost.sum()), int((labels != IGNORED).sum())
     return [found[index] for index in range(len(examples))]
-
-
-def rows_of(corpus: Iterable[Sample], limit: int | None) -> Iterator[Sample | ValueError]:
-    """The first so many rows of a corpus; of a row that is no sample, why. It counts: a limit is one of work."""
-    samples = iter(corpus)
-    for _ in islice(count(), limit):
-        try:
-            yield next(samples)
-        except StopIteration:
-            return
-        except ValueError as error:
-            yield error

@@ -1,4 +1,4 @@
-"""The measurement of one system, in a process of its own: its peak memory and its threads are its alone.
+"""The measurement of one system on clips, best in a process of its own.
 
 Load, warm up on the first clip, transcribe all clips as fast as it can, then some of them one at a time for the latency, then
 the cross-entropy of the references. What one clip breaks costs that clip: its text counts as empty, and the error is kept.
@@ -6,42 +6,54 @@ the cross-entropy of the references. What one clip breaks costs that clip: its t
 
 from __future__ import annotations
 
-import multiprocessing
 import os
 import time
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
-from multiprocessing.connection import Connection
-from threading import Thread
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from whisper_moe.config import FULL_WINDOW
-from whisper_moe.evaluate.convert import disk_bytes
-from whisper_moe.evaluate.material import Clip
-from whisper_moe.evaluate.peers import Adapter, Heard, Ours, Setup, WrittenTranscripts
-from whisper_moe.evaluate.systems import System, loaded
-from whisper_moe.machine import THREAD_VARIABLES, peak_bytes
+from whisper_moe.config import FULL_WINDOW, ModelConfig
+from whisper_moe.data.sample import Sample
+from whisper_moe.evaluate.systems import PEERS, Adapter, Heard, Ours, System
+from whisper_moe.generate.options import TEMPERATURES
+from whisper_moe.machine import peak_bytes, unshare_cores
 
 CLIPS_AT_ONCE = 32
 """Clips whose sound is held at a time for the cross-entropy."""
 
 
 @dataclass(frozen=True, kw_only=True)
-class Work:
-    """What one process does."""
+class Options:
+    """How systems are measured."""
 
-    system: System
-    clips: tuple[Clip, ...]
-    setup: Setup
-    device: str = "cpu"
+    device: str = "auto"
+    """Of this project's models, like ``dtype``."""
     dtype: str = "auto"
-    margin: float | None
+    threads: int = 1
+    beam: int = 1
+    fallback: bool = True
+    margin: float | None = None
+    """None: each model's own; the first model is then measured with every clip padded to 30 s, too."""
     detect: bool = False
     """Let the system detect the language instead of telling it the clip's."""
-    latency_clips: int = 0
+    latency_clips: int = 40
+
+
+@dataclass(frozen=True)
+class Clip:
+    """A sample that can be read, with the seconds that it really has."""
+
+    corpus: str
+    sample: Sample
+    seconds: float
+
+    @property
+    def sound(self) -> np.ndarray:
+        assert self.sample.audio is not None, self.sample.id
+        return self.sample.audio.read()
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -66,197 +78,147 @@ class Measured:
     """Seconds of silence after a clip, where the system has such a thing."""
     threads: int | None = None
     options: dict[str, Any] = field(default_factory=dict)
-    config: dict[str, Any] | None = None
-    """The model's own configuration, of this project's models."""
-    surprise: list[tuple[float, int] | str] | None = None
+    config: ModelConfig | None = None
+    """Of this project's models."""
+    cross_entropies: list[tuple[float, int] | str] | None = None
     """Of each clip: the sum of −ln p over the reference's tokens and their number, or why there is none."""
     machine_load_before: float | None = None
 
 
-class SystemFailed(RuntimeError):
-    """A system that could not be loaded, or whose process ended before it was done."""
+def measure(system: System, weights: str, clips: Sequence[Clip], asked: Options, load: Callable[..., Any]) -> Measured:
+    """Everything about one system, in this process: its peak memory is that of all the process has done.
 
-
-def measure_apart(work: Work, load: Callable[..., Any], progress: Callable[[float], None] | None = None) -> Measured:
-    """:func:`measure` in a process of its own. ``progress`` is told the seconds of audio that are done.
-
-    Raises :class:`SystemFailed` for whatever goes wrong there.
+    ``weights``: where a peer's are. ``load`` is ``WhisperMoE.from_pretrained``.
     """
-    context = multiprocessing.get_context("spawn")
-    receiver, sender = context.Pipe(duplex=False)
-    process = context.Process(target=_serve, args=(sender, work, load), daemon=True)
-    with _threads(work.setup.threads):
-        process.start()
-    sender.close()
-    try:
-        while True:
-            kind, value = receiver.recv()
-            if kind == "done":
-                return value
-            if kind == "failed":
-                raise SystemFailed(f"{work.system.label}: {value}")
-            if progress is not None:
-                progress(value)
-    except EOFError:
-        process.join()
-        cause = "killed, as by a system that is out of memory" if process.exitcode == -9 else "its process ended"
-        raise SystemFailed(f"{work.system.label}: {cause} (exit status {process.exitcode})") from None
-    finally:
-        receiver.close()
-        if process.is_alive():
-            process.terminate()
-        process.join()
-
-
-def _serve(sender: Connection, work: Work, load: Callable[..., Any]) -> None:
-    Thread(target=_end_with_the_parent, daemon=True).start()
-    os.dup2(2, 1)  # what a system prints is no part of the report
-    try:
-        sender.send(("done", measure(work, load, lambda seconds: sender.send(("progress", seconds)))))
-    except Exception as error:
-        sender.send(("failed", f"{type(error).__name__}: {' '.join(str(error).split())}"))
-
-
-def _end_with_the_parent() -> None:
-    """A parent that is killed cannot end its children, and nobody wants their figures any more."""
-    if (parent := multiprocessing.parent_process()) is not None:
-        parent.join()
-        os._exit(1)
-
-
-@contextmanager
-def _threads(count: int) -> Iterator[None]:
-    """What numeric libraries of a process started in here will be told."""
-    before = {name: os.environ.get(name) for name in THREAD_VARIABLES}
-    os.environ.update(dict.fromkeys(THREAD_VARIABLES, str(count)))
-    try:
-        yield
-    finally:
-        for name, value in before.items():
-            if value is None:
-                del os.environ[name]
-            else:
-                os.environ[name] = value
-
-
-def measure(work: Work, load: Callable[..., Any], progress: Callable[[float], None] = lambda _: None) -> Measured:
-    """Everything about one system, in this process: its peak memory is that of all the process has done."""
+    if system.kind == "transcripts":
+        return Measured(heard=_written(Path(weights), clips))
     busy, begun = os.getloadavg()[0], time.perf_counter()
-    adapter = loaded(
-        work.system, work.setup, load, device=work.device, dtype=work.dtype, margin=work.margin
-    )  # fmt: skip
-    if isinstance(adapter, WrittenTranscripts):
-        return Measured(heard=[adapter.of(clip.sample.id) for clip in work.clips])
+    adapter = _loaded(system, weights, asked, load)
     ready = time.perf_counter()
-    _attempt(adapter, work, work.clips[0])
+    _attempt(adapter, clips[0], asked.detect)
     cpu, start = time.process_time(), time.perf_counter()
-    heard, latencies = _all(adapter, work, progress)
+    heard, latencies = _all(adapter, clips, asked.detect)
     wall, cpu = time.perf_counter() - start, time.process_time() - cpu
     if adapter.batched:
-        latencies = [_attempt(adapter, work, clip)[1] for clip in work.clips[: work.latency_clips]]
-    latencies = latencies[: work.latency_clips]  # of the same clips for every system
+        latencies = [_attempt(adapter, clip, asked.detect)[1] for clip in clips[: asked.latency_clips]]
     measured = Measured(
-        heard=heard, wall=wall, cpu=cpu, latencies=latencies, latencies_apart=adapter.batched, peak=peak_bytes(),
-        load=ready - begun, dtype=work.system.dtype, threads=work.setup.threads, options=_plain(adapter.options),
-        machine_load_before=busy, disk=_disk(adapter),
-    )  # fmt: skip
-    return _ours(adapter, work, measured) if isinstance(adapter, Ours) else measured
+        heard=heard,
+        wall=wall,
+        cpu=cpu,
+        latencies=latencies[: asked.latency_clips],  # of the same clips for every system
+        latencies_apart=adapter.batched,
+        peak=peak_bytes(),
+        load=ready - begun,
+        disk=disk_bytes(Path(weights)) or None,
+        dtype=system.needs.dtype or None,
+        threads=asked.threads,
+        options=adapter.options,
+        machine_load_before=busy,
+    )
+    return _ours(adapter, clips, asked, measured) if isinstance(adapter, Ours) else measured
 
 
-def _disk(adapter: Adapter) -> int | None:
-    """Bytes of a peer's weights, where they lie in a file or folder of their own; the report knows this project's."""
-    if isinstance(adapter, Ours) or not adapter.weights.exists():
-        return None
-    return disk_bytes(adapter.weights)
+def _loaded(system: System, weights: str, asked: Options, load: Callable[..., Any]) -> Adapter:
+    decoding: dict[str, Any] = {"beam": asked.beam, "temperatures": TEMPERATURES if asked.fallback else (0.0,)}
+    if system.kind == "ours":
+        model = load(system.source, device=asked.device, dtype=asked.dtype, threads=asked.threads)
+        return Ours(model, margin=FULL_WINDOW if system.padded else asked.margin, **decoding)
+    unshare_cores()
+    return PEERS[system.kind](weights, threads=asked.threads, **decoding)
 
 
-def _ours(adapter: Ours, work: Work, measured: Measured) -> Measured:
+def _ours(adapter: Ours, clips: Sequence[Clip], asked: Options, measured: Measured) -> Measured:
     """What only this project's models say about themselves."""
-    model = adapter.model
-    peak = measured.peak
+    model, peak = adapter.model, measured.peak
     if model.device.startswith("cuda"):
         import torch
 
         peak = torch.cuda.max_memory_allocated(model.device)
-    surprise = _cross_entropies(model, work, adapter.margin)
+    samples = [clip.sample for clip in clips]
+    if asked.detect and not model.tokenizer.is_multilingual:
+        samples = [replace(sample, language="en", target_language="en") for sample in samples]
     return replace(
-        measured, device=model.device, dtype=model.dtype, config=model.config.model_dump(mode="json"), peak=peak,
-        surprise=surprise, margin=adapter.margin,
-    )  # fmt: skip
+        measured,
+        device=model.device,
+        dtype=model.dtype,
+        config=model.config,
+        peak=peak,
+        margin=adapter.margin,
+        cross_entropies=_cross_entropies(model, samples, adapter.margin),
+    )
 
 
-def _cross_entropies(model: Any, work: Work, margin: float) -> list[tuple[float, int] | str]:
-    """Of each clip's reference the sum of −ln p and the number of its tokens, or why there is none."""
+def _cross_entropies(model: Any, samples: Sequence[Sample], margin: float) -> list[tuple[float, int] | str]:
     from whisper_moe.data.examples import ExampleConfig, ExampleReader
-    from whisper_moe.data.sample import TooLong
     from whisper_moe.evaluate.evaluator import Evaluator
 
     reading = ExampleConfig(empty_text=True, margin=min(margin, FULL_WINDOW))
     reader = ExampleReader(model.tokenizer, model.config, reading)
     evaluator = Evaluator(reader, model.tokenizer, model.generation, margin=margin)
-    samples = [clip.sample for clip in work.clips]
-    if work.detect and not model.tokenizer.is_multilingual:
-        samples = [replace(sample, language="en", target_language="en") for sample in samples]
     found: list[tuple[float, int] | str] = []
     for first in range(0, len(samples), CLIPS_AT_ONCE):
         for each in evaluator.batch(model.model, samples[first : first + CLIPS_AT_ONCE]):
-            cause = each.error.cause if isinstance(each.error, TooLong) else str(each.error)
-            found.append((each.cross_entropy, each.tokens) if each.error is None else cause)
+            found.append((each.cross_entropy, each.tokens) if each.skipped is None else each.skipped.cause)
     return found
 
 
-def _all(adapter: Adapter, work: Work, progress: Callable[[float], None]) -> tuple[list[Heard], list[float]]:
+def _all(adapter: Adapter, clips: Sequence[Clip], detect: bool) -> tuple[list[Heard], list[float]]:
     """Every clip; where the system batches, those of one language and task, and long ones apart: it is told once for a batch."""
     if not adapter.batched:
-        pairs = []
-        for clip in work.clips:
-            pairs.append(_attempt(adapter, work, clip))
-            progress(clip.seconds)
+        pairs = [_attempt(adapter, clip, detect) for clip in clips]
         return [heard for heard, _ in pairs], [seconds for _, seconds in pairs]
     heard: dict[int, Heard] = {}
     groups: dict[tuple[tuple[str, Any], ...], list[int]] = {}
-    for index, clip in enumerate(work.clips):
-        groups.setdefault(tuple(_asked(work, clip).items()), []).append(index)
-    for asked, indices in groups.items():
-        clips = [work.clips[index] for index in indices]
-        for index, result in zip(indices, _batch(adapter, work, clips, dict(asked), progress), strict=True):
-            heard[index] = result
-    return [heard[index] for index in range(len(work.clips))], []
+    for index, clip in enumerate(clips):
+        groups.setdefault(tuple(_told(clip, detect).items()), []).append(index)
+    for told, indices in groups.items():
+        try:
+            sounds = (clips[index].sound for index in indices)
+            for index, result in zip(indices, adapter.hear(sounds, **dict(told)), strict=True):
+                heard[index] = result
+        except Exception:  # one of them may be to blame
+            heard |= {index: _attempt(adapter, clips[index], detect)[0] for index in indices if index not in heard}
+    return [heard[index] for index in range(len(clips))], []
 
 
-def _batch(
-    adapter: Adapter, work: Work, clips: Sequence[Clip], asked: dict[str, Any], progress: Callable[[float], None]
-) -> list[Heard]:
-    """A batch that fails is tried clip by clip: one of them may be to blame."""
-    results: list[Heard] = []
-    try:
-        for result, clip in zip(adapter.hear(map(_sound, clips), **asked), clips, strict=True):
-            results.append(result)
-            progress(clip.seconds)
-    except Exception:
-        return results + [_attempt(adapter, work, clip)[0] for clip in clips[len(results) :]]
-    return results
-
-
-def _attempt(adapter: Adapter, work: Work, clip: Clip) -> tuple[Heard, float]:
+def _attempt(adapter: Adapter, clip: Clip, detect: bool) -> tuple[Heard, float]:
     """One clip alone, and its seconds; whatever goes wrong with it is its result."""
     start = time.perf_counter()
     try:
-        (heard,) = adapter.hear([_sound(clip)], **_asked(work, clip))
+        (heard,) = adapter.hear([clip.sound], **_told(clip, detect))
     except Exception as error:
         heard = Heard("", error=f"{type(error).__name__}: {' '.join(str(error).split())}")
     return heard, time.perf_counter() - start
 
 
-def _asked(work: Work, clip: Clip) -> dict[str, Any]:
-    language = None if work.detect else clip.sample.language
+def _told(clip: Clip, detect: bool) -> dict[str, Any]:
+    language = None if detect else clip.sample.language
     return {"language": language, "task": clip.sample.task, "long": clip.seconds > FULL_WINDOW}
 
 
-def _sound(clip: Clip) -> np.ndarray:
-    assert clip.sample.audio is not None, clip.sample.id
-    return clip.sample.audio.read()
+def _written(file: Path, clips: Sequence[Clip]) -> list[Heard]:
+    """What another system wrote: a TSV with the columns ``id`` and ``text``; a clip that it lacks is an error of that clip."""
+    head, *rows = [line.split("\t") for line in file.read_text(encoding="utf-8-sig").split("\n") if line] or [[]]
+    if not {"id", "text"} <= set(head):
+        raise ValueError(f"{file}: row 1: the columns id and text are needed, found {head}")
+    texts: dict[str, str] = {}
+    for number, cells in enumerate(rows, start=2):
+        row = dict(zip(head, cells, strict=False))
+        if len(cells) != len(head) or row["id"] in texts:
+            cause = (
+                f"the id {row['id']!r} is there twice" if len(cells) == len(head) else "not as many columns as row 1"
+            )
+            raise ValueError(f"{file}: row {number}: {cause}")
+        texts[row["id"]] = row["text"]
+    ids = [clip.sample.id for clip in clips]
+    return [Heard(texts[id]) if id in texts else Heard("", error=f"{file} has no row {id!r}") for id in ids]
 
 
-def _plain(options: dict[str, Any]) -> dict[str, Any]:
-    return {key: list(value) if isinstance(value, tuple) else value for key, value in options.items()}
+def disk_bytes(path: Path) -> int:
+    """Bytes of the weights at ``path``, a file or a folder (safetensors only, where a folder has some)."""
+    if not path.is_dir():
+        return path.stat().st_size if path.exists() else 0
+    for suffix in ("*.safetensors", "*.bin"):
+        if files := list(path.rglob(suffix)):
+            return sum(file.stat().st_size for file in files)
+    return 0

@@ -1,110 +1,338 @@
-"""The report: ``report.json``, ``report.md``, ``transcripts.tsv`` and ``report.html``, all of them or none."""
+"""The report: ``report.json``, ``report.md``, ``transcripts.tsv`` and ``report.html``, all of them or none.
+
+Markdown and HTML say the same sections. The page needs nothing else: no script and no network, its plots are within it.
+Everything that comes from outside (names, transcripts, causes) is escaped.
+"""
 
 from __future__ import annotations
 
 import json
-import os
 import re
-import shutil
-import tempfile
-from collections.abc import Sequence
+from base64 import b64encode
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from html import escape
+from io import BytesIO
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
-from whisper_moe.evaluate.material import Clip
-from whisper_moe.evaluate.measure import Measured
-from whisper_moe.evaluate.page import page
-from whisper_moe.evaluate.tables import circumstances, sections
+from whisper_moe.evaluate.measure import Clip
+from whisper_moe.weights.files import atomic_folder
 
-JSON, MARKDOWN, TABLE, PAGE = "report.json", "report.md", "transcripts.tsv", "report.html"
-
-
-def check_folder(folder: Path) -> None:
-    """Before any work: whether a report can be put there. Raises ``ValueError`` that says why not."""
-    present = {path.name for path in folder.iterdir()} if folder.is_dir() else set[str]()
-    if present and JSON not in present:
-        raise ValueError(f"{folder}: there is something in it, and no earlier report that could be replaced")
-    if others := present - {JSON, MARKDOWN, TABLE, PAGE}:
-        raise ValueError(f"{folder}: not replaced, for it holds more than a report: {', '.join(sorted(others)[:5])}")
-    if folder.exists() and not folder.is_dir():
-        raise ValueError(f"{folder}: is a file; -o needs a folder")
-    try:
-        folder.absolute().parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryFile(dir=folder.absolute().parent):
-            pass
-    except OSError as error:
-        raise ValueError(f"{folder}: cannot be written: {error.strerror}") from error
-
-
-def write(folder: Path, report: dict[str, Any], clips: Sequence[Clip], measured: dict[str, Measured]) -> None:
-    """All files, in a folder beside it first: it appears when it is complete, in the place of an earlier report."""
-    texts = {
-        JSON: json.dumps(report, indent=1, ensure_ascii=False, allow_nan=False) + "\n",
-        MARKDOWN: markdown(report),
-        TABLE: transcripts(clips, measured),
-        PAGE: page(report),
-    }
-    parent = folder.absolute().parent
-    fresh = Path(tempfile.mkdtemp(prefix=f".{folder.name}-", dir=parent))
-    try:
-        fresh.chmod(0o755)
-        for name, text in texts.items():
-            with (fresh / name).open("w", encoding="utf-8", newline="\n") as file:
-                file.write(text)
-                file.flush()
-                os.fsync(file.fileno())
-        _put(fresh, folder)
-    finally:
-        shutil.rmtree(fresh, ignore_errors=True)
+JSON = "report.json"
+FILES = (JSON, "report.md", "transcripts.tsv", "report.html")
+METRICS = {
+    "wer": ("WER, %", 100.0),
+    "cer": ("CER, %", 100.0),
+    "bleu": ("BLEU", 1.0),
+    "chrf": ("chrF++", 1.0),
+    "accuracy": ("accuracy, %", 100.0),
+    "script": ("letters in the right script, %", 100.0),
+    "cross_entropy": ("cross-entropy, nats a token", 1.0),
+}
+"""Each figure's name in a table, and the factor it is shown with."""
+Report = Mapping[str, Any]
+_STYLE = """
+:root { color-scheme: light dark; } img { max-width: 100%; background: white; }
+body { font: 15px/1.5 system-ui, sans-serif; max-width: 72rem; margin: 2rem auto; padding: 0 1rem; }
+p, figcaption { max-width: 60rem; font-size: .88rem; opacity: .8; } .wide { overflow-x: auto; margin: .8rem 0; }
+table { border-collapse: collapse; font-size: .88rem; font-variant-numeric: tabular-nums; }
+th, td { text-align: right; padding: .25rem .7rem; border-bottom: 1px solid #8885; } .word { text-align: left; }
+"""
 
 
-def _put(fresh: Path, folder: Path) -> None:
-    if not folder.exists():
-        fresh.rename(folder)
-        return
-    if not any(folder.iterdir()):
-        folder.rmdir()
-        fresh.rename(folder)
-        return
-    old = Path(tempfile.mkdtemp(prefix=f".{folder.name}-old-", dir=folder.absolute().parent))
-    folder.rename(old / folder.name)
-    try:
-        fresh.rename(folder)
-    except OSError:
-        (old / folder.name).rename(folder)
-        raise
-    finally:
-        shutil.rmtree(old, ignore_errors=True)
+class Section(NamedTuple):
+    """A table with what has to be said about it; ``title`` empty where it goes on from the one before."""
+
+    title: str
+    head: Sequence[str]
+    rows: Sequence[Sequence[str]]
+    notes: Sequence[str] = ()
 
 
-def transcripts(clips: Sequence[Clip], measured: dict[str, Measured]) -> str:
+def write(folder: Path, report: Report, clips: Sequence[Clip], texts: Mapping[str, Sequence[str]]) -> None:
+    """All files, in the place of an earlier report. ``texts``: of each system."""
+    contents = (
+        json.dumps(report, indent=1, ensure_ascii=False, allow_nan=False) + "\n",
+        markdown(report),
+        transcripts(clips, texts),
+        page(report),
+    )
+    with atomic_folder(folder.absolute(), overwrite=True) as fresh:
+        for name, content in zip(FILES, contents, strict=True):
+            (fresh / name).write_text(content, encoding="utf-8", newline="\n")
+
+
+def transcripts(clips: Sequence[Clip], texts: Mapping[str, Sequence[str]]) -> str:
     """A TSV with a row for each clip; tabs and line ends within a text become spaces."""
-    head = ["id", "corpus", "task", "language", "target_language", "domain", "seconds", "reference", *measured]
-    rows = [head]
-    for index, clip in enumerate(clips):
+    rows = [["id", "corpus", "task", "language", "target_language", "domain", "seconds", "reference", *texts]]
+    for clip, *written in zip(clips, *texts.values(), strict=True):
         sample = clip.sample
         facts = [sample.id, clip.corpus, sample.task, sample.language, sample.target_language, sample.domain or ""]
-        texts = [each.heard[index].text for each in measured.values()]
-        rows.append([*facts, f"{clip.seconds:.2f}", sample.text, *texts])
+        rows.append([*facts, f"{clip.seconds:.2f}", sample.text, *written])
     return "".join("\t".join(re.sub(r"\s+", " ", cell).strip() for cell in row) + "\n" for row in rows)
 
 
-def markdown(report: dict[str, Any]) -> str:
+def markdown(report: Report) -> str:
     """The figures as tables, what they were measured on, and what went wrong."""
-    parts = [f"# Evaluation of {_plain(report['model'])}", _plain(circumstances(report))]
-    for section in sections(report):
+    parts = [f"# Evaluation of {_plain(report['model'])}", _plain(_circumstances(report))]
+    for section in _sections(report):
         parts += [f"## {_plain(section.title)}"] if section.title else []
-        parts += [_table(section.head, section.rows)] if section.rows else []
-        parts += [_plain(note) for note in section.notes]
+        lines = [section.head, ["---"] * len(section.head), *section.rows] if section.rows else []
+        parts += ["\n".join(f"| {' | '.join(map(_plain, line))} |" for line in lines)] if lines else []
+        parts += map(_plain, section.notes)
     return "\n\n".join(parts) + "\n"
-
-
-def _table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    lines = [head, ["---"] * len(head), *rows]
-    return "\n".join(f"| {' | '.join(map(_plain, line))} |" for line in lines)
 
 
 def _plain(text: str) -> str:
     """Text that cannot break a table or become markup."""
     escaped = re.sub(r"([\\|*_`\[\]])", r"\\\1", text.replace("&", "&amp;").replace("<", "&lt;"))
     return re.sub(r"\s+", " ", escaped)
+
+
+def page(report: Report) -> str:
+    """The whole page of HTML."""
+    title = f"Evaluation of {escape(report['model'])}"
+    body = [f"<h1>{title}</h1>", f"<p>{escape(_circumstances(report))}</p>", *_plots(report)]
+    for section in _sections(report):
+        body += [f"<h2>{escape(section.title)}</h2>"] if section.title else []
+        body += [_table(section.head, section.rows)] if section.rows else []
+        body += [f"<p>{escape(note)}</p>" for note in section.notes]
+    policy = "default-src 'none'; style-src 'unsafe-inline'; img-src data:"
+    return (
+        '<!doctype html>\n<html lang="en">\n<head>\n<meta charset="utf-8">\n'
+        '<meta name="viewport" content="width=device-width, initial-scale=1">\n'
+        f'<meta http-equiv="Content-Security-Policy" content="{policy}">\n'
+        f"<title>{title}</title>\n<style>{_STYLE}</style>\n</head>\n<body>\n" + "\n".join(body) + "\n</body>\n</html>\n"
+    )
+
+
+def _table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    """Columns of words stand on the left."""
+    words = [not all(cell[:1] in "0123456789+-–" for cell in column) for column in zip(*rows, strict=True)]
+
+    def line(tag: str, row: Sequence[str]) -> str:
+        cells = zip(row, [' class="word"' if word else "" for word in words], strict=True)
+        return "<tr>" + "".join(f"<{tag}{kind}>{escape(text)}</{tag}>" for text, kind in cells) + "</tr>\n"
+
+    return f'<div class="wide"><table>\n{line("th", head)}{"".join(line("td", row) for row in rows)}</table></div>'
+
+
+def _circumstances(report: Report) -> str:
+    """What every figure of the report was measured on."""
+    settings, machine, systems = report["settings"], report["machine"], report["systems"].items()
+    corpora = ", ".join(f"{each['source']} ({each['kind']}, split {each['split']})" for each in report["data"])
+    packages = ", ".join(f"{name} {number}" for name, number in report["versions"].items())
+    arithmetic = ", ".join(f"{name} {each['dtype'] or 'as written'} on {each['device']}" for name, each in systems)
+    margins = ", ".join(f"{name} {each['margin']:g} s" for name, each in systems if each["margin"] is not None)
+    return (
+        f"{report['clips']} clips, {report['audio_seconds'] / 60:.1f} minutes, of {corpora}; languages "
+        f"{', '.join(report['languages'])}, {'detected by the system' if settings['detect'] else 'given to the system'}. "
+        f"Decoding {'greedy' if settings['beam'] == 1 else 'beam ' + str(settings['beam'])}, temperature fallback "
+        f"{'on' if settings['fallback'] else 'off'}; silence kept after a clip: {margins or 'not for these systems to say'}. "
+        f"{settings['threads']} thread{'s' * (settings['threads'] != 1)} of {machine['cpu']}, {machine['system']}, Python "
+        f"{machine['python']}, {packages}. Arithmetic: {arithmetic}. {report['date'][:10]}. Intervals: 95 %, bootstrap over "
+        f"clips, {report['resamples']:,} resamples."
+    )
+
+
+def _shown(name: str, figure: Mapping[str, Any] | None) -> str:
+    """``10.92 (9.08–12.97)``, in the unit of the metric; – where there is none."""
+    if figure is None or figure["value"] is None:
+        return "–"
+    value, low, high = (METRICS[name][1] * (figure[key] or 0.0) for key in ("value", "low", "high"))
+    return f"{value:.2f}" if figure["low"] is None else f"{value:.2f} ({low:.2f}–{high:.2f})"
+
+
+def _metrics_of(report: Report, task: str) -> list[str]:
+    """The metrics that any system has in this task, in the order of the tables."""
+    found = [each["quality"][task]["figures"] for each in report["systems"].values()]
+    return [name for name in METRICS if any(name in figures for figures in found)]
+
+
+def _sections(report: Report) -> list[Section]:
+    """All of a report but its heading."""
+    found: list[Section] = []
+    for task in report["tasks"]:
+        found += [_overall(report, task)]
+        found += [_by(report, task, division) for division in ("language", "domain", "duration", "corpus")]
+    found.append(_cost(report))
+    for system, each in report["systems"].items():
+        names = list(next(iter(each["experts"].values()), {}))
+        rows = [(code, *(f"{100 * row[name]:.1f}" for name in names)) for code, row in each["experts"].items()]
+        found.append(Section(f"Expert load of {system}, % of the gates", ("language", *names), rows))
+    found += [_comparisons(report), _trouble(report)]
+    return [section for section in found if section.rows]
+
+
+def _overall(report: Report, task: str) -> Section:
+    names, systems = _metrics_of(report, task), report["systems"]
+    counts = {"failed": "failed", "empty_transcripts": "empty", "decoded_again": "again", "longest_loop": "repeats"}
+    parts = {system: each["quality"][task] for system, each in systems.items()}
+    rows = [
+        (system, *(_shown(name, part["figures"].get(name)) for name in names), *(str(part[count]) for count in counts))
+        for system, part in parts.items()
+    ]
+    first = next(iter(parts.values()))
+    silent = f"{first['empty_references']} of them with nothing said in the reference"
+    said = f"{first['clips']} clips, {first['seconds']:.1f} s, {silent}. Failed: clips that the system broke on, counted as empty"
+    notes = [f"{said} transcripts. Again: windows decoded again. Repeats: how often a phrase is said in a row at most."]
+    notes += [f"{METRICS[name][0]}: {signature}." for name, signature in first["signatures"].items()]
+    for system, part in parts.items():
+        if (missing := part["without_cross_entropy"])["clips"]:
+            notes.append(f"{system}: no cross-entropy of {missing['clips']} clips: {'; '.join(missing['why'])}.")
+    head = ("system", *(METRICS[name][0] for name in names), *counts.values())
+    return Section(f"Quality: {task}", head, rows, notes)
+
+
+def _by(report: Report, task: str, division: str) -> Section:
+    parts = {system: each["quality"][task]["by"].get(division, {}) for system, each in report["systems"].items()}
+    names, first = _metrics_of(report, task), next(iter(parts.values()))
+    rows = [
+        (part, str(size["clips"]), system, *(_shown(name, by[part]["figures"].get(name)) for name in names))
+        for part, size in first.items()
+        for system, by in parts.items()
+    ]
+    return Section("", (division, "clips", "system", *(METRICS[name][0] for name in names)), rows)
+
+
+_COST = {
+    "× real time": ("times_real_time", 1, 1),
+    "tokens/s": ("tokens_per_second", 1, 1),
+    "latency p50, s": ("p50", 1, 3),
+    "p95, s": ("p95", 1, 3),
+    "memory, MB": ("peak_bytes", 1e-6, 0),
+    "on disk, MB": ("disk_bytes", 1e-6, 1),
+    "load, s": ("load_seconds", 1, 2),
+    "parameters, M": ("parameters_total", 1e-6, 1),
+    "active, M": ("parameters_active", 1e-6, 1),
+    "GFLOPs a second of sound": ("flops_per_second", 1e-9, 2),
+}
+"""Column: key, factor, digits."""
+
+
+def _cost(report: Report) -> Section:
+    rows = []
+    for system, each in report["systems"].items():
+        cost = each["cost"] | each["cost"]["latency"]
+        cells = ((cost.get(key), factor, digits) for key, factor, digits in _COST.values())
+        rows.append((system, *("–" if v is None else f"{v * factor:,.{digits}f}" for v, factor, digits in cells)))
+    loads = {system: each["machine_load_before"] for system, each in report["systems"].items()}
+    busy = ", ".join(f"{system} {load:.1f}" for system, load in loads.items() if load is not None)
+    note = (
+        "Speed: all clips as fast as the system can (batched, where it batches), files decoded within the time, loading "
+        "apart. Latency: from one clip to its transcript, one clip at a time. Memory: the most that the system's own process "
+        "has held. FLOPs: by formula, each clip once, TTT layers counted whether their gates are open or not. Processes that "
+        f"wanted the machine as each began: {busy or 'not known'}."
+    )
+    return Section("Cost", ("system", *_COST), rows, [note])
+
+
+def _comparisons(report: Report) -> Section:
+    rows = []
+    for each in report["comparisons"]:
+        for task, part in each["tasks"].items():
+            for name, found in part["figures"].items():
+                if found["difference"] is not None and found["low"] is not None:
+                    shift, low, high = (METRICS[name][1] * found[key] for key in ("difference", "low", "high"))
+                    points, worse = f"{shift:+.2f} ({low:+.2f} to {high:+.2f})", f"{100 * found['share_worse']:.0f} %"
+                    metric = METRICS[name][0].removesuffix(", %")
+                    rows.append((each["system"], each["baseline"], task, metric, points, worse))
+    head = ("system", "against", "task", "metric", "difference (95 %)", "worse in resamples")
+    return Section("Paired differences", head, rows)
+
+
+def _trouble(report: Report) -> Section:
+    rows = [(name, "left out", cause) for name, cause in report["broken"]]
+    rows += [(name, "was not measured", cause) for name, cause in report["not_measured"].items()]
+    for system, each in report["systems"].items():
+        rows += [(clip, f"{system} failed on it", cause) for clip, cause in each["failures"]]
+    return Section("What went wrong", ("what", "how", "cause"), rows)
+
+
+def _plots(report: Report) -> Iterator[str]:
+    for task in report["tasks"]:
+        for division, words in (("duration", "the length of the clip"), ("language", "language")):
+            yield from _intervals(report, task, division, f"{task}: by {words}. Lines are 95 % intervals.")
+    for system, each in report["systems"].items():
+        if each["experts"]:
+            yield _experts(each["experts"], f"Expert load of {system} by language: % of the gates.")
+    waits = {system: each["cost"]["latency"]["seconds"] for system, each in report["systems"].items()}
+    if waits := {system: seconds for system, seconds in waits.items() if seconds}:
+        yield _latencies(waits, "Latency, one clip at a time; dashed: median and 95th percentile.")
+
+
+def _intervals(report: Report, task: str, division: str, caption: str) -> Iterator[str]:
+    """One point with its interval for each part of a division and each system."""
+    name = _metrics_of(report, task)[0]
+    by = {system: each["quality"][task]["by"].get(division, {}) for system, each in report["systems"].items()}
+    first, factor = next(iter(by.values())), METRICS[name][1]
+    if not any(part["figures"][name]["value"] is not None for parts in by.values() for part in parts.values()):
+        return
+
+    def draw(figure: Any) -> None:
+        axes = figure.subplots()
+        for number, (system, parts) in enumerate(by.items()):
+            found = [(column, part["figures"][name]) for column, part in enumerate(parts.values())]
+            known = [(column, each) for column, each in found if each["value"] is not None]
+            y = [factor * each["value"] for _, each in known]
+            spread = [
+                [factor * abs(each["value"] - (each["value"] if each[end] is None else each[end])) for _, each in known]
+                for end in ("low", "high")
+            ]
+            x = [column + 0.12 * (number - (len(by) - 1) / 2) for column, _ in known]
+            axes.errorbar(x, y, spread, fmt="o", label=system)
+        axes.set_xticks(range(len(first)), [f"{part} ({size['clips']})" for part, size in first.items()])
+        axes.set_ylabel(METRICS[name][0])
+        axes.set_ylim(bottom=0)
+        figure.legend(loc="outside lower center")
+
+    yield _picture(draw, 4.5, caption)
+
+
+def _experts(load: Mapping[str, Mapping[str, float]], caption: str) -> str:
+    """A heat map, language by expert."""
+    names = list(next(iter(load.values())))
+
+    def draw(figure: Any) -> None:
+        axes = figure.subplots()
+        axes.imshow(
+            [[row[name] for name in names] for row in load.values()], cmap="Blues", aspect="auto", vmin=0, alpha=0.6
+        )
+        axes.set_xticks(range(len(names)), names, rotation=30, ha="right")
+        axes.set_yticks(range(len(load)), load)
+        for line, row in enumerate(load.values()):
+            for column, name in enumerate(names):
+                axes.text(column, line, f"{100 * row[name]:.1f}", ha="center", va="center")
+
+    return _picture(draw, 1.5 + 0.3 * len(load), caption)
+
+
+def _latencies(waits: Mapping[str, Sequence[float]], caption: str) -> str:
+    """A histogram for each system over the same seconds."""
+
+    def draw(figure: Any) -> None:
+        import numpy as np
+
+        longest = max(map(max, waits.values()))
+        for axes, (system, seconds) in zip(
+            np.ravel(figure.subplots(len(waits), sharex=True)), waits.items(), strict=True
+        ):
+            axes.hist(seconds, bins=24, range=(0, longest))
+            axes.set_title(f"{system} ({len(seconds)} clips)", fontsize="medium")
+            for percent in (50, 95):
+                axes.axvline(float(np.percentile(seconds, percent)), color="gray", linestyle="--")
+        figure.supxlabel("seconds")
+
+    return _picture(draw, 0.8 + 1.4 * len(waits), caption)
+
+
+def _picture(draw: Callable[[Any], None], height: float, caption: str) -> str:
+    from matplotlib import rc_context
+    from matplotlib.figure import Figure
+
+    drawn = BytesIO()
+    with rc_context({"svg.fonttype": "none", "text.parse_math": False}):
+        draw(figure := Figure(figsize=(9, height), layout="constrained"))
+        figure.savefig(drawn, format="svg")
+    source = f"data:image/svg+xml;base64,{b64encode(drawn.getvalue()).decode()}"
+    return f'<figure><img alt="" src="{source}"><figcaption>{escape(caption)}</figcaption></figure>'

@@ -1,58 +1,92 @@
-"""Which systems can be named, how each is found, and how it is loaded.
+"""The systems that can be evaluated and compared: how each is named, found, loaded, and made to transcribe.
 
 ``NAME`` alone is this project's: a whisper-moe folder or any Whisper. Peers: ``faster-whisper:NAME`` (int8),
 ``faster-whisper-float32:NAME``, ``openai:NAME``, ``transformers:NAME``, where NAME is a size that the peer knows, its own
 format, or a Whisper of the Hub or in a folder, which is converted once. ``transcripts:FILE`` is what any system wrote.
+
+Each decodes as its users would, greedily or with the same beam, with the same fallback temperatures where it has any. A
+peer's package is imported when it is loaded, and none is needed otherwise.
 """
+
+# The peers are optional: type checking must pass without them.
+# pyright: reportMissingImports=false
 
 from __future__ import annotations
 
+import multiprocessing
 import os
-from collections.abc import Callable
-from dataclasses import dataclass, replace
+import shutil
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from functools import partial
+from hashlib import sha256
 from importlib.util import find_spec
+from itertools import islice
+from multiprocessing.connection import Connection
 from pathlib import Path
-from typing import Any, Literal, TypeAlias
+from threading import Thread
+from typing import TYPE_CHECKING, Any, NamedTuple, TypeAlias, TypeVar
 
-from whisper_moe.config import FULL_WINDOW
-from whisper_moe.data.sample import Task
-from whisper_moe.evaluate.convert import to_hub, weights
-from whisper_moe.evaluate.peers import (
-    Adapter,
-    FasterWhisper,
-    OpenAIWhisper,
-    Ours,
-    Setup,
-    Transformers,
-    WrittenTranscripts,
-)
-from whisper_moe.machine import unshare_cores
+from whisper_moe.config import SAMPLE_RATE
+from whisper_moe.generate.result import mean_gates
+from whisper_moe.machine import THREAD_VARIABLES
+from whisper_moe.media.audio import load_audio
 
-Kind: TypeAlias = Literal["ours", "faster-whisper", "faster-whisper-float32", "openai", "transformers", "transcripts"]
-_NEEDS: dict[Kind, tuple[str, tuple[str, ...]]] = {
-    "ours": ("torch", ("whisper-moe", "torch", "av")),
-    "faster-whisper": ("faster_whisper", ("faster-whisper", "ctranslate2")),
-    "faster-whisper-float32": ("faster_whisper", ("faster-whisper", "ctranslate2")),
-    "openai": ("whisper", ("openai-whisper", "torch")),
-    "transformers": ("transformers", ("transformers", "torch")),
-    "transcripts": ("jiwer", ()),
-}
-"""The module that must be there, and the packages whose versions belong to the figures."""
-SPEECH: tuple[Task, ...] = ("transcribe", "translate")
-"""What a system that hears can be asked for."""
+if TYPE_CHECKING:
+    import numpy as np
+
+Source: TypeAlias = "str | np.ndarray"
+"""A file, or mono float32 samples at 16 kHz."""
+T = TypeVar("T")
 DEFAULT = "default"
 """The name of the model that comes along."""
 
 
+class Package(NamedTuple):
+    """What a kind of system needs: a module, and the packages whose versions belong to its figures."""
+
+    module: str
+    packages: tuple[str, ...]
+    dtype: str = ""
+    """The arithmetic of a peer; this project's models say themselves."""
+
+
+_NEEDS = {
+    "ours": Package("torch", ("whisper-moe", "torch", "av")),
+    "faster-whisper": Package("faster_whisper", ("faster-whisper", "ctranslate2"), "int8"),
+    "faster-whisper-float32": Package("faster_whisper", ("faster-whisper", "ctranslate2"), "float32"),
+    "openai": Package("whisper", ("openai-whisper", "torch"), "float32"),
+    "transformers": Package("transformers", ("transformers", "torch"), "float32"),
+    "transcripts": Package("jiwer", ()),
+}
+
+
 @dataclass(frozen=True)
 class System:
-    """A system by name; ``weights`` once it has been found."""
+    """A system by name."""
 
-    kind: Kind
+    kind: str
     name: str
-    weights: str = ""
     padded: bool = False
     """Every clip is padded to 30 s, whatever margin the model has of its own."""
+
+    @classmethod
+    def parse(cls, spec: str) -> System:
+        """The system that ``spec`` names. Raises ``ValueError`` where it cannot run here, naming what is missing."""
+        prefix, colon, name = spec.partition(":")
+        peer = bool(colon) and prefix in _NEEDS and prefix != "ours"
+        system = cls(prefix, name) if peer else cls("ours", spec)
+        if not system.name:
+            raise ValueError(f"{spec!r} names no model: {system.kind}:NAME")
+        if find_spec(system.needs.module) is None:
+            raise ValueError(f"{spec}: {(*system.needs.packages, system.needs.module)[0]} is not installed")
+        if system.kind == "transcripts" and not Path(name).is_file():
+            raise ValueError(f"{spec}: no such file")
+        return system
+
+    @property
+    def needs(self) -> Package:
+        return _NEEDS[self.kind]
 
     @property
     def label(self) -> str:
@@ -64,86 +98,295 @@ class System:
         return f"{name}, padded" if self.padded else name if self.kind == "ours" else f"{self.kind}:{name}"
 
     @property
-    def tasks(self) -> tuple[Task, ...]:
-        return (*SPEECH, "translate-text", "sign") if self.kind == "transcripts" else SPEECH
+    def tasks(self) -> tuple[str, ...]:
+        speech = ("transcribe", "translate")
+        return (*speech, "translate-text", "sign") if self.kind == "transcripts" else speech
 
     @property
-    def packages(self) -> tuple[str, ...]:
-        return _NEEDS[self.kind][1]
+    def source(self) -> str | None:
+        """What ``WhisperMoE.from_pretrained`` takes, for this project's models."""
+        return None if self.name == DEFAULT and not Path(DEFAULT).exists() else self.name
 
-    @property
-    def dtype(self) -> str | None:
-        """The arithmetic of a peer; this project's models say themselves."""
-        return {"faster-whisper": "int8", "ours": None, "transcripts": None}.get(self.kind, "float32")
+    def weights(self) -> str:
+        """Where its weights are, in the format that it reads: downloaded and converted if need be."""
+        match self.kind:
+            case "faster-whisper" | "faster-whisper-float32":
+                from faster_whisper import available_models, download_model
+
+                if (Path(self.name) / "model.bin").is_file():
+                    return self.name
+                if self.name in available_models():
+                    return download_model(self.name)
+                return converted(self.name, f"ct2-{self.needs.dtype}", partial(to_ctranslate2, self.needs.dtype))
+            case "openai":
+                import whisper
+
+                if self.name in whisper.available_models() or Path(self.name).is_file():
+                    return self.name
+                return converted(self.name, "openai", to_openai)
+            case "transformers":
+                return hub_folder(self.name)
+            case "ours":
+                from whisper_moe.weights.load import default, resolve
+
+                return str(resolve(self.source or default()).path)
+        return self.name
 
 
-def parse(spec: str) -> System:
-    """The system that ``spec`` names. Raises ``ValueError`` where it cannot run here, naming what is missing."""
-    prefix, colon, name = spec.partition(":")
-    peers: dict[str, Kind] = {kind: kind for kind in _NEEDS if kind != "ours"}
-    kind: Kind = peers.get(prefix, "ours") if colon else "ours"
-    system = System(kind, spec if kind == "ours" else name)
-    if not system.name:
-        raise ValueError(f"{spec!r} names no model: {kind}:NAME")
-    module = _NEEDS[kind][0]
-    if find_spec(module) is None:
-        package = system.packages[0] if system.packages else module
-        raise ValueError(f"{spec}: {package} is not installed")
-    if kind == "transcripts" and not Path(name).is_file():
-        raise ValueError(f"{spec}: no such file")
-    return system
+@dataclass(frozen=True)
+class Heard:
+    """What one clip became."""
+
+    text: str
+    tokens: int | None = None
+    """Tokens that were decoded, where the system says; those of tries that were given up are not among them."""
+    experts: tuple[tuple[str, float], ...] = ()
+    """Mean gate of each expert, *none* included; empty where there are none, or they are chosen per token."""
+    fallbacks: int = 0
+    """Windows that were decoded again."""
+    error: str | None = None
 
 
-def prepared(system: System, cache: Path | None = None) -> System:
-    """The system with its weights in the format that it reads, converted if need be; that takes a peer's converter.
+class Adapter:
+    """A loaded system."""
 
-    Raises ``RuntimeError`` with the converter's own words when it fails.
+    batched = False
+    """Whether it is given all clips at once, and one by one only for the latency."""
+    timestamps = "without_timestamps"
+    """Its option for timestamps; one that begins with *without* is turned round."""
+    options: dict[str, Any]
+    """What else it is told, beside language and task."""
+
+    def hear(self, sources: Iterable[Source], *, language: str | None, task: str, long: bool) -> Iterator[Heard]:
+        """One result for each clip, in order. ``language`` None is detected; ``long``: over 30 s, where the sequential peers
+        need timestamps to move their window."""
+        timed = long != self.timestamps.startswith("without")
+        return self.each(sources, {**self.options, "language": language, "task": task, self.timestamps: timed})
+
+    def each(self, sources: Iterable[Source], told: dict[str, Any]) -> Iterator[Heard]:
+        raise NotImplementedError
+
+
+class Ours(Adapter):
+    """This project: all clips in one call, packed without padding.
+
+    A clip that looks wrong with its margin is decoded again padded to 30 s, within the time; ``fallbacks`` counts them.
+    """
+
+    batched, timestamps = True, "timestamps"
+
+    def __init__(self, model: Any, *, beam: int, temperatures: tuple[float, ...], margin: float | None) -> None:
+        """``model``: a loaded ``WhisperMoE``; ``margin``: None for its own."""
+        self.model = model
+        self.margin: float = model.context_margin if margin is None else margin
+        self.options = {"beam_size": beam, "temperatures": temperatures, "context_margin": self.margin}
+
+    def each(self, sources: Iterable[Source], told: dict[str, Any]) -> Iterator[Heard]:
+        for outcome in self.model.transcribe_each(sources, **told):
+            result = outcome.transcription
+            if result is None:
+                yield Heard("", error=str(outcome.error))
+                continue
+            tokens = sum(len(segment.tokens) for segment in result.segments)
+            yield Heard(result.text, tokens, mean_gates(result.segments), result.fallbacks)
+
+
+class FasterWhisper(Adapter):
+    """faster-whisper, one clip at a time."""
+
+    def __init__(
+        self, weights: str, *, threads: int, beam: int, temperatures: tuple[float, ...], dtype: str, **more: Any
+    ) -> None:
+        from faster_whisper import WhisperModel
+
+        self.model = WhisperModel(weights, device="cpu", compute_type=dtype, cpu_threads=threads, **more)
+        self.options = {"beam_size": beam, "temperature": list(temperatures), "condition_on_previous_text": False}
+
+    def each(self, sources: Iterable[Source], told: dict[str, Any]) -> Iterator[Heard]:
+        return map(partial(self.one, told), sources)
+
+    def one(self, told: dict[str, Any], source: Source) -> Heard:
+        segments = list(self.model.transcribe(source, **told)[0])
+        return Heard("".join(each.text for each in segments), sum(len(each.tokens) for each in segments))
+
+
+class OpenAIWhisper(Adapter):
+    """openai-whisper, one clip at a time; files it decodes with the ``ffmpeg`` program."""
+
+    def __init__(self, weights: str, *, threads: int, beam: int, temperatures: tuple[float, ...]) -> None:
+        import torch
+        import whisper
+
+        torch.set_num_threads(threads)
+        self.model = whisper.load_model(weights, device="cpu")
+        told = {"beam_size": beam if beam > 1 else None, "temperature": temperatures}
+        self.options = told | {"condition_on_previous_text": False, "fp16": False}
+
+    def each(self, sources: Iterable[Source], told: dict[str, Any]) -> Iterator[Heard]:
+        for source in sources:
+            result: dict[str, Any] = self.model.transcribe(source, **told)
+            yield Heard(str(result["text"]), sum(len(segment["tokens"]) for segment in result["segments"]))
+
+
+class Transformers(Adapter):
+    """transformers' ``generate`` in float32 on batches of clips, as its pipeline calls it."""
+
+    batched, timestamps = True, "return_timestamps"
+
+    def __init__(
+        self, weights: str, *, threads: int, beam: int, temperatures: tuple[float, ...], batch: int = 8
+    ) -> None:
+        import torch
+        from transformers import AutoProcessor, WhisperForConditionalGeneration
+
+        torch.set_num_threads(threads)
+        self.batch = batch
+        self.processor: Any = AutoProcessor.from_pretrained(weights)
+        self.model = WhisperForConditionalGeneration.from_pretrained(weights, dtype=torch.float32).eval()
+        self.options = {"num_beams": beam, "temperature": 0.0, "condition_on_prev_tokens": False}
+        if len(temperatures) > 1:
+            self.options |= {
+                "temperature": temperatures,
+                "compression_ratio_threshold": 1.35,
+                "logprob_threshold": -1.0,
+            }
+
+    def each(self, sources: Iterable[Source], told: dict[str, Any]) -> Iterator[Heard]:
+        waiting = map(samples_of, sources)
+        while clips := list(islice(waiting, self.batch)):
+            yield from self._one_batch(clips, told)
+
+    def _one_batch(self, clips: Sequence[np.ndarray], told: dict[str, Any]) -> list[Heard]:
+        import torch
+
+        padding = {"truncation": False, "padding": "longest"} if told["return_timestamps"] else {}
+        inputs = self.processor(
+            list(clips), sampling_rate=SAMPLE_RATE, return_tensors="pt", return_attention_mask=True, **padding
+        )
+        with torch.inference_mode():
+            rows: Any = self.model.generate(**inputs, **told)
+        special = set(self.processor.tokenizer.all_special_ids)
+        counts = [sum(token not in special for token in row) for row in rows.tolist()]
+        texts = self.processor.batch_decode(rows, skip_special_tokens=True)
+        return [Heard(text, count) for text, count in zip(texts, counts, strict=True)]
+
+
+PEERS: dict[str, Callable[..., Adapter]] = {"openai": OpenAIWhisper, "transformers": Transformers}
+PEERS |= {
+    kind: partial(FasterWhisper, dtype=_NEEDS[kind].dtype) for kind in ("faster-whisper", "faster-whisper-float32")
+}
+
+
+def samples_of(source: Source) -> np.ndarray:
+    """Mono float32 samples at 16 kHz, for peers that bring no decoder."""
+    return load_audio(Path(source), max_seconds=None) if isinstance(source, str) else source
+
+
+def hub_folder(model: str) -> str:
+    """A Whisper's folder, downloaded unless it is in the cache."""
+    from huggingface_hub import snapshot_download
+
+    from whisper_moe.weights.load import hub_id
+
+    others = ["*.h5", "*.msgpack"]  # weights of other frameworks
+    return model if Path(model).is_dir() else snapshot_download(hub_id(model) or model, ignore_patterns=others)
+
+
+def converted(model: str, form: str, write: Callable[[str, Path], None], cache: Path | None = None) -> str:
+    """A Whisper in a format that ``write`` writes, in ``cache`` unless it lies there. What is known of a local one is its path
+    and its files' sizes and times: one that was written anew is converted anew.
     """
     cache = cache or Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "whisper-moe" / "converted"
-    match system.kind:
-        case "faster-whisper" | "faster-whisper-float32":
-            found = _faster_whisper(system, cache)
-        case "openai":
-            found = _openai(system.name, cache)
-        case "transformers":
-            found = str(to_hub(system.name))
-        case _:
-            found = system.name
-    return replace(system, weights=found)
+    target = cache / f"{model.strip('/').replace('/', '--')}{_state(Path(model))}-{form}"
+    if not target.exists():
+        cache.mkdir(parents=True, exist_ok=True)
+        apart(_convert, write, model, target)
+    return str(target)
 
 
-def _faster_whisper(system: System, cache: Path) -> str:
-    from faster_whisper import available_models, download_model  # pyright: ignore[reportMissingImports]
-
-    if (Path(system.name) / "model.bin").is_file():
-        return system.name
-    if system.name in available_models():
-        return download_model(system.name)
-    return str(weights(f"ct2-{system.dtype}", system.name, cache))
+def _state(path: Path) -> str:
+    if not path.exists():
+        return ""
+    files = sorted(path.iterdir()) if path.is_dir() else [path]
+    facts = [(file.name, file.stat().st_size, file.stat().st_mtime_ns) for file in files]
+    return "-" + sha256(f"{path.resolve()} {facts}".encode()).hexdigest()[:16]
 
 
-def _openai(name: str, cache: Path) -> str:
-    import whisper  # pyright: ignore[reportMissingImports]
+def _convert(write: Callable[[str, Path], None], model: str, target: Path) -> None:
+    """The target appears only when it is complete."""
+    scratch = target.with_name(f"{target.name}.{os.getpid()}")
+    try:
+        write(model, scratch)
+        scratch.rename(target)
+    finally:
+        shutil.rmtree(scratch) if scratch.is_dir() else scratch.unlink(missing_ok=True)
 
-    return name if name in whisper.available_models() or Path(name).is_file() else str(weights("openai", name, cache))
+
+def to_ctranslate2(quantization: str, model: str, target: Path) -> None:
+    from ctranslate2.converters import TransformersConverter
+
+    copied = ["tokenizer.json", "preprocessor_config.json"]
+    TransformersConverter(model, copy_files=copied).convert(str(target), quantization=quantization, force=True)
 
 
-def loaded(
-    system: System, setup: Setup, load: Callable[..., Any], *, device: str, dtype: str, margin: float | None
-) -> Adapter | WrittenTranscripts:
-    """The system, ready. ``load`` is ``WhisperMoE.from_pretrained``; ``device`` and ``dtype`` are of this project's."""
-    if system.kind != "ours":
-        unshare_cores()
-    match system.kind:
-        case "ours":
-            source = None if system.name == DEFAULT and not Path(DEFAULT).exists() else system.name
-            model = load(source, device=device, dtype=dtype, threads=setup.threads)
-            return Ours(model, setup, margin=FULL_WINDOW if system.padded else margin, weights=Path(source or "."))
-        case "faster-whisper" | "faster-whisper-float32":
-            return FasterWhisper(setup, compute_type=system.dtype or "int8")
-        case "openai":
-            return OpenAIWhisper(setup)
-        case "transformers":
-            return Transformers(setup)
-        case "transcripts":
-            return WrittenTranscripts(Path(system.name))
+def to_openai(model: str, target: Path) -> None:
+    import torch
+
+    from whisper_moe.weights.load import load_model
+    from whisper_moe.weights.whisper import OPENAI, config_to_openai, state_to_whisper
+
+    source = load_model(model)
+    state = state_to_whisper(source.state, source.config, OPENAI)
+    if all(torch.equal(tensor.half().float(), tensor) for tensor in state.values()):  # as most are published
+        state = {name: tensor.half() for name, tensor in state.items()}
+    torch.save({"dims": config_to_openai(source.config), "model_state_dict": state}, target)
+
+
+class SystemFailed(RuntimeError):
+    """What was done in a process of its own failed there, or took the process with it."""
+
+
+def apart(work: Callable[..., T], *arguments: Any, threads: int | None = None) -> T:
+    """What a function gives in a process of its own: its peak memory and its threads are its alone.
+
+    Raises :class:`SystemFailed` for whatever goes wrong there.
+    """
+    context = multiprocessing.get_context("spawn")
+    receiver, sender = context.Pipe(duplex=False)
+    process = context.Process(target=_serve, args=(sender, work, arguments), daemon=True)
+    before = dict(os.environ)
+    try:
+        os.environ.update(dict.fromkeys(THREAD_VARIABLES, str(threads)) if threads else {})
+        process.start()
+    finally:
+        os.environ.clear()
+        os.environ.update(before)
+    sender.close()
+    try:
+        failure, result = receiver.recv()
+    except EOFError:
+        process.join()
+        cause = "killed, as by a system that is out of memory" if process.exitcode == -9 else "its process ended"
+        raise SystemFailed(f"{cause} (exit status {process.exitcode})") from None
+    finally:
+        process.terminate()
+        process.join()
+    if failure:
+        raise SystemFailed(failure)
+    return result
+
+
+def _serve(sender: Connection, work: Callable[..., Any], arguments: Sequence[Any]) -> None:
+    Thread(target=_end_with_the_parent, daemon=True).start()
+    os.dup2(2, 1)  # what a system prints is no part of the report
+    try:
+        sender.send(("", work(*arguments)))
+    except Exception as error:
+        sender.send((f"{type(error).__name__}: {' '.join(str(error).split())}", None))
+
+
+def _end_with_the_parent() -> None:
+    """A parent that is killed cannot end its children, and nobody wants their results any more."""
+    if (parent := multiprocessing.parent_process()) is not None:
+        parent.join()
+        os._exit(1)

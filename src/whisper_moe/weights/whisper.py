@@ -170,6 +170,15 @@ def config_to_whisper(config: ModelConfig) -> dict[str, Any]:
     return fixed | {theirs: getattr(config, ours) for ours, (theirs, _) in _CONFIG.items()} | _FIXED
 
 
+def config_to_openai(config: ModelConfig) -> dict[str, Any]:
+    """The ``dims`` of an openai/whisper file of a dense model."""
+    _require_dense(config)
+    if {config.encoder_ffn_dim, config.decoder_ffn_dim} != {4 * config.d_model}:
+        raise ValueError("openai/whisper's feed-forward is always four times as wide as the model; this one's is not")
+    dims = {theirs: getattr(config, ours) for ours, (_, theirs) in _CONFIG.items() if theirs}
+    return dims | {"n_text_state": config.d_model}
+
+
 def state_from_whisper(
     hf_state: Mapping[str, Tensor], config: ModelConfig, *, origin: str | Path = "Whisper's weights"
 ) -> dict[str, Tensor]:
@@ -198,14 +207,16 @@ def state_from_openai(
     return _fused(model_state, config, OPENAI, ignored=set(), origin=origin)
 
 
-def state_to_whisper(state: Mapping[str, Tensor], config: ModelConfig) -> dict[str, Tensor]:
-    """transformers' tensors of a dense model; the reverse of :func:`state_from_whisper`, exactly.
+def state_to_whisper(
+    state: Mapping[str, Tensor], config: ModelConfig, spelling: Format = TRANSFORMERS
+) -> dict[str, Tensor]:
+    """transformers' tensors of a dense model, or openai/whisper's; the reverse of :func:`state_from_whisper`, exactly.
 
     A bias on keys, should training have moved it, is dropped: it adds the same number to every logit of a query, which
     the softmax takes away again.
     """
     _require_dense(config)
-    keys = key_map(config, TRANSFORMERS)
+    keys = key_map(config, spelling)
     _require_same(set(state), set(keys), "the model's state")
     return {
         theirs: part.contiguous()
