@@ -1,11 +1,13 @@
 """A disk that fails on demand: the process dies, the power goes or the disk is full at the k-th call to the system.
 
-:class:`FailingDisk` wraps the calls of :mod:`os` that change a file system. When the power goes, what nobody had put on
-the disk with fsync is lost: the data of files, and the names of files and folders (made, renamed, removed).
+:class:`FailingDisk` wraps the calls of :mod:`os` that change a file system, and files that are opened to be written. When the
+power goes, what nobody had put on the disk with fsync is lost: the data of files, and the names of files and folders (made,
+renamed, removed).
 """
 
 from __future__ import annotations
 
+import io
 import os
 import shutil
 from collections.abc import Callable
@@ -18,7 +20,18 @@ import pytest
 Loss = Literal["nothing", "data", "data and names"]
 """What a failure takes with it: nothing (the process was killed), or what was not on the disk (the power went)."""
 SURVIVED = 77
-_CALLS = ("open", "mkdir", "write", "fsync", "rename", "unlink", "rmdir")
+_CALLS = ("open", "mkdir", "fsync", "rename", "replace", "unlink", "rmdir")
+
+
+class _File(io.FileIO):
+    """A new file, each write to which is a call of a disk."""
+
+    disk: FailingDisk
+
+    def write(self, data: Any) -> int:
+        view = memoryview(data).cast("B")
+        self.disk.write(Path(str(self.name)), view, super().write)
+        return len(view)
 
 
 class FailingDisk:
@@ -35,10 +48,12 @@ class FailingDisk:
         self.overwritten: dict[Path, bytes] = {}
         """File → what it was before another took its name."""
         self.real: dict[str, Any] = {name: getattr(os, name) for name in _CALLS}
+        self.io_open = io.open
 
     def install(self, patch: pytest.MonkeyPatch) -> FailingDisk:
         for name in _CALLS:
             patch.setattr(os, name, getattr(self, name))
+        patch.setattr(io, "open", self.open_file)
         return self
 
     def _count(self, call: str) -> bool:
@@ -49,29 +64,35 @@ class FailingDisk:
             self.fail()
         return number == self.at and self.torn
 
+    def open_file(self, path: Any, mode: str = "r", *args: Any, **options: Any) -> Any:
+        """What :meth:`pathlib.Path.open` calls."""
+        if not set(mode) & set("wx"):
+            return self.io_open(path, mode, *args, **options)
+        self._count("open")
+        file = _File(str(path), mode.replace("b", "").replace("t", ""))
+        file.disk = self
+        self.files[file.fileno()] = Path(path)
+        self.unsynced_data[Path(path)] = 0
+        self.unsynced_names.append(("made", Path(path), None))
+        return file if "b" in mode else io.TextIOWrapper(io.BufferedWriter(file), "utf-8")
+
+    def write(self, path: Path, data: memoryview, write: Callable[[Any], Any]) -> None:
+        torn = self._count("write")
+        if torn and self.fail:
+            write(data[: len(data) // 2])
+            self.fail()
+        write(data)
+
     def open(self, path: Any, flags: int, *args: Any, **kwargs: Any) -> int:
-        if not flags & os.O_CREAT:
-            descriptor = self.real["open"](path, flags, *args, **kwargs)
-        else:
-            self._count("open")
-            descriptor = self.real["open"](path, flags, *args, **kwargs)
-            self.unsynced_names.append(("made", Path(path), None))
+        descriptor = self.real["open"](path, flags, *args, **kwargs)
         self.files[descriptor] = Path(path)
         return descriptor
 
     def mkdir(self, path: Any, *args: Any, **kwargs: Any) -> None:
-        self._count("mkdir")
+        if not Path(path).is_dir():  # else it only says so
+            self._count("mkdir")
         self.real["mkdir"](path, *args, **kwargs)
         self.unsynced_names.append(("made", Path(path), None))
-
-    def write(self, descriptor: int, data: Any) -> int:
-        torn = self._count("write")
-        path = self.files[descriptor]
-        self.unsynced_data.setdefault(path, os.fstat(descriptor).st_size)
-        if torn and self.fail:
-            self.real["write"](descriptor, data[: len(data) // 2])
-            self.fail()
-        return self.real["write"](descriptor, data)
 
     def fsync(self, descriptor: int) -> None:
         self._count("fsync")
@@ -80,13 +101,16 @@ class FailingDisk:
         self.unsynced_data.pop(path, None)
         self.unsynced_names = [change for change in self.unsynced_names if change[1].parent != path]
 
-    def rename(self, old: Any, new: Any) -> None:
-        self._count("rename")
+    def rename(self, old: Any, new: Any, call: str = "rename") -> None:
+        self._count(call)
         if Path(new).is_file():
             self.overwritten[Path(new)] = Path(new).read_bytes()
         self.real["rename"](old, new)
         self._follow(Path(old), Path(new))
         self.unsynced_names.append(("renamed", Path(new), Path(old)))
+
+    def replace(self, old: Any, new: Any) -> None:
+        self.rename(old, new, "replace")
 
     def unlink(self, path: Any, *, dir_fd: int | None = None) -> None:
         self._count("unlink")

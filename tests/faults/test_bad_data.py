@@ -9,10 +9,10 @@ import numpy as np
 import pytest
 
 pytest.importorskip("datasets")
-from faults.runs import STEPS, at_step, last, materials, same_tensors, sample_ids, steps, train
+from faults.runs import STEPS, at_step, last, materials, meta, same_tensors, sample_ids, steps, train
 from media.recordings import encode
 
-from whisper_moe.train.checkpoint import FOLDER, load
+from whisper_moe.train.checkpoint import FOLDER, read, step_of
 
 
 @pytest.fixture(scope="module")
@@ -62,10 +62,10 @@ def test_a_bad_step_is_left_out_and_its_samples_named(fault: str, cause: str, re
         assert record["skipped"].startswith(cause)
         assert record["ids"] == sample_ids(run)[step]
         assert f"WARNING: step {step} is skipped: {cause}" in done.stderr
-    tensors = {int(path.name.split("-")[-1]): load(path).tensors for path in (run / FOLDER).iterdir()}
-    assert same_tensors(tensors[3], tensors[5]) and same_tensors(tensors[8], tensors[9]), "weights and moments"
-    assert not same_tensors(tensors[5], tensors[6])
-    assert all(tensor.isfinite().all() for tensor in last(run).tensors.values() if tensor.is_floating_point())
+    paths = {step_of(path): path for path in (run / FOLDER).iterdir()}
+    assert same_tensors(paths[3], paths[5]) and same_tensors(paths[8], paths[9]), "weights and moments"
+    assert not same_tensors(paths[5], paths[6])
+    assert all(tensor.isfinite().all() for tensor in read(last(run)).values() if tensor.is_floating_point())
     assert json.loads((run / "run.json").read_text())["bad_steps"] == 3
 
 
@@ -76,7 +76,7 @@ def test_too_many_bad_steps_in_a_row_end_the_run(recipe: Path, tmp_path: Path) -
     assert done.status == 1 and "Traceback" not in done.stderr
     assert "step 9: the loss is nan, as in the 2 steps before" in done.stderr
     assert sample_ids(run)[9][0] in done.stderr.splitlines()[-1]
-    assert last(run).step == 6
+    assert step_of(last(run)) == 6
 
 
 @pytest.mark.slow
@@ -85,7 +85,7 @@ def test_the_count_of_bad_steps_survives_a_kill(recipe: Path, tmp_path: Path) ->
     fault = NAN_LOSS.format(steps={4, 5, 6})
     kill = "before(loop.Trainer, '_skip', lambda self, *a: self.progress.step == 5 and die())\n"
     assert train(recipe, run, "run.checkpoint_every=5", fault=fault + kill).status < 0
-    assert last(run).meta["progress"]["bad_in_a_row"] == 2
+    assert meta(last(run))["progress"]["bad_in_a_row"] == 2
     done = train(recipe, run, "run.checkpoint_every=5", "--resume", fault=fault)
     assert done.status == 1 and "step 6: the loss is nan, as in the 2 steps before" in done.stderr
 

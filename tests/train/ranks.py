@@ -30,6 +30,7 @@ from whisper_moe.data.loader import Batch
 from whisper_moe.model.block import Block
 from whisper_moe.model.model import WhisperMoEModel
 from whisper_moe.packing import Layout
+from whisper_moe.train import checkpoint
 from whisper_moe.train.layout import ParallelConfig
 from whisper_moe.train.loop import Trainer
 from whisper_moe.train.losses import RouterLosses, SpeechObjective
@@ -149,7 +150,7 @@ CASES = {
 """Computed by two or by four processes; the second and third take minutes."""
 
 
-def make_trainer(case: Case, parallel: Any, steps: int = STEPS) -> Trainer:
+def make_trainer(case: Case, parallel: Any, steps: int = STEPS, directory: Path | None = None) -> Trainer:
     model: WhisperMoEModel = tiny_model(case.model, torch.float32, seed=parallel.rank)
     for module in model.modules():
         if isinstance(module, Block):
@@ -158,7 +159,7 @@ def make_trainer(case: Case, parallel: Any, steps: int = STEPS) -> Trainer:
     optimisation |= {"weight_decay": 0.1, "ttt_lr": 2e-3, "most_bad_steps": 1}
     objective = SpeechObjective(smoothing=0.1, routing=RouterLosses(balance=0.1, z=0.01))
     batches = Shares(parallel.data_rank, parallel.data_size, case.passes)
-    return Trainer(tiny_recipe(optimisation=optimisation), model, objective, batches, parallel)
+    return Trainer(tiny_recipe(optimisation=optimisation), model, objective, batches, parallel, directory=directory)
 
 
 def trained(case: Case, parallel: Any, steps: int = STEPS) -> dict[str, Any]:
@@ -181,12 +182,17 @@ def trained(case: Case, parallel: Any, steps: int = STEPS) -> dict[str, Any]:
         name: (type(p).__name__, tuple(getattr(p, "placements", ())), local_size(p), p.numel())
         for name, p in trainer.model.named_parameters()
     }
-    tensors, _ = trainer.state()
     return {
         "losses": [r.loss for r in reports], "norms": [r.gradient_norm for r in reports], "loads": [r.load for r in reports],
-        "labels": [r.label_tokens for r in reports], "gradients": gradients, "tensors": tensors,
+        "labels": [r.label_tokens for r in reports], "gradients": gradients, "tensors": whole_tensors(trainer),
         "parts": {name: (kind, [str(p) for p in places], mine, all_) for name, (kind, places, mine, all_) in parts.items()},
     }  # fmt: skip
+
+
+def whole_tensors(trainer: Trainer) -> dict[str, Tensor]:
+    """All that a checkpoint keeps, on every rank."""
+    tensors = checkpoint.tensors_of(trainer.model, trainer.optimizer)
+    return {name: trainer.parallel.full(tensor).clone() for name, tensor in tensors.items()}
 
 
 def relative(found: Tensor, expected: Tensor) -> float:
@@ -275,29 +281,27 @@ def layouts(folder: Path, parallel: Any) -> dict[str, Any]:
 
 
 def going_on(folder: Path, parallel: Any) -> dict[str, Any]:
-    """Some steps in a layout, from a sharded checkpoint if there is one, to another."""
+    """Some steps in a layout, from a checkpoint if there is one, to another."""
     told = json.loads(os.environ["GOING_ON"])
     case = Case("going on", told["model"], told["parallel"])
     return go_on(case, within(case), told["first"], told["before"], told["after"])
 
 
 def go_on(case: Case, parallel: Any, first: int, before: str | None, after: str | None) -> dict[str, Any]:
-    """:data:`TURN` steps from ``first`` on; ``before`` and ``after`` are runs with sharded checkpoints."""
-    from whisper_moe.train.checkpoint import latest
-    from whisper_moe.train.sharded import load_sharded, save_sharded
-
-    trainer = make_trainer(case, parallel, 100)
+    """:data:`TURN` steps from ``first`` on; ``before`` and ``after`` are runs with checkpoints."""
+    trainer = make_trainer(case, parallel, 100, Path(after) if after else None)
     if before:
-        found = latest(Path(before))
-        assert found is not None
-        meta = load_sharded(found, trainer.model, trainer.optimizer)
-        assert meta == {"step": first}, meta
-        trainer.batches.load_state_dict({"next": first})
+        trainer.load(saved(Path(before)))
+    assert trainer.progress.step == first
     losses = [trainer.step().loss for _ in range(TURN)]
-    if after:
-        step = first + TURN
-        save_sharded(Path(after), step, trainer.model, trainer.optimizer, {"step": step}, keep=1)
-    return {"losses": losses, "tensors": trainer.state()[0]}
+    trainer.save()
+    return {"losses": losses, "tensors": whole_tensors(trainer)}
+
+
+def saved(run: Path) -> Path:
+    found = checkpoint.latest(run)
+    assert found is not None
+    return found
 
 
 STOPS = {"dealt": {"data": "fsdp2", "experts": 2}, "cut": {"data": "none", "tensor": 2}}
@@ -305,7 +309,7 @@ STOPS = {"dealt": {"data": "fsdp2", "experts": 2}, "cut": {"data": "none", "tens
 
 
 def stopping(folder: Path, parallel: Any) -> dict[str, list[float]]:
-    """The first :data:`TURN` steps, and a sharded checkpoint."""
+    """The first :data:`TURN` steps, and a checkpoint."""
     found = {}
     for name, layout in STOPS.items():
         case = Case(name, "segment", layout)
@@ -319,15 +323,16 @@ def whole(folder: Path, parallel: Any) -> dict[str, Any]:
     layouts = {"fsdp2": {"data": "fsdp2"}, "experts": {"data": "ddp", "experts": 2}, "tensor": STOPS["cut"]}
     for name, layout in layouts.items():
         case = Case(name, "segment", layout)
-        trainer, again = make_trainer(case, within(case)), make_trainer(case, within(case))
+        run = folder / f"whole {name}"
+        trainer, again = make_trainer(case, within(case), directory=run), make_trainer(case, within(case))
         trainer.step()
-        tensors, meta = trainer.state()
-        tensors = {name: tensor.clone() for name, tensor in tensors.items()}  # of a CPU's plain ones, it is no copy
+        tensors = whole_tensors(trainer)
         with trainer.parallel.whole(trainer.model) as model:
             assert (model is None) == (parallel.rank > 0)
             logits = None if model is None else model(list(pack((9, 30), 5).mels), random_texts([4, 5])).detach()
-        again.load_state({name: tensor.clone() for name, tensor in tensors.items()}, meta)
-        came_back = {name: tensor.clone() for name, tensor in again.state()[0].items()}
+        trainer.save()
+        again.load(saved(run))
+        came_back = whole_tensors(again)
         losses = [again.step().loss, trainer.step().loss]
         found[name] = {"tensors": tensors, "again": came_back, "logits": logits, "losses": losses}
     return found

@@ -10,13 +10,13 @@ from typing import Any
 
 import pytest
 import torch
-from faults.runs import newest
 from model.tiny import CONFIGS
 from torch import Tensor, nn
 from train.tiny import Fixed, notes, random_pack, tiny_trainer
 
 from whisper_moe.data.examples import Pack
 from whisper_moe.model.block import Block
+from whisper_moe.train import checkpoint
 from whisper_moe.train.loop import NonFiniteError, Trainer
 from whisper_moe.train.losses import RouterLosses
 from whisper_moe.train.optim import LossScale
@@ -30,6 +30,11 @@ def packs(name: str = "segment") -> list[Pack]:
 
 def weights(trainer: Trainer) -> dict[str, Tensor]:
     return {name: tensor.clone() for name, tensor in trainer.model.state_dict().items()}
+
+
+def moments(trainer: Trainer) -> dict[str, Tensor]:
+    kept = checkpoint.tensors_of(trainer.model, trainer.optimizer)
+    return {name: tensor.clone() for name, tensor in kept.items()}
 
 
 def same(a: Mapping[str, Tensor], b: Mapping[str, Tensor]) -> bool:
@@ -128,11 +133,11 @@ def test_a_run_that_goes_on_is_the_same_run(name: str, tmp_path: Path) -> None:
 
     first = stopping(tiny_trainer(name, batches, steps=7, accumulate=2, directory=tmp_path), after=3)
     assert first.run() == "interrupted"
-    found = newest(tmp_path)
-    assert found is not None and found.step == 3
+    found = checkpoint.latest(tmp_path)
+    assert found is not None and checkpoint.step_of(found) == 3
     second = tiny_trainer(name, batches, seed=99, steps=7, accumulate=2)
     assert not same(weights(second), weights(first))
-    second.load_state(found.tensors, found.meta)
+    second.load(found)
     second.run()
     assert notes(first).losses + notes(second).losses == notes(whole).losses
     assert same(weights(second), weights(whole))
@@ -140,13 +145,15 @@ def test_a_run_that_goes_on_is_the_same_run(name: str, tmp_path: Path) -> None:
     assert given[0] + given[1] == given[2]
 
 
-def test_random_numbers_go_on_too() -> None:
-    trainer = tiny_trainer("dense", [packs("dense")])
+def test_random_numbers_go_on_too(tmp_path: Path) -> None:
+    trainer = tiny_trainer("dense", [packs("dense")], directory=tmp_path)
     trainer.step()
-    tensors, meta = trainer.state()
+    trainer.save()
     expected = torch.rand(3)
     other = tiny_trainer("dense", [packs("dense")], seed=5)
-    other.load_state(tensors, meta)
+    found = checkpoint.latest(tmp_path)
+    assert found is not None
+    other.load(found)
     assert torch.equal(torch.rand(3), expected)
 
 
@@ -158,13 +165,13 @@ def test_a_step_that_is_not_finite_is_left_out_and_named() -> None:
     good, bad = packs()[:2], poisoned(packs()[2])
     trainer = tiny_trainer("segment", [good[:1], [bad], good[1:]], steps=3, accumulate=1)
     trainer.step()
-    before, moments = weights(trainer), trainer.state()[0]
+    before = weights(trainer), moments(trainer)
     trainer.step()
-    assert same(before, weights(trainer)) and same(moments, trainer.state()[0])
+    assert same(before[0], weights(trainer)) and same(before[1], moments(trainer))
     ((step, cause, ids),) = notes(trainer).skips
     assert (step, cause, tuple(ids)) == (2, "the loss is nan", bad.ids)
     trainer.step()
-    assert not same(before, weights(trainer))
+    assert not same(before[0], weights(trainer))
     progress = trainer.progress
     assert (progress.step, progress.bad_steps, progress.bad_in_a_row) == (3, 1, 0)
 
@@ -237,19 +244,19 @@ def test_nothing_but_what_cannot_be_measured_is_no_reason_to_stop() -> None:
 
 
 @pytest.mark.parametrize("last", [False, True])
-def test_an_evaluation_that_is_owed_is_made_once_and_no_step_twice(last: bool) -> None:
+def test_an_evaluation_that_is_owed_is_made_once_and_no_step_twice(last: bool, tmp_path: Path) -> None:
     """Stopped in an evaluation, on the way or at the end: the next trainer begins with it."""
     settings: dict[str, Any] = {"steps": 4 if last else 6, "sections": {"evaluation": {"every": 4}}}
-    saved: list[Any] = []
     batches = [[pack] for pack in packs("dense")]
-    first = stopping(tiny_trainer("dense", batches, figures=lambda model, stop: None, **settings), after=4)
-    assert saving(first, saved).run() == "interrupted" and first.progress.step == 4 and first.progress.judged == 0
+    first = tiny_trainer("dense", batches, figures=lambda model, stop: None, directory=tmp_path, **settings)
+    assert stopping(first, after=4).run() == "interrupted" and first.progress.step == 4 and first.progress.judged == 0
     second = tiny_trainer("dense", batches, seed=5, figures=lambda model, stop: {"wer": 0.5}, **settings)
-    second.load_state(*first.state())
+    (found,) = (tmp_path / checkpoint.FOLDER).iterdir()
+    second.load(found)
     assert second.ended() is None and second.run() == "finished"
     assert [step for step, *_ in notes(second).evaluations] == ([4] if last else [4, 6])
     assert [report.step for report in notes(second).reports] == ([] if last else [5, 6])
-    assert saved == [4]
+    assert checkpoint.step_of(found) == 4
 
 
 def test_checkpoints_come_when_they_are_due_and_at_the_end() -> None:

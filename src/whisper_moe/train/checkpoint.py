@@ -1,15 +1,17 @@
-"""Checkpoints of a training run: committed whole or not there at all, without pickle.
+"""Checkpoints of a training run: written by all of its processes, committed whole or not there at all, without pickle.
 
     RUN/checkpoints/0003-step-00000150/
-        model.safetensors  optimizer.safetensors …   one file for each group: tensor ``group/name`` lies in ``group``;
-                                                     or the parts of :mod:`whisper_moe.train.sharded`
-        state.json                                   everything else: step, scheduler, loader, random states, metrics
-        COMMIT.json                                  size and sha256 of every file above; written last
+        shard-00001-model-….safetensors   one process's parts of ``model/NAME`` and ``optimizer/NAME/KEY``, each with its place
+        state.json                        everything else: step, scheduler, loader, random states, progress
+        COMMIT.json                       the marker: size and sha256 of every file above, and what it was judged by
 
-A folder is written under a hidden name, put on the disk (fsync) and renamed; then comes the commit marker, itself
-renamed into place. Readers ignore a folder without it, verify what it says, and fall back to the one before. Nothing is
-ever overwritten but the marker, by one that has an evaluation's figures too; old folders go after the new commit. Folders
-are numbered as they were committed: a run that fell back to step 100 must not go on from the damaged 200 that it left.
+Tensors are written and read by torch.distributed.checkpoint. Parts are found by their place: any number of processes in any
+layout goes on from what any other wrote, if the folder is on a disk of all.
+
+A folder is written under a hidden name, put on the disk (fsync) and renamed. Readers verify what its marker says and fall
+back to the one before. Nothing is ever overwritten but the marker, by one that has an evaluation's figures too; old
+folders go after the new commit. Folders are numbered as they were committed: a run that fell back to step 100 must not go on
+from the damaged 200 that it left.
 """
 
 from __future__ import annotations
@@ -20,28 +22,36 @@ import json
 import logging
 import math
 import os
+import random
 import re
-import secrets
 import shutil
-from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import contextmanager
-from dataclasses import dataclass
+import warnings
+from collections import defaultdict
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, nullcontext, suppress
+from itertools import accumulate
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, TypeVar
 
+import numpy as np
 import torch
+import torch.distributed as dist
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
-from torch import Tensor
+from torch import Tensor, nn
+from torch.distributed.checkpoint.api import CheckpointException
+from torch.distributed.checkpoint.hf_storage import HuggingFaceStorageReader, HuggingFaceStorageWriter
+from torch.distributed.checkpoint.state_dict_loader import load as load_parts
+from torch.distributed.checkpoint.state_dict_saver import save as save_parts
+from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tensor
+from torch.optim import Optimizer
 
 from whisper_moe.config import problems
-from whisper_moe.train.state import state_bytes
 from whisper_moe.weights.files import (
     CheckpointError,
     FileFacts,
-    inside,
+    atomic_file,
+    atomic_folder,
     json_bytes,
-    listed,
-    open_tensors,
     read_json,
     regular_size,
     sha256,
@@ -49,17 +59,11 @@ from whisper_moe.weights.files import (
 )
 
 FOLDER, STATE, COMMIT = "checkpoints", "state.json", "COMMIT.json"
+FILE_BYTES = 1 << 28
+"""A file takes no further tensor from here on; while it is written, its content is in memory a second time."""
 _NAME = re.compile(r"(\d{4,})-step-(\d{8,})")
-_NEW, _OLD = ".new-", ".old-"
-_GROUP = re.compile(r"[a-z][a-z0-9_-]*")
-_WRITE_BYTES = 1 << 26
-_DTYPES = {
-    torch.float64: "F64", torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16", torch.int64: "I64",
-    torch.int32: "I32", torch.int16: "I16", torch.int8: "I8", torch.uint8: "U8", torch.bool: "BOOL",
-}  # fmt: skip
-
+T = TypeVar("T")
 logger = logging.getLogger(__name__)
-Announce = Callable[[str], None]
 
 
 class Commit(BaseModel):
@@ -68,7 +72,7 @@ class Commit(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid", strict=True)
 
     format: Literal["whisper_moe_training"] = "whisper_moe_training"
-    format_version: Literal[1] = 1
+    format_version: Literal[2] = 2
     step: int = Field(ge=0)
     score: float | None = Field(default=None, allow_inf_nan=False)
     evaluation: dict[str, float] | None = None
@@ -76,162 +80,123 @@ class Commit(BaseModel):
     files: dict[str, FileFacts]
 
 
-@dataclass(frozen=True)
-class Loaded:
-    """A training checkpoint in memory."""
-
-    path: Path
-    step: int
-    tensors: dict[str, Tensor]
-    """Named ``group/name`` as they were saved; on the CPU, each with memory of its own."""
-    meta: dict[str, Any]
-
-
 # Saving
 
 
-def save(
-    run: Path, step: int, tensors: Mapping[str, Tensor], meta: Mapping[str, Any], *, keep: int,
-    announce: Announce = logger.warning,
-) -> Path:  # fmt: skip
+def tensors_of(model: nn.Module, optimizer: Optimizer) -> dict[str, Tensor]:
+    """What a checkpoint keeps of them: ``model/NAME`` and ``optimizer/NAME/KEY``, as this process has them."""
+    tensors = {f"model/{name}": tensor for name, tensor in model.state_dict().items()}
+    for name, parameter in model.named_parameters():
+        # get(): to look is not to make a state where there is none, of what never had a gradient.
+        tensors |= {f"optimizer/{name}/{key}": value for key, value in optimizer.state.get(parameter, {}).items()}
+    return {name: tensor.detach() for name, tensor in tensors.items()}
+
+
+def save(run: Path, step: int, model: nn.Module, optimizer: Optimizer, meta: Mapping[str, Any], *, keep: int) -> None:
     """Commit a checkpoint of ``run`` and remove older ones but the ``keep`` newest and the one of the best score.
 
-    ``tensors``: named ``group/name``; any dtype of safetensors, on any device (they are copied to the CPU one at a
-    time). ``meta``: plain JSON (tuples become lists; NaN is allowed).
-    For one process at a time. Raises ``ValueError`` for what JSON or safetensors cannot
-    hold, and ``OSError`` that says which checkpoint could not be written; the earlier ones are untouched then.
+    Every process of the run calls it. ``meta``: plain JSON, of which rank 0's is kept. Raises ``OSError`` that says which
+    checkpoint could not be written; the earlier ones are untouched then.
     """
-    groups = _grouped(tensors)
-    with committing(run, step, meta, keep=keep, announce=announce) as (folder, files):
-        for group, named in groups.items():
-            name = f"{group}.safetensors"
-            files[name] = _write(folder / name, _serialized(named))
-    return _committed(run)[0]
-
-
-@contextmanager
-def committing(
-    run: Path, step: int, meta: Mapping[str, Any], *, keep: int, announce: Announce = logger.warning
-) -> Iterator[tuple[Path, dict[str, FileFacts]]]:
-    """A folder to write files into and what they are, to be filled in: a checkpoint once the block ends. See :func:`save`."""
-    if keep < 1:
-        raise ValueError(f"keep must be at least 1, is {keep}: the newest checkpoint is never removed")
-    state, files = state_bytes(meta), dict[str, FileFacts]()
-    folder = _made(run / FOLDER)
-    final = folder / f"{_next_serial(folder):04d}-step-{step:08d}"
-    scratch = folder / f"{_NEW}{final.name}-{secrets.token_hex(4)}"
+    first, folder = _rank() == 0, run / FOLDER
     try:
-        os.mkdir(scratch)
-        yield scratch, files
-        files[STATE] = _write(scratch / STATE, [state])
-        sync(scratch)
-        os.rename(scratch, final)
-        _commit(final, Commit(step=step, files=files))
-        sync(folder)
-    except BaseException as error:
-        for path in (scratch, final):
-            _discard(path)
-        if isinstance(error, OSError):
-            said = f"the checkpoint of step {step} could not be written ({error.strerror or error})"
-            raise OSError(error.errno or errno.EIO, said, str(folder)) from error
-        raise
-    _prune(run, keep, announce)
+        with atomic_folder(_next(folder, step)) if first else nullcontext() as scratch:
+            shared = Path(_gathered(str(scratch))[0])
+            files = _write_parts(shared, tensors_of(model, optimizer))
+            if first:
+                (shared / STATE).write_text(json.dumps(meta), "utf-8")
+                _mark(shared, Commit(step=step, files=files | {STATE: _facts(shared / STATE)}))
+    except OSError as error:
+        said = f"the checkpoint of step {step} could not be written ({error.strerror or error})"
+        raise OSError(error.errno or errno.EIO, said, str(folder)) from error
+    if first:
+        _prune(run, keep)
+    _gathered(None)  # nobody goes on before it is committed
 
 
-def note(
-    run: Path,
-    step: int,
-    evaluation: Mapping[str, float],
-    metric: str,
-    *,
-    keep: int,
-    announce: Announce = logger.warning,
-) -> None:
+def _next(folder: Path, step: int) -> Path:
+    """A name above every number that is taken, in a folder whose own name and the run's are on the disk."""
+    if not folder.is_dir():
+        folder.mkdir(parents=True, exist_ok=True)
+        for parent in (folder.parent, folder.parent.parent):
+            sync(parent)
+    taken = [_serial(path) for path in folder.iterdir() if _NAME.fullmatch(path.name)]
+    return folder / f"{max(taken, default=0) + 1:04d}-step-{step:08d}"
+
+
+def _write_parts(folder: Path, tensors: Mapping[str, Tensor]) -> dict[str, FileFacts]:
+    """The parts of all processes, on the disk when this returns, and what their files are."""
+    parts = {name: (full(tensor) if _scattered(tensor) else tensor).contiguous() for name, tensor in tensors.items()}
+    ends = accumulate(part.nbytes for part in parts.values())
+    file_of = {name: 1 + end // FILE_BYTES for name, end in zip(parts, ends, strict=True)}
+    writer = HuggingFaceStorageWriter(str(folder), fqn_to_index_mapping=file_of, save_distributed=True)
+    with _plain_errors():
+        save_parts(parts, storage_writer=writer)
+    own = list(folder.glob(f"shard-{_rank() + 1:05d}-*"))
+    for path in own:
+        sync(path)
+    return {
+        name: facts for each in _gathered({path.name: _facts(path) for path in own}) for name, facts in each.items()
+    }
+
+
+def note(run: Path, step: int, evaluation: Mapping[str, float], metric: str, *, keep: int) -> None:
     """Add what an evaluation gave to the newest checkpoint of this step: its marker is replaced, whole.
 
     ``metric``: the figure that is its score, lower is better; one that could not be measured (NaN) is none."""
     path = next(path for path in _committed(run) if step_of(path) == step)
     score = evaluation.get(metric, math.nan)
     found = {"score": score if math.isfinite(score) else None, "evaluation": dict(evaluation)}
-    _commit(path, read_commit(path).model_copy(update=found))
-    _prune(run, keep, announce)
+    _mark(path, read_commit(path).model_copy(update=found))
+    _prune(run, keep)
 
 
-def _made(folder: Path) -> Path:
-    """The folder, with its own name and the run's on the disk."""
-    if not folder.is_dir():
-        folder.mkdir(parents=True, exist_ok=True)
-        for parent in (folder.parent, folder.parent.parent):
-            sync(parent)
-    return folder
-
-
-def _grouped(tensors: Mapping[str, Tensor]) -> dict[str, dict[str, Tensor]]:
-    groups: dict[str, dict[str, Tensor]] = {}
-    for key, tensor in tensors.items():
-        group, slash, name = key.partition("/")
-        if not slash or not name or not _GROUP.fullmatch(group):
-            raise ValueError(f"a tensor is named like model/encoder.norm.bias, group first; not {key!r}")
-        if tensor.dtype not in _DTYPES:
-            raise ValueError(f"{key}: safetensors cannot hold {tensor.dtype}")
-        groups.setdefault(group, {})[name] = tensor.detach()
-    return groups
-
-
-def _serialized(tensors: Mapping[str, Tensor]) -> Iterator[bytes | memoryview]:
-    """The bytes of a safetensors file, one tensor after another, so that a large model is never held twice.
-
-    Wide types come first, as in the format's own writer: every tensor is then aligned. Tensors that share memory are
-    written as often as they are named.
-    """
-    order = sorted(tensors, key=lambda name: (-tensors[name].element_size(), name))
-    header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
-    end = 0
-    for name in order:
-        tensor = tensors[name]
-        start, end = end, end + tensor.numel() * tensor.element_size()
-        header[name] = {"dtype": _DTYPES[tensor.dtype], "shape": list(tensor.shape), "data_offsets": [start, end]}
-    text = json.dumps(header, ensure_ascii=False).encode()
-    text += b" " * (-len(text) % 8)
-    yield len(text).to_bytes(8, "little")
-    yield text
-    for name in order:
-        whole = tensors[name].to("cpu").contiguous()
-        # Not reshape: a contiguous tensor of one element or none may have any stride, and view() wants 1.
-        flat = whole.as_strided((whole.numel(),), (1,))
-        yield flat.view(torch.uint8).numpy().data
-
-
-def _write(path: Path, chunks: Iterable[bytes | memoryview]) -> FileFacts:
-    """A new file, on the disk when this returns."""
-    digest, size = hashlib.sha256(), 0
-    descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o666)
-    try:
-        for chunk in chunks:
-            view = memoryview(chunk)
-            digest.update(view)
-            size += len(view)
-            while len(view):
-                view = view[os.write(descriptor, view[:_WRITE_BYTES]) :]
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
-    return FileFacts(bytes=size, sha256=digest.hexdigest())
-
-
-def _commit(final: Path, commit: Commit) -> None:
+def _mark(folder: Path, commit: Commit) -> None:
     body = commit.model_dump(mode="json")
-    replace(final / COMMIT, json_bytes({"commit": body, "sha256": hashlib.sha256(json_bytes(body)).hexdigest()}))
+    with atomic_file(folder / COMMIT) as path:
+        path.write_bytes(json_bytes({"commit": body, "sha256": hashlib.sha256(json_bytes(body)).hexdigest()}))
 
 
-def replace(path: Path, data: bytes) -> None:
-    """Write a file, anew if it is there: whatever happens, it is the old one or the new one, whole."""
-    unnamed = path.with_name(f"{_NEW}{path.name}")
-    if unnamed.exists():
-        unnamed.unlink()
-    _write(unnamed, [data])
-    os.rename(unnamed, path)
-    sync(path.parent)
+def _facts(path: Path) -> FileFacts:
+    return FileFacts(bytes=path.stat().st_size, sha256=sha256(path))
+
+
+def full(tensor: Tensor) -> Tensor:
+    """The whole of a tensor; every process calls it, in the same order."""
+    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+
+
+def _scattered(tensor: Tensor) -> bool:
+    """Whether a process's part is not one block of the whole, and so has no place that could be written down.
+
+    Heads of a fused projection that is cut over ranks lie in several blocks; so does what two directions share out.
+    """
+    return isinstance(tensor, DTensor) and any(type(place) not in (Shard, Replicate) for place in tensor.placements)
+
+
+@contextmanager
+def _plain_errors() -> Iterator[None]:
+    """The first process's own error for that of all; and no warning that one process is alone, which it is meant to be."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        try:
+            yield
+        except CheckpointException as error:
+            cause = next(iter(error.failures.values()))[0]
+            raise (cause if isinstance(cause, OSError) else ValueError(f"{type(cause).__name__}: {cause}")) from error
+
+
+def _rank() -> int:
+    return dist.get_rank() if dist.is_initialized() else 0
+
+
+def _gathered(own: T) -> list[T]:
+    """What each process has; all wait for each other."""
+    if not dist.is_initialized():
+        return [own]
+    said: list[T] = [own] * dist.get_world_size()
+    dist.all_gather_object(said, own)
+    return said
 
 
 # Removing
@@ -239,88 +204,101 @@ def replace(path: Path, data: bytes) -> None:
 
 def clean(run: Path) -> None:
     """Remove what an interrupted save or removal left behind. For whoever holds the run's lock, before it trains."""
-    folder = run / FOLDER
-    for path in sorted(folder.iterdir()) if folder.is_dir() else []:
-        unfinished = path.name.startswith((_NEW, _OLD))
-        if unfinished or (_NAME.fullmatch(path.name) and not (path / COMMIT).exists()):
-            shutil.rmtree(path, ignore_errors=True)
+    for path in [*(run / FOLDER).rglob(".*.tmp"), *(run / FOLDER).glob(".*.old")]:
+        shutil.rmtree(path, ignore_errors=True) if path.is_dir() else path.unlink(missing_ok=True)
 
 
-def _prune(run: Path, keep: int, announce: Announce) -> None:
+def _prune(run: Path, keep: int) -> None:
+    """Of what goes, the name goes first, so that no half of it is ever taken for a checkpoint."""
     committed = _committed(run)
-    best = _by_score(committed)[:1]
-    for path in committed[keep:]:
-        if path not in best and not _discard(path):
-            announce(f"WARNING: the old checkpoint {path} could not be removed")
-
-
-def _discard(path: Path) -> bool:
-    """Remove a folder; its name goes first, so that no half of it is ever taken for a checkpoint."""
-    if not path.exists():
-        return True
-    hidden = path.with_name(f"{_OLD}{path.name}-{secrets.token_hex(4)}")
-    try:
-        os.rename(path, hidden)
-        sync(path.parent)
-        shutil.rmtree(hidden)
-    except OSError:
-        return False
-    return True
+    kept = {*committed[:keep], *_by_score(committed)[:1]}
+    for path in (path for path in committed if path not in kept):
+        hidden = path.with_name(f".{path.name}.old")
+        try:
+            os.rename(path, hidden)
+            sync(path.parent)
+            shutil.rmtree(hidden)
+        except OSError:
+            logger.warning("WARNING: the old checkpoint %s could not be removed", path)
 
 
 # Loading
 
 
-def latest(run: Path, *, announce: Announce = logger.warning) -> Path | None:
+def load(path: Path, model: nn.Module, optimizer: Optimizer) -> dict[str, Any]:
+    """Fill a model and its optimizer, in whatever layout they are; returns ``meta``. Every process of the run calls it.
+
+    The rates of the optimizer's groups stay as they are. Raises ``CheckpointError`` that names what does not fit.
+    """
+    tensors = {f"model/{name}": tensor.detach() for name, tensor in model.state_dict().items()}
+    parameters, state = dict(model.named_parameters()), defaultdict[str, dict[str, Tensor]](dict)
+    for key, facts in _known(path).items():
+        group, name, *kind = key.split("/")
+        if group == "optimizer" and name in parameters:
+            tensors[key] = torch.zeros_like(parameters[name].detach()) if facts.size else torch.zeros(())
+            state[name][kind[0]] = tensors[key]
+    _read(path, tensors)
+    names = {parameter: name for name, parameter in parameters.items()}
+    order = [names[parameter] for group in optimizer.param_groups for parameter in group["params"]]
+    found = {index: state[name] for index, name in enumerate(order) if name in state}
+    optimizer.load_state_dict({"state": found, "param_groups": optimizer.state_dict()["param_groups"]})
+    return read_json(path / STATE)
+
+
+def read(path: Path, prefix: str = "") -> dict[str, Tensor]:
+    """The tensors whose names begin so, whole, on the CPU, for a process that no other waits for."""
+    known = {name: facts for name, facts in _known(path).items() if name.startswith(prefix)}
+    tensors = {name: torch.empty(facts.size, dtype=facts.properties.dtype) for name, facts in known.items()}
+    _read(path, tensors, alone=True)
+    return tensors
+
+
+def _known(path: Path) -> dict[str, Any]:
+    """What the parts are parts of: shapes and types by name."""
+    return HuggingFaceStorageReader(str(path)).read_metadata().state_dict_metadata
+
+
+def _read(path: Path, tensors: Mapping[str, Tensor], *, alone: bool = False) -> None:
+    """Each tensor's part of what the folder has under its name, in place."""
+    parts = {
+        name: torch.empty(tensor.shape, dtype=tensor.dtype, device=tensor.device) if _scattered(tensor) else tensor
+        for name, tensor in tensors.items()
+    }
+    try:
+        with _plain_errors():
+            load_parts(parts, storage_reader=HuggingFaceStorageReader(str(path)), no_dist=alone)
+    except (ValueError, OSError) as error:
+        raise CheckpointError(f"{path}: cannot be read ({error})") from error
+    for name, tensor in tensors.items():
+        if parts[name] is not tensor:
+            assert isinstance(tensor, DTensor)
+            tensor.copy_(distribute_tensor(parts[name], tensor.device_mesh, tensor.placements, src_data_rank=None))
+
+
+def latest(run: Path) -> Path | None:
     """The newest checkpoint that is whole; None if there never was one.
 
-    For each one that is damaged, ``announce`` is given one line. Raises ``CheckpointError`` if all are.
+    Each one that is damaged costs a line. Raises ``CheckpointError`` if all are.
     """
-    return _first(run, _committed(run), announce)
+    return _first(run, _committed(run))
 
 
-def best(run: Path, *, announce: Announce = logger.warning) -> Path | None:
+def best(run: Path) -> Path | None:
     """The whole checkpoint of the lowest score, the earliest of equals; None if none has one."""
-    return _first(run, _by_score(_committed(run)), announce)
+    return _first(run, _by_score(_committed(run)))
 
 
-def is_sharded(path: Path) -> bool:
-    """Whether a checkpoint is for :mod:`whisper_moe.train.sharded` to load."""
-    return any(path.glob("shard-*"))
-
-
-def load(path: Path, groups: Iterable[str] | None = None) -> Loaded:
-    """Read a checkpoint, or only some ``groups`` of its tensors (``model``), after verifying every file that is read.
-
-    Raises ``CheckpointError`` that names the file at fault and the cause.
-    """
-    if is_sharded(path):
-        raise CheckpointError(f"{path}: written in parts by several processes (run.checkpoint: sharded)")
-    wanted = None if groups is None else {f"{group}.safetensors" for group in groups}
-    commit = _verified(path, wanted)
-    if absent := sorted((wanted or set()) - set(commit.files)):
-        raise CheckpointError(f"{path}: has no {listed(absent)}")
-    tensors: dict[str, Tensor] = {}
-    for name in sorted(set(commit.files) - {STATE}):
-        if wanted is None or name in wanted:
-            file = open_tensors(path / name)
-            group = name.removesuffix(".safetensors")
-            # Copied out of the mapped file, which may be removed while they are in use.
-            tensors |= {f"{group}/{key}": file.get_tensor(key).clone() for key in file.keys()}  # noqa: SIM118
-    return Loaded(path, commit.step, tensors, read_json(path / STATE))
-
-
-def _first(run: Path, paths: list[Path], announce: Announce) -> Path | None:
+def _first(run: Path, paths: list[Path]) -> Path | None:
     """The first of these that is whole."""
     causes: list[str] = []
     for path in paths:
         try:
-            _verified(path)
+            _verify(path)
         except CheckpointError as error:
             causes.append(str(error))
         else:
             for cause in causes:
-                announce(f"WARNING: a damaged checkpoint is passed over for {path.name}: {cause}")
+                logger.warning("WARNING: a damaged checkpoint is passed over for %s: %s", path.name, cause)
             return path
     if causes:
         raise CheckpointError(
@@ -345,23 +323,13 @@ def _serial(path: Path) -> int:
     return int(path.name.partition("-")[0])
 
 
-def _next_serial(folder: Path) -> int:
-    """Above every number that is taken, committed or not."""
-    taken = [int(number) for path in folder.iterdir() for number, _ in _NAME.findall(path.name)]
-    return max(taken, default=0) + 1
-
-
 def _by_score(paths: list[Path]) -> list[Path]:
     """Those that have a score, the lowest first, then the earliest."""
-    scored: list[tuple[float, int, Path]] = []
+    scores: dict[Path, float | None] = {}
     for path in paths:
-        try:
-            score = read_commit(path).score
-        except CheckpointError:
-            continue
-        if score is not None:
-            scored.append((score, _serial(path), path))
-    return [path for _, _, path in sorted(scored)]
+        with suppress(CheckpointError):
+            scores[path] = read_commit(path).score
+    return sorted((path for path in scores if scores[path] is not None), key=lambda path: (scores[path], _serial(path)))
 
 
 def read_commit(path: Path) -> Commit:
@@ -370,28 +338,48 @@ def read_commit(path: Path) -> Commit:
     body = document.get("commit")
     if document.get("sha256") != hashlib.sha256(json_bytes(body)).hexdigest():
         raise CheckpointError(f"{path / COMMIT}: does not match its own sha256: damaged or changed")
+    if isinstance(body, dict) and body.get("format_version") == 1:
+        raise CheckpointError(
+            f"{path}: of format 1; from version 0.1.0 on, runs go on from training checkpoints of format 2. The run's model "
+            "folder can be used as before, as model.source of a new run too"
+        )
     try:
-        commit = Commit.model_validate_json(json_bytes(body))
+        return Commit.model_validate_json(json_bytes(body))
     except ValidationError as error:
         raise CheckpointError(f"{path / COMMIT}: {problems(error)}") from error
-    for name in commit.files:
-        inside(path, name, path / COMMIT)
-    if STATE not in commit.files:
-        raise CheckpointError(f"{path / COMMIT}: does not list {STATE}")
-    return commit
 
 
-def _verified(path: Path, wanted: set[str] | None = None) -> Commit:
-    """The commit marker, once the files are what it says: all of them, or ``wanted`` and the state."""
-    commit = read_commit(path)
-    for name, facts in commit.files.items():
-        if wanted is not None and name not in {STATE, *wanted}:
-            continue
+def _verify(path: Path) -> None:
+    """Raise ``CheckpointError`` unless all files are what the marker says."""
+    for name, facts in read_commit(path).files.items():
         if (size := regular_size(path / name)) != facts.bytes:
             raise CheckpointError(f"{path / name}: has {size} bytes, {COMMIT} says {facts.bytes}: changed")
-        try:
-            if sha256(path / name) != facts.sha256:
-                raise CheckpointError(f"{path / name}: sha256 differs from {COMMIT}'s: damaged or changed")
-        except OSError as error:
-            raise CheckpointError(f"{path / name}: cannot be read ({error.strerror})") from error
-    return commit
+        if sha256(path / name) != facts.sha256:
+            raise CheckpointError(f"{path / name}: sha256 differs from {COMMIT}'s: damaged or changed")
+
+
+# Random states
+
+
+def random_state() -> dict[str, Any]:
+    """The states of the global generators of torch, numpy and Python, and of the current GPU's if it is in use."""
+    numpy = np.random.get_state(legacy=False)  # noqa: NPY002 (the global one is meant)
+    assert isinstance(numpy, dict)
+    numpy["state"]["key"] = numpy["state"]["key"].tolist()
+    cuda = torch.cuda.get_rng_state() if torch.cuda.is_initialized() else None
+    return {
+        "torch": torch.get_rng_state().tolist(),
+        "cuda": None if cuda is None else cuda.tolist(),
+        "numpy": numpy,
+        "python": random.getstate(),
+    }
+
+
+def set_random_state(state: Mapping[str, Any]) -> None:
+    """Put back what :func:`random_state` gave. A GPU's state has no use on a machine without one and is left out there."""
+    torch.set_rng_state(torch.tensor(state["torch"], dtype=torch.uint8))
+    if state["cuda"] is not None and torch.cuda.is_available():
+        torch.cuda.set_rng_state(torch.tensor(state["cuda"], dtype=torch.uint8))
+    np.random.set_state(state["numpy"])  # noqa: NPY002
+    version, internal, gauss_next = state["python"]
+    random.setstate((version, tuple(internal), gauss_next))

@@ -3,7 +3,7 @@
 A step is: some packs of samples, a forward and a backward pass for each batch, one update. Losses are divided by the label
 tokens of the whole step, of all its passes and all processes, so that how it is cut does not change it.
 
-Everything that a run remembers is in :meth:`Trainer.state`; with it, a new trainer goes on bit for bit (on a CPU).
+What :meth:`Trainer.save` writes is all that a run remembers: a new trainer that loads it goes on bit for bit (on a CPU).
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import Any, Literal, Protocol
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from whisper_moe.data.examples import Pack
 from whisper_moe.data.loader import Batch
@@ -33,7 +33,6 @@ from whisper_moe.train.optim import LossScale, build_optimizer, precision_on, se
 from whisper_moe.train.parallel import Parallel
 from whisper_moe.train.reading import RecipeError
 from whisper_moe.train.recipe import Recipe
-from whisper_moe.train.state import join, load_optimizer_state, optimizer_state, random_state, set_random_state, split
 
 End = Literal["finished", "stopped early", "interrupted"]
 Figures = Callable[[WhisperMoEModel, Callable[[], bool]], Mapping[str, float] | None]
@@ -308,69 +307,38 @@ class Trainer:
             return
         if self.monitor:
             self.monitor.secure()
-        where, given, first = (self.directory, self.progress.step), self.recipe.run, self.parallel.rank == 0
-        if metrics is not None:
-            if first:
-                checkpoint.note(*where, metrics, self.recipe.evaluation.metric, keep=given.keep)
-        elif given.checkpoint == "sharded":
-            from whisper_moe.train.sharded import save_sharded
-
-            save_sharded(*where, self.model, self.optimizer, self.meta(), keep=given.keep)
-        else:
-            tensors, meta = self.state()
-            if first:
-                checkpoint.save(*where, tensors, meta, keep=given.keep)
+        where, keep = (self.directory, self.progress.step), self.recipe.run.keep
+        if metrics is None:
+            checkpoint.save(*where, self.model, self.optimizer, self._meta(), keep=keep)
+        elif self.parallel.rank == 0:
+            checkpoint.note(*where, metrics, self.recipe.evaluation.metric, keep=keep)
         self.parallel.barrier()
 
-    def state(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
-        """Tensors by name, whole and on the CPU, and plain JSON. Every process calls it and gets the same."""
-        whole = self.parallel.full
-        tensors = {f"model/{name}": whole(tensor) for name, tensor in self.model.state_dict().items()}
-        own, optimizer = split(optimizer_state(self.optimizer, self.model.named_parameters()), "optimizer")
-        tensors |= {name: whole(tensor) for name, tensor in own.items()}
-        return tensors, {"optimizer": optimizer, **self.meta()}
-
-    def meta(self) -> dict[str, Any]:
-        """All but the model and its optimizer."""
+    def _meta(self) -> dict[str, Any]:
+        """All that a run remembers but its model and its optimizer, as plain JSON."""
         return {
             "steps": self.steps,
             "scale": {"value": self.scale.value, "good": self.scale.good},
             "progress": asdict(self.progress),
-            "random": random_state(),
+            "random": checkpoint.random_state(),
             "batches": self.batches.state_dict(),
         }
 
-    def load_state(self, tensors: Mapping[str, Tensor], meta: Mapping[str, Any]) -> None:
-        """Go on where :meth:`state` was taken."""
-        with torch.no_grad():
-            for name, tensor in self.model.state_dict().items():
-                tensor.copy_(self.parallel.share(tensors[f"model/{name}"], tensor))
-        parameters = dict(self.model.named_parameters())
-        optimizer = join(meta["optimizer"], tensors)
-        for name, values in optimizer["state"].items():
-            for key, value in values.items():
-                if isinstance(value, Tensor) and value.ndim:
-                    values[key] = self.parallel.share(value, parameters[name])
-        load_optimizer_state(self.optimizer, parameters.items(), optimizer)
-        self.load_meta(meta)
-
-    def load_meta(self, meta: Mapping[str, Any]) -> None:
-        """Go on where :meth:`meta` was taken, with a model and an optimizer that are there already.
-
-        ``meta["evaluation"]``: what was measured since. Who asks for more steps than before has patience anew.
-        """
+    def load(self, path: Path) -> None:
+        """Go on where a checkpoint was saved, bit for bit on a CPU. Who asks for more steps than before has patience anew."""
+        meta = checkpoint.load(path, self.model, self.optimizer)
         self.scale.good = meta["scale"]["good"]
         if self.scale.enabled:
             self.scale.value = meta["scale"]["value"]
         self.progress = Progress(**meta["progress"])
-        if meta.get("evaluation") is not None:
-            self.judged(meta["evaluation"])
+        if (measured := checkpoint.read_commit(path).evaluation) is not None:
+            self.judged(measured)
         self.steps_before = meta["steps"]
         if self.steps_before < self.steps:
             self.progress.worse_in_a_row = 0
         self.batches.load_state_dict(meta["batches"])
         self._stream = self._endless()
-        set_random_state(meta["random"])
+        checkpoint.set_random_state(meta["random"])
 
 
 def _steps(recipe: Recipe, batches: Batches) -> int:

@@ -18,9 +18,8 @@ from typing import TYPE_CHECKING, Any
 
 from whisper_moe.config import MAX_PACK_TOKENS, ModelConfig
 from whisper_moe.data.sample import Skipped
-from whisper_moe.train.checkpoint import replace
 from whisper_moe.train.recipe import Recipe
-from whisper_moe.weights.files import sync
+from whisper_moe.weights.files import atomic_file, sync
 
 if TYPE_CHECKING:
     from rich.progress import Progress
@@ -112,7 +111,8 @@ class Monitor:
         self._steps, self._clock, path = steps, time.perf_counter(), self._run / METRICS
         if path.exists():
             kept = [line for line in path.read_bytes().split(b"\n") if _place(line) <= (after, judged)]
-            replace(path, b"".join(line + b"\n" for line in kept))
+            with atomic_file(path) as scratch:
+                scratch.write_bytes(b"".join(line + b"\n" for line in kept))
         if self._board is not None:
             self._board.close()
             self._board = _board(self._run / EVENTS, purge_step=after + 1)
@@ -234,7 +234,8 @@ def _whole_lines(path: Path) -> set[str]:
         return set()
     whole, _, torn = path.read_bytes().rpartition(b"\n")
     if torn:
-        replace(path, whole + b"\n" if whole else b"")
+        with atomic_file(path) as scratch:
+            scratch.write_bytes(whole + b"\n" if whole else b"")
     return set(whole.decode("utf-8").split("\n"))
 
 

@@ -25,13 +25,14 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
-from torch.distributed.tensor import DTensor, Shard, distribute_tensor
+from torch.distributed.tensor import DTensor, Shard
 from torch.nn.parallel import DistributedDataParallel
 
 from whisper_moe.model.block import Block
 from whisper_moe.model.model import WhisperMoEModel
 from whisper_moe.model.router import Router
 from whisper_moe.model.ttt import TTTMLP, ExpertTTT
+from whisper_moe.train import checkpoint
 from whisper_moe.train.layout import ParallelConfig
 from whisper_moe.train.model_parallel import ExpertsOverRanks, cut, spread_experts
 from whisper_moe.train.optim import Rest, Use, clip_gradients
@@ -80,10 +81,6 @@ class Parallel:
     def full(self, tensor: Tensor) -> Tensor:
         """The whole of a parameter or of an optimizer's tensor, on the CPU. Every process calls it, in the same order."""
         return tensor.detach().cpu()
-
-    def share(self, full: Tensor, like: Tensor) -> Tensor:
-        """This process's part of ``full``, laid out as ``like`` is, on its device and of its type."""
-        return full.to(like.device, like.dtype)
 
     def whole(self, model: WhisperMoEModel) -> AbstractContextManager[WhisperMoEModel | None]:
         """A model with whole parameters on rank 0, to decode with; None on other ranks. Every process enters it."""
@@ -340,15 +337,7 @@ class Processes(Parallel):
         return clip_gradients(parameters, max_norm, self.device)
 
     def full(self, tensor: Tensor) -> Tensor:
-        tensor = tensor.detach()
-        return (tensor.full_tensor() if isinstance(tensor, DTensor) else tensor).cpu()
-
-    def share(self, full: Tensor, like: Tensor) -> Tensor:
-        """Every rank has ``full``: nothing is sent."""
-        full = full.to(like.device, like.dtype)
-        if not isinstance(like, DTensor):
-            return full
-        return distribute_tensor(full, like.device_mesh, like.placements, src_data_rank=None)
+        return checkpoint.full(tensor.detach()).cpu()
 
     @contextmanager
     def whole(self, model: WhisperMoEModel) -> Iterator[WhisperMoEModel | None]:

@@ -206,7 +206,7 @@ class RunRecipe(_Frozen):
     checkpoint_every: int | None = Field(default=500, ge=1)
     """Steps between checkpoints; there is one before every evaluation and at the end in any case."""
     checkpoint: Literal["whole", "sharded"] = "whole"
-    """``whole``: rank 0 gathers and writes all. ``sharded``: each of several processes writes its part, to a disk of all."""
+    """Without a meaning now: each of several processes writes its part in any case, to a disk of all."""
     keep: int = Field(default=2, ge=1)
     """Newest checkpoints that are kept, besides the best."""
     log_every: int = Field(default=1, ge=1)

@@ -107,10 +107,10 @@ def finish_record(run: Path, end: str, trainer: Trainer) -> None:
 
 
 def _replace(path: Path, record: Mapping[str, Any]) -> None:
-    from whisper_moe.train.checkpoint import replace
-    from whisper_moe.weights.files import json_bytes
+    from whisper_moe.weights.files import atomic_file, json_bytes
 
-    replace(path, json_bytes(record))
+    with atomic_file(path) as scratch:
+        scratch.write_bytes(json_bytes(record))
 
 
 def check_same(recipe: Recipe, run: Path) -> None:

@@ -13,11 +13,12 @@ SIGINT and SIGTERM with a checkpoint written: ``--resume`` goes on from it, bit 
 
 from __future__ import annotations
 
+import logging
 import os
 import random
 import signal
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import chdir, contextmanager, nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -32,6 +33,7 @@ if TYPE_CHECKING:
     from whisper_moe.train.parallel import Parallel
 
 MODEL, LOCK = "model", "trainer.lock"
+logger = logging.getLogger(__name__)
 
 
 def train(path: Path, overrides: Sequence[str], output: Path | None, resume: bool) -> int:
@@ -42,7 +44,7 @@ def train(path: Path, overrides: Sequence[str], output: Path | None, resume: boo
             return run(recipe, directory, resume=resume)
     except (ValueError, ImportError, OSError) as error:
         if os.environ.get("RANK", "0") == "0" or not isinstance(error, RecipeError):
-            say(f"whisper-moe: {' '.join(str(error).split())}")
+            print(f"whisper-moe: {' '.join(str(error).split())}", file=sys.stderr, flush=True)
         return 2 if isinstance(error, RecipeError) else 1
 
 
@@ -59,8 +61,6 @@ def run(recipe: Recipe, directory: Path, *, resume: bool = False) -> int:
         raise RecipeError(f"{directory}: has a run already; --resume goes on with it, -o names another directory")
     if directory.exists() and not directory.is_dir():
         raise RecipeError(f"{directory}: is a file; a run needs a directory")
-    if recipe.run.checkpoint == "sharded" and int(os.environ.get("WORLD_SIZE", "1")) == 1:
-        raise RecipeError("run.checkpoint is sharded, which is for several processes; for one it is whole")
     with processes(recipe) as parallel, run_lock(directory) if parallel.rank == 0 else nullcontext():
         parallel.barrier()
         if begun:
@@ -69,36 +69,30 @@ def run(recipe: Recipe, directory: Path, *, resume: bool = False) -> int:
 
 
 def _run(recipe: Recipe, directory: Path, parallel: Parallel) -> int:
-    from whisper_moe.train import checkpoint
-    from whisper_moe.train.build import build_trainer
+    """Resume or begin, build, train, export."""
+    from whisper_moe.train.build import InitialModel, build_trainer
     from whisper_moe.train.monitor import Monitor
 
     first = parallel.rank == 0
-    announce = say if first else _silent
-    if first:
-        checkpoint.clean(directory)
-    _seed(recipe)
-    if recipe.run.threads:
-        import torch
-
-        torch.set_num_threads(recipe.run.threads)
-    found = checkpoint.latest(directory, announce=announce) if first else None
-    found_path = parallel.broadcast(str(found or ""))
-    start = _start(recipe, directory, parallel, goes_on=found_path != "")
+    _prepare(recipe)
+    checkpoint = _to_go_on_from(directory, parallel)
+    start = InitialModel.read(directory) if checkpoint else InitialModel.of(recipe)
+    if first and not checkpoint:
+        start.write(directory)
     with Monitor(directory, recipe, start.config) if first else nullcontext() as monitor:
         trainer = build_trainer(recipe, start, parallel, monitor, directory)
-        if found_path:
-            _go_on(trainer, Path(found_path), directory, announce)
+        if checkpoint:
+            _go_on(trainer, checkpoint, directory)
         if first:
-            write_record(directory, recipe, trainer, parallel, resumed=bool(found_path))
+            write_record(directory, recipe, trainer, parallel, resumed=checkpoint is not None)
         with _signals(trainer):  # until here a signal ends the process as it ends any
             end = trainer.run()
     if first:
         if end != "interrupted":
-            export(directory, start, announce)
+            export(directory, start)
         finish_record(directory, end, trainer)
         if end != "finished":
-            announce(f"{directory}: {end} after step {trainer.progress.step}")
+            logger.info("%s: %s after step %d", directory, end, trainer.progress.step)
     parallel.barrier()
     told = trainer.signal or signal.SIGTERM  # it may be another process that was
     return 128 + told if end == "interrupted" else 0
@@ -126,20 +120,46 @@ def run_lock(directory: Path) -> Iterator[None]:
         lock.release()
 
 
-# What a run is made of
+def _prepare(recipe: Recipe) -> None:
+    """Threads, and the global generators, which libraries use."""
+    import numpy as np
+    import torch
+
+    if recipe.run.threads:
+        torch.set_num_threads(recipe.run.threads)
+    random.seed(recipe.run.seed)
+    np.random.seed(recipe.run.seed)  # noqa: NPY002
+    torch.manual_seed(recipe.run.seed)
 
 
-def _start(recipe: Recipe, directory: Path, parallel: Parallel, *, goes_on: bool) -> InitialModel:
-    """From the run's folder where a checkpoint will give the weights, else from the source."""
-    from whisper_moe.train.build import InitialModel
+def _to_go_on_from(directory: Path, parallel: Parallel) -> Path | None:
+    """The newest whole checkpoint, as rank 0 finds it; None where the run begins."""
+    from whisper_moe.train import checkpoint
 
-    if goes_on:
-        return InitialModel.read(directory)
-    start = InitialModel.of(recipe)
+    found = None
     if parallel.rank == 0:
-        start.write(directory)
-    parallel.barrier()
-    return start
+        checkpoint.clean(directory)
+        found = checkpoint.latest(directory)
+    path = parallel.broadcast(str(found or ""))
+    return Path(path) if path else None
+
+
+def _go_on(trainer: Trainer, checkpoint: Path, directory: Path) -> None:
+    """More steps can be asked for than before, not fewer than are done."""
+    trainer.load(checkpoint)
+    done, before, steps = trainer.progress.step, trainer.steps_before, trainer.steps
+    if done > steps:
+        raise RecipeError(
+            f"{directory}: {done:,} steps are done, and {steps:,} are asked for; there can be more, not fewer"
+        )
+    if before != steps:
+        what = f"{steps:,} steps instead of {before:,}; from here on the rate is that of a run of {steps:,}"
+        logger.info("%s: %s", directory, what)
+    said = f"goes on after step {done}"
+    if ended := trainer.ended():
+        more = "evaluation.patience or optimisation.steps" if ended == "stopped early" else "optimisation.steps"
+        said = f"is finished, nothing is left to train after step {done}; with more {more} it goes on"
+    logger.info("%s: %s", directory, said)
 
 
 @contextmanager
@@ -159,72 +179,19 @@ def _signals(trainer: Trainer) -> Iterator[None]:
             signal.signal(number, handler)
 
 
-# What is kept
-
-
-def _go_on(trainer: Trainer, path: Path, directory: Path, announce: Callable[[str], None]) -> None:
-    """From a checkpoint, whichever way it was saved. More steps can be asked for than before, not fewer than are done."""
-    from whisper_moe.train import checkpoint
-
-    evaluation = {"evaluation": checkpoint.read_commit(path).evaluation}
-    if checkpoint.is_sharded(path):
-        from whisper_moe.train.sharded import load_sharded
-
-        trainer.load_meta(load_sharded(path, trainer.model, trainer.optimizer) | evaluation)
-    else:
-        loaded = checkpoint.load(path)
-        trainer.load_state(loaded.tensors, loaded.meta | evaluation)
-    done, before, steps = trainer.progress.step, trainer.steps_before, trainer.steps
-    if done > steps:
-        raise RecipeError(
-            f"{directory}: {done:,} steps are done, and {steps:,} are asked for; there can be more, not fewer"
-        )
-    if before != steps:
-        announce(
-            f"{directory}: {steps:,} steps instead of {before:,}; from here on the rate is that of a run of {steps:,}"
-        )
-    said = f"goes on after step {done}"
-    if ended := trainer.ended():
-        more = "evaluation.patience or optimisation.steps" if ended == "stopped early" else "optimisation.steps"
-        said = f"is finished, nothing is left to train after step {done}; with more {more} it goes on"
-    announce(f"{directory}: {said}")
-
-
-def export(directory: Path, start: InitialModel, announce: Callable[[str], None]) -> Path:
-    """Write the run's best checkpoint, or its last where none was judged, as a model; returns its folder."""
+def export(directory: Path, start: InitialModel) -> None:
+    """Write the run's best checkpoint, or its last where none was judged, as a model."""
     from whisper_moe.train import checkpoint
     from whisper_moe.weights.checkpoint import save_checkpoint
 
-    path = checkpoint.best(directory, announce=announce) or checkpoint.latest(directory, announce=announce)
-    if path is None:
-        raise ValueError(f"{directory}: has no checkpoint to make a model of")
-    if checkpoint.is_sharded(path):
-        from whisper_moe.train.sharded import whole_model
-
-        state = whole_model(path)
-    else:
-        loaded = checkpoint.load(path, ["model"])
-        state = {name.removeprefix("model/"): tensor for name, tensor in loaded.tensors.items()}
+    path = checkpoint.best(directory) or checkpoint.latest(directory)
+    assert path is not None, "a run that has ended has a checkpoint"
     save_checkpoint(
-        directory / MODEL, start.config, {name: tensor.float() for name, tensor in state.items()}, generation=start.generation,
-        tokenizer_json=start.tokenizer_json, overwrite=True,
-    )  # fmt: skip
-    announce(f"{directory / MODEL}: the model of step {checkpoint.step_of(path)}")
-    return directory / MODEL
-
-
-def _seed(recipe: Recipe) -> None:
-    import numpy as np
-    import torch
-
-    random.seed(recipe.run.seed)
-    np.random.seed(recipe.run.seed)  # noqa: NPY002 (the global one, which libraries use)
-    torch.manual_seed(recipe.run.seed)
-
-
-def say(line: str) -> None:
-    print(line, file=sys.stderr, flush=True)
-
-
-def _silent(_: str) -> None:
-    pass
+        directory / MODEL,
+        start.config,
+        {name.removeprefix("model/"): tensor.float() for name, tensor in checkpoint.read(path, "model/").items()},
+        generation=start.generation,
+        tokenizer_json=start.tokenizer_json,
+        overwrite=True,
+    )
+    logger.info("%s: the model of step %d", directory / MODEL, checkpoint.step_of(path))
