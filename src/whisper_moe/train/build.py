@@ -17,6 +17,7 @@ from whisper_moe.data.corpora import open_corpus
 from whisper_moe.data.corpus import Corpus, CorpusConfig
 from whisper_moe.data.examples import ExampleReader
 from whisper_moe.data.loader import PackedLoader
+from whisper_moe.data.mixing import MixingConfig
 from whisper_moe.data.sample import AnyCorpus, DataError, Skipped, TooLong, items
 from whisper_moe.data.sampler import NAMED, LoaderConfig
 from whisper_moe.evaluate.evaluator import Evaluator
@@ -156,13 +157,14 @@ def _learned(
     recipe: Recipe, initial: InitialModel, model: WhisperMoEModel, parallel: Parallel, directory: Path, note: Note
 ) -> tuple[PackedLoader, Objective]:
     """Batches of this process's share of the data, and the losses."""
-    losses = recipe.losses
-    if losses.context is not None:
+    losses, data = recipe.losses, recipe.data
+    if losses.context is not None:  # whose clips come all alike
         lessons = _lessons(recipe, initial, losses.context, parallel, directory, note)
         reader = LessonReader(initial.tokenizer, initial.config, losses.context, lessons)
         objective = ContextObjective(losses.context, lessons, model.decoder.head)
-        return _loader([lessons], recipe.data.loader, initial, parallel, note, reader), objective
-    corpora, data = list(_opened(recipe.data.train, note)), recipe.data
+        config = data.loader.model_copy(update={"mixing": MixingConfig()})
+        return _loader([lessons], config, initial, parallel, note, reader), objective
+    corpora = list(_opened(data.train, note))
     if any(corpus.streaming for corpus in corpora):  # else the loader counts them with what its survey finds
         _check_missing(corpora, data.train, data.loader.max_corrupt_share)
     # Weights of the corpora are those of the mixture, unless it has its own.

@@ -13,7 +13,6 @@ import math
 import time
 from collections import deque
 from collections.abc import Iterator, Sequence
-from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import torch
@@ -66,18 +65,6 @@ class GrokkingRecipe(BaseModel):
         return value
 
 
-@dataclass(frozen=True)
-class Point:
-    """The curve at one step."""
-
-    step: int
-    train_loss: float
-    train_accuracy: float
-    validation_loss: float
-    validation_accuracy: float
-    seconds: float
-
-
 def equations(prime: int) -> tuple[Tensor, Tensor]:
     """All a / b = c mod p with b ≠ 0: tokens [p (p − 1), 4] of ``a / b =``, and answers [p (p − 1)]."""
     a, b = torch.meshgrid(torch.arange(prime), torch.arange(1, prime), indexing="ij")
@@ -118,7 +105,7 @@ class Divider(nn.Module):
         return self.head(self.norm(x_TD.view(rows, n, -1)[:, -1]))
 
 
-def train(recipe: GrokkingRecipe) -> Iterator[Point]:
+def train(recipe: GrokkingRecipe) -> Iterator[dict[str, float]]:
     """The curve, from before the first step to the last; a plateau that is seen there is logged."""
     torch.manual_seed(recipe.seed)
     tokens, answers = equations(recipe.prime)
@@ -132,10 +119,11 @@ def train(recipe: GrokkingRecipe) -> Iterator[Point]:
     plateau, began = Plateau(), time.perf_counter()
     for step in range(recipe.steps + 1):
         if step % recipe.evaluate_every == 0 or step == recipe.steps:
-            known, new = (judged(model, tokens[rows], answers[rows]) for rows in (training, validation))
-            yield (point := Point(step, *known, *new, time.perf_counter() - began))
-            plateau.warn(step, point.train_loss, point.validation_loss)
-            if point.validation_accuracy >= recipe.stop_at:
+            known = measured(model, "train", tokens[training], answers[training])
+            new = measured(model, "validation", tokens[validation], answers[validation])
+            yield {"step": step, **known, **new, "seconds": time.perf_counter() - began}
+            plateau.warn(step, known["train_loss"], new["validation_loss"])
+            if new["validation_accuracy"] >= recipe.stop_at:
                 break
         if not queue:
             queue.extend(training[torch.randperm(half)].split(recipe.batch_size))
@@ -148,10 +136,10 @@ def train(recipe: GrokkingRecipe) -> Iterator[Point]:
 
 
 @torch.no_grad()
-def judged(model: nn.Module, tokens: Tensor, answers: Tensor) -> tuple[float, float]:
-    """Loss and accuracy."""
+def measured(model: nn.Module, name: str, tokens: Tensor, answers: Tensor) -> dict[str, float]:
     logits = model(tokens)
-    return float(F.cross_entropy(logits, answers)), float((logits.argmax(1) == answers).double().mean())
+    accuracy = (logits.argmax(1) == answers).double().mean()
+    return {f"{name}_loss": float(F.cross_entropy(logits, answers)), f"{name}_accuracy": float(accuracy)}
 
 
 def run(path: Path, overrides: Sequence[str], output: Path) -> int:
@@ -163,19 +151,18 @@ def run(path: Path, overrides: Sequence[str], output: Path) -> int:
         return 2
     torch.set_num_threads(recipe.threads)
     output.mkdir(parents=True, exist_ok=True)
-    curve: list[Point] = []
+    curve: list[dict[str, float]] = []
     with (output / METRICS).open("w", encoding="utf-8") as file:
         for point in train(recipe):
             curve.append(point)
-            print(json.dumps(asdict(point)), file=file, flush=True)
-            figures = point.step, point.train_accuracy, point.validation_accuracy
-            logger.info("step %d: train %.3f, validation %.3f", *figures)
+            print(json.dumps(point), file=file, flush=True)
+            logger.info("step %(step)d: train %(train_accuracy).3f, validation %(validation_accuracy).3f", point)
     (output / "recipe.json").write_text(recipe.model_dump_json(indent=2) + "\n", "utf-8")
     plot("AdamW" if recipe.grokfast is None else "Grokfast-EMA", curve, output / PLOT)
     return 0
 
 
-def plot(name: str, curve: Sequence[Point], path: Path) -> None:
+def plot(name: str, curve: Sequence[dict[str, float]], path: Path) -> None:
     """Accuracy by step, train dashed, validation solid; raises ``ImportError`` that says what is missing."""
     try:
         from matplotlib.figure import Figure
@@ -183,9 +170,9 @@ def plot(name: str, curve: Sequence[Point], path: Path) -> None:
         raise ImportError("the plot needs matplotlib: pip install 'whisper-moe[evaluate]'") from error
     figure = Figure(figsize=(7, 4), layout="constrained")
     axes = figure.subplots()
-    steps = [max(point.step, 1) for point in curve]
-    axes.plot(steps, [point.train_accuracy for point in curve], "C0--", label=f"{name}, train")
-    axes.plot(steps, [point.validation_accuracy for point in curve], "C0", label=f"{name}, validation")
+    steps = [max(point["step"], 1) for point in curve]
+    for part, style in (("train", "C0--"), ("validation", "C0")):
+        axes.plot(steps, [point[f"{part}_accuracy"] for point in curve], style, label=f"{name}, {part}")
     axes.set(xscale="log", xlabel="step", ylabel="accuracy", title="Division modulo a prime")
     axes.legend()
     figure.savefig(path, dpi=120)
