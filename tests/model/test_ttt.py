@@ -274,14 +274,14 @@ def test_skipped_only_at_inference_and_only_at_exactly_closed_gates(causal: bool
 def test_a_skipped_decoding_step_is_zero() -> None:
     layer = TTTMLP(D, H, mini_batch=B, causal=True).eval()
     with torch.inference_mode():
-        y, state = layer.step(tokens(2, dtype=torch.float32), layer.initial_state(2))
-    assert torch.equal(y, torch.zeros(2, D)) and state.rows == 2
+        y, state = layer.extend(tokens(2, dtype=torch.float32)[:, None], layer.initial_state(2))
+    assert torch.equal(y, torch.zeros(2, 1, D)) and state.rows == 2
 
 
 def state_tensors(state: TTTState | FastWeights | Gradients) -> list[Tensor]:
     if isinstance(state, TTTState):
         return state_tensors(state.weights) + state_tensors(state.opened)
-    return [getattr(state, name) for name in state.__slots__]
+    return list(state)
 
 
 @FORMS

@@ -9,7 +9,7 @@ from torch.testing import assert_close
 
 from tests.model import ttt_reference as reference
 from tests.model.ttt_reference import B, D, make_layer, only_forward, relative, tokens
-from whisper_moe.model.ttt import TTTMLP
+from whisper_moe.model.ttt import TTTMLP, TTTState
 from whisper_moe.packing import Layout
 
 FORMS = pytest.mark.parametrize("causal", [True, False], ids=["causal", "bidirectional"])
@@ -36,12 +36,10 @@ def test_decoding_with_the_cache_equals_the_full_pass(sizes: list[int]) -> None:
     assert_close(decode(layer, x, sizes), full, rtol=0, atol=1e-12)
 
 
-def test_step_is_extend_by_one() -> None:
-    layer, x = make_layer(True), tokens(3)
-    y, state = layer.step(x, layer.initial_state(3))
-    expected, _ = layer.extend(x[:, None], layer.initial_state(3))
-    assert torch.equal(y, expected[:, 0])
-    assert (state.rows, state.count) == (3, 1)
+def step(layer: TTTMLP, x_RD: Tensor, state: TTTState) -> tuple[Tensor, TTTState]:
+    """The next token of every row, [R, D]."""
+    y, state = layer.extend(x_RD[:, None], state)
+    return y[:, 0], state
 
 
 def test_beams_reordered_across_commits_equal_each_beam_alone() -> None:
@@ -52,7 +50,7 @@ def test_beams_reordered_across_commits_equal_each_beam_alone() -> None:
     histories: list[list[Tensor]] = [[] for _ in range(rows)]
     for i in range(steps):
         x = tokens(rows, seed=100 + i)
-        y, state = layer.step(x, state)
+        y, state = step(layer, x, state)
         histories = [[*past, token] for past, token in zip(histories, x, strict=True)]
         for past, output in zip(histories, y, strict=True):
             alone = layer(torch.stack(past), Layout([len(past)]))
@@ -71,9 +69,9 @@ def test_states_are_values_and_fast_weights_are_copied_on_commit_only() -> None:
     state = layer.initial_state(3)
     for i in range(B):
         assert state.weights.rows == 1, "rows share one copy before their first commit"
-        first = layer.step(x[i].expand(3, D), state)
-        layer.step(tokens(3, seed=50 + i), state)  # Another continuation of the same state must not disturb it.
-        again = layer.step(x[i].expand(3, D), state)
+        first = step(layer, x[i].expand(3, D), state)
+        step(layer, tokens(3, seed=50 + i), state)  # Another continuation of the same state must not disturb it.
+        again = step(layer, x[i].expand(3, D), state)
         assert torch.equal(first[0], again[0])
         state = again[1]
     assert (state.weights.rows, state.count) == (3, 0)
@@ -82,7 +80,7 @@ def test_states_are_values_and_fast_weights_are_copied_on_commit_only() -> None:
 def test_a_bidirectional_layer_does_not_decode() -> None:
     layer = make_layer(False)
     with pytest.raises(ValueError, match="bidirectional"):
-        layer.step(tokens(2), layer.initial_state(2))
+        step(layer, tokens(2), layer.initial_state(2))
 
 
 # --- one recording, window by window ---------------------------------------------------------------------------------

@@ -17,7 +17,7 @@ Shapes: R rows (one sequence each), H heads, n tokens, d head width, f = 4d hidd
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -26,8 +26,7 @@ from torch import Tensor
 LN_EPS = 1e-6
 
 
-@dataclass(frozen=True, slots=True)
-class FastWeights:
+class FastWeights(NamedTuple):
     """S of every row and head. A single row serves any number of rows: they share it until their first commit."""
 
     w1: Tensor
@@ -45,30 +44,25 @@ class FastWeights:
 
     def first(self, rows: int) -> FastWeights:
         """The first ``rows`` rows, as views; a shared row stays shared."""
-        return FastWeights(self.w1[:rows], self.b1[:rows], self.w2[:rows], self.b2[:rows])
+        return FastWeights(*(t[:rows] for t in self))
 
     def stack(self, other: FastWeights) -> FastWeights:
         """These rows, then the other's."""
-        pairs = ((self.w1, other.w1), (self.b1, other.b1), (self.w2, other.w2), (self.b2, other.b2))
-        return FastWeights(*(torch.cat(pair) for pair in pairs))
+        return FastWeights(*map(torch.cat, zip(self, other, strict=True)))
 
     def select(self, rows: Tensor) -> FastWeights:
         """Rows ``rows`` [R'] int64, copied; a shared row is not copied, it serves the new rows as well."""
-        if self.rows == 1:
-            return self
-        return FastWeights(*(t.index_select(0, rows) for t in (self.w1, self.b1, self.w2, self.b2)))
+        return self if self.rows == 1 else FastWeights(*(t.index_select(0, rows) for t in self))
 
 
-@dataclass(frozen=True, slots=True)
-class Norm:
+class Norm(NamedTuple):
     """γ and β of the inner LayerNorm, each [H, 1, d]: learned by the outer loss only."""
 
     gamma: Tensor
     beta: Tensor
 
 
-@dataclass(frozen=True, slots=True)
-class Tokens:
+class Tokens(NamedTuple):
     """What the inner loop reads of n tokens: q, k, v [R, H, n, d] and the rates η_s [R, H, n, 1] (0 on padding)."""
 
     q: Tensor
@@ -77,11 +71,10 @@ class Tokens:
     rate: Tensor
 
     def rows(self, start: int, stop: int) -> Tokens:
-        return Tokens(self.q[start:stop], self.k[start:stop], self.v[start:stop], self.rate[start:stop])
+        return Tokens(*(t[start:stop] for t in self))
 
 
-@dataclass(frozen=True, slots=True)
-class Gradients:
+class Gradients(NamedTuple):
     """Each token's gradient in factors: the one of W1 is kᵀ g1 and that of W2 is x2ᵀ g2, both multiplied by η_s."""
 
     k: Tensor
@@ -98,21 +91,20 @@ class Gradients:
         return self.k.shape[0]
 
     @property
-    def count(self) -> int:
+    def length(self) -> int:
         """n, the number of tokens."""
         return self.k.shape[2]
 
     def first(self, rows: int) -> Gradients:
         """The first ``rows`` rows, as views."""
-        return Gradients(self.k[:rows], self.g1[:rows], self.x2[:rows], self.g2[:rows])
+        return Gradients(*(t[:rows] for t in self))
 
     def select(self, rows: Tensor) -> Gradients:
         """Rows ``rows`` [R'] int64, copied."""
-        return Gradients(*(t.index_select(0, rows) for t in (self.k, self.g1, self.x2, self.g2)))
+        return Gradients(*(t.index_select(0, rows) for t in self))
 
     def append(self, new: Gradients) -> Gradients:
-        pairs = ((self.k, new.k), (self.g1, new.g1), (self.x2, new.x2), (self.g2, new.g2))
-        return Gradients(*(torch.cat(pair, dim=2) for pair in pairs))
+        return Gradients(*(torch.cat(pair, dim=2) for pair in zip(self, new, strict=True)))
 
 
 def empty_gradients(rows: int, like: FastWeights) -> Gradients:
@@ -187,7 +179,7 @@ def causal_step(
     gradients = token_gradients(weights, norm, tokens)
     if opened is not None:
         gradients = opened.append(gradients)
-    before = gradients.count - tokens.q.shape[2]
+    before = gradients.length - tokens.q.shape[2]
     c = factors[:, None]
     scores = (tokens.q @ gradients.k.mT + 1).tril(before)
     x2 = F.gelu(_affine(tokens.q, weights.w1, weights.b1) - c * (scores @ gradients.g1), approximate="tanh")

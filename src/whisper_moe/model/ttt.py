@@ -114,7 +114,7 @@ class TTTState:
     @property
     def count(self) -> int:
         """Tokens in the open mini-batch, fewer than b."""
-        return self.opened.count
+        return self.opened.length
 
     def select(self, rows: Tensor) -> TTTState:
         """The state whose row i is this one's row ``rows[i]`` (int64, [R']): for beams and for rows that have ended."""
@@ -210,11 +210,6 @@ class TTTMLP(nn.Module):
         weights = self._learned()
         return TTTState(weights, empty_gradients(rows, weights))
 
-    def step(self, x_RD: Tensor, state: TTTState) -> tuple[Tensor, TTTState]:
-        """The next token of every row, [R, D]: :meth:`extend` by one."""
-        y, state = self.extend(x_RD[:, None], state)
-        return y[:, 0], state
-
     def extend(self, x_RTD: Tensor, state: TTTState) -> tuple[Tensor, TTTState]:
         """The next n tokens of every row, [R, n, D]; a mini-batch that becomes full is committed.
 
@@ -241,7 +236,7 @@ class TTTMLP(nn.Module):
             factors = self._factors()
             now = factors[state.count : state.count + x_RTD.shape[1]]
             opened, z = causal_step(state.weights, self._norm(), state.opened, tokens, now)
-            if opened.count == self.mini_batch:
+            if opened.length == self.mini_batch:
                 weights = commit(state.weights, opened, factors[-1])
                 state = TTTState(weights, empty_gradients(state.rows, weights))
             else:
