@@ -103,7 +103,7 @@ class WhisperMoE:
         device = pick_device(device)
         if dtype == "int8" and device != "cpu":
             raise ValueError(f"int8 arithmetic runs on a CPU; on {device} take bfloat16 or float16")
-        if not for_inference and dtype not in ("auto", "float32"):
+        if not for_inference and dtype not in ("auto", "default", "float32"):
             raise ValueError(f"for_inference=False loads float32 weights; dtype {dtype!r} would round them")
         dtype = _pick_dtype(dtype, device) if for_inference else "float32"
         for_cpu = for_inference and device == "cpu" and dtype in ("float32", "int8")

@@ -183,7 +183,7 @@ def test_what_a_run_goes_on_with_is_said_as_it_is_written(material: Path, tmp_pa
 
 
 @pytest.mark.parametrize(
-    ("device", "said"), [("cuda", "sees no such device"), ("cuda:7", "sees no such device"), ("gpu", "it is auto, cpu")]
+    ("device", "said"), [("cuda", "sees no such device"), ("cuda:7", "sees no such device"), ("gpu", "unknown device")]
 )
 def test_a_device_that_is_not_here_is_said_before_a_model_is_loaded(
     material: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, device: str, said: str
@@ -193,7 +193,7 @@ def test_a_device_that_is_not_here_is_said_before_a_model_is_loaded(
     def elsewhere(tree: Tree) -> None:
         tree["run"]["device"], tree["model"]["source"] = device, "nowhere/at-all.pt"
 
-    with pytest.raises(RecipeError, match=f"run.device is .*{said}"):
+    with pytest.raises(RecipeError, match=f"run.device.*{said}"):
         run(recipe_with(material, elsewhere), tmp_path / "run")
 
 

@@ -269,10 +269,10 @@ def test_a_process_without_a_gpu_is_told_so(monkeypatch: pytest.MonkeyPatch) -> 
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
     monkeypatch.setenv("LOCAL_RANK", "2")
-    with pytest.raises(ValueError, match=r"run\.device is cuda:2, and PyTorch .* sees no such device here, of 2"):
+    with pytest.raises(ValueError, match=r"run\.device: device cuda:2: PyTorch .* sees no such device"):
         device_of("auto", world=4)
     with pytest.raises(ValueError, match=r"run\.device is 'cuda:1'; many processes take"):
         device_of("cuda:1", world=4)
-    with pytest.raises(ValueError, match=r"run\.device is 'gpu'; it is auto"):
+    with pytest.raises(ValueError, match=r"run\.device: unknown device 'gpu'"):
         device_of("gpu")
     assert device_of("cpu", world=4) == torch.device("cpu")

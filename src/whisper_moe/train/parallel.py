@@ -28,6 +28,7 @@ from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor, Shard
 from torch.nn.parallel import DistributedDataParallel
 
+from whisper_moe.machine import pick_device
 from whisper_moe.model.block import Block
 from whisper_moe.model.model import WhisperMoEModel
 from whisper_moe.model.router import Router
@@ -168,17 +169,12 @@ def device_of(wanted: str, world: int = 1) -> torch.device:
         wanted = "cuda" if torch.cuda.is_available() else "cpu"
     if world > 1 and wanted not in ("cuda", "cpu"):
         raise RecipeError(f"run.device is {wanted!r}; many processes take auto, cuda (a GPU for each) or cpu")
-    try:
-        device = torch.device(wanted)
-    except RuntimeError:
-        raise RecipeError(f"run.device is {wanted!r}; it is auto, cpu, cuda or cuda:1") from None
     if world > 1 and wanted == "cuda":
-        device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
-    counts = {"cpu": 1, "cuda": torch.cuda.device_count(), "mps": int(torch.backends.mps.is_available())}
-    if (device.index or 0) >= (count := counts.get(device.type, 0)):
-        raise RecipeError(
-            f"run.device is {device}, and PyTorch {torch.__version__} sees no such device here, of {count} of its kind"
-        )
+        wanted = f"cuda:{os.environ.get('LOCAL_RANK', '0')}"
+    try:
+        device = torch.device(pick_device(wanted))
+    except ValueError as error:
+        raise RecipeError(f"run.device: {error}") from None
     if world > 1 and device.type == "cuda":
         torch.cuda.set_device(device)
     return device
