@@ -51,7 +51,7 @@ FAULTS = {
     "in the middle of an epoch": at_step(8, "die()"),
     "before the first checkpoint": at_step(3, "die()"),
     "before a checkpoint's parts": KILLED.format(name="save_parts", condition="AT_10()"),
-    "between two files of a checkpoint": KILLED.format(name="_facts", condition="AT_10()"),
+    "between two files of a checkpoint": "before(checkpoint.FileFacts, 'of', lambda *a: AT_10() and die())",
     "before a checkpoint's commit": KILLED.format(name="_mark", condition="a[1].step == 10"),
     "before old checkpoints go": KILLED.format(name="_prune", condition="len(list(a[0].glob('checkpoints/*'))) == 3"),
     "before anything is written": "before(run, 'write_record', lambda *a, **k: die())",
@@ -155,10 +155,10 @@ def test_a_full_disk_ends_the_run_with_a_sentence(recipe: Path, undisturbed: Pat
     run = tmp_path / "run"
     full = """
 import errno
-def full(path):
+def full(*_):
     if AT_10():
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
-before(checkpoint, "_facts", full)
+before(checkpoint.FileFacts, "of", full)
 """
     done = train(recipe, run, fault=full)
     assert done.status == 1 and "Traceback" not in done.stderr

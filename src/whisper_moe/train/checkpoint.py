@@ -53,8 +53,6 @@ from whisper_moe.weights.files import (
     atomic_folder,
     json_bytes,
     read_json,
-    regular_size,
-    sha256,
     sync,
 )
 
@@ -105,7 +103,7 @@ def save(run: Path, step: int, model: nn.Module, optimizer: Optimizer, meta: Map
             files = _write_parts(shared, tensors_of(model, optimizer))
             if first:
                 (shared / STATE).write_text(json.dumps(meta), "utf-8")
-                _mark(shared, Commit(step=step, files=files | {STATE: _facts(shared / STATE)}))
+                _mark(shared, Commit(step=step, files=files | {STATE: FileFacts.of(shared / STATE)}))
     except OSError as error:
         said = f"the checkpoint of step {step} could not be written ({error.strerror or error})"
         raise OSError(error.errno or errno.EIO, said, str(folder)) from error
@@ -136,7 +134,9 @@ def _write_parts(folder: Path, tensors: Mapping[str, Tensor]) -> dict[str, FileF
     for path in own:
         sync(path)
     return {
-        name: facts for each in _gathered({path.name: _facts(path) for path in own}) for name, facts in each.items()
+        name: facts
+        for each in _gathered({path.name: FileFacts.of(path) for path in own})
+        for name, facts in each.items()
     }
 
 
@@ -155,10 +155,6 @@ def _mark(folder: Path, commit: Commit) -> None:
     body = commit.model_dump(mode="json")
     with atomic_file(folder / COMMIT) as path:
         path.write_bytes(json_bytes({"commit": body, "sha256": hashlib.sha256(json_bytes(body)).hexdigest()}))
-
-
-def _facts(path: Path) -> FileFacts:
-    return FileFacts(bytes=path.stat().st_size, sha256=sha256(path))
 
 
 def full(tensor: Tensor) -> Tensor:
@@ -293,7 +289,8 @@ def _first(run: Path, paths: list[Path]) -> Path | None:
     causes: list[str] = []
     for path in paths:
         try:
-            _verify(path)
+            for name, facts in read_commit(path).files.items():
+                facts.check(path / name, COMMIT)
         except CheckpointError as error:
             causes.append(str(error))
         else:
@@ -347,15 +344,6 @@ def read_commit(path: Path) -> Commit:
         return Commit.model_validate_json(json_bytes(body))
     except ValidationError as error:
         raise CheckpointError(f"{path / COMMIT}: {problems(error)}") from error
-
-
-def _verify(path: Path) -> None:
-    """Raise ``CheckpointError`` unless all files are what the marker says."""
-    for name, facts in read_commit(path).files.items():
-        if (size := regular_size(path / name)) != facts.bytes:
-            raise CheckpointError(f"{path / name}: has {size} bytes, {COMMIT} says {facts.bytes}: changed")
-        if sha256(path / name) != facts.sha256:
-            raise CheckpointError(f"{path / name}: sha256 differs from {COMMIT}'s: damaged or changed")
 
 
 # Random states
