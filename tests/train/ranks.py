@@ -59,9 +59,8 @@ def pack(frames: Sequence[int], seed: int) -> Pack:
     labels = [text.roll(-1).index_fill(0, torch.tensor([0]), -100) for text in random_texts(lengths, seed)]
     return Pack(
         ids=tuple(f"{seed}-{i}" for i in range(len(frames))), mels=tuple(random_mels(frames, torch.float32, seed)),
-        heard=tuple(max(1, (n + 1) // 2 - 1) for n in frames), tokens_T=torch.cat(random_texts(lengths, seed)),
-        labels_T=torch.cat(labels), texts=Layout(lengths), languages=("en",) * len(frames),
-        tasks=("transcribe",) * len(frames), seconds=1.0,
+        valid_lengths=tuple(max(1, (n + 1) // 2 - 1) for n in frames), tokens_T=torch.cat(random_texts(lengths, seed)),
+        labels_T=torch.cat(labels), texts=Layout(lengths),
     )  # fmt: skip
 
 

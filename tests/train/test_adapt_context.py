@@ -193,7 +193,7 @@ def test_an_epoch_has_every_clip_with_and_without_timestamps(samples: list[Sampl
 def test_margins_are_within_their_range_but_for_what_is_padded(lessons: Lessons, padded: float) -> None:
     loader, margins = batches_of(lessons, ContextRecipe(margins=(0.5, 2.0), padded=padded)), []
     for pack in (pack for _ in range(8) for batch in loader for pack in batch.packs):
-        margins += [mel.shape[1] / 100 - n / 50 for mel, n in zip(pack.mels, pack.heard, strict=True)]
+        margins += [mel.shape[1] / 100 - n / 50 for mel, n in zip(pack.mels, pack.valid_lengths, strict=True)]
     drawn = [margin for margin in margins if margin < 20]
     assert abs(len(drawn) / len(margins) - (1 - padded)) < 0.2
     assert 0.48 <= min(drawn) < 0.7 and 1.5 < max(drawn) <= 2.02

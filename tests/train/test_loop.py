@@ -101,12 +101,10 @@ def _rows(pack: Pack, segment: int) -> Pack:
         pack,
         ids=(pack.ids[segment],),
         mels=(pack.mels[segment],),
-        heard=(pack.heard[segment],),
+        valid_lengths=(pack.valid_lengths[segment],),
         tokens_T=pack.tokens_T[rows],
         labels_T=pack.labels_T[rows],
         texts=Layout([rows.stop - rows.start]),
-        languages=("en",),
-        tasks=("transcribe",),
     )
 
 

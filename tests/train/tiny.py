@@ -75,12 +75,9 @@ def random_examples(lengths: Sequence[tuple[int, int]], config: ModelConfig, see
             Example(
                 id=f"{seed}-{number}",
                 mel=torch.randn(config.n_mels, 2 * positions, generator=generator),
-                heard=max(1, positions - 2),
+                valid_length=max(1, positions - 2),
                 tokens=tuple(ids[:-1]),
                 labels=(IGNORED, IGNORED, *ids[3:]),
-                language="en",
-                task="transcribe",
-                seconds=positions / 50,
             )
         )
     return examples

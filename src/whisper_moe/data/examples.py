@@ -98,18 +98,13 @@ class Example:
     id: str
     mel: Tensor
     """[n_mels, frames] float32, two frames a position."""
-    heard: int
+    valid_length: int
     """Positions of the sound, without the silence kept after it."""
     tokens: tuple[int, ...]
     """[n] what the decoder reads: start, language, task, ``<|notimestamps|>`` unless the text has timestamps, text."""
     labels: tuple[int, ...]
     """[n] what it is to say after each: the next token, at last the end of text; -100 within the prompt, but for a language
     that is to be told (:meth:`ExampleReader.labels`)."""
-    language: str
-    """Code of what is heard."""
-    task: str
-    seconds: float
-    """Of sound, without the silence."""
 
     @property
     def positions(self) -> int:
@@ -226,10 +221,12 @@ class ExampleReader:
         prompt, text = self.tokens(sample)
         mel, samples = self._mel(sample, margin)
         return Example(
-            id=sample.id, mel=mel, heard=positions(samples, 0, self.max_positions), tokens=(*prompt, *text),
-            labels=tuple(self.labels(prompt, text)), language=sample.language, task=sample.task,
-            seconds=samples / SAMPLE_RATE,
-        )  # fmt: skip
+            id=sample.id,
+            mel=mel,
+            valid_length=positions(samples, 0, self.max_positions),
+            tokens=(*prompt, *text),
+            labels=tuple(self.labels(prompt, text)),
+        )
 
     def _mel(self, sample: Sample, margin: float) -> tuple[Tensor, int]:
         """[n_mels, frames] with the margin, and the number of samples of sound.
@@ -283,17 +280,14 @@ class Pack:
     ids: tuple[str, ...]
     mels: tuple[Tensor, ...]
     """[n_mels, frames] float32 each."""
-    heard: tuple[int, ...]
+    valid_lengths: tuple[int, ...]
+    """Positions of each sound, without the silence kept after it."""
     tokens_T: Tensor
     """[Σ n] int64, what the decoder reads."""
     labels_T: Tensor
     """[Σ n] int64, the token after each; -100 where nothing is to be learned."""
     texts: Layout
     """Where each segment's tokens lie in ``tokens_T`` and ``labels_T``."""
-    languages: tuple[str, ...]
-    tasks: tuple[str, ...]
-    seconds: float
-    """Of sound in all segments, without the silence."""
 
     @property
     def encoder_tokens(self) -> int:
@@ -303,17 +297,14 @@ class Pack:
     def decoder_tokens(self) -> int:
         return self.texts.total
 
-    @property
-    def fill(self) -> float:
-        """The share of the 2,048 tokens that is used."""
-        return (self.encoder_tokens + self.decoder_tokens) / MAX_PACK_TOKENS
-
     def to(self, device: torch.device | str, dtype: torch.dtype | None = None) -> Pack:
         """The same pack elsewhere; ``dtype`` is that of the mels."""
         return replace(
-            self, mels=tuple(mel.to(device, dtype) for mel in self.mels), tokens_T=self.tokens_T.to(device),
+            self,
+            mels=tuple(mel.to(device, dtype) for mel in self.mels),
+            tokens_T=self.tokens_T.to(device),
             labels_T=self.labels_T.to(device),
-        )  # fmt: skip
+        )
 
 
 def pack_examples(examples: Sequence[Example]) -> list[Pack]:
@@ -328,13 +319,13 @@ def pack_examples(examples: Sequence[Example]) -> list[Pack]:
 
 def _pack(examples: Sequence[Example]) -> Pack:
     return Pack(
-        ids=tuple(example.id for example in examples), mels=tuple(example.mel for example in examples),
-        heard=tuple(example.heard for example in examples),
-        tokens_T=_flat(example.tokens for example in examples), labels_T=_flat(example.labels for example in examples),
+        ids=tuple(example.id for example in examples),
+        mels=tuple(example.mel for example in examples),
+        valid_lengths=tuple(example.valid_length for example in examples),
+        tokens_T=_flat(example.tokens for example in examples),
+        labels_T=_flat(example.labels for example in examples),
         texts=Layout(len(example.tokens) for example in examples),
-        languages=tuple(example.language for example in examples), tasks=tuple(example.task for example in examples),
-        seconds=sum(example.seconds for example in examples),
-    )  # fmt: skip
+    )
 
 
 def _flat(parts: Iterable[Sequence[int]]) -> Tensor:

@@ -16,8 +16,8 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, get_worker_info
 
-from whisper_moe.config import MAX_PACK_TOKENS, ModelConfig
-from whisper_moe.data.examples import IGNORED, Example, ExampleReader, Pack, pack_examples
+from whisper_moe.config import ModelConfig
+from whisper_moe.data.examples import Example, ExampleReader, Pack, pack_examples
 from whisper_moe.data.mel_cache import MelCache
 from whisper_moe.data.sample import AnyCorpus, DataError, Sample, Skipped, TooLong, left_out
 from whisper_moe.data.sampler import CorruptShare, Draw, LoaderConfig, Packs, PlannedBatch, Position, open_order, plan
@@ -48,24 +48,9 @@ class Batch:
         return sum(len(pack.ids) for pack in self.packs)
 
     @property
-    def seconds(self) -> float:
-        """Of sound, without the silence."""
-        return sum(pack.seconds for pack in self.packs)
-
-    @property
     def tokens(self) -> int:
         """Of encoder and decoder."""
         return sum(pack.encoder_tokens + pack.decoder_tokens for pack in self.packs)
-
-    @property
-    def targets(self) -> int:
-        """Tokens that are learned from: what a mean loss divides by."""
-        return sum(int((pack.labels_T != IGNORED).sum()) for pack in self.packs)
-
-    @property
-    def fill(self) -> float:
-        """The share of the packs' tokens that is used; 0 for an empty batch."""
-        return self.tokens / (MAX_PACK_TOKENS * len(self.packs)) if self.packs else 0.0
 
 
 class PackedLoader:

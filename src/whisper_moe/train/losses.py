@@ -169,7 +169,7 @@ def run_packs(model: nn.Module, packs: Sequence[Pack]) -> Output:
     """A training pass over packs."""
     texts = [text for pack in packs for text in pack.tokens_T.split(pack.texts.lengths)]
     mels = [mel for pack in packs for mel in pack.mels]
-    return model(mels, texts, valid_lengths=[n for pack in packs for n in pack.heard], detailed=True)
+    return model(mels, texts, valid_lengths=[n for pack in packs for n in pack.valid_lengths], detailed=True)
 
 
 def _placeholder(model: nn.Module, device: torch.device) -> Pack:
@@ -177,6 +177,6 @@ def _placeholder(model: nn.Module, device: torch.device) -> Pack:
     config = next(module.config for module in model.modules() if isinstance(module, WhisperMoEModel))
     one = torch.zeros(1, dtype=torch.int64, device=device)
     return Pack(
-        ids=("",), mels=(torch.zeros(config.n_mels, 2, device=device),), heard=(1,), tokens_T=one,
-        labels_T=torch.full_like(one, IGNORED), texts=Layout([1]), languages=("",), tasks=("",), seconds=0.0,
+        ids=("",), mels=(torch.zeros(config.n_mels, 2, device=device),), valid_lengths=(1,), tokens_T=one,
+        labels_T=torch.full_like(one, IGNORED), texts=Layout([1]),
     )  # fmt: skip
