@@ -8,10 +8,10 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from math import prod
-from pathlib import Path
 from typing import Any
 
 from whisper_moe.config import FRAMES_PER_SECOND, FULL_WINDOW, PRESETS, ModelConfig
+from whisper_moe.evaluate.measure import disk_bytes
 from whisper_moe.weights.checkpoint import describe
 from whisper_moe.weights.load import DEFAULT_MOE, DEFAULT_TTT, default, load_model, resolve
 from whisper_moe.weights.parts import expected_shapes, part_of, spelled_alone
@@ -154,17 +154,10 @@ def facts_of(model: str | None) -> dict[str, Any]:
     if located.kind == "checkpoint":
         config, sizes = describe(located.path)
         return {"name": located.name, **_facts(config), "bytes": sizes}
-    size = located.path.stat().st_size if located.path.is_file() else _weight_bytes(located.path)
     config = load_model(located.path).config
     if model is None:  # as load_model does
         config = upcycled_config(config, moe=DEFAULT_MOE, ttt=DEFAULT_TTT)
-    return {"name": located.name, **_facts(config), "bytes": {"weights": size}}
-
-
-def _weight_bytes(folder: Path) -> int:
-    return sum(file.stat().st_size for file in folder.glob("*.safetensors")) or sum(
-        file.stat().st_size for file in folder.glob("*.bin")
-    )
+    return {"name": located.name, **_facts(config), "bytes": {"weights": disk_bytes(located.path)}}
 
 
 def _facts(config: ModelConfig) -> dict[str, Any]:
