@@ -21,7 +21,7 @@ from weights.whispers import tokenizer_json
 
 from whisper_moe import WhisperMoE
 from whisper_moe.data.examples import ExampleConfig, ExampleReader
-from whisper_moe.data.sample import AudioRef, DataError, Sample
+from whisper_moe.data.sample import AudioRef, Sample, Skipped
 from whisper_moe.evaluate.evaluator import Evaluated, Evaluator
 from whisper_moe.media.languages import NewLanguage
 from whisper_moe.media.mel import log_mel
@@ -58,7 +58,7 @@ def test_it_is_what_the_whole_model_says_of_a_clip_by_itself(tiny_model: Whisper
         logits = model.decoder.head(model.decoder.extend(torch.tensor([[*prompt, *text[:-1]]]), state))[0].float()
     expected = -logits.log_softmax(-1)[len(prompt) - 1 :].gather(1, torch.tensor(text)[:, None]).sum()
     (found,) = evaluated(tiny_model, [sample])
-    assert (found.error, found.tokens) == (None, len(text))
+    assert (found.skipped, found.tokens) == (None, len(text))
     assert found.cross_entropy == pytest.approx(float(expected), rel=1e-4)
 
 
@@ -86,10 +86,10 @@ def test_what_has_no_cross_entropy_says_why(tiny_model: WhisperMoE, samples: lis
         replace(samples[0], task="sign"),
         replace(samples[0], audio=AudioRef(path=str(long))),
         replace(samples[0], text=" "),
-        DataError("row 7", "no text"),
+        Skipped(id="row 7", cause="no text"),
     ]
     found = evaluator_of(tiny_model).batch(tiny_model.model, asked)
-    causes = [str(each.error) for each in found]
+    causes = [str(each.skipped) for each in found]
     assert causes[0] == causes[5] == "None"
     assert "its text has 404 tokens; the decoder has 64 positions" in causes[1]
     assert "tlh" in causes[2] and "the task 'sign'" in causes[3] and "the window has" in causes[4]
