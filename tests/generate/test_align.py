@@ -21,9 +21,9 @@ from whisper_moe.generate.align import (
     dtw,
     median_filter,
     merge_punctuation,
-    text_tokens,
     token_probabilities,
 )
+from whisper_moe.generate.options import TranscribeOptions
 from whisper_moe.generate.result import Segment
 from whisper_moe.media.tokenizer import Tokenizer
 
@@ -116,7 +116,7 @@ def test_words_begin_where_their_first_token_attends() -> None:
 
 def test_no_text_has_no_words() -> None:
     assert align(torch.zeros(2, 5, 10), [], [], TOKENIZER) == []
-    assert add_words([], [], TOKENIZER) == []
+    assert add_words([], [], TOKENIZER, TranscribeOptions()) == []
 
 
 def read_clip(shared_data: Path, row: int) -> tuple[Path, str]:
@@ -182,12 +182,12 @@ def test_merged_punctuation_equals_openai(timings: list[WordTiming]) -> None:
     theirs = as_openai(timings)
     timing.merge_punctuations(theirs, "\"'“¿([{-", "\"'.。,，!！?？:：”)]}、")
     expected = [(t.word, tuple(t.tokens), t.start, t.end) for t in theirs if t.word]
-    assert [(t.word, t.tokens, t.start, t.end) for t in merge_punctuation(timings)] == expected
+    assert [(t.word, t.tokens, t.start, t.end) for t in merge_punctuation(timings, TranscribeOptions())] == expected
 
 
 def test_marks_join_the_words_they_belong_to() -> None:
     timings = [WordTiming(word, (i,), i, i + 1, 1.0) for i, word in enumerate([" he", " (", "or", " she", ")", "."])]
-    merged = merge_punctuation(timings)
+    merged = merge_punctuation(timings, TranscribeOptions())
     assert [(t.word, t.tokens, t.start) for t in merged] == [
         (" he", (0,), 0),
         (" (or", (1, 2), 2),
@@ -231,7 +231,7 @@ def openai_words(segments: list[Segment], timings: list[WordTiming], last_speech
 def test_segments_with_words_equal_openai(window: tuple[list[Segment], list[WordTiming], float]) -> None:
     segments, timings, last_speech_end = window
     theirs = openai_words(segments, timings, last_speech_end)
-    ours = add_words(segments, timings, TOKENIZER, last_speech_end=last_speech_end)
+    ours = add_words(segments, timings, TOKENIZER, TranscribeOptions(), last_speech_end=last_speech_end)
     assert [(s.start, s.end) for s in ours] == [(s["start"], s["end"]) for s in theirs]
     assert [[w.to_dict() for w in s.words or ()] for s in ours] == [s["words"] for s in theirs]
     assert all(segment.words is not None for segment in ours)
@@ -243,18 +243,11 @@ def test_a_long_word_after_a_pause_is_cut() -> None:
     timings += [WordTiming(" it", (i,), 3.0 + 0.2 * i, 3.2 + 0.2 * i, 1.0) for i in range(1, 7)]
     whole = Segment(id=0, seek=1000, start=12.9, end=15.0, text="", tokens=tuple(range(7)), temperature=0.0,
                     avg_logprob=0.0, compression_ratio=1.0, no_speech_prob=0.0)  # fmt: skip
-    (segment,) = add_words([whole], timings, TOKENIZER, last_speech_end=10.0)
+    (segment,) = add_words([whole], timings, TOKENIZER, TranscribeOptions(), last_speech_end=10.0)
     assert segment.words is not None and len(segment.words) == 7
     assert segment.words[0].end == 13.2 and segment.words[0].start == pytest.approx(12.8)
     assert segment.start == segment.words[0].start and segment.end == segment.words[-1].end == 14.4
     assert replace(segment, words=None, start=12.9, end=15.0) == whole
-
-
-def test_text_tokens_leave_out_times_and_control_tokens() -> None:
-    begin = TOKENIZER.timestamp_begin
-    first = Segment(id=0, seek=0, start=0.0, end=1.0, text="", tokens=(begin, 5, 6, begin + 9, TOKENIZER.eot),
-                    temperature=0.0, avg_logprob=0.0, compression_ratio=1.0, no_speech_prob=0.0)  # fmt: skip
-    assert text_tokens([first, replace(first, tokens=(7,))], TOKENIZER) == [5, 6, 7]
 
 
 @pytest.mark.parametrize("rows", list(product([1, 2], [1, 3])))

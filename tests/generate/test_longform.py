@@ -1,4 +1,5 @@
-"""Recordings of any length and number pass through a bounded buffer; each comes out whole, in its place, by itself."""
+"""Recordings of any length and number pass through a bounded buffer; each comes out whole, in its place, by itself. What looks
+wrong is tried again: padded first, then at rising temperatures, and all of it is counted."""
 
 from __future__ import annotations
 
@@ -12,7 +13,7 @@ import numpy as np
 import pytest
 from generate.tiny import CONFIG, tiny_tokenizer, tiny_whisper_moe
 
-from whisper_moe import MediaError
+from whisper_moe import MediaError, WhisperMoE
 from whisper_moe.generate.align import WordTiming
 from whisper_moe.generate.decode import DecodingResult, WindowDecoder
 from whisper_moe.generate.longform import (
@@ -22,19 +23,23 @@ from whisper_moe.generate.longform import (
     MAX_ROWS,
     Recording,
     Transcriber,
+    attempts,
+    is_silence,
+    looks_wrong,
 )
 from whisper_moe.generate.options import TranscribeOptions
 from whisper_moe.generate.search import Hypothesis
 from whisper_moe.media.windows import Window, cut_windows
 
 TOKENIZER = tiny_tokenizer()
+OPTIONS = TranscribeOptions()
 RATE = 16_000
 
 
 def said(
     text: str = " word", *, until: float | None = None, language: str = "en", sure: float | None = 0.9
 ) -> DecodingResult:
-    """A take that ends at a time in its window, or with the window."""
+    """A result that ends at a time in its window, or with the window."""
     tokens = [TOKENIZER.timestamp_begin, *TOKENIZER.encode(text)]
     if until is not None:
         tokens.append(TOKENIZER.timestamp_begin + round(until / 0.02))
@@ -51,7 +56,11 @@ class Listener:
     """A decoder that hears the loudness of a clip and answers by ``answers``; anything else it calls by its loudness."""
 
     answers: dict[float, Callable[[float, str | None], DecodingResult]] = field(default_factory=dict)
+    good_from: dict[float, int] = field(default_factory=dict)
+    """By loudness: the attempt from which on the answer is a good one."""
     batches: list[list[int]] = field(default_factory=list)
+    calls: list[tuple[tuple[float, ...], float, float, tuple[str | None, ...]]] = field(default_factory=list)
+    """Loudness of each clip, margin, temperature, hints."""
     tokenizer: Any = TOKENIZER
     model: Any = field(default_factory=lambda: SimpleNamespace(config=CONFIG))
 
@@ -62,13 +71,21 @@ class Listener:
         self, clips: Sequence[np.ndarray], options: TranscribeOptions, *, temperature: float, margin: float,
         hints: Sequence[str | None] | None = None, carry: Any = None, previous: Any = None,
     ) -> list[DecodingResult]:  # fmt: skip
+        loud = [round(float(clip[0]), 4) for clip in clips]
+        hints = hints or [None] * len(clips)
+        before = [level for levels, *_ in self.calls for level in levels]
         self.batches.append([self.positions(len(clip), margin) for clip in clips])
-        takes = []
-        for clip, hint in zip(clips, hints or [None] * len(clips), strict=True):
-            loudness = round(float(clip[0]), 4)
-            answer = self.answers.get(loudness)
-            takes.append(answer(len(clip) / RATE, hint) if answer else said(f" {loudness:g}"))
-        return takes
+        self.calls.append((tuple(loud), margin, temperature, tuple(hints)))
+        results = []
+        for clip, level, hint in zip(clips, loud, hints, strict=True):
+            answer = self.answers.get(level)
+            result = answer(len(clip) / RATE, hint) if answer else said(f" {level:g}")
+            if before.count(level) < self.good_from.get(level, 0):
+                result = unsure(0.0, None)
+            results.append(
+                replace(result, margin=margin) if answer else replace(result, margin=margin, temperature=temperature)
+            )
+        return results
 
 
 def window(start: float, seconds: float, loudness: float) -> Window:
@@ -154,8 +171,8 @@ def test_a_result_does_not_wait_for_the_end_of_a_long_recording() -> None:
 
 
 def unsure(seconds: float, hint: str | None) -> DecodingResult:
-    take = said(" unsure")
-    return replace(take, hypothesis=replace(take.hypothesis, sum_logprob=-99.0))
+    result = said(" unsure")
+    return replace(result, hypothesis=replace(result.hypothesis, sum_logprob=-99.0))
 
 
 def test_a_recording_does_not_wait_for_what_is_tried_again_of_another() -> None:
@@ -213,6 +230,141 @@ def test_beams_count_among_the_rows_of_a_batch(options: dict[str, int], most: in
     run(listener, [recording(str(i), 0.1) for i in range(50)], options=TranscribeOptions(**options))
     assert sum(map(len, listener.batches)) == 50
     assert max(map(len, listener.batches)) == most
+
+
+# What is tried again.
+
+
+def at(seconds: float) -> int:
+    return TOKENIZER.timestamp_begin + round(seconds / 0.02)
+
+
+def verdict(
+    text: str = "Four words are said", *, average: float = -0.2, finished: bool = True, **changes: Any
+) -> DecodingResult:
+    tokens = tuple(TOKENIZER.encode(text))
+    found = Hypothesis(tokens, average * (len(tokens) + 1), finished)
+    return replace(DecodingResult(found, "en", None, 0.01, 0.0, 2.0, ()), **changes)
+
+
+def why(found: DecodingResult, seconds: float = 3.0, **options: Any) -> str | None:
+    return looks_wrong(found, seconds, TOKENIZER, replace(OPTIONS, **options))
+
+
+def test_a_good_take_is_trusted() -> None:
+    assert why(verdict()) is None
+
+
+@pytest.mark.parametrize(
+    ("found", "seconds", "reason", "off"),
+    [
+        (verdict("Fail better. " * 9), 30.0, "repetitive", {"compression_ratio_threshold": None}),
+        (verdict(average=-1.01), 3.0, "unsure", {"logprob_threshold": None}),
+        (verdict(finished=False), 3.0, "endless", None),
+        (verdict("The quick brown fox jumps"), 0.5, "too long for its time", None),
+    ],
+    ids=["repetitive", "unsure", "endless", "too long"],
+)
+def test_each_reason_speaks_against_a_verdict(
+    found: DecodingResult, seconds: float, reason: str, off: dict[str, None] | None
+) -> None:
+    assert why(found, seconds) == reason
+    if off is not None:
+        assert why(found, seconds, **off) is None
+
+
+def test_a_threshold_itself_is_still_good() -> None:
+    assert why(verdict(average=-1.0)) is None
+
+
+def test_a_short_word_fits_into_any_time() -> None:
+    assert why(verdict("ten letters"), seconds=0.05) is None
+
+
+def test_a_text_cut_off_behind_closed_segments_goes_on_and_is_no_loop() -> None:
+    """Some languages need more tokens for 30 s than the decoder may sample."""
+    closed = [at(0), *TOKENIZER.encode("one"), at(2.5), at(2.5)]
+    cut_off = Hypothesis((*closed, *TOKENIZER.encode("tw")), -1.0, False)
+    assert why(verdict(hypothesis=cut_off), seconds=3.0) is None
+    assert why(verdict(hypothesis=cut_off), seconds=2.0) == "endless", "it went on behind the end of the sound"
+    early = Hypothesis((at(0), *TOKENIZER.encode("one"), at(0.5), at(0.5), 65), -1.0, False)
+    assert why(verdict(hypothesis=early), seconds=3.0) == "endless", "it got nowhere"
+
+
+def test_silence_is_silence_however_it_reads() -> None:
+    for found in (
+        verdict(average=-1.5),
+        verdict("Fail better. " * 9, average=-1.5),
+        verdict(average=-1.5, finished=False),
+    ):
+        quiet = replace(found, no_speech_prob=0.7)
+        assert is_silence(quiet, OPTIONS)
+        assert why(quiet) is None
+        assert why(found) is not None
+
+
+def test_a_sure_text_speaks_against_silence() -> None:
+    assert not is_silence(verdict(average=-0.2, no_speech_prob=0.9), OPTIONS)
+    assert is_silence(verdict(average=-0.2, no_speech_prob=0.9), replace(OPTIONS, logprob_threshold=None))
+    assert not is_silence(verdict(average=-3.0, no_speech_prob=0.9), replace(OPTIONS, no_speech_threshold=None))
+
+
+def test_first_padding_then_temperatures() -> None:
+    assert attempts(TranscribeOptions(context_margin=2.0, temperatures=(0.0, 0.4, 1.0))) == [
+        (2.0, 0.0), (30.0, 0.0), (30.0, 0.4), (30.0, 1.0),
+    ]  # fmt: skip
+    assert attempts(TranscribeOptions(context_margin=30.0, temperatures=(0.0, 0.4))) == [(30.0, 0.0), (30.0, 0.4)]
+    assert attempts(TranscribeOptions(context_margin=1.0, temperatures=(0.2,))) == [(1.0, 0.2), (30.0, 0.2)]
+
+
+def tried_again(*good_from: int, seconds: float = 1.0, **options: Any) -> tuple[Listener, list[Recording]]:
+    """Windows whose result is good from that attempt on, each a recording; their loudness is their place."""
+    listener = Listener(good_from={0.1 * (i + 1): number for i, number in enumerate(good_from)})
+    listener.good_from = {round(level, 4): number for level, number in listener.good_from.items()}
+    asked = TranscribeOptions(**{"context_margin": 2.0, "temperatures": (0.0, 0.5, 1.0)} | options)
+    talks = [recording(str(i), round(0.1 * (i + 1), 4), seconds=seconds) for i in range(len(good_from))]
+    return listener, run(listener, talks, options=asked)
+
+
+def test_only_what_looks_wrong_is_tried_again_and_is_counted() -> None:
+    listener, done = tried_again(0, 3, 1, 2)
+    assert [(levels, margin, temperature) for levels, margin, temperature, _ in listener.calls] == [
+        ((0.1, 0.2, 0.3, 0.4), 2.0, 0.0),
+        ((0.2, 0.3, 0.4), 30.0, 0.0),
+        ((0.2, 0.4), 30.0, 0.5),
+        ((0.2,), 30.0, 1.0),
+    ]
+    assert [each.segments[0].temperature for each in done] == [0.0, 1.0, 0.0, 0.5]
+    assert [each.fallbacks for each in done] == [0, 1, 1, 1]
+
+
+def test_the_last_attempt_is_taken_as_it_is() -> None:
+    listener, (done,) = tried_again(99)
+    assert (done.segments[0].text, len(listener.calls)) == (" unsure", 4)
+
+
+def test_a_window_that_fills_its_thirty_seconds_is_not_decoded_twice_alike() -> None:
+    listener, (done,) = tried_again(1, seconds=29.0)
+    assert [(margin, temperature) for _, margin, temperature, _ in listener.calls] == [(2.0, 0.0), (30.0, 0.5)]
+    assert done.fallbacks == 1
+    listener, (done,) = tried_again(1, seconds=29.0, temperatures=(0.0,))
+    assert (len(listener.calls), done.fallbacks) == (1, 0)
+
+
+def test_the_second_attempt_encodes_a_full_window(tiny_model: WhisperMoE, monkeypatch: pytest.MonkeyPatch) -> None:
+    lengths: list[list[int]] = []
+    encode = WindowDecoder.encode
+
+    def spy(self: WindowDecoder, *args: Any) -> Any:
+        order, encoded = encode(self, *args)
+        lengths.append(list(encoded.layout.lengths))
+        return order, encoded
+
+    monkeypatch.setattr(WindowDecoder, "encode", spy)
+    unsatisfiable = {"logprob_threshold": 1.0, "no_speech_threshold": None, "temperatures": (0.0,)}
+    result = tiny_model.transcribe(np.full(RATE, 0.1, np.float32), context_margin=0.5, **unsatisfiable)
+    assert lengths == [[75], [1500]]
+    assert result.fallbacks == 1
 
 
 # What comes out.
@@ -308,18 +460,18 @@ class Teller(Listener):
     """Says one segment from the start of a window to its end, as Whisper does; its first word swallows the silence before."""
 
     def decode(self, clips: Sequence[np.ndarray], options: TranscribeOptions, **_: Any) -> list[DecodingResult]:
-        takes: list[DecodingResult] = []
+        results: list[DecodingResult] = []
         for clip in clips:
             loud, end = np.flatnonzero(np.abs(clip) > 0.02), len(clip) // 320 * 0.02
-            takes.append(said(" ab c", until=end) if len(loud) else silence())
+            results.append(said(" ab c", until=end) if len(loud) else silence())
             if len(loud) and options.word_timestamps:
                 starts = [0.0, *(loud[0] / RATE + 0.5 * np.arange(1, 10)).tolist()]
                 words = zip([" a", *"bcdefghij"], starts, [*starts[1:], end], strict=True)
                 timings = tuple(WordTiming(word, tuple(TOKENIZER.encode(word)), a, b, 0.9) for word, a, b in words)
                 tokens = [id for timing in timings for id in timing.tokens]
                 hypothesis = replace(said(until=end).hypothesis, tokens=(TOKENIZER.timestamp_begin, *tokens))
-                takes[-1] = replace(takes[-1], hypothesis=hypothesis, timings=timings)
-        return takes
+                results[-1] = replace(results[-1], hypothesis=hypothesis, timings=timings)
+        return results
 
 
 @pytest.mark.parametrize("timed", [False, True], ids=["cues", "words"])
@@ -350,8 +502,8 @@ def test_what_was_said_before_a_pause_does_not_hold_the_cue_after_it() -> None:
     tokens = (begin, *TOKENIZER.encode(" a"), begin + 245, begin + 245, *TOKENIZER.encode(" b"), begin + 900)
     wave = spoken_between(18.0, (0.0, 5.0), (15.0, 18.0), floor=1e-4)
     wave[0] = 0.2
-    take = replace(said(), hypothesis=Hypothesis(tokens, -0.1, True))
-    (done,) = run(Listener({0.2: lambda *_: take}), [Recording("pause", iter([Window(0.0, wave)]))])
+    result = replace(said(), hypothesis=Hypothesis(tokens, -0.1, True))
+    (done,) = run(Listener({0.2: lambda *_: result}), [Recording("pause", iter([Window(0.0, wave)]))])
     first, second = done.result().segments
     assert (first.start, first.end) == (0.0, 4.9)
     assert 14.75 <= second.start <= 15.0 and second.end == 18.0
@@ -442,9 +594,9 @@ def test_carried_fast_weights_change_what_follows_and_not_what_came_before(monke
     decode = WindowDecoder.decode
 
     def spy(self: WindowDecoder, clips: Sequence[np.ndarray], *more: Any, **how: Any) -> list[DecodingResult]:
-        takes = decode(self, clips, *more, **how)
-        scores.update((len(clip), take.hypothesis.avg_logprob) for clip, take in zip(clips, takes, strict=True))
-        return takes
+        results = decode(self, clips, *more, **how)
+        scores.update((len(clip), result.hypothesis.avg_logprob) for clip, result in zip(clips, results, strict=True))
+        return results
 
     def listen(*waves: np.ndarray, **options: Any) -> dict[int, float]:
         """How sure each window's text is, by the window's length."""

@@ -17,7 +17,7 @@ from parity.openai_whisper import hub_backend
 
 from whisper_moe.generate.align import WordTiming
 from whisper_moe.generate.decode import DecodingResult
-from whisper_moe.generate.options import APPENDED_PUNCTUATION, PREPENDED_PUNCTUATION
+from whisper_moe.generate.options import TranscribeOptions
 from whisper_moe.generate.result import Segment, Word
 from whisper_moe.generate.search import Hypothesis
 from whisper_moe.generate.segments import (
@@ -30,8 +30,6 @@ from whisper_moe.generate.segments import (
 )
 from whisper_moe.media.tokenizer import Tokenizer
 from whisper_moe.media.windows import Window
-
-MARKS = PREPENDED_PUNCTUATION + APPENDED_PUNCTUATION
 
 DURATION = 12.0
 """Seconds of the window."""
@@ -51,9 +49,14 @@ def say(text: str) -> list[int]:
     return tokenizer().encode(text)
 
 
-def take(tokens: list[int], finished: bool = True, **changes: Any) -> DecodingResult:
+def result(tokens: list[int], finished: bool = True, **changes: Any) -> DecodingResult:
     found = Hypothesis(tuple(tokens), -0.25 * (len(tokens) + 1), finished)
     return replace(DecodingResult(found, "en", 0.9, 0.1, 0.0, 2.0, (("hindi", 1.0),)), **changes)
+
+
+def segments(found: DecodingResult, start: float = 0.0, seconds: float = DURATION) -> list[Segment]:
+    window = Window(start, np.zeros(round(seconds * 16_000), np.float32))
+    return segments_of(found, window, tokenizer(), TranscribeOptions())
 
 
 def by_openai(tokens: list[int]) -> tuple[list[dict[str, Any]], float | None]:
@@ -107,7 +110,7 @@ def spoken(draw: st.DrawFn) -> list[int]:
 @given(tokens=spoken())
 def test_closed_segments_are_openais(tokens: list[int]) -> None:
     expected, _ = by_openai(tokens)
-    assert described(segments_of(take(tokens), 0.0, DURATION, tokenizer())) == described(expected)
+    assert described(segments(result(tokens))) == described(expected)
 
 
 @settings(max_examples=20, deadline=None)
@@ -118,11 +121,11 @@ def test_a_text_that_was_cut_off_ends_with_its_last_closed_segment(tokens: list[
     assume(tokenizer().seconds(last) < DURATION)
     tokens = [*tokens, last, *(token for words in text for token in say(words))]
     expected, rest = by_openai(tokens)
-    cut_off = take(tokens, finished=False)
+    cut_off = result(tokens, finished=False)
     assert rest == pytest.approx(tokenizer().seconds(last))
     assert goes_on(cut_off.hypothesis, DURATION, tokenizer()) == (rest >= 1.0)
     if rest >= 1.0:  # otherwise nothing was gained, and the take does not pass for a good one
-        assert described(segments_of(cut_off, 0.0, DURATION, tokenizer())) == described(expected)
+        assert described(segments(cut_off)) == described(expected)
 
 
 @pytest.mark.parametrize(
@@ -140,32 +143,32 @@ def test_a_text_that_was_cut_off_ends_with_its_last_closed_segment(tokens: list[
 )
 def test_a_window_of_one_segment_is_openais(tokens: list[int]) -> None:
     expected, _ = by_openai(tokens)
-    assert described(segments_of(take(tokens), 0.0, DURATION, tokenizer())) == described(expected)
+    assert described(segments(result(tokens))) == described(expected)
 
 
 def test_unlike_openais_a_single_segment_begins_at_its_own_time() -> None:
     tokens = [at(0.5), *say(" Hello."), at(3)]
-    (ours,) = segments_of(take(tokens), 0.0, DURATION, tokenizer())
+    (ours,) = segments(result(tokens))
     assert (ours.start, ours.end) == (0.5, 3.0)
     assert [(s["start"], s["end"]) for s in by_openai(tokens)[0]] == [(0.0, 3.0)]
 
 
 def test_unlike_openais_a_finished_text_without_a_last_time_is_kept() -> None:
     tokens = [at(0), *say(" Hello."), at(3), at(3), *say(" And then")]
-    ours = segments_of(take(tokens), 0.0, DURATION, tokenizer())
+    ours = segments(result(tokens))
     assert described(ours)[0] == described(by_openai(tokens)[0])[0]
     assert [(s.start, s.end, s.text) for s in ours] == [(0.0, 3.0, " Hello."), (3.0, DURATION, " And then")]
 
 
 def test_nothing_ends_in_the_silence_that_was_put_behind_the_window() -> None:
     tokens = [at(0), *say(" Hello."), at(5), at(5.5), *say(" you"), at(7)]
-    ours = segments_of(take(tokens), 0.0, 4.0, tokenizer())
+    ours = segments(result(tokens), 0.0, 4.0)
     assert [(s.start, s.end, s.text) for s in ours] == [(0.0, 4.0, " Hello.")]
 
 
 def test_a_segment_knows_its_place_in_the_recording_and_how_it_was_found() -> None:
     tokens = [at(0), *say(" Hello."), at(3), at(3.2), *say(" Again."), at(4)]
-    first, second = segments_of(take(tokens, temperature=0.4, no_speech_prob=0.2), 61.5, DURATION, tokenizer())
+    first, second = segments(result(tokens, temperature=0.4, no_speech_prob=0.2), 61.5, DURATION)
     assert (first.start, first.end, second.start, second.end) == (61.5, 64.5, 64.7, 65.5)
     assert (first.id, second.id, first.seek, second.seek) == (0, 1, 6150, 6150)
     assert (first.temperature, first.no_speech_prob, first.language) == (0.4, 0.2, "en")
@@ -178,7 +181,7 @@ def test_the_first_word_of_a_later_window_keeps_its_length() -> None:
     said = [(" Hello", 0.0, 0.7), (" and", 0.7, 0.9), (" good", 0.9, 1.1), (" day", 1.1, 1.3)]
     timings = tuple(WordTiming(word, tuple(say(word)), start, end, 0.9) for word, start, end in said)
     tokens = [at(0), *(token for timing in timings for token in timing.tokens), at(3)]
-    (segment,) = segments_of(take(tokens, timings=timings), 60.0, DURATION, tokenizer())
+    (segment,) = segments(result(tokens, timings=timings), 60.0, DURATION)
     assert [(w.word, w.start, w.end) for w in segment.words or ()] == [
         (word, pytest.approx(60 + start), pytest.approx(60 + end)) for word, start, end in said
     ]
@@ -209,7 +212,7 @@ def timed(draw: st.DrawFn) -> tuple[list[Segment], Window]:
             times = [round(time) for time in times]
         begin, end, *rest = (start + time for time in times)
         words = tuple(Word(a, b, " a", 0.5) for a, b in zip(rest[::2], rest[1::2], strict=True))
-        segment = segments_of(take([at(0), *say(" a")]), 0.0, DURATION, tokenizer())[0]
+        segment = segments(result([at(0), *say(" a")]))[0]
         found.append(replace(segment, start=begin, end=end, words=words or draw(st.sampled_from([None, ()]))))
     return found, Window(start, wave)
 
@@ -236,7 +239,7 @@ def test_words_that_take_no_time_share_that_of_their_neighbours() -> None:
     timings = tuple(WordTiming(word, tuple(say(word)), start, end, 0.9) for word, start, end in said)
     tokens = [at(0), *(token for timing in timings for token in timing.tokens), at(1)]
     wave = np.full(16_000, 0.1, np.float32)
-    (segment,) = placed(segments_of(take(tokens, timings=timings), 0.0, 1.0, tokenizer()), Window(0.0, wave))
+    (segment,) = placed(segments(result(tokens, timings=timings), 0.0, 1.0), Window(0.0, wave))
     times = [(word.start, word.end) for word in segment.words or ()]
     assert times == [(0.0, 0.5), (0.5, 0.52), (0.52, 0.54), (0.54, 0.9)]
 
@@ -244,7 +247,7 @@ def test_words_that_take_no_time_share_that_of_their_neighbours() -> None:
 def test_a_text_is_kept_whose_words_together_take_no_time() -> None:
     timings = tuple(WordTiming(word, tuple(say(word)), 0.6, 0.6, 0.9) for word in (" one", " two"))
     tokens = [at(0.2), *(token for timing in timings for token in timing.tokens), at(1)]
-    (segment,) = segments_of(take(tokens, timings=timings), 0.0, DURATION, tokenizer())
+    (segment,) = segments(result(tokens, timings=timings))
     assert [(w.word, w.start, w.end) for w in segment.words or ()] == [
         (" one", 0.2, pytest.approx(0.6)),
         (" two", pytest.approx(0.6), 1.0),
@@ -303,7 +306,7 @@ def doubtful(draw: st.DrawFn) -> tuple[list[Segment], float]:
         length, odd = draw(st.sampled_from([0.1, 0.6, 2.5])), draw(st.booleans())
         words = (Word(time, time + length, f" w{index}", 0.05 if odd else 0.9),)
         tokens = (at(time), *say(f" w{index}"), at(time + length))
-        plain = segments_of(take(list(tokens)), 0.0, 30.0, tokenizer())[0]
+        plain = segments(result(list(tokens)), 0.0, 30.0)[0]
         found.append(replace(plain, words=words))
         time = round(time + length + draw(st.sampled_from([0.0, 0.4, 2.6, 5.0])), 2)
     assume(found[-1].end < 29.0)
@@ -314,9 +317,9 @@ def doubtful(draw: st.DrawFn) -> tuple[list[Segment], float]:
 @given(doubtful())
 def test_what_is_made_up_in_silence_is_skipped_as_in_openais(found: tuple[list[Segment], float]) -> None:
     segments, threshold = found
-    first = segments[0]
-    assume(not threshold < first.start <= 1.0)  # so near a window's start we do not listen again
-    kept, again = without_inventions(segments, 0.0, 30.0, threshold, MARKS)
+    assume(not threshold < segments[0].start <= 1.0)  # so near a window's start we do not listen again
+    options = TranscribeOptions(word_timestamps=True, hallucination_silence_threshold=threshold)
+    kept, again = without_inventions(segments, Window(0.0, np.zeros(480_000, np.float32)), options)
     texts, seek = openai_skips(segments, threshold)
     assert [segment.text for segment in kept] == texts
     doubted = segments[len(kept)] if len(kept) < len(segments) else None
@@ -327,5 +330,5 @@ def test_what_is_made_up_in_silence_is_skipped_as_in_openais(found: tuple[list[S
 
 
 def test_segments_are_numbered_in_order_of_time() -> None:
-    found = segments_of(take([at(0), *say(" a"), at(1), at(1), *say(" b"), at(2)]), 0.0, DURATION, tokenizer())
+    found = segments(result([at(0), *say(" a"), at(1), at(1), *say(" b"), at(2)]))
     assert [(s.id, s.text) for s in numbered(found[::-1])] == [(0, " a"), (1, " b")]

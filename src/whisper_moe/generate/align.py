@@ -9,7 +9,7 @@ Shape suffixes: H heads, T tokens, P encoder positions, V vocabulary, N and M th
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from itertools import pairwise
 
@@ -19,7 +19,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from whisper_moe.config import FRAMES_PER_SECOND, POSITIONS_PER_SECOND
-from whisper_moe.generate.options import APPENDED_PUNCTUATION, PREPENDED_PUNCTUATION
+from whisper_moe.generate.options import TranscribeOptions
 from whisper_moe.generate.result import Segment, Word
 from whisper_moe.media.tokenizer import Tokenizer
 
@@ -172,32 +172,20 @@ def _first_row(rows: int, text_tokens: Sequence[int]) -> int:
     return first
 
 
-def merge_punctuation(
-    timings: Sequence[WordTiming], prepended: str = PREPENDED_PUNCTUATION, appended: str = APPENDED_PUNCTUATION
-) -> list[WordTiming]:
+def merge_punctuation(timings: Sequence[WordTiming], options: TranscribeOptions) -> list[WordTiming]:
     """Join marks that stand alone to the word after or before them, which keeps its own times."""
-    return _append_marks(_prepend_marks(timings, prepended), appended)
-
-
-def _prepend_marks(timings: Sequence[WordTiming], marks: str) -> list[WordTiming]:
-    merged: list[WordTiming] = []
+    words: list[WordTiming] = []
     for timing in reversed(timings):
-        if merged and timing.word.startswith(" ") and timing.word.strip() in marks:
-            after = merged[-1]
-            merged[-1] = replace(after, word=timing.word + after.word, tokens=timing.tokens + after.tokens)
-        else:
-            merged.append(timing)
-    return merged[::-1]
-
-
-def _append_marks(timings: Sequence[WordTiming], marks: str) -> list[WordTiming]:
+        if words and timing.word.startswith(" ") and timing.word.strip() in options.prepend_punctuations:
+            mark, after = timing, words.pop()
+            timing = replace(after, word=mark.word + after.word, tokens=mark.tokens + after.tokens)
+        words.append(timing)
     merged: list[WordTiming] = []
-    for timing in timings:
-        if merged and not merged[-1].word.endswith(" ") and timing.word in marks:
-            before = merged[-1]
-            merged[-1] = replace(before, word=before.word + timing.word, tokens=before.tokens + timing.tokens)
-        else:
-            merged.append(timing)
+    for timing in reversed(words):
+        if merged and not merged[-1].word.endswith(" ") and timing.word in options.append_punctuations:
+            before, mark = merged.pop(), timing
+            timing = replace(before, word=before.word + mark.word, tokens=before.tokens + mark.tokens)
+        merged.append(timing)
     return merged
 
 
@@ -268,20 +256,19 @@ def add_words(
     segments: Sequence[Segment],
     timings: Sequence[WordTiming],
     tokenizer: Tokenizer,
+    options: TranscribeOptions,
     *,
     last_speech_end: float = 0.0,
-    prepended: str = PREPENDED_PUNCTUATION,
-    appended: str = APPENDED_PUNCTUATION,
 ) -> list[Segment]:
     """The segments of one window with their words, each segment's ends drawn to its words'.
 
-    ``timings`` are what :func:`align` gave for :func:`text_tokens` of these segments. ``last_speech_end``: seconds, in
+    ``timings`` are what :func:`align` gave for the text tokens of these segments. ``last_speech_end``: seconds, in
     the recording, at which the speech before this window ended; a word after a long pause is cut to a usual length.
     """
     if not segments:
         return []
     median = _median_duration(timings)
-    timings = merge_punctuation(_shorten_at_sentence_ends(timings, 2 * median), prepended, appended)
+    timings = merge_punctuation(_shorten_at_sentence_ends(timings, 2 * median), options)
     counts = [len(tokenizer.text_ids(segment.tokens)) for segment in segments]
     finished: list[Segment] = []
     dealt = _deal_out(timings, counts, segments[0].seek / FRAMES_PER_SECOND)
@@ -293,8 +280,3 @@ def add_words(
             segment = replace(segment, words=())
         finished.append(segment)
     return finished
-
-
-def text_tokens(segments: Iterable[Segment], tokenizer: Tokenizer) -> list[int]:
-    """The text tokens of a window's segments, in order, as :func:`align` takes them."""
-    return [token for segment in segments for token in tokenizer.text_ids(segment.tokens)]

@@ -1,6 +1,6 @@
 """One batch of windows to tokens: log-mels → packs → states → language → search → timed words.
 
-A batch is decoded as often as its windows need (see :mod:`whisper_moe.generate.fallback`); nothing here judges the result.
+A batch is decoded as often as its windows need (see :mod:`whisper_moe.generate.longform`); nothing here judges the result.
 """
 
 from __future__ import annotations
@@ -89,9 +89,9 @@ class WindowDecoder:
         self, clips: Sequence[np.ndarray], options: TranscribeOptions, *, temperature: float, margin: float,
         hints: Sequence[str | None] | None = None, carry: Carry | None = None, previous: Sequence[int] | None = None,
     ) -> list[DecodingResult]:  # fmt: skip
-        """One take for each clip of float32 samples at 16 kHz. ``hints``: languages already known, window by window.
+        """One result for each clip of float32 samples at 16 kHz. ``hints``: languages already known, window by window.
 
-        ``carry``: what the window before this single one left; it is not changed, the take has what comes after.
+        ``carry``: what the window before this single one left; it is not changed, the result has what comes after.
         ``previous``: the tokens before it, where windows are conditioned on them.
         """
         carried = carry.copy() if carry is not None else None
@@ -102,10 +102,8 @@ class WindowDecoder:
         found = self.decode_encoded(encoded, samples, hints, options, temperature, margin, previous)
         del encoded
         give_back_memory(SPARE)
-        takes: list[DecodingResult | None] = [None] * len(order)
-        for index, take in zip(order, found, strict=True):
-            takes[index] = replace(take, carried=carried)
-        return [take for take in takes if take is not None]
+        results = dict(zip(order, found, strict=True))
+        return [replace(results[index], carried=carried) for index in range(len(clips))]
 
     @torch.inference_mode()
     @fitting_threads()
@@ -117,10 +115,9 @@ class WindowDecoder:
         state = self.model.decoder.start(encoded)
         logits, _ = self.step(torch.full((len(order), 1), self.tokenizer.sot), state)
         codes, probabilities = self._language_probabilities(logits, options)
-        results: list[dict[str, float]] = [{} for _ in order]
-        for index, row in zip(order, probabilities.tolist(), strict=True):
-            results[index] = dict(sorted(zip(codes, row, strict=True), key=lambda item: -item[1]))
-        return results
+        found = dict(zip(order, probabilities.tolist(), strict=True))
+        rows = (zip(codes, found[index], strict=True) for index in range(len(clips)))
+        return [dict(sorted(row, key=lambda item: -item[1])) for row in rows]
 
     def encode(
         self, clips: Sequence[np.ndarray], margin: float, carry: Carry | None = None

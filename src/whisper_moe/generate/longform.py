@@ -4,23 +4,25 @@ Recordings are read as a stream and cut into windows of up to 30 s at their quie
 in one buffer, are sorted by length, packed and decoded together; each goes back to its recording, and a recording is handed
 on with its last one, whatever else of the buffer is to be decoded again. Memory does not grow with the length or the number
 of recordings.
+
+A window is first decoded with a short margin of silence. Whisper always saw a full 30 s, so if the result repeats itself, is
+unsure, or says more than fits into its time, the window is padded to 30 s and decoded again; if that looks wrong too,
+temperatures follow (Whisper, section 4.5). Nothing falls back silently: it is counted.
 """
 
 from __future__ import annotations
 
-from collections import Counter
-from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
+from collections import Counter, defaultdict
+from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 
-import numpy as np
-
-from whisper_moe.config import MAX_PACK_TOKENS, SAMPLE_RATE
-from whisper_moe.generate.decode import DecodingResult, WindowDecoder, prompt_ids
-from whisper_moe.generate.fallback import Batches, decode_with_fallback, is_silence, looks_wrong
+from whisper_moe.config import FULL_WINDOW, MAX_PACK_TOKENS, SAMPLE_RATE
+from whisper_moe.generate.decode import TOKENS_PER_SECOND, DecodingResult, WindowDecoder, prompt_ids
 from whisper_moe.generate.options import TranscribeOptions
-from whisper_moe.generate.result import Segment, Transcription
+from whisper_moe.generate.result import Segment, Transcription, compression_ratio
 from whisper_moe.generate.segments import (
     LEAST_ADVANCE,
+    goes_on,
     joined,
     numbered,
     placed,
@@ -28,6 +30,7 @@ from whisper_moe.generate.segments import (
     too_much,
     without_inventions,
 )
+from whisper_moe.media.tokenizer import Tokenizer
 from whisper_moe.media.windows import Window, halved, sounding, speech_spans
 from whisper_moe.model.block import Carry
 
@@ -45,6 +48,40 @@ HOT = 0.5
 """What was said at a temperature above this prompts no later window."""
 LEAST_REST = 1.5
 """Seconds of speech after the last timestamp that are worth a window of their own."""
+SHORT_TEXT_TOKENS = 12
+"""A text of so few tokens is never too long for its time: a cough of 0.2 s may hold a word."""
+
+
+def is_silence(result: DecodingResult, options: TranscribeOptions) -> bool:
+    """Whisper's rule: silence is likely, and the text is not sure enough to speak against it."""
+    threshold = options.no_speech_threshold
+    if threshold is None or result.no_speech_prob <= threshold:
+        return False
+    return options.logprob_threshold is None or result.hypothesis.avg_logprob <= options.logprob_threshold
+
+
+def looks_wrong(result: DecodingResult, seconds: float, tokenizer: Tokenizer, options: TranscribeOptions) -> str | None:
+    """Why a result should not be trusted, in a word or two; None if nothing speaks against it."""
+    hypothesis = result.hypothesis
+    if is_silence(result, options):
+        return None
+    limit = options.compression_ratio_threshold
+    if limit is not None and compression_ratio(tokenizer.decode(hypothesis.tokens).strip()) > limit:
+        return "repetitive"
+    if len(hypothesis.tokens) > max(SHORT_TEXT_TOKENS, TOKENS_PER_SECOND * seconds):
+        return "too long for its time"
+    if options.logprob_threshold is not None and hypothesis.avg_logprob < options.logprob_threshold:
+        return "unsure"
+    if hypothesis.finished or goes_on(hypothesis, seconds, tokenizer) or too_much(hypothesis, seconds, tokenizer):
+        return None
+    return "endless"
+
+
+def attempts(options: TranscribeOptions) -> list[tuple[float, float]]:
+    """(margin, temperature) pairs in the order they are tried."""
+    first, *rest = options.temperatures
+    padded = [(FULL_WINDOW, first)] if options.margin < FULL_WINDOW else []
+    return [(options.margin, first), *padded, *((FULL_WINDOW, temperature) for temperature in rest)]
 
 
 @dataclass(eq=False)
@@ -62,7 +99,7 @@ class Recording:
     error: Exception | None = None
     notes: list[str] = field(default_factory=list)
     segments: list[Segment] = field(default_factory=list)
-    spoken: dict[str, float] = field(default_factory=dict)
+    spoken: defaultdict[str, float] = field(default_factory=lambda: defaultdict(float))
     """Seconds of each detected language."""
     only_language: str | None = None
     """What all of it is taken to be in, once that is known, where this is decided once."""
@@ -78,29 +115,46 @@ class Recording:
     def complete(self) -> bool:
         return self.exhausted and self.waiting == 0
 
+    @property
+    def main_language(self) -> str | None:
+        """The only one, or the one that was spoken most so far."""
+        return self.only_language or max(self.spoken, key=lambda code: self.spoken[code], default=None)
+
     def result(self) -> Transcription:
         segments = numbered(self.segments)
         return Transcription(
-            text=joined(segments), segments=segments, language=self.language,
-            language_probability=self.language_probability, duration=round(self.duration, 3), fallbacks=self.fallbacks,
+            text=joined(segments),
+            segments=segments,
+            language=self.language,
+            language_probability=self.language_probability,
+            duration=round(self.duration, 3),
+            fallbacks=self.fallbacks,
             notes=tuple(self.notes),
             source=self.name,
-        )  # fmt: skip
+        )
 
 
 @dataclass(eq=False)
 class _Job:
+    """A window on its way."""
+
     recording: Recording
     window: Window
-    take: DecodingResult = field(init=False)
+    hint: str | None = None
+    """Its language, where that is known."""
+    result: DecodingResult = field(init=False)
     tries: int = 0
-    """How often it was decoded until that take was accepted."""
-    left: list[_Job] = field(default_factory=list)
-    """What of the window is to be heard again."""
+    """How often it was decoded until that result was accepted."""
 
-
-def _seconds(jobs: Sequence[_Job]) -> float:
-    return sum(job.window.duration for job in jobs)
+    @property
+    def astray(self) -> bool:
+        """Whether the language that was heard is to give way to the one that its recording speaks most."""
+        recording, probability = self.recording, self.result.language_probability
+        unsure = probability is not None and probability < SURE_LANGUAGE
+        return (unsure or recording.only_language is not None) and recording.main_language not in (
+            None,
+            self.result.language,
+        )
 
 
 class Transcriber:
@@ -109,26 +163,27 @@ class Transcriber:
     def __init__(
         self, decoder: WindowDecoder, options: TranscribeOptions, progress: Callable[[float], None] | None = None
     ) -> None:
-        self.decoder, self.options, self.progress = decoder, options, progress
+        self.decoder, self.options, self.progress = decoder, options, progress or (lambda seconds: None)
         self.one_by_one = options.carry_ttt or options.condition_on_previous_text
-        self.buffered = 1 if self.one_by_one else BUFFERED_WINDOWS
+        self.most = 1 if self.one_by_one else BUFFERED_WINDOWS
         ttt = decoder.model.config.ttt
         if options.carry_ttt and (ttt is None or not ttt.encoder_layers or ttt.per_expert):
             raise ValueError("carry_ttt needs a model with TTT layers in its encoder that all experts share")
 
     def run(self, recordings: Iterable[Recording]) -> Iterator[Recording]:
         """Each recording as soon as it is complete or has failed: not in the order given."""
-        buffer: list[_Job] = []
+        waiting: list[_Job] = []
         for recording in recordings:
-            job = None
+            empty = True
             for job in self._read(recording):
-                buffer.append(job)
-                if len(buffer) >= self.buffered or _seconds(buffer) >= BUFFERED_SECONDS:
-                    buffer = yield from self._work(buffer)
-            if job is None:  # nothing in it to wait for
+                waiting.append(job)
+                empty = False
+                while len(waiting) >= self.most or sum(job.window.duration for job in waiting) >= BUFFERED_SECONDS:
+                    waiting = yield from self._work(waiting)
+            if empty:
                 yield recording
-        while buffer:
-            buffer = yield from self._work(buffer)
+        while waiting:
+            waiting = yield from self._work(waiting)
 
     def _read(self, recording: Recording) -> Iterator[_Job]:
         """Cut windows off a recording, the last one known to be the last; an error in its file ends it, and only it."""
@@ -139,13 +194,13 @@ class Transcriber:
         try:
             for window in recording.windows:
                 recording.duration = max(recording.duration, window.end)
-                heard = sounding(window)
-                self._report(window.duration - heard.duration)
-                if len(heard.samples):
+                sound = sounding(window)
+                self.progress(window.duration - sound.duration)
+                if len(sound.samples):
                     recording.waiting += 1
                     if job is not None:
                         yield job
-                    job = _Job(recording, heard)
+                    job = _Job(recording, sound)
         except ValueError as error:
             recording.error = error
         recording.exhausted = True
@@ -153,140 +208,137 @@ class Transcriber:
             yield job
 
     def _work(self, jobs: list[_Job]) -> Generator[Recording, None, list[_Job]]:
-        """Decode all waiting windows; returns those that are left over: speech after a window's last timestamp."""
-        while self.one_by_one and jobs:  # each goes on from what all before it left
-            jobs = (yield from self._decode(jobs[:1])) + jobs[1:]
-        return (yield from self._decode(jobs))
-
-    def _decode(self, jobs: list[_Job]) -> Generator[Recording, None, list[_Job]]:
-        for group in self._settled(jobs):
+        """Decode what waits, or its first; returns what is to be decoded later, first what is left of these windows."""
+        now, later = (jobs[:1], jobs[1:]) if self.one_by_one else (jobs, [])
+        left: dict[_Job, list[_Job]] = {}
+        for group in self._settled(now):
+            recording = group[0].recording
             for job in group:
-                job.left = self._finish(job)
-                self._report(job.window.duration - _seconds(job.left))
-            if group[0].recording.complete:
-                yield group[0].recording
-        return [left for job in jobs for left in job.left]
+                left[job] = self._finish(job)
+                recording.waiting += len(left[job]) - 1
+                self.progress(job.window.duration - sum(rest.window.duration for rest in left[job]))
+            if recording.complete:
+                yield recording
+        return [rest for job in now for rest in left[job]] + later
 
     def _settled(self, jobs: Sequence[_Job]) -> Iterator[list[_Job]]:
-        """As :meth:`_heard`, but windows in another language than their recording's are decoded again, those of all together."""
-        again: dict[_Job, str] = {}
-        for group in self._heard({job: job.recording.only_language for job in jobs}):
-            astray = self._astray(group)
-            again |= astray
+        """Windows with their results: those of one recording together, in order, as soon as the last of them has its own.
+
+        Windows in another language than their recording's are decoded again, those of all recordings together.
+        """
+        again: set[_Job] = set()
+        for job in jobs:
+            job.hint = job.recording.only_language
+        for group in self._decoded(jobs):
+            self._tell_languages(group)
+            astray = [job for job in group if job.astray and not is_silence(job.result, self.options)]
+            for job in astray:
+                job.hint = job.recording.main_language
+            again.update(astray)
             if not astray:
                 yield group
-        for group in self._heard({job: again[job] for job in jobs if job in again}):
+        for group in self._decoded([job for job in jobs if job in again]):
             yield [job for job in jobs if job.recording is group[0].recording]
 
-    def _heard(self, hints: Mapping[_Job, str | None]) -> Iterator[list[_Job]]:
-        """Windows with their takes: those of one recording together, in order, as soon as the last of them has its own."""
-        if not hints:
-            return
-        jobs, waiting = list(hints), Counter(job.recording for job in hints)
-        clips, first = [job.window.samples for job in jobs], jobs[0].recording
-        takes = decode_with_fallback(
-            self.decoder, clips, self.options, hints=list(hints.values()), groups=self._batches(clips),
-            carry=first.carry if self.options.carry_ttt else None, previous=first.said,
-        )  # fmt: skip
-        for index, take, thrown_away in takes:
-            job = jobs[index]
-            job.take, job.tries = take, job.tries + thrown_away + 1
+    def _tell_languages(self, jobs: Sequence[_Job]) -> None:
+        """Tell a recording which languages were surely heard in some of its windows."""
+        for job in jobs:
+            recording, result = job.recording, job.result
+            if result.language_probability is not None and result.language_probability >= SURE_LANGUAGE:
+                recording.spoken[result.language] += job.window.duration
+                if self.options.detect_language_once and recording.only_language is None:
+                    recording.only_language = None if is_silence(result, self.options) else result.language
+
+    def _decoded(self, jobs: Sequence[_Job]) -> Iterator[list[_Job]]:
+        waiting = Counter(job.recording for job in jobs)
+        for job in self._accepted(jobs):
             waiting[job.recording] -= 1
             if not waiting[job.recording]:
                 yield [each for each in jobs if each.recording is job.recording]
 
-    def _report(self, seconds: float) -> None:
-        if self.progress is not None:
-            self.progress(seconds)
+    def _accepted(self, jobs: Sequence[_Job]) -> Iterator[_Job]:
+        """Each window as soon as its result is accepted: one that looks right, or the last.
 
-    def _batches(self, clips: Sequence[np.ndarray]) -> Batches:
-        def batches(indices: Sequence[int], margin: float, temperature: float) -> list[list[int]]:
-            """Clips of about the same length together, as many as fit."""
-            most = max(1, MAX_ROWS // self.options.search(temperature).beams)
-            found: list[list[int]] = []
-            used = MAX_POSITIONS
-            for index in sorted(indices, key=lambda i: -len(clips[i])):
-                positions = self.decoder.positions(len(clips[index]), margin)
-                if not found or len(found[-1]) == most or used + positions > MAX_POSITIONS:
-                    found.append([])
-                    used = 0
-                found[-1].append(index)
-                used += positions
-            return found
+        A window that fills its 30 s anyway is not decoded again just to be padded.
+        """
+        *_, last = tries = attempts(self.options)
+        tried: dict[_Job, tuple[int, float]] = {}
+        for margin, temperature in tries:
+            inputs = {job: (self.decoder.positions(len(job.window.samples), margin), temperature) for job in jobs}
+            wrong = [job for job in jobs if tried.get(job) == inputs[job]]
+            tried |= inputs
+            for batch in self._batches([job for job in jobs if job not in wrong], margin, temperature):
+                self._decode(batch, margin, temperature)
+                for job in batch:
+                    if (margin, temperature) != last and self._looks_wrong(job):
+                        wrong.append(job)
+                    else:
+                        yield job
+            jobs = wrong
+        yield from jobs  # what they have already is what the last attempt would have given
 
-        return batches
+    def _looks_wrong(self, job: _Job) -> bool:
+        return looks_wrong(job.result, job.window.duration, self.decoder.tokenizer, self.options) is not None
 
-    def _astray(self, jobs: Sequence[_Job]) -> dict[_Job, str]:
-        """Windows of one recording in an unsure language, or not in its only one; with the language that it speaks most."""
-        once, recording = self.options.detect_language_once, jobs[0].recording
-        spoken, astray = recording.spoken, dict[_Job, str]()
-        for job in jobs:
-            take = job.take
-            if take.language_probability is not None and take.language_probability >= SURE_LANGUAGE:
-                spoken[take.language] = spoken.get(take.language, 0.0) + job.window.duration
-                if once and recording.only_language is None and not is_silence(take, self.options):
-                    recording.only_language = take.language
-        only = recording.only_language
-        for job in jobs:
-            take = job.take
-            sure = take.language_probability is None or take.language_probability >= SURE_LANGUAGE
-            if sure and only is None:
-                continue
-            main = only or (max(spoken, key=lambda code: spoken[code]) if spoken else take.language)
-            if main != take.language and not is_silence(take, self.options):
-                astray[job] = main
-        return astray
+    def _decode(self, jobs: Sequence[_Job], margin: float, temperature: float) -> None:
+        recording = jobs[0].recording  # the only one, where anything is handed on
+        results = self.decoder.decode(
+            [job.window.samples for job in jobs],
+            self.options,
+            temperature=temperature,
+            margin=margin,
+            hints=[job.hint for job in jobs],
+            carry=recording.carry if self.options.carry_ttt else None,
+            previous=recording.said,
+        )
+        for job, result in zip(jobs, results, strict=True):
+            job.result, job.tries = result, job.tries + 1
+
+    def _batches(self, jobs: Sequence[_Job], margin: float, temperature: float) -> list[list[_Job]]:
+        """Windows of about the same length together, as many as fit."""
+        most = max(1, MAX_ROWS // self.options.search(temperature).beams)
+        found: list[list[_Job]] = []
+        used = MAX_POSITIONS
+        for job in sorted(jobs, key=lambda job: -len(job.window.samples)):
+            positions = self.decoder.positions(len(job.window.samples), margin)
+            if not found or len(found[-1]) == most or used + positions > MAX_POSITIONS:
+                found.append([])
+                used = 0
+            found[-1].append(job)
+            used += positions
+        return found
 
     def _finish(self, job: _Job) -> list[_Job]:
-        """Give a window's segments to its recording; returns a job for speech that the take did not reach."""
-        recording, window, take, tokenizer = job.recording, job.window, job.take, self.decoder.tokenizer
-        recording.waiting -= 1
-        silence = is_silence(take, self.options)
-        halve = (
-            not silence
-            and too_much(take.hypothesis, window.duration, tokenizer)
-            and looks_wrong(take, window.duration, tokenizer, self.options) is None
-        )
-        recording.fallbacks += job.tries > 1 or halve
-        if halve:
-            recording.waiting += 2
+        """Give a window's segments to its recording; returns what of it is to be decoded later: two halves, or a rest."""
+        recording, window, result, options = job.recording, job.window, job.result, self.options
+        tokenizer, silence = self.decoder.tokenizer, is_silence(result, options)
+        if not silence and too_much(result.hypothesis, window.duration, tokenizer) and not self._looks_wrong(job):
+            recording.fallbacks += 1
             return [_Job(recording, half) for half in halved(window)]
-        recording.carry = take.carried or recording.carry
-        segments = [] if silence else self._segments(take, window)
-        segments, doubted = self._trusted(segments, window)
+        recording.carry = result.carried or recording.carry
+        segments = [] if silence else segments_of(result, window, tokenizer, options)
+        segments, doubted = without_inventions(segments, window, options)
         shown = placed(segments, window)
+        recording.fallbacks += job.tries > 1 or doubted is not None
         if recording.language is None or (shown and not recording.segments):
-            recording.language, recording.language_probability = take.language, take.language_probability
+            recording.language, recording.language_probability = result.language, result.language_probability
         recording.segments += shown
         if recording.said is not None and not silence:
             tokens = [token for segment in segments for token in segment.tokens]
-            recording.said = [] if take.temperature > HOT else [*recording.said, *tokens]
+            recording.said = [] if result.temperature > HOT else [*recording.said, *tokens]
         if doubted is not None:
-            recording.fallbacks += job.tries == 1
-            return self._later(recording, window, doubted - window.start, least=0.0)
-        if not segments or not self.options.timestamps:
+            return _rest(job, doubted - window.start, least=0.0)
+        if not segments or not options.timestamps:
             return []
         reached = max(each[-1].end for each in (segments, shown) if each) - window.start
-        return self._later(recording, window, reached, LEAST_REST) if reached >= LEAST_ADVANCE else []
+        return _rest(job, reached, LEAST_REST) if reached >= LEAST_ADVANCE else []
 
-    def _segments(self, take: DecodingResult, window: Window) -> list[Segment]:
-        marks = {"prepended": self.options.prepend_punctuations, "appended": self.options.append_punctuations}
-        return segments_of(take, window.start, window.duration, self.decoder.tokenizer, **marks)
 
-    def _trusted(self, segments: list[Segment], window: Window) -> tuple[list[Segment], float | None]:
-        """Without what was probably made up in silence, if asked for; then also the time from which to listen again."""
-        threshold = self.options.hallucination_silence_threshold
-        if threshold is None:
-            return segments, None
-        marks = self.options.prepend_punctuations + self.options.append_punctuations
-        return without_inventions(segments, window.start, window.end, threshold, marks)
-
-    def _later(self, recording: Recording, window: Window, reached: float, least: float) -> list[_Job]:
-        """A job for what a window holds after ``reached`` seconds, if more than ``least`` of it may be speech."""
-        cut = round(reached * SAMPLE_RATE)
-        samples = window.samples[cut:]
-        speech = sum(end - start for start, end in speech_spans(samples)) if len(samples) else 0
-        if window.duration - reached < least or speech < max(1, least * SAMPLE_RATE):
-            return []
-        recording.waiting += 1
-        return [_Job(recording, sounding(Window(window.start + cut / SAMPLE_RATE, samples)))]
+def _rest(job: _Job, reached: float, least: float) -> list[_Job]:
+    """A job for what a window holds after ``reached`` seconds, if at least ``least`` of it may be speech."""
+    window, cut = job.window, round(reached * SAMPLE_RATE)
+    samples = window.samples[cut:]
+    speech = sum(end - start for start, end in speech_spans(samples)) if len(samples) else 0
+    if window.duration - reached < least or speech < max(1, least * SAMPLE_RATE):
+        return []
+    return [_Job(job.recording, sounding(Window(window.start + cut / SAMPLE_RATE, samples)))]

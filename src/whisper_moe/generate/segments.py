@@ -1,18 +1,21 @@
-"""Tokens of one window to segments with times in the recording (``openai/whisper`` transcribe semantics)."""
+"""A window's tokens to segments with times in the recording (``openai/whisper`` transcribe semantics).
+
+Three steps: the segments that the tokens say, without those that were probably made up, at times that can be shown.
+"""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Sequence
 from dataclasses import replace
-from itertools import zip_longest
+from itertools import pairwise, zip_longest
 
 import numpy as np
 
 from whisper_moe.config import FRAMES_PER_SECOND, SAMPLE_RATE
 from whisper_moe.generate.align import add_words
 from whisper_moe.generate.decode import DecodingResult
-from whisper_moe.generate.options import APPENDED_PUNCTUATION, PREPENDED_PUNCTUATION
+from whisper_moe.generate.options import TranscribeOptions
 from whisper_moe.generate.result import Segment, Word, compression_ratio
 from whisper_moe.generate.search import Hypothesis
 from whisper_moe.media.tokenizer import UNSPACED_LANGUAGES, Tokenizer
@@ -56,35 +59,42 @@ def too_much(hypothesis: Hypothesis, seconds: float, tokenizer: Tokenizer) -> bo
 
 
 def segments_of(
-    take: DecodingResult, start: float, duration: float, tokenizer: Tokenizer, *, prepended: str = PREPENDED_PUNCTUATION,
-    appended: str = APPENDED_PUNCTUATION,
-) -> list[Segment]:  # fmt: skip
-    """The segments of a window that begins at ``start`` and lasts ``duration`` seconds; ids are given out later.
+    result: DecodingResult, window: Window, tokenizer: Tokenizer, options: TranscribeOptions
+) -> list[Segment]:
+    """The segments of a window; ids are given out later.
 
     A segment without a time of its own begins or ends with the window. Blank segments and those that last no time say
     nothing and are left out, and so is an unfinished one behind those that :func:`goes_on` trusts.
     """
-    text_ratio = compression_ratio(tokenizer.decode(take.hypothesis.tokens).strip())
-    pieces = split_at_timestamps(take.hypothesis.tokens, tokenizer)
-    if not take.hypothesis.finished and goes_on(take.hypothesis, duration, tokenizer):
+    hypothesis, start = result.hypothesis, window.start
+    ratio = compression_ratio(tokenizer.decode(hypothesis.tokens).strip())
+    pieces = split_at_timestamps(hypothesis.tokens, tokenizer)
+    if not hypothesis.finished and goes_on(hypothesis, window.duration, tokenizer):
         pieces = [piece for piece in pieces if tokenizer.is_timestamp(piece[-1])]
     segments = []
     for piece in pieces:
-        begin, end = _times(piece, duration, tokenizer)
+        begin, end = _times(piece, window.duration, tokenizer)
         segments.append(
             Segment(
-                id=len(segments), seek=round(start * FRAMES_PER_SECOND), start=round(start + begin, 3),
-                end=round(start + end, 3), text=tokenizer.decode(piece), tokens=tuple(piece), temperature=take.temperature,
-                avg_logprob=take.hypothesis.avg_logprob, compression_ratio=text_ratio,
-                no_speech_prob=take.no_speech_prob, experts=take.experts, language=take.language,
+                id=len(segments),
+                seek=round(start * FRAMES_PER_SECOND),
+                start=round(start + begin, 3),
+                end=round(start + end, 3),
+                text=tokenizer.decode(piece),
+                tokens=tuple(piece),
+                temperature=result.temperature,
+                avg_logprob=hypothesis.avg_logprob,
+                compression_ratio=ratio,
+                no_speech_prob=result.no_speech_prob,
+                experts=result.experts,
+                language=result.language,
             )
-        )  # fmt: skip
-    said = {segment.id for segment in segments if segment.text.strip() and segment.end > segment.start}
-    if take.timings is not None:
-        marks = {"prepended": prepended, "appended": appended}
-        worded = add_words(segments, take.timings, tokenizer, last_speech_end=start, **marks)
-        segments = [_spread(new, old) for new, old in zip(worded, segments, strict=True)]
-    return [segment for segment in segments if segment.id in said]
+        )
+    worded = segments
+    if result.timings is not None:
+        with_words = add_words(segments, result.timings, tokenizer, options, last_speech_end=start)
+        worded = [_spread(new, old) for new, old in zip(with_words, segments, strict=True)]
+    return [new for new, old in zip(worded, segments, strict=True) if old.text.strip() and old.end > old.start]
 
 
 def _times(piece: Sequence[int], duration: float, tokenizer: Tokenizer) -> tuple[float, float]:
@@ -99,65 +109,18 @@ def _spread(segment: Segment, told: Segment) -> Segment:
     """The segment; where all its words together take no time, they share that of its timestamps."""
     if not segment.words or segment.end > segment.start:
         return segment
-    edges = np.linspace(told.start, told.end, len(segment.words) + 1).tolist()
-    words = [
-        replace(word, start=start, end=end)
-        for word, start, end in zip(segment.words, edges[:-1], edges[1:], strict=True)
-    ]
-    return replace(segment, start=told.start, end=told.end, words=tuple(words))
+    return _moved(segment, list(pairwise(np.linspace(told.start, told.end, len(segment.words) + 1).tolist())))
 
 
-def placed(segments: Sequence[Segment], window: Window) -> list[Segment]:
-    """The segments of a window at times that can be shown: whole milliseconds inside the window, one after the other, none
-    of them empty, and none that begins long before the sound or ends long after it. A segment lasts as long as its words.
-
-    A window with more words than there is time for has no segments.
-    """
-    low, high = math.ceil(round(window.start * 1000, 3)), math.floor(round(window.end * 1000, 3))
-    begin, per_ms = window.start * 1000, SAMPLE_RATE / 1000
-    sound = [(begin + a / per_ms, begin + b / per_ms) for a, b in speech_spans(window.samples, padding=0)]
-    times: list[tuple[int, int]] = []
-    for segment in segments:
-        parts = segment.words or (segment,)
-        first, last = min(segment.start, parts[0].start), max(segment.end, parts[-1].end)
-        first, last = _heard(1000 * first, 1000 * last, sound)
-        for part in parts:
-            start, end = (min(max(1000 * time, first), last) for time in (part.start, part.end))
-            start, end = _heard(start, end, sound)
-            times.append((round(start), round(end)))
-    if len(times) > high - low:
-        return []
-    laid = iter(_apart(times, low, high))
-    return [_moved(segment, [next(laid) for _ in segment.words or (segment,)]) for segment in segments]
-
-
-def _heard(start: float, end: float, sound: Sequence[tuple[float, float]]) -> tuple[float, float]:
-    """A stretch without the silence at its ends; of sound that goes on beyond them, a bit is a neighbour's."""
-    inside = [(a, b) for a, b in sound if min(b, end) - max(a, start) > (0 if start <= a and b <= end else EDGE)]
-    return (max(start, inside[0][0] - EDGE), min(end, inside[-1][1] + EDGE)) if inside else (start, end)
-
-
-def _apart(times: Sequence[tuple[int, int]], low: int, high: int) -> list[tuple[int, int]]:
-    """Each at least :data:`LEAST_LASTING` long, or what there is room for, at a neighbour's cost where there is no gap."""
-    least = min(LEAST_LASTING, (high - low) // max(1, len(times)))
-    laid: list[tuple[int, int]] = []
-    for start, end in times:
-        low = max(start, low)
-        laid.append((low, low := max(end, low + least)))
-    for index, (start, end) in reversed(list(enumerate(laid))):
-        end = min(end, high)
-        high = min(start, end - least)
-        laid[index] = (high, end)
-    return laid
-
-
-def _moved(segment: Segment, times: Sequence[tuple[int, int]]) -> Segment:
-    """The segment with new milliseconds for its words, or for itself where it has none."""
-    seconds = [(start / 1000, end / 1000) for start, end in times]
+def _moved(segment: Segment, times: Sequence[tuple[float, float]]) -> Segment:
+    """The segment with new times for its words, or for itself where it has none."""
     words = segment.words and tuple(
-        replace(word, start=start, end=end) for word, (start, end) in zip(segment.words, seconds, strict=True)
+        replace(word, start=start, end=end) for word, (start, end) in zip(segment.words, times, strict=True)
     )
-    return replace(segment, start=seconds[0][0], end=seconds[-1][1], words=words)
+    return replace(segment, start=times[0][0], end=times[-1][1], words=words)
+
+
+# What was made up.
 
 
 def _improbable(word: Word) -> float:
@@ -175,13 +138,17 @@ def _looks_invented(segment: Segment | None, marks: str) -> bool:
 
 
 def without_inventions(
-    segments: Sequence[Segment], start: float, end: float, threshold: float, marks: str
+    segments: Sequence[Segment], window: Window, options: TranscribeOptions
 ) -> tuple[list[Segment], float | None]:
-    """The segments of a window that are trusted, and the time from which it is to be heard again, if any is not.
+    """The segments of a window that are trusted, and the time from which it is to be decoded again, if any is not.
 
-    ``openai/whisper``'s ``hallucination_silence_threshold``: an odd segment behind more than ``threshold`` seconds of silence,
+    ``openai/whisper``'s ``hallucination_silence_threshold``: an odd segment behind more than that many seconds of silence,
     or with silence or another odd one on both sides, was probably made up; silence before it is skipped.
     """
+    threshold, start, end = options.hallucination_silence_threshold, window.start, window.end
+    if threshold is None:
+        return list(segments), None
+    marks = options.prepend_punctuations + options.append_punctuations
     worded = [segment for segment in segments if segment.words]
     if worded and _looks_invented(worded[0], marks) and worded[0].start - start > max(threshold, LEAST_ADVANCE):
         return [], worded[0].start
@@ -197,6 +164,53 @@ def without_inventions(
                 return list(segments[: segments.index(segment)]), max(start + LEAST_ADVANCE, segment.start)
         last_end = segment.end
     return list(segments), None
+
+
+# Times that can be shown.
+
+
+def placed(segments: Sequence[Segment], window: Window) -> list[Segment]:
+    """The segments of a window at times that can be shown: whole milliseconds inside the window, one after the other, none
+    of them empty, and none that begins long before the sound or ends long after it. A segment lasts as long as its words.
+
+    A window with more words than there is time for has no segments.
+    """
+    low, high = math.ceil(round(window.start * 1000, 3)), math.floor(round(window.end * 1000, 3))
+    begin, per_ms = window.start * 1000, SAMPLE_RATE / 1000
+    sound = [(begin + a / per_ms, begin + b / per_ms) for a, b in speech_spans(window.samples, padding=0)]
+    times: list[tuple[int, int]] = []
+    for segment in segments:
+        parts = segment.words or (segment,)
+        first, last = min(segment.start, parts[0].start), max(segment.end, parts[-1].end)
+        first, last = _trimmed(1000 * first, 1000 * last, sound)
+        for part in parts:
+            start, end = (min(max(1000 * time, first), last) for time in (part.start, part.end))
+            start, end = _trimmed(start, end, sound)
+            times.append((round(start), round(end)))
+    if len(times) > high - low:
+        return []
+    laid = ((start / 1000, end / 1000) for start, end in _apart(times, low, high))
+    return [_moved(segment, [next(laid) for _ in segment.words or (segment,)]) for segment in segments]
+
+
+def _trimmed(start: float, end: float, sound: Sequence[tuple[float, float]]) -> tuple[float, float]:
+    """A stretch without the silence at its ends; of sound that goes on beyond them, a bit is a neighbour's."""
+    inside = [(a, b) for a, b in sound if min(b, end) - max(a, start) > (0 if start <= a and b <= end else EDGE)]
+    return (max(start, inside[0][0] - EDGE), min(end, inside[-1][1] + EDGE)) if inside else (start, end)
+
+
+def _apart(times: Sequence[tuple[int, int]], low: int, high: int) -> list[tuple[int, int]]:
+    """Each at least :data:`LEAST_LASTING` long, or what there is room for, at a neighbour's cost where there is no gap."""
+    least = min(LEAST_LASTING, (high - low) // max(1, len(times)))
+    laid: list[tuple[int, int]] = []
+    for start, end in times:
+        low = max(start, low)
+        laid.append((low, low := max(end, low + least)))
+    for index, (start, end) in reversed(list(enumerate(laid))):
+        end = min(end, high)
+        high = min(start, end - least)
+        laid[index] = (high, end)
+    return laid
 
 
 def numbered(segments: Sequence[Segment]) -> tuple[Segment, ...]:
