@@ -20,7 +20,7 @@ def noise(seconds: float, seed: int) -> np.ndarray:
     return np.random.default_rng(seed).normal(0, 0.1, round(seconds * RATE)).astype(np.float32)
 
 
-CLIPS = [noise(seconds, seed) for seed, seconds in enumerate((0.2, 6.0, 2.5, 29.9, 1.0, 0.01))]
+CLIPS = [noise(seconds, seed) for seed, seconds in enumerate((0.2, 4.0, 2.5, 9.0, 1.0, 0.01))]
 
 
 def decode(

@@ -106,7 +106,7 @@ def spoken(draw: st.DrawFn) -> list[int]:
     return tokens
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=20, deadline=None)
 @given(tokens=spoken())
 def test_closed_segments_are_openais(tokens: list[int]) -> None:
     expected, _ = by_openai(tokens)
@@ -217,7 +217,7 @@ def timed(draw: st.DrawFn) -> tuple[list[Segment], Window]:
     return found, Window(start, wave)
 
 
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=150, deadline=None)
 @given(timed())
 def test_every_time_can_be_shown(found: tuple[list[Segment], Window]) -> None:
     """Whole milliseconds within the window, in order, no cue and no word without length, words within their segments."""
@@ -313,7 +313,7 @@ def doubtful(draw: st.DrawFn) -> tuple[list[Segment], float]:
     return found, draw(st.sampled_from([0.5, 2.0, 4.0]))
 
 
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=80, deadline=None)
 @given(doubtful())
 def test_what_is_made_up_in_silence_is_skipped_as_in_openais(found: tuple[list[Segment], float]) -> None:
     segments, threshold = found

@@ -23,7 +23,7 @@ def test_every_format_gives_the_tone_that_was_written(tmp_path: Path, name: str)
     assert np.abs(sound[4_000:28_000]).max() == pytest.approx(0.4, abs=0.02)
 
 
-@pytest.mark.parametrize("rate", [8_000, 11_025, 16_000, 22_050, 44_100, 48_000, 96_000, 192_000])
+@pytest.mark.parametrize("rate", [8_000, 11_025, 16_000, 44_100, 192_000])
 def test_every_rate_keeps_pitch_length_and_place(rate: int) -> None:
     sound = load_audio(io.BytesIO(wav(tone(2, rate).T, rate)))
     assert len(sound) == pytest.approx(32_000, abs=2)
@@ -32,17 +32,11 @@ def test_every_rate_keeps_pitch_length_and_place(rate: int) -> None:
     np.testing.assert_allclose(sound[inner], expected[inner], atol=2e-3)
 
 
-@pytest.mark.parametrize("channels", [1, 2, 3, 5, 6, 9, 16, 17, 64])
+@pytest.mark.parametrize("channels", [1, 2, 3, 6, 17, 64])
 def test_every_channel_counts_the_same(channels: int) -> None:
     levels = np.linspace(-0.3, 0.9, channels, dtype=np.float32)
     sound = load_audio(io.BytesIO(wav(np.tile(levels, (1_600, 1)))))
     np.testing.assert_allclose(sound, levels.mean(), atol=1e-6)
-
-
-def test_mixing_is_a_mean_and_not_one_channel() -> None:
-    left, right = tone(1, hz=300)[0], tone(1, hz=700)[0]
-    sound = load_audio(io.BytesIO(wav(np.stack([left, right], 1))))
-    np.testing.assert_allclose(sound, (left + right) / 2, atol=1e-6)
 
 
 @pytest.mark.parametrize("dtype", [np.uint8, np.int16, np.int32, np.float32, np.float64])
@@ -59,7 +53,7 @@ def test_louder_than_full_scale_is_clipped() -> None:
     assert sound.max() == 1.0 and sound.min() == -1.0
 
 
-@pytest.mark.parametrize("block_seconds", [0.013, 0.5, 1.0, 7.0])
+@pytest.mark.parametrize("block_seconds", [0.013, 1.0, 7.0])
 def test_blocks_are_of_the_asked_size_and_add_up_to_the_whole(tmp_path: Path, block_seconds: float) -> None:
     path = sample(tmp_path, "aac.m4a", 3.3)
     blocks = list(stream_audio(path, block_seconds=block_seconds))
@@ -125,11 +119,6 @@ def test_cover_art_is_no_obstacle(tmp_path: Path) -> None:
     path = film(tmp_path / "album.m4a", tone(1, 44_100), pictures=1, codec="png")
     assert b"covr" in path.read_bytes() and b"\x89PNG" in path.read_bytes()
     assert hz_of(load_audio(path)) == pytest.approx(440, abs=1.5)
-
-
-def test_eight_kilohertz_stereo_is_fine(tmp_path: Path) -> None:
-    sound = load_audio(encode(tmp_path / "call.wav", tone(2, 8_000, channels=2), 8_000, "pcm_s16le"))
-    assert len(sound) == pytest.approx(32_000, abs=2) and hz_of(sound) == pytest.approx(440, abs=1)
 
 
 def test_joined_mp3_files_are_read_to_the_end_across_seams_tags_and_rates(tmp_path: Path) -> None:

@@ -169,7 +169,7 @@ STATED = sorted(name for name in FORMATS if name not in ("sound.aac", "sound.ts"
 @pytest.mark.parametrize("name", STATED)
 def test_no_cut_goes_unnoticed_in_a_format_that_states_its_length(tmp_path: Path, name: str) -> None:
     data = sample(tmp_path, name).read_bytes()
-    cuts = [round(len(data) * share) for share in np.linspace(0.02, 0.92, 25)]
+    cuts = [round(len(data) * share) for share in np.linspace(0.02, 0.92, 10)]
     for cut in cuts:
         with pytest.raises(MediaError):
             load_audio(io.BytesIO(data[:cut]))
@@ -233,7 +233,7 @@ def small_files(tmp_path_factory: pytest.TempPathFactory) -> dict[str, bytes]:
     return {name: sample(folder, name, 0.3).read_bytes() for name in FORMATS}
 
 
-@settings(max_examples=300, deadline=None, suppress_health_check=[HealthCheck.too_slow])
+@settings(max_examples=150, deadline=None, suppress_health_check=[HealthCheck.too_slow])
 @given(data=st.data())
 def test_whatever_the_bytes_the_answer_is_sound_or_a_media_error(
     small_files: dict[str, bytes], data: st.DataObject
@@ -259,9 +259,8 @@ def test_a_track_that_begins_in_the_middle_is_damage(small_files: dict[str, byte
         list(stream_audio(io.BytesIO(bytes(content))))
 
 
-@pytest.mark.parametrize(("name", "codec", "rate"), [("bomb.ogg", "libopus", 8_000), ("bomb.flac", "flac", 8_000)])
-def test_memory_does_not_grow_with_the_length(tmp_path: Path, name: str, codec: str, rate: int) -> None:
-    path = encode(tmp_path / name, np.zeros((1, 900 * rate), np.float32), rate, codec)
+def test_memory_does_not_grow_with_the_length(tmp_path: Path) -> None:
+    path = encode(tmp_path / "bomb.flac", np.zeros((1, 900 * 8_000), np.float32), 8_000, "flac")
     assert path.stat().st_size < 300_000  # a quarter of an hour
     code = (
         "import sys, resource\n"
