@@ -169,7 +169,7 @@ def test_a_file_is_written_before_anything_is_decoded_again_and_a_kill_does_not_
         heard.append(len(clips))
         return decode(self, clips, *more, margin=margin, **how)
 
-    monkeypatch.setattr("whisper_moe.generate.fallback.looks_wrong", wrong)
+    monkeypatch.setattr("whisper_moe.generate.longform.looks_wrong", wrong)
     monkeypatch.setattr(WindowDecoder, "decode", spy)
     with pytest.raises(MemoryError, match=r"^a\.json c\.json$"):
         run("transcribe", *paths, "-o", tmp_path / "out", *flags)

@@ -278,7 +278,7 @@ class Transcriber:
         yield from jobs  # what they have already is what the last attempt would have given
 
     def _looks_wrong(self, job: _Job) -> bool:
-        return looks_wrong(job.result, job.window.duration, self.decoder.tokenizer, self.options) is not None
+        return bool(looks_wrong(job.result, job.window.duration, self.decoder.tokenizer, self.options))
 
     def _decode(self, jobs: Sequence[_Job], margin: float, temperature: float) -> None:
         recording = jobs[0].recording  # the only one, where anything is handed on
