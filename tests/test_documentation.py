@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import importlib.util
+import re
 import shlex
 from pathlib import Path
 from types import ModuleType
@@ -34,6 +35,21 @@ def generator() -> ModuleType:
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     return module
+
+
+def test_things_are_where_the_page_says() -> None:
+    """Each name in a cell is in the file before it."""
+    rows = (ROOT / "docs/architecture.md").read_text("utf-8").partition("## Where things are")[2].partition("\n## ")[0]
+    file, found = Path(), 0
+    for name in re.findall(r"`([^`]+)`", rows):
+        if name.endswith(".py"):
+            file = ROOT / "src/whisper_moe" / name
+            assert file.is_file(), name
+        elif re.fullmatch(r"[A-Za-z_]+(\.[a-z_]+)?", name):
+            found += 1
+            text = file.read_text("utf-8")
+            assert all(re.search(rf"\b{part}\b", text) for part in name.split(".")), f"{name} is not in {file}"
+    assert found > 10
 
 
 def test_the_reference_of_recipes_is_up_to_date() -> None:

@@ -16,7 +16,8 @@ from packaging.utils import canonicalize_name
 ROOT = Path(__file__).parent.parent
 MODULES = sorted((ROOT / "src").rglob("*.py"))
 MAX_FILE_LINES, MAX_FUNCTION_LINES = 400, 60
-MAX_MODULES = 120
+MAX_MODULES, MAX_LINES = 100, 22_000
+"""Of all of src. Lower them when there is less; they are never raised to fit."""
 MAX_FILE_BYTES = 45_000_000
 MACHINE_PATH = re.compile(r"(?<![\w.~$}-])/(?:work|root|home|Users)/[\w.-]")
 REGISTRY_HOST = re.compile(r"\b(?:pypi\.org|pythonhosted\.org|npmjs\.(?:org|com)|deb\.debian\.org)\b")
@@ -74,6 +75,7 @@ def test_a_module_says_what_it_is(module: Path) -> None:
 
 def test_the_house_can_be_known() -> None:
     assert 0 < len(MODULES) <= MAX_MODULES
+    assert sum(len(module.read_text(encoding="utf-8").splitlines()) for module in MODULES) <= MAX_LINES
     assert [relative(module) for module in MODULES if module.stem in {"utils", "helpers", "misc", "common"}] == []
 
 

@@ -14,7 +14,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from whisper_moe.media import normalize as module
-from whisper_moe.media.languages import LANGUAGES
+from whisper_moe.media.languages import FURTHER_LANGUAGES, LANGUAGES
 from whisper_moe.media.normalize import INDIC_SCRIPTS, SCRIPTS, letters_in_script, normalize, scripts_of
 
 BLOCKS = {
@@ -159,7 +159,7 @@ def test_every_language_has_a_script_that_unicode_knows():
     known = {unicodedata.name(chr(code), "").split(" ")[0].split("-")[0] for code in range(0x30000)}
     assert {script for code in LANGUAGES for script in scripts_of(code)} <= known
     assert {script for scripts in SCRIPTS.values() for script in scripts} >= INDIC_SCRIPTS
-    assert set(SCRIPTS) <= {*LANGUAGES, "or"}
+    assert set(SCRIPTS) <= {*LANGUAGES, *FURTHER_LANGUAGES}
 
 
 @pytest.mark.parametrize(
@@ -197,3 +197,12 @@ def test_english_without_its_package_says_what_to_install(monkeypatch: pytest.Mo
         normalize("a word", "en")
     assert normalize("ein Wort", "de") == "ein wort"
     module._english.cache_clear()
+
+
+@pytest.mark.parametrize("language", sorted(set(FURTHER_LANGUAGES) - {"ase", "ins"}))  # signed: written in English
+def test_a_further_language_has_its_script(language: str) -> None:
+    texts = {"mni": "মৈতৈলোন্", "or": "ଓଡ଼ିଆ", "sat": "ᱥᱟᱱᱛᱟᱲᱤ", "ks": "کٲشُر"}
+    text = texts.get(language, "हिन्दी में")
+    found, letters = letters_in_script(text, language)
+    assert found == letters > 0
+    assert letters_in_script("latin", language) == (0, 5)

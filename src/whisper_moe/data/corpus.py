@@ -29,12 +29,13 @@ if TYPE_CHECKING:
 
 Row: TypeAlias = dict[str, Any]
 Kind: TypeAlias = Literal["kathbath", "include", "wiki-translate", "table"]
-_TASKS: dict[str, tuple[Task, ...]] = {
-    "kathbath": ("transcribe",),
-    "include": ("sign",),
-    "wiki-translate": ("translate-text",),
-    "table": ("transcribe", "translate", "translate-text", "sign"),
+KINDS: dict[Kind, tuple[str, tuple[Task, ...]]] = {
+    "kathbath": ("valid", ("transcribe",)),
+    "include": ("test", ("sign",)),
+    "wiki-translate": ("train", ("translate-text",)),
+    "table": ("test", ("transcribe", "translate", "translate-text", "sign")),
 }
+"""The split that each is evaluated on where none is asked for, and its tasks."""
 _ONLY = {
     **dict.fromkeys(("columns", "configuration", "path", "text"), "table"),
     **dict.fromkeys(("include_50", "videos"), "include"),
@@ -132,8 +133,9 @@ class CorpusConfig(BaseModel):
 
     @model_validator(mode="after")
     def _check(self) -> Self:
-        if self.task is not None and self.task not in _TASKS[self.kind]:
-            raise ValueError(f"{self.kind} has the task {_TASKS[self.kind][0]}, not {self.task}")
+        _, tasks = KINDS[self.kind]
+        if self.task is not None and self.task not in tasks:
+            raise ValueError(f"{self.kind} has the task {tasks[0]}, not {self.task}")
         for field, kind in _ONLY.items():
             if self.kind != kind and getattr(self, field) != type(self).model_fields[field].default:
                 raise ValueError(f"{field} is a setting of {kind}, not of {self.kind}")

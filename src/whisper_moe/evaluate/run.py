@@ -14,7 +14,7 @@ from typing import Any
 
 from whisper_moe.config import FULL_WINDOW, SAMPLE_RATE
 from whisper_moe.data.corpora import kind_of, open_corpus
-from whisper_moe.data.corpus import CorpusConfig
+from whisper_moe.data.corpus import KINDS, CorpusConfig
 from whisper_moe.data.inspect import listed
 from whisper_moe.data.sample import Skipped, items
 from whisper_moe.evaluate import report as reports
@@ -27,8 +27,6 @@ from whisper_moe.media.audio import MediaError
 
 logger = logging.getLogger(__name__)
 
-_SPLITS = {"kathbath": "valid", "include": "test", "wiki-translate": "train", "table": "test"}
-"""What is evaluated on where no split is asked for."""
 _NEEDED = {
     "jiwer": "jiwer",
     "whisper_normalizer": "whisper-normalizer",
@@ -74,12 +72,12 @@ def plan(
     corpora = []
     for source in data:
         prefix, _, rest = source.partition(":")
-        known = bool(rest) and prefix in _SPLITS
+        known = bool(rest) and prefix in KINDS
         kind, source = (prefix, rest) if known else (kind_of(source), source)
         where = {
             "kind": kind,
             "source": source,
-            "split": split or _SPLITS[kind],
+            "split": split or KINDS[kind][0],
             "streaming": not Path(source).exists(),
         }
         which = {"languages": languages, "task": task, "limit": limit, "columns": listed(columns) if columns else ()}

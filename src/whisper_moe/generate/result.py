@@ -128,6 +128,8 @@ def as_text(result: Transcription, format: str, options: SubtitleOptions) -> str
     if format == "tsv":
         rows = [(_ms(s.start), _ms(s.end), s.text.strip().replace("\t", " ")) for s in result.segments]
         return "".join(f"{start}\t{end}\t{text}\n" for start, end, text in [("start", "end", "text"), *rows])
+    if format not in ("srt", "vtt"):
+        raise ValueError(f"no such format: {format!r}; there are {', '.join(FORMATS)}")
     srt = format == "srt"
     blocks = [f"{_clock(a, srt)} --> {_clock(b, srt)}\n{text}\n\n" for a, b, text in _cues(result.segments, options)]
     return "".join(f"{i}\n{block}" for i, block in enumerate(blocks, 1)) if srt else "".join(["WEBVTT\n\n", *blocks])

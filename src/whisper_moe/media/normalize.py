@@ -26,8 +26,9 @@ from functools import lru_cache
 from whisper_moe.media.languages import UNSPACED_LANGUAGES
 
 _SCRIPT_TABLE = """
-DEVANAGARI hi mr ne sa, BENGALI as bn, GURMUKHI pa, GUJARATI gu, ORIYA or, TAMIL ta, TELUGU te, KANNADA kn, MALAYALAM ml,
-SINHALA si, ARABIC ar fa ps sd ur, HEBREW he yi, CYRILLIC ba be bg kk mk mn ru sr tg tt uk uz, GREEK el, ARMENIAN hy,
+DEVANAGARI brx doi hi kok ks mai mr ne sa sat, BENGALI as bn mni, MEETEI mni, OL sat,
+GURMUKHI pa, GUJARATI gu, ORIYA or, TAMIL ta, TELUGU te, KANNADA kn kok, MALAYALAM ml,
+SINHALA si, ARABIC ar fa ks ps sd ur, HEBREW he yi, CYRILLIC ba be bg kk mk mn ru sr tg tt uk uz, GREEK el, ARMENIAN hy,
 GEORGIAN ka, ETHIOPIC am, THAI th, LAO lo, KHMER km, MYANMAR my, TIBETAN bo, CJK zh yue ja ko, HIRAGANA ja, KATAKANA ja,
 HANGUL ko, LATIN sr uz
 """
