@@ -29,7 +29,7 @@ if TYPE_CHECKING:
 
 Row: TypeAlias = dict[str, Any]
 Kind: TypeAlias = Literal["kathbath", "include", "wiki-translate", "table"]
-KINDS: dict[Kind, tuple[str, tuple[Task, ...]]] = {
+KINDS: dict[str, tuple[str, tuple[Task, ...]]] = {
     "kathbath": ("valid", ("transcribe",)),
     "include": ("test", ("sign",)),
     "wiki-translate": ("train", ("translate-text",)),
