@@ -18,7 +18,7 @@ demo: $(VENV)/.runtime
 	$(BIN)/whisper-moe transcribe
 
 test: $(VENV)/.dev
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -n logical --maxprocesses 4 --dist loadfile
 
 check: $(VENV)/.dev
 	$(BIN)/ruff check .

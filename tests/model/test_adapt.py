@@ -163,14 +163,10 @@ def test_a_model_that_was_trained_with_a_margin_is_given_that() -> None:
     for margin, kept in ((None, DEFAULT_MARGIN), (0.25, 0.25), (0.0, 0.0)):
         model = WhisperMoEModel(CONFIG.model_copy(update={"context_margin": margin}))
         spoken = WhisperMoE(model, plain.tokenizer, plain.generation)
-        assert (
-            spoken.context_margin
-            == spoken._options({}).margin
-            == spoken._options({"context_margin": None}).margin
-            == kept
-        )
-        assert spoken._options({"context_margin": 2.0}).margin == 2.0
-    assert plain._options({}).margin == TranscribeOptions().margin == DEFAULT_MARGIN
+        for asked, given in ((None, kept), (2.0, 2.0)):
+            assert spoken._asked(TranscribeOptions(context_margin=asked)).margin == given
+        assert spoken.context_margin == kept
+    assert plain._asked(TranscribeOptions()).margin == TranscribeOptions().margin == DEFAULT_MARGIN
 
 
 def test_the_decoder_cannot_leave_full_windows_alone() -> None:
