@@ -144,3 +144,27 @@ def test_torch_has_the_threads_that_fit_within_and_the_users_own_behind(monkeypa
             assert torch.get_num_threads() == 2
     finally:
         torch.set_num_threads(before)
+
+
+@pytest.mark.skipif(CORES < 2, reason="one core has one thread")
+@pytest.mark.parametrize(("taken", "left"), [(None, 2), (3, 3)])
+def test_blocks_of_several_threads_leave_torch_what_it_had(
+    taken: int | None, left: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Torch has one number for all: who comes while another is within must not take the reduced one for the usual."""
+    torch = pytest.importorskip("torch")
+    before = torch.get_num_threads()
+    try:
+        torch.set_num_threads(2)
+        monkeypatch.setattr(machine, "_share", machine._Share(threads=1))
+        first, second = machine.fitting_threads(), machine.fitting_threads()
+        first.__enter__()
+        second.__enter__()
+        assert torch.get_num_threads() == 1
+        if taken:
+            machine.take_threads(taken)
+        first.__exit__(None, None, None)
+        second.__exit__(None, None, None)
+        assert torch.get_num_threads() == left
+    finally:
+        torch.set_num_threads(before)

@@ -10,6 +10,7 @@ from collections.abc import Iterable, Iterator, MutableMapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
+from threading import Lock
 from typing import Any
 
 THREAD_VARIABLES = ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS")
@@ -124,6 +125,11 @@ class _Share:
     wanted: bool = True
     last: Load = field(default_factory=Load.now)
     threads: int | None = None
+    within: int = 0
+    """Blocks that are open, in all threads of this process: torch's number is one for all of them."""
+    most: int = 0
+    """Torch's threads outside of them."""
+    lock: Any = field(default_factory=Lock)
 
 
 _share = _Share()
@@ -138,23 +144,30 @@ def fitting_threads() -> Iterator[None]:
     """
     import torch
 
-    most, now = torch.get_num_threads(), Load.now()
-    if _share.wanted and now.clock - _share.last.clock >= _LEAST_SECONDS:
-        _share.threads = now.threads_that_fit(_share.last)
-        _share.last = now
-    torch.set_num_threads(min(most, _share.threads or most))
+    share = _share
+    with share.lock:
+        now, share.most = Load.now(), share.most if share.within else torch.get_num_threads()
+        share.within += 1
+        if share.wanted and now.clock - share.last.clock >= _LEAST_SECONDS:
+            share.threads = now.threads_that_fit(share.last)
+            share.last = now
+        torch.set_num_threads(min(share.most, share.threads or share.most))
     try:
         yield
     finally:
-        torch.set_num_threads(most)
+        with share.lock:
+            share.within -= 1
+            if not share.within:
+                torch.set_num_threads(share.most)
 
 
 def take_threads(count: int) -> None:
     """Let torch compute with so many threads from now on, whatever else runs."""
     import torch
 
-    _share.wanted, _share.threads = False, None
-    torch.set_num_threads(count)
+    with _share.lock:
+        _share.wanted, _share.threads, _share.most = False, None, count
+        torch.set_num_threads(count)
 
 
 def pick_device(wanted: str) -> str:

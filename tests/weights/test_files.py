@@ -5,6 +5,8 @@ from __future__ import annotations
 import ctypes
 import errno
 import os
+import shutil
+import sys
 from collections.abc import Callable
 from pathlib import Path
 
@@ -126,6 +128,35 @@ def test_without_an_atomic_exchange_folders_still_change_places(
     monkeypatch.setattr(ctypes, "CDLL", lambda _: object())
     write_folder(tmp_path / "x", "new")
     assert content(tmp_path / "x") == {"new"} and [path.name for path in tmp_path.iterdir()] == ["x"]
+
+
+@pytest.mark.parametrize("write", [write_file, write_folder])
+def test_where_folders_cannot_be_opened_files_are_still_put_on_the_disk(
+    write: Callable[[Path, str], None], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As on Windows, where a file is flushed only by who may write to it, and there is no libc by that name."""
+    opened, synced, really = dict[int, int](), list[int](), os.open
+
+    def refusing(path: Path, flags: int) -> int:
+        if os.path.isdir(path):
+            raise PermissionError(errno.EACCES, "Permission denied", str(path))
+        descriptor = really(path, flags)
+        opened[descriptor] = flags
+        return descriptor
+
+    def no_library(_: None) -> None:
+        raise TypeError("argument of type 'NoneType' is not iterable")
+
+    monkeypatch.setattr(sys, "platform", "win32")
+    monkeypatch.setattr(shutil, "_use_fd_functions", False)
+    monkeypatch.setattr(os, "open", refusing)
+    monkeypatch.setattr(os, "fsync", lambda descriptor: synced.append(opened[descriptor] & os.O_RDWR))
+    monkeypatch.setattr(ctypes, "CDLL", no_library)
+    for text in ("old", "new"):
+        write(tmp_path / "x", text)
+    monkeypatch.undo()
+    assert content(tmp_path / "x") == {"new"} and [path.name for path in tmp_path.iterdir()] == ["x"]
+    assert synced and all(synced)
 
 
 def test_what_exists_is_refused_unless_asked(tmp_path: Path) -> None:

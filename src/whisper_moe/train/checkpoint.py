@@ -57,8 +57,8 @@ from whisper_moe.weights.files import (
 )
 
 FOLDER, STATE, COMMIT = "checkpoints", "state.json", "COMMIT.json"
-FILE_BYTES = 1 << 28
-"""A file takes no further tensor from here on; while it is written, its content is in memory a second time."""
+FILE_BYTES = 1 << 26
+"""A file takes no further tensor from here on; while it is written, its content is in memory twice more."""
 _NAME = re.compile(r"(\d{4,})-step-(\d{8,})")
 T = TypeVar("T")
 logger = logging.getLogger(__name__)
@@ -124,7 +124,9 @@ def _next(folder: Path, step: int) -> Path:
 
 def _write_parts(folder: Path, tensors: Mapping[str, Tensor]) -> dict[str, FileFacts]:
     """The parts of all processes, on the disk when this returns, and what their files are."""
-    parts = {name: (full(tensor) if _scattered(tensor) else tensor).contiguous() for name, tensor in tensors.items()}
+    parts = {
+        name: (full(tensor).cpu() if _scattered(tensor) else tensor).contiguous() for name, tensor in tensors.items()
+    }
     ends = accumulate(part.nbytes for part in parts.values())
     file_of = {name: 1 + end // FILE_BYTES for name, end in zip(parts, ends, strict=True)}
     writer = HuggingFaceStorageWriter(str(folder), fqn_to_index_mapping=file_of, save_distributed=True)
@@ -257,7 +259,7 @@ def _known(path: Path) -> dict[str, Any]:
 def _read(path: Path, tensors: Mapping[str, Tensor], *, alone: bool = False) -> None:
     """Each tensor's part of what the folder has under its name, in place."""
     parts = {
-        name: torch.empty(tensor.shape, dtype=tensor.dtype, device=tensor.device) if _scattered(tensor) else tensor
+        name: torch.empty(tensor.shape, dtype=tensor.dtype) if _scattered(tensor) else tensor
         for name, tensor in tensors.items()
     }
     try:

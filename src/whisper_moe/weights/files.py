@@ -13,6 +13,7 @@ import re
 import secrets
 import shutil
 import stat
+import sys
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -205,8 +206,11 @@ def atomic_folder(path: Path, *, overwrite: bool = False) -> Iterator[Path]:
 
 
 def sync(path: Path) -> None:
-    """A file's content, or the names in a folder, are on the disk only then."""
-    descriptor = os.open(path, os.O_RDONLY)
+    """A file's content, or the names in a folder, are on the disk only then. Windows has no such thing for folders."""
+    windows = sys.platform == "win32"
+    if windows and path.is_dir():
+        return
+    descriptor = os.open(path, os.O_RDWR if windows else os.O_RDONLY)
     try:
         os.fsync(descriptor)
     finally:
@@ -215,7 +219,8 @@ def sync(path: Path) -> None:
 
 def _exchange(new: Path, old: Path) -> None:
     """Swap the names of two folders: by renameat2(RENAME_EXCHANGE) where system and file system have it, else in three steps."""
-    libc, here, exchange = ctypes.CDLL(None), -100, 2  # AT_FDCWD, RENAME_EXCHANGE
+    here, exchange = -100, 2  # AT_FDCWD, RENAME_EXCHANGE
+    libc = ctypes.CDLL(None) if sys.platform == "linux" else None
     if hasattr(libc, "renameat2") and not libc.renameat2(here, os.fsencode(new), here, os.fsencode(old), exchange):
         return
     aside = new.with_suffix(".old")
