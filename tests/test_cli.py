@@ -63,6 +63,8 @@ def asked(run: Run, monkeypatch: pytest.MonkeyPatch) -> Asked:
         ("--task sing", "task: Input should be 'transcribe' or 'translate', got 'sing'"),
         ("--language klingon", "unknown language 'klingon'"),
         ("--languages en,klingon", "unknown language 'klingon'"),
+        ("--languages en,,hi", "unknown language ''"),
+        ("--languages auto,hi", "unknown language 'auto'"),
         ("-f docx", "unknown output format 'docx': one of txt,"),
         ("-f srt,json", "add -o DIR"),
         (f"-o {SAMPLE}", "is a file; -o needs a folder"),

@@ -36,7 +36,8 @@ def transcribe(flags: SimpleNamespace) -> int:
         logging.getLogger("whisper_moe").setLevel(logging.WARNING)
     with usage():
         options, subtitles = _options(flags)
-        languages = [name for name in (options.language, *options.allowed_languages) if name and name.lower() != "auto"]
+        spoken = [name for name in (options.language,) if name and name.lower() != "auto"]
+        languages = [*spoken, *options.allowed_languages]
         _check_languages(languages, flags)
         jobs = named(expand(flags.files))
         outputs = Outputs(flags.output_format, flags.output_dir, subtitles, inputs=len(jobs))
@@ -114,8 +115,9 @@ def _progress() -> Progress:
     from rich.progress import Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 
     console, text = Console(stderr=True), TextColumn("{task.completed:.0f} s of audio done")
-    shown = console.is_interactive and logger.isEnabledFor(logging.INFO)
-    how: dict[str, Any] = {"redirect_stdout": False, "redirect_stderr": False, "transient": True, "disable": not shown}
+    console.quiet = not (console.is_interactive and logger.isEnabledFor(logging.INFO))  # older ones write an empty line
+    how: dict[str, Any] = {"redirect_stdout": False, "redirect_stderr": False, "transient": True}
+    how["disable"] = console.quiet
     return Progress(SpinnerColumn(), text, TimeElapsedColumn(), console=console, **how)
 
 

@@ -147,6 +147,16 @@ def test_full_windows_teach_the_core_alone() -> None:
         assert found is not None and expected is not None and relative(found, expected) < 1e-4
 
 
+def test_full_windows_alone_leave_a_gradient_to_what_learns() -> None:
+    """Of 0: a pass that only what adapts the core could learn from is a pass all the same, in every process."""
+    model, full = for_short_windows()[1], torch.randn(CONFIG.n_mels, FULL)
+    for name, parameter in model.named_parameters():
+        parameter.requires_grad = part_of(name, model.config) == ADAPT
+    model([full, full], [torch.tensor([1, 2]), torch.tensor([3])]).sum().backward()
+    gradients = [parameter.grad for parameter in model.parameters() if parameter.grad is not None]
+    assert gradients and not any(gradient.any() for gradient in gradients)
+
+
 @pytest.mark.parametrize(("arithmetic", "close"), [("float32", 1e-5), ("int8", 0.1)])
 def test_arranged_full_windows_go_through_the_core_alone(arithmetic: Arithmetic, close: float) -> None:
     plain, model = for_short_windows()

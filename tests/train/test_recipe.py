@@ -133,7 +133,7 @@ def test_a_mistake_names_the_key_and_what_was_meant(small: Path, override: str, 
         (b"a: &a [*a]", "contains itself"),
         (b"\xff\xfe", "cannot be read"),
         pytest.param(b"#" * 1_000_001, "larger than a recipe can be", id="large"),
-        (None, "cannot be read"),
+        (None, "cannot be read (No such file or directory)"),
     ],
 )
 def test_a_file_that_is_no_recipe_is_one_clear_sentence(tmp_path: Path, content: bytes | None, said: str) -> None:

@@ -105,7 +105,12 @@ class Block(nn.Module):
         if self.recompute and torch.is_grad_enabled():
             compute = partial(checkpoint, self._compute, use_reentrant=False, preserve_rng_state=False)
         if len(set(alone)) < 2:
-            return compute(x_TD, layout, routing, source, carry, not any(alone))
+            output = compute(x_TD, layout, routing, source, carry, not any(alone))
+            if any(alone) and torch.is_grad_enabled() and not output.x_TD.requires_grad:
+                # The core is frozen: what adapts it gets a gradient of 0, as there is a backward pass in every process.
+                idle = compute(x_TD, layout, routing, source, None, True)
+                output = output._replace(x_TD=output.x_TD + 0 * idle.x_TD)
+            return output
         outputs, cu_seqlens = [], layout.cu_seqlens
         for core, run in groupby(range(len(layout)), key=alone.__getitem__):
             segments = list(run)

@@ -38,7 +38,7 @@ def read_tree(path: Path, overrides: Sequence[str] = ()) -> dict[str, Any]:
             raise RecipeError(f"{path}: larger than a recipe can be ({_MOST_BYTES:,} bytes)")
         tree = parse(content.decode(), str(path))
     except (OSError, UnicodeDecodeError) as error:
-        raise RecipeError(f"{path}: cannot be read ({error})") from error
+        raise RecipeError(f"{path}: cannot be read ({getattr(error, 'strerror', None) or error})") from error
     if not isinstance(tree, dict):
         raise RecipeError(f"{path}: must hold keys and values, holds {type(tree).__name__}")
     for override in overrides:
