@@ -120,6 +120,9 @@ def test_mistakes_name_file_row_and_column(tree: Path, tmp_path: Path) -> None:
         listed.write_text(f"{SIGNS['train'][0]}\n\n{bad}\n")
         with pytest.raises(DataError, match=r"include_train\.txt, row 3, column 'video_path': .*is not <category>/"):
             include(listed, videos=str(tree))
+    listed.write_text("\n")
+    with pytest.raises(DataError, match=r"include_train\.txt, column 'path': none of its 0 files is there"):
+        include(listed, videos=str(tree))
     listed.write_bytes(b"\xff\xfe\n")
     with pytest.raises(DataError, match="not UTF-8"):
         include(listed, videos=str(tree))

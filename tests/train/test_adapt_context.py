@@ -189,6 +189,17 @@ def test_an_epoch_has_every_clip_with_and_without_timestamps(samples: list[Sampl
     assert (*example.tokens, example.labels[-1]) == tuple(said) and example.labels == tuple(said[1:])
 
 
+def test_a_lesson_is_measured_by_its_tokens_alone(lessons: Lessons, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its states are hundreds of times as many bytes, and a survey is of all lessons."""
+
+    def whole(*_: object) -> None:
+        raise AssertionError("the states were read")
+
+    monkeypatch.setattr(lessons, "lesson", whole)
+    reader = LessonReader(SPOKEN.tokenizer, SPOKEN.config, ContextRecipe(), lessons)
+    assert reader.measure(lessons[0], 1.0)[1] == len(lessons.tokens(lessons[0].id)) - 1
+
+
 @pytest.mark.parametrize("padded", [0.0, 0.5])
 def test_margins_are_within_their_range_but_for_what_is_padded(lessons: Lessons, padded: float) -> None:
     loader, margins = batches_of(lessons, ContextRecipe(margins=(0.5, 2.0), padded=padded)), []

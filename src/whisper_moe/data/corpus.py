@@ -261,7 +261,8 @@ def listed(
             where = row.get("row") or row[FILE]
             missing.append(Skipped(id=row["id"], place=where, kind="missing", cause="no such file"))
     if not there:
-        raise DataError(place, f"none of its {len(rows):,} files is there, such as {rows[0][FILE]}", column="path")
+        such = f", such as {rows[0][FILE]}" if rows else ""
+        raise DataError(place, f"none of its {len(rows):,} files is there{such}", column="path")
     features = Features({name: Value(kind) for name, kind in FEATURES.items()})
     dataset = Dataset.from_dict({name: [row.get(name) for row in there] for name in FEATURES}, features=features)
     if config.streaming:

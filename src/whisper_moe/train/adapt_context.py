@@ -84,11 +84,18 @@ class Lessons:
 
     def lesson(self, id: str) -> Lesson:
         """By the id of one of this corpus's samples. Raises ``ValueError`` naming the file, if it is not what was written."""
+        return Lesson(*self._read(id, "tokens", "states"))
+
+    def tokens(self, id: str) -> Tensor:
+        """Of a lesson; its states, hundreds of times as many bytes, are not read."""
+        return self._read(id, "tokens")[0]
+
+    def _read(self, id: str, *parts: str) -> list[Tensor]:
         name, key, mode = id.rsplit("\n", 2)
         path = self.folder / key
         try:
             with safe_open(path, "pt") as file:
-                return Lesson(file.get_tensor(f"{mode}.tokens"), file.get_tensor(f"{mode}.states"))
+                return [file.get_tensor(f"{mode}.{part}") for part in parts]
         except FileNotFoundError as error:
             cause = f"no lesson of {name}: it is gone, or the sound has changed since it was made"
             raise ValueError(f"{path}: {cause}") from error
@@ -122,7 +129,7 @@ class LessonReader(ExampleReader):
         return FULL_WINDOW if padded else super().margin_of(id, seed, epoch)
 
     def tokens(self, sample: Sample) -> tuple[list[int], list[int]]:
-        start, *text, _ = self._lessons.lesson(sample.id).tokens.tolist()
+        start, *text, _ = self._lessons.tokens(sample.id).tolist()
         return [start], text
 
     def labels(self, prompt: Sequence[int], text: Sequence[int]) -> list[int]:
