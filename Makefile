@@ -10,6 +10,7 @@ PYTHON ?= python3
 PIP_ARGS ?=
 VENV := .venv
 BIN := $(VENV)/bin
+PARALLEL := -n logical --maxprocesses 4
 INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt $(PIP_ARGS)
 
 .PHONY: demo test check check-slow golden clean
@@ -18,7 +19,7 @@ demo: $(VENV)/.runtime
 	$(BIN)/whisper-moe transcribe
 
 test: $(VENV)/.dev
-	$(BIN)/python -m pytest -n logical --maxprocesses 4 --dist loadfile
+	$(BIN)/python -m pytest $(PARALLEL) --dist loadfile
 
 check: $(VENV)/.dev
 	$(BIN)/ruff check .
@@ -27,7 +28,7 @@ check: $(VENV)/.dev
 	$(BIN)/python -m pytest tests/test_import_order.py
 
 check-slow: $(VENV)/.dev
-	$(BIN)/python -m pytest -m slow --timeout 1800
+	$(BIN)/python -m pytest -m slow --timeout 1800 $(PARALLEL) --dist worksteal
 
 golden: $(VENV)/.dev
 	$(BIN)/python tests/golden/golden.py

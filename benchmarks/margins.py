@@ -117,10 +117,14 @@ def main(argv: Sequence[str] | None = None) -> int:
     models = {name: WhisperMoE.from_pretrained(path, dtype=args.dtype) for name, path in args.models}
     first, padded = next(iter(models)), args.margins[-1]
     results: dict[str, Any] = {
-        "date": datetime.now(UTC).date().isoformat(), "machine": machine(), "threads": args.threads,
-        "arithmetic": next(iter(models.values())).dtype, "versions": versions(["torch", "whisper-moe"]),
-        "baseline": f"{first} at {padded:g} s", "rows": [],
-    }  # fmt: skip
+        "date": datetime.now(UTC).date().isoformat(),
+        "machine": machine(),
+        "threads": args.threads,
+        "arithmetic": next(iter(models.values())).dtype,
+        "versions": versions(["torch", "whisper-moe"]),
+        "baseline": f"{first} at {padded:g} s",
+        "rows": [],
+    }
     args.output.mkdir(parents=True, exist_ok=True)
     for manifest in args.manifests:
         clips = read_clips(manifest)

@@ -130,14 +130,16 @@ def figures(curves: dict[str, list[dict[str, float]]]) -> dict[str, Any]:
     packed, padded = (np.array([s["loss"] for s in curves[form]]) for form in FORMS)
     quarter = max(1, len(packed) // 4)
     return {
-        "samples_per_second": rates, "ratio": rates["packed"] / rates["padded"],
+        "samples_per_second": rates,
+        "ratio": rates["packed"] / rates["padded"],
         "fill": {f: float(np.mean([s["fill"] for s in c])) for f, c in curves.items()},
         "first_quarter": {"packed": float(packed[:quarter].mean()), "padded": float(padded[:quarter].mean())},
         "last_quarter": {"packed": float(packed[-quarter:].mean()), "padded": float(padded[-quarter:].mean())},
         "mean_difference": float((packed - padded).mean()),
         "standard_error": float((packed - padded).std(ddof=1) / len(packed) ** 0.5),
-        "spread_of_a_curve": float(padded.std(ddof=1)), "correlation": float(np.corrcoef(packed, padded)[0, 1]),
-    }  # fmt: skip
+        "spread_of_a_curve": float(padded.std(ddof=1)),
+        "correlation": float(np.corrcoef(packed, padded)[0, 1]),
+    }
 
 
 def table(results: dict[str, Any]) -> str:
@@ -203,9 +205,13 @@ def main(argv: Sequence[str] | None = None) -> int:
     curves = compare(samples, args)
     asked = {key: value for key, value in vars(args).items() if key not in ("manifests", "output")}
     results = asked | {
-        "date": datetime.now(UTC).date().isoformat(), "machine": machine(), "versions": versions(["torch", "whisper-moe"]),
-        "clips": len(samples), "figures": figures(curves), "curves": curves,
-    }  # fmt: skip
+        "date": datetime.now(UTC).date().isoformat(),
+        "machine": machine(),
+        "versions": versions(["torch", "whisper-moe"]),
+        "clips": len(samples),
+        "figures": figures(curves),
+        "curves": curves,
+    }
     args.output.mkdir(parents=True, exist_ok=True)
     (args.output / "results.json").write_text(json.dumps(results, indent=1) + "\n", encoding="utf-8")
     (args.output / "table.md").write_text(table(results), encoding="utf-8")

@@ -23,9 +23,12 @@ from whisper_moe.packing import Layout
 RATE = 16_000
 EXAMPLES = Path(__file__).parent.parent / "examples"
 TRUSTING: dict[str, Any] = {
-    "temperatures": (0.0,), "no_speech_threshold": None, "logprob_threshold": None, "compression_ratio_threshold": None,
+    "temperatures": (0.0,),
+    "no_speech_threshold": None,
+    "logprob_threshold": None,
+    "compression_ratio_threshold": None,
     "context_margin": 30.0,
-}  # fmt: skip
+}
 """Every transcript is taken as it comes: random models never sound right."""
 
 

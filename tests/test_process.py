@@ -81,9 +81,12 @@ def on_terminal(command: list[str], stdout: Path | None = None) -> tuple[int, st
     arguments = [sys.executable, "-m", "whisper_moe", *command]
     with open(stdout or os.devnull, "wb") as file:
         process = subprocess.Popen(
-            arguments, stdin=subprocess.DEVNULL, stdout=file if stdout else terminal, stderr=terminal,
+            arguments,
+            stdin=subprocess.DEVNULL,
+            stdout=file if stdout else terminal,
+            stderr=terminal,
             env=os.environ | {"TERM": "xterm-256color"},
-        )  # fmt: skip
+        )
     os.close(terminal)
     sent = b""
     try:

@@ -72,9 +72,12 @@ def test_a_dense_fine_tune_of_this_project_is_upcycled_and_keeps_its_margin(
 ) -> None:
     loaded = load_model(whisper)
     save_checkpoint(
-        tmp_path / "tuned", loaded.config.model_copy(update={"context_margin": 0.7}), loaded.state,
-        generation=loaded.generation, tokenizer_json=loaded.tokenizer_json,
-    )  # fmt: skip
+        tmp_path / "tuned",
+        loaded.config.model_copy(update={"context_margin": 0.7}),
+        loaded.state,
+        generation=loaded.generation,
+        tokenizer_json=loaded.tokenizer_json,
+    )
     assert run("upcycle", tmp_path / "tuned", "-o", tmp_path / "m", *PLAIN).status == 0
     config = read_config(tmp_path / "m" / "config.json")
     assert config.context_margin == 0.7 and config.moe is not None

@@ -263,9 +263,16 @@ def _sized(d_model: int, layers: int, heads: int) -> ModelConfig:
     moe = MoEConfig(expert_dim=4 * d_model, shared=False, none_choice=False, router_layer=0)
     ttt = TTTConfig(encoder_layers=tuple(range(layers)), per_expert=True)
     return ModelConfig(
-        d_model=d_model, encoder_layers=layers, encoder_heads=heads, encoder_ffn_dim=4 * d_model,
-        decoder_layers=layers, decoder_heads=heads, decoder_ffn_dim=4 * d_model, moe=moe, ttt=ttt,
-    )  # fmt: skip
+        d_model=d_model,
+        encoder_layers=layers,
+        encoder_heads=heads,
+        encoder_ffn_dim=4 * d_model,
+        decoder_layers=layers,
+        decoder_heads=heads,
+        decoder_ffn_dim=4 * d_model,
+        moe=moe,
+        ttt=ttt,
+    )
 
 
 PRESETS: dict[str, ModelConfig] = {

@@ -35,9 +35,14 @@ def clip(
 ) -> Sample:
     target = "en" if task == "translate" else language
     return Sample(
-        id=key, task=task, text=f"this is {key}" if text is None else text, language=language, target_language=target,
-        audio=AudioRef(path=f"{key}.wav", data=noise(seconds, seed)), duration=seconds,
-    )  # fmt: skip
+        id=key,
+        task=task,
+        text=f"this is {key}" if text is None else text,
+        language=language,
+        target_language=target,
+        audio=AudioRef(path=f"{key}.wav", data=noise(seconds, seed)),
+        duration=seconds,
+    )
 
 
 def clips(count: int, prefix: str = "c", *, shortest: float = 0.3, longest: float = 1.5, **kind: str) -> list[Sample]:

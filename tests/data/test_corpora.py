@@ -114,8 +114,11 @@ def test_ids_do_not_depend_on_the_process(miniatures: dict[str, dict[str, Any]])
 
     run = subprocess.run(
         [sys.executable, "-c", code, json.dumps({**settings, "streaming": True})],
-        capture_output=True, text=True, timeout=280, env={**os.environ, "PYTHONHASHSEED": "7"},
-    )  # fmt: skip
+        capture_output=True,
+        text=True,
+        timeout=280,
+        env={**os.environ, "PYTHONHASHSEED": "7"},
+    )
     assert run.returncode == 0, run.stderr
     assert run.stdout.split() == [sample.id for sample in opened(settings)]
     assert "wiki-translate/train/11/en-hi/" in run.stdout

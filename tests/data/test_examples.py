@@ -234,9 +234,12 @@ def test_a_model_whose_longest_example_fills_more_than_a_pack_is_refused() -> No
 def made(key: str, size: int) -> Example:
     tokens = tuple(range(size % 7 + 1))
     return Example(
-        id=key, mel=torch.full((80, 2 * (size - len(tokens))), float(size)), valid_length=1, tokens=tokens,
+        id=key,
+        mel=torch.full((80, 2 * (size - len(tokens))), float(size)),
+        valid_length=1,
+        tokens=tokens,
         labels=tuple(token + 1 for token in tokens),
-    )  # fmt: skip
+    )
 
 
 def test_a_pack_holds_its_segments_one_after_another() -> None:

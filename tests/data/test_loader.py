@@ -25,9 +25,13 @@ SAMPLES = [*clips(18), *clips(9, "h", language="hi"), *clips(5, "t", language="h
 
 
 def loader_of(
-    samples: Sequence[Sample | DataError] = SAMPLES, *, rank: int = 0, world: int = 1, streaming: bool = False,
+    samples: Sequence[Sample | DataError] = SAMPLES,
+    *,
+    rank: int = 0,
+    world: int = 1,
+    streaming: bool = False,
     **changes: Any,
-) -> PackedLoader:  # fmt: skip
+) -> PackedLoader:
     return loader_over([MemoryCorpus(samples, streaming=streaming)], rank=rank, world=world, **changes)
 
 
@@ -47,16 +51,15 @@ def _same(a: Batch, b: Batch) -> bool:
         return False
     return all(
         (x.valid_lengths, x.texts.lengths) == (y.valid_lengths, y.texts.lengths)
-        and torch.equal(x.tokens_T, y.tokens_T) and torch.equal(x.labels_T, y.labels_T)
+        and torch.equal(x.tokens_T, y.tokens_T)
+        and torch.equal(x.labels_T, y.labels_T)
         and all(torch.equal(m, n) for m, n in zip(x.mels, y.mels, strict=True))
         for x, y in zip(a.packs, b.packs, strict=True)
-    )  # fmt: skip
+    )
 
 
 FEW = SAMPLES[::3]
-UNITS = [
-    {}, {"batch_unit": "packs", "batch_size": 2}, {"mode": "padded", "samples": FEW}, {"streaming": True}
-]  # fmt: skip
+UNITS = [{}, {"batch_unit": "packs", "batch_size": 2}, {"mode": "padded", "samples": FEW}, {"streaming": True}]
 """Ways to make batches. Spectrograms of 30 s take a while: of them fewer."""
 
 
@@ -83,8 +86,9 @@ def test_a_batch_has_what_the_model_and_its_loss_need() -> None:
     known = {sample.id: sample for sample in SAMPLES}
     prompts: dict[tuple[str, str], list[int]] = {
         (language, task): [*TOKENIZER.sot_sequence(language, task), TOKENIZER.no_timestamps]
-        for language in ("en", "hi") for task in ("transcribe", "translate")
-    }  # fmt: skip
+        for language in ("en", "hi")
+        for task in ("transcribe", "translate")
+    }
     loader = loader_of()
     reader = tiny_reader(margin=(0.2, 1.0))
     for batch in loader:
@@ -254,8 +258,12 @@ def test_what_a_survey_finds_is_named_before_the_first_batch() -> None:
     ]
     loader = loader_of([*SAMPLES, *unusable], max_corrupt_share=0.2)
     assert {sample.id: sample.corrupt for sample in loader.excluded} == {
-        "memory, row 33": True, "mute": True, "wordy": False, "long": False, "broken": True
-    }  # fmt: skip
+        "memory, row 33": True,
+        "mute": True,
+        "wordy": False,
+        "long": False,
+        "broken": True,
+    }
     assert "memory.tsv, row 7: no such column" in loader.excluded[0].cause
     assert sorted(id for batch in loader for id in batch.ids) == sorted(sample.id for sample in SAMPLES)
     with pytest.raises(DataError, match=r"8\.6% of 35"):

@@ -39,17 +39,22 @@ def rows(clips: Path, sound: str) -> Any:
         array = (np.frombuffer(data[-round(SECONDS[name] * 32_000) :], "<i2") / 32_768).tolist()
         cells.append(
             {
-                "bytes": {"bytes": data, "path": f"{name}.wav"}, "audio": {"bytes": data, "path": f"{name}.wav"},
-                "array": {"array": array, "sampling_rate": 16_000, "path": f"{name}.wav"}, "plain": data,
+                "bytes": {"bytes": data, "path": f"{name}.wav"},
+                "audio": {"bytes": data, "path": f"{name}.wav"},
+                "array": {"array": array, "sampling_rate": 16_000, "path": f"{name}.wav"},
+                "plain": data,
                 "path": {"bytes": None, "path": str(clips / f"{name}.wav")},
             }[sound]
-        )  # fmt: skip
+        )
     found = datasets.Dataset.from_dict(
         {
-            "id": list(range(4)), "path": [f"/elsewhere/{name}.wav" for name in CLIPS], "audio": cells,
-            "sentence": [text for text, _ in CLIPS.values()], "locale": [code for _, code in CLIPS.values()],
+            "id": list(range(4)),
+            "path": [f"/elsewhere/{name}.wav" for name in CLIPS],
+            "audio": cells,
+            "sentence": [text for text, _ in CLIPS.values()],
+            "locale": [code for _, code in CLIPS.values()],
         }
-    )  # fmt: skip
+    )
     return found.cast_column("audio", datasets.Audio(decode=False)) if sound == "audio" else found
 
 
@@ -208,8 +213,9 @@ def test_of_several_columns_the_one_that_is_taken_is_told(clips: Path, tmp_path:
     corpus = opened(tmp_path / f"t.{form}", tmp_path)
     assert [sample.text for sample in corpus] == ["One."]
     assert corpus.remarks == (
-        "text is the column 'raw_text', not 'normalized_text'", "language is the column 'locale', not 'lang'"
-    )  # fmt: skip
+        "text is the column 'raw_text', not 'normalized_text'",
+        "language is the column 'locale', not 'lang'",
+    )
     other = opened(tmp_path / f"t.{form}", tmp_path, columns={"text": "normalized_text"})
     assert [sample.text for sample in other] == ["one"] and len(other.remarks) == 1
     with pytest.raises(DataError, match="column 'said': the column is missing; there are lang, locale"):
@@ -228,8 +234,9 @@ def test_languages_of_rows_that_say_theirs_and_of_others(clips: Path, tmp_path: 
     assert [each.cause.partition("column ")[2][:24] for each in two.left_out] == ["'language': no language:"]
     every = opened(table, tmp_path)
     assert [each.cause.partition("column ")[2][:24] for each in every.left_out] == [
-        "'language': no language:", "'language': unknown lang"
-    ]  # fmt: skip
+        "'language': no language:",
+        "'language': unknown lang",
+    ]
     table.write_text("\n".join(["path\ttext\tlanguage", lines[0], lines[2]]) + "\n")
     with pytest.raises(DataError, match=r"no rows in ta; there are en, hi"):
         opened(table, tmp_path, languages=["ta"])

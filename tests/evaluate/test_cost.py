@@ -26,9 +26,18 @@ from whisper_moe.weights.checkpoint import save_checkpoint
 from whisper_moe.weights.load import DEFAULT_MOE, DEFAULT_TTT, Loaded, Located
 
 SMALL = ModelConfig(
-    vocab_size=211, n_mels=8, d_model=32, encoder_layers=2, encoder_heads=4, encoder_ffn_dim=64, decoder_layers=3,
-    decoder_heads=4, decoder_ffn_dim=96, max_source_positions=50, max_target_positions=20,
-)  # fmt: skip
+    vocab_size=211,
+    n_mels=8,
+    d_model=32,
+    encoder_layers=2,
+    encoder_heads=4,
+    encoder_ffn_dim=64,
+    decoder_layers=3,
+    decoder_heads=4,
+    decoder_ffn_dim=96,
+    max_source_positions=50,
+    max_target_positions=20,
+)
 MOE = SMALL.model_copy(update={"moe": MoEConfig(n_experts=4, expert_dim=16, router_layer=1)})
 
 

@@ -95,22 +95,27 @@ def materials(folder: Path, samples: int = SAMPLES) -> Path:
     recipe = {
         "model": {"source": str(folder / "tiny")},
         "data": {
-            "train": [corpus], "evaluation": [corpus | {"limit": 3}],
+            "train": [corpus],
+            "evaluation": [corpus | {"limit": 3}],
             "loader": {"batch_size": BATCH, "planning_buffer": 8, "examples": {"margin": [0.1, 0.5]}},
         },
         "optimisation": {"steps": STEPS, "lr": 0.003, "ttt_lr": 0.003, "warmup": 2, "most_bad_steps": 3},
         "evaluation": {"every": 6, "metric": "loss", "batch_size": 1},
         "run": {"checkpoint_every": CHECKPOINT_EVERY, "keep": 2, "threads": 1, "device": "cpu"},
-    }  # fmt: skip
+    }
     path = folder / "recipe.yaml"
     path.write_text(json.dumps(recipe, indent=2), "utf-8")
     return path
 
 
 def train(
-    recipe: Path, run: Path, *words: str, fault: str = "", launcher: Sequence[str] = (),
+    recipe: Path,
+    run: Path,
+    *words: str,
+    fault: str = "",
+    launcher: Sequence[str] = (),
     environment: Mapping[str, str] | None = None,
-) -> Done:  # fmt: skip
+) -> Done:
     """``whisper-moe train`` with a fault. ``launcher``: what starts it in place of Python (torchrun and its flags)."""
     script = run.parent / f"{run.name}.py"
     script.write_text(_PRELUDE + fault + _COMMAND, "utf-8")
@@ -121,8 +126,10 @@ def train(
     done = subprocess.run(
         [*(launcher or [sys.executable]), str(script), "train", str(recipe), *words, "-o", str(run)],
         env=known | {"PYTHONPATH": os.pathsep.join(paths), "OMP_NUM_THREADS": "1", **(environment or {})},
-        capture_output=True, text=True, check=False,
-    )  # fmt: skip
+        capture_output=True,
+        text=True,
+        check=False,
+    )
     return Done(done.returncode, done.stderr)
 
 

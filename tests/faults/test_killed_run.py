@@ -171,8 +171,15 @@ before(checkpoint.FileFacts, "of", full)
 # Several processes
 
 TORCHRUN = [
-    sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "--standalone", "--max-restarts", "1",
-]  # fmt: skip
+    sys.executable,
+    "-m",
+    "torch.distributed.run",
+    "--nproc-per-node",
+    "2",
+    "--standalone",
+    "--max-restarts",
+    "1",
+]
 
 
 @pytest.mark.slow

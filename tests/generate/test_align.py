@@ -98,11 +98,13 @@ def test_words_begin_where_their_first_token_attends() -> None:
     assert len(tokens) == 3
     words = align(peaked([0, 40, 140, 160], 200), [0.5, 1.0, 0.2], tokens, TOKENIZER, language="en")
     assert [(word.word, word.tokens) for word in words] == [
-        (" internationalisation", tuple(tokens[:2])), (" matters", tuple(tokens[2:])),
-    ]  # fmt: skip
+        (" internationalisation", tuple(tokens[:2])),
+        (" matters", tuple(tokens[2:])),
+    ]
     assert [(word.start, word.end) for word in words] == [
-        (0.0, pytest.approx(2.8, abs=0.05)), (words[0].end, pytest.approx(3.2, abs=0.05)),
-    ]  # fmt: skip
+        (0.0, pytest.approx(2.8, abs=0.05)),
+        (words[0].end, pytest.approx(3.2, abs=0.05)),
+    ]
     assert [word.probability for word in words] == [0.75, 0.2]
 
 
@@ -141,7 +143,7 @@ def test_words_equal_openai_for_the_same_attention(whisper_base: Path, shared_da
     assert len(ours) > 10
     assert [(w.word, list(w.tokens), w.start, w.end) for w in ours] == [
         (w.word, w.tokens, w.start, w.end) for w in theirs
-    ]  # fmt: skip
+    ]
     assert [w.probability for w in ours] == pytest.approx([w.probability for w in theirs], rel=1e-6)
 
     from_probabilities = align(logits.softmax(-1).log(), probabilities, tokens, tokenizer, language="en")
@@ -199,9 +201,19 @@ def windows(draw: st.DrawFn) -> tuple[list[Segment], list[WordTiming], float]:
         tokens = (TOKENIZER.timestamp_begin, *ids[begin:end], TOKENIZER.timestamp_begin + 50)
         start = seek / 100 + draw(st.floats(0, 20))
         segments.append(
-            Segment(id=len(segments), seek=seek, start=start, end=start + draw(st.floats(0, 5)), text="", tokens=tokens,
-                    temperature=0.0, avg_logprob=0.0, compression_ratio=1.0, no_speech_prob=0.0)
-        )  # fmt: skip
+            Segment(
+                id=len(segments),
+                seek=seek,
+                start=start,
+                end=start + draw(st.floats(0, 5)),
+                text="",
+                tokens=tokens,
+                temperature=0.0,
+                avg_logprob=0.0,
+                compression_ratio=1.0,
+                no_speech_prob=0.0,
+            )
+        )
     return segments, timings, draw(st.sampled_from([0.0, seek / 100, seek / 100 - 5.0]))
 
 
@@ -211,9 +223,13 @@ def openai_words(segments: list[Segment], timings: list[WordTiming], last_speech
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(timing, "find_alignment", lambda *_: as_openai(timings))
         timing.add_word_timestamps(
-            segments=listed, model=None, tokenizer=get_tokenizer(True), mel=None, num_frames=3000,
+            segments=listed,
+            model=None,
+            tokenizer=get_tokenizer(True),
+            mel=None,
+            num_frames=3000,
             last_speech_timestamp=last_speech_end,
-        )  # fmt: skip
+        )
     return listed
 
 
@@ -233,8 +249,18 @@ def test_a_long_word_after_a_pause_is_cut() -> None:
     """Six words of 0.2 s and a first one that swallowed a pause of 3 s."""
     timings = [WordTiming(" so", (0,), 0.0, 3.2, 1.0)]
     timings += [WordTiming(" it", (i,), 3.0 + 0.2 * i, 3.2 + 0.2 * i, 1.0) for i in range(1, 7)]
-    whole = Segment(id=0, seek=1000, start=12.9, end=15.0, text="", tokens=tuple(range(7)), temperature=0.0,
-                    avg_logprob=0.0, compression_ratio=1.0, no_speech_prob=0.0)  # fmt: skip
+    whole = Segment(
+        id=0,
+        seek=1000,
+        start=12.9,
+        end=15.0,
+        text="",
+        tokens=tuple(range(7)),
+        temperature=0.0,
+        avg_logprob=0.0,
+        compression_ratio=1.0,
+        no_speech_prob=0.0,
+    )
     (segment,) = add_words([whole], timings, TOKENIZER, TranscribeOptions(), last_speech_end=10.0)
     assert segment.words is not None and len(segment.words) == 7
     assert segment.words[0].end == 13.2 and segment.words[0].start == pytest.approx(12.8)

@@ -24,9 +24,14 @@ CLIPS = [noise(seconds, seed) for seed, seconds in enumerate((0.2, 4.0, 2.5, 9.0
 
 
 def decode(
-    model: WhisperMoE, clips: Sequence[np.ndarray], *, temperature: float = 0.0, margin: float = 0.5,
-    hints: Sequence[str | None] | None = None, **options: Any,
-) -> list[DecodingResult]:  # fmt: skip
+    model: WhisperMoE,
+    clips: Sequence[np.ndarray],
+    *,
+    temperature: float = 0.0,
+    margin: float = 0.5,
+    hints: Sequence[str | None] | None = None,
+    **options: Any,
+) -> list[DecodingResult]:
     asked = TranscribeOptions(**options)
     return model._decoder.decode(clips, asked, temperature=temperature, margin=margin, hints=hints)
 

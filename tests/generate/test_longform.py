@@ -68,9 +68,16 @@ class Listener:
         return min(1500, round((samples / RATE + margin) * 50))
 
     def decode(
-        self, clips: Sequence[np.ndarray], options: TranscribeOptions, *, temperature: float, margin: float,
-        hints: Sequence[str | None] | None = None, carry: Any = None, previous: Any = None,
-    ) -> list[DecodingResult]:  # fmt: skip
+        self,
+        clips: Sequence[np.ndarray],
+        options: TranscribeOptions,
+        *,
+        temperature: float,
+        margin: float,
+        hints: Sequence[str | None] | None = None,
+        carry: Any = None,
+        previous: Any = None,
+    ) -> list[DecodingResult]:
         loud = [round(float(clip[0]), 4) for clip in clips]
         hints = hints or [None] * len(clips)
         before = [level for levels, *_ in self.calls for level in levels]
@@ -199,9 +206,14 @@ def test_unsure_languages_of_all_recordings_are_settled_in_one_batch_and_hold_up
 def test_recordings_say_together_what_each_says_alone() -> None:
     """Windows that are tried again, settled, halved, silent, or leave a rest."""
     answers = {
-        0.1: speaking("en", 0.9), 0.2: speaking("cy", 0.3), 0.3: unsure, 0.4: cut_off, 0.5: lambda *_: silence(),
-        0.6: lambda seconds, hint: said(f" {seconds:g}", until=seconds / 2), 0.7: speaking("hi", 0.8),
-    }  # fmt: skip
+        0.1: speaking("en", 0.9),
+        0.2: speaking("cy", 0.3),
+        0.3: unsure,
+        0.4: cut_off,
+        0.5: lambda *_: silence(),
+        0.6: lambda seconds, hint: said(f" {seconds:g}", until=seconds / 2),
+        0.7: speaking("hi", 0.8),
+    }
     levels = [[0.1 * (1 + (i * i + 3 * j) % 7) for j in range(1 + i % 5)] for i in range(40)]
 
     def talk(i: int) -> Recording:
@@ -311,8 +323,11 @@ def test_a_sure_text_speaks_against_silence() -> None:
 
 def test_first_padding_then_temperatures() -> None:
     assert attempts(TranscribeOptions(context_margin=2.0, temperatures=(0.0, 0.4, 1.0))) == [
-        (2.0, 0.0), (30.0, 0.0), (30.0, 0.4), (30.0, 1.0),
-    ]  # fmt: skip
+        (2.0, 0.0),
+        (30.0, 0.0),
+        (30.0, 0.4),
+        (30.0, 1.0),
+    ]
     assert attempts(TranscribeOptions(context_margin=30.0, temperatures=(0.0, 0.4))) == [(30.0, 0.0), (30.0, 0.4)]
     assert attempts(TranscribeOptions(context_margin=1.0, temperatures=(0.2,))) == [(1.0, 0.2), (30.0, 0.2)]
 
@@ -393,8 +408,11 @@ def test_a_recording_that_fails_hurts_no_neighbour() -> None:
     done = run(Listener(), recordings)
     assert [each.name for each in done] == ["a", "broken", "b", "none"]
     assert [str(each.error) if each.error else None for each in done] == [
-        None, "broken: the sound is damaged (decoding stopped after 2.00 s)", None, None,
-    ]  # fmt: skip
+        None,
+        "broken: the sound is damaged (decoding stopped after 2.00 s)",
+        None,
+        None,
+    ]
     assert [each.result().text for each in done if not each.error] == ["0.1 0.2", "0.4", ""]
 
 

@@ -25,8 +25,10 @@ def sounds_that_are_no_speech(seconds: float) -> dict[str, np.ndarray]:
     time = np.arange(round(seconds * RATE)) / RATE
     click = np.zeros(len(time), np.float32)
     click[len(click) // 2] = 0.9
-    notes = [np.sin(2 * np.pi * hz * time) * np.sin(2 * np.pi * pace * time) ** 2 for hz, pace in (
-        (261.6, 1.0), (329.6, 0.7), (392.0, 0.5), (523.3, 1.3))]  # fmt: skip
+    notes = [
+        np.sin(2 * np.pi * hz * time) * np.sin(2 * np.pi * pace * time) ** 2
+        for hz, pace in ((261.6, 1.0), (329.6, 0.7), (392.0, 0.5), (523.3, 1.3))
+    ]
     return {
         "silence": np.zeros(len(time), np.float32),
         "noise": np.random.default_rng(0).normal(0, 0.1, len(time)).astype(np.float32),

@@ -12,8 +12,19 @@ from hypothesis import strategies as st
 from whisper_moe.generate.options import SubtitleOptions
 from whisper_moe.generate.result import Segment, Transcription, Word, as_text, compression_ratio
 
-OPENAI_KEYS = ("id", "seek", "start", "end", "text", "tokens", "temperature", "avg_logprob", "compression_ratio",
-               "no_speech_prob", "words")  # fmt: skip
+OPENAI_KEYS = (
+    "id",
+    "seek",
+    "start",
+    "end",
+    "text",
+    "tokens",
+    "temperature",
+    "avg_logprob",
+    "compression_ratio",
+    "no_speech_prob",
+    "words",
+)
 
 adversarial = st.one_of(
     st.text(st.characters(exclude_categories=("Cs",)), max_size=40),
@@ -140,13 +151,16 @@ def long_talk() -> Transcription:
     return transcription(segment(words=tuple(words), end=701.0), segment(words=(), start=701.0, end=702.0))
 
 
-@pytest.mark.parametrize("options", [
-    SubtitleOptions(),
-    SubtitleOptions(highlight_words=True, max_words_per_line=7),
-    SubtitleOptions(max_line_width=42, max_line_count=2),
-    SubtitleOptions(max_line_width=42),
-    SubtitleOptions(max_line_count=2),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "options",
+    [
+        SubtitleOptions(),
+        SubtitleOptions(highlight_words=True, max_words_per_line=7),
+        SubtitleOptions(max_line_width=42, max_line_count=2),
+        SubtitleOptions(max_line_width=42),
+        SubtitleOptions(max_line_count=2),
+    ],
+)
 def test_a_long_talk_equals_openai(options: SubtitleOptions) -> None:
     text = ours(long_talk(), "srt", options)
     assert text == openai_text(long_talk(), "srt", options)

@@ -91,9 +91,11 @@ def test_the_same_tokens_are_forbidden(
 
 @settings(max_examples=100, deadline=None)
 @given(
-    sampled=histories, seed=st.integers(0, 10**6), louder=st.sampled_from([-6.0, 0.0, 3.0]),
+    sampled=histories,
+    seed=st.integers(0, 10**6),
+    louder=st.sampled_from([-6.0, 0.0, 3.0]),
     weight=st.sampled_from([0.0, 3.0, 6.0]),
-)  # fmt: skip
+)
 def test_text_that_somebody_appended_is_text_like_any_other(
     sampled: list[list[int]], seed: int, louder: float, weight: float
 ) -> None:
@@ -151,9 +153,14 @@ def test_what_is_said_obeys_the_grammar(seed: int, louder: float, options: Searc
     segments = 4
     rows = segments * options.beams
     found = search(
-        _RandomModel(seed, louder, rows), random_logits(rows, END + 1, seed, louder), _Stateless(),
-        Rules(SUPPRESS, SUPPRESS_FIRST, TIMES), options, end_of_text=END_OF_TEXT, limits=[24] * segments,
-    )  # fmt: skip
+        _RandomModel(seed, louder, rows),
+        random_logits(rows, END + 1, seed, louder),
+        _Stateless(),
+        Rules(SUPPRESS, SUPPRESS_FIRST, TIMES),
+        options,
+        end_of_text=END_OF_TEXT,
+        limits=[24] * segments,
+    )
     assert any(found_one.tokens for found_one in found)
     for hypothesis in found:
         tokens = hypothesis.tokens

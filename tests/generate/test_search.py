@@ -67,9 +67,7 @@ def run(
     segments: Sequence[int], options: SearchOptions, limits: Sequence[int], model: Model | None = None, seed: int = 0
 ) -> list[Hypothesis]:
     state = History(list(segments), [[] for _ in range(len(segments) * options.beams)])
-    return search(
-        model or Model(), state.logits(), state, RULES, options, end_of_text=END, limits=limits, seed=seed
-    )  # fmt: skip
+    return search(model or Model(), state.logits(), state, RULES, options, end_of_text=END, limits=limits, seed=seed)
 
 
 def log_probabilities(segment: int, history: Sequence[int]) -> Tensor:
@@ -151,8 +149,11 @@ def test_the_best_sample_is_kept() -> None:
             "its own score, not the tempered"
         )
         singles = [run([segment], SearchOptions(temperature=1.0), [6], seed=seed)[0] for seed in range(40)]
-        better = [one for one in singles if options.score(one.sum_logprob, len(one.tokens)) > options.score(
-            best.sum_logprob, len(best.tokens))]  # fmt: skip
+        better = [
+            one
+            for one in singles
+            if options.score(one.sum_logprob, len(one.tokens)) > options.score(best.sum_logprob, len(best.tokens))
+        ]
         assert len(better) < len(singles) / 2
 
 

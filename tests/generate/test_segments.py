@@ -72,14 +72,22 @@ def by_openai(tokens: list[int]) -> tuple[list[dict[str, Any]], float | None]:
         said = next(answers, None)
         sure = 0.0 if said is None else -0.25
         return DecodingResult(
-            mel, "en", tokens=said or [], avg_logprob=sure or -9.0, no_speech_prob=0.1 if said else 1.0,
-            temperature=0.0, compression_ratio=1.0,
-        )  # fmt: skip
+            mel,
+            "en",
+            tokens=said or [],
+            avg_logprob=sure or -9.0,
+            no_speech_prob=0.1 if said else 1.0,
+            temperature=0.0,
+            compression_ratio=1.0,
+        )
 
     model: Any = SimpleNamespace(
-        device=torch.device("cpu"), dims=SimpleNamespace(n_mels=80, n_audio_ctx=1500, n_text_ctx=448),
-        is_multilingual=True, num_languages=99, decode=decode,
-    )  # fmt: skip
+        device=torch.device("cpu"),
+        dims=SimpleNamespace(n_mels=80, n_audio_ctx=1500, n_text_ctx=448),
+        is_multilingual=True,
+        num_languages=99,
+        decode=decode,
+    )
     audio = np.zeros(round(DURATION * 16_000), np.float32)
     result = transcribe(model, audio, language="en", fp16=False, temperature=(0.0,), condition_on_previous_text=False)
     segments: list[dict[str, Any]] = result["segments"]
@@ -268,8 +276,15 @@ def openai_skips(segments: list[Segment], threshold: float) -> tuple[list[str], 
     def decode(mel: torch.Tensor, options: Any) -> DecodingResult:
         first = not seeks
         seeks.append(round(seconds - float((mel[0] > -5).sum()) / 100, 2))
-        return DecodingResult(mel, "en", tokens=tokens if first else [], avg_logprob=-0.1 if first else -9.0,
-                              no_speech_prob=0.0 if first else 1.0, temperature=0.0, compression_ratio=1.0)  # fmt: skip
+        return DecodingResult(
+            mel,
+            "en",
+            tokens=tokens if first else [],
+            avg_logprob=-0.1 if first else -9.0,
+            no_speech_prob=0.0 if first else 1.0,
+            temperature=0.0,
+            compression_ratio=1.0,
+        )
 
     def add_words(segments: list[dict[str, Any]], **_: Any) -> None:
         for segment, known in zip(segments, given_segments, strict=True):
@@ -277,9 +292,12 @@ def openai_skips(segments: list[Segment], threshold: float) -> tuple[list[str], 
 
     module, given_segments = import_module("whisper.transcribe"), segments
     model: Any = SimpleNamespace(
-        device=torch.device("cpu"), dims=SimpleNamespace(n_mels=80, n_audio_ctx=1500, n_text_ctx=448),
-        is_multilingual=True, num_languages=99, decode=decode,
-    )  # fmt: skip
+        device=torch.device("cpu"),
+        dims=SimpleNamespace(n_mels=80, n_audio_ctx=1500, n_text_ctx=448),
+        is_multilingual=True,
+        num_languages=99,
+        decode=decode,
+    )
     mel = torch.cat([torch.zeros(80, 3000), torch.full((80, 3000), -9.0)], dim=1)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(module, "add_word_timestamps", add_words)
@@ -290,9 +308,15 @@ def openai_skips(segments: list[Segment], threshold: float) -> tuple[list[str], 
             lambda mel, length: torch.nn.functional.pad(mel, (0, length - mel.shape[1]), value=-9.0),
         )
         result = module.transcribe(
-            model, np.zeros(1), language="en", fp16=False, temperature=(0.0,), word_timestamps=True,
-            hallucination_silence_threshold=threshold, condition_on_previous_text=False,
-        )  # fmt: skip
+            model,
+            np.zeros(1),
+            language="en",
+            fp16=False,
+            temperature=(0.0,),
+            word_timestamps=True,
+            hallucination_silence_threshold=threshold,
+            condition_on_previous_text=False,
+        )
     kept: list[dict[str, Any]] = result["segments"]
     return [segment["text"] for segment in kept], seeks[1] if len(seeks) > 1 else None
 

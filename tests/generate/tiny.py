@@ -12,11 +12,18 @@ from whisper_moe.media.tokenizer import Tokenizer
 from whisper_moe.model.model import WhisperMoEModel
 
 CONFIG = ModelConfig(
-    vocab_size=VOCABULARY, d_model=16, encoder_layers=2, encoder_heads=2, encoder_ffn_dim=32,
-    decoder_layers=1, decoder_heads=2, decoder_ffn_dim=32, max_target_positions=64,
+    vocab_size=VOCABULARY,
+    d_model=16,
+    encoder_layers=2,
+    encoder_heads=2,
+    encoder_ffn_dim=32,
+    decoder_layers=1,
+    decoder_heads=2,
+    decoder_ffn_dim=32,
+    max_target_positions=64,
     moe=MoEConfig(n_experts=3, expert_dim=8, router_layer=1, expert_names=("hindi", "tamil", "english")),
     ttt=TTTConfig(encoder_layers=(1,), mini_batch=25),
-)  # fmt: skip
+)
 
 
 TEXT = 256

@@ -32,9 +32,11 @@ Made = dict[str, Any]
 """File → its content: text, or plain values, which may differ by rounding; None for what cannot be made here."""
 MEDIA = (".flac", ".m4a", ".mov", ".mp3", ".ogg", ".wav")
 MORE: dict[str, Any] = {
-    "vocab_size": CONFIG.vocab_size + 1, "new_tokens": ("<|or|>",), "adapt": AdaptConfig(encoder_layers=(0,), adapter_dim=4),
+    "vocab_size": CONFIG.vocab_size + 1,
+    "new_tokens": ("<|or|>",),
+    "adapt": AdaptConfig(encoder_layers=(0,), adapter_dim=4),
     "conformer": ConformerConfig(encoder_layers=(1,), kernel_size=3),
-}  # fmt: skip
+}
 """What a configuration can have beside experts and TTT layers."""
 
 
@@ -205,5 +207,10 @@ def _temporary() -> tempfile.TemporaryDirectory[str]:
 
 
 PARTS: dict[str, Callable[[], Made]] = {
-    "api": api, "help": help_pages, "checkpoint": checkpoint, "state": state, "losses": losses, "transcripts": transcripts,
-}  # fmt: skip
+    "api": api,
+    "help": help_pages,
+    "checkpoint": checkpoint,
+    "state": state,
+    "losses": losses,
+    "transcripts": transcripts,
+}

@@ -22,9 +22,19 @@ from whisper_moe.media.languages import (
 from whisper_moe.media.tokenizer import Tokenizer
 
 KATHBATH = {
-    "bengali": "bn", "gujarati": "gu", "hindi": "hi", "kannada": "kn", "malayalam": "ml", "marathi": "mr", "odia": "or",
-    "punjabi": "pa", "sanskrit": "sa", "tamil": "ta", "telugu": "te", "urdu": "ur",
-}  # fmt: skip
+    "bengali": "bn",
+    "gujarati": "gu",
+    "hindi": "hi",
+    "kannada": "kn",
+    "malayalam": "ml",
+    "marathi": "mr",
+    "odia": "or",
+    "punjabi": "pa",
+    "sanskrit": "sa",
+    "tamil": "ta",
+    "telugu": "te",
+    "urdu": "ur",
+}
 
 
 def test_all_twelve_languages_of_kathbath_have_codes() -> None:
@@ -56,12 +66,35 @@ def test_a_models_own_languages_are_known_by_code_and_by_name() -> None:
 @pytest.mark.parametrize(
     ("given", "meant"),
     [
-        ("en-US", "en"), ("pt-BR", "pt"), ("zh-CN", "zh"), ("zh_TW", "zh"), ("zh-Hant", "zh"), ("zh-Hant-TW", "zh"), ("EN", "en"),
-        ("es-419", "es"), ("en_US.UTF-8", "en"), ("sr_RS@latin", "sr"), ("hin_Deva", "hi"), ("or-IN", "or"), ("mni-Mtei", "mni"),
-        ("eng", "en"), ("hin", "hi"), ("ger", "de"), ("deu", "de"), ("zho", "zh"), ("cmn-Hans-CN", "zh"), ("yue-HK", "yue"),
-        ("nb-NO", "no"), ("jv", "jw"), ("iw", "he"), ("fil-PH", "tl"), ("ory", "or"), ("lao", "lo"), ("mai", "mai"),
+        ("en-US", "en"),
+        ("pt-BR", "pt"),
+        ("zh-CN", "zh"),
+        ("zh_TW", "zh"),
+        ("zh-Hant", "zh"),
+        ("zh-Hant-TW", "zh"),
+        ("EN", "en"),
+        ("es-419", "es"),
+        ("en_US.UTF-8", "en"),
+        ("sr_RS@latin", "sr"),
+        ("hin_Deva", "hi"),
+        ("or-IN", "or"),
+        ("mni-Mtei", "mni"),
+        ("eng", "en"),
+        ("hin", "hi"),
+        ("ger", "de"),
+        ("deu", "de"),
+        ("zho", "zh"),
+        ("cmn-Hans-CN", "zh"),
+        ("yue-HK", "yue"),
+        ("nb-NO", "no"),
+        ("jv", "jw"),
+        ("iw", "he"),
+        ("fil-PH", "tl"),
+        ("ory", "or"),
+        ("lao", "lo"),
+        ("mai", "mai"),
     ],
-)  # fmt: skip
+)
 def test_a_tag_with_script_and_region_is_its_language(given: str, meant: str) -> None:
     assert language_code(given) == meant
     assert Tokenizer.language_code(SimpleNamespace(languages={}, language_names={}), given) == meant  # pyright: ignore[reportArgumentType]

@@ -18,9 +18,17 @@ from whisper_moe.media.languages import FURTHER_LANGUAGES, LANGUAGES
 from whisper_moe.media.normalize import INDIC_SCRIPTS, SCRIPTS, letters_in_script, normalize, scripts_of
 
 BLOCKS = {
-    "hi": (0x0900, 0x097F), "bn": (0x0980, 0x09FF), "pa": (0x0A00, 0x0A7F), "gu": (0x0A80, 0x0AFF), "or": (0x0B00, 0x0B7F),
-    "ta": (0x0B80, 0x0BFF), "te": (0x0C00, 0x0C7F), "kn": (0x0C80, 0x0CFF), "ml": (0x0D00, 0x0D7F), "si": (0x0D80, 0x0DFF),
-}  # fmt: skip
+    "hi": (0x0900, 0x097F),
+    "bn": (0x0980, 0x09FF),
+    "pa": (0x0A00, 0x0A7F),
+    "gu": (0x0A80, 0x0AFF),
+    "or": (0x0B00, 0x0B7F),
+    "ta": (0x0B80, 0x0BFF),
+    "te": (0x0C00, 0x0C7F),
+    "kn": (0x0C80, 0x0CFF),
+    "ml": (0x0D00, 0x0D7F),
+    "si": (0x0D80, 0x0DFF),
+}
 """The Unicode block of each Indian script, by one of its languages."""
 OTHERS = [*" .,-()[]0१9aZ।॥", "\u200b", "\u200c", "\u200d", "\ufeff", "\u00a0"]
 

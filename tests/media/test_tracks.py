@@ -51,8 +51,17 @@ def test_a_silent_track_tells_of_the_others(tmp_path: Path) -> None:
 def test_the_languages_of_containers_are_whispers() -> None:
     assert {spoken_code(code) for code in LANGUAGES} == set(LANGUAGES)
     assert [spoken_code(code) for code in ("hin", "fre", "fra", "chi", "zho", "ori", "pt-BR", "nob", "qaa", "und")] == [
-        "hi", "fr", "fr", "zh", "zh", "or", "pt", "no", "qaa", "und",
-    ]  # fmt: skip
+        "hi",
+        "fr",
+        "fr",
+        "zh",
+        "zh",
+        "or",
+        "pt",
+        "no",
+        "qaa",
+        "und",
+    ]
     for wrong in ("", " ", -1, "-1"):
         with pytest.raises(ValueError, match="track"):
             TranscribeOptions(track=wrong)

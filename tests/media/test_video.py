@@ -277,11 +277,14 @@ def test_a_film_without_a_frame_is_an_error(tmp_path: Path) -> None:
         load_frames(file, rate=25)
 
 
-@pytest.mark.parametrize(("options", "said"), [
-    ({"rate": 0}, "rate must be above 0"),
-    ({"rate": float("nan")}, "rate must be above 0"),
-    ({"rate": 25, "short_side": 0}, "short_side must be"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        ({"rate": 0}, "rate must be above 0"),
+        ({"rate": float("nan")}, "rate must be above 0"),
+        ({"rate": 25, "short_side": 0}, "short_side must be"),
+    ],
+)
 def test_requests_that_mean_nothing_are_refused(even: Path, options: dict[str, float], said: str) -> None:
     with pytest.raises(ValueError, match=said):
         load_frames(even, **options)  # pyright: ignore[reportArgumentType]

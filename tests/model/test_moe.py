@@ -223,11 +223,14 @@ def test_experts_start_at_zero_and_alive() -> None:
 @pytest.mark.parametrize(
     ("dtype", "d_model", "grouped"),
     [
-        (torch.float32, 32, True), (torch.float32, 30, False), (torch.float64, 32, False), (torch.bfloat16, 32, True),
+        (torch.float32, 32, True),
+        (torch.float32, 30, False),
+        (torch.float64, 32, False),
+        (torch.bfloat16, 32, True),
         (torch.bfloat16, 36, False),
     ],
     ids=str,
-)  # fmt: skip
+)
 def test_the_grouped_product_is_taken_where_it_is_possible(
     monkeypatch: pytest.MonkeyPatch, dtype: torch.dtype, d_model: int, grouped: bool
 ) -> None:

@@ -15,9 +15,16 @@ from whisper_moe.packing import Layout
 MINI_BATCH = 25
 _EVERYWHERE = TTTConfig(encoder_layers=(0, 2), decoder_layers=(0,), mini_batch=MINI_BATCH)
 _SHAPE = ModelConfig(
-    vocab_size=61, n_mels=8, d_model=32, encoder_layers=3, encoder_heads=4, encoder_ffn_dim=48,
-    decoder_layers=2, decoder_heads=2, decoder_ffn_dim=40,
-)  # fmt: skip
+    vocab_size=61,
+    n_mels=8,
+    d_model=32,
+    encoder_layers=3,
+    encoder_heads=4,
+    encoder_ffn_dim=48,
+    decoder_layers=2,
+    decoder_heads=2,
+    decoder_ffn_dim=40,
+)
 CONFIGS = {
     "dense": _SHAPE,
     "segment": _SHAPE.model_copy(

@@ -27,9 +27,16 @@ SECONDS = 30
 
 def shape(d_model: int, heads: int, layers: tuple[int, int], vocab_size: int, n_mels: int = 80) -> ModelConfig:
     return ModelConfig(
-        d_model=d_model, encoder_heads=heads, decoder_heads=heads, encoder_ffn_dim=4 * d_model,
-        decoder_ffn_dim=4 * d_model, encoder_layers=layers[0], decoder_layers=layers[1], vocab_size=vocab_size, n_mels=n_mels,
-    )  # fmt: skip
+        d_model=d_model,
+        encoder_heads=heads,
+        decoder_heads=heads,
+        encoder_ffn_dim=4 * d_model,
+        decoder_ffn_dim=4 * d_model,
+        encoder_layers=layers[0],
+        decoder_layers=layers[1],
+        vocab_size=vocab_size,
+        n_mels=n_mels,
+    )
 
 
 SHAPES = {

@@ -13,9 +13,13 @@ from parity.openai_whisper import load_openai, read_samples
 from whisper_moe import WhisperMoE
 
 AS_EVER: dict[str, Any] = {
-    "language": "en", "context_margin": 30.0, "temperatures": (0.0,), "compression_ratio_threshold": None,
-    "logprob_threshold": None, "no_speech_threshold": None,
-}  # fmt: skip
+    "language": "en",
+    "context_margin": 30.0,
+    "temperatures": (0.0,),
+    "compression_ratio_threshold": None,
+    "logprob_threshold": None,
+    "no_speech_threshold": None,
+}
 """Whisper's full window, greedy, every transcript taken as it comes."""
 
 
@@ -80,7 +84,7 @@ def test_words_are_said_when_openai_says(dense: WhisperMoE, whisper_base: Path, 
     openai = load_openai(whisper_base)
     expected = transcribe(
         openai, read_samples(path), language="en", word_timestamps=True, fp16=False, temperature=(0.0,)
-    )  # fmt: skip
+    )
     result = dense.transcribe(path, word_timestamps=True, **AS_EVER)
     words = [word for segment in result.segments for word in segment.words or ()]
     segments: Any = expected["segments"]

@@ -58,10 +58,13 @@ def pack(frames: Sequence[int], seed: int) -> Pack:
     lengths = [3 + (n + seed) % 6 for n in frames]
     labels = [text.roll(-1).index_fill(0, torch.tensor([0]), -100) for text in random_texts(lengths, seed)]
     return Pack(
-        ids=tuple(f"{seed}-{i}" for i in range(len(frames))), mels=tuple(random_mels(frames, torch.float32, seed)),
-        valid_lengths=tuple(max(1, (n + 1) // 2 - 1) for n in frames), tokens_T=torch.cat(random_texts(lengths, seed)),
-        labels_T=torch.cat(labels), texts=Layout(lengths),
-    )  # fmt: skip
+        ids=tuple(f"{seed}-{i}" for i in range(len(frames))),
+        mels=tuple(random_mels(frames, torch.float32, seed)),
+        valid_lengths=tuple(max(1, (n + 1) // 2 - 1) for n in frames),
+        tokens_T=torch.cat(random_texts(lengths, seed)),
+        labels_T=torch.cat(labels),
+        texts=Layout(lengths),
+    )
 
 
 class Shares:
@@ -145,7 +148,7 @@ CASES = {
         _case("segment", data="fsdp2", tensor=2, passes=2, recompute=True),
         _case("wide", data="none", tensor=4),
     ],
-}  # fmt: skip
+}
 """Computed by two or by four processes; the second and third take minutes."""
 
 
@@ -182,10 +185,16 @@ def trained(case: Case, parallel: Any, steps: int = STEPS) -> dict[str, Any]:
         for name, p in trainer.model.named_parameters()
     }
     return {
-        "losses": [r.loss for r in reports], "norms": [r.gradient_norm for r in reports], "loads": [r.load for r in reports],
-        "labels": [r.label_tokens for r in reports], "gradients": gradients, "tensors": whole_tensors(trainer),
-        "parts": {name: (kind, [str(p) for p in places], mine, all_) for name, (kind, places, mine, all_) in parts.items()},
-    }  # fmt: skip
+        "losses": [r.loss for r in reports],
+        "norms": [r.gradient_norm for r in reports],
+        "loads": [r.load for r in reports],
+        "labels": [r.label_tokens for r in reports],
+        "gradients": gradients,
+        "tensors": whole_tensors(trainer),
+        "parts": {
+            name: (kind, [str(p) for p in places], mine, all_) for name, (kind, places, mine, all_) in parts.items()
+        },
+    }
 
 
 def whole_tensors(trainer: Trainer) -> dict[str, Tensor]:
@@ -219,17 +228,27 @@ def free_port() -> int:
 
 def start(job: str, world: int, folder: Path, **extra: str) -> list[subprocess.Popen[str]]:
     """The processes of a job, as torchrun would start them."""
-    shared = os.environ | {
-        "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port()), "WORLD_SIZE": str(world), "OMP_NUM_THREADS": "1",
-        "GLOO_SOCKET_IFNAME": "lo",
-    } | extra  # fmt: skip
+    shared = (
+        os.environ
+        | {
+            "MASTER_ADDR": "127.0.0.1",
+            "MASTER_PORT": str(free_port()),
+            "WORLD_SIZE": str(world),
+            "OMP_NUM_THREADS": "1",
+            "GLOO_SOCKET_IFNAME": "lo",
+        }
+        | extra
+    )
     return [
         subprocess.Popen(
-            [sys.executable, __file__, job, str(folder)], env=shared | {"RANK": str(rank), "LOCAL_RANK": str(rank)},
-            stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+            [sys.executable, __file__, job, str(folder)],
+            env=shared | {"RANK": str(rank), "LOCAL_RANK": str(rank)},
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
         )
         for rank in range(world)
-    ]  # fmt: skip
+    ]
 
 
 def finish(ranks: Sequence[subprocess.Popen[str]], timeout: float | None = None) -> list[str]:
@@ -341,10 +360,12 @@ def words(folder: Path, parallel: Any) -> dict[str, Any]:
     """What ranks tell each other, in a layout of two data shares of two tensor ranks, or of two shares alone."""
     own = within(Case("words", "dense", {"data": "ddp", "tensor": parallel.world_size // 2}))
     return {
-        "data": (own.data_rank, own.data_size), "sum": own.sum(torch.tensor([1.0, own.data_rank])),
-        "any": (own.any(own.rank == 1), own.any(False)), "gather": own.gather([f"clip {own.data_rank}"] * (1 + own.data_rank)),
+        "data": (own.data_rank, own.data_size),
+        "sum": own.sum(torch.tensor([1.0, own.data_rank])),
+        "any": (own.any(own.rank == 1), own.any(False)),
+        "gather": own.gather([f"clip {own.data_rank}"] * (1 + own.data_rank)),
         "broadcast": own.broadcast("from 0" if own.rank == 0 else ""),
-    }  # fmt: skip
+    }
 
 
 def quick(folder: Path, parallel: Any) -> dict[str, Any]:

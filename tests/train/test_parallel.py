@@ -56,9 +56,12 @@ def four(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
 
 def every_case() -> list[Any]:
     return [
-        pytest.param(name.replace(" ", "_"), case, id=f"{name}: {case.name}", marks=[pytest.mark.slow] * (name != "two"))
-        for name, cases in ranks.CASES.items() for case in cases
-    ]  # fmt: skip
+        pytest.param(
+            name.replace(" ", "_"), case, id=f"{name}: {case.name}", marks=[pytest.mark.slow] * (name != "two")
+        )
+        for name, cases in ranks.CASES.items()
+        for case in cases
+    ]
 
 
 @pytest.mark.parametrize(("world", "case"), every_case())

@@ -122,10 +122,13 @@ def test_a_dense_whisper_gets_experts_ttt_and_a_language(material: Path, tmp_pat
     config = TINY.model_copy(update={"max_source_positions": 100, "max_target_positions": 40})
     source = write_folder(tmp_path / "hub", hub_model(config))
     model = {
-        "source": str(source), "new_languages": ["or"], "freeze": ["*"],
+        "source": str(source),
+        "new_languages": ["or"],
+        "freeze": ["*"],
         "train": ["*.experts.*", "*.router.*", "*.ttt.*", "*.new_tokens.*"],
-        "moe": {"n_experts": 3, "expert_dim": 4, "router_layer": 1}, "ttt": {"encoder_layers": [1], "mini_batch": 10},
-    }  # fmt: skip
+        "moe": {"n_experts": 3, "expert_dim": 4, "router_layer": 1},
+        "ttt": {"encoder_layers": [1], "mini_batch": 10},
+    }
     data = recipe_tree(material / "model", material / "data")["data"]
     data["train"] = [{**data["train"][0], "languages": ["or"]}]
     recipe, run = write(material, tmp_path / "moe.yaml", model=model, data=data), tmp_path / "run"
@@ -500,11 +503,14 @@ def test_a_signal_to_one_of_two_ends_an_evaluation_in_both(struck: str, material
     shared["MASTER_PORT"] = str(ranks.free_port())
     started = [
         subprocess.Popen(
-            words, env=os.environ | shared | {"RANK": rank, "LOCAL_RANK": rank}, text=True, stdout=subprocess.PIPE,
+            words,
+            env=os.environ | shared | {"RANK": rank, "LOCAL_RANK": rank},
+            text=True,
+            stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
         )
         for rank in "01"
-    ]  # fmt: skip
+    ]
     said = ranks.finish(started)
     assert [process.returncode for process in started] == [143, 143], "\n".join(said)
     assert "interrupted after step 2" in said[0]
@@ -661,9 +667,14 @@ def test_words_and_characters_are_judged_by_what_the_model_writes(material: Path
     ],
 )
 def test_the_margin_of_training_is_kept_judged_by_and_used(
-    material: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
-    overrides: list[str], kept: float, drawn: tuple[float, float], judged: set[float],
-) -> None:  # fmt: skip
+    material: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    overrides: list[str],
+    kept: float,
+    drawn: tuple[float, float],
+    judged: set[float],
+) -> None:
     pytest.importorskip("jiwer")
     decode, margins, ranges = WindowDecoder.decode, set[float](), set[tuple[float, float]]()
     open_order = loader_module.open_order

@@ -123,10 +123,18 @@ def test_numbers_that_float16_can_hold_are_stored_as_float16(tmp_path: Path) -> 
 def test_every_part_has_its_file(tmp_path: Path) -> None:
     save(tmp_path / "m", CONFIGS["shared"])
     assert set(content(tmp_path / "m")) == {
-        "config.json", "generation_config.json", "tokenizer.json", "model.safetensors.index.json", "MANIFEST.json",
-        "core.safetensors", "router.safetensors", "adapt.safetensors",
-        "experts/00-hindi.safetensors", "experts/01-expert.safetensors", "experts/02-en-us.safetensors",
-    }  # fmt: skip
+        "config.json",
+        "generation_config.json",
+        "tokenizer.json",
+        "model.safetensors.index.json",
+        "MANIFEST.json",
+        "core.safetensors",
+        "router.safetensors",
+        "adapt.safetensors",
+        "experts/00-hindi.safetensors",
+        "experts/01-expert.safetensors",
+        "experts/02-en-us.safetensors",
+    }
     own = load_file(tmp_path / "m/experts/01-expert.safetensors")
     assert set(own) == {
         f"{block}.experts.{name}"

@@ -57,9 +57,15 @@ def refused(directory: Path, match: str) -> None:
 
 
 FILES = [
-    "config.json", "generation_config.json", "tokenizer.json", INDEX, CORE, "router.safetensors", "adapt.safetensors",
+    "config.json",
+    "generation_config.json",
+    "tokenizer.json",
+    INDEX,
+    CORE,
+    "router.safetensors",
+    "adapt.safetensors",
     "experts/01-expert.safetensors",
-]  # fmt: skip
+]
 
 
 @pytest.mark.parametrize("name", FILES)
@@ -177,9 +183,21 @@ KEY, PLAIN = "decoder.blocks.0.attn.out.weight", "encoder.norm.weight"
         (lambda t: t.update({KEY + ".scale": torch.zeros(8)}), rf"{KEY}.scale is \[8\]"),
         (lambda t: t.update({KEY + ".scale": torch.zeros(8, 1).half()}), f"{KEY}.scale is .* torch.float16"),
     ],
-    ids=["missing", "extra", "shape", "float for int8", "int8 for float", "float64", "plain shape", "NaN", "infinity",
-         "infinite scale", "flat scale", "scale of float16"],
-)  # fmt: skip
+    ids=[
+        "missing",
+        "extra",
+        "shape",
+        "float for int8",
+        "int8 for float",
+        "float64",
+        "plain shape",
+        "NaN",
+        "infinity",
+        "infinite scale",
+        "flat scale",
+        "scale of float16",
+    ],
+)
 def test_tensors_that_do_not_fit(change: Callable[[Any], object], cause: str, directory: Path) -> None:
     edit_tensors(directory / CORE, change)
     reseal(directory)

@@ -80,9 +80,17 @@ def openai_file(folder: Path, *, tokenizer: bool = True, **changes: Any) -> Path
     """A ``.pt`` file as openai/whisper downloads it: float16, with the dimensions."""
     state = {openai_name(key): tensor.half() for key, tensor in hub_state(hub_model(OPENAI)).items()}
     dims = {
-        "n_mels": 80, "n_vocab": TINY.vocab_size, "n_audio_ctx": 20, "n_audio_state": 8, "n_audio_head": 2,
-        "n_audio_layer": 3, "n_text_ctx": 9, "n_text_state": 8, "n_text_head": 2, "n_text_layer": 1,
-    }  # fmt: skip
+        "n_mels": 80,
+        "n_vocab": TINY.vocab_size,
+        "n_audio_ctx": 20,
+        "n_audio_state": 8,
+        "n_audio_head": 2,
+        "n_audio_layer": 3,
+        "n_text_ctx": 9,
+        "n_text_state": 8,
+        "n_text_head": 2,
+        "n_text_layer": 1,
+    }
     folder.mkdir(exist_ok=True)
     torch.save({"dims": dims, "model_state_dict": state} | changes, folder / "small.pt")
     if tokenizer:
@@ -387,20 +395,31 @@ def test_a_training_run_stands_for_its_model(tmp_path: Path, monkeypatch: pytest
 # What is broken
 
 DAMAGES: dict[str, tuple[Callable[[Path], object], str]] = {
-    "truncated": (lambda f: (f / "model.safetensors").write_bytes((f / "model.safetensors").read_bytes()[:-1]),
-                  r"model\.safetensors: not a whole safetensors file"),
-    "empty": (lambda f: (f / "model.safetensors").write_bytes(b""), r"model\.safetensors: not a whole safetensors file"),
+    "truncated": (
+        lambda f: (f / "model.safetensors").write_bytes((f / "model.safetensors").read_bytes()[:-1]),
+        r"model\.safetensors: not a whole safetensors file",
+    ),
+    "empty": (
+        lambda f: (f / "model.safetensors").write_bytes(b""),
+        r"model\.safetensors: not a whole safetensors file",
+    ),
     "no config": (lambda f: (f / "config.json").unlink(), r"config\.json: cannot be read"),
     "config is no JSON": (lambda f: (f / "config.json").write_text("{"), r"config\.json: not JSON"),
-    "generation is a list": (lambda f: (f / "generation_config.json").write_text("[]"),
-                             r"generation_config\.json: must hold a JSON object, holds list"),
+    "generation is a list": (
+        lambda f: (f / "generation_config.json").write_text("[]"),
+        r"generation_config\.json: must hold a JSON object, holds list",
+    ),
     "no tokenizer": (lambda f: (f / "tokenizer.json").unlink(), "no tokenizer: put the tokenizer.json"),
     "no weights": (lambda f: (f / "model.safetensors").unlink(), "no model.safetensors"),
-    "a tensor less": (lambda f: save_file(
-        {k: v for k, v in load_file(f / "model.safetensors").items() if not k.endswith("fc2.bias")}, f / "model.safetensors"
-    ), r"model\.safetensors: lacks .*fc2\.bias"),
+    "a tensor less": (
+        lambda f: save_file(
+            {k: v for k, v in load_file(f / "model.safetensors").items() if not k.endswith("fc2.bias")},
+            f / "model.safetensors",
+        ),
+        r"model\.safetensors: lacks .*fc2\.bias",
+    ),
     "a pickle named so": (lambda f: torch.save({}, f / "model.safetensors"), r"model\.safetensors: not a whole"),
-}  # fmt: skip
+}
 
 
 @pytest.mark.parametrize("name", DAMAGES)
@@ -613,11 +632,24 @@ def test_adapters_and_checkpoints_of_ours_come_from_the_hub_too(hub: Hub, tmp_pa
 @pytest.mark.parametrize(
     ("name", "expected"),
     [
-        ("openai/whisper-base", True), ("a/b", True), ("o_o/x.y-z", True), ("whisper-base", False), ("./a", False),
-        ("../a", False), ("a/b/c", False), ("/a", False), ("a/", False), ("a/b.", False), ("a--b/c", False), ("a/ b", False),
-        ("C:/models", False), ("~/model", False), ("a/b..c", False), ("ä/b", False),
+        ("openai/whisper-base", True),
+        ("a/b", True),
+        ("o_o/x.y-z", True),
+        ("whisper-base", False),
+        ("./a", False),
+        ("../a", False),
+        ("a/b/c", False),
+        ("/a", False),
+        ("a/", False),
+        ("a/b.", False),
+        ("a--b/c", False),
+        ("a/ b", False),
+        ("C:/models", False),
+        ("~/model", False),
+        ("a/b..c", False),
+        ("ä/b", False),
     ],
-)  # fmt: skip
+)
 def test_names_of_the_hub(name: str, expected: bool) -> None:
     from huggingface_hub.utils import HFValidationError, validate_repo_id
 

@@ -52,7 +52,11 @@ LINEAR = ["q_proj", "k_proj", "v_proj", "out_proj", "fc1", "fc2"]
         {},
         {"use_rslora": True},
         {"target_modules": LINEAR, "init_lora_weights": "gaussian", "lora_dropout": 0.5},
-        {"target_modules": LINEAR, "rank_pattern": {"fc1": 2, r"decoder.*q_proj": 5}, "alpha_pattern": {"fc1": 9, "k_proj": 2}},
+        {
+            "target_modules": LINEAR,
+            "rank_pattern": {"fc1": 2, r"decoder.*q_proj": 5},
+            "alpha_pattern": {"fc1": 9, "k_proj": 2},
+        },
         {"target_modules": r".*decoder.*\.(q_proj|fc2)", "layers_to_transform": None},
         {"target_modules": LINEAR, "layers_to_transform": [0], "layers_pattern": "layers"},
         {"bias": "all"},
@@ -60,9 +64,19 @@ LINEAR = ["q_proj", "k_proj", "v_proj", "out_proj", "fc1", "fc2"]
         {"modules_to_save": ["layer_norm", "conv1"]},
         {"target_modules": ["conv1", "conv2", "q_proj"]},
     ],
-    ids=["plain", "rank-stabilised", "all linear", "patterns", "regex", "one layer", "all biases", "own biases", "saved whole",
-         "convolutions"],
-)  # fmt: skip
+    ids=[
+        "plain",
+        "rank-stabilised",
+        "all linear",
+        "patterns",
+        "regex",
+        "one layer",
+        "all biases",
+        "own biases",
+        "saved whole",
+        "convolutions",
+    ],
+)
 def test_merged_weights_are_pefts(options: dict[str, Any], tmp_path: Path) -> None:
     expected = trained(tmp_path, **options)
     base = hub_state(hub_model())
@@ -152,12 +166,17 @@ B = A.replace("lora_A", "lora_B")
         ({A: torch.zeros(2, 8)}, r"A \[2, 8\], B \[8, 3\] do not fit"),
         ({A: torch.zeros(3)}, r"A \[3\]"),
         ({A: torch.full((3, 8), torch.nan)}, "q_proj.weight is not finite"),
-        ({A.replace("layers.0", "layers.9"): torch.zeros(3, 8), B.replace("layers.0", "layers.9"): torch.zeros(8, 3)},
-         "layers.9.self_attn.q_proj.lora_A.weight has no place in the base model"),
+        (
+            {
+                A.replace("layers.0", "layers.9"): torch.zeros(3, 8),
+                B.replace("layers.0", "layers.9"): torch.zeros(8, 3),
+            },
+            "layers.9.self_attn.q_proj.lora_A.weight has no place in the base model",
+        ),
         ({"base_model.model.model.encoder.conv1.weight": torch.zeros(8, 80, 2)}, r"conv1.weight is \[8, 80, 2\]"),
         ({A.replace("lora_A.weight", "lora_magnitude_vector"): torch.zeros(8)}, "lora_magnitude_vector has no place"),
     ],
-)  # fmt: skip
+)
 def test_tensors_that_do_not_fit_are_refused(change: dict[str, Tensor | None], cause: str, tmp_path: Path) -> None:
     trained(tmp_path)
     deltas, adapter = read(tmp_path)

@@ -103,5 +103,7 @@ def test_a_name_that_no_file_system_can_spell_is_still_a_file() -> None:
 
 @pytest.mark.parametrize("config", [TINY, *PRESETS.values()], ids=["tiny", *PRESETS])
 def test_a_dense_part_of_every_preset_is_core(config: ModelConfig) -> None:
-    assert all(".experts." in key or ".ttt" in key or ".router." in key or part_of(key, config) == "core"
-               for key in expected_shapes(config))  # fmt: skip
+    assert all(
+        ".experts." in key or ".ttt" in key or ".router." in key or part_of(key, config) == "core"
+        for key in expected_shapes(config)
+    )

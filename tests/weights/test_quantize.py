@@ -88,9 +88,10 @@ def test_what_is_quantised_is_every_large_matrix_and_nothing_else() -> None:
     )
     kept = ("stem", "positions", "router", "ttt")
     expected = {
-        key for key, shape in shapes.items()
+        key
+        for key, shape in shapes.items()
         if len(shape) - (".experts." in key) == 2 and not any(word in key for word in kept) and "bias" not in key
-    }  # fmt: skip
+    }
     assert {key for key in shapes if quantizable(key)} == expected
     assert len(expected) > 20
     assert quantizable("encoder.blocks.2.experts.1.up_weight")

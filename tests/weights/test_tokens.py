@@ -196,8 +196,10 @@ def test_languages_can_be_added_to_what_has_new_ones_and_be_like_them() -> None:
     assert second.generation["undetected_languages"] == ["mai", "or", "sat"]
     assert second.generation["language_names"] == {"or": "odia", "sat": "santali", "mai": "maithili"}
     assert {code: tokenizer_of(second).language_id(code) for code in ("or", "sat", "mai")} == {
-        "or": OR, "sat": OR + 1, "mai": OR + 2,
-    }  # fmt: skip
+        "or": OR,
+        "sat": OR + 1,
+        "mai": OR + 2,
+    }
 
 
 @pytest.mark.parametrize(("languages", "first"), [(99, 51_865), (100, 51_866)])
@@ -279,8 +281,12 @@ def test_only_small_files_know_of_new_tokens(quantize: bool, tmp_path: Path) -> 
     assert after.keys() - before.keys() == {"tokens.safetensors"}
     changed = {name for name in before if before[name] != after[name]}
     assert changed == {
-        "config.json", "generation_config.json", "tokenizer.json", "model.safetensors.index.json", "MANIFEST.json",
-    }  # fmt: skip
+        "config.json",
+        "generation_config.json",
+        "tokenizer.json",
+        "model.safetensors.index.json",
+        "MANIFEST.json",
+    }
     assert describe(tmp_path / "new")[1]["tokens"] == len(after["tokens.safetensors"]) < 300
 
 
@@ -346,11 +352,18 @@ def decode(model: WhisperMoE, temperature: float = 0.0, **options: Any) -> list[
 @pytest.mark.parametrize(
     "options",
     [
-        {}, {"beam_size": 3}, {"temperature": 0.7, "best_of": 3}, {"timestamps": False}, {"word_timestamps": True},
-        {"initial_prompt": "Pune"}, {"language": "hi"}, {"allowed_languages": ("en", "hi")}, {"suppress_tokens": (OR,)},
+        {},
+        {"beam_size": 3},
+        {"temperature": 0.7, "best_of": 3},
+        {"timestamps": False},
+        {"word_timestamps": True},
+        {"initial_prompt": "Pune"},
+        {"language": "hi"},
+        {"allowed_languages": ("en", "hi")},
+        {"suppress_tokens": (OR,)},
     ],
     ids=str,
-)  # fmt: skip
+)
 def test_nothing_that_is_said_changes(options: dict[str, Any], louder: float) -> None:
     """Texts, languages and times, and probabilities but for rounding; also where new tokens would drown out all others."""
     plain = options | ({"suppress_tokens": ()} if "suppress_tokens" in options else {})
@@ -640,9 +653,12 @@ def test_the_tokenizer_of_another_kind_of_whisper_is_refused_by_both_names(rows:
         if size == rows:
             assert completed(tokenizer, {}, config)["no_timestamps_token_id"] == tokenizer.no_timestamps
             continue
-        with pytest.raises(CheckpointError, match=rf"weights have {rows:,} tokens .as openai/whisper-{names[rows]}., "
-                           rf"the tokenizer {size:,} .as openai/whisper-{name}.; they belong to different models: "
-                           "upcycle --base MODEL"):  # fmt: skip
+        with pytest.raises(
+            CheckpointError,
+            match=rf"weights have {rows:,} tokens .as openai/whisper-{names[rows]}., "
+            rf"the tokenizer {size:,} .as openai/whisper-{name}.; they belong to different models: "
+            "upcycle --base MODEL",
+        ):
             completed(tokenizer, {}, config)
 
 
@@ -655,13 +671,21 @@ def test_tokens_that_were_appended_and_padding_are_no_other_kind(size: int, appe
 @pytest.mark.parametrize(
     ("stated", "code"),
     [
-        ({"language": "hindi"}, "hi"), ({"language": "<|hi|>"}, "hi"), ({"language": "hi", "task": "transcribe"}, "hi"),
-        ({"language": "Hindi", "forced_decoder_ids": [[1, 258]]}, "hi"), ({"forced_decoder_ids": [[1, 259], [2, 261]]}, "hi"),
-        ({"forced_decoder_ids": [[1, 258], [2, 261]]}, "en"), ({"forced_decoder_ids": [[1, None], [2, 261]]}, None),
-        ({"language": None}, None), ({"language": "klingon"}, None), ({"language": "tamil"}, None), ({}, None),
-        ({"forced_decoder_ids": "none"}, None), ({"forced_decoder_ids": [[1], 2, {"1": 259}, [1, [259]]]}, None),
+        ({"language": "hindi"}, "hi"),
+        ({"language": "<|hi|>"}, "hi"),
+        ({"language": "hi", "task": "transcribe"}, "hi"),
+        ({"language": "Hindi", "forced_decoder_ids": [[1, 258]]}, "hi"),
+        ({"forced_decoder_ids": [[1, 259], [2, 261]]}, "hi"),
+        ({"forced_decoder_ids": [[1, 258], [2, 261]]}, "en"),
+        ({"forced_decoder_ids": [[1, None], [2, 261]]}, None),
+        ({"language": None}, None),
+        ({"language": "klingon"}, None),
+        ({"language": "tamil"}, None),
+        ({}, None),
+        ({"forced_decoder_ids": "none"}, None),
+        ({"forced_decoder_ids": [[1], 2, {"1": 259}, [1, [259]]]}, None),
     ],
-)  # fmt: skip
+)
 def test_the_language_that_a_fine_tune_states(stated: dict[str, Any], code: str | None, tokenizer: Tokenizer) -> None:
     assert stated_language(completed(tokenizer, stated), tokenizer) == code
 
@@ -685,9 +709,16 @@ def test_the_standard_by_name_is_whisper_bases_own_file(whisper_base: Path) -> N
 
 OLD = ["vocab.json", "merges.txt", "added_tokens.json"]
 SPOKEN = [
-    "Hello world, don't stop: 3.5 % — naïve", "नमस्ते दुनिया, ओड़िआ ଓଡ଼ିଆ தமிழ் తెలుగు", "你好世界。こんにちは", "สวัสดี ສະບາຍດີ မင်္ဂလာပါ",
-    "مرحبا שלום", "🙂👍🏽 x\n\t  y", " <|endoftext|> ", "", "é é ♪ …",
-]  # fmt: skip
+    "Hello world, don't stop: 3.5 % — naïve",
+    "नमस्ते दुनिया, ओड़िआ ଓଡ଼ିଆ தமிழ் తెలుగు",
+    "你好世界。こんにちは",
+    "สวัสดี ສະບາຍດີ မင်္ဂလာပါ",
+    "مرحبا שלום",
+    "🙂👍🏽 x\n\t  y",
+    " <|endoftext|> ",
+    "",
+    "é é ♪ …",
+]
 
 
 @pytest.mark.parametrize("timestamps", [True, False])
@@ -718,10 +749,14 @@ def test_a_tokenizer_built_from_the_old_files_is_the_new_one(
     [
         (lambda folder: (folder / "tokenizer.json").write_text("{"), "tokenizer.json"),
         (lambda folder: (folder / "tokenizer.json").unlink(), "no tokenizer.json"),
-        (lambda folder: (folder / "tokenizer.json").write_bytes(tokenizer_json().replace(b"<|startofprev|>", b"<|other|>")),
-         "no token <|startofprev|>"),
+        (
+            lambda folder: (folder / "tokenizer.json").write_bytes(
+                tokenizer_json().replace(b"<|startofprev|>", b"<|other|>")
+            ),
+            "no token <|startofprev|>",
+        ),
     ],
-)  # fmt: skip
+)
 def test_a_tokenizer_that_is_none_is_refused(damage: Callable[[Path], object], cause: str, tmp_path: Path) -> None:
     (tmp_path / "tokenizer.json").write_bytes(tokenizer_json())
     damage(tmp_path)

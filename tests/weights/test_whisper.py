@@ -42,9 +42,16 @@ from whisper_moe.weights.whisper import (
 def published(d_model: int, heads: int, layers: tuple[int, int], vocab_size: int, n_mels: int = 80) -> ModelConfig:
     """The shape of a published Whisper: all of it but the depth follows from these."""
     return ModelConfig(
-        d_model=d_model, encoder_heads=heads, decoder_heads=heads, encoder_ffn_dim=4 * d_model,
-        decoder_ffn_dim=4 * d_model, encoder_layers=layers[0], decoder_layers=layers[1], vocab_size=vocab_size, n_mels=n_mels,
-    )  # fmt: skip
+        d_model=d_model,
+        encoder_heads=heads,
+        decoder_heads=heads,
+        encoder_ffn_dim=4 * d_model,
+        decoder_ffn_dim=4 * d_model,
+        encoder_layers=layers[0],
+        decoder_layers=layers[1],
+        vocab_size=vocab_size,
+        n_mels=n_mels,
+    )
 
 
 SHAPES = {

@@ -22,9 +22,18 @@ VOCABULARY = 256 + len(CONTROL) + len(TIMESTAMPS)
 GENERATION: dict[str, Any] = {"is_multilingual": True, "suppress_tokens": [1, 2], "alignment_heads": [[0, 0], [0, 1]]}
 
 TINY = ModelConfig(
-    vocab_size=VOCABULARY, d_model=8, n_mels=80, encoder_layers=3, encoder_heads=2, encoder_ffn_dim=16,
-    decoder_layers=1, decoder_heads=2, decoder_ffn_dim=12, max_source_positions=20, max_target_positions=9,
-)  # fmt: skip
+    vocab_size=VOCABULARY,
+    d_model=8,
+    n_mels=80,
+    encoder_layers=3,
+    encoder_heads=2,
+    encoder_ffn_dim=16,
+    decoder_layers=1,
+    decoder_heads=2,
+    decoder_ffn_dim=12,
+    max_source_positions=20,
+    max_target_positions=9,
+)
 """Depth and width of the feed-forwards differ between the sides, as in distilled models."""
 SHARED = MoEConfig(n_experts=3, expert_dim=5, router_layer=1, expert_names=("hindi", "Ελλ./..", "en US"))
 CONFIGS = {
@@ -62,14 +71,25 @@ def random_state(config: ModelConfig, seed: int = 0) -> dict[str, Tensor]:
 
 def hub_config(config: ModelConfig = TINY, **changes: Any) -> WhisperConfig:
     return WhisperConfig(
-        vocab_size=config.vocab_size, num_mel_bins=config.n_mels, d_model=config.d_model,
-        encoder_layers=config.encoder_layers, encoder_attention_heads=config.encoder_heads,
-        encoder_ffn_dim=config.encoder_ffn_dim, decoder_layers=config.decoder_layers,
-        decoder_attention_heads=config.decoder_heads, decoder_ffn_dim=config.decoder_ffn_dim,
-        max_source_positions=config.max_source_positions, max_target_positions=config.max_target_positions,
-        pad_token_id=256, bos_token_id=256, eos_token_id=256, decoder_start_token_id=257,
-        suppress_tokens=None, begin_suppress_tokens=None, **changes,
-    )  # fmt: skip
+        vocab_size=config.vocab_size,
+        num_mel_bins=config.n_mels,
+        d_model=config.d_model,
+        encoder_layers=config.encoder_layers,
+        encoder_attention_heads=config.encoder_heads,
+        encoder_ffn_dim=config.encoder_ffn_dim,
+        decoder_layers=config.decoder_layers,
+        decoder_attention_heads=config.decoder_heads,
+        decoder_ffn_dim=config.decoder_ffn_dim,
+        max_source_positions=config.max_source_positions,
+        max_target_positions=config.max_target_positions,
+        pad_token_id=256,
+        bos_token_id=256,
+        eos_token_id=256,
+        decoder_start_token_id=257,
+        suppress_tokens=None,
+        begin_suppress_tokens=None,
+        **changes,
+    )
 
 
 def hub_model(config: ModelConfig = TINY, seed: int = 0) -> WhisperForConditionalGeneration:

@@ -97,7 +97,7 @@ def _decoder_token(config: ModelConfig, positions: int, past: int) -> int:
     layers = (
         own + cross + _feed_forward(config, "decoder", i) + _decoder_ttt(config, i, past)
         for i in range(config.decoder_layers)
-    )  # fmt: skip
+    )
     return sum(layers) + 2 * config.vocab_size * width
 
 

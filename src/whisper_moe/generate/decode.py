@@ -86,9 +86,16 @@ class WindowDecoder:
     @torch.inference_mode()
     @fitting_threads()
     def decode(
-        self, clips: Sequence[np.ndarray], options: TranscribeOptions, *, temperature: float, margin: float,
-        hints: Sequence[str | None] | None = None, carry: Carry | None = None, previous: Sequence[int] | None = None,
-    ) -> list[DecodingResult]:  # fmt: skip
+        self,
+        clips: Sequence[np.ndarray],
+        options: TranscribeOptions,
+        *,
+        temperature: float,
+        margin: float,
+        hints: Sequence[str | None] | None = None,
+        carry: Carry | None = None,
+        previous: Sequence[int] | None = None,
+    ) -> list[DecodingResult]:
         """One result for each clip of float32 samples at 16 kHz. ``hints``: languages already known, window by window.
 
         ``carry``: what the window before this single one left; it is not changed, the result has what comes after.
@@ -133,9 +140,15 @@ class WindowDecoder:
         return [i for pack in packs for i in pack], _joined(parts)
 
     def decode_encoded(
-        self, encoded: Encoded, samples: Sequence[int], hints: Sequence[str | None], options: TranscribeOptions,
-        temperature: float, margin: float, previous: Sequence[int] | None = None,
-    ) -> list[DecodingResult]:  # fmt: skip
+        self,
+        encoded: Encoded,
+        samples: Sequence[int],
+        hints: Sequence[str | None],
+        options: TranscribeOptions,
+        temperature: float,
+        margin: float,
+        previous: Sequence[int] | None = None,
+    ) -> list[DecodingResult]:
         tokenizer, segments, choice = self.tokenizer, len(samples), options.search(temperature)
         state = self.model.decoder.start(encoded, choice.beams)
         rows, prompt, heard = segments * choice.beams, self._prompt(options, previous), None
@@ -153,9 +166,15 @@ class WindowDecoder:
         room = self.model.config.max_target_positions - len(opening) - len(prefixes[0])
         limits = [min(room, self._token_limit(n, margin)) for n in samples]
         best = search(
-            self, logits, state, self._rules(options), choice, end_of_text=tokenizer.eot, limits=limits,
+            self,
+            logits,
+            state,
+            self._rules(options),
+            choice,
+            end_of_text=tokenizer.eot,
+            limits=limits,
             seed=options.seed,
-        )  # fmt: skip
+        )
         timings = self._timings(encoded, samples, best, [language for language, _ in languages], options)
         return [
             DecodingResult(hypothesis, language, probability, silence, temperature, margin, experts, timing)
@@ -240,9 +259,13 @@ class WindowDecoder:
         return named
 
     def _timings(
-        self, encoded: Encoded, samples: Sequence[int], best: Sequence[Hypothesis], languages: Sequence[str],
+        self,
+        encoded: Encoded,
+        samples: Sequence[int],
+        best: Sequence[Hypothesis],
+        languages: Sequence[str],
         options: TranscribeOptions,
-    ) -> list[tuple[WordTiming, ...] | None]:  # fmt: skip
+    ) -> list[tuple[WordTiming, ...] | None]:
         """Words and their times from the alignment heads, by one teacher-forced pass over the texts just found."""
         if not options.word_timestamps:
             return [None] * len(best)

@@ -68,9 +68,15 @@ def search(
 
 
 def _sample(
-    stepper: Stepper, logits_RV: Tensor, state: Any, rules: Rules, options: SearchOptions, end_of_text: int,
-    limits: Sequence[int], seed: int,
-) -> list[list[Hypothesis]]:  # fmt: skip
+    stepper: Stepper,
+    logits_RV: Tensor,
+    state: Any,
+    rules: Rules,
+    options: SearchOptions,
+    end_of_text: int,
+    limits: Sequence[int],
+    seed: int,
+) -> list[list[Hypothesis]]:
     """Each row by itself: the likeliest token, or one drawn at a temperature."""
     width = options.beams
     done: list[list[Hypothesis]] = [[] for _ in limits]
@@ -124,9 +130,14 @@ def _draw(logits_RV: Tensor, temperature: float, streams: Sequence[torch.Generat
 
 
 def _beam_search(
-    stepper: Stepper, logits_RV: Tensor, state: Any, rules: Rules, options: SearchOptions, end_of_text: int,
+    stepper: Stepper,
+    logits_RV: Tensor,
+    state: Any,
+    rules: Rules,
+    options: SearchOptions,
+    end_of_text: int,
     limits: Sequence[int],
-) -> list[list[Hypothesis]]:  # fmt: skip
+) -> list[list[Hypothesis]]:
     """Width-B search; a segment is done when it has ``beams * patience`` finished hypotheses."""
     width, wanted = options.beams, max(1, round(options.beams * options.patience))
     done: list[list[Hypothesis]] = [[] for _ in limits]

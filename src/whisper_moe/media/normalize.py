@@ -68,10 +68,14 @@ _URDU_LETTERS = str.maketrans("يىكهة", "ییکہۃ")
 _JOINED = {
     "\u0930\u094d\u200d": "\u0931\u094d",  # eyelash ra
     "\u09a4\u09cd\u200d": "\u09ce",  # khanda ta
-    "\u0d23\u0d4d\u200d": "\u0d7a", "\u0d28\u0d4d\u200d": "\u0d7b", "\u0d30\u0d4d\u200d": "\u0d7c",
-    "\u0d31\u0d4d\u200d": "\u0d7c", "\u0d32\u0d4d\u200d": "\u0d7d", "\u0d33\u0d4d\u200d": "\u0d7e",
+    "\u0d23\u0d4d\u200d": "\u0d7a",
+    "\u0d28\u0d4d\u200d": "\u0d7b",
+    "\u0d30\u0d4d\u200d": "\u0d7c",
+    "\u0d31\u0d4d\u200d": "\u0d7c",
+    "\u0d32\u0d4d\u200d": "\u0d7d",
+    "\u0d33\u0d4d\u200d": "\u0d7e",
     "\u0d15\u0d4d\u200d": "\u0d7f",  # chillus nn, n, rr, l, ll, k (Unicode 5.1)
-}  # fmt: skip
+}
 """Letters that were written as another with a virama and a zero-width joiner."""
 _LOOK_ALIKES_TABLE = """
 0905+093e=0906 0905+0945=0972 0905+0946=0904 0905+0949=0911 0905+094a=0912 0905+094b=0913 0905+094c=0914 0905+093a=0973

@@ -141,9 +141,11 @@ def commit(weights: FastWeights, gradients: Gradients, factor: Tensor | None, *,
         g1, g2 = g1 * factor, g2 * factor
     old = weights.first(gradients.rows)
     return FastWeights(
-        _minus_product(old.w1, k, g1, in_place), old.b1 - g1.sum(2, keepdim=True),
-        _minus_product(old.w2, x2, g2, in_place), old.b2 - g2.sum(2, keepdim=True),
-    )  # fmt: skip
+        _minus_product(old.w1, k, g1, in_place),
+        old.b1 - g1.sum(2, keepdim=True),
+        _minus_product(old.w2, x2, g2, in_place),
+        old.b2 - g2.sum(2, keepdim=True),
+    )
 
 
 def apply(weights: FastWeights, norm: Norm, q: Tensor) -> Tensor:

@@ -98,9 +98,13 @@ def z_loss(routing: Routing, counts: Tensor) -> Tensor:
 
 
 def router_terms(
-    routings: Sequence[Routing], share: float, factors: RouterLosses, everywhere: Callable[[Tensor], Tensor], *,
+    routings: Sequence[Routing],
+    share: float,
+    factors: RouterLosses,
+    everywhere: Callable[[Tensor], Tensor],
+    *,
     real: bool = True,
-) -> tuple[Tensor | float, dict[str, Tensor], Tensor]:  # fmt: skip
+) -> tuple[Tensor | float, dict[str, Tensor], Tensor]:
     """Loss, parts and counts of one pass's routers. ``share``: the pass's part of the step's segments.
 
     ``everywhere`` sums over processes; ``real`` is False for a placeholder, which counts for nothing. The losses of
@@ -177,6 +181,10 @@ def _placeholder(model: nn.Module, device: torch.device) -> Pack:
     config = next(module.config for module in model.modules() if isinstance(module, WhisperMoEModel))
     one = torch.zeros(1, dtype=torch.int64, device=device)
     return Pack(
-        ids=("",), mels=(torch.zeros(config.n_mels, 2, device=device),), valid_lengths=(1,), tokens_T=one,
-        labels_T=torch.full_like(one, IGNORED), texts=Layout([1]),
-    )  # fmt: skip
+        ids=("",),
+        mels=(torch.zeros(config.n_mels, 2, device=device),),
+        valid_lengths=(1,),
+        tokens_T=one,
+        labels_T=torch.full_like(one, IGNORED),
+        texts=Layout([1]),
+    )

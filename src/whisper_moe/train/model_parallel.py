@@ -277,8 +277,11 @@ def cut(model: WhisperMoEModel, mesh: DeviceMesh) -> None:
 
 def _check_even(model: WhisperMoEModel, ranks: int) -> None:
     config = model.config
-    counts = {f"{side} {name}": getattr(config, f"{side}_{key}") for side in ("encoder", "decoder")
-              for name, key in (("heads", "heads"), ("hidden units", "ffn_dim"))}  # fmt: skip
+    counts = {
+        f"{side} {name}": getattr(config, f"{side}_{key}")
+        for side in ("encoder", "decoder")
+        for name, key in (("heads", "heads"), ("hidden units", "ffn_dim"))
+    }
     if config.moe:
         counts["hidden units of an expert"] = config.moe.expert_dim
     for name, count in counts.items():

@@ -274,9 +274,13 @@ class Processes(Parallel):
 
         def shard(module: nn.Module, mesh: DeviceMesh, policy: MixedPrecisionPolicy) -> None:
             fully_shard(
-                module, mesh=mesh, mp_policy=policy, reshard_after_forward=self.config.reshard, ignored_params=ignored,
+                module,
+                mesh=mesh,
+                mp_policy=policy,
+                reshard_after_forward=self.config.reshard,
+                ignored_params=ignored,
                 shard_placement_fn=self._placement,
-            )  # fmt: skip
+            )
 
         for block in [module for module in model.modules() if isinstance(module, Block)]:
             for child in block.children():

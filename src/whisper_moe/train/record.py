@@ -24,11 +24,23 @@ if TYPE_CHECKING:
 RECORD = "run.json"
 _PACKAGES = ("whisper-moe", "torch", "numpy", "datasets", "tokenizers", "safetensors", "av", "pydantic")
 _FREE = (
-    "run", "evaluation.every", "evaluation.batch_size", "evaluation.padded", "evaluation.patience", "name", "parallel",
-    "data.loader.workers", "data.loader.prefetch", "data.loader.cache_dir", "data.loader.cache_limit_mb",
-    "optimisation.steps", "optimisation.epochs", "optimisation.recompute", "losses.context.lessons",
+    "run",
+    "evaluation.every",
+    "evaluation.batch_size",
+    "evaluation.padded",
+    "evaluation.patience",
+    "name",
+    "parallel",
+    "data.loader.workers",
+    "data.loader.prefetch",
+    "data.loader.cache_dir",
+    "data.loader.cache_limit_mb",
+    "optimisation.steps",
+    "optimisation.epochs",
+    "optimisation.recompute",
+    "losses.context.lessons",
     "losses.context.limit_mb",
-)  # fmt: skip
+)
 """Parts of a recipe that may differ where a run goes on: they change neither what is learned from nor what the best checkpoint
 is. Of steps and epochs there cannot be fewer than are done; the loop sees to that."""
 
@@ -87,12 +99,20 @@ def write_record(run: Path, recipe: Recipe, trainer: Trainer, parallel: Parallel
     groups = {group["name"]: sum(p.numel() for p in group["params"]) for group in trainer.optimizer.param_groups}
     sessions = [*before.get("sessions", []), {"begun": _now(), "resumed": resumed, "command": sys.argv[1:]}]
     record = {
-        "recipe": recipe.model_dump(mode="json"), "folder": str(Path.cwd()), "directory": str(run.resolve()),
-        "steps": trainer.steps, "seeds": {"run": recipe.run.seed, "loader": recipe.data.loader.seed},
+        "recipe": recipe.model_dump(mode="json"),
+        "folder": str(Path.cwd()),
+        "directory": str(run.resolve()),
+        "steps": trainer.steps,
+        "seeds": {"run": recipe.run.seed, "loader": recipe.data.loader.seed},
         "versions": {"python": sys.version.split()[0]} | {name: _version(name) for name in _PACKAGES},
-        "git": git_state(), "device": str(parallel.device), "precision": trainer.precision,
-        "processes": parallel.world_size, "trained_parameters": groups, "sessions": sessions, "status": "running",
-    }  # fmt: skip
+        "git": git_state(),
+        "device": str(parallel.device),
+        "precision": trainer.precision,
+        "processes": parallel.world_size,
+        "trained_parameters": groups,
+        "sessions": sessions,
+        "status": "running",
+    }
     _replace(run / RECORD, record)
 
 
@@ -100,9 +120,14 @@ def finish_record(run: Path, end: str, trainer: Trainer) -> None:
     """At its end."""
     progress = trainer.progress
     record = read_record(run) | {
-        "status": end, "step": progress.step, "best": progress.best, "best_step": progress.best_step,
-        "bad_steps": progress.bad_steps, "skipped_samples": progress.skipped_samples, "ended": _now(),
-    }  # fmt: skip
+        "status": end,
+        "step": progress.step,
+        "best": progress.best,
+        "best_step": progress.best_step,
+        "bad_steps": progress.bad_steps,
+        "skipped_samples": progress.skipped_samples,
+        "ended": _now(),
+    }
     _replace(run / RECORD, record)
 
 
