@@ -219,6 +219,7 @@ def test_options_are_checked_before_anything_is_read(
     with pytest.raises(ValueError, match=said) as caught:
         tiny_model.transcribe("no such file", **options)
     assert not isinstance(caught.value, MediaError)
+    assert "\n" not in str(caught.value)
 
 
 def test_an_unknown_option_is_not_swallowed(tiny_model: WhisperMoE) -> None:

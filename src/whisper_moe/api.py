@@ -11,9 +11,10 @@ from typing import Any, BinaryIO, Self, TypeAlias, overload
 
 import numpy as np
 import torch
+from pydantic import ValidationError
 from torch import Tensor
 
-from whisper_moe.config import DTYPES, FULL_WINDOW, SAMPLE_RATE, ModelConfig
+from whisper_moe.config import DTYPES, FULL_WINDOW, SAMPLE_RATE, ModelConfig, problems
 from whisper_moe.generate.decode import WindowDecoder
 from whisper_moe.generate.longform import Recording, Transcriber
 from whisper_moe.generate.options import TranscribeOptions
@@ -197,7 +198,10 @@ class WhisperMoE:
 
     def _asked(self, options: TranscribeOptions, **changes: Any) -> TranscribeOptions:
         """The options for this model: languages by code, its own language and margin where nothing is said of them."""
-        asked = replace(options, **changes)
+        try:
+            asked = replace(options, **changes)
+        except ValidationError as error:
+            raise ValueError(problems(error)) from None
         language = asked.language or ("auto" if asked.allowed_languages else self.stated_language or "auto")
         code = None if language.lower() == "auto" else self.tokenizer.language_code(language)
         allowed = tuple(map(self.tokenizer.language_code, asked.allowed_languages))

@@ -23,6 +23,7 @@ from contextlib import chdir, contextmanager, nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from whisper_moe.machine import take_threads
 from whisper_moe.train.reading import RecipeError
 from whisper_moe.train.recipe import Recipe
 from whisper_moe.train.record import RECORD, asked, check_same, finish_record, write_record
@@ -114,6 +115,8 @@ def run_lock(directory: Path) -> Iterator[None]:
         raise ValueError(
             f"{directory}: another trainer is at work there; wait for it to end, or name another directory"
         ) from None
+    except NotImplementedError as error:
+        raise OSError(f"{directory}: its file system cannot lock files, which keeps two trainers apart") from error
     try:
         yield
     finally:
@@ -126,7 +129,7 @@ def _prepare(recipe: Recipe) -> None:
     import torch
 
     if recipe.run.threads:
-        torch.set_num_threads(recipe.run.threads)
+        take_threads(recipe.run.threads)
     random.seed(recipe.run.seed)
     np.random.seed(recipe.run.seed)  # noqa: NPY002
     torch.manual_seed(recipe.run.seed)
