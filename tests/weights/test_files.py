@@ -130,6 +130,25 @@ def test_without_an_atomic_exchange_folders_still_change_places(
     assert content(tmp_path / "x") == {"new"} and [path.name for path in tmp_path.iterdir()] == ["x"]
 
 
+def test_a_folder_that_cannot_change_places_stays(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(ctypes, "CDLL", lambda _: object())
+    rename, calls = os.rename, list[str]()
+
+    def failing(old: str, new: str) -> None:
+        calls.append(new)
+        if len(calls) == 2:
+            raise OSError(errno.EIO, "Input/output error")
+        rename(old, new)
+
+    (tmp_path / "model").mkdir()
+    (tmp_path / "model" / "weights").write_text("old")
+    monkeypatch.setattr(os, "rename", failing)
+    with pytest.raises(OSError, match="Input/output"), atomic_folder(tmp_path / "model", overwrite=True) as scratch:
+        (scratch / "weights").write_text("new")
+    assert [path.relative_to(tmp_path).as_posix() for path in sorted(tmp_path.rglob("*"))] == ["model", "model/weights"]
+    assert (tmp_path / "model" / "weights").read_text() == "old"
+
+
 @pytest.mark.parametrize("write", [write_file, write_folder])
 def test_where_folders_cannot_be_opened_files_are_still_put_on_the_disk(
     write: Callable[[Path, str], None], tmp_path: Path, monkeypatch: pytest.MonkeyPatch

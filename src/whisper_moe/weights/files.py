@@ -225,5 +225,9 @@ def _exchange(new: Path, old: Path) -> None:
         return
     aside = new.with_suffix(".old")
     os.rename(old, aside)
-    os.rename(new, old)
+    try:
+        os.rename(new, old)
+    except OSError:
+        os.rename(aside, old)
+        raise
     os.rename(aside, new)
