@@ -266,9 +266,11 @@ def test_a_report_is_replaced_whole_and_a_failed_one_leaves_the_old(tmp_path: Pa
             evaluated(tmp_path, spec, file, limit=2)
     assert {path.name: path.read_bytes() for path in (tmp_path / "out").iterdir()} == before
     assert sorted(path.name for path in tmp_path.iterdir()) == around
+    (tmp_path / "out").rename(tmp_path / "elsewhere")
+    (tmp_path / "out").symlink_to(tmp_path / "elsewhere", target_is_directory=True)
     _, report = evaluated(tmp_path, spec, file, limit=2)
-    assert report["clips"] == 2
-    assert sorted(path.name for path in tmp_path.iterdir()) == around
+    assert report["clips"] == 2 and (tmp_path / "out").is_symlink()
+    assert sorted(path.name for path in tmp_path.iterdir()) == sorted(["elsewhere", *around])
 
 
 def test_a_folder_with_other_things_in_it_is_left_alone(tmp_path: Path):

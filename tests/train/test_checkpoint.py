@@ -331,6 +331,13 @@ def test_a_damaged_checkpoint_is_passed_over_with_one_loud_line(
         latest(tmp_path)
 
 
+def test_what_is_damaged_after_it_was_looked_at_is_named(tmp_path: Path) -> None:
+    path = commit(tmp_path, 1)
+    part(path).write_bytes(b"\xff" * 64)
+    with pytest.raises(CheckpointError, match="0001-step-00000001: cannot be read"):
+        read(path)
+
+
 def test_without_its_marker_it_is_no_checkpoint(tmp_path: Path) -> None:
     commit(tmp_path, 1)
     (commit(tmp_path, 2) / COMMIT).unlink()

@@ -57,7 +57,7 @@ def write(folder: Path, report: Report, clips: Sequence[Clip], texts: Mapping[st
         transcripts(clips, texts),
         page(report),
     )
-    with atomic_folder(folder.absolute(), overwrite=True) as fresh:
+    with atomic_folder(folder.resolve(), overwrite=True) as fresh:
         for name, content in zip(FILES, contents, strict=True):
             (fresh / name).write_text(content, encoding="utf-8", newline="\n")
 

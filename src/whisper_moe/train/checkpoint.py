@@ -37,6 +37,7 @@ import numpy as np
 import torch
 import torch.distributed as dist
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from safetensors import SafetensorError
 from torch import Tensor, nn
 from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.hf_storage import HuggingFaceStorageReader, HuggingFaceStorageWriter
@@ -253,7 +254,10 @@ def read(path: Path, prefix: str = "") -> dict[str, Tensor]:
 
 def _known(path: Path) -> dict[str, Any]:
     """What the parts are parts of: shapes and types by name."""
-    return HuggingFaceStorageReader(str(path)).read_metadata().state_dict_metadata
+    try:
+        return HuggingFaceStorageReader(str(path)).read_metadata().state_dict_metadata
+    except (SafetensorError, OSError) as error:
+        raise CheckpointError(f"{path}: cannot be read ({error})") from error
 
 
 def _read(path: Path, tensors: Mapping[str, Tensor], *, alone: bool = False) -> None:
