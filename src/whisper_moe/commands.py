@@ -9,7 +9,7 @@ import json
 import logging
 import re
 import time
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import fields
 from importlib.util import find_spec
 from pathlib import Path
@@ -152,20 +152,25 @@ def _take_half_precision(flags: SimpleNamespace) -> None:
         logger.warning("whisper-moe: --fp16 True is ignored: it goes with an NVIDIA GPU and --dtype auto")
 
 
-def _check_languages(names: Iterable[str], flags: SimpleNamespace) -> None:
+def _check_languages(names: Sequence[str], flags: SimpleNamespace) -> None:
     """Refuse a language that nobody knows, or that the model in a folder has not, before anything is loaded.
 
     A fine-tune may have languages of its own. They are read from its folder; where that cannot be done (a model on the Hub), the
     loaded model is asked.
     """
+    if not names:
+        return
     folder = EMBEDDED if flags.model is None else model_folder(Path(flags.model).expanduser())
     on_the_hub = not folder.exists() and (flags.model is None or "/" in flags.model)
     added = None if flags.model_dir or on_the_hub else stated_languages(folder) if folder.is_dir() else {}
     file, generation = folder / "tokenizer.json", folder / "generation_config.json"
-    for name in names if added is not None else ():
-        code = language_code(name, added or (), added)
+    if added is None:
+        return
+    tokens = file.read_bytes() if file.is_file() else None
+    for name in names:
+        code = language_code(name, added, added)
         # To look for the token costs nothing; only where it is not, the tokenizer is read, which says what there is.
-        if file.is_file() and f'"<|{code}|>"'.encode() not in file.read_bytes():
+        if tokens is not None and f'"<|{code}|>"'.encode() not in tokens:
             from whisper_moe.media.tokenizer import Tokenizer
 
             said = json.loads(generation.read_bytes()) if generation.is_file() else None

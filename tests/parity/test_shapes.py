@@ -14,9 +14,8 @@ import torch
 pytest.importorskip("transformers")
 pytest.importorskip("whisper")
 from parity.openai_whisper import hub_backend
-from weights.whispers import hub_model
+from weights.whispers import hub_model, published
 
-from whisper_moe.config import ModelConfig
 from whisper_moe.packing import Layout
 from whisper_moe.weights.load import load_model
 from whisper_moe.weights.parts import empty_model
@@ -25,25 +24,11 @@ TOLERANCE = 2e-4
 SECONDS = 30
 
 
-def shape(d_model: int, heads: int, layers: tuple[int, int], vocab_size: int, n_mels: int = 80) -> ModelConfig:
-    return ModelConfig(
-        d_model=d_model,
-        encoder_heads=heads,
-        decoder_heads=heads,
-        encoder_ffn_dim=4 * d_model,
-        decoder_ffn_dim=4 * d_model,
-        encoder_layers=layers[0],
-        decoder_layers=layers[1],
-        vocab_size=vocab_size,
-        n_mels=n_mels,
-    )
-
-
 SHAPES = {
-    "tiny.en": shape(384, 6, (4, 4), 51_864),
-    "base": shape(512, 8, (6, 6), 51_865),
-    "large-v3, 2 + 2 layers": shape(1280, 20, (2, 2), 51_866, n_mels=128),
-    "distil-small.en, 4 + 1 layers": shape(768, 12, (4, 1), 51_864),
+    "tiny.en": published(384, 6, (4, 4), 51_864),
+    "base": published(512, 8, (6, 6), 51_865),
+    "large-v3, 2 + 2 layers": published(1280, 20, (2, 2), 51_866, n_mels=128),
+    "distil-small.en, 4 + 1 layers": published(768, 12, (4, 1), 51_864),
 }
 """distil-whisper keeps all of the encoder's layers and a few of the decoder's."""
 VOCABULARIES = {51_864: ("gpt2", 99), 51_865: ("multilingual", 99), 51_866: ("multilingual", 100)}

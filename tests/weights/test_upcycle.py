@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 import torch.nn.functional as F
+from model.tiny import CONFIGS
 from torch import Tensor
 
 from whisper_moe.config import ModelConfig, MoEConfig, TTTConfig
@@ -16,17 +17,7 @@ from whisper_moe.weights.load import DEFAULT_MOE, DEFAULT_TTT, load_model
 from whisper_moe.weights.parts import expected_shapes
 from whisper_moe.weights.upcycle import upcycle
 
-DENSE = ModelConfig(
-    vocab_size=61,
-    n_mels=8,
-    d_model=32,
-    encoder_layers=3,
-    encoder_heads=4,
-    encoder_ffn_dim=48,
-    decoder_layers=2,
-    decoder_heads=2,
-    decoder_ffn_dim=48,
-)
+DENSE = CONFIGS["dense"].model_copy(update={"decoder_ffn_dim": 48})
 TTT = TTTConfig(encoder_layers=(0, 2), decoder_layers=(1,), mini_batch=5)
 COPIES = MoEConfig(n_experts=8, expert_dim=48, shared=False, none_choice=False, router_layer=1)
 PLANS: dict[str, tuple[MoEConfig | None, TTTConfig | None]] = {

@@ -17,6 +17,7 @@ from weights.whispers import (
     hub_config,
     hub_model,
     hub_state,
+    published,
     random_state,
     same,
     tokenizer_json,
@@ -37,22 +38,6 @@ from whisper_moe.weights.whisper import (
     state_from_whisper,
     state_to_whisper,
 )
-
-
-def published(d_model: int, heads: int, layers: tuple[int, int], vocab_size: int, n_mels: int = 80) -> ModelConfig:
-    """The shape of a published Whisper: all of it but the depth follows from these."""
-    return ModelConfig(
-        d_model=d_model,
-        encoder_heads=heads,
-        decoder_heads=heads,
-        encoder_ffn_dim=4 * d_model,
-        decoder_ffn_dim=4 * d_model,
-        encoder_layers=layers[0],
-        decoder_layers=layers[1],
-        vocab_size=vocab_size,
-        n_mels=n_mels,
-    )
-
 
 SHAPES = {
     "tiny.en, 2 + 1 layers": published(384, 6, (2, 1), 51_864),

@@ -119,3 +119,18 @@ def write_folder(folder: Path, model: WhisperForConditionalGeneration, **options
 def same(a: dict[str, Tensor], b: dict[str, Tensor]) -> bool:
     """Whether two states are equal bit for bit, types included."""
     return a.keys() == b.keys() and all(a[k].dtype == b[k].dtype and torch.equal(a[k], b[k]) for k in a)
+
+
+def published(d_model: int, heads: int, layers: tuple[int, int], vocab_size: int, n_mels: int = 80) -> ModelConfig:
+    """The shape of a published Whisper: all of it but the depth follows from these."""
+    return ModelConfig(
+        d_model=d_model,
+        encoder_heads=heads,
+        decoder_heads=heads,
+        encoder_ffn_dim=4 * d_model,
+        decoder_ffn_dim=4 * d_model,
+        encoder_layers=layers[0],
+        decoder_layers=layers[1],
+        vocab_size=vocab_size,
+        n_mels=n_mels,
+    )

@@ -117,7 +117,7 @@ class Router(nn.Module):
         to an expert before *none*.
         """
         with torch.autocast(features_ND.device.type, enabled=False):
-            logits = _at_least_float32(features_ND) @ _at_least_float32(self.weight).T
+            logits = at_least_float32(features_ND) @ at_least_float32(self.weight).T
             candidates = self._with_none(logits)
             if self.bias is None:
                 best, index = _strongest(candidates, self.top_k)
@@ -151,9 +151,9 @@ def pool_segments(x_TD: Tensor, layout: Layout, valid: Sequence[int] | None = No
     for segment, (count, length) in enumerate(zip(counts, layout.lengths, strict=True)):
         if not 1 <= count <= length:
             raise ValueError(f"segment {segment} has {length} tokens; {count} of them cannot be pooled")
-    segments = _at_least_float32(x_TD).split(layout.lengths)
+    segments = at_least_float32(x_TD).split(layout.lengths)
     return torch.stack([x[:count].mean(dim=0) for x, count in zip(segments, counts, strict=True)])
 
 
-def _at_least_float32(x: Tensor) -> Tensor:
+def at_least_float32(x: Tensor) -> Tensor:
     return x.to(torch.promote_types(x.dtype, torch.float32))

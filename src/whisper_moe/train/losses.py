@@ -23,7 +23,7 @@ from torch import Tensor, nn
 
 from whisper_moe.data.examples import IGNORED, Pack
 from whisper_moe.model.model import Output, WhisperMoEModel
-from whisper_moe.model.router import NONE, Router, Routing
+from whisper_moe.model.router import NONE, Router, Routing, at_least_float32
 from whisper_moe.packing import Layout
 from whisper_moe.train.parallel import Parallel
 
@@ -61,12 +61,8 @@ class Terms:
 def cross_entropy(logits_TV: Tensor, labels_T: Tensor, *, smoothing: float = 0.0) -> Tensor:
     """The sum over all tokens that have a label, in at least float32. ``smoothing``: weight of a uniform target."""
     return F.cross_entropy(
-        _exact(logits_TV), labels_T, ignore_index=IGNORED, reduction="sum", label_smoothing=smoothing
+        at_least_float32(logits_TV), labels_T, ignore_index=IGNORED, reduction="sum", label_smoothing=smoothing
     )
-
-
-def _exact(x: Tensor) -> Tensor:
-    return x.to(torch.promote_types(x.dtype, torch.float32))
 
 
 def choice_counts(routing: Routing) -> Tensor:
