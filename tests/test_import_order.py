@@ -12,7 +12,7 @@ import pytest
 
 PACKAGE = Path(__file__).parent.parent / "src" / "whisper_moe"
 ORDER = (
-    {"config", "heap", "machine"},
+    {"config", "machine"},
     {"media"},
     {"embed", "packing"},
     {"model"},

@@ -1,4 +1,4 @@
-"""Cores are shared with other processes, and a container's quota is known, before OpenMP is loaded."""
+"""Cores are shared with other processes, a container's quota is known before OpenMP is loaded, and memory goes back."""
 
 from __future__ import annotations
 
@@ -10,7 +10,16 @@ from pathlib import Path
 import pytest
 
 from whisper_moe import machine
-from whisper_moe.machine import SPINS, THREAD_VARIABLES, Load, share_cores, unshare_cores, usable_cores
+from whisper_moe.machine import (
+    SPINS,
+    THREAD_VARIABLES,
+    Load,
+    heap_info,
+    share_cores,
+    unshare_cores,
+    usable_cores,
+    weights_apart,
+)
 
 CORES = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
@@ -168,3 +177,79 @@ def test_blocks_of_several_threads_leave_torch_what_it_had(
         assert torch.get_num_threads() == left
     finally:
         torch.set_num_threads(before)
+
+
+# Memory: weights lie apart from what comes and goes.
+
+MAPPED = """
+import os
+import torch
+from whisper_moe.machine import heap_info, weights_apart
+
+mapped = lambda: heap_info().hblks
+
+def made(count):
+    before = mapped()
+    tensors = [torch.empty(256 << 10) for _ in range(count)]
+    return tensors, mapped() - before
+
+with weights_apart():
+    weights, inside = made(20)
+passing, outside = made(20)
+large, apart = [torch.empty(5 << 20)], mapped()
+del large
+print(inside, outside, apart - mapped(), os.environ["ONEDNN_PRIMITIVE_CACHE_CAPACITY"])
+"""
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="glibc only")
+def test_only_weights_and_large_tensors_are_mapped_by_themselves() -> None:
+    if heap_info() is None:
+        pytest.skip("this C library does not tell")
+    done = subprocess.run([sys.executable, "-c", MAPPED], capture_output=True, text=True, check=False)
+    inside, outside, large, kernels = done.stdout.split() or pytest.fail(done.stderr)
+    assert int(inside) == 20, "each weight of a megabyte has a mapping of its own"
+    assert int(outside) == 0, "what comes and goes shares the heap"
+    assert int(large) == 1, "and what is large is given back when it is freed"
+    assert int(kernels) < 1024
+
+
+def test_a_limit_that_the_user_has_set_is_kept(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "7")
+    with weights_apart():
+        pass
+    assert os.environ["ONEDNN_PRIMITIVE_CACHE_CAPACITY"] == "7"
+
+
+GIVEN_BACK = """
+import resource, torch
+from whisper_moe.machine import give_back_memory, weights_apart
+
+with weights_apart():
+    pass
+page = resource.getpagesize()
+resident = lambda: int(open("/proc/self/statm").read().split()[1]) * page >> 20
+pieces = [torch.ones(1 << 20) for _ in range(40)]  # 160 MB in the heap, every other of them freed: holes
+kept = pieces[::2]
+del pieces
+full = resident()
+give_back_memory(200 << 20)
+spared = resident()
+give_back_memory(40 << 20)
+holes = resident()
+top = [torch.ones(1 << 20) for _ in range(12)]  # 48 MB at the heap's end
+raised = resident()
+del top
+print(full - spared, spared - holes, raised - resident())
+"""
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="glibc only")
+def test_free_memory_goes_back_where_there_is_more_of_it_than_is_spared() -> None:
+    if heap_info() is None:
+        pytest.skip("this C library does not tell")
+    done = subprocess.run([sys.executable, "-c", GIVEN_BACK], capture_output=True, text=True, check=True)
+    spared, given_back, top = map(int, done.stdout.split())
+    assert spared < 20
+    assert given_back > 60
+    assert top < 10, "a pack's next tensor finds its pages"

@@ -19,8 +19,7 @@ from whisper_moe.generate.decode import WindowDecoder
 from whisper_moe.generate.longform import Recording, Transcriber
 from whisper_moe.generate.options import TranscribeOptions
 from whisper_moe.generate.result import Transcription
-from whisper_moe.heap import weights_apart
-from whisper_moe.machine import pick_device, take_threads
+from whisper_moe.machine import pick_device, take_threads, weights_apart
 from whisper_moe.media.audio import MediaError, stream_audio
 from whisper_moe.media.tokenizer import Tokenizer
 from whisper_moe.media.windows import cut_clips, drop_silence, is_silent, speech_spans, speech_spans_silero

@@ -1,7 +1,8 @@
-"""The machine: what it is, what of it this process may use, and how it is shared with others while it computes."""
+"""The machine: what it is, how its cores are shared with others, and how memory that was freed is given back to it."""
 
 from __future__ import annotations
 
+import ctypes
 import math
 import os
 import sys
@@ -9,6 +10,7 @@ import time
 from collections.abc import Iterable, Iterator, MutableMapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from functools import cache
 from pathlib import Path
 from threading import Lock
 from typing import Any
@@ -20,11 +22,25 @@ SPINS = 10_000
 a core busy with nothing: where another process wants that core, all wait for a thread that was put aside, and everything can
 be 40 times slower. Chosen by measurement (``docs/lab.md``)."""
 _SPINNING = ("GOMP_SPINCOUNT", "OMP_WAIT_POLICY")
-_CGROUPS, _MEMBERSHIP = Path("/sys/fs/cgroup"), Path("/proc/self/cgroup")
-_STAT = Path("/proc/stat")
+_CGROUPS, _MEMBERSHIP, _STAT = Path("/sys/fs/cgroup"), Path("/proc/self/cgroup"), Path("/proc/stat")
 _TICKS = os.sysconf("SC_CLK_TCK") if hasattr(os, "sysconf") else 100
 _LEAST_SECONDS = 0.2
 """The kernel counts in hundredths of a second: what is shorter says little."""
+
+_M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3
+_LARGE, _WEIGHT = 16 << 20, 128 << 10
+"""Bytes from which a tensor is mapped by itself, and unmapped when it is freed; the latter while weights are loaded. glibc
+would raise the limit to 32 MB as it goes."""
+_TOP = 64 << 20
+"""Bytes free at the heap's end that stay there until :func:`give_back_memory`: a pack's next tensor takes them again, where
+glibc would return all but 128 kB and get fresh pages, one fault each."""
+SPARE = 384 << 20
+"""Bytes free in the whole heap that decoding leaves there for its next batch: what two batches of other sizes need."""
+_KERNELS = "64"
+"""Products that oneDNN keeps compiled, one for each shape. Its own limit of 1,024 takes 60 MB within a minute of decoding."""
+
+
+# Cores
 
 
 def share_cores(environment: MutableMapping[str, str] = os.environ) -> None:
@@ -35,7 +51,7 @@ def share_cores(environment: MutableMapping[str, str] = os.environ) -> None:
     if not any(name in environment for name in _SPINNING):
         environment["GOMP_SPINCOUNT"] = str(SPINS)
     _share.wanted = not any(name in environment for name in THREAD_VARIABLES)
-    if _share.wanted and (cores := usable_cores()) < _allowed_cores():
+    if _share.wanted and (cores := usable_cores()) < len(_allowed()):
         environment["OMP_NUM_THREADS"] = str(cores)
 
 
@@ -47,45 +63,33 @@ def unshare_cores(environment: MutableMapping[str, str] = os.environ) -> None:
 
 def usable_cores(root: Path = _CGROUPS, membership: Path = _MEMBERSHIP) -> int:
     """Cores that this process may keep busy: those it is allowed on, or fewer where its cgroup has a quota of their time."""
-    return math.ceil(min(_allowed_cores(), max(_quota(root, membership), 1)))
+    return math.ceil(min(len(_allowed()), max(_quota(root, membership), 1)))
 
 
 def _allowed() -> set[int]:
-    if hasattr(os, "sched_getaffinity"):
-        return os.sched_getaffinity(0)
-    return set(range(os.cpu_count() or 1))
+    return os.sched_getaffinity(0) if hasattr(os, "sched_getaffinity") else set(range(os.cpu_count() or 1))
 
 
 def _politeness() -> int:
     return os.nice(0) if hasattr(os, "nice") else 0
 
 
-def _allowed_cores() -> int:
-    return len(_allowed())
-
-
 def _quota(root: Path, membership: Path) -> float:
-    """The least quota, in cores, of this process's cgroup and those around it. Infinite where none has one."""
+    """The least quota, in cores, of this process's cgroup (version 1 or 2) and those around it; infinite where none has one."""
     least = math.inf
     for line in _read(membership).splitlines():
         _, controllers, path = line.split(":", 2)
         if controllers and "cpu" not in controllers.split(","):
             continue
-        top = root / "cpu" if controllers else root  # version 1, or 2
+        top = root / "cpu" if controllers else root
         here = top / path.lstrip("/")
         # In a container the path may be one of the host, of which nothing but its own group, as the top, is there.
         for folder in (here, *here.parents):
-            if folder.is_relative_to(top):
-                least = min(least, _stated_quota(folder))
+            old = (folder / "cpu.cfs_quota_us", folder / "cpu.cfs_period_us")
+            stated = (_read(folder / "cpu.max") or " ".join(map(_read, old))).split()
+            if folder.is_relative_to(top) and len(stated) == 2 and "".join(stated).isdigit() and int(stated[1]):
+                least = min(least, int(stated[0]) / int(stated[1]))
     return least
-
-
-def _stated_quota(folder: Path) -> float:
-    """Of one cgroup: ``cpu.max`` in version 2, two files in version 1."""
-    quota, _, period = _read(folder / "cpu.max").strip().partition(" ")
-    quota = quota or _read(folder / "cpu.cfs_quota_us").strip()
-    period = period or _read(folder / "cpu.cfs_period_us").strip()
-    return int(quota) / int(period) if quota.isdigit() and period.isdigit() and int(period) else math.inf
 
 
 def _read(file: Path) -> str:
@@ -115,7 +119,7 @@ class Load:
     def threads_that_fit(self, since: Load) -> int:
         """Cores that others left to this process ``since`` then; one at least."""
         others = max(self.all - since.all - (self.own - since.own), 0.0) / (self.clock - since.clock)
-        return max(1, math.floor(_allowed_cores() - others + 0.5))
+        return max(1, math.floor(len(_allowed()) - others + 0.5))
 
 
 @dataclass
@@ -149,8 +153,7 @@ def fitting_threads() -> Iterator[None]:
         now, share.most = Load.now(), share.most if share.within else torch.get_num_threads()
         share.within += 1
         if share.wanted and now.clock - share.last.clock >= _LEAST_SECONDS:
-            share.threads = now.threads_that_fit(share.last)
-            share.last = now
+            share.threads, share.last = now.threads_that_fit(share.last), now
         torch.set_num_threads(min(share.most, share.threads or share.most))
     try:
         yield
@@ -186,38 +189,65 @@ def pick_device(wanted: str) -> str:
     return wanted
 
 
-def machine() -> dict[str, Any]:
-    """What figures were measured on."""
-    import platform
-
-    return {
-        "cpu": cpu_name(),
-        "cores": os.cpu_count(),
-        "system": platform.platform(),
-        "python": platform.python_version(),
-        "openblas_coretype": os.environ.get("OPENBLAS_CORETYPE"),
-    }
+# Memory
 
 
-def cpu_name() -> str:
-    import platform
+@contextmanager
+def weights_apart() -> Iterator[None]:
+    """While weights are loaded, each is mapped by itself: what loading leaves free would lie in pieces between them.
 
-    lines = _read(Path("/proc/cpuinfo")).splitlines()
-    names = [line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")]
-    return names[0] if names else platform.processor()
+    From then on, for the whole process, large tensors stay out of the heap, and of what is free at its end little is kept:
+    packs of ever other sizes would fill it with holes.
+    """
+    os.environ.setdefault("ONEDNN_PRIMITIVE_CACHE_CAPACITY", _KERNELS)  # read once, by the first product
+    _map_from(_WEIGHT)
+    try:
+        yield
+    finally:
+        _map_from(_LARGE)
+        give_back_memory()
 
 
-def versions(packages: Iterable[str]) -> dict[str, str]:
-    """The installed version of each package."""
-    from importlib.metadata import PackageNotFoundError, version
+def give_back_memory(spare: int = 0) -> None:
+    """Return freed memory to the system, if there is more than ``spare`` bytes of it: to take a page again costs a fault.
 
-    found = {}
-    for package in sorted(set(packages)):
-        try:
-            found[package] = version(package)
-        except PackageNotFoundError:
-            found[package] = "from the source tree"
-    return found
+    Free is what glibc calls so, holes included whose pages were given back before: rather too often than never.
+    """
+    if (libc := _glibc()) and (not (heap := heap_info()) or heap.fordblks > spare):
+        libc.malloc_trim(0)
+
+
+class HeapInfo(ctypes.Structure):
+    """glibc's ``mallinfo2``."""
+
+    _fields_ = [
+        (name, ctypes.c_size_t)
+        for name in "arena ordblks smblks hblks hblkhd usmblks fsmblks uordblks fordblks keepcost".split()
+    ]
+
+
+def heap_info() -> HeapInfo | None:
+    """The heap as it is; ``fordblks`` bytes of it are free. None where the C library does not tell (glibc does from 2.33)."""
+    libc = _glibc()
+    if libc is None or not hasattr(libc, "mallinfo2"):
+        return None
+    libc.mallinfo2.restype = HeapInfo
+    return libc.mallinfo2()
+
+
+def _map_from(size: int) -> None:
+    if libc := _glibc():
+        libc.mallopt(_M_MMAP_THRESHOLD, size)
+        libc.mallopt(_M_TRIM_THRESHOLD, _TOP)
+
+
+@cache
+def _glibc() -> ctypes.CDLL | None:
+    try:
+        libc = ctypes.CDLL("libc.so.6") if sys.platform == "linux" else None
+    except OSError:
+        return None
+    return libc if hasattr(libc, "malloc_trim") and hasattr(libc, "mallopt") else None
 
 
 def peak_bytes() -> int:
@@ -232,3 +262,33 @@ def peak_bytes() -> int:
 
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return peak if sys.platform == "darwin" else peak * 1024
+
+
+# What figures were measured on
+
+
+def machine() -> dict[str, Any]:
+    import platform
+
+    lines = _read(Path("/proc/cpuinfo")).splitlines()
+    names = [line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")]
+    return {
+        "cpu": names[0] if names else platform.processor(),
+        "cores": os.cpu_count(),
+        "system": platform.platform(),
+        "python": platform.python_version(),
+        "openblas_coretype": os.environ.get("OPENBLAS_CORETYPE"),
+    }
+
+
+def versions(packages: Iterable[str]) -> dict[str, str]:
+    """The installed version of each package."""
+    from importlib.metadata import PackageNotFoundError, version
+
+    found = {}
+    for package in sorted(set(packages)):
+        try:
+            found[package] = version(package)
+        except PackageNotFoundError:
+            found[package] = "from the source tree"
+    return found

@@ -20,8 +20,7 @@ from whisper_moe.generate.align import WordTiming, align, token_probabilities
 from whisper_moe.generate.options import TranscribeOptions
 from whisper_moe.generate.rules import Rules, Timestamps
 from whisper_moe.generate.search import Hypothesis, search
-from whisper_moe.heap import SPARE, give_back_memory
-from whisper_moe.machine import fitting_threads
+from whisper_moe.machine import SPARE, fitting_threads, give_back_memory
 from whisper_moe.media.mel import window_mel
 from whisper_moe.media.tokenizer import Tokenizer
 from whisper_moe.model.block import Carry

@@ -24,7 +24,7 @@ from torch import nn
 
 from whisper_moe.data.examples import Pack
 from whisper_moe.data.loader import Batch
-from whisper_moe.heap import give_back_memory
+from whisper_moe.machine import give_back_memory
 from whisper_moe.model.model import WhisperMoEModel
 from whisper_moe.train import checkpoint
 from whisper_moe.train.losses import Terms, Totals, balance_biases
