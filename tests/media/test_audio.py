@@ -137,8 +137,8 @@ def test_no_sample_is_lost_where_the_rate_changes() -> None:
     assert len(sound) == pytest.approx(64_000, abs=4)
 
 
-def test_importing_needs_neither_pyav_nor_torch() -> None:
-    code = "import sys, whisper_moe.media.audio, whisper_moe.media.windows; print({'av', 'torch'} & set(sys.modules))"
+def test_importing_needs_no_torch() -> None:
+    code = "import sys, whisper_moe.media.audio, whisper_moe.media.windows; print({'torch'} & set(sys.modules))"
     result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert result.stdout.strip() == "set()"
 

@@ -71,13 +71,6 @@ def test_absurd_sizes_are_missing_bytes_and_not_a_crash(tmp_path: Path, size: in
         assert missing_bytes(file) > 2**30
 
 
-def test_the_position_is_kept(tmp_path: Path) -> None:
-    file = io.BytesIO(sample(tmp_path, "opus.ogg").read_bytes())
-    file.seek(77)
-    assert missing_bytes(file) == 0 and file.tell() == 77
-    assert not ogg_is_damaged(file) and file.tell() == 77
-
-
 @pytest.mark.parametrize("name", ["opus.ogg", "flac.ogg"])
 def test_one_changed_bit_anywhere_damages_an_ogg_page(tmp_path: Path, name: str) -> None:
     data = sample(tmp_path, name).read_bytes()

@@ -15,28 +15,27 @@ import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from itertools import chain, groupby
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, BinaryIO, TypeVar
+from typing import Any, BinaryIO, TypeVar
 
 import numpy as np
+from av import AudioFifo, AudioFrame, AudioResampler, AudioStream
 from numpy.typing import NDArray
 
 from whisper_moe.config import SAMPLE_RATE
 from whisper_moe.media.containers import (
+    CAUSES,
     CHECKSUMMED,
     MICROSECONDS,
     SOUND_CODECS,
     STREAMS,
     Damage,
     Reader,
-    causes,
+    codec_of,
     opened,
 )
 from whisper_moe.media.containers import MediaError as MediaError
 from whisper_moe.media.languages import spoken_code
 from whisper_moe.media.windows import SILENT_PEAK, is_silent
-
-if TYPE_CHECKING:
-    from av import AudioFifo, AudioFrame, AudioStream
 
 CANCELLED = 0.1
 """A mix with less of the energy than this has lost the sound (1: channels that have nothing in common). Lossy codecs leave
@@ -58,7 +57,9 @@ CLOCKED = frozenset({"asf", "flv", "matroska,webm", "mov,mp4,m4a,3gp,3g2,mj2", "
 COUNTED = frozenset({"aiff", "flac", "tta", "wv"})
 """Containers whose header states the exact number of samples, where it states one at all."""
 
+
 Samples = NDArray[np.float32]
+Note = Callable[[str], object]
 T = TypeVar("T")
 
 
@@ -75,7 +76,7 @@ def stream_audio(
     block_seconds: float = 30.0,
     max_seconds: float | None = None,
     track: int | str | None = None,
-    note: Callable[[str], object] = str,
+    note: Note = str,
 ) -> Iterator[Samples]:
     """Decode to float32 mono 16 kHz in [-1, 1], in blocks of ``block_seconds`` (the last one shorter, none empty).
 
@@ -96,8 +97,8 @@ def stream_audio(
         raise ValueError(f"block_seconds must hold at least one sample, got {block_seconds}")
     with opened(source, name, SOUND_CODECS) as reader:
         stream = sound_track(reader, track)
-        frames = _until(damage, _timed(reader, stream, max_seconds, note))
-        mono = _until(damage, _mixed(frames, note))
+        pieces = _until(damage, _timed(reader, Clock(reader, stream, note), max_seconds))
+        mono = _until(damage, _mixed(_grouped(pieces), note))
         for samples in _blocks(_resampled(mono), size):
             reader.seconds += len(samples) / SAMPLE_RATE
             silent = silent and is_silent(samples)
@@ -108,17 +109,6 @@ def stream_audio(
             note(f"its sound track {which}; there is also {_listed(reader, others)}")
         if damage:
             raise damage[-1]
-
-
-def _until(damage: list[Exception], items: Iterator[T]) -> Iterator[T]:
-    """The items up to the first error, which is kept for later: what came before it gets out of the later stages first."""
-    try:
-        yield from items
-    except causes() as error:
-        damage.append(error)
-
-
-# Which track.
 
 
 def sound_track(reader: Reader, wanted: int | str | None = None) -> AudioStream:
@@ -132,12 +122,11 @@ def sound_track(reader: Reader, wanted: int | str | None = None) -> AudioStream:
     elif str(wanted).isdecimal():
         found = list(tracks[int(wanted) : int(wanted) + 1])
     else:
-        found = [
-            track for track in tracks if track.language and spoken_code(track.language) == spoken_code(str(wanted))
-        ]
+        code = spoken_code(str(wanted))
+        found = [track for track in tracks if track.language and spoken_code(track.language) == code]
     if not found:
         raise Damage(f"it has no sound track {wanted!r}; its sound tracks are {_listed(reader, tracks)}")
-    track = next((track for track in found if _codec(track) in SOUND_CODECS), None)
+    track = next((track for track in found if codec_of(track) in SOUND_CODECS), None)
     if track is None:
         raise Damage(f"its sound is in a codec that is not read: its sound tracks are {_listed(reader, tracks)}")
     context = track.codec_context
@@ -148,14 +137,10 @@ def sound_track(reader: Reader, wanted: int | str | None = None) -> AudioStream:
     return track
 
 
-def _codec(track: AudioStream) -> str:
-    return track.codec_context.name if track.codec_context else "unknown"
-
-
 def _listed(reader: Reader, tracks: Sequence[AudioStream]) -> str:
     """``0 (hin, aac), 1 (eng, ac3, Commentary)``."""
     return ", ".join(
-        f"{number} ({', '.join(filter(None, (track.language or 'und', _codec(track), track.metadata.get('title'))))})"
+        f"{number} ({', '.join(filter(None, (track.language or 'und', codec_of(track), track.metadata.get('title'))))})"
         for number, track in enumerate(reader.container.streams.audio)
         if track in tracks
     )
@@ -168,14 +153,11 @@ def _check_shape(rate: int, channels: int) -> None:
         raise Damage(f"{channels} channels, or a count that FFmpeg refuses; 1 to {MAX_CHANNELS} are read")
 
 
-# When it sounds.
-
-
 class Clock:
     """Keeps the samples on the container's time, which players count from its start: what of it has no sound is silence."""
 
-    def __init__(self, reader: Reader, stream: AudioStream, note: Callable[[str], object] = str) -> None:
-        self.reader, self.format, self.note = reader, reader.format, note
+    def __init__(self, reader: Reader, stream: AudioStream, note: Note = str) -> None:
+        self.reader, self.stream, self.format, self.note = reader, stream, reader.format, note
         # A track's own duration is a guess by the bit rate where the format, as Matroska, states only that of the whole.
         stated = 0 if self.format in ("flv", "matroska,webm") and stream.duration else reader.container.duration
         self.end = reader.start + stated / MICROSECONDS if stated else math.inf
@@ -206,80 +188,77 @@ class Clock:
             return 0.0
         if start < expected - RESET_SECONDS:
             self.shift += late
-            return 0.0
-        if late <= GAP_SECONDS:
-            return 0.0
-        if start > self.end + GAP_SECONDS or self.silence + late > MAX_SILENCE_SECONDS:
+        elif late > GAP_SECONDS:
+            if start <= self.end + GAP_SECONDS and self.silence + late <= MAX_SILENCE_SECONDS:
+                return late
             self.note(f"its timestamps jump by {late:.1f} s at {self.now:.1f} s, which is not believed")
             self.shift += late
-            return 0.0
-        return late
+        return 0.0
+
+    def check_end(self) -> None:
+        """Raises :class:`Damage` where the header counted more samples than there were."""
+        if self.format in COUNTED and self.stream.duration and self.stream.time_base:
+            stated = float(self.stream.duration * self.stream.time_base)
+            if self.sound < stated - GAP_SECONDS:
+                raise Damage(f"the file is cut off or damaged: its header states {stated:.2f} s")
 
 
-def _timed(
-    reader: Reader, stream: AudioStream, max_seconds: float | None, note: Callable[[str], object]
-) -> Iterator[tuple[AudioFrame, float]]:
+def _until(damage: list[Exception], items: Iterator[T]) -> Iterator[T]:
+    """The items up to the first error, which is kept for later: what came before it gets out of the later stages first."""
+    try:
+        yield from items
+    except CAUSES as error:
+        damage.append(error)
+
+
+def _timed(reader: Reader, clock: Clock, max_seconds: float | None) -> Iterator[tuple[AudioFrame, float]]:
     """Decoded frames, each with the seconds of silence before it."""
-    clock = Clock(reader, stream, note)
-    for frame in reader.frames(stream):
+    for frame in reader.frames(clock.stream):
         silence = clock.missing(frame.time, frame.samples / frame.sample_rate)
         if max_seconds is not None and clock.now > max_seconds + 1e-6:
             raise Damage(f"longer than the limit of {max_seconds:g} s")
         yield frame, silence
-    if reader.format in COUNTED and stream.duration and stream.time_base:
-        stated = float(stream.duration * stream.time_base)
-        if clock.sound < stated - GAP_SECONDS:
-            raise Damage(f"the file is cut off or damaged: its header states {stated:.2f} s")
+    clock.check_end()
 
 
-# What of it is mixed.
-
-
-def _mixed(frames: Iterable[tuple[AudioFrame, float]], note: Callable[[str], object]) -> Iterator[tuple[Samples, int]]:
-    """Mono at the track's own rate, and that rate, in groups of about :data:`GROUP_SECONDS`; silence where it is due."""
-    from av import AudioFifo
-
-    mixer, fifo, shape = _Mixer(note), AudioFifo(), None
+def _grouped(frames: Iterable[tuple[AudioFrame, float]]) -> Iterator[tuple[NDArray[Any], int]]:
+    """Samples [channels, samples] of the track's own type, and their rate, :data:`GROUP_SECONDS` at a time; with silences."""
+    fifo, shape = AudioFifo(), None
     for frame, silence in frames:
-        changes = shape != (shape := (frame.format.name, frame.layout.nb_channels, frame.sample_rate))
-        if changes or silence:
-            yield from mixer.mix(fifo)
-            _check_shape(frame.sample_rate, frame.layout.nb_channels)
-            left, most = round(silence * frame.sample_rate), round(GROUP_SECONDS * frame.sample_rate)
-            for start in range(0, left, most):
-                yield np.zeros(min(most, left - start), np.float32), frame.sample_rate
+        rate, channels = frame.sample_rate, frame.layout.nb_channels
+        was, shape = shape, (rate, channels, frame.format.name)
+        if shape != was or silence or fifo.samples >= GROUP_SECONDS * rate:
+            yield from _drained(fifo)
             fifo = AudioFifo()
+            _check_shape(rate, channels)
+        left = round(silence * rate)
+        for start in range(0, left, rate):
+            yield np.zeros((channels, min(rate, left - start)), np.float32), rate
         frame.pts = None
         fifo.write(frame)
-        if fifo.samples >= GROUP_SECONDS * frame.sample_rate:
-            yield from mixer.mix(fifo)
-    yield from mixer.mix(fifo)
+    yield from _drained(fifo)
 
 
-class _Mixer:
-    """The mean of all channels, some turned over while they would cancel each other."""
-
-    def __init__(self, note: Callable[[str], object]) -> None:
-        self.signs, self.turned, self.note = np.ones(1, np.float32), False, note
-
-    def mix(self, fifo: AudioFifo) -> Iterator[tuple[Samples, int]]:
-        """What has gathered, up to the first sample that is no number."""
-        frame = fifo.read() if fifo.samples else None
-        if frame is None:
-            return
+def _drained(fifo: AudioFifo) -> Iterator[tuple[NDArray[Any], int]]:
+    if fifo.samples and (frame := fifo.read()):
         raw = frame.to_ndarray()
+        yield raw if frame.format.is_planar else raw.reshape(-1, frame.layout.nb_channels).T, frame.sample_rate
+
+
+def _mixed(groups: Iterable[tuple[NDArray[Any], int]], note: Note) -> Iterator[tuple[Samples, int]]:
+    """Mono, and its rate: the mean of all channels, some turned over while they would cancel each other."""
+    signs, turned = np.ones(1, np.float32), False
+    for raw_CN, rate in groups:
         with np.errstate(over="ignore", invalid="ignore"):  # what is then no number shows
-            levels_CN = _levels(raw if frame.format.is_planar else raw.reshape(-1, frame.layout.nb_channels).T)
-            self.signs = _signs(levels_CN, self.signs)
-            mono = self.signs @ levels_CN / np.float32(len(levels_CN))
-        if self.signs.min() < 0 and not self.turned:
-            self.note("its channels cancel each other out; one is turned over before they are mixed")
-            self.turned = True
+            levels_CN = _levels(raw_CN)
+            signs = _signs(levels_CN, signs)
+            mono = signs @ levels_CN / np.float32(len(levels_CN))
+        if signs.min() < 0 and not turned:
+            note("its channels cancel each other out; one is turned over before they are mixed")
+            turned = True
         finite = np.isfinite(mono)
-        if finite.all():
-            yield mono, frame.sample_rate
-        else:
-            yield mono[: int(finite.argmin())], frame.sample_rate
+        yield mono[: len(mono) if finite.all() else int(finite.argmin())], rate
+        if not finite.all():
             raise Damage("NaN or infinite samples")
 
 
@@ -310,8 +289,6 @@ def _signs(levels_CN: Samples, signs: Samples) -> Samples:
 
 def _resampled(groups: Iterable[tuple[Samples, int]]) -> Iterator[Samples]:
     """To 16 kHz, clipped to full scale; a new filter whenever the rate changes."""
-    from av import AudioFrame, AudioResampler
-
     for rate, pieces in groupby(groups, key=lambda group: group[1]):
         resampler = AudioResampler("flt", "mono", SAMPLE_RATE)
         for mono in chain((mono for mono, _ in pieces if len(mono)), [None]):  # None: what is still inside

@@ -16,15 +16,20 @@ from __future__ import annotations
 import os
 import shutil
 import zlib
-from collections.abc import Collection, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Collection, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from itertools import islice
 from pathlib import Path
 from tempfile import SpooledTemporaryFile
-from typing import TYPE_CHECKING, Any, BinaryIO, cast
+from types import SimpleNamespace
+from typing import Any, BinaryIO, cast
 
-if TYPE_CHECKING:
-    from av import AudioStream, Packet, VideoStream
-    from av.container import InputContainer
+import av
+from av import AudioStream, Packet, VideoStream
+from av.container import InputContainer
+from av.error import ArgumentError, FFmpegError, InvalidDataError
+from av.error import EOFError as EndOfFileError
+from av.stream import Discard, Disposition
 
 CONTAINERS = "aac,ac3,aiff,amr,ape,asf,au,avi,caf,eac3,flac,flv,matroska,mov,mp3,mpeg,mpegts,ogg,tta,w64,wav,wv"
 """Demuxers that may be used (``format_whitelist``): containers of sound or of film with sound."""
@@ -70,17 +75,12 @@ class Damage(Exception):
     """Why decoding cannot go on; its text becomes the cause of a :class:`MediaError`."""
 
 
-def causes() -> tuple[type[Exception], ...]:
-    """What opening and decoding raise; PyAV's own mistakes with hostile input come as built-in exceptions."""
-    from av.error import FFmpegError
-
-    return (Damage, FFmpegError, OSError, ValueError, ArithmeticError, LookupError, RuntimeError, MemoryError)
+CAUSES = (Damage, FFmpegError, OSError, ValueError, ArithmeticError, LookupError, RuntimeError, MemoryError)
+"""What opening and decoding raise; PyAV's own mistakes with hostile input come as built-in exceptions."""
 
 
 def _cause(error: Exception) -> str:
     """One clause of English; the operating system's own words where the fault is its."""
-    from av.error import FFmpegError
-
     if isinstance(error, OSError) and error.strerror:
         return error.strerror[0].lower() + error.strerror[1:]
     if isinstance(error, FFmpegError):
@@ -96,57 +96,46 @@ def opened(source: str | Path | BinaryIO, name: str | None, codecs: Collection[s
 
     A stream is read from its start and stays open; one that cannot seek is spooled first.
     """
-    is_path, reader = isinstance(source, str | os.PathLike), None
+    reader = None
     try:
-        with _seekable(source) as file, _container(file, codecs) as container:
-            reader = Reader(file, container)
+        with ExitStack() as stack:
+            file: Any = source if hasattr(source, "read") else stack.enter_context(open(cast(Path, source), "rb"))
+            if not file.seekable():
+                shutil.copyfileobj(file, spool := stack.enter_context(SpooledTemporaryFile(max_size=SPOOL_BYTES)))
+                file = spool
+            reader = Reader(file, stack.enter_context(_container(file, codecs)))
             yield reader
-    except causes() as error:
-        name = name or (str(source) if is_path else str(getattr(source, "name", "<stream>")))
+    except CAUSES as error:
+        name = name or str(getattr(source, "name", "<stream>") if hasattr(source, "read") else source)
         raise MediaError(name, _cause(error), reader.seconds if reader else 0.0) from error
-
-
-@contextmanager
-def _seekable(source: str | Path | BinaryIO) -> Iterator[BinaryIO]:
-    if isinstance(source, str | os.PathLike):
-        with open(source, "rb") as file, _seekable(file) as seekable:
-            yield seekable
-    elif source.seekable():
-        yield source
-    else:
-        with SpooledTemporaryFile(max_size=SPOOL_BYTES) as spool:
-            shutil.copyfileobj(source, spool)
-            yield cast(BinaryIO, spool)
-
-
-class _NamelessFile:
-    """What FFmpeg sees of a file: bytes. A name would let it guess the format by the extension."""
-
-    def __init__(self, file: BinaryIO) -> None:
-        self.read, self.seek, self.tell = file.read, file.seek, file.tell
 
 
 def _container(file: BinaryIO, codecs: Collection[str]) -> InputContainer:
     """Let FFmpeg sniff the format and read the header."""
-    import av
-    from av.error import ArgumentError, EOFError, InvalidDataError
-
     options = {"format_whitelist": CONTAINERS, "codec_whitelist": ",".join(codecs), "protocol_whitelist": "file"}
     if file.seek(0, os.SEEK_END) == 0:
         raise Damage("the file is empty")
+    nameless = SimpleNamespace(
+        read=file.read, seek=file.seek, tell=file.tell
+    )  # by a name FFmpeg would guess the format
     try:
         for probe in ({}, PROBE):
             file.seek(0)
-            container = av.open(_NamelessFile(file), "r", options=options | probe, metadata_errors="ignore")
+            container = av.open(nameless, "r", options=options | probe, metadata_errors="ignore")
             if container.format.name != "mpeg" or container.streams.audio or probe:
                 return container
             container.close()
     except ArgumentError:
         raise Damage("a playlist, or another format that is not opened as sound or film") from None
-    except (InvalidDataError, EOFError):
+    except (InvalidDataError, EndOfFileError):
         if lacks_index(file):
             raise Damage("its index (moov) is missing: the recording was cut off before it was finished") from None
     raise Damage("not sound or film in a format that can be read, or its header is damaged")
+
+
+def codec_of(track: AudioStream | VideoStream) -> str:
+    """FFmpeg's name of its decoder."""
+    return track.codec_context.name if track.codec_context else "unknown"
 
 
 class Reader:
@@ -164,21 +153,17 @@ class Reader:
     @property
     def films(self) -> list[VideoStream]:
         """The tracks that are film; a cover picture is none."""
-        from av.stream import Disposition
-
         return [track for track in self.container.streams.video if not track.disposition & Disposition.attached_pic]
 
     def frames(self, track: AudioStream | VideoStream) -> Iterator[Any]:
         """The track's frames, decoded, up to the end of the file, or an error that tells why there are no more."""
-        from av.error import InvalidDataError
-
         count, kind = 0, "sound" if track.type == "audio" else "film"
         try:
             for packet in self._packets(track):
                 frames = self._decoded(packet, kind)
                 count += len(frames)
                 yield from frames
-        except causes() as error:
+        except CAUSES as error:
             self.check_whole()
             raise Damage(f"the {kind} is damaged") if isinstance(error, InvalidDataError) else error from None
         self.check_whole()
@@ -189,8 +174,6 @@ class Reader:
 
     def _packets(self, track: AudioStream | VideoStream) -> Iterator[Packet]:
         """Before sound also the start of the film: FFmpeg, which decodes no film then, does not always know it."""
-        from av.stream import Discard
-
         films: Sequence[VideoStream] = self.films if track.type == "audio" else []
         for other in self.container.streams:
             other.discard = Discard.default if other is track or other in films else Discard.all
@@ -205,8 +188,6 @@ class Reader:
 
     def _decoded(self, packet: Packet, kind: str) -> Sequence[Any]:
         """The packet's frames; none for what lies between the frames of a bare stream."""
-        from av.error import FFmpegError
-
         try:
             frames = packet.decode()
             if kind == "sound" or not any(frame.is_corrupt for frame in frames):  # pyright: ignore[reportAttributeAccessIssue]
@@ -223,12 +204,14 @@ class Reader:
             raise Damage(f"the file is cut off: at least {missing:,} bytes that it announces are missing")
 
 
-# What a file's own framing promises, against what is there.
+# What a file's own framing promises, against what is there. Each format is a row of chunks that state their sizes.
 
 _SLACK_BYTES = 1_024
 """Writers of RIFF and AIFF are sloppy about their size fields by a header or a padding byte (32 ms at 16 kHz)."""
 _OGG_PAGE_BYTES = 27 + 255 + 255 * 255
 """The largest page that Ogg allows (RFC 3533, section 6)."""
+_HEAD_BYTES = 27 + 255
+"""As much of a chunk as states its size: an Ogg page's table is the longest."""
 _MIRROR = bytes(int(f"{byte:08b}"[::-1], 2) for byte in range(256))
 _MAX_CHUNKS = 100_000
 """Half a second of walking; 14 hours of one-second MP4 fragments."""
@@ -241,118 +224,75 @@ _MP4_BOXES = frozenset(b"ftyp styp moov moof mdat free skip wide sidx mfra pdin 
 
 
 def missing_bytes(file: BinaryIO) -> int:
-    """How much shorter the file is than its own framing says; 0 where it is whole, or where the format does not say.
-
-    ``file`` is seekable; its position is kept, because FFmpeg may be reading from it.
-    """
-    with _position_kept(file):
-        return max(0, _stated_bytes(file) - file.seek(0, os.SEEK_END))
-
-
-@contextmanager
-def _position_kept(file: BinaryIO) -> Iterator[None]:
-    position = file.tell()
-    try:
-        yield
-    finally:
-        file.seek(position)
-
-
-def _stated_bytes(file: BinaryIO) -> int:
-    head = _read(file, 0, 12)
-    if head[:4] in (b"RIFF", b"FORM"):
-        return _iff(head)
-    if head[:4] == b"\x1aE\xdf\xa3":
-        return _matroska(file)
-    if head[:4] == b"OggS":
-        return _ogg(file)
-    if head[:4] == b"caff":
-        return _caf(file)
-    if head[4:8] in _MP4_BOXES:
-        return max((end for _, end in _boxes(file)), default=0)
-    return _xing(file)
+    """How much shorter the file is than its own framing says; 0 where it is whole, or where the format does not say."""
+    formats = (_riff_size, _ebml_size, _ogg_size, _caf_size, _box_size)
+    ends = (end for size_of in formats for _, end in islice(_chunks(file, size_of), _MAX_CHUNKS))
+    stated = max(ends, default=0) or _xing(file)
+    return max(0, stated - file.seek(0, os.SEEK_END))
 
 
 def ogg_is_damaged(file: BinaryIO) -> bool:
     """Whether an Ogg page fails its checksum, or is not where the one before ends. A tag after the last page is allowed.
 
-    Reads the whole file, faster than it decodes; keeps the position.
+    Reads the whole file, faster than it decodes.
     """
     start = 0
-    with _position_kept(file):
-        while page := _ogg_page(file, start):
-            if page[22:26] != _ogg_checksum(page):
-                return True
-            start += len(page)
-        return b"OggS" in _read(file, start, _OGG_PAGE_BYTES)
+    for _, end in _chunks(file, _ogg_size):
+        page = _read(file, start, end - start)
+        if page[22:26] != _ogg_checksum(page):
+            return True
+        start = end
+    return b"OggS" in _read(file, start, _OGG_PAGE_BYTES)
 
 
 def lacks_index(file: BinaryIO) -> bool:
     """Whether this is an MP4 or QuickTime file without ``moov``: a recording stopped before it was finished."""
-    boxes = {kind for kind, _ in _boxes(file)}
+    boxes = {head[4:8] for head, _ in islice(_chunks(file, _box_size), _MAX_CHUNKS)}
     return b"mdat" in boxes and b"moov" not in boxes
+
+
+def _chunks(file: BinaryIO, size_of: Callable[[bytes], int]) -> Iterator[tuple[bytes, int]]:
+    """The chunks one behind the other: how each begins, and where it ends. Stops at what is none (a tag)."""
+    end = 0
+    while size := size_of(head := _read(file, end, _HEAD_BYTES)):
+        end += size
+        yield head, end
 
 
 def _read(file: BinaryIO, start: int, length: int) -> bytes:
     """Bytes from there; none from beyond the end, where hostile sizes point (seeking there fails on some disks)."""
-    if start >= file.seek(0, 2):
+    if start >= file.seek(0, os.SEEK_END):
         return b""
     file.seek(start)
     return file.read(length)
 
 
-def _iff(head: bytes) -> int:
-    """RIFF (WAV, AVI) and FORM (AIFF): one size for the whole file, after the first four bytes."""
+def _riff_size(head: bytes) -> int:
+    """RIFF (WAV, AVI) and FORM (AIFF): one size for the whole file, after the first four bytes.
+
+    A pipe is given 0, about 2 GiB (arecord, sox) or about 4 GiB (ffmpeg) for a length that is not yet known.
+    """
     size = int.from_bytes(head[4:8], "little" if head[:4] == b"RIFF" else "big")
-    return 0 if _unknown(size) else size + 8 - _SLACK_BYTES
+    unknown = 0x7FFF_0000 <= size <= 0x8001_0000 or size >= 0xFFFF_0000
+    return 0 if head[:4] not in (b"RIFF", b"FORM") or unknown else max(0, size + 8 - _SLACK_BYTES)
 
 
-def _unknown(size: int) -> bool:
-    """What is written to a pipe for a length not yet known: 0, about 2 GiB (arecord, sox) or about 4 GiB (ffmpeg)."""
-    return size == 0 or 0x7FFF_0000 <= size <= 0x8001_0000 or size >= 0xFFFF_0000
-
-
-def _vint(raw: bytes) -> tuple[int, int]:
-    """An EBML size (RFC 8794, section 4): its value, -1 for *unknown*, and its length in bytes."""
-    length = 9 - raw[0].bit_length() if raw and raw[0] else 9
-    if len(raw) < length:
-        return -1, length
+def _ebml_size(head: bytes) -> int:
+    """Matroska and WebM: the EBML header, then one Segment. A size (RFC 8794, section 4) of ones only is unknown."""
+    if head[:4] not in (b"\x1aE\xdf\xa3", b"\x18\x53\x80\x67"):
+        return 0
+    length = 9 - head[4].bit_length() if len(head) > 4 else 9
     mask = (1 << 7 * length) - 1
-    value = int.from_bytes(raw[:length], "big") & mask
-    return (-1 if value == mask else value), length
+    size = int.from_bytes(head[4 : 4 + length], "big") & mask
+    return 0 if length > 8 or size == mask else 4 + length + size
 
 
-def _matroska(file: BinaryIO) -> int:
-    """Matroska and WebM: the EBML header, then one Segment with its size."""
-    size, length = _vint(_read(file, 4, 8))
-    segment = 4 + length + size
-    raw = _read(file, segment, 12) if size >= 0 else b""
-    if raw[:4] != b"\x18\x53\x80\x67":
+def _ogg_size(head: bytes) -> int:
+    """An Ogg page is as long as its table of segments says; one that is cut off before that, longer than what is there."""
+    if head[:4] != b"OggS":
         return 0
-    size, length = _vint(raw[4:])
-    return 0 if size < 0 else segment + 4 + length + size
-
-
-def _ogg(file: BinaryIO) -> int:
-    """Ogg: where the last page ends, by its table of segments."""
-    end = file.seek(0, 2)
-    start = max(0, end - _OGG_PAGE_BYTES)
-    tail = _read(file, start, _OGG_PAGE_BYTES)
-    page = tail.rfind(b"OggS")
-    if page < 0:
-        return 0
-    table = tail[page + 27 : page + 27 + tail[page + 26]] if len(tail) > page + 26 else b""
-    if len(tail) <= page + 26 or len(table) < tail[page + 26]:
-        return end + 1
-    return start + page + 27 + len(table) + sum(table)
-
-
-def _ogg_page(file: BinaryIO, start: int) -> bytes:
-    """The page that begins there, as long as its table of segments says; none where none begins."""
-    head = _read(file, start, 27 + 255)
-    if len(head) < 27 or head[:4] != b"OggS":
-        return b""
-    return _read(file, start, 27 + head[26] + sum(head[27 : 27 + head[26]]))
+    table = head[27 : 27 + head[26]] if len(head) > 26 else b""
+    return 27 + len(table) + sum(table) if len(head) > 26 and len(table) == head[26] else len(head) + 1
 
 
 def _ogg_checksum(page: bytes) -> bytes:
@@ -362,30 +302,18 @@ def _ogg_checksum(page: bytes) -> bytes:
     return crc.to_bytes(4, "big").translate(_MIRROR)
 
 
-def _caf(file: BinaryIO) -> int:
-    """Core Audio Format: chunks after an eight-byte header; a size of -1 means *to the end*. Stops at what is no chunk."""
-    position = 8
-    for _ in range(_MAX_CHUNKS):
-        head = _read(file, position, 12)
-        size = int.from_bytes(head[4:], "big", signed=True)
-        if head[:4] not in _CAF_CHUNKS or size < 0:
-            break
-        position += 12 + size
-    return position
+def _caf_size(head: bytes) -> int:
+    """Core Audio Format: chunks after an eight-byte header; a size of -1 means *to the end*."""
+    size = int.from_bytes(head[4:12], "big", signed=True)
+    return 8 if head[:4] == b"caff" else 12 + size if head[:4] in _CAF_CHUNKS and size >= 0 else 0
 
 
-def _boxes(file: BinaryIO) -> Iterator[tuple[bytes, int]]:
-    """MP4 and QuickTime: the top-level boxes, each with the position where it ends. Stops at what is no box (a tag)."""
-    position = 0
-    for _ in range(_MAX_CHUNKS):
-        head = _read(file, position, 16)
-        size = int.from_bytes(head[:4], "big")
-        if size == 1:
-            size = int.from_bytes(head[8:16], "big")
-        if head[4:8] not in _MP4_BOXES or size < 8:
-            break
-        position += size
-        yield head[4:8], position
+def _box_size(head: bytes) -> int:
+    """MP4 and QuickTime: the top-level boxes."""
+    size = int.from_bytes(head[:4], "big")
+    if size == 1:
+        size = int.from_bytes(head[8:16], "big")
+    return size if head[4:8] in _MP4_BOXES and size >= 8 else 0
 
 
 def _xing(file: BinaryIO) -> int:

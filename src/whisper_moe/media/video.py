@@ -11,17 +11,15 @@ from collections.abc import Iterator
 from fractions import Fraction
 from math import ceil, prod
 from pathlib import Path
-from typing import TYPE_CHECKING, BinaryIO
+from typing import BinaryIO
 
 import numpy as np
+from av import VideoFrame, VideoStream
 from numpy.typing import NDArray
 
 from whisper_moe.config import SAMPLE_RATE
 from whisper_moe.media.audio import load_audio
-from whisper_moe.media.containers import FILM_CODECS, MICROSECONDS, SOUND_CODECS, Damage, Reader, opened
-
-if TYPE_CHECKING:
-    from av import VideoFrame, VideoStream
+from whisper_moe.media.containers import FILM_CODECS, MICROSECONDS, SOUND_CODECS, Damage, Reader, codec_of, opened
 
 Frames = NDArray[np.uint8]
 
@@ -108,39 +106,31 @@ class _Film:
         context.options = {"max_pixels": str(2 * max_pixels + 65_536)}
         rate = self.stream.average_rate or self.stream.guessed_rate
         self.usual = 1 / rate if rate else Fraction(0)
-        self.shape: tuple[int, int, int] | None = None
-        self.end: Fraction | None = None
-        """When the latest frame ends."""
 
-    def frames(self) -> Iterator[tuple[VideoFrame, Fraction]]:
-        """Decoded frames in the order in which they are shown, each with its time in seconds."""
-        latest = None
+    def frames(self) -> Iterator[tuple[VideoFrame, Fraction, Fraction]]:
+        """Decoded frames in the order in which they are shown, each with its begin and its end in seconds."""
+        begin = end = shape = None
         for count, frame in enumerate(self.reader.frames(self.stream), start=1):
             if count > self.max_decoded:
                 raise Damage(f"more than the limit of {self.max_decoded:,} frames")
-            time = self._time(frame)
-            if latest is not None and time < latest:
-                raise Damage(f"its timestamps run backwards, from {float(latest):.3f} s to {float(time):.3f} s")
-            self._check_shape(frame, time)
-            end = time + (frame.duration * frame.time_base if frame.duration and frame.time_base else self.usual)
-            self.end, self.reader.seconds, latest = end, float(end), time
-            yield frame, time
+            before, begin = begin, self._begin(frame, end)
+            if before is not None and begin < before:
+                raise Damage(f"its timestamps run backwards, from {float(before):.3f} s to {float(begin):.3f} s")
+            self._check_size(frame.width, frame.height)
+            was, shape = shape, f"{frame.width}×{frame.height} turned by {frame.rotation % 360}°"
+            if was not in (None, shape):
+                raise Damage(f"its pictures change from {was} to {shape} at {float(begin):.2f} s")
+            end = begin + (frame.duration * frame.time_base if frame.duration and frame.time_base else self.usual)
+            self.reader.seconds = float(end)
+            yield frame, begin, end
 
-    def _time(self, frame: VideoFrame) -> Fraction:
+    def _begin(self, frame: VideoFrame, end: Fraction | None) -> Fraction:
         """By the frame's own timestamp; where it has none, the end of the one before."""
         if frame.pts is not None and frame.time_base:
             return frame.pts * frame.time_base
-        if self.end is not None and not self.usual:
+        if end is not None and not self.usual:
             raise Damage("its frames have no timestamps, and it states no frame rate")
-        return Fraction(0) if self.end is None else self.end
-
-    def _check_shape(self, frame: VideoFrame, time: Fraction) -> None:
-        self._check_size(frame.width, frame.height)
-        shape = (frame.width, frame.height, frame.rotation % 360)
-        if self.shape is not None and shape != self.shape:
-            was, now = (f"{width}×{height} turned by {turn}°" for width, height, turn in (self.shape, shape))
-            raise Damage(f"its pictures change from {was} to {now} at {float(time):.2f} s")
-        self.shape = shape
+        return end or Fraction(0)
 
     def _check_size(self, width: int, height: int) -> None:
         if width * height > self.max_pixels:
@@ -149,31 +139,28 @@ class _Film:
 
 def _film_track(reader: Reader) -> VideoStream:
     """FFmpeg's best film track, or the first whose codec is allowed; cover art is none."""
-    streams, films = reader.container.streams, reader.films
+    films, best = reader.films, reader.container.streams.best("video")
     if not films:
-        raise Damage("it has no film track" + (", only a cover picture" if streams.video else ""))
-    readable = [film for film in films if film.codec_context and film.codec_context.name in FILM_CODECS]
+        raise Damage("it has no film track" + (", only a cover picture" if reader.container.streams.video else ""))
+    readable = [film for film in films if codec_of(film) in FILM_CODECS]
     if not readable:
-        codecs = sorted({film.codec_context.name if film.codec_context else "unknown" for film in films})
-        raise Damage(f"its film is in a codec that is not read ({', '.join(codecs)})")
-    best = streams.best("video")
+        raise Damage(f"its film is in a codec that is not read ({', '.join(sorted(set(map(codec_of, films))))})")
     return next((film for film in readable if film is best), readable[0])
 
 
 def _sampled(film: _Film, rate: float) -> Iterator[tuple[VideoFrame, int]]:
     """Each frame with the number of sample times k / rate at which it stands, if there is one."""
     step, taken = Fraction(rate), 0
-    standing: VideoFrame | None = None
-    first = Fraction(0)
-    for frame, time in film.frames():
-        if standing is None:
-            first = time
-        elif (until := ceil((time - first - SLACK) * step)) > taken:
+    standing = first = last = None
+    for frame, begin, end in film.frames():
+        first, last = begin if first is None else first, end
+        until = ceil((begin - first - SLACK) * step)
+        if standing is not None and until > taken:
             yield standing, until - taken
             taken = until
         standing = frame
-    if standing is not None and film.end is not None:
-        until = max(1, ceil((film.end - first - SLACK) * step))
+    if standing is not None and first is not None and last is not None:
+        until = max(1, ceil((last - first - SLACK) * step))
         if until > taken:
             yield standing, until - taken
 
