@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
 
 pytest.importorskip("transformers")
 from commandline import Run, noise
@@ -16,7 +16,7 @@ from weights.whispers import hub_model, write_folder
 
 from whisper_moe import WhisperMoE
 from whisper_moe.weights import checkpoint
-from whisper_moe.weights.checkpoint import read_config, save_checkpoint
+from whisper_moe.weights.checkpoint import Loaded, read_config, save_checkpoint
 from whisper_moe.weights.load import load_model
 from whisper_moe.weights.upcycle import answer
 
@@ -49,11 +49,12 @@ def test_what_was_written_is_read_back_and_compared(
 def test_what_was_written_wrongly_is_not_called_done(
     whisper: Path, tmp_path: Path, run: Run, monkeypatch: pytest.MonkeyPatch, damage: str
 ) -> None:
-    def wrong(folder: Path, config: Any, state: dict[str, torch.Tensor], **options: Any) -> None:
+    def wrong(folder: Path, model: Loaded, **options: Any) -> None:
         if damage != "bytes":
             factor = 5.0 if damage == "weights" else 0.0
-            state = {key: tensor * factor if ".ffn." in key else tensor for key, tensor in state.items()}
-        save_checkpoint(folder, config, state, **options)
+            state = {key: tensor * factor if ".ffn." in key else tensor for key, tensor in model.state.items()}
+            model = replace(model, state=state)
+        save_checkpoint(folder, model, **options)
         if damage == "bytes":
             file = folder / "core.safetensors"
             content = bytearray(file.read_bytes())
@@ -71,13 +72,8 @@ def test_a_dense_fine_tune_of_this_project_is_upcycled_and_keeps_its_margin(
     whisper: Path, tmp_path: Path, run: Run
 ) -> None:
     loaded = load_model(whisper)
-    save_checkpoint(
-        tmp_path / "tuned",
-        loaded.config.model_copy(update={"context_margin": 0.7}),
-        loaded.state,
-        generation=loaded.generation,
-        tokenizer_json=loaded.tokenizer_json,
-    )
+    config = loaded.config.model_copy(update={"context_margin": 0.7})
+    save_checkpoint(tmp_path / "tuned", replace(loaded, config=config))
     assert run("upcycle", tmp_path / "tuned", "-o", tmp_path / "m", *PLAIN).status == 0
     config = read_config(tmp_path / "m" / "config.json")
     assert config.context_margin == 0.7 and config.moe is not None

@@ -134,8 +134,8 @@ class WhisperMoE:
         if self.dtype != "float32" or not isinstance(self.model.decoder.head, TextHead):
             raise ValueError("load the model with for_inference=False to save it")
         state: dict[str, Tensor] = {key: value.float().cpu() for key, value in self.model.state_dict().items()}
-        parts: dict[str, Any] = {"generation": self.generation, "tokenizer_json": self._tokenizer_json}
-        save_checkpoint(Path(directory), self.config, state, quantize=quantize, **parts)
+        model = Loaded(self.config, state, self.generation, self._tokenizer_json)
+        save_checkpoint(directory, model, quantize=quantize)
 
     @overload
     def transcribe(self, audio: Audio, **options: Any) -> Transcription: ...

@@ -10,7 +10,7 @@ import logging
 import re
 import time
 from collections.abc import Iterable, Sequence
-from dataclasses import fields
+from dataclasses import fields, replace
 from importlib.util import find_spec
 from pathlib import Path
 from types import SimpleNamespace
@@ -209,8 +209,8 @@ def upcycle(flags: SimpleNamespace) -> int:
         languages, moe, ttt = _new_parts(flags)
     from whisper_moe.weights.checkpoint import save_checkpoint
     from whisper_moe.weights.load import load_model
-    from whisper_moe.weights.tokens import add_languages, stated_language
-    from whisper_moe.weights.upcycle import answer, read_back, upcycle
+    from whisper_moe.weights.tokens import stated_language
+    from whisper_moe.weights.upcycle import add_languages, answer, read_back, upcycle
 
     whisper = load_model(flags.source, base=flags.base)
     said = answer(whisper.config, whisper.state)
@@ -218,12 +218,11 @@ def upcycle(flags: SimpleNamespace) -> int:
         moe = moe.model_copy(update={"expert_dim": whisper.config.encoder_ffn_dim})
     config, state = upcycle(whisper.config, whisper.state, moe=moe, ttt=ttt, seed=flags.seed)
     with usage():
-        new = add_languages(config, state, whisper.generation, whisper.tokenizer_json, languages)
-    parts: dict[str, Any] = {"generation": new.generation, "tokenizer_json": new.tokenizer_json}
-    save_checkpoint(flags.output, new.config, new.state, quantize=flags.quantize, overwrite=flags.overwrite, **parts)
+        new = add_languages(replace(whisper, config=config, state=state), languages)
+    save_checkpoint(flags.output, new, quantize=flags.quantize, overwrite=flags.overwrite)
     size = sum(tensor.numel() for tensor in new.state.values()) / 1e6
     spoken = "".join(f", {language.name} ({language.code})" for language in languages)
-    if code := stated_language(new.generation, whisper.tokenizer):
+    if code := stated_language(new.generation, new.tokenizer):
         text = "%s states the language %s: what is heard is taken for that, unless --language says otherwise"
         logger.info(text, whisper.name, code)
     for held in (whisper.state, state, new.state):  # a large one need not be there twice
@@ -257,9 +256,7 @@ def export(flags: SimpleNamespace) -> int:
     from whisper_moe.weights.load import load_model
     from whisper_moe.weights.whisper import save_whisper
 
-    loaded = load_model(flags.model)
-    parts: dict[str, Any] = {"generation": loaded.generation, "tokenizer_json": loaded.tokenizer_json}
-    save_whisper(flags.output, loaded.config, loaded.state, **parts)
+    save_whisper(flags.output, load_model(flags.model))
     logger.info("%s: written", flags.output)
     return 0
 

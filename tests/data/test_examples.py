@@ -29,10 +29,10 @@ from whisper_moe.data.sample import AudioRef, DataError, Sample
 from whisper_moe.media.audio import MediaError
 from whisper_moe.media.languages import NewLanguage
 from whisper_moe.media.mel import log_mel
-from whisper_moe.media.tokenizer import Tokenizer
 from whisper_moe.packing import Layout
+from whisper_moe.weights.checkpoint import Loaded
 from whisper_moe.weights.parts import EMBEDDING
-from whisper_moe.weights.tokens import add_languages, parsed
+from whisper_moe.weights.upcycle import add_languages
 
 TOKENIZER = tiny_tokenizer()
 
@@ -54,8 +54,8 @@ def test_labels_are_the_next_tokens_after_the_prompt() -> None:
 def test_a_model_with_a_new_language_learns_to_tell_all_languages() -> None:
     tiny = {EMBEDDING: torch.zeros(VOCABULARY, MODEL.d_model)}
     config = MODEL.model_copy(update={"vocab_size": VOCABULARY})
-    new = add_languages(config, tiny, GENERATION, tokenizer_json(), [NewLanguage(code="or")])
-    tokenizer = Tokenizer(parsed(new.tokenizer_json), new.generation)
+    new = add_languages(Loaded(config, tiny, GENERATION, tokenizer_json()), [NewLanguage(code="or")])
+    tokenizer = new.tokenizer
     reader = ExampleReader(tokenizer, new.config, ExampleConfig())
     for code in ("or", "hi"):
         for text, prompted in (("Good", 3), ("<|0.00|> Good<|0.40|>", 2)):

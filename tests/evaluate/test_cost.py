@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 import pytest
 import torch
@@ -141,13 +141,7 @@ def test_parts_sum_to_every_tensor_of_the_model():
 def test_parts_are_called_what_their_files_are_called(tmp_path: Path):
     moe = MoEConfig(n_experts=2, expert_dim=16, router_layer=1, expert_names=("Hindi", "en US / old"))
     config = SMALL.model_copy(update={"moe": moe, "ttt": TTTConfig(encoder_layers=(1,), per_expert=True)})
-    save_checkpoint(
-        tmp_path / "m",
-        config,
-        WhisperMoEModel(config).state_dict(),
-        generation={},
-        tokenizer_json=b"{}",
-    )
+    save_checkpoint(tmp_path / "m", Loaded(config, WhisperMoEModel(config).state_dict(), {}, b"{}"))
     facts = facts_of(str(tmp_path / "m"))
     assert facts["parameters"].keys() == facts["bytes"].keys() >= {"experts/00-hindi", "experts/01-en-us-old"}
     assert facts["experts"] == ["Hindi", "en US / old"]
@@ -157,7 +151,7 @@ def test_parts_are_called_what_their_files_are_called(tmp_path: Path):
 
 def test_the_default_made_from_a_whisper_is_described_as_it_will_be(monkeypatch: pytest.MonkeyPatch):
     """An installation without a checkout has no checkpoint: its default is a dense Whisper, upcycled when it is loaded."""
-    dense = Loaded("whisper-base", ModelConfig(), {}, {}, cast(Any, None), b"")
+    dense = Loaded(ModelConfig(), {}, {}, b"", "whisper-base")
     monkeypatch.setattr(cost, "resolve", lambda _: Located("whisper", Path("nowhere"), "openai/whisper-base"))
     monkeypatch.setattr(cost, "load_model", lambda _: dense)
     upcycled = ModelConfig(moe=DEFAULT_MOE, ttt=DEFAULT_TTT)

@@ -25,9 +25,9 @@ from whisper_moe.data.sample import AudioRef, Sample, Skipped
 from whisper_moe.evaluate.evaluator import Evaluated, Evaluator
 from whisper_moe.media.languages import NewLanguage
 from whisper_moe.media.mel import log_mel
-from whisper_moe.media.tokenizer import Tokenizer
 from whisper_moe.model.model import WhisperMoEModel
-from whisper_moe.weights.tokens import add_languages, parsed
+from whisper_moe.weights.checkpoint import Loaded
+from whisper_moe.weights.upcycle import add_languages
 
 
 def evaluator_of(model: WhisperMoE, **options: bool) -> Evaluator:
@@ -102,8 +102,8 @@ def test_a_runs_loss_is_the_mean_of_the_samples(samples: list[Sample], languages
     """Also where new tokens take a part of the probability, and the language itself is to be told."""
     old = tiny_whisper_moe()
     wanted = [NewLanguage(code=code) for code in languages]
-    new = add_languages(old.config, old.model.state_dict(), old.generation, tokenizer_json(), wanted)
-    tokenizer = Tokenizer(parsed(new.tokenizer_json), new.generation)
+    new = add_languages(Loaded(old.config, old.model.state_dict(), old.generation, tokenizer_json()), wanted)
+    tokenizer = new.tokenizer
     model = WhisperMoEModel(new.config)
     model.load_state_dict(new.state)
     heard = [*samples, *(replace(samples[0], language=code, target_language=code) for code in languages)]

@@ -20,7 +20,15 @@ from weights.whispers import CONFIGS, GENERATION, TINY, random_state, same, toke
 from whisper_moe.config import AdaptConfig, ModelConfig
 from whisper_moe.model.model import WhisperMoEModel
 from whisper_moe.weights import files
-from whisper_moe.weights.checkpoint import INDEX, MANIFEST, describe, load_checkpoint, read_config, save_checkpoint
+from whisper_moe.weights.checkpoint import (
+    INDEX,
+    MANIFEST,
+    Loaded,
+    describe,
+    load_checkpoint,
+    read_config,
+    save_checkpoint,
+)
 from whisper_moe.weights.files import FileFacts
 from whisper_moe.weights.parts import SCALE, expected_shapes, quantizable
 
@@ -33,7 +41,7 @@ def no_waiting_for_the_disk(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def save(directory: Path, config: ModelConfig = TINY, state: dict[str, Tensor] | None = None, **options: Any) -> None:
     state = random_state(config) if state is None else state
-    save_checkpoint(directory, config, state, generation=GENERATION, tokenizer_json=tokenizer_json(), **options)
+    save_checkpoint(directory, Loaded(config, state, GENERATION, tokenizer_json()), **options)
 
 
 def content(directory: Path) -> dict[str, bytes]:

@@ -119,9 +119,7 @@ def delta(folder: Path) -> Tensor:
 
 def ours(directory: Path, **generation: Any) -> Path:
     state = random_state(TINY)
-    save_checkpoint(
-        directory, TINY, state, generation=GENERATION | generation, tokenizer_json=tokenizer_json(), overwrite=True
-    )
+    save_checkpoint(directory, Loaded(TINY, state, GENERATION | generation, tokenizer_json()), overwrite=True)
     return directory
 
 
@@ -559,7 +557,7 @@ def hub(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Hub]:
     adapter(folders["someone/both"], "someone/whisper")
     config = CONFIGS["shared"]
     target, state = folders["someone/ours"], random_state(config)
-    save_checkpoint(target, config, state, generation={}, tokenizer_json=tokenizer_json())
+    save_checkpoint(target, Loaded(config, state, {}, tokenizer_json()))
     server = Hub(folders)
     threading.Thread(target=server.serve_forever, daemon=True).start()
     yield server

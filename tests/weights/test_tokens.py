@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import json
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -40,12 +41,12 @@ from whisper_moe.model.inference import prepare_for_inference
 from whisper_moe.model.int8 import Int8Embedding, Int8Rows
 from whisper_moe.model.model import WhisperMoEModel
 from whisper_moe.packing import Layout
-from whisper_moe.weights.checkpoint import describe, load_checkpoint, save_checkpoint
+from whisper_moe.weights.checkpoint import Loaded, describe, load_checkpoint, save_checkpoint
 from whisper_moe.weights.files import CheckpointError
 from whisper_moe.weights.load import load_model
 from whisper_moe.weights.parts import EMBEDDING, NEW_TOKENS, quantizable
-from whisper_moe.weights.tokens import Extended, add_languages, complete, read_tokenizer, stated_language
-from whisper_moe.weights.upcycle import upcycle
+from whisper_moe.weights.tokens import complete, read_tokenizer, stated_language
+from whisper_moe.weights.upcycle import add_languages, upcycle
 from whisper_moe.weights.whisper import save_whisper
 
 ODIA, KONKANI = NewLanguage(code="or"), NewLanguage(code="kok", like=("hi",))
@@ -53,9 +54,9 @@ OR, KOK = VOCABULARY, VOCABULARY + 1
 """Their ids: those that follow."""
 
 
-def extended(config: ModelConfig = TINY, *languages: NewLanguage, state: dict[str, Tensor] | None = None) -> Extended:
-    state = random_state(config) if state is None else state
-    return add_languages(config, state, GENERATION, tokenizer_json(), languages or (ODIA, KONKANI))
+def extended(config: ModelConfig = TINY, *languages: NewLanguage, state: dict[str, Tensor] | None = None) -> Loaded:
+    model = Loaded(config, random_state(config) if state is None else state, GENERATION, tokenizer_json())
+    return add_languages(model, languages or (ODIA, KONKANI))
 
 
 def built(config: ModelConfig, state: dict[str, Tensor]) -> WhisperMoEModel:
@@ -64,14 +65,8 @@ def built(config: ModelConfig, state: dict[str, Tensor]) -> WhisperMoEModel:
     return model.eval()
 
 
-def tokenizer_of(new: Extended) -> Tokenizer:
-    return Tokenizer(tokenizers.Tokenizer.from_buffer(new.tokenizer_json), new.generation)
-
-
-def save(folder: Path, new: Extended, **options: Any) -> Path:
-    save_checkpoint(
-        folder, new.config, new.state, generation=new.generation, tokenizer_json=new.tokenizer_json, **options
-    )
+def save(folder: Path, model: Loaded, **options: Any) -> Path:
+    save_checkpoint(folder, model, **options)
     return folder
 
 
@@ -187,7 +182,7 @@ def test_a_row_starts_as_the_mean_of_its_relatives(language: NewLanguage, relati
 
 def test_languages_can_be_added_to_what_has_new_ones_and_be_like_them() -> None:
     first = extended(TINY, ODIA)
-    second = add_languages(*first, [NewLanguage(code="sat", like=("oriya",)), NewLanguage(code="mai")])
+    second = add_languages(first, [NewLanguage(code="sat", like=("oriya",)), NewLanguage(code="mai")])
     assert second.config.new_tokens == ("<|or|>", "<|sat|>", "<|mai|>")
     assert second.config.vocab_size == VOCABULARY + 3 and second.config.source_vocab_size == VOCABULARY
     assert torch.equal(second.state[NEW_TOKENS][:1], first.state[NEW_TOKENS])
@@ -195,7 +190,7 @@ def test_languages_can_be_added_to_what_has_new_ones_and_be_like_them() -> None:
     assert torch.equal(second.state[NEW_TOKENS][2], first.state[EMBEDDING][259])
     assert second.generation["undetected_languages"] == ["mai", "or", "sat"]
     assert second.generation["language_names"] == {"or": "odia", "sat": "santali", "mai": "maithili"}
-    assert {code: tokenizer_of(second).language_id(code) for code in ("or", "sat", "mai")} == {
+    assert {code: second.tokenizer.language_id(code) for code in ("or", "sat", "mai")} == {
         "or": OR,
         "sat": OR + 1,
         "mai": OR + 2,
@@ -210,8 +205,8 @@ def test_the_id_follows_the_sources_own_vocabulary(languages: int, first: int) -
     config = ModelConfig(vocab_size=first, d_model=4, encoder_heads=2, decoder_heads=2)
     state = {EMBEDDING: torch.randn(first, 4)}
     backend = hub_backend("multilingual", languages)
-    new = add_languages(config, state, {}, backend.to_str().encode(), [NewLanguage(code="or")])
-    before, after = Tokenizer(backend), tokenizer_of(new)
+    new = add_languages(Loaded(config, state, {}, backend.to_str().encode()), [NewLanguage(code="or")])
+    before, after = Tokenizer(backend), new.tokenizer
     assert after.language_id("odia") == after.language_id("Oriya") == first
     assert {key: id for key, id in after.languages.items() if key != "or"} == before.languages == after.detected
     for name in ("sot", "eot", "timestamp_begin", "timestamp_end", "no_timestamps", "is_multilingual"):
@@ -230,7 +225,7 @@ def test_an_english_only_model_stays_english_only() -> None:
     backend = hub_backend("gpt2")
     config = ModelConfig(vocab_size=51_864, d_model=4, encoder_heads=2, decoder_heads=2)
     with pytest.raises(ValueError, match="an English-only model has no tokens of languages"):
-        add_languages(config, {EMBEDDING: torch.randn(51_864, 4)}, {}, backend.to_str().encode(), [ODIA])
+        add_languages(Loaded(config, {EMBEDDING: torch.randn(51_864, 4)}, {}, backend.to_str().encode()), [ODIA])
     backend.add_special_tokens(["<|isl|>"])
     assert not Tokenizer(backend).is_multilingual, "51,865 tokens are not yet a multilingual vocabulary"
 
@@ -238,7 +233,7 @@ def test_an_english_only_model_stays_english_only() -> None:
 def test_rows_of_padding_keep_their_ids_and_get_names() -> None:
     padded = TINY.model_copy(update={"vocab_size": VOCABULARY + 3})
     new = extended(padded, ODIA)
-    tokenizer = tokenizer_of(new)
+    tokenizer = new.tokenizer
     assert tokenizer.language_id("or") == VOCABULARY + 3 == new.config.source_vocab_size
     assert new.state[EMBEDDING].shape[0] == VOCABULARY + 3
     assert {VOCABULARY, VOCABULARY + 2, VOCABULARY + 3} <= set(tokenizer.suppressed())
@@ -263,7 +258,7 @@ def test_a_tokenizer_with_more_names_than_the_embedding_has_rows_is_refused() ->
     backend = tokenizers.Tokenizer.from_buffer(tokenizer_json())
     backend.add_special_tokens(["<|mine|>"])
     with pytest.raises(ValueError, match=f"names {VOCABULARY + 1} tokens, the embedding has {VOCABULARY} rows"):
-        add_languages(TINY, random_state(TINY), GENERATION, backend.to_str().encode(), [ODIA])
+        add_languages(Loaded(TINY, random_state(TINY), GENERATION, backend.to_str().encode()), [ODIA])
 
 
 # Files.
@@ -273,7 +268,7 @@ def test_a_tokenizer_with_more_names_than_the_embedding_has_rows_is_refused() ->
 def test_only_small_files_know_of_new_tokens(quantize: bool, tmp_path: Path) -> None:
     """Every file of weights that was there is there byte for byte, and the new rows have one of their own."""
     config = CONFIGS["shared"]
-    old = Extended(config, random_state(config), GENERATION, tokenizer_json())
+    old = Loaded(config, random_state(config), GENERATION, tokenizer_json())
     save(tmp_path / "old", old, quantize=quantize, shard_bytes=9000)
     save(tmp_path / "new", extended(config), quantize=quantize, shard_bytes=9000)
     before, after = content(tmp_path / "old"), content(tmp_path / "new")
@@ -296,8 +291,7 @@ def test_what_is_saved_is_loaded(name: str, tmp_path: Path) -> None:
     loaded = load_checkpoint(save(tmp_path / "m", new))
     assert loaded.config == new.config and loaded.generation.items() >= new.generation.items()
     assert same(loaded.state, {key: new.state[key] for key in loaded.state}) and loaded.state.keys() == new.state.keys()
-    again = Extended(loaded.config, loaded.state, loaded.generation, loaded.tokenizer_json)
-    assert weights_of(save(tmp_path / "again", again)) == weights_of(tmp_path / "m")
+    assert weights_of(save(tmp_path / "again", loaded)) == weights_of(tmp_path / "m")
     assert loaded.tokenizer.language_id("konkani") == KOK
     assert loaded.tokenizer.detected.keys() == {"en", "hi"}
 
@@ -307,7 +301,7 @@ def test_an_upcycled_model_has_the_same_experts_with_new_tokens_or_without() -> 
     shared = CONFIGS["shared"]
     config, mixed = upcycle(TINY, state, moe=shared.moe, ttt=shared.ttt)
     after = extended(config, ODIA, state=mixed)
-    first = add_languages(TINY, state, GENERATION, tokenizer_json(), [ODIA])
+    first = extended(TINY, ODIA, state=state)
     before_config, before = upcycle(first.config, first.state, moe=shared.moe, ttt=shared.ttt)
     assert before_config == after.config
     assert same({k: v for k, v in after.state.items() if k != NEW_TOKENS}, mixed)
@@ -316,7 +310,7 @@ def test_an_upcycled_model_has_the_same_experts_with_new_tokens_or_without() -> 
 
 def test_a_tokenizer_in_another_order_than_the_rows_is_named(tmp_path: Path) -> None:
     other = extended(TINY, KONKANI, ODIA)
-    save(tmp_path / "m", extended()._replace(tokenizer_json=other.tokenizer_json, generation=other.generation))
+    save(tmp_path / "m", replace(extended(), tokenizer_json=other.tokenizer_json, generation=other.generation))
     with pytest.raises(CheckpointError, match=f"the new token <.or.> has the row {OR}, in the tokenizer the id {KOK}"):
         load_model(tmp_path / "m")
 
@@ -333,15 +327,14 @@ CLIPS = [
 def speaking(louder: float = 1.0, **generation: Any) -> WhisperMoE:
     """The tiny transcriber with two languages more; with ``louder``, their tokens are likelier than all others together."""
     old = tiny_whisper_moe()
-    new = add_languages(SPEAKING, old.model.state_dict(), GENERATION, tokenizer_json(), [ODIA, KONKANI])
+    new = extended(SPEAKING, state=old.model.state_dict())
     new.state[NEW_TOKENS] *= louder
-    said = new.generation | generation
-    tokenizer = tokenizer_of(new._replace(generation=said))
+    new = replace(new, generation=new.generation | generation)
     model = built(new.config, new.state)
     if louder != 1.0:
         with torch.no_grad():  # whatever the states are: one of the two rows is then far above zero
             model.get_parameter(NEW_TOKENS)[1] = -model.get_parameter(NEW_TOKENS)[0]
-    return WhisperMoE(model, tokenizer, said, name="tiny", tokenizer_json=new.tokenizer_json)
+    return WhisperMoE(model, new.tokenizer, new.generation, name="tiny", tokenizer_json=new.tokenizer_json)
 
 
 def decode(model: WhisperMoE, temperature: float = 0.0, **options: Any) -> list[DecodingResult]:
@@ -399,13 +392,13 @@ def test_a_language_is_detected_once_its_row_was_trained(tmp_path: Path) -> None
     new = extended(SPEAKING, state=tiny_whisper_moe().model.state_dict())
     rows, others = new.state[NEW_TOKENS], {**new.state, EMBEDDING: new.state[EMBEDDING] + 0.01}
     for quantize in (False, True):
-        folder = save(tmp_path / f"as-it-began-{quantize}", new._replace(state=others), quantize=quantize)
+        folder = save(tmp_path / f"as-it-began-{quantize}", replace(new, state=others), quantize=quantize)
         assert load_model(folder).tokenizer.detected.keys() == {"en", "hi"}
-    moved = new._replace(state={**new.state, NEW_TOKENS: torch.stack([1e6 * rows[0], rows[1]])})
+    moved = replace(new, state={**new.state, NEW_TOKENS: torch.stack([1e6 * rows[0], rows[1]])})
     one = WhisperMoE.from_pretrained(save(tmp_path / "one", moved), dtype="float32")
     assert one.generation["undetected_languages"] == ["kok"] and one.tokenizer.detected.keys() == {"en", "hi", "or"}
     assert "or" in {take.language for take in decode(one)}
-    both = moved._replace(state={**new.state, NEW_TOKENS: 2 * rows}, generation=one.generation)
+    both = replace(moved, state={**new.state, NEW_TOKENS: 2 * rows}, generation=one.generation)
     said = load_checkpoint(save(tmp_path / "both", both)).generation
     assert not {"undetected_languages", "untrained_rows"} & said.keys()
 
@@ -414,7 +407,7 @@ def test_a_language_whose_beginning_is_not_known_is_left_out(tmp_path: Path) -> 
     new = extended()
     old = {key: value for key, value in new.generation.items() if key != "untrained_rows"}
     moved = {**new.state, NEW_TOKENS: new.state[NEW_TOKENS] + 1}
-    said = load_checkpoint(save(tmp_path / "m", new._replace(state=moved, generation=old))).generation
+    said = load_checkpoint(save(tmp_path / "m", replace(new, state=moved, generation=old))).generation
     assert said.items() >= old.items() and "untrained_rows" not in said
 
 
@@ -460,8 +453,8 @@ def test_transformers_loads_the_grown_vocabulary(tmp_path: Path) -> None:
     from transformers import GenerationConfig, WhisperForConditionalGeneration, WhisperTokenizer
 
     source = load_model(write_folder(tmp_path / "w", hub_model()))
-    new = add_languages(source.config, source.state, source.generation, source.tokenizer_json, [ODIA, KONKANI])
-    save_whisper(tmp_path / "hub", new.config, new.state, generation=new.generation, tokenizer_json=new.tokenizer_json)
+    new = add_languages(source, [ODIA, KONKANI])
+    save_whisper(tmp_path / "hub", new)
     theirs = WhisperForConditionalGeneration.from_pretrained(tmp_path / "hub").eval()
     assert theirs.config.vocab_size == VOCABULARY + 2
     assert theirs.get_output_embeddings().weight.shape[0] == VOCABULARY + 2
@@ -506,9 +499,7 @@ def test_odia_leaves_whisper_base_as_it_is(whisper_base: Path, shared_data: Path
 
     if not EMBEDDED.is_dir():
         pytest.skip("the default model is not in this checkout")
-    loaded = load_model(EMBEDDED)
-    new = add_languages(loaded.config, loaded.state, loaded.generation, loaded.tokenizer_json, [ODIA])
-    save(tmp_path / "m", new, quantize=True)
+    save(tmp_path / "m", add_languages(load_model(EMBEDDED), [ODIA]), quantize=True)
     before, after = content(EMBEDDED), content(tmp_path / "m")
     weights = {name for name in before if name.endswith(".safetensors")}
     assert {name for name in after if name.endswith(".safetensors")} == weights | {"tokens.safetensors"}
@@ -532,7 +523,7 @@ def tokenizer(tmp_path: Path) -> Tokenizer:
 def completed(
     tokenizer: Tokenizer, generation: dict[str, Any] | None, config: ModelConfig = TINY, **options: Any
 ) -> dict[str, Any]:
-    return complete(generation, tokenizer, config, origin="generation_config.json", **options)[0]
+    return complete(generation, tokenizer, config, origin="generation_config.json", **options)
 
 
 def test_what_a_source_says_is_kept_and_what_it_leaves_out_is_found_by_name(tokenizer: Tokenizer) -> None:

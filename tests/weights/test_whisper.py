@@ -20,7 +20,6 @@ from weights.whispers import (
     published,
     random_state,
     same,
-    tokenizer_json,
     write_folder,
 )
 
@@ -242,13 +241,7 @@ def test_whisper_base_comes_through_a_checkpoint_of_ours_exactly(whisper_base: P
     from safetensors.torch import load_file
 
     source = load_model(whisper_base)
-    save_checkpoint(
-        tmp_path / "m",
-        source.config,
-        source.state,
-        generation=source.generation,
-        tokenizer_json=source.tokenizer_json,
-    )
+    save_checkpoint(tmp_path / "m", source)
     loaded = load_checkpoint(tmp_path / "m")
     theirs = {key: tensor.float() for key, tensor in load_file(whisper_base / "model.safetensors").items()}
     theirs.pop("proj_out.weight", None)
@@ -259,15 +252,9 @@ def test_whisper_base_comes_through_a_checkpoint_of_ours_exactly(whisper_base: P
 # The way back, as a folder
 
 
-def export(source: Loaded, directory: Path) -> None:
-    save_whisper(
-        directory, source.config, source.state, generation=source.generation, tokenizer_json=source.tokenizer_json
-    )
-
-
 def test_what_comes_in_goes_out_and_comes_in_again(tmp_path: Path) -> None:
     source = load_model(write_folder(tmp_path / "in", hub_model()))
-    export(source, tmp_path / "out")
+    save_whisper(tmp_path / "out", source)
     again = load_model(tmp_path / "out")
     assert same(again.state, source.state)
     assert (again.config, again.generation, again.tokenizer_json) == (
@@ -278,7 +265,7 @@ def test_what_comes_in_goes_out_and_comes_in_again(tmp_path: Path) -> None:
 
 
 def test_transformers_loads_model_and_processor(tmp_path: Path) -> None:
-    export(load_model(write_folder(tmp_path / "in", hub_model())), tmp_path / "out")
+    save_whisper(tmp_path / "out", load_model(write_folder(tmp_path / "in", hub_model())))
     model = WhisperForConditionalGeneration.from_pretrained(tmp_path / "out")
     assert same(hub_state(model), hub_state(hub_model()))
     assert model.config.decoder_start_token_id == model.generation_config.decoder_start_token_id == 257
@@ -289,16 +276,16 @@ def test_transformers_loads_model_and_processor(tmp_path: Path) -> None:
 
 
 def test_experts_and_existing_directories_are_refused(tmp_path: Path) -> None:
-    state = random_state(CONFIGS["shared"])
+    shared, dense = (Loaded(CONFIGS[name], random_state(CONFIGS[name]), {}, b"{}") for name in ("shared", "dense"))
     with pytest.raises(ValueError, match="this one has moe and ttt"):
-        save_whisper(tmp_path / "out", CONFIGS["shared"], state, generation={}, tokenizer_json=tokenizer_json())
+        save_whisper(tmp_path / "out", shared)
     assert not list(tmp_path.iterdir())
     with pytest.raises(ValueError, match="exists already"):
-        save_whisper(tmp_path, TINY, random_state(TINY), generation={}, tokenizer_json=tokenizer_json())
+        save_whisper(tmp_path, dense)
 
 
 def test_whisper_base_goes_out_as_it_came_in(whisper_base: Path, tmp_path: Path) -> None:
-    export(load_model(whisper_base), tmp_path / "out")
+    save_whisper(tmp_path / "out", load_model(whisper_base))
     model = WhisperForConditionalGeneration.from_pretrained(tmp_path / "out")
     reference = WhisperForConditionalGeneration.from_pretrained(whisper_base, dtype=torch.float32)
     assert same(hub_state(model), hub_state(reference))

@@ -38,8 +38,8 @@ from whisper_moe.weights.checkpoint import CONFIG, read_config
 from whisper_moe.weights.files import atomic_folder, json_bytes, read_bytes, read_json
 from whisper_moe.weights.load import load_model
 from whisper_moe.weights.parts import empty_model, expected_shapes
-from whisper_moe.weights.tokens import GENERATION, TOKENIZER, add_languages, of_any_language, parsed
-from whisper_moe.weights.upcycle import add_parts, upcycle
+from whisper_moe.weights.tokens import GENERATION, TOKENIZER, of_any_language, parsed
+from whisper_moe.weights.upcycle import add_languages, add_parts, upcycle
 
 Note: TypeAlias = Callable[[Sequence[Skipped]], None]
 START = "start"
@@ -85,7 +85,8 @@ class InitialModel:
         wanted = [language for language in map(NewLanguage.parse, given.new_languages) if language.code not in known]
         if not wanted:
             return initial
-        return cls(**add_languages(config, state, generation, content, wanted)._asdict())
+        new = add_languages(replace(loaded, config=config, state=state, generation=generation), wanted)
+        return cls(config=new.config, state=new.state, generation=new.generation, tokenizer_json=new.tokenizer_json)
 
     def write(self, run: Path) -> None:
         """Keep all but the weights in the run's folder."""

@@ -185,16 +185,11 @@ def _signals(trainer: Trainer) -> Iterator[None]:
 def export(directory: Path, start: InitialModel) -> None:
     """Write the run's best checkpoint, or its last where none was judged, as a model."""
     from whisper_moe.train import checkpoint
-    from whisper_moe.weights.checkpoint import save_checkpoint
+    from whisper_moe.weights.checkpoint import Loaded, save_checkpoint
 
     path = checkpoint.best(directory) or checkpoint.latest(directory)
     assert path is not None, "a run that has ended has a checkpoint"
-    save_checkpoint(
-        directory / MODEL,
-        start.config,
-        {name.removeprefix("model/"): tensor.float() for name, tensor in checkpoint.read(path, "model/").items()},
-        generation=start.generation,
-        tokenizer_json=start.tokenizer_json,
-        overwrite=True,
-    )
+    state = {name.removeprefix("model/"): tensor.float() for name, tensor in checkpoint.read(path, "model/").items()}
+    model = Loaded(start.config, state, start.generation, start.tokenizer_json)
+    save_checkpoint(directory / MODEL, model, overwrite=True)
     logger.info("%s: the model of step %d", directory / MODEL, checkpoint.step_of(path))

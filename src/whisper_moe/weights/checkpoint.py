@@ -20,6 +20,7 @@ import re
 from collections.abc import Iterable, Mapping, Sequence, Set
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
 from typing import Any, Literal
 
@@ -53,7 +54,7 @@ from whisper_moe.weights.parts import (
     spelled_alone,
     unstack,
 )
-from whisper_moe.weights.tokens import GENERATION, TOKENIZER, complete, detected_when_trained, read_tokenizer
+from whisper_moe.weights.tokens import GENERATION, TOKENIZER, complete, detected_when_trained, parsed, read_tokenizer
 
 CONFIG, INDEX, MANIFEST = "config.json", "model.safetensors.index.json", "MANIFEST.json"
 SHARD_BYTES = 44_000_000
@@ -77,72 +78,66 @@ class Manifest(BaseModel):
 class Loaded:
     """A model in memory, whatever it was read from; its tensors are named as the model names them."""
 
-    name: str
     config: ModelConfig
     state: dict[str, Tensor]
     """float32."""
     generation: dict[str, Any]
-    tokenizer: Tokenizer
     tokenizer_json: bytes
+    name: str = ""
     quantized: dict[str, Int8Rows] = field(default_factory=dict)
     """Empty unless asked for: matrices that are still int8; ``state`` lacks them."""
+
+    @cached_property
+    def tokenizer(self) -> Tokenizer:
+        return Tokenizer(parsed(self.tokenizer_json), self.generation)
 
 
 # Saving
 
 
 def save_checkpoint(
-    directory: str | Path,
-    config: ModelConfig,
-    state: Mapping[str, Tensor],
+    directory: str | os.PathLike[str],
+    model: Loaded,
     *,
-    generation: Mapping[str, Any],
-    tokenizer_json: bytes,
     quantize: bool = False,
     shard_bytes: int = SHARD_BYTES,
     overwrite: bool = False,
 ) -> None:
     """Write ``directory`` whole or not at all; the same input gives the same bytes.
 
-    ``state``: the model's tensors, float32. ``generation``: new languages in it are detected once their rows were trained
-    (:func:`~whisper_moe.weights.tokens.detected_when_trained`). ``quantize``: int8 rows, of what is :func:`quantizable`.
-    Raises ``ValueError`` for a state that is not finite or not of this configuration, and for a directory that exists, unless
-    ``overwrite`` is set and it is a checkpoint.
+    New languages are detected once their rows were trained (:func:`~whisper_moe.weights.tokens.detected_when_trained`).
+    ``quantize``: int8 rows, of what is :func:`quantizable`. Raises ``ValueError`` for a state that is not finite or not of the
+    configuration, and for a directory that exists, unless ``overwrite`` is set and it is a checkpoint.
     """
-    directory = Path(directory).resolve()
-    _check_target(directory, overwrite)
+    directory, config, state = Path(directory).resolve(), model.config, model.state
+    if overwrite and directory.is_dir():
+        _check_overwritten(directory)
     _check_state(config, state)
     with atomic_folder(directory, overwrite=overwrite) as folder:
         index = _write_tensors(folder, config, state, quantize, shard_bytes)
-        (folder / TOKENIZER).write_bytes(tokenizer_json)
-        for name, document in (
-            (CONFIG, config.model_dump(mode="json")),
-            (GENERATION, detected_when_trained(generation, config, state)),
-            (INDEX, {"weight_map": index}),
-        ):
-            (folder / name).write_bytes(json_bytes(document))
-        names = sorted(path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file())
-        files = {name: FileFacts.of(folder / name) for name in names}
+        (folder / TOKENIZER).write_bytes(model.tokenizer_json)
+        (folder / CONFIG).write_bytes(json_bytes(config.model_dump(mode="json")))
+        (folder / GENERATION).write_bytes(json_bytes(detected_when_trained(model.generation, config, state)))
+        (folder / INDEX).write_bytes(json_bytes({"weight_map": index}))
+        files = {name: FileFacts.of(folder / name) for name in _files_in(folder)}
         manifest = Manifest(quantization="int8" if quantize else None, files=files)
         (folder / MANIFEST).write_bytes(json_bytes(manifest.model_dump(mode="json")))
 
 
-def _check_target(directory: Path, overwrite: bool) -> None:
-    """Refuse before anything is computed what would be refused at the end; nothing but a checkpoint is ever overwritten."""
-    if not (overwrite and directory.is_dir()):
-        return
-    present = {path.relative_to(directory).as_posix() for path in directory.rglob("*") if not path.is_dir()}
+def _files_in(folder: Path) -> list[str]:
+    return sorted(path.relative_to(folder).as_posix() for path in folder.rglob("*") if not path.is_dir())
+
+
+def _check_overwritten(directory: Path) -> None:
+    """Refuse before anything is computed what is refused at the end; nothing but a checkpoint is ever overwritten."""
     known = {*read_manifest(directory).files, MANIFEST} if (directory / MANIFEST).exists() else set()
-    if present - known:
-        raise ValueError(
-            f"{directory}: not overwritten, for it holds more than a checkpoint: {listed(sorted(present - known))}"
-        )
+    if others := [name for name in _files_in(directory) if name not in known]:
+        raise ValueError(f"{directory}: not overwritten, for it holds more than a checkpoint: {listed(others)}")
 
 
 def _check_state(config: ModelConfig, state: Mapping[str, Tensor]) -> None:
     shapes = expected_shapes(config)
-    different = sorted(shapes.keys() ^ state.keys())
-    if different:
+    if different := sorted(shapes.keys() ^ state.keys()):
         raise ValueError(f"the state does not belong to the configuration: {listed(different)}")
     for key, shape in shapes.items():
         if tuple(state[key].shape) != shape or state[key].dtype != torch.float32:
@@ -204,8 +199,7 @@ def read_manifest(directory: Path) -> Manifest:
         raise CheckpointError(f"{path}: {problems(error)}") from error
     for name in manifest.files:
         inside(directory, name, path)
-    missing = {CONFIG, GENERATION, TOKENIZER, INDEX} - set(manifest.files)
-    if missing:
+    if missing := {CONFIG, GENERATION, TOKENIZER, INDEX} - set(manifest.files):
         raise CheckpointError(f"{path}: does not list {listed(sorted(missing))}")
     return manifest
 
@@ -221,16 +215,8 @@ def read_config(path: Path) -> ModelConfig:
         raise CheckpointError(f"{path}: {problems(error)}") from error
 
 
-@dataclass(frozen=True)
-class _Header:
-    """What the small files say, checked. ``index``: tensor (spelled alone) → file."""
-
-    files: dict[str, FileFacts]
-    config: ModelConfig
-    index: dict[str, str]
-
-
-def _read_header(directory: Path) -> _Header:
+def _read_header(directory: Path) -> tuple[dict[str, FileFacts], ModelConfig, dict[str, str]]:
+    """What the small files say, checked: the manifest, the configuration, and tensor (spelled alone) → file."""
     files = read_manifest(directory).files
     weights = {name for name in files if name.endswith(".safetensors")}
     for name in files.keys() - weights:
@@ -239,18 +225,18 @@ def _read_header(directory: Path) -> _Header:
     if different := weights ^ set(index.values()):
         raise CheckpointError(f"{directory / INDEX}: does not agree with {MANIFEST} about {listed(sorted(different))}")
     require_plausible(config, len(index), directory / CONFIG)
-    return _Header(files, config, index)
+    return files, config, index
 
 
 def describe(directory: str | Path) -> tuple[ModelConfig, dict[str, int]]:
     """The configuration, and the bytes on disk of each part: ``core``, ``experts/00-name`` … No weights are read."""
-    header = _read_header(Path(directory))
+    files, config, _ = _read_header(Path(directory))
     sizes: dict[str, int] = {}
-    for name, facts in header.files.items():
+    for name, facts in files.items():
         if name.endswith(".safetensors"):
             part = re.sub(r"(-\d{5}-of-\d{5})?\.safetensors$", "", name)
             sizes[part] = sizes.get(part, 0) + facts.bytes
-    return header.config, sizes
+    return config, sizes
 
 
 def load_checkpoint(directory: str | Path, *, keep_int8: bool = False) -> Loaded:
@@ -260,11 +246,10 @@ def load_checkpoint(directory: str | Path, *, keep_int8: bool = False) -> Loaded
     Raises ``CheckpointError`` that names the file at fault.
     """
     directory = Path(directory)
-    header = _read_header(directory)
-    facts, config, index = header.files, header.config, header.index
+    facts, config, index = _read_header(directory)
     shapes = expected_shapes(config)
     _check_size(shapes, {name: facts[name] for name in sorted(set(index.values()))}, directory)
-    kept = _stored_int8(shapes, index) if keep_int8 else set()
+    kept = {key for key, shape in shapes.items() if keep_int8 and _is_int8(key, shape, index)}
     state = {key: torch.empty(shape, dtype=torch.float32) for key, shape in shapes.items() if key not in kept}
     quantized = {key: Int8Rows.empty(*shapes[key]) for key in kept}
     views: dict[str, Tensor | Int8Rows] = dict(unstack(state)) | dict(unstack(quantized))
@@ -274,10 +259,10 @@ def load_checkpoint(directory: str | Path, *, keep_int8: bool = False) -> Loaded
         # While the threads compute checksums:
         stated = read_json(directory / GENERATION)
         tokenizer_json, tokenizer = read_tokenizer(directory / TOKENIZER, stated)
-        generation, tokenizer = complete(stated, tokenizer, config, origin=directory / GENERATION)
+        generation = complete(stated, tokenizer, config, origin=directory / GENERATION)
         for (name, keys), _ in zip(files.items(), checked, strict=True):
             _fill(directory / name, {key: views.get(key) for key in keys})
-    return Loaded(model_name(directory), config, state, generation, tokenizer, tokenizer_json, quantized)
+    return Loaded(config, state, generation, tokenizer_json, model_name(directory), quantized)
 
 
 def _check_size(shapes: Mapping[str, tuple[int, ...]], files: Mapping[str, FileFacts], directory: Path) -> None:
@@ -289,14 +274,10 @@ def _check_size(shapes: Mapping[str, tuple[int, ...]], files: Mapping[str, FileF
         raise CheckpointError(f"{directory / CONFIG}: asks for {numbers:,} weights, the files have {stored:,} bytes")
 
 
-def _stored_int8(shapes: Mapping[str, tuple[int, ...]], index: Mapping[str, str]) -> set[str]:
+def _is_int8(key: str, shape: Sequence[int], index: Mapping[str, str]) -> bool:
     """Of a stack of experts all must be, each in one file with its scales."""
-    return {
-        key
-        for key, shape in shapes.items()
-        if quantizable(key)
-        and all(name in index and index.get(name + SCALE) == index[name] for name in spelled_alone(key, shape))
-    }
+    alone = spelled_alone(key, shape)
+    return quantizable(key) and all(name in index and index.get(name + SCALE) == index[name] for name in alone)
 
 
 def _plan(index: Mapping[str, str], needed: Set[str], path: Path) -> dict[str, list[str]]:
@@ -314,30 +295,27 @@ def _plan(index: Mapping[str, str], needed: Set[str], path: Path) -> dict[str, l
 
 def _fill(path: Path, views: Mapping[str, Tensor | Int8Rows | None]) -> None:
     """Read one file into the model's tensors. ``views``: what the index says is in it; None for scales."""
-    keys = {file_key(key): key for key in views}
-    file = open_tensors(path)
-    found = set(file.keys())
-    if found != set(keys) or len(keys) != len(views):
+    keys, file = {file_key(key): key for key in views}, open_tensors(path)
+    if (found := set(file.keys())) != set(keys) or len(keys) != len(views):
         raise CheckpointError(f"{path}: does not hold what {INDEX} says: {listed(sorted(found ^ set(keys)))}")
     for name, key in keys.items():
-        out = views[key]
-        if out is None:
+        if (out := views[key]) is None:
             continue
         stored = file.get_tensor(name)
         if name + SCALE not in keys:
-            _check_stored(f"{path}: {name}", stored, out.shape, _FLOATS)
             assert isinstance(out, Tensor)
+            _check_stored(f"{path}: {name}", stored, out.shape, _FLOATS)
             out.copy_(stored)
         else:
-            scale = file.get_tensor(name + SCALE)
+            rows = Int8Rows(stored, file.get_tensor(name + SCALE))
             _check_stored(f"{path}: {name}", stored, out.shape, (torch.int8,))
-            _check_stored(f"{path}: {name}{SCALE}", scale, (len(stored), 1), (torch.float32,))
+            _check_stored(f"{path}: {name}{SCALE}", rows.scale, (len(stored), 1), (torch.float32,))
             if isinstance(out, Tensor):
-                Int8Rows(stored, scale).dequantize_into(out)
+                rows.dequantize_into(out)
             else:
                 out.levels.copy_(stored)
-                out.scale.copy_(scale)
-            stored = scale * LEVELS
+                out.scale.copy_(rows.scale)
+            stored = rows.scale * LEVELS
         if not is_finite(stored):
             raise CheckpointError(f"{path}: {name} is not finite (NaN or infinity)")
 

@@ -39,12 +39,18 @@ def listed(names: Iterable[object], limit: int = 5) -> str:
     return ", ".join(known[:limit]) + more
 
 
-def regular_size(path: Path) -> int:
-    """Bytes of a file. Refuses, where a link ends too, what is none: a device or a pipe could be read for ever."""
+@contextmanager
+def _reading(path: Path) -> Iterator[None]:
     try:
-        status = path.stat()
+        yield
     except OSError as error:
         raise CheckpointError(f"{path}: cannot be read ({error.strerror})") from error
+
+
+def regular_size(path: Path) -> int:
+    """Bytes of a file. Refuses, where a link ends too, what is none: a device or a pipe could be read for ever."""
+    with _reading(path):
+        status = path.stat()
     if not stat.S_ISREG(status.st_mode):
         raise CheckpointError(f"{path}: not a regular file")
     return status.st_size
@@ -54,19 +60,15 @@ def read_bytes(path: Path) -> bytes:
     """A file beside the weights: JSON, of a few megabytes at most."""
     if (size := regular_size(path)) > _MOST_BYTES:
         raise CheckpointError(f"{path}: has {size:,} bytes; no such file is larger than {_MOST_BYTES:,}")
-    try:
-        with path.open("rb") as file:
-            return file.read(_MOST_BYTES)  # a bound also for files whose size is not known beforehand, as in /proc
-    except OSError as error:
-        raise CheckpointError(f"{path}: cannot be read ({error.strerror})") from error
+    with _reading(path), path.open("rb") as file:
+        return file.read(_MOST_BYTES)  # a bound also for files whose size is not known beforehand, as in /proc
 
 
 def read_json(path: Path) -> dict[str, Any]:
     """A JSON file that holds an object."""
+    content = read_bytes(path)
     try:
-        value = json.loads(read_bytes(path))
-    except CheckpointError:
-        raise
+        value = json.loads(content)
     except (ValueError, RecursionError) as error:
         raise CheckpointError(f"{path}: not JSON ({error})") from error
     if not isinstance(value, dict):
@@ -121,7 +123,8 @@ class FileFacts(BaseModel):
 
     @classmethod
     def of(cls, path: Path) -> FileFacts:
-        return cls(bytes=path.stat().st_size, sha256=sha256(path))
+        with _reading(path), path.open("rb") as file:
+            return cls(bytes=path.stat().st_size, sha256=hashlib.file_digest(file, "sha256").hexdigest())
 
     def check_size(self, path: Path, origin: str) -> None:
         """``origin``: the list."""
@@ -130,16 +133,8 @@ class FileFacts(BaseModel):
 
     def check(self, path: Path, origin: str) -> None:
         self.check_size(path, origin)
-        if sha256(path) != self.sha256:
+        if FileFacts.of(path) != self:
             raise CheckpointError(f"{path}: sha256 differs from {origin}'s: damaged or changed")
-
-
-def sha256(path: Path) -> str:
-    try:
-        with path.open("rb") as file:
-            return hashlib.file_digest(file, "sha256").hexdigest()
-    except OSError as error:
-        raise CheckpointError(f"{path}: cannot be read ({error.strerror})") from error
 
 
 class TensorFiles(Mapping[str, "Tensor"]):

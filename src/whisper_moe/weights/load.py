@@ -11,6 +11,7 @@ import os
 import re
 import zipfile
 from collections.abc import Iterable, Mapping
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from difflib import get_close_matches
 from pathlib import Path
@@ -54,17 +55,9 @@ _FULL = (
     r"pytorch_model\.bin",
     rf"pytorch_model({_SHARD}\.bin|\.bin\.index\.json)",
 )
-_ADAPTER = (r"adapter_model\.safetensors", r"adapter_model\.bin")
-_ADAPTER_CONFIG = "adapter_config.json"
-_SMALL = {
-    CONFIG,
-    GENERATION,
-    TOKENIZER,
-    *OLD_TOKENIZER,
-    "special_tokens_map.json",
-    "tokenizer_config.json",
-    _ADAPTER_CONFIG,
-}
+_ADAPTER, ADAPTER_CONFIG = (r"adapter_model\.safetensors", r"adapter_model\.bin"), "adapter_config.json"
+_SMALL = {CONFIG, GENERATION, TOKENIZER, *OLD_TOKENIZER, ADAPTER_CONFIG}
+_SMALL |= {"special_tokens_map.json", "tokenizer_config.json"}
 
 logger = logging.getLogger(__name__)
 
@@ -120,12 +113,10 @@ def resolve(
     """
     name, folder = os.fspath(model), Path(model_dir).expanduser() if model_dir is not None else None
     repo, path = hub_id(name), Path(name).expanduser()
-    if folder is not None:  # whisper's file of turbo is another's name
-        files = [
-            *(folder / f"{file}.pt" for file in (name, (repo or name).removeprefix("openai/whisper-"))),
-            folder / name,
-        ]
-        path = next((file for file in files if file.exists()), path)
+    if folder is not None:
+        whispers = (repo or name).removeprefix("openai/whisper-")  # its file of turbo is called large-v3-turbo.pt
+        files = (folder / f"{name}.pt", folder / f"{whispers}.pt", folder / name)
+        path = next(filter(Path.exists, files), path)
     if repo is not None and not path.exists():
         path = _fetch(repo, revision, folder)
         return Located(_kind(path), path, repo)
@@ -185,13 +176,16 @@ def needed_files(names: list[str], origin: str) -> list[str]:
 
 def _fetch(repo: str, revision: str | None, cache_dir: Path | None) -> Path:
     """A model's folder in ``cache_dir`` or the Hub's own cache, if it is complete there, else downloaded."""
-    for place in dict.fromkeys((cache_dir, None)):
-        folder = _cached(repo, revision, place)
-        if folder is not None and _is_complete(folder):
-            return folder
     from huggingface_hub import HfApi, constants, snapshot_download
-    from huggingface_hub.errors import HTTPError  # pyright: ignore[reportPrivateImportUsage] (its transport's)
+    from huggingface_hub.errors import LocalEntryNotFoundError
 
+    for place in dict.fromkeys((cache_dir, None)):
+        # The pattern keeps newer clients from demanding that files which nobody asked for are cached too.
+        options: dict[str, Any] = {"local_files_only": True, "allow_patterns": [CONFIG]}
+        with suppress(LocalEntryNotFoundError):
+            folder = Path(snapshot_download(repo, revision=revision, cache_dir=place, **options))
+            if _is_complete(folder):
+                return folder
     where = cache_dir or constants.HF_HUB_CACHE
     try:
         files = HfApi().model_info(repo, revision=revision, files_metadata=True).siblings or []
@@ -201,22 +195,16 @@ def _fetch(repo: str, revision: str | None, cache_dir: Path | None) -> Path:
         return Path(snapshot_download(repo, revision=revision, cache_dir=cache_dir, allow_patterns=names))
     except CheckpointError:
         raise
-    except (HTTPError, OSError, ValueError) as error:
-        cause = (str(error).strip() or type(error).__name__).splitlines()[0]
-        raise CheckpointError(f"{repo}: not in {where}, and not to be had from the Hub: {cause}") from error
+    except _hub_errors() as error:
+        said = f"{repo}: not in {where}, and not to be had from the Hub: {_cause(error)}"
+        raise CheckpointError(said) from error
 
 
-def _cached(repo: str, revision: str | None = None, cache_dir: Path | None = None) -> Path | None:
-    """The folder of a model in a cache, complete or not; never calls the Hub."""
-    from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import LocalEntryNotFoundError
+def _hub_errors() -> tuple[type[Exception], ...]:
+    """What its client raises for what is not to be had."""
+    from huggingface_hub.errors import HTTPError  # pyright: ignore[reportPrivateImportUsage] (its transport's)
 
-    # The pattern keeps newer clients from demanding that files which nobody asked for are cached too.
-    options: dict[str, Any] = {"local_files_only": True, "allow_patterns": [CONFIG]}
-    try:
-        return Path(snapshot_download(repo, revision=revision, cache_dir=cache_dir, **options))
-    except LocalEntryNotFoundError:
-        return None
+    return HTTPError, OSError, ValueError
 
 
 def _is_complete(folder: Path) -> bool:
@@ -227,7 +215,7 @@ def _is_complete(folder: Path) -> bool:
         return isinstance(files, dict) and names >= set(files)
     weights = weight_files(names, folder)
     if weights and weights[0].startswith("adapter_"):
-        return _ADAPTER_CONFIG in names
+        return ADAPTER_CONFIG in names
     index = next((name for name in weights if name.endswith(".index.json")), None)
     shards = set(read_index(folder / index).values()) if index else set(weights)
     return bool(shards) and names >= {CONFIG, *shards} and (TOKENIZER in names or names >= set(OLD_TOKENIZER))
@@ -240,42 +228,40 @@ def _load_whisper(at: Located, base: str | None, above: tuple[Path, ...] = ()) -
     """``above``: the adapters that this is the base of."""
     if at.path.resolve() in above:
         raise CheckpointError(f"{at.path}: names itself as its base model")
-    if at.kind == "adapter":
-        return _load_adapter(at, base, (*above, at.path.resolve()))
     if at.kind == "checkpoint":
         raise CheckpointError(f"{at.path}: is a whisper-moe checkpoint already, not a Whisper")
-    return _load_openai(at, base) if at.kind == "openai" else _load_folder(at, base)
+    if at.kind == "adapter":
+        return _load_adapter(at, base, (*above, at.path.resolve()))
+    return _load_openai(at.path, base) if at.kind == "openai" else _load_folder(at, base)
 
 
 def _load_folder(at: Located, base: str | None) -> Loaded:
     """As transformers writes it."""
-    hf_config = read_json(at.path / CONFIG)
+    file, hf_config = at.path / GENERATION, read_json(at.path / CONFIG)
     config = config_from_whisper(hf_config, origin=at.path / CONFIG)
-    file = at.path / GENERATION
     stated = read_json(file) if file.exists() else None
     tokenizer_json, tokenizer = read_tokenizer(_tokenizer_of(at.path, config.vocab_size, base), stated)
-    generation, tokenizer = complete(stated, tokenizer, config, legacy=hf_config, origin=file)
+    generation = complete(stated, tokenizer, config, legacy=hf_config, origin=file)
     weights, origin = read_weights(at.path)
-    state = state_from_whisper(weights, config, origin=origin)
-    return Loaded(at.name, config, state, generation, tokenizer, tokenizer_json)
+    return Loaded(config, state_from_whisper(weights, config, origin=origin), generation, tokenizer_json, at.name)
 
 
-def _load_openai(at: Located, base: str | None) -> Loaded:
+def _load_openai(path: Path, base: str | None) -> Loaded:
     """A ``.pt`` file as openai/whisper downloads it."""
-    content = _unpickled(at.path)
+    content = _unpickled(path)
     dims, weights = content.get("dims"), content.get("model_state_dict")
     if not isinstance(dims, dict) or not isinstance(weights, dict):
-        raise CheckpointError(f"{at.path}: lacks dims or model_state_dict; not a file of openai/whisper")
-    config = config_from_openai(dims, origin=at.path)
-    tokenizer_json, tokenizer = read_tokenizer(_tokenizer_of(at.path, config.vocab_size, base))
-    generation, tokenizer = complete(None, tokenizer, config, origin=at.path)
-    state = state_from_openai(_tensors(weights, at.path), config, origin=at.path)
-    return Loaded(at.path.stem, config, state, generation, tokenizer, tokenizer_json)
+        raise CheckpointError(f"{path}: lacks dims or model_state_dict; not a file of openai/whisper")
+    config = config_from_openai(dims, origin=path)
+    tokenizer_json, tokenizer = read_tokenizer(_tokenizer_of(path, config.vocab_size, base))
+    generation = complete(None, tokenizer, config, origin=path)
+    state = state_from_openai(_tensors(weights, path), config, origin=path)
+    return Loaded(config, state, generation, tokenizer_json, path.stem)
 
 
 def _load_adapter(at: Located, base: str | None, above: tuple[Path, ...]) -> Loaded:
     """A LoRA adapter as PEFT writes it, merged into its base."""
-    settings = at.path / _ADAPTER_CONFIG
+    settings = at.path / ADAPTER_CONFIG
     adapter = read_json(settings)
     lora.check_adapter(adapter, settings)
     under, revision = base or adapter.get("base_model_name_or_path"), None if base else adapter.get("revision")
@@ -294,7 +280,7 @@ def _load_adapter(at: Located, base: str | None, above: tuple[Path, ...]) -> Loa
 
 def _tokenizer_of(path: Path, vocab_size: int, base: str | None) -> Path:
     """Where a Whisper's tokenizer is: with ``base``, within its folder or beside its ``.pt`` file, or with OpenAI's own model
-    of that vocabulary in the Hub's cache."""
+    of that vocabulary, in the Hub's cache or downloaded alone."""
     if base is not None:
         given = Path(base).expanduser()
         found = given if (given / TOKENIZER).exists() else resolve(base).path
@@ -304,29 +290,23 @@ def _tokenizer_of(path: Path, vocab_size: int, base: str | None) -> Path:
         return own
     if (own / TOKENIZER).exists():
         return own / TOKENIZER
+    from huggingface_hub import hf_hub_download, try_to_load_from_cache
+
     owners = [f"openai/whisper-{name}" for name in PUBLISHED.get(vocab_size, ())]
-    for folder in map(_cached, owners):
-        if folder is not None and (folder / TOKENIZER).exists():
-            return folder
-    if owners and (folder := _fetch_tokenizer(owners[0])) is not None:
-        return folder
+    for cached in (try_to_load_from_cache(owner, TOKENIZER) for owner in owners):
+        if isinstance(cached, str):
+            return Path(cached)
     like, place = f" such as {owners[0]}" if owners else "", "into" if path.is_dir() else "beside"
+    try:
+        if owners:
+            logger.info("downloading the tokenizer of %s", owners[0])
+            return Path(hf_hub_download(owners[0], TOKENIZER))
+    except _hub_errors():
+        pass
     raise CheckpointError(
         f"{path}: has no tokenizer: put the tokenizer.json of a model with {vocab_size} tokens{like} {place} it, "
         "or upcycle it with --base MODEL"
     )
-
-
-def _fetch_tokenizer(repo: str) -> Path | None:
-    """A folder with a model's ``tokenizer.json``, which is downloaded alone; None where it is not to be had."""
-    from huggingface_hub import hf_hub_download
-    from huggingface_hub.errors import HTTPError  # pyright: ignore[reportPrivateImportUsage] (its transport's)
-
-    logger.info("downloading the tokenizer of %s", repo)
-    try:
-        return Path(hf_hub_download(repo, TOKENIZER)).parent
-    except (HTTPError, OSError, ValueError):
-        return None
 
 
 def read_weights(folder: Path) -> tuple[Mapping[str, Tensor], Path]:
@@ -340,10 +320,7 @@ def read_weights(folder: Path) -> tuple[Mapping[str, Tensor], Path]:
     paths = [folder / name for name in files]
     if paths[0].suffix == ".safetensors":
         return TensorFiles(paths), origin
-    merged: dict[str, Tensor] = {}
-    for path in paths:
-        merged |= _tensors(_unpickled(path), path)
-    return merged, origin
+    return {key: tensor for path in paths for key, tensor in _tensors(_unpickled(path), path).items()}, origin
 
 
 def _unpickled(path: Path) -> dict[str, Any]:
@@ -353,23 +330,23 @@ def _unpickled(path: Path) -> dict[str, Any]:
     try:
         value = torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
     except Exception as error:  # torch.load raises almost anything for a damaged file
-        cause = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-        raise CheckpointError(f"{path}: not a whole file of plain tensors ({cause})") from error
+        raise CheckpointError(f"{path}: not a whole file of plain tensors ({_cause(error)})") from error
     if not isinstance(value, dict):
         raise CheckpointError(f"{path}: holds {type(value).__name__}, not a table of tensors")
     return value
 
 
+def _cause(error: Exception) -> str:
+    return (str(error).strip() or type(error).__name__).splitlines()[0]
+
+
 def _tensors(table: dict[Any, Any], path: Path) -> dict[str, Tensor]:
-    """The table itself, if it holds plain tensors by name and nothing else."""
-    wrong = [key for key, value in table.items() if not isinstance(key, str) or not _is_plain(value)]
-    if wrong:
+    """The table itself, if it holds tensors by name, whose numbers lie in memory one beside the other, and nothing else."""
+
+    def plain(tensor: Tensor) -> bool:
+        return tensor.layout == torch.strided and not tensor.is_quantized and tensor.device.type == "cpu"
+
+    named = {key for key, value in table.items() if isinstance(key, str) and isinstance(value, Tensor) and plain(value)}
+    if wrong := [key for key in table if key not in named]:
         raise CheckpointError(f"{path}: {listed(str(key)[:80] for key in wrong)} is not a tensor with a name")
     return table
-
-
-def _is_plain(value: object) -> bool:
-    """Whether this has its numbers in memory, one beside the other."""
-    if not isinstance(value, Tensor):
-        return False
-    return value.layout == torch.strided and not value.is_quantized and value.device.type == "cpu"

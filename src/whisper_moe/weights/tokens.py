@@ -1,32 +1,25 @@
 """Which tokens a model has, and which of them steer generation.
 
-``generation_config.json`` is completed by name where a source says less or nothing.
-
-Languages that a source lacks follow its own vocabulary, padding included, and are found by name. Their embedding rows are a
-part of their own (``tokens.safetensors``), so that the core stays as it was, byte for byte; and their logits a product of their
-own, so that those of the source's tokens stay as they were, bit for bit. A row starts as the mean of the rows of related tokens
-(J. Hewitt, *Initializing New Word Embeddings for Pretrained Language Models*, 2021). A language that nobody has trained is not
-detected unless it is asked for: the mean of others would take their place. What a row began as is noted, so that a checkpoint
-can tell.
+``generation_config.json`` is completed by name where a source says less or nothing. Tokens of further languages are added by
+:func:`~whisper_moe.weights.upcycle.add_languages`.
 """
 
 from __future__ import annotations
 
 import logging
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
+from functools import lru_cache
 from hashlib import sha256
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, NamedTuple
+from typing import TYPE_CHECKING, Annotated, Any
 
-import torch
 from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, ValidationInfo
 from torch import Tensor
 
 from whisper_moe.config import ModelConfig, problems
-from whisper_moe.media.languages import NewLanguage
 from whisper_moe.media.tokenizer import Tokenizer, read_backend
-from whisper_moe.weights.files import CheckpointError, listed, read_bytes, regular_size
-from whisper_moe.weights.parts import EMBEDDING, NEW_TOKENS
+from whisper_moe.weights.files import CheckpointError, read_bytes, regular_size
+from whisper_moe.weights.parts import NEW_TOKENS
 
 if TYPE_CHECKING:
     import tokenizers
@@ -90,21 +83,32 @@ def read_tokenizer(path: Path, generation: Mapping[str, Any] | None = None) -> t
     ``added_tokens.json``, with the timestamp tokens that early checkpoints leave out. ``generation``: the source's
     generation config, which may say whether the model is multilingual.
     """
-    for name in (TOKENIZER, *OLD_TOKENIZER) if path.is_dir() else ("",):
-        if (path / name).exists():
-            regular_size(path / name)
+    file, content = path / TOKENIZER if path.is_dir() else path, b""
     try:
-        backend = read_backend(path)
-        file = path / TOKENIZER if path.is_dir() else path
-        content = read_bytes(file) if file.exists() else b""
+        if file.exists():
+            content = read_bytes(file)
+        else:
+            for old in filter(Path.exists, (path / name for name in OLD_TOKENIZER)):
+                regular_size(old)
         if b"<|0.00|>" not in content:
-            content = backend.to_str().encode()
+            content = read_backend(path).to_str().encode()
         stated = (generation or {}).get("is_multilingual")
-        return content, Tokenizer(backend, {} if stated is None else {"is_multilingual": stated})
+        return content, Tokenizer(parsed(content), {} if stated is None else {"is_multilingual": stated})
     except CheckpointError:
         raise
     except ValueError as error:
-        raise CheckpointError(f"{path}: not a tokenizer ({error})") from error
+        raise CheckpointError(f"{file if file.exists() else path}: not a tokenizer ({error})") from error
+
+
+@lru_cache(maxsize=1)
+def parsed(tokenizer_json: bytes) -> tokenizers.Tokenizer:
+    """Not to be changed: whoever asks for the same bytes next gets it too. Raises ``ValueError`` for what is none."""
+    from tokenizers import Tokenizer as Backend
+
+    try:
+        return Backend.from_buffer(tokenizer_json)
+    except Exception as error:  # the Rust side raises bare Exceptions
+        raise ValueError(str(error)) from error
 
 
 def complete(
@@ -114,8 +118,8 @@ def complete(
     *,
     legacy: Mapping[str, Any] | None = None,
     origin: str | Path,
-) -> tuple[dict[str, Any], Tokenizer]:
-    """A generation config with every token id that decoding needs, and ``tokenizer`` with what it says of languages.
+) -> dict[str, Any]:
+    """A generation config with every token id that decoding needs.
 
     ``generation``: the source's own file, whose entries are kept; without one (None), openai/whisper's standard and
     what ``legacy`` (``config.json``) says. ``origin``: the file that errors name. Raises ``CheckpointError`` for ids that the
@@ -132,7 +136,7 @@ def complete(
             generation = _standard(tokenizer, config) | said
         result = _by_name(tokenizer) | {key: value for key, value in generation.items() if value is not None}
         _Generation.model_validate(result, context=config.vocab_size)
-        tokenizer = tokenizer.configured(result)
+        tokenizer.configured(result)
     except ValidationError as error:
         raise CheckpointError(f"{origin}: {problems(error)}") from error
     except ValueError as error:
@@ -142,7 +146,7 @@ def complete(
             "%s: alignment_heads are not this model's; words are timed by the upper half of its decoder", origin
         )
         del result["alignment_heads"]
-    return result, tokenizer
+    return result
 
 
 def stated_language(generation: Mapping[str, Any], tokenizer: Tokenizer) -> str | None:
@@ -218,54 +222,7 @@ def _are_heads(heads: Any, config: ModelConfig) -> bool:
         return False
 
 
-# New languages
-
-
-class Extended(NamedTuple):
-    """A model with more tokens, as :func:`~whisper_moe.weights.checkpoint.save_checkpoint` takes it."""
-
-    config: ModelConfig
-    state: dict[str, Tensor]
-    generation: dict[str, Any]
-    tokenizer_json: bytes
-
-
-def add_languages(
-    config: ModelConfig,
-    state: Mapping[str, Tensor],
-    generation: Mapping[str, Any],
-    tokenizer_json: bytes,
-    languages: Sequence[NewLanguage],
-) -> Extended:
-    """Give a model, dense or a mixture, a token for each of these languages.
-
-    ``state``: float32; its tensors are shared, not changed. ``generation`` then lists the languages, their names, and that
-    they are not detected (:func:`detected_when_trained` takes that back). Raises ``ValueError`` for an English-only model, for
-    a language that the model has, and for relatives that it has not.
-    """
-    if not languages:
-        return Extended(config, dict(state), dict(generation), tokenizer_json)
-    backend, tokenizer = parsed(tokenizer_json), Tokenizer(parsed(tokenizer_json), generation)
-    if not tokenizer.is_multilingual:
-        raise ValueError("an English-only model has no tokens of languages; add languages to a multilingual one")
-    rows: dict[str, Tensor] = {}
-    for language in languages:
-        token = f"<|{language.code}|>"
-        if language.code in tokenizer.languages or token in rows:
-            raise ValueError(f"the model has the language {language.code!r} already")
-        rows[token] = _start(language, tokenizer, config, state)
-    config, state = _append(config, state, backend, rows)
-    named = {language.code: language.name for language in languages}
-    ids = {f"<|{code}|>": backend.token_to_id(f"<|{code}|>") for code in named}
-    listed_ids = generation.get("lang_to_id") or {f"<|{code}|>": id for code, id in tokenizer.languages.items()}
-    added = {
-        "is_multilingual": True,
-        "lang_to_id": {**listed_ids, **ids},
-        "language_names": {**(generation.get("language_names") or {}), **named},
-        "undetected_languages": sorted({*(generation.get("undetected_languages") or ()), *named}),
-        UNTRAINED: {**(generation.get(UNTRAINED) or {}), **{code: _digest(rows[f"<|{code}|>"]) for code in named}},
-    }
-    return Extended(config, state, {**of_any_language(generation), **added}, backend.to_str(pretty=True).encode())
+# Languages that were added
 
 
 def detected_when_trained(
@@ -277,83 +234,21 @@ def detected_when_trained(
     model: a row that was never the right answer loses against the others. A row that was frozen, or whose beginning is not
     known, stays left out.
     """
-    began: dict[str, str] = dict(generation.get(UNTRAINED) or {})
-    places = {name: place for place, name in enumerate(config.new_tokens)}
-    moved = {
-        code
-        for code, digest in began.items()
-        if (place := places.get(f"<|{code}|>")) is not None and _digest(state[NEW_TOKENS][place]) != digest
+    began, names = dict[str, str](generation.get(UNTRAINED) or {}), config.new_tokens
+    still = {
+        code: start
+        for code, start in began.items()
+        if (token := f"<|{code}|>") not in names or digest(state[NEW_TOKENS][names.index(token)]) == start
     }
-    if not moved:
+    if still == began:
         return dict(generation)
-    left = {
-        "undetected_languages": [code for code in generation.get("undetected_languages") or () if code not in moved],
-        UNTRAINED: {code: digest for code, digest in began.items() if code not in moved},
-    }
+    undetected = generation.get("undetected_languages") or ()
+    moved = began.keys() - still.keys()
+    left = {"undetected_languages": [code for code in undetected if code not in moved], UNTRAINED: still}
     rest = {key: value for key, value in generation.items() if key not in left}
     return rest | {key: value for key, value in left.items() if value}
 
 
-def _digest(row_D: Tensor) -> str:
+def digest(row_D: Tensor) -> str:
     """Of a row's float32 numbers."""
     return sha256(row_D.detach().cpu().contiguous().numpy().tobytes()).hexdigest()
-
-
-def one_vocabulary(config: ModelConfig, state: Mapping[str, Tensor]) -> tuple[ModelConfig, dict[str, Tensor]]:
-    """The same model with all its tokens in one embedding, as other programs have it."""
-    if not config.new_tokens:
-        return config, dict(state)
-    joined = {key: tensor for key, tensor in state.items() if key != NEW_TOKENS}
-    joined[EMBEDDING] = torch.cat((state[EMBEDDING], state[NEW_TOKENS]))
-    return config.model_copy(update={"new_tokens": ()}), joined
-
-
-def parsed(tokenizer_json: bytes) -> tokenizers.Tokenizer:
-    from tokenizers import Tokenizer as Backend
-
-    try:
-        return Backend.from_buffer(tokenizer_json)
-    except Exception as error:  # the Rust side raises bare Exceptions
-        raise CheckpointError(f"{TOKENIZER}: not a tokenizer ({error})") from error
-
-
-def _start(language: NewLanguage, tokenizer: Tokenizer, config: ModelConfig, state: Mapping[str, Tensor]) -> Tensor:
-    """[D]: the mean over the languages that this one is said to be like, over its relatives, or over all that are known."""
-    if language.like:
-        ids = [tokenizer.language_id(name) for name in language.like]
-    else:
-        known = tokenizer.detected
-        ids = [known[code] for code in language.relatives if code in known] or list(known.values())
-    own = config.source_vocab_size
-    return torch.stack([state[EMBEDDING][i] if i < own else state[NEW_TOKENS][i - own] for i in ids]).mean(0)
-
-
-def _append(
-    config: ModelConfig,
-    state: Mapping[str, Tensor],
-    backend: tokenizers.Tokenizer,
-    rows: Mapping[str, Tensor],
-) -> tuple[ModelConfig, dict[str, Tensor]]:
-    """The model with these tokens, name → row [D], and ``backend`` with their names at the ids that follow."""
-    from tokenizers import AddedToken
-
-    present = [name for name in rows if backend.token_to_id(name) is not None]
-    if present:
-        raise ValueError(f"the tokenizer has {listed(present)} already")
-    # Rows of padding have no name yet, and a tokenizer gives out its ids without a gap.
-    padding = [f"<|padding-{id}|>" for id in range(backend.get_vocab_size(), config.vocab_size)]
-    backend.add_special_tokens([AddedToken(name, normalized=False, special=True) for name in (*padding, *rows)])
-    places = [backend.token_to_id(name) for name in rows]
-    if places != list(range(config.vocab_size, config.vocab_size + len(rows))):
-        raise ValueError(
-            f"{TOKENIZER}: names {backend.get_vocab_size() - len(rows)} tokens, the embedding has {config.vocab_size} rows: "
-            "no token can follow both"
-        )
-    grown = config.model_dump() | {
-        "vocab_size": config.vocab_size + len(rows),
-        "new_tokens": (*config.new_tokens, *rows),
-    }
-    before = [state[NEW_TOKENS]] if config.new_tokens else []
-    new = {key: tensor for key, tensor in state.items() if key != NEW_TOKENS}
-    new[NEW_TOKENS] = torch.cat((*before, torch.stack(list(rows.values()))))
-    return ModelConfig.model_validate(grown), new

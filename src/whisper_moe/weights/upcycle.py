@@ -1,33 +1,57 @@
-"""A dense Whisper becomes a mixture of experts that computes the same function (sparse upcycling, arXiv 2212.05055).
+"""What a Whisper gets: experts and TTT layers, parts that are always on, tokens of further languages.
 
-With a shared expert, Whisper's own feed-forward stays and the routed experts start with an output of exactly zero. Without one,
-every expert is a copy of the feed-forward, and gates that sum to one add up to it. TTT layers start behind closed gates.
+It becomes a mixture that computes the same function (sparse upcycling, arXiv 2212.05055). With a shared expert, Whisper's own
+feed-forward stays and the routed experts start with an output of exactly zero. Without one, every expert is a copy of the
+feed-forward, and gates that sum to one add up to it. TTT layers start behind closed gates.
+
+Languages that a source lacks follow its own vocabulary, padding included, and are found by name. Their embedding rows are a
+part of their own (``tokens.safetensors``), so that the core stays as it was, byte for byte; and their logits a product of their
+own, so that those of the source's tokens stay as they were, bit for bit. A row starts as the mean of the rows of related tokens
+(J. Hewitt, *Initializing New Word Embeddings for Pretrained Language Models*, 2021). A language that nobody has trained is not
+detected unless it is asked for: the mean of others would take their place.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import copy
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
 from whisper_moe.config import POSITIONS_PER_SECOND, AdaptConfig, ConformerConfig, ModelConfig, MoEConfig, TTTConfig
+from whisper_moe.media.languages import NewLanguage
 from whisper_moe.model.model import WhisperMoEModel
-from whisper_moe.weights.checkpoint import load_checkpoint, read_manifest
+from whisper_moe.weights.checkpoint import Loaded, load_checkpoint, read_manifest
 from whisper_moe.weights.files import CheckpointError, listed
-from whisper_moe.weights.parts import ADAPT, empty_model, expected_shapes, part_of
+from whisper_moe.weights.parts import ADAPT, EMBEDDING, NEW_TOKENS, empty_model, expected_shapes, part_of
+from whisper_moe.weights.tokens import TOKENIZER, UNTRAINED, digest, of_any_language, parsed
+
+if TYPE_CHECKING:
+    import tokenizers
 
 _TOLERANCE = {"float32": 1e-3, "int8": 0.3}
 """Of the largest logit: what a model that was written may differ by."""
 
 
-def upcycled_config(config: ModelConfig, *, moe: MoEConfig | None, ttt: TTTConfig | None) -> ModelConfig:
+def upcycled_config(config: ModelConfig, **parts: Any) -> ModelConfig:
     """The configuration with these parts, built anew rather than copied: so they are checked against each other.
 
     Raises ``ValueError`` where they do not fit.
     """
-    return ModelConfig.model_validate(config.model_dump() | {"moe": moe, "ttt": ttt})
+    return ModelConfig.model_validate(config.model_dump() | parts)
+
+
+def _fresh_state(config: ModelConfig, seed: int) -> dict[str, Tensor]:
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        return WhisperMoEModel(config).state_dict()
+
+
+# Experts and TTT layers
 
 
 def upcycle(
@@ -50,21 +74,29 @@ def upcycle(
     wrong = sorted(k for k in shapes.keys() | state.keys() if k not in state or tuple(state[k].shape) != shapes.get(k))
     if wrong:  # What is missing would otherwise stay random.
         raise ValueError(f"these weights are not those of the configuration: {listed(wrong)}")
-    if moe is not None and not moe.shared:
-        for side, hidden in (("encoder", config.encoder_ffn_dim), ("decoder", config.decoder_ffn_dim)):
-            if moe.expert_dim != hidden:
-                raise ValueError(
-                    f"without a shared expert, each expert is a copy of the {side}'s feed-forward of {hidden} hidden units; "
-                    f"expert_dim is {moe.expert_dim}"
-                )
+    copied = moe if moe is not None and not moe.shared else None
+    for side, hidden in (("encoder", config.encoder_ffn_dim), ("decoder", config.decoder_ffn_dim)):
+        if copied and copied.expert_dim != hidden:
+            raise ValueError(
+                f"without a shared expert, each expert is a copy of the {side}'s feed-forward of {hidden} hidden units; "
+                f"expert_dim is {copied.expert_dim}"
+            )
     upcycled = upcycled_config(config, moe=moe, ttt=ttt)
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
-        new = WhisperMoEModel(upcycled).state_dict()
+    new = _fresh_state(upcycled, seed)
     new |= {key: tensor for key, tensor in state.items() if key in new}  # the rest are feed-forwards to copy
-    if moe is not None and not moe.shared:
-        _copy_into_experts(new, state, moe.n_experts)
+    if copied:
+        _copy_into_experts(new, state, copied.n_experts)
     return upcycled, new
+
+
+def _copy_into_experts(new: dict[str, Tensor], dense: Mapping[str, Tensor], n_experts: int) -> None:
+    """Every expert gets the feed-forward that it replaces: [E, F, D] from up [F, D] and from down [D, F], transposed."""
+    for key in [key for key in new if ".experts." in key]:
+        block, name = key.split(".experts.")
+        half, kind = name.split("_")
+        source = dense[f"{block}.ffn.{half}.{kind}"]
+        source = source.T if name == "down_weight" else source
+        new[key] = source.expand(n_experts, *source.shape).clone()
 
 
 def answer(config: ModelConfig, state: Mapping[str, Tensor]) -> Tensor:
@@ -83,8 +115,7 @@ def read_back(directory: Path, expected: Tensor) -> float:
     Raises ``CheckpointError`` for a file that is not what was written, and for a model that is not the one it should be: by more
     than rounding, or, where it is stored as int8, by more than that may cost.
     """
-    written = load_checkpoint(directory)
-    bits = read_manifest(directory).quantization or "float32"
+    written, bits = load_checkpoint(directory), read_manifest(directory).quantization or "float32"
     found = answer(written.config, written.state)
     difference, scale = float((found - expected).abs().max()), float(expected.abs().max())
     if not difference <= _TOLERANCE[bits] * scale:  # NaN is no small number
@@ -95,14 +126,7 @@ def read_back(directory: Path, expected: Tensor) -> float:
     return difference
 
 
-def _copy_into_experts(new: dict[str, Tensor], dense: Mapping[str, Tensor], n_experts: int) -> None:
-    """Every expert gets the feed-forward that it replaces: [E, F, D] from up [F, D] and from down [D, F], transposed."""
-    for key in [key for key in new if ".experts." in key]:
-        block, name = key.split(".experts.")
-        half, kind = name.split("_")
-        source = dense[f"{block}.ffn.{half}.{kind}"]
-        source = source.T if name == "down_weight" else source
-        new[key] = source.expand(n_experts, *source.shape).clone()
+# Parts that are always on
 
 
 def add_parts(
@@ -121,11 +145,74 @@ def add_parts(
     for name in wanted:
         if getattr(config, name) is not None:
             raise ValueError(f"the model has {name} already: what it has can be trained on, not added a second time")
-    extended = ModelConfig.model_validate(config.model_dump() | wanted)
-    without = {"moe": None, "ttt": None}
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
-        fresh = WhisperMoEModel(ModelConfig.model_validate(extended.model_dump() | without)).state_dict()
-    return extended, dict(state) | {
-        key: fresh[key] for key in fresh if part_of(key, extended) == ADAPT and key not in state
+    extended = upcycled_config(config, **wanted)
+    fresh = _fresh_state(upcycled_config(extended, moe=None, ttt=None), seed)
+    added = {key: fresh[key] for key in fresh if part_of(key, extended) == ADAPT and key not in state}
+    return extended, dict(state) | added
+
+
+# Languages
+
+
+def add_languages(model: Loaded, languages: Sequence[NewLanguage]) -> Loaded:
+    """Give a model, dense or a mixture, a token for each of these languages. Its tensors are shared, not changed.
+
+    The generation config then lists the languages, their names, that they are not detected, and what their rows began as
+    (:func:`~whisper_moe.weights.tokens.detected_when_trained`). Raises ``ValueError`` for an English-only model, for a language
+    that the model has, and for relatives that it has not.
+    """
+    if not languages:
+        return model
+    tokenizer, config, generation = model.tokenizer, model.config, model.generation
+    if not tokenizer.is_multilingual:
+        raise ValueError("an English-only model has no tokens of languages; add languages to a multilingual one")
+    rows: dict[str, Tensor] = {}
+    for language in languages:
+        token = f"<|{language.code}|>"
+        if language.code in tokenizer.languages or token in rows:
+            raise ValueError(f"the model has the language {language.code!r} already")
+        rows[token] = _start(language, model)
+    first = config.vocab_size
+    backend = _with_tokens(parsed(model.tokenizer_json), first, list(rows))
+    grown = upcycled_config(config, vocab_size=first + len(rows), new_tokens=(*config.new_tokens, *rows))
+    before = [model.state[NEW_TOKENS]] if config.new_tokens else []
+    state = {key: tensor for key, tensor in model.state.items() if key != NEW_TOKENS}
+    state[NEW_TOKENS] = torch.cat((*before, torch.stack(list(rows.values()))))
+    named = {language.code: language.name for language in languages}
+    known = generation.get("lang_to_id") or {f"<|{code}|>": id for code, id in tokenizer.languages.items()}
+    began = dict(zip(named, map(digest, rows.values()), strict=True))
+    added = {
+        "is_multilingual": True,
+        "lang_to_id": {**known, **{token: id for id, token in enumerate(rows, first)}},
+        "language_names": {**(generation.get("language_names") or {}), **named},
+        "undetected_languages": sorted({*(generation.get("undetected_languages") or ()), *named}),
+        UNTRAINED: {**(generation.get(UNTRAINED) or {}), **began},
     }
+    content, generation = backend.to_str(pretty=True).encode(), {**of_any_language(generation), **added}
+    return replace(model, config=grown, state=state, generation=generation, tokenizer_json=content)
+
+
+def _start(language: NewLanguage, model: Loaded) -> Tensor:
+    """[D]: the mean over the languages that this one is said to be like, over its relatives, or over all that are known."""
+    if language.like:
+        ids = [model.tokenizer.language_id(name) for name in language.like]
+    else:
+        known = model.tokenizer.detected
+        ids = [known[code] for code in language.relatives if code in known] or list(known.values())
+    state, own = model.state, model.config.source_vocab_size
+    return torch.stack([state[EMBEDDING][i] if i < own else state[NEW_TOKENS][i - own] for i in ids]).mean(0)
+
+
+def _with_tokens(backend: tokenizers.Tokenizer, first: int, names: list[str]) -> tokenizers.Tokenizer:
+    """A tokenizer that names these ids from ``first`` on; rows of padding before them have no name yet, and get one."""
+    from tokenizers import AddedToken
+
+    if present := [name for name in names if backend.token_to_id(name) is not None]:
+        raise ValueError(f"the tokenizer has {listed(present)} already")
+    backend, size = copy.deepcopy(backend), backend.get_vocab_size()
+    padding = [f"<|padding-{id}|>" for id in range(size, first)]
+    backend.add_special_tokens([AddedToken(name, normalized=False, special=True) for name in (*padding, *names)])
+    if [backend.token_to_id(name) for name in names] != list(range(first, first + len(names))):
+        said = f"{TOKENIZER}: names {size} tokens, the embedding has {first} rows: no token can follow both"
+        raise ValueError(said)
+    return backend

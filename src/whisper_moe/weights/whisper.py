@@ -17,10 +17,10 @@ from safetensors.torch import save
 from torch import Tensor
 
 from whisper_moe.config import FRAMES_PER_SECOND, FULL_WINDOW, SAMPLE_RATE, ModelConfig, problems
-from whisper_moe.weights.checkpoint import CONFIG
+from whisper_moe.weights.checkpoint import CONFIG, Loaded
 from whisper_moe.weights.files import CheckpointError, atomic_folder, json_bytes, listed
-from whisper_moe.weights.parts import expected_shapes, is_finite, require_plausible
-from whisper_moe.weights.tokens import GENERATION, TOKENIZER, one_vocabulary
+from whisper_moe.weights.parts import EMBEDDING, NEW_TOKENS, expected_shapes, is_finite, require_plausible
+from whisper_moe.weights.tokens import GENERATION, TOKENIZER
 
 
 @dataclass(frozen=True)
@@ -112,6 +112,20 @@ _FIXED = {"activation_function": "gelu", "scale_embedding": False, "tie_word_emb
 """Options of transformers' configuration that would change what the weights compute, and the value they must have."""
 _TOKEN_IDS = ("bos_token_id", "eos_token_id", "pad_token_id", "decoder_start_token_id")
 _END_TOKENS = ("bos_token", "eos_token", "unk_token", "pad_token")
+_PREPROCESSOR: dict[str, Any] = {
+    "feature_extractor_type": "WhisperFeatureExtractor",
+    "processor_class": "WhisperProcessor",
+    "sampling_rate": SAMPLE_RATE,
+    "hop_length": SAMPLE_RATE // FRAMES_PER_SECOND,
+    "n_fft": 400,
+    "chunk_length": int(FULL_WINDOW),
+    "n_samples": int(FULL_WINDOW) * SAMPLE_RATE,
+    "nb_max_frames": int(FULL_WINDOW) * FRAMES_PER_SECOND,
+    "padding_side": "right",
+    "padding_value": 0.0,
+    "return_attention_mask": False,
+}
+"""The settings of transformers' ``WhisperFeatureExtractor``, but for the number of mels."""
 
 
 def key_map(config: ModelConfig, spelling: Format) -> dict[str, tuple[str | None, ...]]:
@@ -188,23 +202,19 @@ def state_from_whisper(
     Raises ``CheckpointError`` that names ``origin`` and the keys for a missing, superfluous, wrongly shaped or
     non-finite tensor, and for an output projection that is not the token embedding.
     """
-    if "encoder.conv1.weight" in hf_state:
-        hf_state = _Prefixed(hf_state)
+    prefix = "model." if "encoder.conv1.weight" in hf_state else ""
     head, embedding = "proj_out.weight", "model.decoder.embed_tokens.weight"
-    if (
-        head in hf_state
-        and embedding in hf_state
-        and not torch.equal(hf_state[head].float(), hf_state[embedding].float())
-    ):
+    tied = {head, embedding} <= hf_state.keys()
+    if tied and not torch.equal(hf_state[head].float(), hf_state[embedding].float()):
         raise CheckpointError(f"{origin}: {head} differs from {embedding}; only tied embeddings are supported")
-    return _fused(hf_state, config, TRANSFORMERS, ignored={head}, origin=origin)
+    return _fused(hf_state, config, TRANSFORMERS, {head}, origin, prefix)
 
 
 def state_from_openai(
     model_state: Mapping[str, Tensor], config: ModelConfig, *, origin: str | Path = "OpenAI's weights"
 ) -> dict[str, Tensor]:
     """Our float32 state from the ``model_state_dict`` of a ``.pt`` file; errors as :func:`state_from_whisper`."""
-    return _fused(model_state, config, OPENAI, ignored=set(), origin=origin)
+    return _fused(model_state, config, OPENAI, set(), origin)
 
 
 def state_to_whisper(
@@ -226,26 +236,22 @@ def state_to_whisper(
     }
 
 
-def save_whisper(
-    directory: str | Path,
-    config: ModelConfig,
-    state: Mapping[str, Tensor],
-    *,
-    generation: Mapping[str, Any],
-    tokenizer_json: bytes,
-) -> None:
-    """Write a ``WhisperForConditionalGeneration`` with its processor, in the precision of ``state``.
+def save_whisper(directory: str | Path, model: Loaded) -> None:
+    """Write a ``WhisperForConditionalGeneration`` with its processor, in the precision of the state.
 
     New tokens become the last rows of its one embedding.
     Raises ``ValueError`` for a model with experts or TTT layers, and for a directory that exists.
     """
-    directory = Path(directory).resolve()
-    config, state = one_vocabulary(config, state)
-    ids = {key: generation[key] for key in _TOKEN_IDS if key in generation}
+    directory, config, state = Path(directory).resolve(), model.config, model.state
+    if config.new_tokens:
+        state = {key: tensor for key, tensor in state.items() if key != NEW_TOKENS}
+        state[EMBEDDING] = torch.cat((model.state[EMBEDDING], model.state[NEW_TOKENS]))
+        config = config.model_copy(update={"new_tokens": ()})
+    ids = {key: model.generation[key] for key in _TOKEN_IDS if key in model.generation}
     documents = {
         CONFIG: config_to_whisper(config) | ids,
-        GENERATION: dict(generation),
-        "preprocessor_config.json": _preprocessor(config),
+        GENERATION: model.generation,
+        "preprocessor_config.json": _PREPROCESSOR | {"feature_size": config.n_mels},
         "tokenizer_config.json": {"tokenizer_class": "WhisperTokenizer"} | dict.fromkeys(_END_TOKENS, "<|endoftext|>"),
     }
     weights = save(state_to_whisper(state, config), {"format": "pt"})
@@ -253,41 +259,7 @@ def save_whisper(
         (folder / "model.safetensors").write_bytes(weights)
         for name, document in documents.items():
             (folder / name).write_bytes(json_bytes(document))
-        (folder / TOKENIZER).write_bytes(tokenizer_json)
-
-
-def _preprocessor(config: ModelConfig) -> dict[str, Any]:
-    """The settings of transformers' ``WhisperFeatureExtractor``."""
-    return {
-        "feature_extractor_type": "WhisperFeatureExtractor",
-        "processor_class": "WhisperProcessor",
-        "feature_size": config.n_mels,
-        "sampling_rate": SAMPLE_RATE,
-        "hop_length": SAMPLE_RATE // FRAMES_PER_SECOND,
-        "n_fft": 400,
-        "chunk_length": int(FULL_WINDOW),
-        "n_samples": int(FULL_WINDOW) * SAMPLE_RATE,
-        "nb_max_frames": int(FULL_WINDOW) * FRAMES_PER_SECOND,
-        "padding_side": "right",
-        "padding_value": 0.0,
-        "return_attention_mask": False,
-    }
-
-
-class _Prefixed(Mapping[str, Tensor]):
-    """A state without transformers' leading ``model.``, seen with it."""
-
-    def __init__(self, state: Mapping[str, Tensor]) -> None:
-        self._state = state
-
-    def __getitem__(self, key: str) -> Tensor:
-        return self._state[key.removeprefix("model.")]
-
-    def __iter__(self) -> Iterator[str]:
-        return (f"model.{key}" for key in self._state)
-
-    def __len__(self) -> int:
-        return len(self._state)
+        (folder / TOKENIZER).write_bytes(model.tokenizer_json)
 
 
 def _require_dense(config: ModelConfig) -> None:
@@ -297,41 +269,41 @@ def _require_dense(config: ModelConfig) -> None:
 
 
 def _require_same(found: set[str], needed: set[str], origin: str | Path) -> None:
-    missing, extra = sorted(needed - found), sorted(found - needed)
-    if missing:
+    if missing := sorted(needed - found):
         raise CheckpointError(f"{origin}: lacks {listed(missing)}")
-    if extra:
+    if extra := sorted(found - needed):
         raise CheckpointError(f"{origin}: holds what this architecture does not have: {listed(extra)}")
 
 
 def _fused(
-    foreign: Mapping[str, Tensor], config: ModelConfig, spelling: Format, *, ignored: set[str], origin: str | Path
+    foreign: Mapping[str, Tensor],
+    config: ModelConfig,
+    spelling: Format,
+    ignored: set[str],
+    origin: str | Path,
+    prefix: str = "",
 ) -> dict[str, Tensor]:
+    """``prefix``: what the names in ``foreign`` lack."""
     require_plausible(config, len(foreign), origin)
     keys = key_map(config, spelling)
     needed = {name for names in keys.values() for name in names if name is not None}
-    _require_same(set(foreign) - ignored, needed, origin)
+    _require_same({prefix + name for name in foreign} - ignored, needed, origin)
     shapes = expected_shapes(config)
     assert shapes.keys() == keys.keys(), shapes.keys() ^ keys.keys()
-    return {ours: _stack(foreign, keys[ours], shape, origin) for ours, shape in shapes.items()}
-
-
-def _stack(
-    foreign: Mapping[str, Tensor], names: tuple[str | None, ...], shape: tuple[int, ...], origin: str | Path
-) -> Tensor:
-    """One of our tensors, new memory, from equal parts along its first dimension."""
-    part_shape = (shape[0] // len(names), *shape[1:])
-    tensors = [None if name is None else _checked(foreign[name], name, part_shape, origin) for name in names]
-    fused = torch.empty(shape, dtype=torch.float32)
-    for name, tensor, part in zip(names, tensors, fused.chunk(len(names)), strict=True):
-        part.zero_() if tensor is None else part.copy_(tensor)
-        if not is_finite(part):
-            raise CheckpointError(f"{origin}: {name} is not finite (NaN or infinity)")
+    fused: dict[str, Tensor] = {}
+    for ours, (rows, *rest) in shapes.items():
+        fused[ours] = torch.empty(rows, *rest, dtype=torch.float32)
+        for name, part in zip(keys[ours], fused[ours].chunk(len(keys[ours])), strict=True):
+            if name is None:
+                part.zero_()
+            else:
+                _copy(foreign[name.removeprefix(prefix)], part, name, origin)
     return fused
 
 
-def _checked(tensor: Tensor, name: str, shape: tuple[int, ...], origin: str | Path) -> Tensor:
-    if tensor.shape != shape or not tensor.is_floating_point():
+def _copy(tensor: Tensor, part: Tensor, name: str, origin: str | Path) -> None:
+    if tensor.shape != part.shape or not tensor.is_floating_point():
         found = f"{list(tensor.shape)} {str(tensor.dtype).removeprefix('torch.')}"
-        raise CheckpointError(f"{origin}: {name} is {found}, must be {list(shape)} of a floating type")
-    return tensor
+        raise CheckpointError(f"{origin}: {name} is {found}, must be {list(part.shape)} of a floating type")
+    if not is_finite(part.copy_(tensor)):
+        raise CheckpointError(f"{origin}: {name} is not finite (NaN or infinity)")
