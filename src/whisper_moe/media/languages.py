@@ -12,7 +12,12 @@ from dataclasses import dataclass
 from difflib import get_close_matches
 from pathlib import Path
 
-_LANGUAGE_TABLE = """
+
+def _pairs(table: str) -> dict[str, str]:
+    return dict(entry.strip().split(" ", 1) for entry in table.split(","))
+
+
+LANGUAGES: dict[str, str] = _pairs("""
 af afrikaans, am amharic, ar arabic, as assamese, az azerbaijani, ba bashkir, be belarusian, bg bulgarian, bn bengali,
 bo tibetan, br breton, bs bosnian, ca catalan, cs czech, cy welsh, da danish, de german, el greek, en english,
 es spanish, et estonian, eu basque, fa persian, fi finnish, fo faroese, fr french, gl galician, gu gujarati, ha hausa,
@@ -24,12 +29,15 @@ pa punjabi, pl polish, ps pashto, pt portuguese, ro romanian, ru russian, sa san
 sk slovak, sl slovenian, sn shona, so somali, sq albanian, sr serbian, su sundanese, sv swedish, sw swahili, ta tamil,
 te telugu, tg tajik, th thai, tk turkmen, tl tagalog, tr turkish, tt tatar, uk ukrainian, ur urdu, uz uzbek,
 vi vietnamese, yi yiddish, yo yoruba, yue cantonese, zh chinese
-"""
-_ALIAS_TABLE = """
+""")
+"""Whisper's language codes, each with its English name."""
+LANGUAGE_CODES: dict[str, str] = {name: code for code, name in LANGUAGES.items()} | _pairs("""
 burmese my, castilian es, flemish nl, haitian ht, letzeburgesch lb, mandarin zh, moldavian ro, moldovan ro, panjabi pa,
 pushto ps, sinhalese si, valencian ca
-"""
-
+""")
+"""Language names and their aliases, each with its code."""
+UNSPACED_LANGUAGES = frozenset({"zh", "ja", "th", "lo", "my", "yue"})
+"""Languages written without spaces between words: every character may begin a word."""
 _ISO_TABLE = """
 af afr, am amh, ar ara arb, as asm, az aze azj, ba bak, be bel, bg bul, bn ben, bo bod tib, br bre, bs bos, ca cat,
 cs ces cze, cy cym wel, da dan, de deu ger, el ell gre, en eng, es spa, et est ekk, eu eus baq, fa fas per pes, fi fin,
@@ -41,31 +49,18 @@ sd snd, si sin, sk slk slo, sl slv, sn sna, so som, sq sqi alb als, sr srp, su s
 tg tgk, th tha, tk tuk, tl tgl fil, tr tur, tt tat, uk ukr, ur urd, uz uzb uzn, vi vie, yi yid ydd, yo yor,
 zh zho chi cmn, or ori ory, ks kas
 """
+_ISO_CODES = {other: code for code, others in _pairs(_ISO_TABLE).items() for other in others.split()}
+"""The other codes of ISO 639 (with three letters, or newer or older ones) → ours."""
 
-
-def _pairs(table: str) -> dict[str, str]:
-    return dict(entry.strip().split(" ", 1) for entry in table.split(","))
-
-
-LANGUAGES: dict[str, str] = _pairs(_LANGUAGE_TABLE)
-"""Whisper's language codes, each with its English name."""
-LANGUAGE_CODES: dict[str, str] = {name: code for code, name in LANGUAGES.items()} | _pairs(_ALIAS_TABLE)
-"""Language names and their aliases, each with its code."""
-UNSPACED_LANGUAGES = frozenset({"zh", "ja", "th", "lo", "my", "yue"})
-"""Languages written without spaces between words: every character may begin a word."""
-
-_FURTHER_TABLE = """
+FURTHER_LANGUAGES: dict[str, str] = _pairs("""
 ase american sign language, brx bodo, doi dogri, ins indian sign language, kok konkani, ks kashmiri, mai maithili,
 mni manipuri, or odia, sat santali
-"""
-FURTHER_LANGUAGES: dict[str, str] = _pairs(_FURTHER_TABLE)
+""")
 """Languages that Whisper has no token for (ISO 639-1, else 639-3), each with its English name."""
 _FURTHER_CODES = {name: code for code, name in FURTHER_LANGUAGES.items()} | _pairs("meitei mni, oriya or")
 _RELATIVES = _pairs("brx as, doi pa hi, kok mr, ks ur pa, mai hi bn ne, mni bn as, or bn as, sat bn hi")
 """Of the same family, or else written by the same people: what a new token starts from."""
 
-_ISO_CODES = {other: code for code, others in _pairs(_ISO_TABLE).items() for other in others.split()}
-"""The other codes of ISO 639 (with three letters, or newer or older ones) → ours."""
 _TAG = re.compile(r"[a-z]{2,3}(-[a-z]{4})?(-([a-z]{2}|\d{3}))?")
 """A language, perhaps its script, perhaps a region (BCP 47)."""
 _CODE = re.compile(r"[a-z]{2,8}(-[a-z0-9]{1,8})*")
@@ -155,13 +150,9 @@ def stated_languages(folder: Path) -> dict[str, str] | None:
     try:
         said = json.loads((folder / "generation_config.json").read_bytes())
         names = said.get("language_names") or {}
-        return {code: str(names.get(code, code)) for code in map(_bare, said.get("lang_to_id") or {})}
+        codes = [token.strip("<|>") for token in said.get("lang_to_id") or {}]
+        return {code: str(names.get(code, code)) for code in codes}
     except FileNotFoundError:
         return {}
     except (OSError, ValueError, AttributeError, TypeError):
         return None
-
-
-def _bare(token: str) -> str:
-    """``or`` of ``<|or|>``."""
-    return token.strip("<|>")

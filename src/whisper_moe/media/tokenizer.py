@@ -2,7 +2,7 @@
 
 A thin layer over ``tokenizers``: byte-level BPE (GPT-2), Whisper's control tokens (arXiv 2212.04356, section 2.3) and
 timestamps every 0.02 s. Ids are looked up by name: the vocabularies of Whisper (51,864 / 51,865 / 51,866) and of its
-fine-tunes differ. ``tokenizers`` is imported when a tokenizer is built.
+fine-tunes differ.
 """
 
 from __future__ import annotations
@@ -10,17 +10,16 @@ from __future__ import annotations
 import json
 import re
 import string
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from functools import cached_property
 from itertools import groupby
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
+
+from tokenizers import AddedToken, decoders, models, pre_tokenizers
+from tokenizers import Tokenizer as Backend
 
 from whisper_moe.media.languages import FURTHER_LANGUAGES, LANGUAGES, UNSPACED_LANGUAGES, language_code
-from whisper_moe.media.languages import LANGUAGE_CODES as LANGUAGE_CODES
-
-if TYPE_CHECKING:
-    import tokenizers
 
 TIMESTAMP_SECONDS = 0.02
 """Seconds between one timestamp token and the next."""
@@ -63,54 +62,38 @@ def split_timestamps(text: str) -> tuple[list[str], list[int]]:
     return words[::2], steps[1:]
 
 
-def read_backend(path: Path) -> tokenizers.Tokenizer:
+def read_backend(path: Path) -> Backend:
     """Read ``tokenizer.json``, or a folder with it or with the older ``vocab.json``, ``merges.txt`` and so on.
 
     Early Whisper checkpoints list no timestamp tokens although their models have them, behind the last listed token;
     they are added here. Raises ``ValueError`` naming the file that is missing or cannot be read.
     """
-    from tokenizers import Tokenizer as Backend
-
     file = path / "tokenizer.json" if path.is_dir() else path
-    if not file.exists() and path.is_dir():
-        backend = _read_parts(path)
-    else:
-        try:
-            backend = Backend.from_file(str(file))
-        except Exception as error:  # tokenizers raises bare Exception for every cause
-            raise ValueError(f"cannot read the tokenizer {file}: {error}") from error
-    _add_missing_timestamps(backend, path)
+    older = path.is_dir() and not file.exists()
+    try:
+        backend = _read_parts(path) if older else Backend.from_file(str(file))
+    except Exception as error:  # tokenizers raises bare Exception for every cause
+        what = f"{path} has no tokenizer.json, and its older files" if older else f"the tokenizer {file}"
+        raise ValueError(f"{what} cannot be read: {error}") from error
+    if backend.token_to_id(_TIMESTAMPS[0]) is None:
+        if backend.token_to_id("<|notimestamps|>") != backend.get_vocab_size() - 1:
+            cause = "no timestamp tokens, and <|notimestamps|>, which they follow, is not the last token"
+            raise ValueError(f"{path}: {cause}")
+        backend.add_tokens([AddedToken(name, normalized=False, special=False) for name in _TIMESTAMPS])
     return backend
 
 
-def _read_parts(folder: Path) -> tokenizers.Tokenizer:
-    from tokenizers import AddedToken, decoders, models, pre_tokenizers
-    from tokenizers import Tokenizer as Backend
-
-    try:
-        backend = Backend(models.BPE.from_file(str(folder / "vocab.json"), str(folder / "merges.txt")))
-        added: dict[str, int] = json.loads((folder / "added_tokens.json").read_text(encoding="utf-8"))
-    except Exception as error:  # tokenizers raises bare Exception for every cause
-        raise ValueError(f"{folder} has no tokenizer.json, and its older files cannot be read: {error}") from error
+def _read_parts(folder: Path) -> Backend:
+    backend = Backend(models.BPE.from_file(str(folder / "vocab.json"), str(folder / "merges.txt")))
+    added: dict[str, int] = json.loads((folder / "added_tokens.json").read_text(encoding="utf-8"))
     backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     backend.decoder = decoders.ByteLevel()
     names = ["<|endoftext|>", *sorted(added, key=added.__getitem__)]
-    timestamps = set(_TIMESTAMPS)
-    backend.add_tokens([AddedToken(name, normalized=False, special=name not in timestamps) for name in names])
+    backend.add_tokens([AddedToken(name, normalized=False, special=not _TIMESTAMP.match(name)) for name in names])
     for name, id in added.items():
         if backend.token_to_id(name) != id:
             raise ValueError(f"{folder / 'added_tokens.json'} gives {name} the id {id}, where another token belongs")
     return backend
-
-
-def _add_missing_timestamps(backend: tokenizers.Tokenizer, path: Path) -> None:
-    from tokenizers import AddedToken
-
-    if backend.token_to_id(_TIMESTAMPS[0]) is not None:
-        return
-    if backend.token_to_id("<|notimestamps|>") != backend.get_vocab_size() - 1:
-        raise ValueError(f"{path}: no timestamp tokens, and <|notimestamps|>, which they follow, is not the last token")
-    backend.add_tokens([AddedToken(name, normalized=False, special=False) for name in _TIMESTAMPS])
 
 
 class Tokenizer:
@@ -123,10 +106,8 @@ class Tokenizer:
     Timestamp tokens are ``timestamp_begin`` to ``timestamp_end``, both included; ids beyond belong to whoever appended them.
     """
 
-    def __init__(self, backend: tokenizers.Tokenizer, generation_config: Mapping[str, Any] | None = None) -> None:
+    def __init__(self, backend: Backend, generation_config: Mapping[str, Any] | None = None) -> None:
         """Take over ``backend`` (it is changed). Raises ``ValueError`` if it lacks one of Whisper's control tokens."""
-        from tokenizers import AddedToken
-
         config = generation_config or {}
         self._backend = backend
         # Timestamps join the special tokens, and those are never matched in text: what a user writes is only text.
@@ -149,8 +130,13 @@ class Tokenizer:
 
         self.is_multilingual = bool(config.get("is_multilingual", self.timestamp_end + 1 >= _MULTILINGUAL_VOCABULARY))
         self.language_names: dict[str, str] = dict(config.get("language_names") or {})
-        self.languages = self._read_languages(config.get("lang_to_id") or {}) if self.is_multilingual else {}
-        self.detected = self._detected(config)
+        listed, left_out = (config.get(key) or {} for key in ("lang_to_id", "undetected_languages"))
+        self.languages = self._read_languages(listed) if self.is_multilingual else {}
+        self.detected = {
+            code: id
+            for code, id in self.languages.items()
+            if code not in left_out and (id <= self.timestamp_end or f"<|{code}|>" in listed)
+        }
         if self.languages and not self.detected:
             raise ValueError("undetected_languages leaves no language that could be detected")
         self.tasks = {task: self._id(f"<|{task}|>") for task in TASKS} if self.is_multilingual else {}
@@ -179,14 +165,6 @@ class Tokenizer:
         names = {code: f"<|{code}|>" for code in known} | {name.strip("<|>"): name for name in lang_to_id}
         ids = {code: self._backend.token_to_id(name) for code, name in names.items()}
         return {code: id for code, id in ids.items() if id is not None}
-
-    def _detected(self, config: Mapping[str, Any]) -> dict[str, int]:
-        listed, left_out = (config.get(key) or () for key in ("lang_to_id", "undetected_languages"))
-        return {
-            code: id
-            for code, id in self.languages.items()
-            if code not in left_out and (id <= self.timestamp_end or f"<|{code}|>" in listed)
-        }
 
     def token_id(self, name: str) -> int | None:
         """The id of a token such as ``<|or|>``."""
@@ -272,25 +250,20 @@ class Tokenizer:
 
         Among these are all that was appended to Whisper's vocabulary but text: languages, tasks, padding with a name.
         """
-        wanted = set(requested)
-        if -1 in wanted:
-            wanted = (wanted - {-1}) | set(self.non_speech_tokens)
-        control = {self.sot, self.sot_lm, self.sot_prev, self.transcribe, self.translate, self.no_speech}
-        appended = {id for id in self._special if id > self.timestamp_end}
-        return tuple(sorted(wanted | control | appended))
+        wanted = {*requested, self.sot, self.sot_lm, self.sot_prev, self.transcribe, self.translate, self.no_speech}
+        wanted |= {id for id in self._special if id > self.timestamp_end}
+        return tuple(sorted(wanted - {-1} | set(self.non_speech_tokens if -1 in wanted else ())))
 
     def split_to_words(self, ids: Sequence[int], language: str | None = None) -> tuple[list[str], list[list[int]]]:
         """Group tokens into words: (texts, ids of each). Together they hold every id, in order.
 
         A word begins at a space, a punctuation mark or a control token; where words are not spaced, at every character.
         """
-        characters = self._split_to_characters(ids)
-        if language in UNSPACED_LANGUAGES:
-            return [text for text, _ in characters], [group for _, group in characters]
         words: list[str] = []
         groups: list[list[int]] = []
-        for text, group in characters:
-            if not words or group[0] in self._special or text.startswith(" ") or text.strip() in string.punctuation:
+        for text, group in self._characters(ids):
+            begins = group[0] in self._special or text.startswith(" ") or text.strip() in string.punctuation
+            if begins or not words or language in UNSPACED_LANGUAGES:
                 words.append(text)
                 groups.append(group)
             else:
@@ -298,23 +271,17 @@ class Tokenizer:
                 groups[-1] = groups[-1] + group
         return words, groups
 
-    def _split_to_characters(self, ids: Sequence[int]) -> list[tuple[str, list[int]]]:
+    def _characters(self, ids: Sequence[int]) -> Iterator[tuple[str, list[int]]]:
         """The smallest groups of tokens that decode to whole characters, or to U+FFFD where all of ``ids`` do too."""
-        whole = self._decode_all(ids)
-        groups: list[tuple[str, list[int]]] = []
-        pending: list[int] = []
-        done = 0
+        whole = self._backend.decode(list(ids), skip_special_tokens=False)
+        pending, text, done = list[int](), "", 0
         for id in ids:
             pending.append(id)
-            text = self._decode_all(pending)
+            text = self._backend.decode(pending, skip_special_tokens=False)
             broken = text.find(_REPLACEMENT)
             if broken < 0 or whole[done + broken : done + broken + 1] == _REPLACEMENT:
-                groups.append((text, pending))
-                pending = []
+                yield text, pending
                 done += len(text)
+                pending = []
         if pending:
-            groups.append((self._decode_all(pending), pending))
-        return groups
-
-    def _decode_all(self, ids: Sequence[int]) -> str:
-        return self._backend.decode(list(ids), skip_special_tokens=False)
+            yield text, pending

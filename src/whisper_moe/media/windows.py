@@ -1,8 +1,7 @@
 """Long sound in pieces that fit Whisper's 30 s window, cut where nobody speaks; and what is speech at all (numpy only).
 
-Everything rests on one measure: the energy in 20 ms steps. It cannot tell a voice from a fan, so every rule here errs
-towards keeping: what a level alone does not prove to be silence stays. The learned detector, which can tell, is
-:func:`speech_spans_silero` (the optional extra ``vad``).
+Everything rests on the energy in 20 ms steps. That cannot tell a voice from a fan, so what it does not prove to be silence
+stays. The learned detector, which can tell, is :func:`speech_spans_silero` (the optional extra ``vad``).
 """
 
 from __future__ import annotations
@@ -62,6 +61,10 @@ class Window:
         """Seconds from the start of the recording."""
         return self.start + self.duration
 
+    def part(self, begin: int, end: int | None = None) -> Window:
+        """Its samples from one to before the other."""
+        return Window(self.start + begin / SAMPLE_RATE, self.samples[begin:end])
+
 
 def is_silent(samples: Samples) -> bool:
     """Whether the samples never leave :data:`SILENT_PEAK`: digital silence, which needs no model at all."""
@@ -85,23 +88,20 @@ def cut_windows(
     limit, search = round(max_seconds * SAMPLE_RATE), round(search_seconds * SAMPLE_RATE)
     if not 1 <= search <= limit:
         raise ValueError(f"search_seconds ({search_seconds}) must be positive and within max_seconds ({max_seconds})")
-    held, damage = np.zeros(0, np.float32), None
-    start, rest = 0, iter(blocks)
-    while True:
-        try:
-            block = next(rest)
-        except StopIteration:
-            break
-        except ValueError as error:
-            damage = error
-            break
-        held = np.concatenate([held, block])
-        while len(held) > limit:
-            cut = silent_lead(held[:limit]) or limit - search + _pause(held[limit - search : limit])
-            yield Window(start / SAMPLE_RATE, held[:cut])
-            held, start = held[cut:], start + cut
-    if len(held):
-        yield from _led_in(Window(start / SAMPLE_RATE, held))
+    held, start, damage = np.zeros(0, np.float32), 0, None
+    try:
+        for block in blocks:
+            held = np.concatenate([held, block])
+            while len(held) > limit:
+                cut = silent_lead(held[:limit]) or limit - search + _pause(held[limit - search : limit])
+                yield Window(start / SAMPLE_RATE, held[:cut])
+                held, start = held[cut:], start + cut
+    except ValueError as error:
+        damage = error
+    while len(held):
+        cut = silent_lead(held) or len(held)
+        yield Window(start / SAMPLE_RATE, held[:cut])
+        held, start = held[cut:], start + cut
     if damage is not None:
         raise damage
 
@@ -116,11 +116,11 @@ def silent_lead(samples: Samples) -> int:
     return first if first >= LEAD_SECONDS * SAMPLE_RATE else 0
 
 
-def _led_in(window: Window) -> Iterator[Window]:
-    lead = silent_lead(window.samples)
-    if lead:
-        yield Window(window.start, window.samples[:lead])
-    yield Window(window.start + lead / SAMPLE_RATE, window.samples[lead:])
+def sounding(window: Window) -> Window:
+    """The window without :data:`LEAD_SECONDS` or more of digital silence at its ends; empty if it is nothing else."""
+    if is_silent(window.samples):
+        return window.part(0, 0)
+    return window.part(silent_lead(window.samples), len(window.samples) - silent_lead(window.samples[::-1]))
 
 
 def cut_clips(blocks: Iterable[Samples], times: Sequence[float], **limits: float) -> Iterator[Window]:
@@ -152,7 +152,7 @@ def halved(window: Window) -> list[Window]:
     """Two windows instead of one, cut in the longest pause of its middle third. At least three samples long."""
     third = len(window.samples) // 3
     cut = third + _pause(window.samples[third : 2 * third])
-    return [Window(window.start, window.samples[:cut]), Window(window.start + cut / SAMPLE_RATE, window.samples[cut:])]
+    return [window.part(0, cut), window.part(cut)]
 
 
 def _pause(samples: Samples) -> int:
@@ -164,10 +164,9 @@ def _pause(samples: Samples) -> int:
 
 
 def _energies(samples: Samples) -> NDArray[np.float64]:
-    """Mean square in steps of 20 ms, the last step shorter; at least one step."""
-    edges = np.arange(0, max(len(samples), 1), STEP)
-    sums = np.add.reduceat(np.square(samples, dtype=np.float64), edges) if len(samples) else np.zeros(1)
-    return sums / np.diff(edges, append=max(len(samples), 1))
+    """Mean square in steps of 20 ms, the last step shorter."""
+    edges = np.arange(0, len(samples), STEP)
+    return np.add.reduceat(np.square(samples, dtype=np.float64), edges) / np.diff(edges, append=len(samples))
 
 
 def _smooth(energy: NDArray[np.float64], steps: int) -> NDArray[np.float64]:
@@ -255,17 +254,7 @@ def _silero() -> tuple[object, Callable[..., list[dict[str, int]]]]:
         torch.set_num_threads(threads)  # importing silero_vad sets it to 1 for the whole process
 
 
-def sounding(window: Window) -> Window:
-    """The window without :data:`LEAD_SECONDS` or more of digital silence at its ends; empty if it is nothing else."""
-    if is_silent(window.samples):
-        return Window(window.start, window.samples[:0])
-    first = silent_lead(window.samples)
-    samples = window.samples[first : len(window.samples) - silent_lead(window.samples[::-1])]
-    return Window(window.start + first / SAMPLE_RATE, samples)
-
-
 def drop_silence(windows: Iterable[Window], spans: Callable[[Samples], Spans] = speech_spans) -> Iterator[Window]:
     """Only the speech of the windows, each span a window of its own that knows its place in the recording."""
     for window in windows:
-        for start, end in spans(window.samples):
-            yield Window(window.start + start / SAMPLE_RATE, window.samples[start:end])
+        yield from (window.part(start, end) for start, end in spans(window.samples))
