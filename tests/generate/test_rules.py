@@ -153,7 +153,7 @@ def test_what_is_said_obeys_the_grammar(seed: int, louder: float, options: Searc
     segments = 4
     rows = segments * options.beams
     found = search(
-        _RandomModel(seed, louder, rows),
+        _RandomModel(seed, louder, rows).step,
         random_logits(rows, END + 1, seed, louder),
         _Stateless(),
         Rules(SUPPRESS, SUPPRESS_FIRST, TIMES),

@@ -63,7 +63,7 @@ class WindowDecoder:
         self.window_positions = min(model.config.max_source_positions, round(FULL_WINDOW * POSITIONS_PER_SECOND))
 
     def step(self, tokens_Rn: Tensor, state: DecoderState) -> tuple[Tensor, DecoderState]:
-        """The stepper of :mod:`whisper_moe.generate.search`."""
+        """As :mod:`whisper_moe.generate.search` asks for it."""
         states_RnD = self.model.decoder.extend(tokens_Rn.to(self._like.device), state)
         return self.model.decoder.head(states_RnD[:, -1]).float(), state
 
@@ -165,7 +165,7 @@ class WindowDecoder:
         room = self.model.config.max_target_positions - len(opening) - len(prefixes[0])
         limits = [min(room, self._token_limit(n, margin)) for n in samples]
         best = search(
-            self,
+            self.step,
             logits,
             state,
             self._rules(options),
