@@ -67,7 +67,9 @@ def run(
     segments: Sequence[int], options: SearchOptions, limits: Sequence[int], model: Model | None = None, seed: int = 0
 ) -> list[Hypothesis]:
     state = History(list(segments), [[] for _ in range(len(segments) * options.beams)])
-    return search((model or Model()).step, state.logits(), state, RULES, options, end_of_text=END, limits=limits, seed=seed)
+    return search(
+        (model or Model()).step, state.logits(), state, RULES, options, end_of_text=END, limits=limits, seed=seed
+    )
 
 
 def log_probabilities(segment: int, history: Sequence[int]) -> Tensor:
