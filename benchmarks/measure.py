@@ -14,7 +14,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from peers import Adapter, Heard, Job, Ours, systems
+from peers import Adapter, Heard, Job, systems
 
 from whisper_moe.evaluate.measure import disk_bytes
 from whisper_moe.machine import peak_bytes, unshare_cores
@@ -32,7 +32,7 @@ def run_pass(adapter: Adapter, job: Job) -> dict[str, Any]:
         "cpu": time.process_time() - cpu,
         "latencies": latencies,
         "texts": [each.text.strip() for each in heard],
-        "fallbacks": sum(each.fallbacks for each in heard) if isinstance(adapter, Ours) else None,
+        "fallbacks": sum(each.fallbacks for each in heard) if adapter.model is not None else None,
     }
 
 

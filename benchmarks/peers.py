@@ -9,9 +9,9 @@ Torch and the peers' packages are only imported when a system is chosen.
 from __future__ import annotations
 
 import shutil
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from importlib.util import find_spec
 from itertools import pairwise
@@ -22,17 +22,17 @@ from whisper_moe.config import FULL_WINDOW as WINDOW_SECONDS
 from whisper_moe.config import SAMPLE_RATE as SAMPLE_RATE
 from whisper_moe.evaluate.systems import (
     Adapter,
-    FasterWhisper,
     Heard,
-    OpenAIWhisper,
-    Ours,
     Source,
-    Transformers,
     converted,
+    faster_whisper,
     hub_folder,
+    openai_whisper,
+    ours,
     samples_of,
     to_ctranslate2,
     to_openai,
+    transformers,
 )
 from whisper_moe.generate.options import TEMPERATURES
 
@@ -78,91 +78,79 @@ def decode(path: str) -> np.ndarray:
     return samples_of(path)
 
 
-def ours(
-    job: Job, *, default: bool, margin: float | None = None, dtype: Literal["float32", "int8"] = "float32"
-) -> Ours:
-    """This project, with its own checkpoint or with the peers' weights."""
+def own(job: Job, *, margin: float | None = None, dtype: Literal["float32", "int8"] = "float32") -> Adapter:
+    """This project, with the weights of the job."""
     from whisper_moe import WhisperMoE
 
-    source = None if default else job.weights
-    model = WhisperMoE.from_pretrained(source, device="cpu", dtype=dtype, threads=job.threads)
-    return Ours(model, beam=job.beam, temperatures=job.temperatures, margin=margin)
+    model = WhisperMoE.from_pretrained(job.weights, device="cpu", dtype=dtype, threads=job.threads)
+    return ours(model, beam=job.beam, temperatures=job.temperatures, margin=margin)
 
 
-class FasterWhisperWorkers(FasterWhisper):
+def faster_whisper_workers(job: Job, dtype: str, workers: int = 2) -> Adapter:
     """faster-whisper, ``workers`` clips at a time with the threads divided among them."""
+    told: dict[str, Any] = job.decoding | {"threads": max(1, job.threads // workers)}
+    alone = faster_whisper(job.weights, dtype=dtype, num_workers=workers, **told)
 
-    batched = True
+    def hear(sources: Iterable[Source], **told: Any) -> Iterator[Heard]:
+        with ThreadPoolExecutor(workers) as pool:
+            yield from pool.map(lambda source: next(alone.hear([source], **told)), sources)
 
-    def __init__(self, job: Job, dtype: str, workers: int) -> None:
-        self.workers = workers
-        told: dict[str, Any] = job.decoding | {"threads": max(1, job.threads // workers)}
-        super().__init__(job.weights, dtype=dtype, num_workers=workers, **told)
-
-    def each(self, sources: Iterable[Source], told: dict[str, Any]) -> Iterator[Heard]:
-        with ThreadPoolExecutor(self.workers) as pool:
-            yield from pool.map(partial(self.one, told), sources)
+    return replace(alone, hear=hear, batched=True)
 
 
-class FasterWhisperBatched(Adapter):
-    """faster-whisper's BatchedInferencePipeline, which takes one recording and batches its windows.
+def faster_whisper_batched(job: Job, dtype: str) -> Adapter:
+    """faster-whisper's BatchedInferencePipeline, which takes one recording and batches its windows."""
+    from faster_whisper import BatchedInferencePipeline, WhisperModel
 
-    Short clips are laid end to end and named as its ``clip_timestamps``, so that they share batches too.
+    model = WhisperModel(job.weights, device="cpu", compute_type=dtype, cpu_threads=job.threads)
+    # It has no fallback.
+    options = {"beam_size": job.beam, "batch_size": job.batch, "temperature": 0.0, "without_timestamps": True}
+    return Adapter(partial(hear_in_batches, BatchedInferencePipeline(model), options), options, batched=True)
+
+
+def hear_in_batches(
+    pipeline: Any, options: dict[str, Any], sources: Iterable[Source], *, long: bool, **told: Any
+) -> Iterator[Heard]:
+    """Short clips are laid end to end and named as its ``clip_timestamps``, so that they share batches too.
     Recordings over 30 s are cut by its own voice activity detection.
     """
+    import numpy as np
 
-    batched, timestamps = True, "vad_filter"
-
-    def __init__(self, job: Job, dtype: str) -> None:
-        from faster_whisper import BatchedInferencePipeline, WhisperModel
-
-        model = WhisperModel(job.weights, device="cpu", compute_type=dtype, cpu_threads=job.threads)
-        self.pipeline = BatchedInferencePipeline(model)
-        # It has no fallback.
-        fixed = {"temperature": 0.0, "without_timestamps": True}
-        self.options = {"beam_size": job.beam, "batch_size": job.batch, **fixed}
-
-    def each(self, sources: Iterable[Source], told: dict[str, Any]) -> Iterator[Heard]:
-        told = told | {"multilingual": told["language"] is None}
-        if not told["vad_filter"]:
-            yield from self._end_to_end([samples_of(source) for source in sources], told)
-            return
+    told |= options | {"multilingual": told["language"] is None, "vad_filter": long}
+    if long:
         for source in sources:
-            segments = list(self.pipeline.transcribe(source, **told)[0])
+            segments = list(pipeline.transcribe(source, **told)[0])
             yield Heard("".join(each.text for each in segments), sum(len(each.tokens) for each in segments))
-
-    def _end_to_end(self, clips: Sequence[np.ndarray], told: dict[str, Any]) -> list[Heard]:
-        import numpy as np
-
-        bounds = np.cumsum([0, *(len(clip) for clip in clips)]) / SAMPLE_RATE
-        spans = [{"start": start, "end": end} for start, end in pairwise(bounds)]
-        found, _ = self.pipeline.transcribe(np.concatenate(clips), clip_timestamps=spans, **told)
-        segments = list(found)
-        if len(segments) != len(clips):
-            raise RuntimeError(f"{len(clips)} clips gave {len(segments)} segments: they cannot be told apart")
-        return [Heard(segment.text, len(segment.tokens)) for segment in segments]
+        return
+    clips = [samples_of(source) for source in sources]
+    bounds = np.cumsum([0, *(len(clip) for clip in clips)]) / SAMPLE_RATE
+    spans = [{"start": start, "end": end} for start, end in pairwise(bounds)]
+    segments = list(pipeline.transcribe(np.concatenate(clips), clip_timestamps=spans, **told)[0])
+    if len(segments) != len(clips):
+        raise RuntimeError(f"{len(clips)} clips gave {len(segments)} segments: they cannot be told apart")
+    yield from (Heard(segment.text, len(segment.tokens)) for segment in segments)
 
 
-class WhisperCpp(Adapter):
+def whisper_cpp(job: Job) -> Adapter:
     """whisper.cpp through pywhispercpp, one clip at a time. It is told all when it is loaded."""
+    from pywhispercpp.model import Model
 
-    def __init__(self, job: Job) -> None:
-        from pywhispercpp.model import Model
+    options: dict[str, Any] = {
+        "n_threads": job.threads,
+        "language": job.language or "auto",
+        "no_timestamps": not job.long,
+        "temperature_inc": 0.2 if job.fallback else 0.0,
+        "greedy": {"best_of": 1},
+        "beam_search": {"beam_size": job.beam, "patience": -1.0},
+    }
+    quiet = {"print_progress": False, "redirect_whispercpp_logs_to": None}
+    model = Model(job.weights, params_sampling_strategy=int(job.beam > 1), **quiet, **options)
 
-        self.options: dict[str, Any] = {
-            "n_threads": job.threads,
-            "language": job.language or "auto",
-            "no_timestamps": not job.long,
-            "temperature_inc": 0.2 if job.fallback else 0.0,
-            "greedy": {"best_of": 1},
-            "beam_search": {"beam_size": job.beam, "patience": -1.0},
-        }
-        quiet = {"print_progress": False, "redirect_whispercpp_logs_to": None}
-        self.model = Model(job.weights, params_sampling_strategy=int(job.beam > 1), **quiet, **self.options)
-
-    def each(self, sources: Iterable[Source], told: dict[str, Any]) -> Iterator[Heard]:
+    def hear(sources: Iterable[Source], **_: Any) -> Iterator[Heard]:
         for source in sources:
-            yield Heard("".join(segment.text for segment in self.model.transcribe(samples_of(source))))
+            yield Heard("".join(segment.text for segment in model.transcribe(samples_of(source))))
+
+    return Adapter(hear, options)
 
 
 @dataclass(frozen=True)
@@ -197,12 +185,8 @@ def weights_of(form: str, model: str, cache: Path) -> str:
     return converted(model, form, to_openai if form == "openai" else partial(to_ctranslate2, form[4:]), cache)
 
 
-def peer(make: Callable[..., Adapter], job: Job, **more: Any) -> Adapter:
-    return make(job.weights, **job.decoding, **more)
-
-
-def transformers(job: Job) -> Adapter:
-    return peer(Transformers, job, batch=job.batch)
+def peer(load: Callable[..., Adapter], job: Job, **more: Any) -> Adapter:
+    return load(job.weights, **job.decoding, **more)
 
 
 def installed(module: str) -> bool:
@@ -214,25 +198,25 @@ def installed(module: str) -> bool:
 
 def systems(model: str) -> dict[str, System]:
     """Every system by name, in the order of the tables."""
-    own = {"modules": ("torch", "whisper_moe.api"), "packages": ("whisper-moe", "torch", "av")}
+    torch = {"modules": ("torch", "whisper_moe.api"), "packages": ("whisper-moe", "torch", "av")}
     fast = {"modules": ("faster_whisper",), "packages": ("faster-whisper", "ctranslate2", "av")}
     table: dict[str, System] = {}
     for name, form in (("ours", ""), (f"ours-{Path(model).name}", "hub")):
-        make = partial(ours, default=not form)
-        table[name] = System(make, form, **own)
-        table[f"{name}-padded"] = System(partial(make, margin=WINDOW_SECONDS), form, **own)
-        table[f"{name}-int8"] = System(partial(make, dtype="int8"), form, **own)
-        table[f"{name}-int8-padded"] = System(partial(make, dtype="int8", margin=WINDOW_SECONDS), form, **own)
+        for suffix, more in (("", {}), ("-int8", {"dtype": "int8"})):
+            table[name + suffix] = System(partial(own, **more), form, **torch)
+            table[f"{name}{suffix}-padded"] = System(partial(own, margin=WINDOW_SECONDS, **more), form, **torch)
     for kind in ("int8", "float32"):
         name, form = f"faster-whisper-{kind}", f"ct2-{kind}"
-        table[name] = System(partial(peer, FasterWhisper, dtype=kind), form, **fast)
-        table[f"{name}-batched"] = System(partial(FasterWhisperBatched, dtype=kind), form, **fast)
-        table[f"{name}-workers"] = System(partial(FasterWhisperWorkers, dtype=kind, workers=2), form, **fast)
-    openai = ("openai-whisper", "torch")
-    hugging = ("transformers", "torch", "av")
+        table[name] = System(partial(peer, faster_whisper, dtype=kind), form, **fast)
+        table[f"{name}-batched"] = System(partial(faster_whisper_batched, dtype=kind), form, **fast)
+        table[f"{name}-workers"] = System(partial(faster_whisper_workers, dtype=kind), form, **fast)
+    openai = partial(peer, openai_whisper)
     table["openai-whisper"] = System(
-        partial(peer, OpenAIWhisper), "openai", ("whisper", "torch"), openai, needs_ffmpeg=True
+        openai, "openai", ("whisper", "torch"), ("openai-whisper", "torch"), needs_ffmpeg=True
     )
-    table["transformers"] = System(transformers, "hub", ("transformers", "torch"), hugging)
-    table["whisper.cpp"] = System(WhisperCpp, "ggml", ("pywhispercpp.model",), ("pywhispercpp", "av"))
+    hugging = ("transformers", "torch", "av")
+    table["transformers"] = System(
+        lambda job: peer(transformers, job, batch=job.batch), "hub", ("transformers", "torch"), hugging
+    )
+    table["whisper.cpp"] = System(whisper_cpp, "ggml", ("pywhispercpp.model",), ("pywhispercpp", "av"))
     return table

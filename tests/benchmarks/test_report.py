@@ -171,8 +171,6 @@ def test_clips_that_a_pipeline_mixes_up_are_an_error_and_not_a_wrong_transcript(
         def transcribe(self, *_: Any, **__: Any) -> tuple[list[Any], None]:
             return [], None
 
-    adapter = peers.FasterWhisperBatched.__new__(peers.FasterWhisperBatched)
-    adapter.pipeline, adapter.options = Pipeline(), {}
     clips = [np.zeros(16_000, np.float32)] * 2
     with pytest.raises(RuntimeError, match="2 clips gave 0 segments"):
-        list(adapter.hear(clips, language="en", task="transcribe", long=False))
+        list(peers.hear_in_batches(Pipeline(), {}, clips, language="en", task="transcribe", long=False))

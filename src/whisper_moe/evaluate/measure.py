@@ -17,7 +17,7 @@ import numpy as np
 
 from whisper_moe.config import FULL_WINDOW, ModelConfig
 from whisper_moe.data.sample import Sample
-from whisper_moe.evaluate.systems import PEERS, Adapter, Heard, Ours, System
+from whisper_moe.evaluate.systems import Adapter, Heard, System, ours
 from whisper_moe.generate.options import TEMPERATURES
 from whisper_moe.machine import peak_bytes, unshare_cores
 
@@ -61,28 +61,27 @@ class Measured:
     """What came of it. ``None`` where a system does not say, or where nothing was timed."""
 
     heard: list[Heard]
-    wall: float | None = None
-    """Seconds for all clips, files decoded within the time."""
-    cpu: float | None = None
+    wall_seconds: float | None = None
+    """For all clips, files decoded within the time."""
+    cpu_seconds: float | None = None
+    load_seconds: float | None = None
     latencies: list[float] = field(default_factory=list)
     """Seconds from a clip to its transcript, one at a time."""
     latencies_apart: bool = False
     """Whether they were measured after the job, since the system batches."""
-    peak: int | None = None
-    """Bytes of memory that the process has needed to transcribe; on a GPU, of the GPU's."""
-    load: float | None = None
-    disk: int | None = None
+    peak_bytes: int | None = None
+    """Memory that the process has needed to transcribe; on a GPU, of the GPU's."""
+    disk_bytes: int | None = None
     device: str = "cpu"
     dtype: str | None = None
     margin: float | None = None
-    """Seconds of silence after a clip, where the system has such a thing."""
     threads: int | None = None
     options: dict[str, Any] = field(default_factory=dict)
+    machine_load_before: float | None = None
     config: ModelConfig | None = None
     """Of this project's models."""
     cross_entropies: list[tuple[float, int] | str] | None = None
     """Of each clip: the sum of −ln p over the reference's tokens and their number, or why there is none."""
-    machine_load_before: float | None = None
 
 
 def measure(system: System, weights: str, clips: Sequence[Clip], asked: Options, load: Callable[..., Any]) -> Measured:
@@ -92,103 +91,98 @@ def measure(system: System, weights: str, clips: Sequence[Clip], asked: Options,
     """
     if system.kind == "transcripts":
         return Measured(heard=_written(Path(weights), clips))
-    busy, begun = os.getloadavg()[0], time.perf_counter()
+    busy = os.getloadavg()[0] if hasattr(os, "getloadavg") else None  # Windows has none
+    begun = time.perf_counter()
     adapter = _loaded(system, weights, asked, load)
     ready = time.perf_counter()
-    _attempt(adapter, clips[0], asked.detect)
+    _hear(adapter, clips[:1], asked.detect)
     cpu, start = time.process_time(), time.perf_counter()
-    heard, latencies = _all(adapter, clips, asked.detect)
+    heard, latencies = _hear_all(adapter, clips, asked.detect)
     wall, cpu = time.perf_counter() - start, time.process_time() - cpu
     if adapter.batched:
-        latencies = [_attempt(adapter, clip, asked.detect)[1] for clip in clips[: asked.latency_clips]]
+        latencies = [_timed(adapter, [clip], asked.detect)[1] for clip in clips[: asked.latency_clips]]
     measured = Measured(
         heard=heard,
-        wall=wall,
-        cpu=cpu,
+        wall_seconds=wall,
+        cpu_seconds=cpu,
+        load_seconds=ready - begun,
         latencies=latencies[: asked.latency_clips],  # of the same clips for every system
         latencies_apart=adapter.batched,
-        peak=peak_bytes(),
-        load=ready - begun,
-        disk=disk_bytes(Path(weights)) or None,
-        dtype=system.needs.dtype or None,
+        peak_bytes=peak_bytes(),
+        disk_bytes=disk_bytes(Path(weights)) or None,
+        dtype=system.needs.dtype,
+        margin=adapter.margin,
         threads=asked.threads,
         options=adapter.options,
         machine_load_before=busy,
     )
-    return _ours(adapter, clips, asked, measured) if isinstance(adapter, Ours) else measured
+    return measured if adapter.model is None else _ours(adapter, clips, asked.detect, measured)
 
 
 def _loaded(system: System, weights: str, asked: Options, load: Callable[..., Any]) -> Adapter:
     decoding: dict[str, Any] = {"beam": asked.beam, "temperatures": TEMPERATURES if asked.fallback else (0.0,)}
-    if system.kind == "ours":
+    if system.needs.load is None:
         model = load(system.source, device=asked.device, dtype=asked.dtype, threads=asked.threads)
-        return Ours(model, margin=FULL_WINDOW if system.padded else asked.margin, **decoding)
+        return ours(model, margin=FULL_WINDOW if system.padded else asked.margin, **decoding)
     unshare_cores()
-    return PEERS[system.kind](weights, threads=asked.threads, **decoding)
+    return system.needs.load(weights, threads=asked.threads, **decoding)
 
 
-def _ours(adapter: Ours, clips: Sequence[Clip], asked: Options, measured: Measured) -> Measured:
+def _ours(adapter: Adapter, clips: Sequence[Clip], detect: bool, measured: Measured) -> Measured:
     """What only this project's models say about themselves."""
-    model, peak = adapter.model, measured.peak
-    if model.device.startswith("cuda"):
-        import torch
-
-        peak = torch.cuda.max_memory_allocated(model.device)
-    samples = [clip.sample for clip in clips]
-    if asked.detect and not model.tokenizer.is_multilingual:
-        samples = [replace(sample, language="en", target_language="en") for sample in samples]
-    return replace(
-        measured,
-        device=model.device,
-        dtype=model.dtype,
-        config=model.config,
-        peak=peak,
-        margin=adapter.margin,
-        cross_entropies=_cross_entropies(model, samples, adapter.margin),
-    )
-
-
-def _cross_entropies(model: Any, samples: Sequence[Sample], margin: float) -> list[tuple[float, int] | str]:
     from whisper_moe.data.examples import ExampleConfig, ExampleReader
     from whisper_moe.evaluate.evaluator import Evaluator
 
+    model, margin = adapter.model, adapter.margin or 0.0
+    if model.device.startswith("cuda"):
+        import torch
+
+        measured = replace(measured, peak_bytes=torch.cuda.max_memory_allocated(model.device))
+    samples = [clip.sample for clip in clips]
+    if detect and not model.tokenizer.is_multilingual:
+        samples = [replace(sample, language="en", target_language="en") for sample in samples]
     reading = ExampleConfig(empty_text=True, margin=min(margin, FULL_WINDOW))
     reader = ExampleReader(model.tokenizer, model.config, reading)
     evaluator = Evaluator(reader, model.tokenizer, model.generation, margin=margin)
-    found: list[tuple[float, int] | str] = []
-    for first in range(0, len(samples), CLIPS_AT_ONCE):
-        for each in evaluator.batch(model.model, samples[first : first + CLIPS_AT_ONCE]):
-            found.append((each.cross_entropy, each.tokens) if each.skipped is None else each.skipped.cause)
-    return found
+    batches = (samples[first : first + CLIPS_AT_ONCE] for first in range(0, len(samples), CLIPS_AT_ONCE))
+    found = [each for batch in batches for each in evaluator.batch(model.model, batch)]
+    sums = [(each.cross_entropy, each.tokens) if each.skipped is None else each.skipped.cause for each in found]
+    return replace(measured, device=model.device, dtype=model.dtype, config=model.config, cross_entropies=sums)
 
 
-def _all(adapter: Adapter, clips: Sequence[Clip], detect: bool) -> tuple[list[Heard], list[float]]:
-    """Every clip; where the system batches, those of one language and task, and long ones apart: it is told once for a batch."""
-    if not adapter.batched:
-        pairs = [_attempt(adapter, clip, detect) for clip in clips]
-        return [heard for heard, _ in pairs], [seconds for _, seconds in pairs]
-    heard: dict[int, Heard] = {}
-    groups: dict[tuple[tuple[str, Any], ...], list[int]] = {}
+def _hear_all(adapter: Adapter, clips: Sequence[Clip], detect: bool) -> tuple[list[Heard], list[float]]:
+    """Every clip, and the seconds of each call. Where the system batches, those of one language and task are heard together, and
+    long ones apart: it is told once for a batch."""
+    groups: dict[Any, list[int]] = {}
     for index, clip in enumerate(clips):
-        groups.setdefault(tuple(_told(clip, detect).items()), []).append(index)
-    for told, indices in groups.items():
-        try:
-            sounds = (clips[index].sound for index in indices)
-            for index, result in zip(indices, adapter.hear(sounds, **dict(told)), strict=True):
-                heard[index] = result
-        except Exception:  # one of them may be to blame
-            heard |= {index: _attempt(adapter, clips[index], detect)[0] for index in indices if index not in heard}
-    return [heard[index] for index in range(len(clips))], []
+        groups.setdefault(tuple(_told(clip, detect).values()) if adapter.batched else index, []).append(index)
+    heard, waits = dict[int, Heard](), list[float]()
+    for indices in groups.values():
+        found, seconds = _timed(adapter, [clips[index] for index in indices], detect)
+        heard |= zip(indices, found, strict=True)
+        waits.append(seconds)
+    return [heard[index] for index in range(len(clips))], waits
 
 
-def _attempt(adapter: Adapter, clip: Clip, detect: bool) -> tuple[Heard, float]:
-    """One clip alone, and its seconds; whatever goes wrong with it is its result."""
+def _timed(adapter: Adapter, clips: Sequence[Clip], detect: bool) -> tuple[list[Heard], float]:
     start = time.perf_counter()
+    return _hear(adapter, clips, detect), time.perf_counter() - start
+
+
+def _hear(adapter: Adapter, clips: Sequence[Clip], detect: bool) -> list[Heard]:
+    """Clips of which the system is told the same. What goes wrong with one alone is its result; with several, one of them may
+    be to blame."""
+    found: list[Heard] = []
     try:
-        (heard,) = adapter.hear([clip.sound], **_told(clip, detect))
+        for _, heard in zip(
+            clips, adapter.hear((clip.sound for clip in clips), **_told(clips[0], detect)), strict=True
+        ):
+            found.append(heard)
     except Exception as error:
-        heard = Heard("", error=f"{type(error).__name__}: {' '.join(str(error).split())}")
-    return heard, time.perf_counter() - start
+        if len(clips) == 1:
+            return [Heard("", error=f"{type(error).__name__}: {' '.join(str(error).split())}")]
+        found += [_hear(adapter, [clip], detect)[0] for clip in clips[len(found) :]]
+    return found
 
 
 def _told(clip: Clip, detect: bool) -> dict[str, Any]:
@@ -203,12 +197,11 @@ def _written(file: Path, clips: Sequence[Clip]) -> list[Heard]:
         raise ValueError(f"{file}: row 1: the columns id and text are needed, found {head}")
     texts: dict[str, str] = {}
     for number, cells in enumerate(rows, start=2):
-        row = dict(zip(head, cells, strict=False))
-        if len(cells) != len(head) or row["id"] in texts:
-            cause = (
-                f"the id {row['id']!r} is there twice" if len(cells) == len(head) else "not as many columns as row 1"
-            )
-            raise ValueError(f"{file}: row {number}: {cause}")
+        if len(cells) != len(head):
+            raise ValueError(f"{file}: row {number}: not as many columns as row 1")
+        row = dict(zip(head, cells, strict=True))
+        if row["id"] in texts:
+            raise ValueError(f"{file}: row {number}: the id {row['id']!r} is there twice")
         texts[row["id"]] = row["text"]
     ids = [clip.sample.id for clip in clips]
     return [Heard(texts[id]) if id in texts else Heard("", error=f"{file} has no row {id!r}") for id in ids]
@@ -216,9 +209,5 @@ def _written(file: Path, clips: Sequence[Clip]) -> list[Heard]:
 
 def disk_bytes(path: Path) -> int:
     """Bytes of the weights at ``path``, a file or a folder (safetensors only, where a folder has some)."""
-    if not path.is_dir():
-        return path.stat().st_size if path.exists() else 0
-    for suffix in ("*.safetensors", "*.bin"):
-        if files := list(path.rglob(suffix)):
-            return sum(file.stat().st_size for file in files)
-    return 0
+    files = [path] if path.is_file() else [*path.rglob("*.safetensors")] or [*path.rglob("*.bin")]
+    return sum(file.stat().st_size for file in files)

@@ -7,9 +7,10 @@ as an empty transcript: nobody gains by failing. An empty reference adds whateve
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+import operator
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from itertools import pairwise
-from typing import Any
+from typing import Any, NamedTuple, TypeVar
 
 import numpy as np
 
@@ -27,11 +28,22 @@ from whisper_moe.evaluate.metrics import (
     script_fidelity,
     translation_scores,
 )
+from whisper_moe.evaluate.systems import Heard
 from whisper_moe.generate.options import TranscribeOptions
 from whisper_moe.media.normalize import normalize
 
 BUCKETS = (0.0, 2.0, 5.0, 10.0, 20.0, 30.0, math.inf)
 """Seconds between which durations are told apart; an edge belongs to the bucket above it."""
+_BUCKET_NAMES = [f"{a:g}–{b:g} s" if b < math.inf else f"{a:g} s and more" for a, b in pairwise(BUCKETS)]
+T = TypeVar("T")
+
+
+class Result(NamedTuple):
+    """What one system made of a clip."""
+
+    clip: Clip
+    heard: Heard
+    cross_entropy: tuple[float, int] | str | None
 
 
 def system(clips: Sequence[Clip], measured: Measured) -> dict[str, Any]:
@@ -39,7 +51,7 @@ def system(clips: Sequence[Clip], measured: Measured) -> dict[str, Any]:
     asked = ("device", "dtype", "threads", "machine_load_before", "options", "margin")
     pairs = zip(clips, measured.heard, strict=True)
     return {name: getattr(measured, name) for name in asked} | {
-        "quality": {task: _quality(clips, measured, index) for task, index in _by_task(clips).items()},
+        "quality": {task: _quality(results) for task, results in _by_task(clips, measured).items()},
         "cost": _cost(clips, measured),
         "experts": _expert_load(clips, measured),
         "failures": [(clip.sample.id, heard.error) for clip, heard in pairs if heard.error is not None],
@@ -49,148 +61,129 @@ def system(clips: Sequence[Clip], measured: Measured) -> dict[str, Any]:
 def compared(clips: Sequence[Clip], mine: Measured, theirs: Measured) -> dict[str, Any]:
     """One system less another, by task: of all clips, and by language."""
     found: dict[str, Any] = {}
-    for task, index in _by_task(clips).items():
-        ours, peers = _counts(clips, mine, index), _counts(clips, theirs, index)
-        both = [name for name in ours if name in peers and name != "cross_entropy"]
+    for (task, ours), peers in zip(_by_task(clips, mine).items(), _by_task(clips, theirs).values(), strict=True):
+        sides = _counts(ours), _counts(peers)
+        texts = [[each.heard.text.strip() for each in results] for results in (ours, peers)]
         found[task] = {
-            "figures": {name: _known(paired_difference(ours[name], peers[name])) for name in both},
-            "language": {
-                code: {
-                    name: _known(paired_difference(ours[name].of_clips(part), peers[name].of_clips(part)))
-                    for name in both
-                }
-                for code, part in _divisions(clips, index)["language"].items()
-            },
-            "differing_clips": sum(mine.heard[i].text.strip() != theirs.heard[i].text.strip() for i in index),
+            "figures": _differences(*sides, range(len(ours))),
+            "language": {code: _differences(*sides, part) for code, part in _divisions(ours)["language"].items()},
+            "differing_clips": sum(map(operator.ne, *texts)),
         }
     return found
 
 
-def _by_task(clips: Sequence[Clip]) -> dict[str, list[int]]:
-    return _grouped(range(len(clips)), lambda index: clips[index].sample.task)
+def _differences(
+    counts: Mapping[str, ErrorCounts], others: Mapping[str, ErrorCounts], chosen: Sequence[int]
+) -> dict[str, Any]:
+    both = [name for name in counts if name in others and name != "cross_entropy"]
+    pairs = {name: (counts[name].of_clips(chosen), others[name].of_clips(chosen)) for name in both}
+    return {name: _known(paired_difference(*pair)) for name, pair in pairs.items()}
 
 
-def _grouped(index: Sequence[int], name: Callable[[int], str]) -> dict[str, list[int]]:
-    found: dict[str, list[int]] = {}
-    for each in index:
-        found.setdefault(name(each), []).append(each)
+def _by_task(clips: Sequence[Clip], measured: Measured) -> dict[str, list[Result]]:
+    results = map(Result, clips, measured.heard, measured.cross_entropies or [None] * len(clips))
+    return _grouped(results, lambda each: each.clip.sample.task)
+
+
+def _grouped(each: Iterable[T], name: Callable[[T], str]) -> dict[str, list[T]]:
+    found: dict[str, list[T]] = {}
+    for one in each:
+        found.setdefault(name(one), []).append(one)
     return found
 
 
-def _counts(clips: Sequence[Clip], measured: Measured, index: Sequence[int]) -> dict[str, ErrorCounts]:
-    """Of one system on these clips, which all have one task."""
-    task = clips[index[0]].sample.task
-    written = [measured.heard[i].text.strip() for i in index]
-    codes = [clips[i].sample.target_language for i in index]
-    sides = ([clips[i].sample.text for i in index], written, codes)
-    if task == "transcribe":
+def _counts(results: Sequence[Result]) -> dict[str, ErrorCounts]:
+    """Of clips which all have one task."""
+    samples = [each.clip.sample for each in results]
+    codes = [sample.target_language for sample in samples]
+    sides = ([sample.text for sample in samples], [each.heard.text.strip() for each in results], codes)
+    if samples[0].task == "transcribe":
         counts = {"wer": clip_counts(*sides), "cer": character_counts(*sides)}
     else:
-        counts = {"accuracy": label_accuracy(*sides)} if task == "sign" else translation_scores(*sides)
-    counts["script"] = script_fidelity(written, codes)
-    if measured.cross_entropies is not None:
-        sums = [measured.cross_entropies[i] for i in index]
-        rows = [(0.0, 0) if isinstance(each, str) else each for each in sums]
-        counts["cross_entropy"] = ErrorCounts(np.array(rows, dtype=float))
+        counts = {"accuracy": label_accuracy(*sides)} if samples[0].task == "sign" else translation_scores(*sides)
+    counts["script"] = script_fidelity(*sides[1:])
+    if results[0].cross_entropy is not None:
+        sums = [each.cross_entropy for each in results]
+        counts["cross_entropy"] = ErrorCounts(np.array([(0.0, 0) if isinstance(each, str) else each for each in sums]))
     return counts
 
 
-def _figures(counts: dict[str, ErrorCounts], chosen: Sequence[int]) -> dict[str, Any]:
+def _figures(counts: Mapping[str, ErrorCounts], chosen: Sequence[int]) -> dict[str, Any]:
     """Value and interval of each metric, of some clips; None where there is nothing to measure."""
     found: dict[str, Any] = {}
     for name, each in counts.items():
         part = each.of_clips(chosen)
-        found[name] = _known(dict(zip(("value", "low", "high"), (part.value, *interval(part)), strict=True)))
+        low, high = interval(part)
+        found[name] = _known({"value": part.value, "low": low, "high": high})
         if name in ("wer", "cer", "cross_entropy"):
             found[name]["of"] = int(part.whole.sum())
     return found
 
 
-def _known(figures: dict[str, float]) -> dict[str, float | None]:
+def _known(figures: Mapping[str, float]) -> dict[str, Any]:
     return {key: None if math.isnan(value) else value for key, value in figures.items()}
 
 
-def _divisions(clips: Sequence[Clip], index: Sequence[int]) -> dict[str, dict[str, list[int]]]:
-    """Places within ``index`` by language, domain, duration and corpus; a division into one part is left out."""
-    edges = [edge for edge in BUCKETS if math.isfinite(edge)]
-    names = [f"{low:g}–{high:g} s" if high < math.inf else f"{low:g} s and more" for low, high in pairwise(BUCKETS)]
-
-    def language(sample: Any) -> str:
-        same = sample.language == sample.target_language
-        return sample.language if same else f"{sample.language}→{sample.target_language}"
-
-    of: dict[str, Callable[[Clip], str]] = {
-        "language": lambda clip: language(clip.sample),
-        "domain": lambda clip: clip.sample.domain or "none given",
-        "duration": lambda clip: names[int(np.searchsorted(edges, clip.seconds, "right")) - 1],
-        "corpus": lambda clip: clip.corpus,
+def _divisions(results: Sequence[Result]) -> dict[str, dict[str, list[int]]]:
+    """Places by language, domain, duration and corpus; a division into one part is left out."""
+    clips, found = [each.clip for each in results], {}
+    pairs = [dict.fromkeys((clip.sample.language, clip.sample.target_language)) for clip in clips]
+    of = {
+        "language": ["→".join(pair) for pair in pairs],
+        "domain": [clip.sample.domain or "none given" for clip in clips],
+        "duration": [_BUCKET_NAMES[int(np.searchsorted(BUCKETS, clip.seconds, "right")) - 1] for clip in clips],
+        "corpus": [clip.corpus for clip in clips],
     }
-    found = {}
-    for division, name in of.items():
-        parts = _grouped(range(len(index)), lambda place, name=name: name(clips[index[place]]))
+    for division, names in of.items():
+        parts = _grouped(range(len(clips)), names.__getitem__)
+        order = _BUCKET_NAMES if division == "duration" else sorted(parts)
         if len(parts) > 1 or division == "language":
-            found[division] = {
-                name: parts[name] for name in (names if division == "duration" else sorted(parts)) if name in parts
-            }
+            found[division] = {name: parts[name] for name in order if name in parts}
     return found
 
 
-def _quality(clips: Sequence[Clip], measured: Measured, index: Sequence[int]) -> dict[str, Any]:
+def _quality(results: Sequence[Result]) -> dict[str, Any]:
     """All figures about what one system wrote, of one task; also what is easily overlooked in an average."""
-    counts, heard = _counts(clips, measured, index), [measured.heard[i] for i in index]
-    codes = [clips[i].sample.target_language for i in index]
-    said = [normalize(clips[i].sample.text, clips[i].sample.target_language) for i in index]
-    written = [normalize(each.text, code) for each, code in zip(heard, codes, strict=True)]
-    reasons = [each for i in index if isinstance(each := (measured.cross_entropies or {i: 0.0})[i], str)]
+    counts, heard = _counts(results), [each.heard for each in results]
+    samples = [each.clip.sample for each in results]
+    codes = [sample.target_language for sample in samples]
+    reasons = [each.cross_entropy for each in results if isinstance(each.cross_entropy, str)]
+
+    def part(places: Sequence[int]) -> dict[str, Any]:
+        seconds = sum(results[i].clip.seconds for i in places)
+        return {"clips": len(places), "seconds": seconds, "figures": _figures(counts, places)}
+
     return {
-        **_size(clips, index),
-        "empty_references": said.count(""),
-        "empty_transcripts": written.count(""),
+        **part(range(len(results))),
+        "empty_references": sum(not normalize(s.text, code) for s, code in zip(samples, codes, strict=True)),
+        "empty_transcripts": sum(not normalize(each.text, code) for each, code in zip(heard, codes, strict=True)),
         "failed": sum(each.error is not None for each in heard),
         "decoded_again": sum(each.fallbacks for each in heard),
         "longest_loop": max(longest_loop(each.text, code) for each, code in zip(heard, codes, strict=True)),
         "without_cross_entropy": {"clips": len(reasons), "why": sorted(set(reasons))},
-        "figures": _figures(counts, range(len(index))),
         "signatures": {name: each.signature for name, each in counts.items() if each.signature},
         "by": {
-            division: {
-                name: {**_size(clips, [index[i] for i in places]), "figures": _figures(counts, places)}
-                for name, places in parts.items()
-            }
-            for division, parts in _divisions(clips, index).items()
+            division: {name: part(places) for name, places in parts.items()}
+            for division, parts in _divisions(results).items()
         },
     }
-
-
-def _size(clips: Sequence[Clip], index: Sequence[int]) -> dict[str, Any]:
-    return {"clips": len(index), "seconds": sum(clips[i].seconds for i in index)}
 
 
 def _cost(clips: Sequence[Clip], measured: Measured) -> dict[str, Any]:
     """What it took. ``flops_per_second`` follows from the shapes (:func:`whisper_moe.evaluate.cost.flops`): each clip once,
     with its margin, for the tokens it was written in; tries that were given up are not counted.
     """
-    seconds = sum(clip.seconds for clip in clips)
-    counts = [each.tokens for each in measured.heard if each.tokens is not None]
+    seconds, wall, config = sum(clip.seconds for clip in clips), measured.wall_seconds, measured.config
+    waits, counts = measured.latencies, [each.tokens for each in measured.heard if each.tokens is not None]
     tokens = sum(counts) if len(counts) == len(clips) else None
-    waits, wall, config = measured.latencies, measured.wall, measured.config
-    found: dict[str, Any] = {
+    p50, p95 = np.percentile(waits, [50, 95]).tolist() if waits else (None, None)
+    timed = ("wall_seconds", "cpu_seconds", "load_seconds", "peak_bytes", "disk_bytes")
+    found = {name: getattr(measured, name) for name in timed} | {
         "audio_seconds": seconds,
-        "wall_seconds": wall,
-        "cpu_seconds": measured.cpu,
         "times_real_time": seconds / wall if wall else None,
         "tokens": tokens,
         "tokens_per_second": tokens / wall if wall and tokens is not None else None,
-        "latency": {
-            "p50": float(np.percentile(waits, 50)) if waits else None,
-            "p95": float(np.percentile(waits, 95)) if waits else None,
-            "clips": len(waits),
-            "apart": measured.latencies_apart,
-            "seconds": waits,
-        },
-        "load_seconds": measured.load,
-        "peak_bytes": measured.peak,
-        "disk_bytes": measured.disk,
+        "latency": {"p50": p50, "p95": p95, "clips": len(waits), "apart": measured.latencies_apart, "seconds": waits},
     }
     if config is not None:
         found["parameters_total"] = sum(parameters(config).values())
@@ -216,11 +209,9 @@ def _expert_load(clips: Sequence[Clip], measured: Measured) -> dict[str, dict[st
     """By language of what is spoken: the share of each expert's gates, idle ones and *none* included; they sum to 1."""
     moe = measured.config.moe if measured.config else None
     names = [*moe.names, *(["none"] if moe.none_choice else [])] if moe else []
-    rows: dict[str, list[dict[str, float]]] = {}
-    for clip, heard in zip(clips, measured.heard, strict=True):
-        if heard.experts:
-            rows.setdefault(clip.sample.language, []).append(dict(heard.experts))
+    routed = [(clip, dict(heard.experts)) for clip, heard in zip(clips, measured.heard, strict=True) if heard.experts]
+    rows = _grouped(routed, lambda pair: pair[0].sample.language)
     return {
-        code: {name: sum(row.get(name, 0.0) for row in part) / len(part) for name in names}
+        code: {name: sum(gates.get(name, 0.0) for _, gates in part) / len(part) for name in names}
         for code, part in sorted(rows.items())
     }

@@ -1,11 +1,11 @@
-"""The systems that can be evaluated and compared: how each is named, found, loaded, and made to transcribe.
+"""The systems that can be evaluated and compared: how each is named, found and loaded.
 
 ``NAME`` alone is this project's: a whisper-moe folder or any Whisper. Peers: ``faster-whisper:NAME`` (int8),
 ``faster-whisper-float32:NAME``, ``openai:NAME``, ``transformers:NAME``, where NAME is a size that the peer knows, its own
 format, or a Whisper of the Hub or in a folder, which is converted once. ``transcripts:FILE`` is what any system wrote.
 
 Each decodes as its users would, greedily or with the same beam, with the same fallback temperatures where it has any. A
-peer's package is imported when it is loaded, and none is needed otherwise.
+peer's package is imported when it is loaded, torch too; none is needed otherwise.
 """
 
 # The peers are optional: type checking must pass without them.
@@ -27,7 +27,7 @@ from pathlib import Path
 from threading import Thread
 from typing import TYPE_CHECKING, Any, NamedTuple, TypeAlias, TypeVar
 
-from whisper_moe.config import SAMPLE_RATE
+from whisper_moe.config import SAMPLE_RATE, model_name
 from whisper_moe.generate.result import mean_gates
 from whisper_moe.machine import THREAD_VARIABLES
 from whisper_moe.media.audio import load_audio
@@ -42,22 +42,141 @@ DEFAULT = "default"
 """The name of the model that comes along."""
 
 
-class Package(NamedTuple):
-    """What a kind of system needs: a module, and the packages whose versions belong to its figures."""
+@dataclass(frozen=True)
+class Heard:
+    """What one clip became."""
+
+    text: str
+    tokens: int | None = None
+    """Tokens that were decoded, where the system says; those of tries that were given up are not among them."""
+    experts: tuple[tuple[str, float], ...] = ()
+    """Mean gate of each expert, *none* included; empty where there are none, or they are chosen per token."""
+    fallbacks: int = 0
+    """Windows that were decoded again."""
+    error: str | None = None
+
+
+@dataclass
+class Adapter:
+    """A loaded system."""
+
+    hear: Callable[..., Iterator[Heard]]
+    """``(sources, *, language, task, long)`` → one result for each clip, in order. ``language`` None is detected. ``long``: over
+    30 s, where the sequential peers need timestamps to move their window."""
+    options: dict[str, Any]
+    """What else it is told."""
+    batched: bool = False
+    """Whether it is given all clips at once, and one by one only for the latency."""
+    model: Any = None
+    """This project's ``WhisperMoE``."""
+    margin: float | None = None
+    """Seconds of silence after a clip, where the system has such a thing."""
+
+
+def ours(model: Any, *, beam: int, temperatures: tuple[float, ...], margin: float | None) -> Adapter:
+    """This project: all clips in one call, packed without padding. ``model``: a ``WhisperMoE``; ``margin``: None for its own.
+
+    A clip that looks wrong with its margin is decoded again padded to 30 s, within the time; ``fallbacks`` counts them.
+    """
+    margin = model.context_margin if margin is None else margin
+    options = {"beam_size": beam, "temperatures": temperatures, "context_margin": margin}
+
+    def hear(sources: Iterable[Source], *, long: bool, **told: Any) -> Iterator[Heard]:
+        for outcome in model.transcribe_each(sources, timestamps=long, **told, **options):
+            if (result := outcome.transcription) is None:
+                yield Heard("", error=str(outcome.error))
+            else:
+                tokens = sum(len(segment.tokens) for segment in result.segments)
+                yield Heard(result.text, tokens, mean_gates(result.segments), result.fallbacks)
+
+    return Adapter(hear, options, batched=True, model=model, margin=margin)
+
+
+def faster_whisper(
+    weights: str, *, threads: int, beam: int, temperatures: tuple[float, ...], dtype: str, **more: Any
+) -> Adapter:
+    """faster-whisper, one clip at a time."""
+    from faster_whisper import WhisperModel
+
+    model = WhisperModel(weights, device="cpu", compute_type=dtype, cpu_threads=threads, **more)
+    options = {"beam_size": beam, "temperature": list(temperatures), "condition_on_previous_text": False}
+
+    def hear(sources: Iterable[Source], *, long: bool, **told: Any) -> Iterator[Heard]:
+        for source in sources:
+            segments = list(model.transcribe(source, without_timestamps=not long, **told, **options)[0])
+            yield Heard("".join(each.text for each in segments), sum(len(each.tokens) for each in segments))
+
+    return Adapter(hear, options)
+
+
+def openai_whisper(weights: str, *, threads: int, beam: int, temperatures: tuple[float, ...]) -> Adapter:
+    """openai-whisper, one clip at a time; files it decodes with the ``ffmpeg`` program."""
+    import torch
+    import whisper
+
+    torch.set_num_threads(threads)
+    model = whisper.load_model(weights, device="cpu")
+    options = {"beam_size": beam if beam > 1 else None, "temperature": temperatures}
+    options |= {"condition_on_previous_text": False, "fp16": False}
+
+    def hear(sources: Iterable[Source], *, long: bool, **told: Any) -> Iterator[Heard]:
+        for source in sources:
+            result: dict[str, Any] = model.transcribe(source, without_timestamps=not long, **told, **options)
+            yield Heard(str(result["text"]), sum(len(segment["tokens"]) for segment in result["segments"]))
+
+    return Adapter(hear, options)
+
+
+def transformers(weights: str, *, threads: int, beam: int, temperatures: tuple[float, ...], batch: int = 8) -> Adapter:
+    """transformers' ``generate`` in float32 on batches of clips, as its pipeline calls it."""
+    import torch
+    from transformers import AutoProcessor, WhisperForConditionalGeneration
+
+    torch.set_num_threads(threads)
+    processor: Any = AutoProcessor.from_pretrained(weights)
+    model: Any = WhisperForConditionalGeneration.from_pretrained(weights, dtype=torch.float32).eval()
+    options: dict[str, Any] = {"num_beams": beam, "temperature": 0.0, "condition_on_prev_tokens": False}
+    if len(temperatures) > 1:
+        options |= {"temperature": temperatures, "compression_ratio_threshold": 1.35, "logprob_threshold": -1.0}
+    special = set(processor.tokenizer.all_special_ids)
+
+    def hear(sources: Iterable[Source], *, long: bool, **told: Any) -> Iterator[Heard]:
+        waiting = map(samples_of, sources)
+        padding = {"truncation": False, "padding": "longest"} if long else {}
+        form = {"sampling_rate": SAMPLE_RATE, "return_tensors": "pt", "return_attention_mask": True}
+        while clips := list(islice(waiting, batch)):
+            with torch.inference_mode():
+                inputs = processor(clips, **form, **padding)
+                rows = model.generate(**inputs, return_timestamps=long, **told, **options)
+            for text, row in zip(processor.batch_decode(rows, skip_special_tokens=True), rows.tolist(), strict=True):
+                yield Heard(text, sum(token not in special for token in row))
+
+    return Adapter(hear, options, batched=True)
+
+
+def samples_of(source: Source) -> np.ndarray:
+    """Mono float32 samples at 16 kHz, for peers that bring no decoder."""
+    return load_audio(Path(source), max_seconds=None) if isinstance(source, str) else source
+
+
+class Kind(NamedTuple):
+    """Of systems: the module that it needs, the packages whose versions belong to its figures, and how a peer is loaded."""
 
     module: str
-    packages: tuple[str, ...]
-    dtype: str = ""
+    packages: tuple[str, ...] = ()
+    load: Callable[..., Adapter] | None = None
+    dtype: str | None = None
     """The arithmetic of a peer; this project's models say themselves."""
 
 
-_NEEDS = {
-    "ours": Package("torch", ("whisper-moe", "torch", "av")),
-    "faster-whisper": Package("faster_whisper", ("faster-whisper", "ctranslate2"), "int8"),
-    "faster-whisper-float32": Package("faster_whisper", ("faster-whisper", "ctranslate2"), "float32"),
-    "openai": Package("whisper", ("openai-whisper", "torch"), "float32"),
-    "transformers": Package("transformers", ("transformers", "torch"), "float32"),
-    "transcripts": Package("jiwer", ()),
+_FASTER = ("faster-whisper", "ctranslate2")
+KINDS = {
+    "ours": Kind("torch", ("whisper-moe", "torch", "av")),
+    "faster-whisper": Kind("faster_whisper", _FASTER, partial(faster_whisper, dtype="int8"), "int8"),
+    "faster-whisper-float32": Kind("faster_whisper", _FASTER, partial(faster_whisper, dtype="float32"), "float32"),
+    "openai": Kind("whisper", ("openai-whisper", "torch"), openai_whisper, "float32"),
+    "transformers": Kind("transformers", ("transformers", "torch"), transformers, "float32"),
+    "transcripts": Kind("jiwer"),
 }
 
 
@@ -74,7 +193,7 @@ class System:
     def parse(cls, spec: str) -> System:
         """The system that ``spec`` names. Raises ``ValueError`` where it cannot run here, naming what is missing."""
         prefix, colon, name = spec.partition(":")
-        peer = bool(colon) and prefix in _NEEDS and prefix != "ours"
+        peer = colon and prefix in KINDS and prefix != "ours"
         system = cls(prefix, name) if peer else cls("ours", spec)
         if not system.name:
             raise ValueError(f"{spec!r} names no model: {system.kind}:NAME")
@@ -85,16 +204,13 @@ class System:
         return system
 
     @property
-    def needs(self) -> Package:
-        return _NEEDS[self.kind]
+    def needs(self) -> Kind:
+        return KINDS[self.kind]
 
     @property
     def label(self) -> str:
         """What it is called in the report."""
-        name = self.name.rstrip("/")
-        if (path := Path(name)).exists():
-            # A training run's model is always called so; the run has the name.
-            name = path.resolve().parent.name if path.name == "model" else path.name
+        name = model_name(Path(self.name)) if Path(self.name).exists() else self.name
         return f"{name}, padded" if self.padded else name if self.kind == "ours" else f"{self.kind}:{name}"
 
     @property
@@ -117,13 +233,12 @@ class System:
                     return self.name
                 if self.name in available_models():
                     return download_model(self.name)
-                return converted(self.name, f"ct2-{self.needs.dtype}", partial(to_ctranslate2, self.needs.dtype))
+                return converted(self.name, f"ct2-{self.needs.dtype}", partial(to_ctranslate2, str(self.needs.dtype)))
             case "openai":
                 import whisper
 
-                if self.name in whisper.available_models() or Path(self.name).is_file():
-                    return self.name
-                return converted(self.name, "openai", to_openai)
+                known = self.name in whisper.available_models() or Path(self.name).is_file()
+                return self.name if known else converted(self.name, "openai", to_openai)
             case "transformers":
                 return hub_folder(self.name)
             case "ours":
@@ -131,155 +246,6 @@ class System:
 
                 return str(resolve(self.source or default()).path)
         return self.name
-
-
-@dataclass(frozen=True)
-class Heard:
-    """What one clip became."""
-
-    text: str
-    tokens: int | None = None
-    """Tokens that were decoded, where the system says; those of tries that were given up are not among them."""
-    experts: tuple[tuple[str, float], ...] = ()
-    """Mean gate of each expert, *none* included; empty where there are none, or they are chosen per token."""
-    fallbacks: int = 0
-    """Windows that were decoded again."""
-    error: str | None = None
-
-
-class Adapter:
-    """A loaded system."""
-
-    batched = False
-    """Whether it is given all clips at once, and one by one only for the latency."""
-    timestamps = "without_timestamps"
-    """Its option for timestamps; one that begins with *without* is turned round."""
-    options: dict[str, Any]
-    """What else it is told, beside language and task."""
-
-    def hear(self, sources: Iterable[Source], *, language: str | None, task: str, long: bool) -> Iterator[Heard]:
-        """One result for each clip, in order. ``language`` None is detected; ``long``: over 30 s, where the sequential peers
-        need timestamps to move their window."""
-        timed = long != self.timestamps.startswith("without")
-        return self.each(sources, {**self.options, "language": language, "task": task, self.timestamps: timed})
-
-    def each(self, sources: Iterable[Source], told: dict[str, Any]) -> Iterator[Heard]:
-        raise NotImplementedError
-
-
-class Ours(Adapter):
-    """This project: all clips in one call, packed without padding.
-
-    A clip that looks wrong with its margin is decoded again padded to 30 s, within the time; ``fallbacks`` counts them.
-    """
-
-    batched, timestamps = True, "timestamps"
-
-    def __init__(self, model: Any, *, beam: int, temperatures: tuple[float, ...], margin: float | None) -> None:
-        """``model``: a loaded ``WhisperMoE``; ``margin``: None for its own."""
-        self.model = model
-        self.margin: float = model.context_margin if margin is None else margin
-        self.options = {"beam_size": beam, "temperatures": temperatures, "context_margin": self.margin}
-
-    def each(self, sources: Iterable[Source], told: dict[str, Any]) -> Iterator[Heard]:
-        for outcome in self.model.transcribe_each(sources, **told):
-            result = outcome.transcription
-            if result is None:
-                yield Heard("", error=str(outcome.error))
-                continue
-            tokens = sum(len(segment.tokens) for segment in result.segments)
-            yield Heard(result.text, tokens, mean_gates(result.segments), result.fallbacks)
-
-
-class FasterWhisper(Adapter):
-    """faster-whisper, one clip at a time."""
-
-    def __init__(
-        self, weights: str, *, threads: int, beam: int, temperatures: tuple[float, ...], dtype: str, **more: Any
-    ) -> None:
-        from faster_whisper import WhisperModel
-
-        self.model = WhisperModel(weights, device="cpu", compute_type=dtype, cpu_threads=threads, **more)
-        self.options = {"beam_size": beam, "temperature": list(temperatures), "condition_on_previous_text": False}
-
-    def each(self, sources: Iterable[Source], told: dict[str, Any]) -> Iterator[Heard]:
-        return map(partial(self.one, told), sources)
-
-    def one(self, told: dict[str, Any], source: Source) -> Heard:
-        segments = list(self.model.transcribe(source, **told)[0])
-        return Heard("".join(each.text for each in segments), sum(len(each.tokens) for each in segments))
-
-
-class OpenAIWhisper(Adapter):
-    """openai-whisper, one clip at a time; files it decodes with the ``ffmpeg`` program."""
-
-    def __init__(self, weights: str, *, threads: int, beam: int, temperatures: tuple[float, ...]) -> None:
-        import torch
-        import whisper
-
-        torch.set_num_threads(threads)
-        self.model = whisper.load_model(weights, device="cpu")
-        told = {"beam_size": beam if beam > 1 else None, "temperature": temperatures}
-        self.options = told | {"condition_on_previous_text": False, "fp16": False}
-
-    def each(self, sources: Iterable[Source], told: dict[str, Any]) -> Iterator[Heard]:
-        for source in sources:
-            result: dict[str, Any] = self.model.transcribe(source, **told)
-            yield Heard(str(result["text"]), sum(len(segment["tokens"]) for segment in result["segments"]))
-
-
-class Transformers(Adapter):
-    """transformers' ``generate`` in float32 on batches of clips, as its pipeline calls it."""
-
-    batched, timestamps = True, "return_timestamps"
-
-    def __init__(
-        self, weights: str, *, threads: int, beam: int, temperatures: tuple[float, ...], batch: int = 8
-    ) -> None:
-        import torch
-        from transformers import AutoProcessor, WhisperForConditionalGeneration
-
-        torch.set_num_threads(threads)
-        self.batch = batch
-        self.processor: Any = AutoProcessor.from_pretrained(weights)
-        self.model = WhisperForConditionalGeneration.from_pretrained(weights, dtype=torch.float32).eval()
-        self.options = {"num_beams": beam, "temperature": 0.0, "condition_on_prev_tokens": False}
-        if len(temperatures) > 1:
-            self.options |= {
-                "temperature": temperatures,
-                "compression_ratio_threshold": 1.35,
-                "logprob_threshold": -1.0,
-            }
-
-    def each(self, sources: Iterable[Source], told: dict[str, Any]) -> Iterator[Heard]:
-        waiting = map(samples_of, sources)
-        while clips := list(islice(waiting, self.batch)):
-            yield from self._one_batch(clips, told)
-
-    def _one_batch(self, clips: Sequence[np.ndarray], told: dict[str, Any]) -> list[Heard]:
-        import torch
-
-        padding = {"truncation": False, "padding": "longest"} if told["return_timestamps"] else {}
-        inputs = self.processor(
-            list(clips), sampling_rate=SAMPLE_RATE, return_tensors="pt", return_attention_mask=True, **padding
-        )
-        with torch.inference_mode():
-            rows: Any = self.model.generate(**inputs, **told)
-        special = set(self.processor.tokenizer.all_special_ids)
-        counts = [sum(token not in special for token in row) for row in rows.tolist()]
-        texts = self.processor.batch_decode(rows, skip_special_tokens=True)
-        return [Heard(text, count) for text, count in zip(texts, counts, strict=True)]
-
-
-PEERS: dict[str, Callable[..., Adapter]] = {"openai": OpenAIWhisper, "transformers": Transformers}
-PEERS |= {
-    kind: partial(FasterWhisper, dtype=_NEEDS[kind].dtype) for kind in ("faster-whisper", "faster-whisper-float32")
-}
-
-
-def samples_of(source: Source) -> np.ndarray:
-    """Mono float32 samples at 16 kHz, for peers that bring no decoder."""
-    return load_audio(Path(source), max_seconds=None) if isinstance(source, str) else source
 
 
 def hub_folder(model: str) -> str:
@@ -297,19 +263,16 @@ def converted(model: str, form: str, write: Callable[[str, Path], None], cache: 
     and its files' sizes and times: one that was written anew is converted anew.
     """
     cache = cache or Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "whisper-moe" / "converted"
-    target = cache / f"{model.strip('/').replace('/', '--')}{_state(Path(model))}-{form}"
+    path, state = Path(model), ""
+    if path.exists():
+        files = sorted(path.iterdir()) if path.is_dir() else [path]
+        facts = [(file.name, file.stat().st_size, file.stat().st_mtime_ns) for file in files]
+        state = "-" + sha256(f"{path.resolve()} {facts}".encode()).hexdigest()[:16]
+    target = cache / f"{model.strip('/').replace('/', '--')}{state}-{form}"
     if not target.exists():
         cache.mkdir(parents=True, exist_ok=True)
         apart(_convert, write, model, target)
     return str(target)
-
-
-def _state(path: Path) -> str:
-    if not path.exists():
-        return ""
-    files = sorted(path.iterdir()) if path.is_dir() else [path]
-    facts = [(file.name, file.stat().st_size, file.stat().st_mtime_ns) for file in files]
-    return "-" + sha256(f"{path.resolve()} {facts}".encode()).hexdigest()[:16]
 
 
 def _convert(write: Callable[[str, Path], None], model: str, target: Path) -> None:
