@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import glob
+import itertools
 import json
 import logging
 import os
@@ -84,19 +85,18 @@ def named(paths: Sequence[str]) -> list[Job]:
     unless it now holds ``name-2`` itself.
     """
     stems = ["stdin" if path == "-" else _stem(path) for path in paths]
-    reserved = set(map(_file_key, stems))
-    names: dict[str, str] = {}
+    reserved, names, taken = set(map(_file_key, stems)), list[str](), set[str]()
     for stem in stems:
-        name, number = stem, 2
-        while _file_key(name) in names or (name != stem and _file_key(name) in reserved):
-            name, number = f"{stem}-{number}", number + 1
-        names[_file_key(name)] = name
+        numbered = (f"{stem}-{number}" for number in itertools.count(2))
+        free = (name for name in numbered if _file_key(name) not in taken | reserved)
+        names.append(stem if _file_key(stem) not in taken else next(free))
+        taken.add(_file_key(names[-1]))
     jobs: list[Job] = []
-    for path, name in zip(paths, list(names.values()), strict=True):
+    for path, name in zip(paths, names, strict=True):
         partial = f"{name}.partial"
-        while _file_key(partial) in names:
+        while _file_key(partial) in taken:
             partial += ".partial"
-        names[_file_key(partial)] = partial
+        taken.add(_file_key(partial))
         jobs.append(Job(path, name, partial))
     return jobs
 
@@ -148,23 +148,24 @@ def _within(folder: str, part: str) -> list[str]:
 
 def readable(jobs: Sequence[Job]) -> list[Job]:
     """The jobs whose input is there, said of every other before a model is loaded."""
-    faults = [(job, None if job.path == "-" else _fault(job.path)) for job in jobs]
-    for job, fault in faults:
-        if fault:
-            logger.error("whisper-moe: %s: %s", job.path, fault)
-    return [job for job, fault in faults if not fault]
+    there = list[Job]()
+    for job in jobs:
+        if job.path != "-" and (fault := _fault(job.path)):
+            logger.error("whisper-moe: %s: %s", job.path, os.strerror(fault).lower())
+        else:
+            there.append(job)
+    return there
 
 
-def _fault(path: str) -> str | None:
-    """Why a path cannot be read. It is not opened: that would take a pipe's first reader away."""
+def _fault(path: str) -> int:
+    """Why a path cannot be read, as the system numbers it. It is not opened: that would take a pipe's first reader away."""
     try:
         os.stat(path)
-        number = errno.EISDIR if os.path.isdir(path) else 0 if os.access(path, os.R_OK) else errno.EACCES
     except OSError as error:
-        number = error.errno or errno.EIO
+        return error.errno or errno.EIO
     except ValueError:  # a NUL in it
-        number = errno.ENOENT
-    return os.strerror(number).lower() if number else None
+        return errno.ENOENT
+    return errno.EISDIR if os.path.isdir(path) else 0 if os.access(path, os.R_OK) else errno.EACCES
 
 
 # Transcripts out.
@@ -195,8 +196,7 @@ class Outputs:
         """Raises ``UsageError`` where outputs of so many inputs could not be written so."""
         given = (formats or ("txt" if directory is None else "all")).split(",")
         self.formats = list(dict.fromkeys(f for name in given for f in (FORMATS if name == "all" else (name,))))
-        self.directory, self.subtitles = directory, subtitles
-        self._several = inputs > 1
+        self.directory, self.subtitles, self._several = directory, subtitles, inputs > 1
         if unknown := [name for name in self.formats if name not in FORMATS]:
             raise UsageError(f"unknown output format {unknown[0]!r}: one of {', '.join(FORMATS)}, all")
         if directory is not None:
@@ -211,9 +211,10 @@ class Outputs:
 
     def has(self, job: Job) -> bool:
         """Whether all files of a job are there: files appear whole. A JSON that names another input is not its own."""
-        if job.path == "-" or not all(file.is_file() for file in self.files(job.name)):
+        files = self.files(job.name)
+        if job.path == "-" or not all(file.is_file() for file in files):
             return False
-        said = next((_facts_in(file).get("source") for file in self.files(job.name) if file.suffix == ".json"), None)
+        said = next((_facts_in(file).get("source") for file in files if file.suffix == ".json"), None)
         ends = zip(reversed(Path(said or job.path).parts[-2:]), reversed(Path(job.path).parts[-2:]), strict=False)
         return all(one == other for one, other in ends)
 
@@ -236,11 +237,13 @@ class Outputs:
                 raise
             logger.error("whisper-moe: %s%s", "" if isinstance(error, OSError) else f"{job.path}: ", sentence(error))
             return False
+        each = ",".join(self.formats)  # as a shell spells several files: out/ep.{srt,json}
+        place = f"in {self.directory}/{name}.{each if len(self.formats) == 1 else f'{{{each}}}'}"
         if outcome.partial is not None:
-            place, until = self._place(name), outcome.partial.duration
-            logger.warning("%s: what was said before, up to %.1f s, is %s", job.path, until, place)
+            place = place if self.directory else "on standard output"
+            logger.warning("%s: what was said before, up to %.1f s, is %s", job.path, result.duration, place)
             return False
-        logger.info("%s%s", _facts(outcome.name, result), f"; {self._place(name)}" if self.directory else "")
+        logger.info("%s%s", _facts(outcome.name, result), f"; {place}" if self.directory else "")
         for note in result.notes:
             logger.info("%s: %s", outcome.name, note)
         return True
@@ -264,13 +267,6 @@ class Outputs:
             # The file of json has no end of line; on a terminal, and between two results, one is wanted.
             put(as_text(result, self.formats[0], self.subtitles) + ("\n" if self.formats[0] == "json" else ""))
 
-    def _place(self, name: str) -> str:
-        """Where it is written, as a shell spells several files: ``out/ep.{srt,json}``."""
-        if self.directory is None:
-            return "on standard output"
-        each = ",".join(self.formats)
-        return f"in {self.directory / name}.{each if len(self.formats) == 1 else f'{{{each}}}'}"
-
 
 def _facts_in(file: Path) -> dict[str, Any]:
     """What a JSON says; nothing, if it is no transcript's."""
@@ -287,8 +283,7 @@ def _try_folder(directory: Path) -> None:
         raise UsageError(f"{directory}: is a file; -o needs a folder")
     try:
         directory.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryFile(dir=directory):
-            pass
+        tempfile.TemporaryFile(dir=directory).close()
     except OSError as error:
         raise UsageError(f"{directory}: cannot be written to: {error.strerror}") from error
 
@@ -297,8 +292,7 @@ def _facts(name: str, result: Transcription) -> str:
     """What the model decided about one file: language, experts with their mean gates, and how often it tried again."""
     spoken = ", ".join(dict.fromkeys(segment.language or "?" for segment in result.segments)) or "no speech"
     facts = [f"{name}: {result.duration:.1f} s, {spoken}"]
-    experts = sorted(mean_gates(result.segments), key=lambda item: -item[1])
-    if experts:
+    if experts := sorted(mean_gates(result.segments), key=lambda item: -item[1]):
         facts.append("experts " + ", ".join(f"{expert} {gate:.2f}" for expert, gate in experts))
     if result.fallbacks:
         facts.append(f"{result.fallbacks} of its windows decoded again")

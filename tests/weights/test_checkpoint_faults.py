@@ -142,11 +142,11 @@ def test_a_list_that_leads_out_of_its_directory(name: Any, directory: Path) -> N
         ),
         (
             lambda i: i["weight_map"].update({"encoder.extra": CORE}),
-            "lists what config.json does not have: encoder.extra",
+            "holds what this architecture does not have: encoder.extra",
         ),
         (
             lambda i: i["weight_map"].update({"encoder.norm.bias.scale": CORE}),
-            "lists what .* does not have: encoder.norm.bias.scale",
+            "holds what .* does not have: encoder.norm.bias.scale",
         ),
         (lambda i: i["weight_map"].update({"encoder.norm.bias": "unknown.safetensors"}), "does not agree .* unknown"),
         (lambda i: i["weight_map"].update({"encoder.norm.bias": "config.json"}), "does not agree .* config.json"),

@@ -177,11 +177,11 @@ KEY = "model.encoder.layers.2.self_attn.v_proj.weight"
     [
         ({KEY: None}, f"lacks {KEY}"),
         ({"model.encoder.layers.2.self_attn.k_proj.bias": torch.zeros(8)}, "does not have: .*k_proj.bias"),
-        ({KEY: torch.zeros(8, 7)}, r"v_proj.weight is \[8, 7\] float32, must be \[8, 8\]"),
+        ({KEY: torch.zeros(8, 7)}, r"v_proj.weight is \[8, 7\] torch.float32, must be \[8, 8\]"),
         ({KEY: torch.zeros(64)}, r"v_proj.weight is \[64\]"),
         ({KEY: torch.full((8, 8), float("nan"))}, "v_proj.weight is not finite"),
         ({KEY: torch.full((8, 8), float("-inf"))}, "v_proj.weight is not finite"),
-        ({KEY: torch.zeros(8, 8, dtype=torch.int8)}, "v_proj.weight is .* int8, must be .* floating"),
+        ({KEY: torch.zeros(8, 8, dtype=torch.int8)}, "v_proj.weight is .* torch.int8, must be .* torch.float32 or"),
     ],
     ids=["missing", "superfluous", "wrong shape", "wrong rank", "NaN", "infinity", "integers"],
 )

@@ -45,9 +45,12 @@ from whisper_moe.weights.files import (
 )
 from whisper_moe.weights.parts import (
     SCALE,
+    check_finite,
+    check_names,
+    check_shape,
+    check_state,
     expected_shapes,
     file_key,
-    is_finite,
     part_of,
     quantizable,
     require_plausible,
@@ -112,7 +115,7 @@ def save_checkpoint(
     directory, config, state = Path(directory).resolve(), model.config, model.state
     if overwrite and directory.is_dir():
         _check_overwritten(directory)
-    _check_state(config, state)
+    check_state(config, state)
     with atomic_folder(directory, overwrite=overwrite) as folder:
         index = _write_tensors(folder, config, state, quantize, shard_bytes)
         (folder / TOKENIZER).write_bytes(model.tokenizer_json)
@@ -133,18 +136,6 @@ def _check_overwritten(directory: Path) -> None:
     known = {*read_manifest(directory).files, MANIFEST} if (directory / MANIFEST).exists() else set()
     if others := [name for name in _files_in(directory) if name not in known]:
         raise ValueError(f"{directory}: not overwritten, for it holds more than a checkpoint: {listed(others)}")
-
-
-def _check_state(config: ModelConfig, state: Mapping[str, Tensor]) -> None:
-    shapes = expected_shapes(config)
-    if different := sorted(shapes.keys() ^ state.keys()):
-        raise ValueError(f"the state does not belong to the configuration: {listed(different)}")
-    for key, shape in shapes.items():
-        if tuple(state[key].shape) != shape or state[key].dtype != torch.float32:
-            found = f"{list(state[key].shape)} {state[key].dtype}"
-            raise ValueError(f"{key} is {found}; the configuration needs {list(shape)} torch.float32")
-        if not is_finite(state[key]):
-            raise ValueError(f"{key} is not finite (NaN or infinity); a checkpoint of it could not be loaded")
 
 
 def _write_tensors(
@@ -283,10 +274,7 @@ def _is_int8(key: str, shape: Sequence[int], index: Mapping[str, str]) -> bool:
 def _plan(index: Mapping[str, str], needed: Set[str], path: Path) -> dict[str, list[str]]:
     """File → its tensors. Every tensor that the configuration needs is in one of them, and nothing else but scales."""
     scales = {key for key in index if key.endswith(SCALE) and quantizable(key.removesuffix(SCALE))}
-    if missing := needed - index.keys():
-        raise CheckpointError(f"{path}: lacks {listed(sorted(missing))}")
-    if extra := index.keys() - needed - scales:
-        raise CheckpointError(f"{path}: lists what {CONFIG} does not have: {listed(sorted(extra))}")
+    check_names(index.keys() - scales, needed, path)
     files: dict[str, list[str]] = {}
     for key, name in index.items():
         files.setdefault(name, []).append(key)
@@ -304,23 +292,16 @@ def _fill(path: Path, views: Mapping[str, Tensor | Int8Rows | None]) -> None:
         stored = file.get_tensor(name)
         if name + SCALE not in keys:
             assert isinstance(out, Tensor)
-            _check_stored(f"{path}: {name}", stored, out.shape, _FLOATS)
+            check_shape(stored, out.shape, _FLOATS, f"{path}: {name}")
+            check_finite(stored, f"{path}: {name}")
             out.copy_(stored)
         else:
             rows = Int8Rows(stored, file.get_tensor(name + SCALE))
-            _check_stored(f"{path}: {name}", stored, out.shape, (torch.int8,))
-            _check_stored(f"{path}: {name}{SCALE}", rows.scale, (len(stored), 1), (torch.float32,))
+            check_shape(stored, out.shape, (torch.int8,), f"{path}: {name}")
+            check_shape(rows.scale, (len(stored), 1), (torch.float32,), f"{path}: {name}{SCALE}")
+            check_finite(rows.scale * LEVELS, f"{path}: {name}")
             if isinstance(out, Tensor):
                 rows.dequantize_into(out)
             else:
                 out.levels.copy_(stored)
                 out.scale.copy_(rows.scale)
-            stored = rows.scale * LEVELS
-        if not is_finite(stored):
-            raise CheckpointError(f"{path}: {name} is not finite (NaN or infinity)")
-
-
-def _check_stored(name: str, stored: Tensor, shape: Sequence[int], kinds: tuple[torch.dtype, ...]) -> None:
-    if stored.shape != tuple(shape) or stored.dtype not in kinds:
-        needed = f"{list(shape)} {' or '.join(map(str, kinds))}"
-        raise CheckpointError(f"{name} is {list(stored.shape)} {stored.dtype}, must be {needed}")

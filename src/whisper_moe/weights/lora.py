@@ -12,15 +12,13 @@ import torch
 from torch import Tensor
 
 from whisper_moe.weights.files import CheckpointError, listed
-from whisper_moe.weights.parts import is_finite
+from whisper_moe.weights.parts import check_finite
 
 _PREFIX = "base_model.model."
-_HARMLESS = frozenset(
-    """alpha_pattern auto_mapping base_model_name_or_path bias ensure_weight_tying eva_config exclude_modules
+_HARMLESS = """alpha_pattern auto_mapping base_model_name_or_path bias ensure_weight_tying eva_config exclude_modules
     inference_mode layers_pattern layers_to_transform loftq_config lora_alpha lora_dropout lora_ga_config megatron_core
     modules_to_save peft_type peft_version qalora_group_size r rank_pattern revision runtime_config target_modules
-    task_type use_rslora""".split()
-)
+    task_type use_rslora init_lora_weights""".split()
 """Options that :func:`merge` follows, or that mean nothing after training. Any other that is set is refused."""
 _PLAIN_STARTS = (None, True, False, "gaussian", "eva", "orthogonal")
 """Values of ``init_lora_weights`` that leave the base model's own weights as they were."""
@@ -32,7 +30,7 @@ def check_adapter(adapter: Mapping[str, Any], path: Path) -> None:
     """Refuse, by name, what would not be merged rightly. ``adapter``: ``adapter_config.json``, read from ``path``."""
     if adapter.get("peft_type") != "LORA":
         raise CheckpointError(f"{path}: peft_type is {adapter.get('peft_type')!r}; only 'LORA' adapters can be merged")
-    unknown = sorted(key for key, value in adapter.items() if value and key not in _HARMLESS | {"init_lora_weights"})
+    unknown = sorted(key for key, value in adapter.items() if value and key not in _HARMLESS)
     if unknown:
         raise CheckpointError(f"{path}: {listed(unknown)} cannot be merged here; merge the adapter with PEFT first")
     alphas = [adapter.get("lora_alpha", 8), *_pattern(adapter, path).values()]
@@ -79,9 +77,8 @@ def merge(
         merged[f"{module}.weight"] = weight + delta * _scaling(module, a.shape[0], adapter)
     for key, tensor in rest.items():
         _replace(merged, key, tensor, path)
-    infinite = [key for key, tensor in merged.items() if not is_finite(tensor)]
-    if infinite:
-        raise CheckpointError(f"{path}: merged into the base, {listed(infinite)} is not finite (NaN or infinity)")
+    for key, tensor in merged.items():
+        check_finite(tensor, f"{path}: merged into the base, {key}")
     return merged
 
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence, Set
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -20,7 +20,7 @@ from torch.overrides import TorchFunctionMode
 from whisper_moe.config import ModelConfig
 from whisper_moe.model.int8 import Int8Rows
 from whisper_moe.model.model import WhisperMoEModel
-from whisper_moe.weights.files import CheckpointError
+from whisper_moe.weights.files import CheckpointError, listed
 
 Weight = TypeVar("Weight", Tensor, Int8Rows)
 CORE, ROUTER, ADAPT, TOKENS = "core", "router", "adapt", "tokens"
@@ -147,9 +147,31 @@ def quantizable(key: str) -> bool:
     return _INT8.fullmatch(key) is not None
 
 
-def is_finite(tensor: Tensor) -> bool:
-    """Whether no element is NaN or infinite; one pass, no copy."""
-    if not tensor.numel():
-        return True
-    low, high = torch.aminmax(tensor)
-    return math.isfinite(low.item()) and math.isfinite(high.item())
+def check_names(found: Set[str], needed: Set[str], origin: str | Path) -> None:
+    """Raises ``CheckpointError`` for tensors that are missing, and for others than the architecture has."""
+    if missing := sorted(needed - found):
+        raise CheckpointError(f"{origin}: lacks {listed(missing)}")
+    if extra := sorted(found - needed):
+        raise CheckpointError(f"{origin}: holds what this architecture does not have: {listed(extra)}")
+
+
+def check_shape(tensor: Tensor, shape: Sequence[int], kinds: Sequence[torch.dtype], origin: str) -> None:
+    """``origin``: file and name of the tensor."""
+    if tensor.shape != tuple(shape) or tensor.dtype not in kinds:
+        needed = f"{list(shape)} {' or '.join(map(str, kinds))}"
+        raise CheckpointError(f"{origin} is {list(tensor.shape)} {tensor.dtype}, must be {needed}")
+
+
+def check_finite(tensor: Tensor, origin: str) -> None:
+    """One pass, no copy."""
+    if tensor.numel() and not all(math.isfinite(end.item()) for end in torch.aminmax(tensor)):
+        raise CheckpointError(f"{origin} is not finite (NaN or infinity)")
+
+
+def check_state(config: ModelConfig, state: Mapping[str, Tensor], origin: str = "the model's state") -> None:
+    """Raises ``CheckpointError`` for what is not a float32 state of this configuration."""
+    shapes = expected_shapes(config)
+    check_names(state.keys(), shapes.keys(), origin)
+    for key, shape in shapes.items():
+        check_shape(state[key], shape, (torch.float32,), f"{origin}: {key}")
+        check_finite(state[key], f"{origin}: {key}")

@@ -27,7 +27,7 @@ from whisper_moe.media.languages import NewLanguage
 from whisper_moe.model.model import WhisperMoEModel
 from whisper_moe.weights.checkpoint import Loaded, load_checkpoint, read_manifest
 from whisper_moe.weights.files import CheckpointError, listed
-from whisper_moe.weights.parts import ADAPT, EMBEDDING, NEW_TOKENS, empty_model, expected_shapes, part_of
+from whisper_moe.weights.parts import ADAPT, EMBEDDING, NEW_TOKENS, check_state, empty_model, part_of
 from whisper_moe.weights.tokens import TOKENIZER, UNTRAINED, digest, of_any_language, parsed
 
 if TYPE_CHECKING:
@@ -70,10 +70,7 @@ def upcycle(
     """
     if config.moe is not None or config.ttt is not None:
         raise ValueError("only a dense Whisper can be upcycled; this model has experts or TTT layers already")
-    shapes = expected_shapes(config)
-    wrong = sorted(k for k in shapes.keys() | state.keys() if k not in state or tuple(state[k].shape) != shapes.get(k))
-    if wrong:  # What is missing would otherwise stay random.
-        raise ValueError(f"these weights are not those of the configuration: {listed(wrong)}")
+    check_state(config, state)  # what is missing would otherwise stay random
     copied = moe if moe is not None and not moe.shared else None
     for side, hidden in (("encoder", config.encoder_ffn_dim), ("decoder", config.decoder_ffn_dim)):
         if copied and copied.expert_dim != hidden:

@@ -18,8 +18,16 @@ from torch import Tensor
 
 from whisper_moe.config import FRAMES_PER_SECOND, FULL_WINDOW, SAMPLE_RATE, ModelConfig, problems
 from whisper_moe.weights.checkpoint import CONFIG, Loaded
-from whisper_moe.weights.files import CheckpointError, atomic_folder, json_bytes, listed
-from whisper_moe.weights.parts import EMBEDDING, NEW_TOKENS, expected_shapes, is_finite, require_plausible
+from whisper_moe.weights.files import CheckpointError, atomic_folder, json_bytes
+from whisper_moe.weights.parts import (
+    EMBEDDING,
+    NEW_TOKENS,
+    check_finite,
+    check_names,
+    check_shape,
+    expected_shapes,
+    require_plausible,
+)
 from whisper_moe.weights.tokens import GENERATION, TOKENIZER
 
 
@@ -110,6 +118,7 @@ _CONFIG = {
 """Our field → transformers' and OpenAI's. OpenAI's feed-forward is always four times as wide as the model."""
 _FIXED = {"activation_function": "gelu", "scale_embedding": False, "tie_word_embeddings": True}
 """Options of transformers' configuration that would change what the weights compute, and the value they must have."""
+_FLOATS = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
 _TOKEN_IDS = ("bos_token_id", "eos_token_id", "pad_token_id", "decoder_start_token_id")
 _END_TOKENS = ("bos_token", "eos_token", "unk_token", "pad_token")
 _PREPROCESSOR: dict[str, Any] = {
@@ -227,7 +236,7 @@ def state_to_whisper(
     """
     _require_dense(config)
     keys = key_map(config, spelling)
-    _require_same(set(state), set(keys), "the model's state")
+    check_names(state.keys(), keys.keys(), "the model's state")
     return {
         theirs: part.contiguous()
         for ours, sources in keys.items()
@@ -268,13 +277,6 @@ def _require_dense(config: ModelConfig) -> None:
         raise ValueError(f"only a dense model is a Whisper; this one has {' and '.join(extras)}")
 
 
-def _require_same(found: set[str], needed: set[str], origin: str | Path) -> None:
-    if missing := sorted(needed - found):
-        raise CheckpointError(f"{origin}: lacks {listed(missing)}")
-    if extra := sorted(found - needed):
-        raise CheckpointError(f"{origin}: holds what this architecture does not have: {listed(extra)}")
-
-
 def _fused(
     foreign: Mapping[str, Tensor],
     config: ModelConfig,
@@ -287,7 +289,7 @@ def _fused(
     require_plausible(config, len(foreign), origin)
     keys = key_map(config, spelling)
     needed = {name for names in keys.values() for name in names if name is not None}
-    _require_same({prefix + name for name in foreign} - ignored, needed, origin)
+    check_names({prefix + name for name in foreign} - ignored, needed, origin)
     shapes = expected_shapes(config)
     assert shapes.keys() == keys.keys(), shapes.keys() ^ keys.keys()
     fused: dict[str, Tensor] = {}
@@ -297,13 +299,7 @@ def _fused(
             if name is None:
                 part.zero_()
             else:
-                _copy(foreign[name.removeprefix(prefix)], part, name, origin)
+                tensor = foreign[name.removeprefix(prefix)]
+                check_shape(tensor, part.shape, _FLOATS, f"{origin}: {name}")
+                check_finite(part.copy_(tensor), f"{origin}: {name}")
     return fused
-
-
-def _copy(tensor: Tensor, part: Tensor, name: str, origin: str | Path) -> None:
-    if tensor.shape != part.shape or not tensor.is_floating_point():
-        found = f"{list(tensor.shape)} {str(tensor.dtype).removeprefix('torch.')}"
-        raise CheckpointError(f"{origin}: {name} is {found}, must be {list(part.shape)} of a floating type")
-    if not is_finite(part.copy_(tensor)):
-        raise CheckpointError(f"{origin}: {name} is not finite (NaN or infinity)")
