@@ -11,9 +11,8 @@ import numpy as np
 import pytest
 from data.miniatures import TEXTS, archives, hub_copy, hub_rows, name, parquet, recording, tarred
 
-from whisper_moe.data.corpora import open_corpus
+from whisper_moe.data.corpora import LANGUAGES, open_corpus
 from whisper_moe.data.corpus import Corpus, CorpusConfig
-from whisper_moe.data.kathbath import LANGUAGES
 from whisper_moe.data.sample import DataError, Sample, Skipped, items
 
 
@@ -153,7 +152,7 @@ def test_mistakes_name_what_was_given_and_why(tmp_path: Path) -> None:
         kathbath(root, languages=["en"])
     with pytest.raises(DataError, match=r"no recordings and no transcription_n2w\.txt of tamil, train"):
         kathbath(root, languages=["tamil"])
-    with pytest.raises(DataError, match="no recordings and no transcripts, of the split valid"):
+    with pytest.raises(DataError, match="no samples of the split 'valid'"):
         kathbath(root, split="valid")
     with pytest.raises(DataError, match="a file, where"):
         kathbath(transcripts)

@@ -9,10 +9,9 @@ from typing import Any
 import pytest
 from data.miniatures import WIKI, parquet
 
-from whisper_moe.data.corpora import open_corpus
+from whisper_moe.data.corpora import COLUMNS, open_corpus
 from whisper_moe.data.corpus import Corpus, CorpusConfig
 from whisper_moe.data.sample import DataError, Sample
-from whisper_moe.data.wiki_translate import COLUMNS
 
 
 def wiki(source: Path, *directions: str, **settings: Any) -> Corpus:

@@ -152,6 +152,36 @@ class CorpusConfig(BaseModel):
         return {OUR_NAMES[name]: its for name, its in given.items()}
 
 
+def sample_of(row: Row) -> Sample:
+    """The sample of a row; where its sound is ``stored``, without it. Raises :class:`DataError`, also for a row with a
+    ``problem``."""
+    if row.get("problem"):
+        raise DataError(row["id"], row["problem"])
+    file, sign = row.get(FILE), row["task"] == "sign"
+    audio = None if file is None or sign else AudioRef(path=file, start=row["start"] or 0.0, end=row["end"])
+    if file is not None and row.get("member") is not None:
+        try:
+            with open(file, "rb") as archive:
+                archive.seek(row["offset"])
+                audio = AudioRef(path=f"{file}:{row['member']}", data=archive.read(row["size"]))
+        except OSError as error:
+            raise DataError(file, f"{row['member']} cannot be read: {error.strerror}") from error
+    return Sample(
+        id=row["id"],
+        task=row["task"],
+        text=row["text"],
+        language=row["language"],
+        target_language=row["target_language"],
+        audio=audio,
+        video=file if sign else None,
+        source_text=row.get("source_text"),
+        duration=row.get("seconds"),
+        speaker=row.get("speaker"),
+        domain=row.get("domain"),
+        row=row.get("row"),
+    )
+
+
 @dataclass(frozen=True, eq=False)
 class Corpus:
     """Samples by index (map-style), or one after another.
@@ -163,8 +193,8 @@ class Corpus:
     name: str
     dataset: Dataset | IterableDataset
     """The rows; ``dataclasses.replace`` it to shuffle a stream or to take a rank's share of one."""
-    sample: Callable[[Row], Sample]
-    """What a row means, such as :func:`sample_of`. It can be pickled."""
+    sample: Callable[[Row], Sample] = sample_of
+    """What a row means. It can be pickled."""
     left_out: tuple[Skipped, ...] = ()
     """What the corpus lists and cannot give: files that are not there, rows that are no samples. Not among the samples."""
 
@@ -211,33 +241,6 @@ class Corpus:
         return known
 
 
-def sample_of(row: Row) -> Sample:
-    """The sample of a row; where its sound is ``stored``, without it. Raises :class:`DataError`."""
-    file, sign = row.get(FILE), row["task"] == "sign"
-    audio = None if file is None or sign else AudioRef(path=file, start=row["start"] or 0.0, end=row["end"])
-    if file is not None and row.get("member") is not None:
-        try:
-            with open(file, "rb") as archive:
-                archive.seek(row["offset"])
-                audio = AudioRef(path=f"{file}:{row['member']}", data=archive.read(row["size"]))
-        except OSError as error:
-            raise DataError(file, f"{row['member']} cannot be read: {error.strerror}") from error
-    return Sample(
-        id=row["id"],
-        task=row["task"],
-        text=row["text"],
-        language=row["language"],
-        target_language=row["target_language"],
-        audio=audio,
-        video=file if sign else None,
-        source_text=row.get("source_text"),
-        duration=row.get("seconds"),
-        speaker=row.get("speaker"),
-        domain=row.get("domain"),
-        row=row.get("row"),
-    )
-
-
 def listed(
     config: CorpusConfig,
     name: str,
@@ -260,9 +263,12 @@ def listed(
         else:
             where = row.get("row") or row[FILE]
             missing.append(Skipped(id=row["id"], place=where, kind="missing", cause="no such file"))
+    if not rows:
+        first = f"; {len(left_out):,} cannot be had, the first: {left_out[0]}" if left_out else ""
+        raise DataError(place, f"no samples of the split {config.split!r}{first}")
     if not there:
-        such = f", such as {rows[0][FILE]}" if rows else ""
-        raise DataError(place, f"none of its {len(rows):,} files is there{such}", column="path")
+        cause = f"none of its {len(rows):,} files is there, such as {rows[0][FILE]}"
+        raise DataError(place, cause, column="path")
     features = Features({name: Value(kind) for name, kind in FEATURES.items()})
     dataset = Dataset.from_dict({name: [row.get(name) for row in there] for name in FEATURES}, features=features)
     if config.streaming:

@@ -1,26 +1,12 @@
-"""Everybody's own data: a TSV, CSV, JSONL or parquet file with a row for each sample, or a folder of recordings.
+"""Everybody's own data: a table with a row for each sample, of which only the text and where it is said are needed.
 
-Columns, of which only the text and where it is said are needed:
+``path`` (from the table's folder) or ``source_text``; ``text``; ``start``, ``end`` and ``duration`` in seconds, where the sample
+is a piece of the file; ``language``, by default the corpus's; ``task`` (``transcribe``); ``target_language``, of the text where
+it is another one; ``split``, where only some rows are of the corpus's. Names that ``datasets``, NeMo and Common Voice use are
+understood (:data:`whisper_moe.data.corpus.OTHER_NAMES`), ``columns`` names others; the rest are left alone.
 
-==================  ==================================================================================================
-``path``            a sound (or, for the task ``sign``, a film); relative paths start at the table's folder
-``text``            what the model is to say
-``start``, ``end``  seconds, where the sample is a piece of the file; ``duration`` spares a look into its header
-``language``        code or name; default: the corpus's ``languages``
-``task``            ``transcribe`` (default), ``translate``, ``translate-text`` or ``sign``
-``source_text``     instead of ``path``, for ``translate-text``
-``target_language`` of the text, where it is another one; ``en`` for ``translate`` and ``sign``
-``speaker, domain`` free words
-``split``           only rows with the corpus's split are read; ``dev``, ``val`` and so on are ``valid``
-==================  ==================================================================================================
-
-The names that ``datasets``, NeMo's manifests and Common Voice use are understood (:data:`whisper_moe.data.corpus.OTHER_NAMES`);
-``columns: {path: clip, text: said}`` names others; the rest are left alone. ``languages`` leaves out rows that say another one.
-
-A folder is read by its table (``train.tsv``, ``train_manifest.json``, ``metadata.jsonl`` …), in the folder of the split if there
-is one; with ``text: file-name``, by the names of the recordings in it; with ``text: none``, their text is unknown and empty.
-What ``datasets`` reads is a table, too: a Hub id, a folder as the Hub has them, what ``save_to_disk`` wrote, parquet and
-arrow files. ``path`` may hold the sound itself there: ``{bytes, path}``, ``{array, sampling_rate}``, or bytes.
+A folder is read by its table, in the folder of the split if there is one, or by its recordings (``text: file-name``, ``none``).
+What ``datasets`` reads is a table, too, and ``path`` may hold the sound itself there.
 A row that is no sample (no text, an unknown language, a time that is none) costs itself, and is named.
 """
 
@@ -29,20 +15,20 @@ from __future__ import annotations
 import csv
 import hashlib
 import json
+import math
+import os
 from collections import Counter
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, replace
-from functools import partial
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
+from contextlib import suppress
+from difflib import get_close_matches
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any, TypeAlias
 
-from whisper_moe.data.corpus import OTHER_NAMES, Corpus, CorpusConfig, Row, listed, sample_of
-from whisper_moe.data.hub import audio_ref, is_sound, load_stored, plain_features, spellings_of
-from whisper_moe.data.rows import Cells, RowError, RowReader, Rows
-from whisper_moe.data.sample import AudioRef, DataError, Sample
-
-if TYPE_CHECKING:
-    from datasets import Dataset, IterableDataset
+from whisper_moe.data.corpus import COLUMNS, FILE, OTHER_NAMES, OUR_NAMES, Corpus, CorpusConfig, Row, listed, sample_of
+from whisper_moe.data.hub import is_usual_split, load_stored, sound_column, spellings_of, stored_corpus
+from whisper_moe.data.sample import TASKS, DataError, Sample, Skipped
+from whisper_moe.media.languages import language_code
+from whisper_moe.media.tokenizer import split_timestamps
 
 SUFFIXES = (".tsv", ".csv", ".jsonl", ".ndjson", ".json", ".parquet", ".arrow")
 TABLES = ("metadata", "transcripts", "manifest")
@@ -52,6 +38,7 @@ RECORDINGS = frozenset(
     ".wv".split()
 )
 """Extensions of sound and film, where a folder has to be searched for them."""
+_TIMES = ("start", "end", "duration")
 
 
 def open_table(config: CorpusConfig) -> Corpus:
@@ -61,138 +48,272 @@ def open_table(config: CorpusConfig) -> Corpus:
     columns, settings or paths.
     """
     source = Path(config.source)
-    bare = config.text == "file-name"
-    untold = config.text == "none" and source.is_dir()
-    file = source if bare or not source.is_dir() else None if untold else _table_of(source, config.split)
-    stored = None if bare else load_stored(config, file)
-    if stored is not None:
-        return _open_stored(config, stored, source, file or source)
-    if not source.exists():
+    local, folder = source.exists(), source.is_dir()
+    bare = config.text == "file-name" or (config.text == "none" and folder)
+    file = source if bare or not folder else _table_of(source, config.split)
+    stored = load_stored(config, file) if config.text != "file-name" else None
+    if stored is None and not local:
         raise DataError(source, "no such file or folder")
-    if file is None and not untold:
-        raise DataError(
-            source,
-            f"no table in it: {' or '.join(TABLES)} with {', '.join(SUFFIXES)}; "
-            "if its files are named after what is said, say text: file-name",
-        )
-    bare, file = bare or file is None, file or source
-    reader = RowReader(file, file if file.is_dir() else file.parent, _name(config, file), config)
-    names = config.columns if isinstance(config.columns, tuple) else ()
-    return _corpus(reader, list(reader.rows(_recordings(file) if bare else _read(file, names))))
+    if stored is None and file is None:
+        tables = f"no table in it: {' or '.join(TABLES)} with {', '.join(SUFFIXES)}"
+        raise DataError(source, f"{tables}; if its files are named after what is said, say text: file-name")
+    file = file or source
+    home = file.parent if file.is_file() else source if local else Path()
+    own = source.is_file() and file.stem not in TABLES  # a file's own name, unless that says nothing
+    name = config.name or (file.stem if own else (home if local else source).resolve().name)
+    sound, remarks = sound_column(stored, config.renamed().get("path")) if stored is not None else (None, [])
+    reader = RowReader(str(file) if local else config.source, home, name, config, sound)
+    reader.remarks |= dict.fromkeys(remarks)
+    if stored is not None:
+        return stored_corpus(reader, stored)
+    if bare:
+        return reader.corpus(_recordings(file))
+    suffix, names = file.suffix.lower(), config.columns if isinstance(config.columns, tuple) else ()
+    if suffix not in SUFFIXES:
+        raise DataError(file, f"not a table: one of {', '.join(SUFFIXES)} is")
+    return reader.corpus(_separated(file, names) if suffix in (".tsv", ".csv") else _json_rows(file))
 
 
-def _name(config: CorpusConfig, file: Path) -> str:
-    """A file's own name, unless that says nothing; then its folder's."""
-    if Path(config.source).is_file() and file.stem not in TABLES:
-        return config.name or file.stem
-    return config.name or (file.parent if file.is_file() else file).resolve().name
+# Rows.
 
 
-def _corpus(reader: RowReader, rows: list[Row], stored: Stored | None = None) -> Corpus:
-    if not rows:
-        raise reader.nothing()
-    sample, version = (sample_of, "") if stored is None else (partial(_stored_sample, stored=stored), stored.version)
-    left_out, remarks = tuple(reader.left_out()), reader.told()
-    return listed(reader.config, reader.name, reader.file, rows, left_out, sample, remarks=remarks, version=version)
+class RowError(DataError):
+    """It costs its row; every other error is of the whole table."""
 
 
-def _stored_sample(row: Row, stored: Stored) -> Sample:
-    sample = sample_of(row)
-    if row["stored"] is None:
-        return sample
-    return replace(sample, audio=stored.audio(stored.rows[row["stored"]], row))  # pyright: ignore[reportArgumentType, reportIndexIssue]
+class _Wrong(Exception):
+    """Column and cause, where neither file nor row are known."""
 
 
-# What datasets reads.
+Rows: TypeAlias = Iterator[tuple[int, Row | RowError]]
+"""Line (or row) in the file, from 1, and what stands in it by column, or what is wrong with it."""
 
 
-@dataclass(frozen=True, eq=False)
-class Stored:
-    """Rows that ``datasets`` keeps, and the column of them that holds sounds, if one does."""
+class RowReader:
+    """A table's cells become checked rows: which column is which of ours, what language, from where to where."""
 
-    rows: Dataset | IterableDataset
-    sound: str | None
-    folder: Path
-    """Where paths in it start."""
+    def __init__(
+        self, file: str | Path, folder: Path, name: str, config: CorpusConfig, sound: str | None = None
+    ) -> None:
+        """``file``: what messages call the table. ``folder``: where its paths start. ``sound``: a column that holds sounds
+        and not their paths."""
+        self.file, self.folder, self.name, self.config, self.sound = str(file), folder, name, config, sound
+        self.remarks: dict[str, None] = {}
+        self._given = config.renamed()
+        self._clips = folder / "clips" if (folder / "clips").is_dir() else None  # where Common Voice's paths start
+        self._names: dict[tuple[str, ...], dict[str, str]] = {}
+        self._seen, self._elsewhere = Counter[str](), Counter[str]()
+        self._has_splits, self._strict = False, sound is not None or self.file.lower().endswith((".tsv", ".csv"))
 
-    @property
-    def version(self) -> str:
-        return str(getattr(self.rows, "_fingerprint", ""))
+    def corpus(self, cells: Rows, sample: Callable[[Row], Sample] = sample_of, version: str = "") -> Corpus:
+        """Of the rows of the split and the languages that are wanted; what is wrong with others is in ``left_out``."""
+        columns, rows, faults = set[str](), list[Row](), list[RowError]()
+        for number, raw in cells:
+            try:
+                if isinstance(raw, RowError):
+                    raise raw
+                if not columns.issuperset(raw):
+                    columns |= raw.keys()
+                    self.check_columns(columns, number)
+                if self.wanted(raw):
+                    rows.append(self.row(raw, number))
+            except RowError as error:
+                faults.append(error)
+        if columns:  # of JSON a later row may have the column
+            self._check_given(columns)
+        if not rows:
+            raise self._nothing(faults)
+        ids = (each.file if each.row is None else f"{self.name}, row {each.row}" for each in faults)
+        left = [Skipped(id=id, place=each.place, cause=str(each)) for id, each in zip(ids, faults, strict=True)]
+        told = {"remarks": self.told(), "version": version}
+        return listed(self.config, self.name, self.file, rows, left, sample, **told)
 
-    def audio(self, cells: Cells, row: Row) -> AudioRef:
-        """The sound of a row, or its piece. Raises :class:`DataError` where there is none."""
-        assert self.sound is not None
-        whole = audio_ref(cells[self.sound], folder=self.folder, name=row["id"])
-        return replace(whole, start=row["start"] or 0.0, end=row["end"])
+    def told(self) -> tuple[str, ...]:
+        """Remarks on columns and on rows that were left aside."""
+        others = ", ".join(f"{count:,} in {code}" for code, count in self._elsewhere.most_common())
+        return (*self.remarks, *([f"rows in other languages are not read: {others}"] if others else []))
 
-    def cells(self) -> Rows:
-        """Every row's words and numbers, and of its sound the path."""
-        features = self.rows.features or {}
-        plain = plain_features(features)
-        flat: Any = self.rows.with_format(None).flatten()  # pyright: ignore[reportAttributeAccessIssue, reportCallIssue] (they have an index)
-        path = f"{self.sound}.path"
-        names = [*plain, *([path] if path in flat.column_names else [])]
-        number = 0
-        for batch in flat.select_columns(names).iter(batch_size=1_000):
-            for values in zip(*(batch[name] for name in names), strict=True):
-                cells = {name: _label(features.get(name), value) for name, value in zip(names, values, strict=True)}
-                yield (number := number + 1), ({self.sound: cells.pop(path, None), **cells} if self.sound else cells)
+    def _nothing(self, faults: Sequence[RowError]) -> DataError:
+        """Why there is not one sample."""
+        if faults:
+            first, count = faults[0], len(faults)
+            alike = f"; none of its {count:,} rows can be used" if count > 1 else ""
+            return DataError(self.file, f"{first.cause}{alike}", row=first.row, column=first.column)
+        wanted = f" of the split {self.config.split!r}" if self._has_splits else ""
+        if self._elsewhere:
+            wanted += f" in {' or '.join(self.config.languages)}; there are {', '.join(self._elsewhere)}"
+        return DataError(self.file, f"no rows{wanted}")
 
-    def plain_cells(self, raw: Row) -> Cells:
-        """:meth:`cells` of one row that is at hand."""
-        features, sound = self.rows.features or {}, raw.get(self.sound or "")
-        cells = {name: _label(features[name], raw[name]) for name in plain_features(features)}
-        return {self.sound: sound.get("path") if isinstance(sound, dict) else None, **cells} if self.sound else cells
+    # Columns.
+
+    def check_columns(self, columns: Collection[str], number: int | None) -> None:
+        """A column that is missing, or is almost called like one that is missing; and of several, which is taken."""
+        taken = self._taken(columns)
+        if self._strict:
+            self._check_given(columns)
+        for name in sorted(set(columns) - set(OUR_NAMES) - set(self._given.values())):
+            if near := get_close_matches(name.strip().lower(), set(COLUMNS) - set(taken), cutoff=0.85):
+                raise DataError(self.file, f"unknown column; did you mean {near[0]!r}?", row=number, column=name)
+        needed = ("path" if "source_text" not in taken else "source_text",)
+        for name in needed if self.config.text == "none" else ("text", *needed):
+            if self._strict and name not in taken:
+                raise self._missing(name, columns)
+        for ours, names in taken.items():
+            if len(names) > 1 and (ours, self.sound) != ("path", names[0]):
+                self.remarks[f"{ours} is the column {names[0]!r}, not {' or '.join(map(repr, names[1:]))}"] = None
+
+    def _check_given(self, columns: Collection[str]) -> None:
+        for name in self._given.values():
+            if name not in columns and name != self.sound:
+                raise self._missing(name, columns)
+
+    def _missing(self, column: str, there: Collection[str]) -> DataError:
+        return DataError(self.file, f"the column is missing; there are {', '.join(sorted(there))}", column=column)
+
+    def _taken(self, columns: Collection[str]) -> dict[str, list[str]]:
+        """For each of our columns those of the table that may be it, the first of which is taken."""
+        found = {ours: [name] for ours, name in self._given.items()}
+        for ours in (name for name in COLUMNS if name not in found):
+            first = [self.sound] if ours == "path" and self.sound else []
+            names = [name for name in (ours, *OTHER_NAMES.get(ours, ())) if name in columns and name not in first]
+            if names := first + [name for name in names if name not in self._given.values()]:
+                found[ours] = names
+        return found
+
+    def _ours(self, raw: Row) -> Row:
+        """By our names."""
+        if (key := tuple(raw)) not in self._names:
+            self._names[key] = {ours: names[0] for ours, names in self._taken(raw).items() if names[0] in raw}
+        return {ours: raw[its] for ours, its in self._names[key].items()}
+
+    # Rows.
+
+    def wanted(self, raw: Row) -> bool:
+        """Whether a row is of the split and in one of the languages; one that says none is looked at."""
+        cells = self._ours(raw)
+        self._has_splits |= "split" in cells
+        split = str(cells.get("split") or "").strip()
+        if split not in ("", self.config.split) and split.lower() not in spellings_of(self.config.split):
+            return self._is_no_split(split)
+        said = str(cells.get("language") or "").strip()
+        if not said or not self.config.languages:
+            return True
+        with suppress(ValueError):  # whatever it is, it is none of these
+            said = language_code(said)
+        if said not in self.config.languages:
+            self._elsewhere[said] += 1
+        return said in self.config.languages
+
+    def _is_no_split(self, split: str) -> bool:
+        """Such a row is read, and refused: it would be missed by whoever misspelt it. A table may have splits of its own."""
+        return is_usual_split(self.config.split) and not is_usual_split(split)
+
+    def row(self, raw: Row, number: int | None) -> Row:
+        """The row in its final form. ``number``: none in a stream. Raises :class:`RowError`."""
+        cells = self._ours(raw)
+        try:
+            return self.checked(raw, cells, number)
+        except _Wrong as error:
+            column, cause = error.args
+            raise self.error(str(cells.get("path") or ""), number, column, cause) from None
+
+    def error(self, path: str, number: int | None, column: str, cause: str) -> RowError:
+        """By the row's number, or in a stream by its path."""
+        file = f"{self.file}: {path}" if path and number is None else self.file
+        return RowError(file, cause, row=number, column=column)
+
+    def checked(self, raw: Row, cells: Row, number: int | None) -> Row:
+        """The row; raises column and cause."""
+        row: Row = {name: (_seconds if name in _TIMES else _words)(cells.get(name), name) for name in COLUMNS}
+        split, task = row["split"] or self.config.split, row["task"] or self.config.task or "transcribe"
+        if split != self.config.split and self._is_no_split(split):
+            raise _Wrong("split", f"unknown split {split!r}; usual are train, valid, dev, test, eval")
+        text = "" if self.config.text == "none" else row["text"]
+        if text is None:
+            raise _Wrong("text", "no text")
+        try:
+            split_timestamps(text)
+        except ValueError as error:
+            raise _Wrong("text", str(error)) from None
+        if task not in TASKS:
+            raise _Wrong("task", f"unknown task {task!r}: one of {', '.join(TASKS)}")
+        spoken = task != "translate-text"
+        needed = "path" if spoken else "source_text"
+        if row[needed] is None and not (spoken and self.sound):
+            raise _Wrong(needed, f"nothing there, and the task {task} needs it")
+        row |= {"text": text, "task": task} | self._languages(row, task) | _times(row)
+        row[FILE] = self._file({**raw, **cells}, row["path"], number) if spoken and not self.sound else None
+        row["stored"] = number - 1 if self.sound and number is not None and spoken else None
+        place = self.file if number is None else f"{self.file}, row {number}"
+        return row | {"id": self._id(row, again=number is not None), "row": place}
+
+    def _languages(self, row: Row, task: str) -> Row:
+        """Of what goes in and of the text; by the row, else by the configuration, else by the task."""
+        only = self.config.languages[0] if len(self.config.languages) == 1 else "ins" if task == "sign" else None
+        given = row["language"] or only
+        usual = {"transcribe": given, "translate": "en", "sign": "en"}
+        said = {"language": given, "target_language": row["target_language"] or usual.get(task)}
+        for column, language in said.items():
+            if not language:
+                raise _Wrong(column, "no language: add the column, or say languages: [hi] for the corpus")
+            try:
+                said[column] = language_code(language)
+            except ValueError as error:
+                raise _Wrong(column, str(error)) from None
+        return said
+
+    def _file(self, cells: Row, path: str, number: int | None) -> str:
+        if self.config.path is not None:
+            try:
+                path = self.config.path.format_map({**cells, "path": path})
+            except (KeyError, IndexError, ValueError, AttributeError) as error:
+                cause = f"the path {self.config.path!r} names a column that is not there ({error})"
+                raise DataError(self.file, cause, row=number) from None
+        if self._clips is not None and not os.path.isfile(self.folder / path):
+            return str(self._clips / path)
+        return str(self.folder / path)
+
+    def _id(self, row: Row, *, again: bool) -> str:
+        """By what the row says, not by where it stands: other rows may come and go. A second one alike is ``~2``, but in a
+        stream, of which nobody knows what came before."""
+        key = row[FILE] or (row["path"] if self.sound else None)
+        if key is None:
+            key = hashlib.blake2b(f"{row['source_text']}\0{row['text']}".encode(), digest_size=8).hexdigest()
+        elif Path(key).is_relative_to(self.folder):
+            key = Path(key).relative_to(self.folder).as_posix()
+        piece = "" if row["start"] is None and row["end"] is None else f"#{row['start'] or 0:g}-{row['end'] or ''}"
+        other = "" if row["task"] == "transcribe" else f"/{row['language']}-{row['target_language']}"
+        name = f"{self.name}/{self.config.split}/{key}{piece}{other}"
+        self._seen[name] += again
+        return name if self._seen[name] <= 1 else f"{name}~{self._seen[name]}"
 
 
-def _label(feature: Any, value: Any) -> Any:
-    """The name of a class that is stored as its number."""
-    return feature.int2str(value) if hasattr(feature, "int2str") and isinstance(value, int) and value >= 0 else value
+def _words(value: Any, column: str) -> str | None:
+    if value is not None and not isinstance(value, str | int | float):
+        raise _Wrong(column, f"a {type(value).__name__}, where words are expected")
+    words = "" if value is None else str(value).strip()
+    if "\0" in words or any("\ud800" <= letter <= "\udfff" for letter in words):
+        raise _Wrong(column, "NUL, or half a character (a lone surrogate)")
+    return words or None
 
 
-def _open_stored(config: CorpusConfig, dataset: Dataset | IterableDataset, source: Path, file: Path) -> Corpus:
-    features, given = dataset.features or {}, config.renamed().get("path")
-    sounds = [name for name, feature in features.items() if is_sound(feature)]
-    known = [name for name in (given or "path", *OTHER_NAMES["path"]) if name in sounds]
-    chosen = [given] if given else known or (sounds if len(sounds) == 1 else [])
-    sound = next((name for name in chosen if name in sounds), None)
-    local = source.exists()
-    folder = file.parent if file.is_file() else source if local else Path()
-    reader = RowReader(str(file) if local else config.source, folder, _name(config, file), config, sound)
-    if sound and not given and sound not in known:
-        reader.remarks[f"path is the column {sound!r}, the only one that holds sounds"] = None
-    return stored_corpus(reader, dataset)
+def _seconds(value: Any, column: str) -> float | None:
+    if value is None or value == "":
+        return None
+    with suppress(TypeError, ValueError):
+        seconds = float(value)
+        if math.isfinite(seconds) and seconds >= 0 and not isinstance(value, bool):
+            return seconds
+    raise _Wrong(column, f"{value!r} is no number of seconds from 0 on")
 
 
-def stored_corpus(reader: RowReader, dataset: Dataset | IterableDataset) -> Corpus:
-    """What a reader makes of the rows of a dataset: all of them now, or of a stream each as it comes."""
-    features, sound = dataset.features or {}, reader.sound
-    reader.check_columns([*plain_features(features), *([sound] if sound else [])], None)
-    if hasattr(dataset, "__len__"):
-        part = Stored(dataset.select_columns([sound]), sound, reader.folder) if sound else None
-        return _corpus(reader, list(reader.rows(Stored(dataset, sound, reader.folder).cells())), part)
-    if sound is None:
-        dataset = dataset.select_columns(plain_features(features))
-    empty = Stored(dataset.take(0), sound, reader.folder)
-    wanted = dataset.filter(partial(_wanted, reader=reader, stored=empty))
-    return Corpus(reader.name, wanted, partial(_streamed, reader=reader, stored=empty), remarks=reader.told())
-
-
-def _wanted(raw: Row, reader: RowReader, stored: Stored) -> bool:
-    return reader.wanted(stored.plain_cells(raw))
-
-
-def _streamed(raw: Row, reader: RowReader, stored: Stored) -> Sample:
-    """The sample of a row as it comes. Raises :class:`DataError` for one that is none."""
-    row = reader.row(stored.plain_cells(raw), None)
-    sample = sample_of(row)
-    if not stored.sound or sample.task == "translate-text":
-        return sample
-    audio = stored.audio(raw, row)
-    if row["path"] is None:  # equal texts are told apart by their sounds
-        sample = replace(sample, id=f"{sample.id}~{hashlib.blake2b(audio.data or b'', digest_size=8).hexdigest()}")
-        audio = replace(audio, path=sample.id)
-    return replace(sample, audio=audio)
+def _times(row: Row) -> Row:
+    start, end, duration = row["start"], row["end"], row["duration"]
+    if end is None and start is not None and duration is not None:
+        end = start + duration
+    if end is not None and end <= (start or 0.0):
+        raise _Wrong("end", f"ends at {end:g} s, where it begins or before")
+    return {"end": end, "seconds": duration if end is None else end - (start or 0.0)}
 
 
 # Files.
@@ -210,61 +331,54 @@ def _table_of(folder: Path, split: str) -> Path | None:
     return None
 
 
-def _read(file: Path, columns: Sequence[str]) -> Rows:
-    suffix = file.suffix.lower()
-    if suffix not in SUFFIXES:
-        raise DataError(file, f"not a table: one of {', '.join(SUFFIXES)} is")
-    return _separated(file, columns) if suffix in (".tsv", ".csv") else _json_rows(file)
-
-
-def _lines(file: Path) -> Iterator[str]:
-    """Its lines; one that is no UTF-8 is named."""
-    with open(file, "rb") as lines:
-        for number, line in enumerate(lines, 1):
-            try:
-                yield line.decode("utf-8-sig" if number == 1 else "utf-8")
-            except UnicodeDecodeError as error:
-                raise DataError(file, f"not UTF-8 text: {error.reason}", row=number) from None
+def decoded(lines: Iterable[bytes], file: str | Path) -> Iterator[str]:
+    """Lines of text; one that is no UTF-8 is named."""
+    for number, line in enumerate(lines, 1):
+        try:
+            yield line.decode("utf-8-sig" if number == 1 else "utf-8")
+        except UnicodeDecodeError as error:
+            raise DataError(file, f"not UTF-8 text: {error.reason}", row=number) from None
 
 
 def _separated(file: Path, columns: Sequence[str]) -> Rows:
     """TSV, in which a quotation mark is a character, or CSV, in which it quotes."""
     tabs = file.suffix.lower() == ".tsv"
     options: dict[str, Any] = {"delimiter": "\t", "quoting": csv.QUOTE_NONE} if tabs else {}
-    reader = csv.reader(_lines(file), strict=True, **options)
-    try:
-        names = list(columns) or next(reader, [])
-        if doubled := [name for name, times in Counter(names).items() if times > 1]:
-            raise DataError(file, "the column stands there twice", row=1, column=doubled[0])
-        for cells in reader:
-            if len(cells) > len(names):
-                cause = f"{len(cells)} cells, for {len(names)} columns"
-                yield reader.line_num, RowError(file, cause, row=reader.line_num)
-            elif cells:
-                yield reader.line_num, dict(zip(names, cells, strict=False))
-    except csv.Error as error:
-        raise DataError(file, f"not a table: {error}", row=reader.line_num) from None
+    with file.open("rb") as lines:
+        reader = csv.reader(decoded(lines, file), strict=True, **options)
+        try:
+            names = list(columns) or next(reader, [])
+            if doubled := [name for name, times in Counter(names).items() if times > 1]:
+                raise DataError(file, "the column stands there twice", row=1, column=doubled[0])
+            for cells in reader:
+                if len(cells) > len(names):
+                    cause = f"{len(cells)} cells, for {len(names)} columns"
+                    yield reader.line_num, RowError(file, cause, row=reader.line_num)
+                elif cells:
+                    yield reader.line_num, dict(zip(names, cells, strict=False))
+        except csv.Error as error:
+            raise DataError(file, f"not a table: {error}", row=reader.line_num) from None
 
 
 def _json_rows(file: Path) -> Rows:
     """An object a line, as NeMo's manifests are, too; or a list of objects."""
-    lines = _lines(file)
-    if file.suffix.lower() == ".json":
-        content = "".join(lines)
-        lines = iter([content] if content.lstrip().startswith("[") else content.split("\n"))
-    for number, line in enumerate(lines, 1):
-        if not line.strip():
-            continue
-        try:
-            row = json.loads(line)
-        except (ValueError, RecursionError) as error:
-            raise DataError(file, f"not JSON: {error}", row=number) from None
-        several = isinstance(row, list) and file.suffix.lower() == ".json"
-        for place, each in enumerate(row, 1) if several else [(number, row)]:
-            if not isinstance(each, dict):
-                cause = f"a {type(each).__name__} where an object with columns is expected"
-                raise DataError(file, cause, row=place)
-            yield place, each
+    whole = file.suffix.lower() == ".json"
+    with file.open("rb") as content:
+        lines = decoded(content, file)
+        if whole:
+            joined = "".join(lines)
+            lines = [joined] if joined.lstrip().startswith("[") else joined.split("\n")
+        for number, line in enumerate(lines, 1):
+            if not line.strip():
+                continue
+            try:
+                row = json.loads(line)
+            except (ValueError, RecursionError) as error:
+                raise DataError(file, f"not JSON: {error}", row=number) from None
+            for place, each in enumerate(row, 1) if whole and isinstance(row, list) else [(number, row)]:
+                if not isinstance(each, dict):
+                    raise DataError(file, f"a {type(each).__name__} where an object is expected", row=place)
+                yield place, each
 
 
 def _recordings(folder: Path) -> Rows:
