@@ -43,7 +43,7 @@ def said(
     tokens = [TOKENIZER.timestamp_begin, *TOKENIZER.encode(text)]
     if until is not None:
         tokens.append(TOKENIZER.timestamp_begin + round(until / 0.02))
-    return DecodingResult(Hypothesis(tuple(tokens), -0.1, True), language, sure, 0.01, 0.0, 30.0, ())
+    return DecodingResult(Hypothesis(tuple(tokens), -0.1, True), language, sure, 0.01, 0.0, ())
 
 
 def silence() -> DecodingResult:
@@ -89,9 +89,7 @@ class Listener:
             result = answer(len(clip) / RATE, hint) if answer else said(f" {level:g}")
             if before.count(level) < self.good_from.get(level, 0):
                 result = unsure(0.0, None)
-            results.append(
-                replace(result, margin=margin) if answer else replace(result, margin=margin, temperature=temperature)
-            )
+            results.append(result if answer else replace(result, temperature=temperature))
         return results
 
 
@@ -256,7 +254,7 @@ def verdict(
 ) -> DecodingResult:
     tokens = tuple(TOKENIZER.encode(text))
     found = Hypothesis(tokens, average * (len(tokens) + 1), finished)
-    return replace(DecodingResult(found, "en", None, 0.01, 0.0, 2.0, ()), **changes)
+    return replace(DecodingResult(found, "en", None, 0.01, 0.0, ()), **changes)
 
 
 def why(found: DecodingResult, seconds: float = 3.0, **options: Any) -> str | None:

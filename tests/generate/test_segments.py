@@ -51,7 +51,7 @@ def say(text: str) -> list[int]:
 
 def result(tokens: list[int], finished: bool = True, **changes: Any) -> DecodingResult:
     found = Hypothesis(tuple(tokens), -0.25 * (len(tokens) + 1), finished)
-    return replace(DecodingResult(found, "en", 0.9, 0.1, 0.0, 2.0, (("hindi", 1.0),)), **changes)
+    return replace(DecodingResult(found, "en", 0.9, 0.1, 0.0, (("hindi", 1.0),)), **changes)
 
 
 def segments(found: DecodingResult, start: float = 0.0, seconds: float = DURATION) -> list[Segment]:

@@ -6,6 +6,7 @@ A batch is decoded as often as its windows need (see :mod:`whisper_moe.generate.
 from __future__ import annotations
 
 import math
+from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
@@ -43,7 +44,6 @@ class DecodingResult:
     """None where the language was given."""
     no_speech_prob: float
     temperature: float
-    margin: float
     experts: tuple[tuple[str, float], ...]
     timings: tuple[WordTiming, ...] | None = None
     carried: Carry | None = None
@@ -159,7 +159,8 @@ class WindowDecoder:
         own = self.model.config.source_vocab_size  # new tokens take no share of a probability: they are never said
         no_speech = logits[:: choice.beams, :own].softmax(-1)[:, tokenizer.no_speech].tolist()
         languages = self._languages((logits if heard is None else heard)[:: choice.beams], hints, options)
-        prefixes = [self._prefix(language, options) for language, _ in languages]
+        plain = [] if options.timestamps else [tokenizer.no_timestamps]
+        prefixes = [[*tokenizer.sot_sequence(code, options.task)[1:], *plain] for code, _ in languages]
         if prefixes[0]:
             logits, state = self.step(torch.tensor(prefixes).repeat_interleave(choice.beams, 0), state)
         room = self.model.config.max_target_positions - len(opening) - len(prefixes[0])
@@ -176,7 +177,7 @@ class WindowDecoder:
         )
         timings = self._timings(encoded, samples, best, [language for language, _ in languages], options)
         return [
-            DecodingResult(hypothesis, language, probability, silence, temperature, margin, experts, timing)
+            DecodingResult(hypothesis, language, probability, silence, temperature, experts, timing)
             for hypothesis, (language, probability), silence, experts, timing in zip(
                 best, languages, no_speech, self._experts(encoded.routing, segments), timings, strict=True
             )
@@ -199,19 +200,10 @@ class WindowDecoder:
         ids = words + prompt[max(0, len(prompt) - room + len(words)) :]
         return [self.tokenizer.sot_prev, *ids] if ids else []
 
-    def _prefix(self, language: str, options: TranscribeOptions) -> list[int]:
-        """What follows the start of the transcript: language, task, and whether there are times."""
-        prefix = self.tokenizer.sot_sequence(language, options.task)[1:]
-        return prefix if options.timestamps else [*prefix, self.tokenizer.no_timestamps]
-
-    @cached_property
-    def _suppressed(self) -> tuple[int, ...]:
-        listed = self.generation.get("suppress_tokens")
-        return (-1,) if listed is None else tuple(listed)  # fine-tunes list none, and mean it
-
     def _rules(self, options: TranscribeOptions) -> Rules:
         tokenizer = self.tokenizer
-        asked = self._suppressed if options.suppress_tokens is None else options.suppress_tokens
+        asked = self.generation.get("suppress_tokens") if options.suppress_tokens is None else options.suppress_tokens
+        asked = (-1,) if asked is None else asked  # fine-tunes list none, and mean it
         own, end = self.model.config.source_vocab_size, self.model.config.vocab_size
         unsaid = range(min(own, tokenizer.vocab_size), end)  # rows of padding, and new tokens
         never = {id for id in (*tokenizer.suppressed(asked), tokenizer.no_timestamps, *unsaid) if id < end}
@@ -229,9 +221,8 @@ class WindowDecoder:
         if given := self.given_language(options):
             return [(given, None)] * len(hints)
         codes, probabilities = self._language_probabilities(logits_SV, options)
-        best = [
-            codes[index] if hint is None else hint for index, hint in zip(probabilities.argmax(-1), hints, strict=True)
-        ]
+        likeliest = [codes[index] for index in probabilities.argmax(-1).tolist()]
+        best = [hint or heard for hint, heard in zip(hints, likeliest, strict=True)]
         return [(code, row[codes.index(code)]) for code, row in zip(best, probabilities.tolist(), strict=True)]
 
     def given_language(self, options: TranscribeOptions) -> str | None:
@@ -249,11 +240,11 @@ class WindowDecoder:
         if routing is None or self.model.config.moe is None:
             return [()] * segments
         names = (*self.model.config.moe.names, "none")  # index -1 is *none*
-        named: list[tuple[tuple[str, float], ...]] = []
+        named = []
         for experts, gates in zip(routing.experts.tolist(), routing.gates.tolist(), strict=True):
-            sums: dict[str, float] = {}
+            sums: defaultdict[str, float] = defaultdict(float)
             for expert, gate in zip(experts, gates, strict=True):  # *none* may take several slots
-                sums[names[expert]] = sums.get(names[expert], 0.0) + gate
+                sums[names[expert]] += gate
             named.append(tuple(sums.items()))
         return named
 
@@ -274,8 +265,8 @@ class WindowDecoder:
             [*tokenizer.sot_sequence(language, options.task), tokenizer.no_timestamps, *text, tokenizer.eot]
             for text, language in zip(texts, languages, strict=True)
         ]
-        layout, flat = Layout(map(len, inputs)), torch.tensor([token for tokens in inputs for token in tokens])
-        flat = flat.to(self._like.device)
+        layout = Layout(map(len, inputs))
+        flat = torch.tensor([token for tokens in inputs for token in tokens], device=self._like.device)
         attention = self.model.decoder.alignment(flat, layout, encoded, self._alignment_heads)
         states_TD = self.model.decoder(flat, layout, encoded).states_TD
         logits_TV = self.model.decoder.head(states_TD)[:, : self.model.config.source_vocab_size]

@@ -1,13 +1,12 @@
 """Many recordings of any length, a bounded number of windows at a time.
 
-Recordings are read as a stream and cut into windows of up to 30 s at their quietest moments. Windows of all recordings wait
-in one buffer, are sorted by length, packed and decoded together; each goes back to its recording, and a recording is handed
-on with its last one, whatever else of the buffer is to be decoded again. Memory does not grow with the length or the number
-of recordings.
+Windows of all recordings wait in one buffer, are sorted by length, packed and decoded together; a recording is handed on with
+its last one, whatever else of the buffer is to be decoded again. Memory does not grow with the length or the number of
+recordings.
 
-A window is first decoded with a short margin of silence. Whisper always saw a full 30 s, so if the result repeats itself, is
-unsure, or says more than fits into its time, the window is padded to 30 s and decoded again; if that looks wrong too,
-temperatures follow (Whisper, section 4.5). Nothing falls back silently: it is counted.
+A window is first decoded with a short margin of silence. Whisper always saw a full 30 s, so what looks wrong is padded to 30 s
+and decoded again; if that looks wrong too, temperatures follow (Whisper, section 4.5). Nothing falls back silently: it is
+counted.
 """
 
 from __future__ import annotations
@@ -93,9 +92,8 @@ class Recording:
     index: int = 0
     """Its place among those given."""
     duration: float = 0.0
-    waiting: int = 0
-    """Windows cut but not decoded yet."""
-    exhausted: bool = False
+    waiting: int = 1
+    """Windows cut but not decoded yet, and one more until the last has been cut."""
     error: Exception | None = None
     notes: list[str] = field(default_factory=list)
     segments: list[Segment] = field(default_factory=list)
@@ -110,10 +108,6 @@ class Recording:
     """Fast weights that its windows hand on, if asked to."""
     said: list[int] | None = None
     """Tokens that its next window goes on from, where windows are conditioned on them."""
-
-    @property
-    def complete(self) -> bool:
-        return self.exhausted and self.waiting == 0
 
     @property
     def main_language(self) -> str | None:
@@ -150,11 +144,8 @@ class _Job:
     def astray(self) -> bool:
         """Whether the language that was heard is to give way to the one that its recording speaks most."""
         recording, probability = self.recording, self.result.language_probability
-        unsure = probability is not None and probability < SURE_LANGUAGE
-        return (unsure or recording.only_language is not None) and recording.main_language not in (
-            None,
-            self.result.language,
-        )
+        doubted = recording.only_language is not None or (probability is not None and probability < SURE_LANGUAGE)
+        return doubted and recording.main_language not in (None, self.result.language)
 
 
 class Transcriber:
@@ -174,13 +165,12 @@ class Transcriber:
         """Each recording as soon as it is complete or has failed: not in the order given."""
         waiting: list[_Job] = []
         for recording in recordings:
-            empty = True
+            job = None
             for job in self._read(recording):
                 waiting.append(job)
-                empty = False
                 while len(waiting) >= self.most or sum(job.window.duration for job in waiting) >= BUFFERED_SECONDS:
                     waiting = yield from self._work(waiting)
-            if empty:
+            if job is None:
                 yield recording
         while waiting:
             waiting = yield from self._work(waiting)
@@ -203,7 +193,7 @@ class Transcriber:
                     job = _Job(recording, sound)
         except ValueError as error:
             recording.error = error
-        recording.exhausted = True
+        recording.waiting -= 1
         if job is not None:
             yield job
 
@@ -217,7 +207,7 @@ class Transcriber:
                 left[job] = self._finish(job)
                 recording.waiting += len(left[job]) - 1
                 self.progress(job.window.duration - sum(rest.window.duration for rest in left[job]))
-            if recording.complete:
+            if not recording.waiting:
                 yield recording
         return [rest for job in now for rest in left[job]] + later
 
@@ -230,7 +220,8 @@ class Transcriber:
         for job in jobs:
             job.hint = job.recording.only_language
         for group in self._decoded(jobs):
-            self._tell_languages(group)
+            for job in group:
+                self._tell_language(job)
             astray = [job for job in group if job.astray and not is_silence(job.result, self.options)]
             for job in astray:
                 job.hint = job.recording.main_language
@@ -240,14 +231,14 @@ class Transcriber:
         for group in self._decoded([job for job in jobs if job in again]):
             yield [job for job in jobs if job.recording is group[0].recording]
 
-    def _tell_languages(self, jobs: Sequence[_Job]) -> None:
-        """Tell a recording which languages were surely heard in some of its windows."""
-        for job in jobs:
-            recording, result = job.recording, job.result
-            if result.language_probability is not None and result.language_probability >= SURE_LANGUAGE:
-                recording.spoken[result.language] += job.window.duration
-                if self.options.detect_language_once and recording.only_language is None:
-                    recording.only_language = None if is_silence(result, self.options) else result.language
+    def _tell_language(self, job: _Job) -> None:
+        """Tell a recording which language was surely heard in one of its windows."""
+        recording, result = job.recording, job.result
+        if (result.language_probability or 0.0) >= SURE_LANGUAGE:
+            recording.spoken[result.language] += job.window.duration
+            once = self.options.detect_language_once and recording.only_language is None
+            if once and not is_silence(result, self.options):
+                recording.only_language = result.language
 
     def _decoded(self, jobs: Sequence[_Job]) -> Iterator[list[_Job]]:
         waiting = Counter(job.recording for job in jobs)
@@ -336,9 +327,8 @@ class Transcriber:
 
 def _rest(job: _Job, reached: float, least: float) -> list[_Job]:
     """A job for what a window holds after ``reached`` seconds, if at least ``least`` of it may be speech."""
-    window, cut = job.window, round(reached * SAMPLE_RATE)
-    samples = window.samples[cut:]
-    speech = sum(end - start for start, end in speech_spans(samples)) if len(samples) else 0
-    if window.duration - reached < least or speech < max(1, least * SAMPLE_RATE):
+    rest = job.window.part(round(reached * SAMPLE_RATE))
+    speech = sum(end - start for start, end in speech_spans(rest.samples))
+    if job.window.duration - reached < least or speech < max(1, least * SAMPLE_RATE):
         return []
-    return [_Job(job.recording, sounding(Window(window.start + cut / SAMPLE_RATE, samples)))]
+    return [_Job(job.recording, sounding(rest))]

@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from whisper_moe.config import ModelConfig
-from whisper_moe.embed.audio import AudioStem, sinusoids
+from whisper_moe.embed import AudioStem, sinusoids
 from whisper_moe.model.block import Block, BlockState, Carry
 from whisper_moe.model.router import Router, Routing, pool_segments
 from whisper_moe.packing import Layout

@@ -1,1 +1,0 @@
-"""Arrays to embeddings: what the model sees of each modality."""
