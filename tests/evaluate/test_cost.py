@@ -91,7 +91,7 @@ def gap(config: ModelConfig) -> int:
 def test_formula_equals_torchs_counter(name: str):
     """Positions are no multiple of the TTT mini-batch, and the decoder fills one mini-batch and begins another."""
     config = SCOPES[name]
-    assert flops(config, seconds=0.8, tokens=7).total + gap(config) == counted(config, 80, 7)
+    assert sum(flops(config, seconds=0.8, tokens=7)) + gap(config) == counted(config, 80, 7)
 
 
 def first_two(experts: Experts, x_TD: Tensor, routing: Routing, layout: Layout | None = None) -> Tensor:
@@ -118,11 +118,11 @@ def test_formula_equals_torchs_counter_at_full_size(monkeypatch: pytest.MonkeyPa
     monkeypatch.setattr(Experts, "forward", first_two)
     config = ModelConfig(moe=DEFAULT_MOE, ttt=DEFAULT_TTT)
     with FakeTensorMode(allow_non_fake_inputs=True):
-        assert flops(config, 30, 5).total + gap(config) == counted(config, 3000, 5)
+        assert sum(flops(config, 30, 5)) + gap(config) == counted(config, 3000, 5)
 
 
 def test_experts_add_what_the_chosen_ones_cost():
-    dense, routed = flops(SMALL, 0.8, 7).total, flops(MOE, 0.8, 7).total
+    dense, routed = sum(flops(SMALL, 0.8, 7)), sum(flops(MOE, 0.8, 7))
     chosen_units, tokens, router = 2 * 16, 40 * 1 + 7 * 3, 2 * 32 * 5
     assert routed - dense == (2 * 2 * 32 * chosen_units + 2 * 32 * 4) * tokens + router
 

@@ -22,7 +22,7 @@ from weights.whispers import tokenizer_json
 from whisper_moe import WhisperMoE
 from whisper_moe.data.examples import ExampleConfig, ExampleReader
 from whisper_moe.data.sample import AudioRef, Sample, Skipped
-from whisper_moe.evaluate.evaluator import Evaluated, Evaluator
+from whisper_moe.evaluate.metrics import Evaluated, Evaluator
 from whisper_moe.media.languages import NewLanguage
 from whisper_moe.media.mel import log_mel
 from whisper_moe.model.model import WhisperMoEModel

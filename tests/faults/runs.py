@@ -30,7 +30,7 @@ SAMPLES, BATCH, STEPS, CHECKPOINT_EVERY = 10, 3, 12, 5
 _PRELUDE = """
 import json, os, signal, sys
 from pathlib import Path
-from whisper_moe.evaluate import evaluator
+from whisper_moe.evaluate import metrics
 from whisper_moe.train import checkpoint, loop, losses, monitor, run
 
 FOLDER = Path(sys.argv[sys.argv.index("-o") + 1])

@@ -45,7 +45,7 @@ def test_the_undisturbed_run_is_worth_comparing_with(undisturbed: Path) -> None:
 
 KILLED = "before(checkpoint, '{name}', lambda *a, **k: {condition} and die())"
 LAST = f"(FOLDER / 'checkpoints/0004-step-{STEPS:08d}').exists()"
-JUDGING = f"before(evaluator.Evaluator, 'figures', lambda *a, **k: {LAST} and {{act}})"
+JUDGING = f"before(metrics.Evaluator, 'figures', lambda *a, **k: {LAST} and {{act}})"
 """Of the last evaluation: there is a checkpoint of the last step."""
 FAULTS = {
     "in the middle of an epoch": at_step(8, "die()"),
@@ -55,7 +55,7 @@ FAULTS = {
     "before a checkpoint's commit": KILLED.format(name="_mark", condition="a[1].step == 10"),
     "before old checkpoints go": KILLED.format(name="_prune", condition="len(list(a[0].glob('checkpoints/*'))) == 3"),
     "before anything is written": "before(run, 'write_record', lambda *a, **k: die())",
-    "inside an evaluation": "before(evaluator, 'pack_examples', lambda *a: die())",
+    "inside an evaluation": "before(metrics, 'pack_examples', lambda *a: die())",
     "inside the last evaluation": JUDGING.format(act="die()"),
     "before an evaluation is noted": "before(checkpoint, 'note', lambda *a, **k: die())",
     "before a checkpoint is judged": KILLED.format(name="_mark", condition="a[1].evaluation"),

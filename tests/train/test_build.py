@@ -21,7 +21,7 @@ pytest.importorskip("datasets")
 from whisper_moe.config import AdaptConfig
 from whisper_moe.data.corpus import CorpusConfig
 from whisper_moe.data.sample import DataError
-from whisper_moe.evaluate.evaluator import Evaluator
+from whisper_moe.evaluate.metrics import Evaluator
 from whisper_moe.train import build
 from whisper_moe.train.parallel import Parallel
 from whisper_moe.train.reading import RecipeError, apply

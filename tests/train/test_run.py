@@ -479,15 +479,15 @@ JUDGED = """
 import logging, os, signal, sys
 logging.basicConfig(level="INFO", format="%(message)s")
 from pathlib import Path
-from whisper_moe.evaluate import evaluator
+from whisper_moe.evaluate import metrics
 from whisper_moe.train.run import train
 recipe, folder, struck = sys.argv[1:]
 (Path(folder) / os.environ["RANK"]).write_text(str(os.getpid()))
-pack = evaluator.pack_examples
+pack = metrics.pack_examples
 def strike(examples):
     os.kill(int((Path(folder) / struck).read_text()), signal.SIGTERM)
     return pack(examples)
-evaluator.pack_examples = strike
+metrics.pack_examples = strike
 words = ["evaluation.metric=loss", "evaluation.batch_size=1", "evaluation.every=2"]
 sys.exit(train(Path(recipe), words, Path(folder) / "run", False))
 """

@@ -6,12 +6,15 @@ equal what ``torch.utils.flop_counter`` sees.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Sequence
 from math import prod
-from typing import Any
+from typing import Any, NamedTuple
 
-from whisper_moe.config import FRAMES_PER_SECOND, FULL_WINDOW, PRESETS, ModelConfig
-from whisper_moe.evaluate.measure import disk_bytes
+import numpy as np
+
+from whisper_moe.config import FRAMES_PER_SECOND, FULL_WINDOW, POSITIONS_PER_SECOND, PRESETS, ModelConfig
+from whisper_moe.evaluate.measure import Clip, Measured, disk_bytes
+from whisper_moe.generate.options import TranscribeOptions
 from whisper_moe.weights.checkpoint import describe
 from whisper_moe.weights.load import DEFAULT_MOE, DEFAULT_TTT, default, load_model, resolve
 from whisper_moe.weights.parts import expected_shapes, part_of, spelled_alone
@@ -37,13 +40,11 @@ def parameters(config: ModelConfig) -> dict[str, int]:
 def active_parameters(config: ModelConfig) -> int:
     """Parameters that one segment is computed with: all but the experts that it did not choose."""
     counts = parameters(config)
-    experts = [count for part, count in counts.items() if part.startswith("experts/")]
-    always = sum(counts.values()) - sum(experts)
-    return always + sum(sorted(experts)[-(config.moe.top_k if config.moe else 0) :] if experts else [])
+    experts = sorted(count for part, count in counts.items() if part.startswith("experts/"))
+    return sum(counts.values()) - sum(experts[: len(experts) - config.moe.top_k] if config.moe else [])
 
 
-@dataclass(frozen=True)
-class Flops:
+class Flops(NamedTuple):
     """Floating-point operations of one window."""
 
     encoder: int
@@ -51,10 +52,6 @@ class Flops:
     """The keys and values that cross-attention reads, once a window."""
     decoder: int
     """All decoded tokens, one after another."""
-
-    @property
-    def total(self) -> int:
-        return self.encoder + self.memory + self.decoder
 
 
 def flops(config: ModelConfig, seconds: float = FULL_WINDOW, tokens: int = TYPICAL_TOKENS) -> Flops:
@@ -146,22 +143,58 @@ def _decoder_ttt(config: ModelConfig, layer: int, past: int) -> int:
     return inner + commit + 2 * width * (3 * width + heads + width)
 
 
+def cost(clips: Sequence[Clip], measured: Measured) -> dict[str, Any]:
+    """What it took. ``flops_per_second`` follows from the shapes (:func:`flops`): each clip once,
+    with its margin, for the tokens it was written in; tries that were given up are not counted.
+    """
+    seconds, wall, config = sum(clip.seconds for clip in clips), measured.wall_seconds, measured.config
+    waits, counts = measured.latencies, [each.tokens for each in measured.heard if each.tokens is not None]
+    tokens = sum(counts) if len(counts) == len(clips) else None
+    p50, p95 = np.percentile(waits, [50, 95]).tolist() if waits else (None, None)
+    timed = ("wall_seconds", "cpu_seconds", "load_seconds", "peak_bytes", "disk_bytes")
+    found = {name: getattr(measured, name) for name in timed} | {
+        "audio_seconds": seconds,
+        "times_real_time": seconds / wall if wall else None,
+        "tokens": tokens,
+        "tokens_per_second": tokens / wall if wall and tokens is not None else None,
+        "latency": {"p50": p50, "p95": p95, "clips": len(waits), "apart": measured.latencies_apart, "seconds": waits},
+    }
+    if config is not None:
+        found["parameters_total"] = sum(parameters(config).values())
+        found["parameters_active"] = active_parameters(config)
+        found["flops_per_second"] = _flops(config, clips, measured) / seconds if seconds else None
+    return found
+
+
+def _flops(config: ModelConfig, clips: Sequence[Clip], measured: Measured) -> float:
+    """Windows of a longer recording are counted as the longest that it may be cut into, and a rest."""
+    asked = TranscribeOptions(context_margin=measured.margin)
+    most = config.max_source_positions / POSITIONS_PER_SECOND
+    window, total = min(asked.window_seconds, most), 0
+    for clip, heard in zip(clips, measured.heard, strict=True):
+        full, rest = divmod(clip.seconds, window)
+        parts = [min(most, part + asked.margin) for part in [window] * int(full) + [rest] * bool(rest)]
+        share = round((heard.tokens or 0) / max(1, len(parts)))
+        total += sum(sum(flops(config, part, share)) for part in parts)
+    return float(total)
+
+
 def facts_of(model: str | None) -> dict[str, Any]:
     """Everything ``info`` shows about a model, a Whisper, or a preset by name (None: the default)."""
     if model in PRESETS:
-        return {"name": model, "granularity": "ffn", **_facts(PRESETS[model])}
+        return {"name": model} | _facts(PRESETS[model]) | {"granularity": "ffn"}
     located = resolve(model or default())
     if located.kind == "checkpoint":
         config, sizes = describe(located.path)
-        return {"name": located.name, **_facts(config), "bytes": sizes}
-    config = load_model(located.path).config
-    if model is None:  # as load_model does
-        config = upcycled_config(config, moe=DEFAULT_MOE, ttt=DEFAULT_TTT)
-    return {"name": located.name, **_facts(config), "bytes": {"weights": disk_bytes(located.path)}}
+    else:
+        config, sizes = load_model(located.path).config, {"weights": disk_bytes(located.path)}
+        if model is None:  # as load_model does
+            config = upcycled_config(config, moe=DEFAULT_MOE, ttt=DEFAULT_TTT)
+    return {"name": located.name} | _facts(config) | {"bytes": sizes}
 
 
 def _facts(config: ModelConfig) -> dict[str, Any]:
-    counted, operations = parameters(config), flops(config)
+    counted = parameters(config)
     return {
         "experts": list(config.moe.names) if config.moe else [],
         "top_k": config.moe.top_k if config.moe else 0,
@@ -169,7 +202,7 @@ def _facts(config: ModelConfig) -> dict[str, Any]:
         "parameters": counted,
         "parameters_total": sum(counted.values()),
         "parameters_active": active_parameters(config),
-        "flops_30s": {"encoder": operations.encoder, "memory": operations.memory, "decoder": operations.decoder},
+        "flops_30s": flops(config)._asdict(),
     }
 
 

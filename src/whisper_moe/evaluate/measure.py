@@ -131,7 +131,7 @@ def _loaded(system: System, weights: str, asked: Options, load: Callable[..., An
 def _ours(adapter: Adapter, clips: Sequence[Clip], detect: bool, measured: Measured) -> Measured:
     """What only this project's models say about themselves."""
     from whisper_moe.data.examples import ExampleConfig, ExampleReader
-    from whisper_moe.evaluate.evaluator import Evaluator
+    from whisper_moe.evaluate.metrics import Evaluator
 
     model, margin = adapter.model, adapter.margin or 0.0
     if model.device.startswith("cuda"):

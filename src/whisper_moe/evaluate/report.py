@@ -10,10 +10,13 @@ import json
 import re
 from base64 import b64encode
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from functools import partial
 from html import escape
 from io import BytesIO
 from pathlib import Path
 from typing import Any, NamedTuple
+
+import numpy as np
 
 from whisper_moe.evaluate.measure import Clip
 from whisper_moe.weights.files import atomic_folder
@@ -36,7 +39,7 @@ _STYLE = """
 body { font: 15px/1.5 system-ui, sans-serif; max-width: 72rem; margin: 2rem auto; padding: 0 1rem; }
 p, figcaption { max-width: 60rem; font-size: .88rem; opacity: .8; } .wide { overflow-x: auto; margin: .8rem 0; }
 table { border-collapse: collapse; font-size: .88rem; font-variant-numeric: tabular-nums; }
-th, td { text-align: right; padding: .25rem .7rem; border-bottom: 1px solid #8885; } .word { text-align: left; }
+th, td { text-align: left; padding: .25rem .7rem; border-bottom: 1px solid #8885; }
 """
 
 
@@ -51,12 +54,8 @@ class Section(NamedTuple):
 
 def write(folder: Path, report: Report, clips: Sequence[Clip], texts: Mapping[str, Sequence[str]]) -> None:
     """All files, in the place of an earlier report. ``texts``: of each system."""
-    contents = (
-        json.dumps(report, indent=1, ensure_ascii=False, allow_nan=False) + "\n",
-        markdown(report),
-        transcripts(clips, texts),
-        page(report),
-    )
+    data = json.dumps(report, indent=1, ensure_ascii=False, allow_nan=False) + "\n"
+    contents = (data, markdown(report), transcripts(clips, texts), page(report))
     with atomic_folder(folder.resolve(), overwrite=True) as fresh:
         for name, content in zip(FILES, contents, strict=True):
             (fresh / name).write_text(content, encoding="utf-8", newline="\n")
@@ -64,21 +63,22 @@ def write(folder: Path, report: Report, clips: Sequence[Clip], texts: Mapping[st
 
 def transcripts(clips: Sequence[Clip], texts: Mapping[str, Sequence[str]]) -> str:
     """A TSV with a row for each clip; tabs and line ends within a text become spaces."""
-    rows = [["id", "corpus", "task", "language", "target_language", "domain", "seconds", "reference", *texts]]
+    facts = ("id", "corpus", "task", "language", "target_language", "domain", "seconds", "reference")
+    rows: list[Sequence[str]] = [(*facts, *texts)]
     for clip, *written in zip(clips, *texts.values(), strict=True):
         sample = clip.sample
-        facts = [sample.id, clip.corpus, sample.task, sample.language, sample.target_language, sample.domain or ""]
-        rows.append([*facts, f"{clip.seconds:.2f}", sample.text, *written])
-    return "".join("\t".join(re.sub(r"\s+", " ", cell).strip() for cell in row) + "\n" for row in rows)
+        where = (sample.id, clip.corpus, sample.task, sample.language, sample.target_language, sample.domain or "")
+        rows.append((*where, f"{clip.seconds:.2f}", sample.text, *written))
+    return "".join("\t".join(" ".join(cell.split()) for cell in row) + "\n" for row in rows)
 
 
 def markdown(report: Report) -> str:
     """The figures as tables, what they were measured on, and what went wrong."""
     parts = [f"# Evaluation of {_plain(report['model'])}", _plain(_circumstances(report))]
     for section in _sections(report):
-        parts += [f"## {_plain(section.title)}"] if section.title else []
-        lines = [section.head, ["---"] * len(section.head), *section.rows] if section.rows else []
-        parts += ["\n".join(f"| {' | '.join(map(_plain, line))} |" for line in lines)] if lines else []
+        parts += [f"## {_plain(section.title)}"] * bool(section.title)
+        lines = [section.head, ["---"] * len(section.head), *section.rows]
+        parts.append("\n".join(f"| {' | '.join(map(_plain, line))} |" for line in lines))
         parts += map(_plain, section.notes)
     return "\n\n".join(parts) + "\n"
 
@@ -94,8 +94,9 @@ def page(report: Report) -> str:
     title = f"Evaluation of {escape(report['model'])}"
     body = [f"<h1>{title}</h1>", f"<p>{escape(_circumstances(report))}</p>", *_plots(report)]
     for section in _sections(report):
-        body += [f"<h2>{escape(section.title)}</h2>"] if section.title else []
-        body += [_table(section.head, section.rows)] if section.rows else []
+        body += [f"<h2>{escape(section.title)}</h2>"] * bool(section.title)
+        rows = [_row("th", section.head), *(_row("td", row) for row in section.rows)]
+        body += ['<div class="wide"><table>', *rows, "</table></div>"]
         body += [f"<p>{escape(note)}</p>" for note in section.notes]
     policy = "default-src 'none'; style-src 'unsafe-inline'; img-src data:"
     return (
@@ -106,15 +107,8 @@ def page(report: Report) -> str:
     )
 
 
-def _table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    """Columns of words stand on the left."""
-    words = [not all(cell[:1] in "0123456789+-–" for cell in column) for column in zip(*rows, strict=True)]
-
-    def line(tag: str, row: Sequence[str]) -> str:
-        cells = zip(row, [' class="word"' if word else "" for word in words], strict=True)
-        return "<tr>" + "".join(f"<{tag}{kind}>{escape(text)}</{tag}>" for text, kind in cells) + "</tr>\n"
-
-    return f'<div class="wide"><table>\n{line("th", head)}{"".join(line("td", row) for row in rows)}</table></div>'
+def _row(tag: str, cells: Sequence[str]) -> str:
+    return "<tr>" + "".join(f"<{tag}>{escape(cell)}</{tag}>" for cell in cells) + "</tr>"
 
 
 def _circumstances(report: Report) -> str:
@@ -135,12 +129,21 @@ def _circumstances(report: Report) -> str:
     )
 
 
-def _shown(name: str, figure: Mapping[str, Any] | None) -> str:
+def _scaled(name: str, figure: Mapping[str, Any], *keys: str) -> list[float]:
+    """Numbers of a figure in the unit of its metric."""
+    return [METRICS[name][1] * figure[key] for key in keys]
+
+
+def _shown(name: str, figures: Mapping[str, Any]) -> str:
     """``10.92 (9.08–12.97)``, in the unit of the metric; – where there is none."""
-    if figure is None or figure["value"] is None:
+    if figures.get(name, {}).get("value") is None:
         return "–"
-    value, low, high = (METRICS[name][1] * (figure[key] or 0.0) for key in ("value", "low", "high"))
-    return f"{value:.2f}" if figure["low"] is None else f"{value:.2f} ({low:.2f}–{high:.2f})"
+    return "{:.2f} ({:.2f}–{:.2f})".format(*_scaled(name, figures[name], "value", "low", "high"))
+
+
+def _parts(report: Report, task: str, division: str) -> dict[str, dict[str, Any]]:
+    """Of each system what it has on every part of a division."""
+    return {system: each["quality"][task]["by"].get(division, {}) for system, each in report["systems"].items()}
 
 
 def _metrics_of(report: Report, task: str) -> list[str]:
@@ -153,7 +156,7 @@ def _sections(report: Report) -> list[Section]:
     """All of a report but its heading."""
     found: list[Section] = []
     for task in report["tasks"]:
-        found += [_overall(report, task)]
+        found.append(_overall(report, task))
         found += [_by(report, task, division) for division in ("language", "domain", "duration", "corpus")]
     found.append(_cost(report))
     for system, each in report["systems"].items():
@@ -165,31 +168,33 @@ def _sections(report: Report) -> list[Section]:
 
 
 def _overall(report: Report, task: str) -> Section:
-    names, systems = _metrics_of(report, task), report["systems"]
+    names, parts = _metrics_of(report, task), {s: each["quality"][task] for s, each in report["systems"].items()}
     counts = {"failed": "failed", "empty_transcripts": "empty", "decoded_again": "again", "longest_loop": "repeats"}
-    parts = {system: each["quality"][task] for system, each in systems.items()}
     rows = [
-        (system, *(_shown(name, part["figures"].get(name)) for name in names), *(str(part[count]) for count in counts))
+        (system, *(_shown(name, part["figures"]) for name in names), *(str(part[count]) for count in counts))
         for system, part in parts.items()
     ]
     first = next(iter(parts.values()))
-    silent = f"{first['empty_references']} of them with nothing said in the reference"
-    said = f"{first['clips']} clips, {first['seconds']:.1f} s, {silent}. Failed: clips that the system broke on, counted as empty"
-    notes = [f"{said} transcripts. Again: windows decoded again. Repeats: how often a phrase is said in a row at most."]
-    notes += [f"{METRICS[name][0]}: {signature}." for name, signature in first["signatures"].items()]
-    for system, part in parts.items():
-        if (missing := part["without_cross_entropy"])["clips"]:
-            notes.append(f"{system}: no cross-entropy of {missing['clips']} clips: {'; '.join(missing['why'])}.")
+    said = (
+        f"{first['clips']} clips, {first['seconds']:.1f} s, {first['empty_references']} of them with nothing said in the "
+        "reference. Failed: clips that the system broke on, counted as empty transcripts. Again: windows decoded again. "
+        "Repeats: how often a phrase is said in a row at most."
+    )
+    signatures = [f"{METRICS[name][0]}: {signature}." for name, signature in first["signatures"].items()]
+    without = [
+        f"{system}: no cross-entropy of {missing['clips']} clips: {'; '.join(missing['why'])}."
+        for system, part in parts.items()
+        if (missing := part["without_cross_entropy"])["clips"]
+    ]
     head = ("system", *(METRICS[name][0] for name in names), *counts.values())
-    return Section(f"Quality: {task}", head, rows, notes)
+    return Section(f"Quality: {task}", head, rows, [said, *signatures, *without])
 
 
 def _by(report: Report, task: str, division: str) -> Section:
-    parts = {system: each["quality"][task]["by"].get(division, {}) for system, each in report["systems"].items()}
-    names, first = _metrics_of(report, task), next(iter(parts.values()))
+    names, parts = _metrics_of(report, task), _parts(report, task, division)
     rows = [
-        (part, str(size["clips"]), system, *(_shown(name, by[part]["figures"].get(name)) for name in names))
-        for part, size in first.items()
+        (part, str(size["clips"]), system, *(_shown(name, by[part]["figures"]) for name in names))
+        for part, size in next(iter(parts.values())).items()
         for system, by in parts.items()
     ]
     return Section("", (division, "clips", "system", *(METRICS[name][0] for name in names)), rows)
@@ -232,10 +237,9 @@ def _comparisons(report: Report) -> Section:
     for each in report["comparisons"]:
         for task, part in each["tasks"].items():
             for name, found in part["figures"].items():
-                if found["difference"] is not None and found["low"] is not None:
-                    shift, low, high = (METRICS[name][1] * found[key] for key in ("difference", "low", "high"))
-                    points, worse = f"{shift:+.2f} ({low:+.2f} to {high:+.2f})", f"{100 * found['share_worse']:.0f} %"
-                    metric = METRICS[name][0].removesuffix(", %")
+                if found["difference"] is not None:
+                    points = "{:+.2f} ({:+.2f} to {:+.2f})".format(*_scaled(name, found, "difference", "low", "high"))
+                    metric, worse = METRICS[name][0].removesuffix(", %"), f"{100 * found['share_worse']:.0f} %"
                     rows.append((each["system"], each["baseline"], task, metric, points, worse))
     head = ("system", "against", "task", "metric", "difference (95 %)", "worse in resamples")
     return Section("Paired differences", head, rows)
@@ -251,79 +255,20 @@ def _trouble(report: Report) -> Section:
 
 def _plots(report: Report) -> Iterator[str]:
     for task in report["tasks"]:
+        name = _metrics_of(report, task)[0]
         for division, words in (("duration", "the length of the clip"), ("language", "language")):
-            yield from _intervals(report, task, division, f"{task}: by {words}. Lines are 95 % intervals.")
+            by = _parts(report, task, division)
+            if any(part["figures"][name]["value"] is not None for parts in by.values() for part in parts.values()):
+                caption = f"{task}: by {words}. Lines are 95 % intervals."
+                yield _picture(partial(_intervals, by=by, name=name), 4.5, caption)
     for system, each in report["systems"].items():
-        if each["experts"]:
-            yield _experts(each["experts"], f"Expert load of {system} by language: % of the gates.")
+        if load := each["experts"]:
+            caption = f"Expert load of {system} by language: % of the gates."
+            yield _picture(partial(_experts, load=load), 1.5 + 0.3 * len(load), caption)
     waits = {system: each["cost"]["latency"]["seconds"] for system, each in report["systems"].items()}
     if waits := {system: seconds for system, seconds in waits.items() if seconds}:
-        yield _latencies(waits, "Latency, one clip at a time; dashed: median and 95th percentile.")
-
-
-def _intervals(report: Report, task: str, division: str, caption: str) -> Iterator[str]:
-    """One point with its interval for each part of a division and each system."""
-    name = _metrics_of(report, task)[0]
-    by = {system: each["quality"][task]["by"].get(division, {}) for system, each in report["systems"].items()}
-    first, factor = next(iter(by.values())), METRICS[name][1]
-    if not any(part["figures"][name]["value"] is not None for parts in by.values() for part in parts.values()):
-        return
-
-    def draw(figure: Any) -> None:
-        axes = figure.subplots()
-        for number, (system, parts) in enumerate(by.items()):
-            found = [(column, part["figures"][name]) for column, part in enumerate(parts.values())]
-            known = [(column, each) for column, each in found if each["value"] is not None]
-            y = [factor * each["value"] for _, each in known]
-            spread = [
-                [factor * abs(each["value"] - (each["value"] if each[end] is None else each[end])) for _, each in known]
-                for end in ("low", "high")
-            ]
-            x = [column + 0.12 * (number - (len(by) - 1) / 2) for column, _ in known]
-            axes.errorbar(x, y, spread, fmt="o", label=system)
-        axes.set_xticks(range(len(first)), [f"{part} ({size['clips']})" for part, size in first.items()])
-        axes.set_ylabel(METRICS[name][0])
-        axes.set_ylim(bottom=0)
-        figure.legend(loc="outside lower center")
-
-    yield _picture(draw, 4.5, caption)
-
-
-def _experts(load: Mapping[str, Mapping[str, float]], caption: str) -> str:
-    """A heat map, language by expert."""
-    names = list(next(iter(load.values())))
-
-    def draw(figure: Any) -> None:
-        axes = figure.subplots()
-        axes.imshow(
-            [[row[name] for name in names] for row in load.values()], cmap="Blues", aspect="auto", vmin=0, alpha=0.6
-        )
-        axes.set_xticks(range(len(names)), names, rotation=30, ha="right")
-        axes.set_yticks(range(len(load)), load)
-        for line, row in enumerate(load.values()):
-            for column, name in enumerate(names):
-                axes.text(column, line, f"{100 * row[name]:.1f}", ha="center", va="center")
-
-    return _picture(draw, 1.5 + 0.3 * len(load), caption)
-
-
-def _latencies(waits: Mapping[str, Sequence[float]], caption: str) -> str:
-    """A histogram for each system over the same seconds."""
-
-    def draw(figure: Any) -> None:
-        import numpy as np
-
-        longest = max(map(max, waits.values()))
-        for axes, (system, seconds) in zip(
-            np.ravel(figure.subplots(len(waits), sharex=True)), waits.items(), strict=True
-        ):
-            axes.hist(seconds, bins=24, range=(0, longest))
-            axes.set_title(f"{system} ({len(seconds)} clips)", fontsize="medium")
-            for percent in (50, 95):
-                axes.axvline(float(np.percentile(seconds, percent)), color="gray", linestyle="--")
-        figure.supxlabel("seconds")
-
-    return _picture(draw, 0.8 + 1.4 * len(waits), caption)
+        caption = "Latency, one clip at a time; dashed: median and 95th percentile."
+        yield _picture(partial(_latencies, waits=waits), 0.8 + 1.4 * len(waits), caption)
 
 
 def _picture(draw: Callable[[Any], None], height: float, caption: str) -> str:
@@ -336,3 +281,43 @@ def _picture(draw: Callable[[Any], None], height: float, caption: str) -> str:
         figure.savefig(drawn, format="svg")
     source = f"data:image/svg+xml;base64,{b64encode(drawn.getvalue()).decode()}"
     return f'<figure><img alt="" src="{source}"><figcaption>{escape(caption)}</figcaption></figure>'
+
+
+def _intervals(figure: Any, by: Mapping[str, Mapping[str, Any]], name: str) -> None:
+    """One point with its interval for each part of a division and each system."""
+    axes, parts = figure.subplots(), next(iter(by.values()))
+    for number, (system, each) in enumerate(by.items()):
+        shift, found = 0.12 * (number - (len(by) - 1) / 2), [part["figures"][name] for part in each.values()]
+        points = [
+            (column + shift, *_scaled(name, one, "value", "low", "high"))
+            for column, one in enumerate(found)
+            if one["value"] is not None
+        ]
+        x, y, low, high = np.array(points).reshape(-1, 4).T
+        axes.errorbar(x, y, (abs(y - low), abs(y - high)), fmt="o", label=system)
+    axes.set_xticks(range(len(parts)), [f"{part} ({size['clips']})" for part, size in parts.items()])
+    axes.set_ylabel(METRICS[name][0])
+    axes.set_ylim(bottom=0)
+    figure.legend(loc="outside lower center")
+
+
+def _experts(figure: Any, load: Mapping[str, Mapping[str, float]]) -> None:
+    """A heat map, language by expert."""
+    axes, rows = figure.subplots(), [list(row.values()) for row in load.values()]
+    axes.imshow(rows, cmap="Blues", aspect="auto", vmin=0, alpha=0.6)
+    axes.set_xticks(range(len(rows[0])), next(iter(load.values())), rotation=30, ha="right")
+    axes.set_yticks(range(len(rows)), load)
+    for (line, column), share in np.ndenumerate(rows):
+        axes.text(column, line, f"{100 * share:.1f}", ha="center", va="center")
+
+
+def _latencies(figure: Any, waits: Mapping[str, Sequence[float]]) -> None:
+    """A histogram for each system over the same seconds."""
+    longest = max(map(max, waits.values()))
+    plots = np.ravel(figure.subplots(len(waits), sharex=True))
+    for axes, (system, seconds) in zip(plots, waits.items(), strict=True):
+        axes.hist(seconds, bins=24, range=(0, longest))
+        axes.set_title(f"{system} ({len(seconds)} clips)", fontsize="medium")
+        for percent in (50, 95):
+            axes.axvline(float(np.percentile(seconds, percent)), color="gray", linestyle="--")
+    figure.supxlabel("seconds")

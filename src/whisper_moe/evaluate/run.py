@@ -1,38 +1,58 @@
-"""``whisper-moe evaluate``: systems on corpora, and a report."""
+"""``whisper-moe evaluate``: systems on corpora, and a report of figures per task, and within it for all clips and by language,
+domain, duration and corpus.
+
+Every figure is of a corpus, with a 95 % interval (:mod:`whisper_moe.evaluate.metrics`). A clip that a system failed on counts
+as an empty transcript: nobody gains by failing. An empty reference adds whatever is written there as errors and no words.
+"""
 
 from __future__ import annotations
 
 import logging
+import math
+import operator
 import tempfile
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 from importlib.util import find_spec
-from itertools import islice
+from itertools import islice, pairwise
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple, TypeVar
+
+import numpy as np
 
 from whisper_moe.config import FULL_WINDOW, SAMPLE_RATE
 from whisper_moe.data.corpora import kind_of, open_corpus
 from whisper_moe.data.corpus import KINDS, CorpusConfig
 from whisper_moe.data.inspect import listed
-from whisper_moe.data.sample import Skipped, items
+from whisper_moe.data.sample import Sample, Skipped, items
 from whisper_moe.evaluate import report as reports
-from whisper_moe.evaluate import score
+from whisper_moe.evaluate.cost import cost
 from whisper_moe.evaluate.measure import Clip, Measured, Options, measure
-from whisper_moe.evaluate.metrics import RESAMPLES
-from whisper_moe.evaluate.systems import System, apart
+from whisper_moe.evaluate.metrics import (
+    RESAMPLES,
+    ErrorCounts,
+    character_counts,
+    clip_counts,
+    interval,
+    label_accuracy,
+    longest_loop,
+    paired_difference,
+    script_fidelity,
+    translation_scores,
+)
+from whisper_moe.evaluate.systems import Heard, System, apart
 from whisper_moe.machine import machine, versions
 from whisper_moe.media.audio import MediaError
+from whisper_moe.media.normalize import normalize
 
 logger = logging.getLogger(__name__)
 
-_NEEDED = {
-    "jiwer": "jiwer",
-    "whisper_normalizer": "whisper-normalizer",
-    "sacrebleu": "sacrebleu",
-    "matplotlib": "matplotlib",
-}
+BUCKETS = (0.0, 2.0, 5.0, 10.0, 20.0, 30.0, math.inf)
+"""Seconds between which durations are told apart; an edge belongs to the bucket above it."""
+_BUCKET_NAMES = [f"{a:g}–{b:g} s" if b < math.inf else f"{a:g} s and more" for a, b in pairwise(BUCKETS)]
+_NEEDED = ("jiwer", "matplotlib", "sacrebleu", "whisper-normalizer")
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -62,25 +82,20 @@ def plan(
     """``data``: ``kathbath:FOLDER``, ``include:…``, ``wiki-translate:…``, ``table:…``; without a kind, the Hub id or what lies in
     the folder decides. ``options``: those of :class:`Options`. Raises ``ValueError`` for what cannot work, in one sentence.
     """
-    for module, package in _NEEDED.items():
-        if find_spec(module) is None:
+    for package in _NEEDED:
+        if find_spec(package.replace("-", "_")) is None:
             raise ValueError(f"evaluation needs {package}: pip install 'whisper-moe[evaluate]'")
     systems = tuple(map(System.parse, (model, *(compare or ()))))
     labels = [system.label for system in systems]
     if doubled := {label for label in labels if labels.count(label) > 1}:
         raise ValueError(f"two systems would both be called {', '.join(sorted(doubled))}: they cannot be told apart")
+    which = {"languages": languages, "task": task, "limit": limit, "columns": listed(columns) if columns else ()}
     corpora = []
-    for source in data:
-        prefix, _, rest = source.partition(":")
-        known = bool(rest) and prefix in KINDS
-        kind, source = (prefix, rest) if known else (kind_of(source), source)
-        where = {
-            "kind": kind,
-            "source": source,
-            "split": split or KINDS[kind][0],
-            "streaming": not Path(source).exists(),
-        }
-        which = {"languages": languages, "task": task, "limit": limit, "columns": listed(columns) if columns else ()}
+    for given in data:
+        prefix, _, rest = given.partition(":")
+        kind, source = (prefix, rest) if rest and prefix in KINDS else (kind_of(given), given)
+        streaming = not Path(source).exists()
+        where = {"kind": kind, "source": source, "split": split or KINDS[kind][0], "streaming": streaming}
         corpora.append(CorpusConfig(**where, **which))
     if output is not None:
         _check_folder(output)
@@ -118,21 +133,29 @@ def gather(corpora: Sequence[CorpusConfig]) -> tuple[list[Clip], list[tuple[str,
                 broken.append((row.id, row.cause))
                 continue
             try:
-                seconds = len(row.audio.read()) / SAMPLE_RATE if row.audio else row.duration or 0.0
+                clips.append(Clip(corpus.name, row, _seconds(row)))
             except MediaError as error:
                 broken.append((row.id, str(error)))
-                continue
-            if row.audio and not seconds:
-                broken.append((row.id, f"{row.audio.name}: no sound in it"))
-            else:
-                clips.append(Clip(corpus.name, row, seconds))
     if not clips:
         causes = "; ".join(f"{name}: {cause}" for name, cause in broken[:3]) or "the corpora are empty"
         raise ValueError(f"there is nothing to evaluate on: {causes}")
     return clips, broken
 
 
-def evaluate(asked: Plan, load: Callable[..., Any], *, measure: Callable[..., Measured] | None = None) -> int:
+def _seconds(sample: Sample) -> float:
+    """What it lasts once it is decoded. Raises ``MediaError``, also where there is no sound in it."""
+    if sample.audio is None:
+        return sample.duration or 0.0
+    if not (found := len(sample.audio.read())):
+        raise MediaError(sample.audio.name, "no sound in it")
+    return found / SAMPLE_RATE
+
+
+def _measured_apart(system: System, clips: list[Clip], options: Options, load: Callable[..., Any]) -> Measured:
+    return apart(measure, system, system.weights(), clips, options, load, threads=options.threads)
+
+
+def evaluate(asked: Plan, load: Callable[..., Any], *, measure: Callable[..., Measured] = _measured_apart) -> int:
     """Measure, score, write; the exit status: 1 where a file, a clip or a system failed.
 
     ``load`` is ``WhisperMoE.from_pretrained``; ``measure`` takes the place of a measurement in a process of its own. Without
@@ -154,7 +177,7 @@ def evaluate(asked: Plan, load: Callable[..., Any], *, measure: Callable[..., Me
         system = waiting.pop(0)
         logger.info("%s: measuring", system.label)
         try:
-            found = measured[system] = (measure or _measured_apart)(system, clips, asked.options, load)
+            found = measured[system] = measure(system, clips, asked.options, load)
             if system is first and asked.options.margin is None and found.margin not in (None, FULL_WINDOW):
                 waiting.insert(0, replace(first, padded=True))  # as other programs would run it
         except (RuntimeError, ValueError, OSError) as error:
@@ -172,13 +195,9 @@ def evaluate(asked: Plan, load: Callable[..., Any], *, measure: Callable[..., Me
     return int(bool(broken or failed or any(each["failures"] for each in report["systems"].values())))
 
 
-def _measured_apart(system: System, clips: list[Clip], options: Options, load: Callable[..., Any]) -> Measured:
-    return apart(measure, system, system.weights(), clips, options, load, threads=options.threads)
-
-
 def _report(asked: Plan, clips: list[Clip], measured: dict[System, Measured]) -> dict[str, Any]:
     """Everything that the report says, as plain data."""
-    packages = {package for system in measured for package in system.needs.packages} | {*_NEEDED.values(), "numpy"}
+    packages = {package for system in measured for package in system.needs.packages} | {*_NEEDED, "numpy"}
     (first, mine), *others = measured.items()
     settings = ("detect", "beam", "fallback", "margin", "threads", "latency_clips")
     return {
@@ -194,11 +213,9 @@ def _report(asked: Plan, clips: list[Clip], measured: dict[System, Measured]) ->
         "resamples": RESAMPLES,
         "machine": machine(),
         "versions": versions(packages),
-        "systems": {
-            system.label: {"kind": system.kind} | score.system(clips, each) for system, each in measured.items()
-        },
+        "systems": {system.label: {"kind": system.kind} | _scored(clips, each) for system, each in measured.items()},
         "comparisons": [
-            {"system": first.label, "baseline": other.label, "tasks": score.compared(clips, mine, theirs)}
+            {"system": first.label, "baseline": other.label, "tasks": _compared(clips, mine, theirs)}
             for other, theirs in others
         ],
     }
@@ -207,3 +224,146 @@ def _report(asked: Plan, clips: list[Clip], measured: dict[System, Measured]) ->
 def _shown(source: str) -> str:
     """A local path by its last two names: the report may be published, and the rest is one machine's business."""
     return "/".join(Path(source).resolve().parts[-2:]) if Path(source).exists() else source
+
+
+class Result(NamedTuple):
+    """What one system made of a clip."""
+
+    clip: Clip
+    heard: Heard
+    cross_entropy: tuple[float, int] | str | None
+
+
+def _scored(clips: Sequence[Clip], measured: Measured) -> dict[str, Any]:
+    """All that a report says of one system."""
+    asked = ("device", "dtype", "threads", "machine_load_before", "options", "margin")
+    pairs = zip(clips, measured.heard, strict=True)
+    return {name: getattr(measured, name) for name in asked} | {
+        "quality": {task: _quality(results) for task, results in _by_task(clips, measured).items()},
+        "cost": cost(clips, measured),
+        "experts": _expert_load(clips, measured),
+        "failures": [(clip.sample.id, heard.error) for clip, heard in pairs if heard.error is not None],
+    }
+
+
+def _compared(clips: Sequence[Clip], mine: Measured, theirs: Measured) -> dict[str, Any]:
+    """One system less another, by task: of all clips, and by language."""
+    found: dict[str, Any] = {}
+    for (task, ours), peers in zip(_by_task(clips, mine).items(), _by_task(clips, theirs).values(), strict=True):
+        sides = _counts(ours), _counts(peers)
+        texts = [[each.heard.text.strip() for each in results] for results in (ours, peers)]
+        found[task] = {
+            "figures": _differences(*sides, range(len(ours))),
+            "language": {code: _differences(*sides, part) for code, part in _divisions(ours)["language"].items()},
+            "differing_clips": sum(map(operator.ne, *texts)),
+        }
+    return found
+
+
+def _differences(
+    counts: Mapping[str, ErrorCounts], others: Mapping[str, ErrorCounts], chosen: Sequence[int]
+) -> dict[str, Any]:
+    both = [name for name in counts if name in others and name != "cross_entropy"]
+    pairs = {name: (counts[name].of_clips(chosen), others[name].of_clips(chosen)) for name in both}
+    return {name: _known(paired_difference(*pair)) for name, pair in pairs.items()}
+
+
+def _by_task(clips: Sequence[Clip], measured: Measured) -> dict[str, list[Result]]:
+    results = map(Result, clips, measured.heard, measured.cross_entropies or [None] * len(clips))
+    return _grouped(results, lambda each: each.clip.sample.task)
+
+
+def _grouped(each: Iterable[T], name: Callable[[T], str]) -> dict[str, list[T]]:
+    found: dict[str, list[T]] = {}
+    for one in each:
+        found.setdefault(name(one), []).append(one)
+    return found
+
+
+def _counts(results: Sequence[Result]) -> dict[str, ErrorCounts]:
+    """Of clips which all have one task."""
+    samples = [each.clip.sample for each in results]
+    codes = [sample.target_language for sample in samples]
+    sides = ([sample.text for sample in samples], [each.heard.text.strip() for each in results], codes)
+    if samples[0].task == "transcribe":
+        counts = {"wer": clip_counts(*sides), "cer": character_counts(*sides)}
+    else:
+        counts = {"accuracy": label_accuracy(*sides)} if samples[0].task == "sign" else translation_scores(*sides)
+    counts["script"] = script_fidelity(*sides[1:])
+    if results[0].cross_entropy is not None:
+        sums = [each.cross_entropy for each in results]
+        counts["cross_entropy"] = ErrorCounts(np.array([(0.0, 0) if isinstance(each, str) else each for each in sums]))
+    return counts
+
+
+def _figures(counts: Mapping[str, ErrorCounts], chosen: Sequence[int]) -> dict[str, Any]:
+    """Value and interval of each metric, of some clips; None where there is nothing to measure."""
+    found: dict[str, Any] = {}
+    for name, each in counts.items():
+        part = each.of_clips(chosen)
+        low, high = interval(part)
+        found[name] = _known({"value": part.value, "low": low, "high": high})
+        if name in ("wer", "cer", "cross_entropy"):
+            found[name]["of"] = int(part.whole.sum())
+    return found
+
+
+def _known(figures: Mapping[str, float]) -> dict[str, Any]:
+    return {key: None if math.isnan(value) else value for key, value in figures.items()}
+
+
+def _divisions(results: Sequence[Result]) -> dict[str, dict[str, list[int]]]:
+    """Places by language, domain, duration and corpus; a division into one part is left out."""
+    clips, found = [each.clip for each in results], {}
+    pairs = [dict.fromkeys((clip.sample.language, clip.sample.target_language)) for clip in clips]
+    of = {
+        "language": ["→".join(pair) for pair in pairs],
+        "domain": [clip.sample.domain or "none given" for clip in clips],
+        "duration": [_BUCKET_NAMES[int(np.searchsorted(BUCKETS, clip.seconds, "right")) - 1] for clip in clips],
+        "corpus": [clip.corpus for clip in clips],
+    }
+    for division, names in of.items():
+        parts = _grouped(range(len(clips)), names.__getitem__)
+        order = _BUCKET_NAMES if division == "duration" else sorted(parts)
+        if len(parts) > 1 or division == "language":
+            found[division] = {name: parts[name] for name in order if name in parts}
+    return found
+
+
+def _quality(results: Sequence[Result]) -> dict[str, Any]:
+    """All figures about what one system wrote, of one task; also what is easily overlooked in an average."""
+    counts, heard = _counts(results), [each.heard for each in results]
+    samples = [each.clip.sample for each in results]
+    codes = [sample.target_language for sample in samples]
+    reasons = [each.cross_entropy for each in results if isinstance(each.cross_entropy, str)]
+
+    def part(places: Sequence[int]) -> dict[str, Any]:
+        seconds = sum(results[i].clip.seconds for i in places)
+        return {"clips": len(places), "seconds": seconds, "figures": _figures(counts, places)}
+
+    return {
+        **part(range(len(results))),
+        "empty_references": sum(not normalize(s.text, code) for s, code in zip(samples, codes, strict=True)),
+        "empty_transcripts": sum(not normalize(each.text, code) for each, code in zip(heard, codes, strict=True)),
+        "failed": sum(each.error is not None for each in heard),
+        "decoded_again": sum(each.fallbacks for each in heard),
+        "longest_loop": max(longest_loop(each.text, code) for each, code in zip(heard, codes, strict=True)),
+        "without_cross_entropy": {"clips": len(reasons), "why": sorted(set(reasons))},
+        "signatures": {name: each.signature for name, each in counts.items() if each.signature},
+        "by": {
+            division: {name: part(places) for name, places in parts.items()}
+            for division, parts in _divisions(results).items()
+        },
+    }
+
+
+def _expert_load(clips: Sequence[Clip], measured: Measured) -> dict[str, dict[str, float]]:
+    """By language of what is spoken: the share of each expert's gates, idle ones and *none* included; they sum to 1."""
+    moe = measured.config.moe if measured.config else None
+    names = [*moe.names, *(["none"] if moe.none_choice else [])] if moe else []
+    routed = [(clip, dict(heard.experts)) for clip, heard in zip(clips, measured.heard, strict=True) if heard.experts]
+    rows = _grouped(routed, lambda pair: pair[0].sample.language)
+    return {
+        code: {name: sum(gates.get(name, 0.0) for _, gates in part) / len(part) for name in names}
+        for code, part in sorted(rows.items())
+    }

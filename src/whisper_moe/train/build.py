@@ -20,7 +20,7 @@ from whisper_moe.data.loader import PackedLoader
 from whisper_moe.data.mixing import MixingConfig
 from whisper_moe.data.sample import AnyCorpus, DataError, Skipped, TooLong, items
 from whisper_moe.data.sampler import NAMED, LoaderConfig
-from whisper_moe.evaluate.evaluator import Evaluator
+from whisper_moe.evaluate.metrics import Evaluator
 from whisper_moe.media.audio import MediaError
 from whisper_moe.media.languages import NewLanguage
 from whisper_moe.media.tokenizer import Tokenizer
