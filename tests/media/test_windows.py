@@ -104,21 +104,6 @@ def test_the_cuts_do_not_depend_on_the_blocks(size: int) -> None:
     assert [(w.start, len(w.samples)) for w in cuts] == expected
 
 
-def test_a_recording_that_fits_is_one_window_untouched() -> None:
-    sound = with_pauses([(2, 3)], 5)
-    (window,) = cut_windows(split(sound, 4_000))
-    np.testing.assert_array_equal(window.samples, sound)
-    exact = noise(5)
-    assert [len(w.samples) for w in cut_windows([exact], max_seconds=5, search_seconds=2)] == [len(exact)]
-    assert len(list(cut_windows([exact, exact[:1]], max_seconds=5, search_seconds=2))) == 2
-
-
-def test_the_cut_is_in_the_middle_of_the_pause() -> None:
-    sound = with_pauses([(24.0, 24.6)], 40)
-    first, second = cut_windows([sound])
-    assert first.end == second.start == pytest.approx(24.3, abs=0.05)
-
-
 def test_the_longest_of_several_pauses_is_taken_and_the_later_of_equal_ones() -> None:
     first, *_ = cut_windows([with_pauses([(21, 21.4), (23, 24), (27, 27.4)], 40)])
     assert first.end == pytest.approx(23.5, abs=0.1)
@@ -159,13 +144,6 @@ def test_streaming_holds_one_window_and_one_block() -> None:
 def test_impossible_limits_are_refused(maximum: float, search: float) -> None:
     with pytest.raises(ValueError, match="search_seconds"):
         next(cut_windows([noise(1)], max_seconds=maximum, search_seconds=search))
-
-
-def test_the_first_words_after_long_silence_are_not_cut_off_from_the_rest() -> None:
-    """A window that is full of silence ends where sound begins, so that the next has room for what is said."""
-    wave = np.concatenate([np.zeros(10 * SAMPLE_RATE, np.float32), np.full(15 * SAMPLE_RATE, 0.1, np.float32)])
-    found = list(cut_windows([wave], max_seconds=20.0))
-    assert [(window.start, window.duration) for window in found] == [(0.0, 10.0), (10.0, 15.0)]
 
 
 @pytest.mark.parametrize(
@@ -265,18 +243,6 @@ def test_short_pauses_stay_and_clicks_go() -> None:
     assert len(speech_spans(sound, min_silence=0.5, padding=0.1)) == 2
 
 
-@settings(max_examples=40, deadline=None)
-@given(
-    pieces=st.lists(st.tuples(st.integers(0, 40_000), st.sampled_from([0.0, 1e-5, 1e-3, 0.1, 1.0])), max_size=8),
-    padding=st.sampled_from([0.0, 0.3, 2.0]),
-)
-def test_spans_are_ordered_disjoint_and_inside(pieces: list[tuple[int, float]], padding: float) -> None:
-    sound = np.concatenate([np.zeros(0, np.float32), *(noise(n / SAMPLE_RATE, level) for n, level in pieces)])
-    edges = [edge for span in speech_spans(sound, padding=padding) for edge in span]
-    assert edges == sorted(set(edges))
-    assert not edges or (edges[0] >= 0 and edges[-1] <= len(sound))
-
-
 def test_dropping_silence_keeps_the_place_of_what_stays() -> None:
     sound = with_pauses([(3, 6), (9, 12), (15, 18)], 20)
     whole = list(cut_windows([sound], max_seconds=10, search_seconds=5))
@@ -302,22 +268,6 @@ def test_without_the_extra_the_message_names_it(monkeypatch: pytest.MonkeyPatch)
     monkeypatch.setattr(builtins, "__import__", hidden)
     with pytest.raises(ImportError, match=r"silero_vad is not installed: pip install 'whisper-moe\[vad\]'"):
         windows.speech_spans_silero(noise(1))
-
-
-def test_loading_the_learned_detector_leaves_the_threads_alone(monkeypatch: pytest.MonkeyPatch) -> None:
-    pytest.importorskip("onnxruntime")
-    pytest.importorskip("silero_vad")
-    import torch
-
-    for name in [name for name in sys.modules if name.startswith("silero_vad")]:
-        monkeypatch.delitem(sys.modules, name)
-    windows._silero.cache_clear()
-    before = torch.get_num_threads()
-    torch.set_num_threads(2)
-    windows.speech_spans_silero(noise(1))
-    after = torch.get_num_threads()
-    torch.set_num_threads(before)
-    assert after == 2
 
 
 def test_the_learned_detector_hears_speech_and_not_noise(shared_data: Path) -> None:
