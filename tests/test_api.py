@@ -14,7 +14,6 @@ import torch
 from generate.tiny import CONFIG, tiny_whisper_moe
 from media.recordings import encode
 
-import whisper_moe
 from whisper_moe import MediaError, Segment, TranscribeOptions, Transcription, WhisperMoE
 from whisper_moe.config import PRESETS
 from whisper_moe.generate.decode import WindowDecoder
@@ -194,22 +193,15 @@ def test_transcribe_raises_for_the_first_that_cannot_be_read(tiny_model: Whisper
 @pytest.mark.parametrize(
     ("options", "said"),
     [
-        ({"task": "sing"}, "task"),
         ({"language": "hindu"}, "did you mean hindi"),
         ({"language": "ta"}, "does not know the language"),
         ({"allowed_languages": ("en", "xx")}, "unknown language 'xx'"),
-        ({"allowed_languages": ("en", "ta")}, "does not know the language"),
         ({"beam_size": 0}, "beam_size"),
-        ({"best_of": 0}, "best_of"),
-        ({"patience": 0.0}, "patience"),
-        ({"context_margin": -1.0}, "context_margin"),
         ({"context_margin": float("nan")}, "context_margin"),
-        ({"window": 0.5}, "window"),
         ({"window": float("nan")}, "window"),
-        ({"temperatures": ()}, "temperatures"),
         ({"temperatures": (0.0, -0.2)}, "temperatures"),
-        ({"vad": "magic"}, "vad"),
         ({"suppress_tokens": (-2,)}, "suppress_tokens"),
+        ({"beams": 5}, "beams"),
         ({"suppress_tokens": (CONFIG.vocab_size,)}, "beyond the model's"),
     ],
 )
@@ -220,11 +212,6 @@ def test_options_are_checked_before_anything_is_read(
         tiny_model.transcribe("no such file", **options)
     assert not isinstance(caught.value, MediaError)
     assert "\n" not in str(caught.value)
-
-
-def test_an_unknown_option_is_not_swallowed(tiny_model: WhisperMoE) -> None:
-    with pytest.raises(ValueError, match="beams"):
-        tiny_model.transcribe(noise(1.0), beams=5)
 
 
 @pytest.mark.parametrize(
@@ -299,12 +286,9 @@ def test_a_saved_model_says_the_same(tiny_model: WhisperMoE, checkpoint: Path, t
     assert (tmp_path / "again/core.safetensors").read_bytes() == (checkpoint / "core.safetensors").read_bytes()
 
 
-def test_a_model_for_inference_is_not_saved(checkpoint: Path, tmp_path: Path) -> None:
+def test_a_model_whose_weights_were_rounded_or_laid_out_is_not_saved(checkpoint: Path, tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="for_inference=False"):
         WhisperMoE.from_pretrained(checkpoint).save_pretrained(tmp_path / "again")
-
-
-def test_a_model_with_rounded_weights_is_not_saved(checkpoint: Path, tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="for_inference=False"):
         WhisperMoE.from_pretrained(checkpoint, dtype="bfloat16").save_pretrained(tmp_path / "again")
     with pytest.raises(ValueError, match="'bfloat16' would round them"):
@@ -354,12 +338,3 @@ def test_a_bigger_model_is_built_the_same_way() -> None:
     model = tiny_whisper_moe(config=CONFIG.model_copy(update={"moe": moe, "ttt": ttt}))
     result = model.transcribe([noise(2.0), noise(1.0, 1)], **TRUSTING)
     assert all(segment.experts and "none" not in dict(segment.experts) for each in result for segment in each.segments)
-
-
-def test_public_names_are_there_and_no_other() -> None:
-    assert {"WhisperMoE", "MediaError", "Transcription", "Segment", "Word", "TranscribeOptions"} < set(
-        whisper_moe.__all__
-    )
-    assert whisper_moe.TranscribeOptions is TranscribeOptions
-    with pytest.raises(AttributeError, match="no attribute 'Whisper'"):
-        whisper_moe.Whisper  # noqa: B018

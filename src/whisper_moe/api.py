@@ -14,12 +14,12 @@ import torch
 from pydantic import ValidationError
 from torch import Tensor
 
-from whisper_moe.config import DTYPES, FULL_WINDOW, SAMPLE_RATE, ModelConfig, problems
+from whisper_moe.config import FULL_WINDOW, SAMPLE_RATE, ModelConfig, problems
 from whisper_moe.generate.decode import WindowDecoder
 from whisper_moe.generate.longform import Recording, Transcriber
 from whisper_moe.generate.options import TranscribeOptions
 from whisper_moe.generate.result import Transcription
-from whisper_moe.machine import pick_device, take_threads, weights_apart
+from whisper_moe.machine import check_arithmetic, pick_device, take_threads, weights_apart
 from whisper_moe.media.audio import MediaError, stream_audio
 from whisper_moe.media.tokenizer import Tokenizer
 from whisper_moe.media.windows import cut_clips, drop_silence, is_silent, speech_spans, speech_spans_silero
@@ -94,15 +94,11 @@ class WhisperMoE:
         lays the weights out for the machine; without, they are float32 and can be trained and saved. ``model_dir``: a folder
         in which the model is looked for first, and which downloads go to. Raises ``ValueError`` that names what is wrong.
         """
-        if dtype not in DTYPES:
-            raise ValueError(f"unknown dtype {dtype!r}: one of {', '.join(DTYPES)}")
+        check_arithmetic(device, dtype)
         if threads is not None:
-            if threads < 1:
-                raise ValueError(f"threads must be at least 1, got {threads}")
             take_threads(threads)
         device = pick_device(device)
-        if dtype == "int8" and device != "cpu":
-            raise ValueError(f"int8 arithmetic runs on a CPU; on {device} take bfloat16 or float16")
+        check_arithmetic(device, dtype)
         if not for_inference and dtype not in ("auto", "default", "float32"):
             raise ValueError(f"for_inference=False loads float32 weights; dtype {dtype!r} would round them")
         dtype = _pick_dtype(dtype, device) if for_inference else "float32"

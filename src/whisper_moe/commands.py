@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import json
 import logging
-import re
 import time
 from collections.abc import Iterable, Sequence
 from dataclasses import fields, replace
@@ -16,10 +15,10 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any
 
-from whisper_moe.config import DTYPES, EMBEDDED, MoEConfig, TTTConfig, model_folder
+from whisper_moe.config import EMBEDDED, MoEConfig, TTTConfig, model_folder
 from whisper_moe.generate.options import SubtitleOptions, TranscribeOptions
 from whisper_moe.jobs import Job, Outputs, UsageError, expand, named, put, readable, usage
-from whisper_moe.machine import pick_device, usable_cores
+from whisper_moe.machine import check_arithmetic, pick_device, usable_cores
 from whisper_moe.media.languages import NewLanguage, language_code, stated_languages
 
 if TYPE_CHECKING:
@@ -43,7 +42,7 @@ def transcribe(flags: SimpleNamespace) -> int:
         outputs = Outputs(flags.output_format, flags.output_dir, subtitles, inputs=len(jobs))
         if flags.skip_existing and flags.output_dir is None:
             raise UsageError("--skip-existing goes by the files of a folder: add -o DIR")
-        _check_device(flags)
+        check_arithmetic(flags.device, flags.dtype)
     if flags.fp16:
         _take_half_precision(flags)
     asked = [job for job in jobs if not (flags.skip_existing and outputs.has(job))]
@@ -135,15 +134,6 @@ def _load(flags: SimpleNamespace, languages: Iterable[str], task: str = "transcr
     return loaded
 
 
-def _check_device(flags: SimpleNamespace) -> None:
-    if flags.dtype not in DTYPES:
-        raise UsageError(f"--dtype must be one of {', '.join(DTYPES)}, got {flags.dtype!r}")
-    if not re.fullmatch(r"auto|[a-z]+(:\d+)?", flags.device):
-        raise UsageError(f"--device must be cpu, cuda, cuda:1, mps or auto, got {flags.device!r}")
-    if flags.dtype == "int8" and flags.device not in ("auto", "cpu"):
-        raise UsageError(f"--dtype int8 runs on a CPU; on {flags.device} take bfloat16 or float16")
-
-
 def _take_half_precision(flags: SimpleNamespace) -> None:
     """What ``whisper``'s ``--fp16 True`` comes to: half precision only on the GPUs where ``whisper`` has it."""
     if flags.dtype in ("auto", "default") and pick_device(flags.device).startswith("cuda"):
@@ -183,7 +173,7 @@ def detect_language(flags: SimpleNamespace) -> int:
         allowed, jobs = _names(flags.languages), named(expand(flags.files))
         _check_languages(allowed, flags)
         TranscribeOptions(track=flags.track)
-        _check_device(flags)
+        check_arithmetic(flags.device, flags.dtype)
     there = readable(jobs)
     if not there:
         return 1
@@ -275,7 +265,7 @@ def evaluate(flags: SimpleNamespace) -> int:
     from whisper_moe.evaluate import run
 
     with usage():
-        _check_device(flags)
+        check_arithmetic(flags.device, flags.dtype)
         given = vars(flags) | {"threads": flags.threads or usable_cores(), "languages": _names(flags.languages)}
         renamed = {"output_dir": "output", "detect_language": "detect", "beam_size": "beam", "context_margin": "margin"}
         given = {renamed.get(name, name): value for name, value in given.items()}

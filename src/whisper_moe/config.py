@@ -30,10 +30,6 @@ EMBEDDED = Path(__file__).parents[2] / "checkpoints"
 """The default model of a checkout."""
 
 
-DTYPES = ("auto", "float32", "int8", "bfloat16", "float16", "default", "int8_float32", "int8_bfloat16", "int8_float16")
-"""What a model may be asked to compute in; the last four are CTranslate2's names."""
-
-
 def model_folder(path: Path) -> Path:
     """Where the model is that somebody named: a training run has it in a folder of its own."""
     return path / "model" if (path / "run.json").is_file() and (path / "model").is_dir() else path

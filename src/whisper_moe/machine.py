@@ -5,6 +5,7 @@ from __future__ import annotations
 import ctypes
 import math
 import os
+import re
 import sys
 import time
 from collections.abc import Iterable, Iterator, MutableMapping
@@ -21,6 +22,8 @@ SPINS = 10_000
 """Turns that an OpenMP thread waits for its next work before it sleeps: about half a millisecond. libgomp's own 300,000 keep
 a core busy with nothing: where another process wants that core, all wait for a thread that was put aside, and everything can
 be 40 times slower. Chosen by measurement (``docs/lab.md``)."""
+DTYPES = ("auto", "float32", "int8", "bfloat16", "float16", "default", "int8_float32", "int8_bfloat16", "int8_float16")
+"""What a model may be asked to compute in; the last four are CTranslate2's names."""
 _SPINNING = ("GOMP_SPINCOUNT", "OMP_WAIT_POLICY")
 _CGROUPS, _MEMBERSHIP, _STAT = Path("/sys/fs/cgroup"), Path("/proc/self/cgroup"), Path("/proc/stat")
 _TICKS = os.sysconf("SC_CLK_TCK") if hasattr(os, "sysconf") else 100
@@ -166,11 +169,23 @@ def fitting_threads() -> Iterator[None]:
 
 def take_threads(count: int) -> None:
     """Let torch compute with so many threads from now on, whatever else runs."""
+    if count < 1:
+        raise ValueError(f"threads must be at least 1, got {count}")
     import torch
 
     with _share.lock:
         _share.wanted, _share.threads, _share.most = False, None, count
         torch.set_num_threads(count)
+
+
+def check_arithmetic(device: str, dtype: str) -> None:
+    """Raises ``ValueError`` for what no machine has; torch is not asked."""
+    if dtype not in DTYPES:
+        raise ValueError(f"unknown dtype {dtype!r}: one of {', '.join(DTYPES)}")
+    if not re.fullmatch(r"[a-z]+(:\d+)?", device):
+        raise ValueError(f"unknown device {device!r}: cpu, cuda, cuda:1, mps or auto")
+    if dtype == "int8" and device not in ("auto", "cpu"):
+        raise ValueError(f"dtype int8 runs on a CPU; on {device} take bfloat16 or float16")
 
 
 def pick_device(wanted: str) -> str:

@@ -113,12 +113,6 @@ def test_int8_moves_only_what_is_quantised_and_is_stable_ever_after(name: str, t
     assert content(tmp_path / "twice") == content(tmp_path / "once")
 
 
-def test_the_same_model_gives_the_same_bytes(tmp_path: Path) -> None:
-    for name in ("a", "b"):
-        save(tmp_path / name, CONFIGS["shared"], quantize=True, shard_bytes=5000)
-    assert content(tmp_path / "a") == content(tmp_path / "b")
-
-
 def test_numbers_that_float16_can_hold_are_stored_as_float16(tmp_path: Path) -> None:
     state = {key: tensor.half().float() for key, tensor in random_state(TINY).items()}
     state["encoder.norm.bias"][0] = 1e-9
@@ -207,16 +201,6 @@ def test_a_margin_is_read_where_the_first_checkpoints_had_it(tmp_path: Path) -> 
     (tmp_path / "config.json").write_text(json.dumps(tree))
     config = read_config(tmp_path / "config.json")
     assert config.context_margin == config.margin == 0.5 and config.adapt == AdaptConfig(encoder_layers=(0,))
-
-
-def test_loaded_weights_outlive_their_files(tmp_path: Path) -> None:
-    """Nothing in memory is a map of a file that someone may replace."""
-    state = random_state(TINY)
-    save(tmp_path / "m", TINY, state)
-    loaded = load_checkpoint(tmp_path / "m")
-    for path in (tmp_path / "m").rglob("*.safetensors"):
-        path.write_bytes(b"\xff" * path.stat().st_size)
-    assert same(loaded.state, state)
 
 
 def test_links_of_the_hubs_cache_are_followed(tmp_path: Path) -> None:

@@ -102,11 +102,9 @@ def test_json_that_is_none(name: str, directory: Path) -> None:
     [
         (lambda m: m.update(extra=1), "extra: Extra inputs"),
         (lambda m: m.update(format_version=2), "format_version: Input should be 1"),
-        (lambda m: m.update(format="other"), "format: Input should be 'whisper_moe'"),
         (lambda m: m.pop("files"), "files: Field required"),
         (lambda m: m["files"].pop("config.json"), "does not list config.json"),
         (lambda m: m["files"][CORE].update(bytes="7"), "files.core.safetensors.bytes: Input should be a valid integer"),
-        (lambda m: m["files"][CORE].update(bytes=-1), "greater than or equal to 0"),
         (lambda m: m["files"][CORE].update(sha256="0" * 63), "files.core.safetensors.sha256: String should match"),
     ],
 )
@@ -174,28 +172,12 @@ KEY, PLAIN = "decoder.blocks.0.attn.out.weight", "encoder.norm.weight"
         (lambda t: t.update(extra=torch.zeros(1)), "does not hold what .* says: extra"),
         (lambda t: t.update({KEY: torch.zeros(8, 7, dtype=torch.int8)}), rf"{KEY} is \[8, 7\]"),
         (lambda t: t.update({KEY: torch.zeros(8, 8)}), f"{KEY} is .* torch.float32, must be .* torch.int8"),
-        (lambda t: t.update({PLAIN: torch.zeros(8, dtype=torch.int8)}), f"{PLAIN} is .* torch.int8, must be"),
         (lambda t: t.update({PLAIN: torch.zeros(8, dtype=torch.float64)}), f"{PLAIN} is .* torch.float64, must be"),
         (lambda t: t.update({PLAIN: torch.zeros(7)}), rf"{PLAIN} is \[7\]"),
         (lambda t: t[PLAIN].fill_(torch.nan), f"{PLAIN} is not finite"),
-        (lambda t: t[PLAIN].fill_(-torch.inf), f"{PLAIN} is not finite"),
         (lambda t: t[KEY + ".scale"].fill_(torch.inf), f"{KEY} is not finite"),
         (lambda t: t.update({KEY + ".scale": torch.zeros(8)}), rf"{KEY}.scale is \[8\]"),
         (lambda t: t.update({KEY + ".scale": torch.zeros(8, 1).half()}), f"{KEY}.scale is .* torch.float16"),
-    ],
-    ids=[
-        "missing",
-        "extra",
-        "shape",
-        "float for int8",
-        "int8 for float",
-        "float64",
-        "plain shape",
-        "NaN",
-        "infinity",
-        "infinite scale",
-        "flat scale",
-        "scale of float16",
     ],
 )
 def test_tensors_that_do_not_fit(change: Callable[[Any], object], cause: str, directory: Path) -> None:
@@ -231,13 +213,6 @@ def test_a_size_that_only_the_manifest_has_takes_no_memory(directory: Path, monk
         load_checkpoint(directory, keep_int8=True)
 
 
-@pytest.mark.parametrize("text", ["{", "{}", '{"version": "1.0"}', ""])
-def test_a_tokenizer_that_is_none(text: str, directory: Path) -> None:
-    (directory / "tokenizer.json").write_text(text)
-    reseal(directory)
-    refused(directory, r"m/tokenizer\.json: not a tokenizer")
-
-
 @pytest.mark.parametrize("name", [*FILES, MANIFEST])
 def test_devices_and_pipes_are_not_read(name: str, directory: Path) -> None:
     """A device is read for ever, a pipe waited for."""
@@ -267,25 +242,16 @@ def test_weights_that_are_no_safetensors(directory: Path) -> None:
     [
         (lambda c: c.update(extra=1), "extra: Extra inputs"),
         (lambda c: c["moe"].update(extra=1), "moe.extra: Extra inputs"),
-        (lambda c: c["moe"].update(top_k=4), r"moe: top_k .4. is greater than n_experts .3."),
         (lambda c: c.update(d_model="8"), "d_model: Input should be a valid integer"),
-        (lambda c: c.update(d_model=8.5), "d_model: Input should be a valid integer"),
-        (lambda c: c.update(d_model=True), "d_model: Input should be a valid integer"),
-        (lambda c: c["ttt"].update(base_lr=float("nan")), "ttt.base_lr: Input should be a finite number"),
-        (lambda c: c.update(model_type="whisper"), "model_type: Input should be 'whisper_moe'"),
         (lambda c: c.update(format_version=2), "format_version: Input should be 1"),
-        (lambda c: c.update(moe=[]), "moe: Input should be"),
         (lambda c: c.update(encoder_layers=10**9), ".* cannot hold 1000000001 layers"),
         (lambda c: c["moe"].update(n_experts=10**9, expert_names=[]), ".* cannot hold .* 1000000000 experts"),
         (lambda c: (c.update(encoder_layers=99), c["moe"].update(n_experts=99, expert_names=[])), ".* cannot hold"),
         (lambda c: c.update(max_source_positions=10**12), "max_source_positions .* too many"),
         (lambda c: c.update(max_target_positions=10**7), "max_target_positions .* too many"),
-        (lambda c: c.update(max_target_positions=10**12), "max_target_positions .* too many"),
         (lambda c: c.update(vocab_size=10**20), "vocab_size .* too many"),
         (lambda c: c.update(d_model=2 * 10**20), ".* too many"),
-        (lambda c: c.update(encoder_ffn_dim=10**20), "encoder_ffn_dim .* too many"),
         (lambda c: c["moe"].update(expert_dim=10**20), "moe.expert_dim .* too many"),
-        (lambda c: c["ttt"].update(mini_batch=10**12), "ttt.mini_batch: Input should be less than or equal to 2048"),
         (lambda c: c.update(vocab_size=10**7), "asks for .* weights, the files have"),
         (lambda c: c.update(d_model=10**4), "asks for .* weights, the files have"),
     ],
@@ -306,12 +272,6 @@ def test_a_configuration_of_another_shape(change: Callable[[Any], object], direc
     refused(directory, r"\.safetensors: .* is \[|index.json: lacks")
 
 
-def test_a_description_of_a_changed_configuration_is_refused(directory: Path) -> None:
-    edit(directory / "config.json", lambda c: c["moe"].update(top_k=1))
-    with pytest.raises(CheckpointError, match=r"config.json: (sha256 differs|has)"):
-        describe(directory)
-
-
 @pytest.mark.parametrize(
     ("change", "cause"),
     [({"encoder_layers": 10**9}, "cannot hold"), ({"max_target_positions": 10**12}, "too many")],
@@ -322,12 +282,6 @@ def test_a_description_of_a_configuration_that_cannot_be(change: dict[str, int],
     reseal(directory)
     with pytest.raises(CheckpointError, match=rf"config\.json: .*{cause}"):
         describe(directory)
-
-
-def test_a_directory_in_place_of_a_file(directory: Path) -> None:
-    (directory / CORE).unlink()
-    (directory / CORE).mkdir()
-    refused(directory, r"core\.safetensors: ")
 
 
 def test_files_that_nobody_lists_do_no_harm(directory: Path) -> None:

@@ -79,18 +79,9 @@ def old_folder(folder: Path, *, sharded: bool = False, tokenizer: bool = True) -
 def openai_file(folder: Path, *, tokenizer: bool = True, **changes: Any) -> Path:
     """A ``.pt`` file as openai/whisper downloads it: float16, with the dimensions."""
     state = {openai_name(key): tensor.half() for key, tensor in hub_state(hub_model(OPENAI)).items()}
-    dims = {
-        "n_mels": 80,
-        "n_vocab": TINY.vocab_size,
-        "n_audio_ctx": 20,
-        "n_audio_state": 8,
-        "n_audio_head": 2,
-        "n_audio_layer": 3,
-        "n_text_ctx": 9,
-        "n_text_state": 8,
-        "n_text_head": 2,
-        "n_text_layer": 1,
-    }
+    dims = {"n_mels": 80, "n_vocab": TINY.vocab_size}
+    dims |= {"n_audio_ctx": 20, "n_audio_state": 8, "n_audio_head": 2, "n_audio_layer": 3}
+    dims |= {"n_text_ctx": 9, "n_text_state": 8, "n_text_head": 2, "n_text_layer": 1}
     folder.mkdir(exist_ok=True)
     torch.save({"dims": dims, "model_state_dict": state} | changes, folder / "small.pt")
     if tokenizer:
@@ -142,24 +133,6 @@ def test_every_kind_of_folder_gives_the_same_model(name: str, tmp_path: Path) ->
     assert same(source.state, EXPECTED)
     assert source.generation["suppress_tokens"] == [1, 2]
     assert source.generation["lang_to_id"] == {"<|en|>": 258, "<|hi|>": 259}
-
-
-def test_safetensors_come_before_pickles(tmp_path: Path) -> None:
-    write_folder(tmp_path, hub_model())
-    (tmp_path / "pytorch_model.bin").write_bytes(b"never opened")
-    assert same(load_model(tmp_path).state, EXPECTED)
-
-
-def test_a_fine_tune_without_generation_config_gets_openais_standard(tmp_path: Path) -> None:
-    folder = write_folder(tmp_path, hub_model())
-    (folder / "generation_config.json").unlink()
-    generation = load_model(folder).generation
-    assert generation["begin_suppress_tokens"][-1] == generation["eos_token_id"] == 256
-    assert {257, 260, 261, 262, 263, 264} < set(generation["suppress_tokens"])
-    config = json.loads((folder / "config.json").read_text())
-    (folder / "config.json").write_text(json.dumps(config | {"suppress_tokens": [], "begin_suppress_tokens": [7]}))
-    generation = load_model(folder).generation
-    assert (generation["suppress_tokens"], generation["begin_suppress_tokens"]) == ([], [7])
 
 
 def test_a_folder_with_the_old_tokenizer_files_only(tmp_path: Path) -> None:
@@ -221,9 +194,7 @@ def test_a_tokenizer_is_that_of_the_base_or_ones_own_and_else_it_is_said_what_is
         ({"dims": None}, "lacks dims or model_state_dict"),
         ({"dims": {"n_audio_state": 8, "n_text_state": 16}}, "encoder and decoder must be equally wide"),
         ({"dims": {"n_audio_state": 8, "n_text_state": 8}}, "vocab_size: Input should be a valid integer"),
-        ({"model_state_dict": [1]}, "lacks dims or model_state_dict"),
         ({"model_state_dict": {"a": 7}}, "a is not a tensor with a name"),
-        ({"model_state_dict": {7: torch.zeros(1)}}, "7 is not a tensor with a name"),
         ({"model_state_dict": {}}, "0 tensors cannot hold"),
         ({"model_state_dict": {str(i): torch.zeros(1) for i in range(9)}}, "lacks decoder.blocks.0.attn.key.weight"),
     ],
@@ -290,7 +261,7 @@ def test_an_adapter_of_an_adapter_and_another_base_by_hand(tmp_path: Path) -> No
     ("settings", "cause"),
     [
         ({"base_model_name_or_path": None}, "names no base model"),
-        ({"base_model_name_or_path": 3}, "names no base model"),
+        ({"base_model_name_or_path": 3}, "base_model_name_or_path: Input should be a valid string"),
         ({"base_model_name_or_path": "./gone"}, "its base model './gone' was not found .*name another base"),
         ({"use_dora": True}, "use_dora cannot be merged"),
     ],
@@ -397,10 +368,6 @@ DAMAGES: dict[str, tuple[Callable[[Path], object], str]] = {
         lambda f: (f / "model.safetensors").write_bytes((f / "model.safetensors").read_bytes()[:-1]),
         r"model\.safetensors: not a whole safetensors file",
     ),
-    "empty": (
-        lambda f: (f / "model.safetensors").write_bytes(b""),
-        r"model\.safetensors: not a whole safetensors file",
-    ),
     "no config": (lambda f: (f / "config.json").unlink(), r"config\.json: cannot be read"),
     "config is no JSON": (lambda f: (f / "config.json").write_text("{"), r"config\.json: not JSON"),
     "generation is a list": (
@@ -408,7 +375,6 @@ DAMAGES: dict[str, tuple[Callable[[Path], object], str]] = {
         r"generation_config\.json: must hold a JSON object, holds list",
     ),
     "no tokenizer": (lambda f: (f / "tokenizer.json").unlink(), "no tokenizer: put the tokenizer.json"),
-    "no weights": (lambda f: (f / "model.safetensors").unlink(), "no model.safetensors"),
     "a tensor less": (
         lambda f: save_file(
             {k: v for k, v in load_file(f / "model.safetensors").items() if not k.endswith("fc2.bias")},
@@ -477,13 +443,6 @@ def test_a_pipe_in_place_of_a_file_is_not_waited_for(name: str, tmp_path: Path) 
     os.mkfifo(folder / name)
     with pytest.raises(CheckpointError, match=f"{name}: not a regular file"):
         load_model(folder)
-
-
-def test_a_pt_file_cut_in_half(tmp_path: Path) -> None:
-    file = openai_file(tmp_path / "a")
-    file.write_bytes(file.read_bytes()[: file.stat().st_size // 2])
-    with pytest.raises(CheckpointError, match=r"small\.pt: not a whole file of plain tensors"):
-        load_model(file)
 
 
 # The Hub
@@ -627,36 +586,17 @@ def test_adapters_and_checkpoints_of_ours_come_from_the_hub_too(hub: Hub, tmp_pa
     assert hub.asked == [], "the Hub is not called for what is cached"
 
 
-@pytest.mark.parametrize(
-    ("name", "expected"),
-    [
-        ("openai/whisper-base", True),
-        ("a/b", True),
-        ("o_o/x.y-z", True),
-        ("whisper-base", False),
-        ("./a", False),
-        ("../a", False),
-        ("a/b/c", False),
-        ("/a", False),
-        ("a/", False),
-        ("a/b.", False),
-        ("a--b/c", False),
-        ("a/ b", False),
-        ("C:/models", False),
-        ("~/model", False),
-        ("a/b..c", False),
-        ("ä/b", False),
-    ],
-)
-def test_names_of_the_hub(name: str, expected: bool) -> None:
+def test_names_of_the_hub() -> None:
     from huggingface_hub.utils import HFValidationError, validate_repo_id
 
-    assert (hub_id(name) == name) is expected
-    if expected:
+    for name in ("openai/whisper-base", "a/b", "o_o/x.y-z"):
+        assert hub_id(name) == name
         validate_repo_id(name)
-    elif "/" in name and name.count("/") == 1 and name.isascii():
+    for name in ("a/", "a/b.", "a--b/c", "a/ b", "C:/models", "~/model", "a/b..c"):
+        assert hub_id(name) is None
         with pytest.raises(HFValidationError):
             validate_repo_id(name)
+    assert not any(map(hub_id, ("whisper-base", "./a", "../a", "a/b/c", "/a", "ä/b")))
 
 
 def test_one_format_of_weights_is_wanted() -> None:

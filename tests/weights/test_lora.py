@@ -16,7 +16,7 @@ pytest.importorskip("transformers")
 from weights.whispers import hub_model, hub_state, same
 
 from whisper_moe.weights.files import CheckpointError
-from whisper_moe.weights.lora import check_adapter, merge
+from whisper_moe.weights.lora import Adapter, merge
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore::UserWarning:peft"),
@@ -37,10 +37,8 @@ def trained(folder: Path, **options: Any) -> dict[str, Tensor]:
     return hub_state(adapted.merge_and_unload())
 
 
-def read(folder: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    adapter = json.loads((folder / "adapter_config.json").read_text())
-    check_adapter(adapter, folder / "adapter_config.json")
-    return load_file(folder / "adapter_model.safetensors"), adapter
+def read(folder: Path) -> tuple[dict[str, Tensor], Adapter]:
+    return load_file(folder / "adapter_model.safetensors"), Adapter.read(folder / "adapter_config.json")
 
 
 LINEAR = ["q_proj", "k_proj", "v_proj", "out_proj", "fc1", "fc2"]
@@ -64,18 +62,7 @@ LINEAR = ["q_proj", "k_proj", "v_proj", "out_proj", "fc1", "fc2"]
         {"modules_to_save": ["layer_norm", "conv1"]},
         {"target_modules": ["conv1", "conv2", "q_proj"]},
     ],
-    ids=[
-        "plain",
-        "rank-stabilised",
-        "all linear",
-        "patterns",
-        "regex",
-        "one layer",
-        "all biases",
-        "own biases",
-        "saved whole",
-        "convolutions",
-    ],
+    ids=str,
 )
 def test_merged_weights_are_pefts(options: dict[str, Any], tmp_path: Path) -> None:
     expected = trained(tmp_path, **options)
@@ -101,31 +88,30 @@ def test_the_base_is_left_as_it_was(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("change", "cause"),
     [
-        ({"peft_type": "IA3"}, "peft_type is 'IA3'"),
-        ({"peft_type": None}, "peft_type is None"),
+        ({"peft_type": "IA3"}, "peft_type: Input should be 'LORA', got 'IA3'"),
         ({"use_dora": True}, "use_dora cannot be merged here"),
-        ({"use_qalora": True}, "use_qalora cannot be merged"),
         ({"lora_bias": True}, "lora_bias cannot be merged"),
         ({"layer_replication": [[0, 1]]}, "layer_replication cannot be merged"),
-        ({"trainable_token_indices": [3]}, "trainable_token_indices cannot be merged"),
-        ({"target_parameters": ["x"]}, "target_parameters cannot be merged"),
         ({"fan_in_fan_out": True}, "fan_in_fan_out cannot be merged"),
         ({"invented_next_year": {"a": 1}}, "invented_next_year cannot be merged"),
-        ({"init_lora_weights": "pissa"}, "init_lora_weights 'pissa' changes the base"),
-        ({"init_lora_weights": "olora"}, "init_lora_weights 'olora' changes the base"),
+        (
+            {"init_lora_weights": "pissa"},
+            "init_lora_weights.*: Input should be .*got 'pissa'.*; merge .* with PEFT first",
+        ),
         ({"init_lora_weights": ["x"]}, "init_lora_weights"),
-        ({"lora_alpha": "7"}, "must be numbers"),
-        ({"lora_alpha": float("nan")}, "must be numbers"),
-        ({"alpha_pattern": {"fc1": None}}, "must be numbers"),
-        ({"alpha_pattern": {"(": 1}}, "alpha_pattern is not a table of patterns"),
-        ({"alpha_pattern": ["fc1"]}, "alpha_pattern is not a table of patterns"),
+        ({"lora_alpha": "7"}, "lora_alpha: Input should be a valid number"),
+        ({"lora_alpha": float("nan")}, "lora_alpha: Input should be a finite number"),
+        ({"alpha_pattern": {"fc1": None}}, "alpha_pattern.fc1: Input should be a valid number"),
+        ({"alpha_pattern": {"(": 1}}, "alpha_pattern.*: Input should be a valid regular expression"),
+        ({"alpha_pattern": ["fc1"]}, "alpha_pattern: Input should be a valid dictionary"),
     ],
 )
 def test_what_would_be_merged_wrongly_is_refused_by_name(change: dict[str, Any], cause: str, tmp_path: Path) -> None:
     trained(tmp_path)
-    _, adapter = read(tmp_path)
+    file = tmp_path / "adapter_config.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | change))
     with pytest.raises(CheckpointError, match=f"adapter_config.json: .*{cause}"):
-        check_adapter(adapter | change, tmp_path / "adapter_config.json")
+        read(tmp_path)
 
 
 def test_dora_as_peft_writes_it_is_refused(tmp_path: Path) -> None:
@@ -164,7 +150,6 @@ B = A.replace("lora_A", "lora_B")
         ({A: torch.zeros(0, 8), B: torch.zeros(8, 0)}, r"A \[0, 8\], B \[8, 0\] do not fit \[8, 8\]"),
         ({A: torch.zeros(3, 7)}, r"A \[3, 7\], B \[8, 3\] do not fit \[8, 8\]"),
         ({A: torch.zeros(2, 8)}, r"A \[2, 8\], B \[8, 3\] do not fit"),
-        ({A: torch.zeros(3)}, r"A \[3\]"),
         ({A: torch.full((3, 8), torch.nan)}, "q_proj.weight is not finite"),
         (
             {

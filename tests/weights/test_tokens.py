@@ -539,11 +539,8 @@ def test_what_a_source_says_is_kept_and_what_it_leaves_out_is_found_by_name(toke
     assert "begin_suppress_tokens" not in result
     assert result["lang_to_id"] == {"<|en|>": 258, "<|hi|>": 259}
     assert result["task_to_id"] == {"transcribe": 261, "translate": 260}
-    assert (result["decoder_start_token_id"], result["no_timestamps_token_id"], result["prev_sot_token_id"]) == (
-        257,
-        265,
-        263,
-    )
+    ids = ("decoder_start_token_id", "no_timestamps_token_id", "prev_sot_token_id")
+    assert [result[name] for name in ids] == [257, 265, 263]
 
 
 def test_an_english_model_has_no_languages_and_no_tasks(tmp_path: Path) -> None:
@@ -554,14 +551,8 @@ def test_an_english_model_has_no_languages_and_no_tasks(tmp_path: Path) -> None:
 
 
 def test_an_old_fine_tunes_config_stands_in_for_a_missing_file(tokenizer: Tokenizer) -> None:
-    legacy = {
-        "suppress_tokens": [],
-        "begin_suppress_tokens": [5, 6],
-        "forced_decoder_ids": None,
-        "eos_token_id": 1,
-        "d_model": 8,
-    }
-    result = completed(tokenizer, None, legacy=legacy)
+    legacy = {"suppress_tokens": [], "begin_suppress_tokens": [5, 6], "forced_decoder_ids": None, "eos_token_id": 1}
+    result = completed(tokenizer, None, legacy=legacy | {"d_model": 8})
     assert result["suppress_tokens"] == []
     assert result["begin_suppress_tokens"] == [5, 6]
     assert result["eos_token_id"] == 256
@@ -583,24 +574,14 @@ def test_alignment_heads_of_another_model_are_left_out_aloud(
     ("stated", "cause"),
     [
         ({"suppress_tokens": [1, 99999]}, "suppress_tokens.1: 99999 is none of 1767 tokens"),
-        ({"suppress_tokens": "none"}, "suppress_tokens: Input should be a valid list"),
         ({"suppress_tokens": [True]}, "suppress_tokens.0: Input should be a valid integer"),
-        ({"begin_suppress_tokens": [1.5]}, "begin_suppress_tokens.0: Input should be a valid integer"),
         ({"eos_token_id": -2}, "eos_token_id.0: Input should be greater than or equal to -1"),
         ({"decoder_start_token_id": [257, 10**9]}, "decoder_start_token_id.1: 1000000000 is none of"),
         ({"lang_to_id": {"<|en|>": "258"}}, "lang_to_id.<.en.>: Input should be a valid integer"),
         ({"lang_to_id": {"<|en|>": 259}}, "the generation config gives <[|]en[|]> the id 259, the tokenizer 258"),
         ({"lang_to_id": {"<|tlh|>": 259}}, "not a Whisper tokenizer: it has no token <.tlh.>"),
-        ({"lang_to_id": [258]}, "lang_to_id: Input should be a valid dictionary"),
-        ({"max_initial_timestamp_index": "50"}, "max_initial_timestamp_index: Input should be a valid integer"),
-        (
-            {"max_initial_timestamp_index": -1},
-            "max_initial_timestamp_index: Input should be greater than or equal to 0",
-        ),
         ({"task_to_id": {"transcribe": 10**9}}, "task_to_id.transcribe: 1000000000 is none of"),
-        ({"language_names": {"or": 7}}, "language_names.or: Input should be a valid string"),
         ({"untrained_rows": ["or"]}, "untrained_rows: Input should be a valid dictionary"),
-        ({"undetected_languages": "or"}, "undetected_languages: Input should be a valid list"),
         ({"undetected_languages": ["en", "hi"]}, "undetected_languages leaves no language that could be detected"),
     ],
 )
@@ -609,12 +590,6 @@ def test_ids_that_the_embedding_does_not_have_are_refused(
 ) -> None:
     with pytest.raises(CheckpointError, match=f"generation_config.json: {cause}"):
         completed(tokenizer, stated)
-
-
-def test_a_tokenizer_of_a_larger_vocabulary_than_the_embedding_is_refused(tokenizer: Tokenizer) -> None:
-    """As when an English-only model gets a multilingual model's tokenizer."""
-    with pytest.raises(CheckpointError, match="they belong to different models"):
-        completed(tokenizer, {}, TINY.model_copy(update={"vocab_size": TINY.vocab_size - 1}))
 
 
 def whispers_tokenizer(size: int, appended: int = 0) -> Tokenizer:

@@ -163,13 +163,6 @@ def test_the_callers_random_numbers_are_left_alone() -> None:
     assert torch.equal(torch.rand(3), expected)
 
 
-def test_the_new_state_is_what_the_new_configuration_says() -> None:
-    for moe, ttt in [*PLANS.values(), (COPIES, None)]:
-        config, state = upcycle(DENSE, dense_state(), moe=moe, ttt=ttt)
-        assert (config.moe, config.ttt) == (moe, ttt)
-        assert {key: tuple(tensor.shape) for key, tensor in state.items()} == expected_shapes(config)
-
-
 def test_a_model_with_experts_or_ttt_is_refused() -> None:
     for moe, ttt in ((PLANS["shared, per segment"][0], None), (None, TTT)):
         config, state = upcycle(DENSE, dense_state(), moe=moe, ttt=ttt)
@@ -182,14 +175,6 @@ def test_copies_of_another_size_are_refused(side: str) -> None:
     config = DENSE.model_copy(update={f"{side}_ffn_dim": 40})
     with pytest.raises(ValueError, match=f"copy of the {side}'s feed-forward of 40 hidden units; expert_dim is 48"):
         upcycle(config, dense_state(config), moe=COPIES)
-
-
-def test_parts_that_do_not_fit_the_whisper_are_refused() -> None:
-    deep = MoEConfig(n_experts=8, expert_dim=24, router_layer=4)
-    with pytest.raises(ValueError, match=r"router_layer \(4\) is beyond the encoder's 3 layers"):
-        upcycle(DENSE, dense_state(), moe=deep)
-    with pytest.raises(ValueError, match=r"ttt.encoder_layers \[3\] are beyond the encoder's 3 layers"):
-        upcycle(DENSE, dense_state(), moe=None, ttt=TTTConfig(encoder_layers=(3,)))
 
 
 @pytest.mark.parametrize(

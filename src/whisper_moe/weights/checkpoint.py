@@ -32,6 +32,7 @@ from torch import Tensor
 from whisper_moe.config import ModelConfig, model_name, problems
 from whisper_moe.media.tokenizer import Tokenizer
 from whisper_moe.model.int8 import LEVELS, Int8Rows
+from whisper_moe.weights import parts
 from whisper_moe.weights.files import (
     CheckpointError,
     FileFacts,
@@ -42,20 +43,6 @@ from whisper_moe.weights.files import (
     open_tensors,
     read_index,
     read_json,
-)
-from whisper_moe.weights.parts import (
-    SCALE,
-    check_finite,
-    check_names,
-    check_shape,
-    check_state,
-    expected_shapes,
-    file_key,
-    part_of,
-    quantizable,
-    require_plausible,
-    spelled_alone,
-    unstack,
 )
 from whisper_moe.weights.tokens import GENERATION, TOKENIZER, complete, detected_when_trained, parsed, read_tokenizer
 
@@ -115,7 +102,7 @@ def save_checkpoint(
     directory, config, state = Path(directory).resolve(), model.config, model.state
     if overwrite and directory.is_dir():
         _check_overwritten(directory)
-    check_state(config, state)
+    parts.check_state(config, state)
     with atomic_folder(directory, overwrite=overwrite) as folder:
         index = _write_tensors(folder, config, state, quantize, shard_bytes)
         (folder / TOKENIZER).write_bytes(model.tokenizer_json)
@@ -142,26 +129,26 @@ def _write_tensors(
     folder: Path, config: ModelConfig, state: Mapping[str, Tensor], quantize: bool, shard_bytes: int
 ) -> dict[str, str]:
     """Write every part; returns the index's weight map, tensor (spelled alone) → file."""
-    parts: dict[str, dict[str, Tensor]] = {}
-    for key, tensor in unstack(state):
-        parts.setdefault(part_of(key, config), {})[key] = tensor.detach().cpu()
+    files: dict[str, dict[str, Tensor]] = {}
+    for key, tensor in parts.unstack(state):
+        files.setdefault(parts.part_of(key, config), {})[key] = tensor.detach().cpu()
     index: dict[str, str] = {}
-    for part, tensors in parts.items():
+    for part, tensors in files.items():
         shards = _shards((_stored(key, tensor, quantize) for key, tensor in tensors.items()), shard_bytes)
         for number, shard in enumerate(shards, start=1):
             suffix = f"-{number:05d}-of-{len(shards):05d}" if len(shards) > 1 else ""
             path = folder / f"{part}{suffix}.safetensors"
             path.parent.mkdir(exist_ok=True)
-            path.write_bytes(save({file_key(key): tensor for key, tensor in shard.items()}, {"format": "pt"}))
+            path.write_bytes(save({parts.file_key(key): tensor for key, tensor in shard.items()}, {"format": "pt"}))
             index |= dict.fromkeys(shard, path.relative_to(folder).as_posix())
     return index
 
 
 def _stored(key: str, tensor: Tensor, quantize: bool) -> dict[str, Tensor]:
     """What is written for one tensor; what belongs together goes into the same file."""
-    if quantize and quantizable(key):
+    if quantize and parts.quantizable(key):
         rows = Int8Rows.of(tensor)
-        return {key: rows.levels.contiguous(), key + SCALE: rows.scale.contiguous()}
+        return {key: rows.levels.contiguous(), key + parts.SCALE: rows.scale.contiguous()}
     half = tensor.half()
     return {key: (half if torch.equal(half.float(), tensor) else tensor).contiguous()}
 
@@ -215,7 +202,7 @@ def _read_header(directory: Path) -> tuple[dict[str, FileFacts], ModelConfig, di
     config, index = read_config(directory / CONFIG), read_index(directory / INDEX)
     if different := weights ^ set(index.values()):
         raise CheckpointError(f"{directory / INDEX}: does not agree with {MANIFEST} about {listed(sorted(different))}")
-    require_plausible(config, len(index), directory / CONFIG)
+    parts.require_plausible(config, len(index), directory / CONFIG)
     return files, config, index
 
 
@@ -238,12 +225,12 @@ def load_checkpoint(directory: str | Path, *, keep_int8: bool = False) -> Loaded
     """
     directory = Path(directory)
     facts, config, index = _read_header(directory)
-    shapes = expected_shapes(config)
+    shapes = parts.expected_shapes(config)
     _check_size(shapes, {name: facts[name] for name in sorted(set(index.values()))}, directory)
     kept = {key for key, shape in shapes.items() if keep_int8 and _is_int8(key, shape, index)}
     state = {key: torch.empty(shape, dtype=torch.float32) for key, shape in shapes.items() if key not in kept}
     quantized = {key: Int8Rows.empty(*shapes[key]) for key in kept}
-    views: dict[str, Tensor | Int8Rows] = dict(unstack(state)) | dict(unstack(quantized))
+    views: dict[str, Tensor | Int8Rows] = dict(parts.unstack(state)) | dict(parts.unstack(quantized))
     files = _plan(index, views.keys(), directory / INDEX)
     with ThreadPoolExecutor(min(4, os.cpu_count() or 1)) as pool:
         checked = pool.map(lambda name: facts[name].check(directory / name, MANIFEST), files)
@@ -267,14 +254,16 @@ def _check_size(shapes: Mapping[str, tuple[int, ...]], files: Mapping[str, FileF
 
 def _is_int8(key: str, shape: Sequence[int], index: Mapping[str, str]) -> bool:
     """Of a stack of experts all must be, each in one file with its scales."""
-    alone = spelled_alone(key, shape)
-    return quantizable(key) and all(name in index and index.get(name + SCALE) == index[name] for name in alone)
+    alone = parts.spelled_alone(key, shape)
+    return parts.quantizable(key) and all(
+        name in index and index.get(name + parts.SCALE) == index[name] for name in alone
+    )
 
 
 def _plan(index: Mapping[str, str], needed: Set[str], path: Path) -> dict[str, list[str]]:
     """File → its tensors. Every tensor that the configuration needs is in one of them, and nothing else but scales."""
-    scales = {key for key in index if key.endswith(SCALE) and quantizable(key.removesuffix(SCALE))}
-    check_names(index.keys() - scales, needed, path)
+    scales = {key for key in index if key.endswith(parts.SCALE) and parts.quantizable(key.removesuffix(parts.SCALE))}
+    parts.check_names(index.keys() - scales, needed, path)
     files: dict[str, list[str]] = {}
     for key, name in index.items():
         files.setdefault(name, []).append(key)
@@ -283,23 +272,23 @@ def _plan(index: Mapping[str, str], needed: Set[str], path: Path) -> dict[str, l
 
 def _fill(path: Path, views: Mapping[str, Tensor | Int8Rows | None]) -> None:
     """Read one file into the model's tensors. ``views``: what the index says is in it; None for scales."""
-    keys, file = {file_key(key): key for key in views}, open_tensors(path)
+    keys, file = {parts.file_key(key): key for key in views}, open_tensors(path)
     if (found := set(file.keys())) != set(keys) or len(keys) != len(views):
         raise CheckpointError(f"{path}: does not hold what {INDEX} says: {listed(sorted(found ^ set(keys)))}")
     for name, key in keys.items():
         if (out := views[key]) is None:
             continue
         stored = file.get_tensor(name)
-        if name + SCALE not in keys:
+        if name + parts.SCALE not in keys:
             assert isinstance(out, Tensor)
-            check_shape(stored, out.shape, _FLOATS, f"{path}: {name}")
-            check_finite(stored, f"{path}: {name}")
+            parts.check_shape(stored, out.shape, _FLOATS, f"{path}: {name}")
+            parts.check_finite(stored, f"{path}: {name}")
             out.copy_(stored)
         else:
-            rows = Int8Rows(stored, file.get_tensor(name + SCALE))
-            check_shape(stored, out.shape, (torch.int8,), f"{path}: {name}")
-            check_shape(rows.scale, (len(stored), 1), (torch.float32,), f"{path}: {name}{SCALE}")
-            check_finite(rows.scale * LEVELS, f"{path}: {name}")
+            rows = Int8Rows(stored, file.get_tensor(name + parts.SCALE))
+            parts.check_shape(stored, out.shape, (torch.int8,), f"{path}: {name}")
+            parts.check_shape(rows.scale, (len(stored), 1), (torch.float32,), f"{path}: {name}{parts.SCALE}")
+            parts.check_finite(rows.scale * LEVELS, f"{path}: {name}")
             if isinstance(out, Tensor):
                 rows.dequantize_into(out)
             else:

@@ -217,7 +217,7 @@ def _is_complete(folder: Path) -> bool:
     if weights and weights[0].startswith("adapter_"):
         return ADAPTER_CONFIG in names
     index = next((name for name in weights if name.endswith(".index.json")), None)
-    shards = set(read_index(folder / index).values()) if index else set(weights)
+    shards = read_index(folder / index).values() if index else weights
     return bool(shards) and names >= {CONFIG, *shards} and (TOKENIZER in names or names >= set(OLD_TOKENIZER))
 
 
@@ -262,10 +262,9 @@ def _load_openai(path: Path, base: str | None) -> Loaded:
 def _load_adapter(at: Located, base: str | None, above: tuple[Path, ...]) -> Loaded:
     """A LoRA adapter as PEFT writes it, merged into its base."""
     settings = at.path / ADAPTER_CONFIG
-    adapter = read_json(settings)
-    lora.check_adapter(adapter, settings)
-    under, revision = base or adapter.get("base_model_name_or_path"), None if base else adapter.get("revision")
-    if not isinstance(under, str) or not under:
+    adapter = lora.Adapter.read(settings)
+    under, revision = base or adapter.base_model_name_or_path, None if base else adapter.revision
+    if not under:
         raise CheckpointError(f"{settings}: names no base model; name it as the base")
     try:
         found = resolve(under, revision=revision)

@@ -2,58 +2,63 @@
 
 from __future__ import annotations
 
-import math
 import re
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Literal
 
 import torch
+from pydantic import BaseModel, ConfigDict, ValidationError
 from torch import Tensor
 
-from whisper_moe.weights.files import CheckpointError, listed
+from whisper_moe.config import problems
+from whisper_moe.weights.files import CheckpointError, listed, read_json
 from whisper_moe.weights.parts import check_finite
 
 _PREFIX = "base_model.model."
-_HARMLESS = """alpha_pattern auto_mapping base_model_name_or_path bias ensure_weight_tying eva_config exclude_modules
-    inference_mode layers_pattern layers_to_transform loftq_config lora_alpha lora_dropout lora_ga_config megatron_core
-    modules_to_save peft_type peft_version qalora_group_size r rank_pattern revision runtime_config target_modules
-    task_type use_rslora init_lora_weights""".split()
-"""Options that :func:`merge` follows, or that mean nothing after training. Any other that is set is refused."""
-_PLAIN_STARTS = (None, True, False, "gaussian", "eva", "orthogonal")
-"""Values of ``init_lora_weights`` that leave the base model's own weights as they were."""
+_HARMLESS = """auto_mapping bias ensure_weight_tying eva_config exclude_modules inference_mode layers_pattern
+    layers_to_transform loftq_config lora_dropout lora_ga_config megatron_core modules_to_save peft_version
+    qalora_group_size r rank_pattern runtime_config target_modules task_type""".split()
+"""Further options that mean nothing after training. Any other that is set is refused."""
 _A, _B = ".lora_A.weight", ".lora_B.weight"
 _EMBEDDING, _HEAD = "model.decoder.embed_tokens.weight", "proj_out.weight"
 
 
-def check_adapter(adapter: Mapping[str, Any], path: Path) -> None:
-    """Refuse, by name, what would not be merged rightly. ``adapter``: ``adapter_config.json``, read from ``path``."""
-    if adapter.get("peft_type") != "LORA":
-        raise CheckpointError(f"{path}: peft_type is {adapter.get('peft_type')!r}; only 'LORA' adapters can be merged")
-    unknown = sorted(key for key, value in adapter.items() if value and key not in _HARMLESS)
-    if unknown:
-        raise CheckpointError(f"{path}: {listed(unknown)} cannot be merged here; merge the adapter with PEFT first")
-    alphas = [adapter.get("lora_alpha", 8), *_pattern(adapter, path).values()]
-    if not all(isinstance(alpha, int | float) and math.isfinite(alpha) for alpha in alphas):
-        raise CheckpointError(f"{path}: lora_alpha and alpha_pattern must be numbers, are {alphas}")
-    start = adapter.get("init_lora_weights")
-    if start not in _PLAIN_STARTS:
-        raise CheckpointError(
-            f"{path}: init_lora_weights {start!r} changes the base model; merge the adapter with PEFT first"
-        )
+class Adapter(BaseModel):
+    """``adapter_config.json``: what merging goes by."""
+
+    model_config = ConfigDict(frozen=True, strict=True, extra="allow", allow_inf_nan=False)
+
+    peft_type: Literal["LORA"]
+    base_model_name_or_path: str | None = None
+    revision: str | None = None
+    lora_alpha: float = 8
+    alpha_pattern: dict[re.Pattern[str], float] | None = None
+    use_rslora: bool = False
+    init_lora_weights: Literal["gaussian", "eva", "orthogonal"] | bool | None = None
+    """Those that leave the base model's own weights as they were."""
+
+    @classmethod
+    def read(cls, path: Path) -> Adapter:
+        """Refuses, by name, what would not be merged rightly."""
+        try:
+            adapter = cls.model_validate(read_json(path))
+        except ValidationError as error:
+            raise CheckpointError(f"{path}: {problems(error)}; merge the adapter with PEFT first") from error
+        if unknown := sorted(
+            key for key, value in (adapter.model_extra or {}).items() if value and key not in _HARMLESS
+        ):
+            raise CheckpointError(f"{path}: {listed(unknown)} cannot be merged here; merge the adapter with PEFT first")
+        return adapter
+
+    def scaling(self, module: str, rank: int) -> float:
+        """α/r, or α/√r (rank-stabilised, arXiv 2312.03732); the rank is the matrices' own."""
+        patterns = (self.alpha_pattern or {}).items()
+        fitting = (alpha for pattern, alpha in patterns if re.match(rf"(.*\.)?({pattern.pattern})$", module))
+        return next(fitting, self.lora_alpha) / (rank**0.5 if self.use_rslora else rank)
 
 
-def _pattern(adapter: Mapping[str, Any], path: Path) -> Mapping[str, Any]:
-    patterns = adapter.get("alpha_pattern") or {}
-    try:
-        return {pattern: alpha for pattern, alpha in patterns.items() if re.compile(pattern)}
-    except (AttributeError, TypeError, re.error) as error:
-        raise CheckpointError(f"{path}: alpha_pattern is not a table of patterns ({error})") from error
-
-
-def merge(
-    base: Mapping[str, Tensor], deltas: Mapping[str, Tensor], adapter: Mapping[str, Any], path: Path
-) -> dict[str, Tensor]:
+def merge(base: Mapping[str, Tensor], deltas: Mapping[str, Tensor], adapter: Adapter, path: Path) -> dict[str, Tensor]:
     """transformers' float32 weights with the adapter merged in.
 
     ``deltas``: the tensors of ``adapter_model.safetensors`` at ``path``: pairs A, B of linear and convolution layers,
@@ -74,7 +79,7 @@ def merge(
             raise CheckpointError(
                 f"{path}: {module}: A {list(a.shape)}, B {list(b.shape)} do not fit {list(weight.shape)}"
             )
-        merged[f"{module}.weight"] = weight + delta * _scaling(module, a.shape[0], adapter)
+        merged[f"{module}.weight"] = weight + delta * adapter.scaling(module, a.shape[0])
     for key, tensor in rest.items():
         _replace(merged, key, tensor, path)
     for key, tensor in merged.items():
@@ -85,13 +90,6 @@ def merge(
 def _base_key(key: str) -> str:
     """The name that the base model has for a tensor that the adapter holds whole; pairs keep their A and B."""
     return key.removeprefix(_PREFIX).replace(".base_layer.", ".").replace(".modules_to_save.", ".")
-
-
-def _scaling(module: str, rank: int, adapter: Mapping[str, Any]) -> float:
-    """α/r, or α/√r (rank-stabilised, arXiv 2312.03732); the rank is the matrices' own."""
-    patterns = adapter.get("alpha_pattern") or {}
-    fitting = (alpha for pattern, alpha in patterns.items() if re.match(rf"(.*\.)?({pattern})$", module))
-    return next(fitting, adapter.get("lora_alpha", 8)) / (rank**0.5 if adapter.get("use_rslora") else rank)
 
 
 def _delta(a: Tensor, b: Tensor) -> Tensor | None:

@@ -6,8 +6,8 @@ no bias on keys, so that part of the fused bias is zero.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+import re
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -17,90 +17,40 @@ from safetensors.torch import save
 from torch import Tensor
 
 from whisper_moe.config import FRAMES_PER_SECOND, FULL_WINDOW, SAMPLE_RATE, ModelConfig, problems
+from whisper_moe.weights import parts
 from whisper_moe.weights.checkpoint import CONFIG, Loaded
 from whisper_moe.weights.files import CheckpointError, atomic_folder, json_bytes
-from whisper_moe.weights.parts import (
-    EMBEDDING,
-    NEW_TOKENS,
-    check_finite,
-    check_names,
-    check_shape,
-    expected_shapes,
-    require_plausible,
-)
 from whisper_moe.weights.tokens import GENERATION, TOKENIZER
 
+TRANSFORMERS, OPENAI = 1, 2
+"""Columns of the table: ``WhisperForConditionalGeneration`` of transformers, the format of the Hub; and ``model_state_dict`` of
+the ``.pt`` files of openai/whisper."""
+_NAMES = """
+encoder.positions               model.encoder.embed_positions.weight  encoder.positional_embedding
+decoder.positions               model.decoder.embed_positions.weight  decoder.positional_embedding
+decoder.token_embedding.weight  model.decoder.embed_tokens.weight     decoder.token_embedding.weight
+encoder.stem.conv1.*            model.encoder.conv1.*                 encoder.conv1.*
+encoder.stem.conv2.*            model.encoder.conv2.*                 encoder.conv2.*
+encoder.norm.*                  model.encoder.layer_norm.*            encoder.ln_post.*
+decoder.norm.*                  model.decoder.layer_norm.*            decoder.ln.*
 
-@dataclass(frozen=True)
-class Format:
-    """How one kind of file spells the weights: whole tensors, modules (weight and bias), and the modules of a block."""
+attn_norm.*        self_attn_layer_norm.*                                  attn_ln.*
+attn.qkv.*         self_attn.q_proj.*+self_attn.k_proj.*+self_attn.v_proj.*  attn.query.*+attn.key.*+attn.value.*
+attn.out.*         self_attn.out_proj.*                                    attn.out.*
+ffn_norm.*         final_layer_norm.*                                      mlp_ln.*
+ffn.up.*           fc1.*                                                   mlp.0.*
+ffn.down.*         fc2.*                                                   mlp.2.*
 
-    tensors: dict[str, str]
-    modules: dict[str, str]
-    block: str
-    in_block: dict[str, tuple[str, ...]]
-    """Our module → theirs, several where ours is fused."""
-    key_module: str
-    """The projection that has no bias."""
-
-
-TRANSFORMERS = Format(
-    tensors={
-        "encoder.positions": "model.encoder.embed_positions.weight",
-        "decoder.positions": "model.decoder.embed_positions.weight",
-        "decoder.token_embedding.weight": "model.decoder.embed_tokens.weight",
-    },
-    modules={
-        "encoder.stem.conv1": "model.encoder.conv1",
-        "encoder.stem.conv2": "model.encoder.conv2",
-        "encoder.norm": "model.encoder.layer_norm",
-        "decoder.norm": "model.decoder.layer_norm",
-    },
-    block="model.{side}.layers.{layer}",
-    in_block={
-        "attn_norm": ("self_attn_layer_norm",),
-        "attn.qkv": ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"),
-        "attn.out": ("self_attn.out_proj",),
-        "cross_norm": ("encoder_attn_layer_norm",),
-        "cross_attn.q": ("encoder_attn.q_proj",),
-        "cross_attn.kv": ("encoder_attn.k_proj", "encoder_attn.v_proj"),
-        "cross_attn.out": ("encoder_attn.out_proj",),
-        "ffn_norm": ("final_layer_norm",),
-        "ffn.up": ("fc1",),
-        "ffn.down": ("fc2",),
-    },
-    key_module="k_proj",
-)
-"""``WhisperForConditionalGeneration`` of transformers, the format of the Hub."""
-
-OPENAI = Format(
-    tensors={
-        "encoder.positions": "encoder.positional_embedding",
-        "decoder.positions": "decoder.positional_embedding",
-        "decoder.token_embedding.weight": "decoder.token_embedding.weight",
-    },
-    modules={
-        "encoder.stem.conv1": "encoder.conv1",
-        "encoder.stem.conv2": "encoder.conv2",
-        "encoder.norm": "encoder.ln_post",
-        "decoder.norm": "decoder.ln",
-    },
-    block="{side}.blocks.{layer}",
-    in_block={
-        "attn_norm": ("attn_ln",),
-        "attn.qkv": ("attn.query", "attn.key", "attn.value"),
-        "attn.out": ("attn.out",),
-        "cross_norm": ("cross_attn_ln",),
-        "cross_attn.q": ("cross_attn.query",),
-        "cross_attn.kv": ("cross_attn.key", "cross_attn.value"),
-        "cross_attn.out": ("cross_attn.out",),
-        "ffn_norm": ("mlp_ln",),
-        "ffn.up": ("mlp.0",),
-        "ffn.down": ("mlp.2",),
-    },
-    key_module="key",
-)
-"""``model_state_dict`` of the ``.pt`` files of openai/whisper."""
+cross_norm.*       encoder_attn_layer_norm.*                               cross_attn_ln.*
+cross_attn.q.*     encoder_attn.q_proj.*                                   cross_attn.query.*
+cross_attn.kv.*    encoder_attn.k_proj.*+encoder_attn.v_proj.*             cross_attn.key.*+cross_attn.value.*
+cross_attn.out.*   encoder_attn.out_proj.*                                 cross_attn.out.*
+"""
+"""Ours → theirs, several where ours is fused; ``*`` is weight and bias. Whole names, those in each block, and those that a
+block of the decoder has besides."""
+_WHOLE, _IN_BLOCK, _CROSS = ([line.split() for line in part.splitlines()] for part in _NAMES.strip().split("\n\n"))
+_BLOCKS = ("", "model.{}.layers.{}.", "{}.blocks.{}.")
+_WITHOUT_BIAS = re.compile(r".*\.(k_proj|key)\.bias")
 
 _CONFIG = {
     "vocab_size": ("vocab_size", "n_vocab"),
@@ -137,26 +87,24 @@ _PREPROCESSOR: dict[str, Any] = {
 """The settings of transformers' ``WhisperFeatureExtractor``, but for the number of mels."""
 
 
-def key_map(config: ModelConfig, spelling: Format) -> dict[str, tuple[str | None, ...]]:
+def key_map(config: ModelConfig, format: int) -> dict[str, tuple[str | None, ...]]:
     """Our key → the keys that are stacked into it, in order; None stands for zeros (the bias that keys lack)."""
-    keys: dict[str, tuple[str | None, ...]] = {ours: (theirs,) for ours, theirs in spelling.tensors.items()}
-    for ours, theirs in _modules(config, spelling):
-        keys[f"{ours}.weight"] = tuple(f"{module}.weight" for module in theirs)
-        keys[f"{ours}.bias"] = tuple(
-            None if module.endswith(f".{spelling.key_module}") else f"{module}.bias" for module in theirs
-        )
-    return keys
-
-
-def _modules(config: ModelConfig, spelling: Format) -> Iterator[tuple[str, tuple[str, ...]]]:
-    for ours, theirs in spelling.modules.items():
-        yield ours, (theirs,)
-    for side, layers in (("encoder", config.encoder_layers), ("decoder", config.decoder_layers)):
+    rows = [(row[0], row[format].split("+")) for row in _WHOLE]
+    for side, layers, names in (
+        ("encoder", config.encoder_layers, _IN_BLOCK),
+        ("decoder", config.decoder_layers, [*_IN_BLOCK, *_CROSS]),
+    ):
         for layer in range(layers):
-            block = spelling.block.format(side=side, layer=layer)
-            for ours, theirs in spelling.in_block.items():
-                if side == "decoder" or not ours.startswith("cross_"):
-                    yield f"{side}.blocks.{layer}.{ours}", tuple(f"{block}.{module}" for module in theirs)
+            block = _BLOCKS[format].format(side, layer)
+            rows += [
+                (f"{side}.blocks.{layer}.{row[0]}", [block + name for name in row[format].split("+")]) for row in names
+            ]
+    keys: dict[str, tuple[str | None, ...]] = {}
+    for ours, theirs in rows:
+        for kind in ("weight", "bias") if ours.endswith("*") else ("",):
+            named = (name.replace("*", kind) for name in theirs)
+            keys[ours.replace("*", kind)] = tuple(None if _WITHOUT_BIAS.fullmatch(name) else name for name in named)
+    return keys
 
 
 def config_from_whisper(hf_config: Mapping[str, Any], *, origin: str | Path = "config.json") -> ModelConfig:
@@ -226,17 +174,15 @@ def state_from_openai(
     return _fused(model_state, config, OPENAI, set(), origin)
 
 
-def state_to_whisper(
-    state: Mapping[str, Tensor], config: ModelConfig, spelling: Format = TRANSFORMERS
-) -> dict[str, Tensor]:
+def state_to_whisper(state: Mapping[str, Tensor], config: ModelConfig, format: int = TRANSFORMERS) -> dict[str, Tensor]:
     """transformers' tensors of a dense model, or openai/whisper's; the reverse of :func:`state_from_whisper`, exactly.
 
     A bias on keys, should training have moved it, is dropped: it adds the same number to every logit of a query, which
     the softmax takes away again.
     """
     _require_dense(config)
-    keys = key_map(config, spelling)
-    check_names(state.keys(), keys.keys(), "the model's state")
+    keys = key_map(config, format)
+    parts.check_names(state.keys(), keys.keys(), "the model's state")
     return {
         theirs: part.contiguous()
         for ours, sources in keys.items()
@@ -253,8 +199,8 @@ def save_whisper(directory: str | Path, model: Loaded) -> None:
     """
     directory, config, state = Path(directory).resolve(), model.config, model.state
     if config.new_tokens:
-        state = {key: tensor for key, tensor in state.items() if key != NEW_TOKENS}
-        state[EMBEDDING] = torch.cat((model.state[EMBEDDING], model.state[NEW_TOKENS]))
+        state = {key: tensor for key, tensor in state.items() if key != parts.NEW_TOKENS}
+        state[parts.EMBEDDING] = torch.cat((model.state[parts.EMBEDDING], model.state[parts.NEW_TOKENS]))
         config = config.model_copy(update={"new_tokens": ()})
     ids = {key: model.generation[key] for key in _TOKEN_IDS if key in model.generation}
     documents = {
@@ -280,17 +226,17 @@ def _require_dense(config: ModelConfig) -> None:
 def _fused(
     foreign: Mapping[str, Tensor],
     config: ModelConfig,
-    spelling: Format,
+    format: int,
     ignored: set[str],
     origin: str | Path,
     prefix: str = "",
 ) -> dict[str, Tensor]:
     """``prefix``: what the names in ``foreign`` lack."""
-    require_plausible(config, len(foreign), origin)
-    keys = key_map(config, spelling)
+    parts.require_plausible(config, len(foreign), origin)
+    keys = key_map(config, format)
     needed = {name for names in keys.values() for name in names if name is not None}
-    check_names({prefix + name for name in foreign} - ignored, needed, origin)
-    shapes = expected_shapes(config)
+    parts.check_names({prefix + name for name in foreign} - ignored, needed, origin)
+    shapes = parts.expected_shapes(config)
     assert shapes.keys() == keys.keys(), shapes.keys() ^ keys.keys()
     fused: dict[str, Tensor] = {}
     for ours, (rows, *rest) in shapes.items():
@@ -300,6 +246,6 @@ def _fused(
                 part.zero_()
             else:
                 tensor = foreign[name.removeprefix(prefix)]
-                check_shape(tensor, part.shape, _FLOATS, f"{origin}: {name}")
-                check_finite(part.copy_(tensor), f"{origin}: {name}")
+                parts.check_shape(tensor, part.shape, _FLOATS, f"{origin}: {name}")
+                parts.check_finite(part.copy_(tensor), f"{origin}: {name}")
     return fused
