@@ -78,12 +78,6 @@ def test_a_position_that_all_tokens_share_does_not_spoil_the_scores() -> None:
     assert (scores[:, 24:] == 0).all() and (scores[:, :20] != 0).any()
 
 
-def test_scores_are_standardised_over_tokens() -> None:
-    scores = attention_scores(torch.randn(1, 6, 40, generator=torch.Generator().manual_seed(0)), median_width=1)
-    assert torch.allclose(scores.mean(dim=0), torch.zeros(40), atol=1e-6)
-    assert torch.allclose(scores.std(dim=0, correction=0), torch.ones(40), atol=1e-5)
-
-
 def peaked(starts: list[int], positions: int, heads: int = 2, before: int = 3) -> torch.Tensor:
     """[H, T, P] logits: token i attends from ``starts[i]`` to ``starts[i + 1]``; the row of eot is not used."""
     logits = torch.zeros(heads, before + len(starts), positions)
@@ -177,16 +171,6 @@ def test_merged_punctuation_equals_openai(timings: list[WordTiming]) -> None:
     timing.merge_punctuations(theirs, "\"'“¿([{-", "\"'.。,，!！?？:：”)]}、")
     expected = [(t.word, tuple(t.tokens), t.start, t.end) for t in theirs if t.word]
     assert [(t.word, t.tokens, t.start, t.end) for t in merge_punctuation(timings, TranscribeOptions())] == expected
-
-
-def test_marks_join_the_words_they_belong_to() -> None:
-    timings = [WordTiming(word, (i,), i, i + 1, 1.0) for i, word in enumerate([" he", " (", "or", " she", ")", "."])]
-    merged = merge_punctuation(timings, TranscribeOptions())
-    assert [(t.word, t.tokens, t.start) for t in merged] == [
-        (" he", (0,), 0),
-        (" (or", (1, 2), 2),
-        (" she).", (3, 4, 5), 3),
-    ]
 
 
 @st.composite

@@ -88,12 +88,6 @@ def test_a_hint_is_followed_and_keeps_its_own_probability(tiny_model: WhisperMoE
     assert hinted.language_probability == pytest.approx(1 - free.language_probability)
 
 
-def test_a_language_that_is_given_is_not_detected(tiny_model: WhisperMoE) -> None:
-    assert {(take.language, take.language_probability) for take in decode(tiny_model, CLIPS, language="hi")} == {
-        ("hi", None)
-    }
-
-
 @pytest.mark.parametrize("changed", [{"initial_prompt": "Bombay"}, {"hotwords": "Bombay"}, {"task": "translate"}])
 def test_what_is_asked_for_is_heard_by_the_decoder(tiny_model: WhisperMoE, changed: dict[str, Any]) -> None:
     (plain,), (asked,) = (decode(tiny_model, CLIPS[1:2], language="en", **options) for options in ({}, changed))

@@ -142,26 +142,6 @@ def test_no_more_windows_are_held_than_the_buffer_takes(seconds: float, count: i
     assert sum(each() is not None for each in held) <= 1, "windows outlive their recording"
 
 
-def test_windows_that_leave_a_rest_are_bounded_too() -> None:
-    listener = Listener({0.1: lambda seconds, hint: said(until=seconds / 2)})
-    (done,) = run(listener, [recording("long", *[0.1] * 300, seconds=8.0)])
-    assert max(map(len, listener.batches)) <= MAX_ROWS
-    assert {segment.seek for segment in done.segments} > {0, 400, 800}
-
-
-def test_results_do_not_wait_for_what_comes_later() -> None:
-    read: list[int] = []
-
-    def endless() -> Iterator[Recording]:
-        while True:
-            read.append(len(read))
-            yield recording(str(read[-1]), 0.1)
-
-    first = next(Transcriber(Listener(), TranscribeOptions()).run(endless()))
-    assert first.name == "0"
-    assert len(read) <= BUFFERED_WINDOWS
-
-
 def test_a_result_does_not_wait_for_the_end_of_a_long_recording() -> None:
     read: list[int] = []
 
@@ -261,10 +241,6 @@ def why(found: DecodingResult, seconds: float = 3.0, **options: Any) -> str | No
     return looks_wrong(found, seconds, TOKENIZER, replace(OPTIONS, **options))
 
 
-def test_a_good_take_is_trusted() -> None:
-    assert why(verdict()) is None
-
-
 @pytest.mark.parametrize(
     ("found", "seconds", "reason", "off"),
     [
@@ -281,14 +257,6 @@ def test_each_reason_speaks_against_a_verdict(
     assert why(found, seconds) == reason
     if off is not None:
         assert why(found, seconds, **off) is None
-
-
-def test_a_threshold_itself_is_still_good() -> None:
-    assert why(verdict(average=-1.0)) is None
-
-
-def test_a_short_word_fits_into_any_time() -> None:
-    assert why(verdict("ten letters"), seconds=0.05) is None
 
 
 def test_a_text_cut_off_behind_closed_segments_goes_on_and_is_no_loop() -> None:
@@ -351,11 +319,6 @@ def test_only_what_looks_wrong_is_tried_again_and_is_counted() -> None:
     assert [each.fallbacks for each in done] == [0, 1, 1, 1]
 
 
-def test_the_last_attempt_is_taken_as_it_is() -> None:
-    listener, (done,) = tried_again(99)
-    assert (done.segments[0].text, len(listener.calls)) == (" unsure", 4)
-
-
 def test_a_window_that_fills_its_thirty_seconds_is_not_decoded_twice_alike() -> None:
     listener, (done,) = tried_again(1, seconds=29.0)
     assert [(margin, temperature) for _, margin, temperature, _ in listener.calls] == [(2.0, 0.0), (30.0, 0.5)]
@@ -381,15 +344,6 @@ def test_the_second_attempt_encodes_a_full_window(tiny_model: WhisperMoE, monkey
 
 
 # What comes out.
-
-
-def test_every_recording_comes_out_once() -> None:
-    names = [f"{i}" for i in range(40)]
-    recordings = [recording(name, *[0.01 * (i + 1)] * (1 + i * 13 % 9)) for i, name in enumerate(names)]
-    counts = [1 + i * 13 % 9 for i in range(40)]
-    done = run(Listener(), recordings)
-    assert [each.name for each in done] == names
-    assert [each.result().text.split() for each in done] == [[f"{0.01 * (i + 1):g}"] * n for i, n in enumerate(counts)]
 
 
 def test_a_recording_that_fails_hurts_no_neighbour() -> None:
@@ -570,12 +524,6 @@ def test_a_window_that_is_unsure_takes_the_language_spoken_most() -> None:
     assert [s.language for s in done.result().segments] == ["en", "en", "en", "hi", "en"]
 
 
-def test_one_recordings_language_says_nothing_about_anothers() -> None:
-    listener = Listener({0.1: speaking("en", 0.9), 0.2: speaking("cy", 0.3)})
-    first, second = run(listener, [recording("a", 0.1), recording("b", 0.2)])
-    assert (first.result().text, second.result().text) == ("en", "cy")
-
-
 def test_a_language_that_was_asked_for_is_not_settled_again() -> None:
     listener = Listener({0.1: lambda seconds, hint: said(language="hi", sure=None)})
     (done,) = run(listener, [recording("a", 0.1, 0.1)])
@@ -753,12 +701,6 @@ def test_nothing_said_has_no_language_but_the_one_that_was_given() -> None:
     quiet = np.zeros(RATE, np.float32)
     assert tiny_whisper_moe().transcribe(quiet).language is None
     assert tiny_whisper_moe().transcribe(quiet, language="hi").language == "hi"
-
-
-def test_a_recording_decoded_again_in_its_main_language_says_so() -> None:
-    listener = Listener({0.1: speaking("hi", 0.9), 0.2: speaking("en", 0.2)})
-    (done,) = run(listener, [recording("a", 0.1, 0.2)])
-    assert done.result().fallbacks == 1
 
 
 def test_a_model_with_a_shorter_window_hears_all_of_a_recording() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import replace
 from functools import cache
 from importlib import import_module
@@ -11,6 +12,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 from parity.openai_whisper import hub_backend
@@ -59,39 +61,28 @@ def segments(found: DecodingResult, start: float = 0.0, seconds: float = DURATIO
     return segments_of(found, window, tokenizer(), TranscribeOptions())
 
 
+def openai_transcribe(answer: Callable[[torch.Tensor], list[int] | None], **options: Any) -> list[dict[str, Any]]:
+    """The segments that openai/whisper makes of a model that answers windows so; None is silence."""
+    from whisper.decoding import DecodingResult
+
+    def decode(mel: torch.Tensor, _: Any) -> DecodingResult:
+        tokens = answer(mel)
+        sure = {"avg_logprob": -0.25, "no_speech_prob": 0.1} if tokens is not None else {}
+        unsure = {"avg_logprob": -9.0, "no_speech_prob": 1.0, "temperature": 0.0, "compression_ratio": 1.0}
+        return DecodingResult(mel, "en", tokens=tokens or [], **(unsure | sure))
+
+    dims = SimpleNamespace(n_mels=80, n_audio_ctx=1500, n_text_ctx=448)
+    device = torch.device("cpu")
+    model = SimpleNamespace(device=device, dims=dims, is_multilingual=True, num_languages=99, decode=decode)
+    whole = {"language": "en", "fp16": False, "temperature": (0.0,), "condition_on_previous_text": False}
+    audio = np.zeros(round(DURATION * 16_000), np.float32)
+    return import_module("whisper.transcribe").transcribe(model, audio, **whole, **options)["segments"]
+
+
 def by_openai(tokens: list[int]) -> tuple[list[dict[str, Any]], float | None]:
     """Segments with text that openai/whisper makes of a window's tokens; where it goes on to listen in the same window."""
-    import torch
-    from whisper.decoding import DecodingResult
-    from whisper.transcribe import transcribe
-
-    again = [at(0), *say(" again"), at(0.02)]
-    answers = iter([tokens, again])
-
-    def decode(mel: torch.Tensor, options: Any) -> DecodingResult:
-        said = next(answers, None)
-        sure = 0.0 if said is None else -0.25
-        return DecodingResult(
-            mel,
-            "en",
-            tokens=said or [],
-            avg_logprob=sure or -9.0,
-            no_speech_prob=0.1 if said else 1.0,
-            temperature=0.0,
-            compression_ratio=1.0,
-        )
-
-    model: Any = SimpleNamespace(
-        device=torch.device("cpu"),
-        dims=SimpleNamespace(n_mels=80, n_audio_ctx=1500, n_text_ctx=448),
-        is_multilingual=True,
-        num_languages=99,
-        decode=decode,
-    )
-    audio = np.zeros(round(DURATION * 16_000), np.float32)
-    result = transcribe(model, audio, language="en", fp16=False, temperature=(0.0,), condition_on_previous_text=False)
-    segments: list[dict[str, Any]] = result["segments"]
-    found = [segment for segment in segments if segment["text"].strip()]
+    answers = iter([tokens, [at(0), *say(" again"), at(0.02)]])
+    found = [segment for segment in openai_transcribe(lambda _: next(answers, None)) if segment["text"].strip()]
     rest = [segment["start"] for segment in found if segment["text"] == " again"]
     return [segment for segment in found if segment["text"] != " again"], rest[0] if rest else None
 
@@ -136,19 +127,18 @@ def test_a_text_that_was_cut_off_ends_with_its_last_closed_segment(tokens: list[
         assert described(segments(cut_off)) == described(expected)
 
 
-@pytest.mark.parametrize(
-    "tokens",
-    [
-        [at(0), *say(" Hello."), at(3.5)],
-        [at(0), *say(" Hello.")],
-        say(" Hello."),
-        [at(0), *say(" "), at(3)],
-        [at(0)],
-        [at(0), at(2)],
-        [],
-    ],
-    ids=["one", "unclosed", "without times", "blank", "a time", "two times", "nothing"],
-)
+ONE = {
+    "one": [at(0), *say(" Hello."), at(3.5)],
+    "unclosed": [at(0), *say(" Hello.")],
+    "without times": say(" Hello."),
+    "blank": [at(0), *say(" "), at(3)],
+    "a time": [at(0)],
+    "two times": [at(0), at(2)],
+    "nothing": [],
+}
+
+
+@pytest.mark.parametrize("tokens", ONE.values(), ids=ONE)
 def test_a_window_of_one_segment_is_openais(tokens: list[int]) -> None:
     expected, _ = by_openai(tokens)
     assert described(segments(result(tokens))) == described(expected)
@@ -267,57 +257,25 @@ def test_a_text_is_kept_whose_words_together_take_no_time() -> None:
 
 def openai_skips(segments: list[Segment], threshold: float) -> tuple[list[str], float | None]:
     """The texts of a first window of 30 s that openai/whisper keeps, and where it goes on to listen."""
-    import torch
-    from whisper.decoding import DecodingResult
+    module, seeks = import_module("whisper.transcribe"), list[float]()
 
-    seconds, tokens = 30.0, [token for segment in segments for token in segment.tokens]
-    seeks: list[float] = []
+    def answer(mel: torch.Tensor) -> list[int] | None:
+        seeks.append(round(30.0 - float((mel[0] > -5).sum()) / 100, 2))
+        return [token for segment in segments for token in segment.tokens] if len(seeks) == 1 else None
 
-    def decode(mel: torch.Tensor, options: Any) -> DecodingResult:
-        first = not seeks
-        seeks.append(round(seconds - float((mel[0] > -5).sum()) / 100, 2))
-        return DecodingResult(
-            mel,
-            "en",
-            tokens=tokens if first else [],
-            avg_logprob=-0.1 if first else -9.0,
-            no_speech_prob=0.0 if first else 1.0,
-            temperature=0.0,
-            compression_ratio=1.0,
-        )
-
-    def add_words(segments: list[dict[str, Any]], **_: Any) -> None:
-        for segment, known in zip(segments, given_segments, strict=True):
+    def add_words(found: list[dict[str, Any]], **_: Any) -> None:
+        for segment, known in zip(found, segments, strict=True):
             segment |= {"start": known.start, "end": known.end, "words": [w.to_dict() for w in known.words or ()]}
 
-    module, given_segments = import_module("whisper.transcribe"), segments
-    model: Any = SimpleNamespace(
-        device=torch.device("cpu"),
-        dims=SimpleNamespace(n_mels=80, n_audio_ctx=1500, n_text_ctx=448),
-        is_multilingual=True,
-        num_languages=99,
-        decode=decode,
-    )
+    def cut_or_pad(mel: torch.Tensor, length: int) -> torch.Tensor:
+        return torch.nn.functional.pad(mel, (0, length - mel.shape[1]), value=-9.0)
+
     mel = torch.cat([torch.zeros(80, 3000), torch.full((80, 3000), -9.0)], dim=1)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(module, "add_word_timestamps", add_words)
+        patch.setattr(module, "add_word_timestamps", lambda *, segments, **how: add_words(segments, **how))
         patch.setattr(module, "log_mel_spectrogram", lambda *_, **__: mel)
-        patch.setattr(
-            module,
-            "pad_or_trim",
-            lambda mel, length: torch.nn.functional.pad(mel, (0, length - mel.shape[1]), value=-9.0),
-        )
-        result = module.transcribe(
-            model,
-            np.zeros(1),
-            language="en",
-            fp16=False,
-            temperature=(0.0,),
-            word_timestamps=True,
-            hallucination_silence_threshold=threshold,
-            condition_on_previous_text=False,
-        )
-    kept: list[dict[str, Any]] = result["segments"]
+        patch.setattr(module, "pad_or_trim", cut_or_pad)
+        kept = openai_transcribe(answer, word_timestamps=True, hallucination_silence_threshold=threshold)
     return [segment["text"] for segment in kept], seeks[1] if len(seeks) > 1 else None
 
 
