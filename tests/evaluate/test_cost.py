@@ -38,29 +38,29 @@ SMALL = ModelConfig(
     max_source_positions=50,
     max_target_positions=20,
 )
-MOE = SMALL.model_copy(update={"moe": MoEConfig(n_experts=4, expert_dim=16, router_layer=1)})
 
 
+def having(**parts: Any) -> ModelConfig:
+    return SMALL.model_copy(update=parts)
+
+
+def experts(**more: Any) -> MoEConfig:
+    return MoEConfig(n_experts=4, expert_dim=16, **more)
+
+
+MOE = having(moe=experts(router_layer=1))
 SCOPES = {
     "dense": SMALL,
-    "per segment": SMALL.model_copy(
-        update={"moe": MoEConfig(n_experts=4, expert_dim=16, router_layer=1, none_choice=False)}
+    "per segment": having(moe=experts(router_layer=1, none_choice=False)),
+    "per token": having(moe=experts(none_choice=False, scope="token")),
+    "ttt": having(ttt=TTTConfig(encoder_layers=(0,), decoder_layers=(1,), mini_batch=6)),
+    "adapted": having(
+        adapt=AdaptConfig(encoder_layers=(0, 1), decoder_layers=(1,), adapter_dim=8),
+        conformer=ConformerConfig(encoder_layers=(1,), kernel_size=5),
     ),
-    "per token": SMALL.model_copy(
-        update={"moe": MoEConfig(n_experts=4, expert_dim=16, none_choice=False, scope="token")}
-    ),
-    "ttt": SMALL.model_copy(update={"ttt": TTTConfig(encoder_layers=(0,), decoder_layers=(1,), mini_batch=6)}),
-    "adapted": SMALL.model_copy(
-        update={
-            "adapt": AdaptConfig(encoder_layers=(0, 1), decoder_layers=(1,), adapter_dim=8),
-            "conformer": ConformerConfig(encoder_layers=(1,), kernel_size=5),
-        }
-    ),
-    "ttt per expert": SMALL.model_copy(
-        update={
-            "moe": MoEConfig(n_experts=4, expert_dim=16, router_layer=1, none_choice=False),
-            "ttt": TTTConfig(encoder_layers=(1,), mini_batch=6, per_expert=True),
-        }
+    "ttt per expert": having(
+        moe=experts(router_layer=1, none_choice=False),
+        ttt=TTTConfig(encoder_layers=(1,), mini_batch=6, per_expert=True),
     ),
 }
 
@@ -140,13 +140,15 @@ def test_parts_sum_to_every_tensor_of_the_model():
 
 def test_parts_are_called_what_their_files_are_called(tmp_path: Path):
     moe = MoEConfig(n_experts=2, expert_dim=16, router_layer=1, expert_names=("Hindi", "en US / old"))
-    config = SMALL.model_copy(update={"moe": moe, "ttt": TTTConfig(encoder_layers=(1,), per_expert=True)})
+    config = having(moe=moe, ttt=TTTConfig(encoder_layers=(1,), per_expert=True))
     save_checkpoint(tmp_path / "m", Loaded(config, WhisperMoEModel(config).state_dict(), {}, b"{}"))
     facts = facts_of(str(tmp_path / "m"))
     assert facts["parameters"].keys() == facts["bytes"].keys() >= {"experts/00-hindi", "experts/01-en-us-old"}
     assert facts["experts"] == ["Hindi", "en US / old"]
     rows = [line for line in table(facts).splitlines() if "experts/" in line]
     assert len(rows) == 2 and all("MB" in row for row in rows)
+    text = table(facts_of("8x39m"))
+    assert "granularity: ffn" in text and "expert-7" in text
 
 
 def test_the_default_made_from_a_whisper_is_described_as_it_will_be(monkeypatch: pytest.MonkeyPatch):
@@ -160,18 +162,8 @@ def test_the_default_made_from_a_whisper_is_described_as_it_will_be(monkeypatch:
     assert facts_of("openai/whisper-base")["parameters"] == parameters(ModelConfig())
 
 
-def test_a_dense_model_is_wholly_active():
+def test_presets_have_the_published_size_without_ttt():
+    config = PRESETS["8x241m"].model_copy(update={"ttt": None})
+    assert sum(parameters(config).values()) == pytest.approx(1.035e9, rel=2e-3)
+    assert active_parameters(config) == pytest.approx(0.355e9, rel=3e-3)
     assert active_parameters(SMALL) == sum(parameters(SMALL).values())
-
-
-@pytest.mark.parametrize(("preset", "total", "active"), [("8x241m", 1.035e9, 0.355e9)])
-def test_presets_have_the_published_size_without_ttt(preset: str, total: float, active: float):
-    config = PRESETS[preset].model_copy(update={"ttt": None})
-    assert sum(parameters(config).values()) == pytest.approx(total, rel=2e-3)
-    assert active_parameters(config) == pytest.approx(active, rel=3e-3)
-
-
-def test_table_names_preset_granularity_and_experts():
-    text = table(facts_of("8x39m"))
-    assert "granularity: ffn" in text
-    assert "expert-7" in text

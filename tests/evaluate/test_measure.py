@@ -63,37 +63,26 @@ def test_a_clip_that_breaks_a_system_costs_that_clip(tmp_path: Path, echo: Any, 
     assert [heard.error for heard in found.heard] == [None, "RuntimeError: a clip of a second", None, None]
 
 
-def test_a_batch_is_of_one_language_and_the_order_is_that_of_the_clips(tmp_path: Path, echo: Any):
+@pytest.mark.parametrize("detect", [False, True])
+def test_a_batch_is_told_one_language_and_the_order_is_that_of_the_clips(tmp_path: Path, echo: Any, detect: bool):
+    """A clip over 30 s does not change how the others are heard."""
     system = echo(True, breaks_on=-1)
-    found = measured(clips(table(tmp_path)), latency_clips=0)
-    assert [told["language"] for told in system.told] == ["en", "en", "hi"]  # the first of them warms up
-    assert system.calls == [1, 3, 1]
-    assert [heard.text for heard in found.heard] == ["0.5 en", "1 en", "1.5 hi", "2 en"]
+    *others, last = clips(table(tmp_path))
+    found = measured([*others, replace(last, seconds=31.0)], latency_clips=0, detect=detect)
+    told = [(told["language"], told["long"]) for told in system.told[1:]]  # the first of them warms up
+    if detect:
+        assert (told, system.calls) == ([(None, False), (None, True)], [1, 3, 1])
+    else:
+        assert (told, system.calls) == ([("en", False), ("hi", False), ("en", True)], [1, 2, 1, 1])
+        assert [heard.text for heard in found.heard] == ["0.5 en", "1 en", "1.5 hi", "2 en"]
 
 
-def test_a_clip_over_30_s_does_not_change_how_the_others_are_heard(tmp_path: Path, echo: Any):
-    system = echo(True, breaks_on=-1)
-    first, *others = clips(table(tmp_path))
-    measured([*others, replace(first, seconds=31.0)], latency_clips=0)
-    told = [(told["language"], told["long"]) for told in system.told[1:]]
-    assert told == [("en", False), ("hi", False), ("en", True)] and system.calls[1:] == [2, 1, 1]
-
-
-def test_a_language_that_is_detected_is_not_told(tmp_path: Path, echo: Any):
-    system = echo(True, breaks_on=-1)
-    measured(clips(table(tmp_path)), detect=True, latency_clips=0)
-    assert {told["language"] for told in system.told} == {None}
-    assert system.calls == [1, 4]
-
-
-def test_latency_is_of_single_clips_and_apart_only_where_the_system_batches(tmp_path: Path, echo: Any):
-    all_clips = clips(table(tmp_path))
-    system = echo(True, breaks_on=-1)
-    found = measured(all_clips, latency_clips=3)
-    assert (len(found.latencies), found.latencies_apart, system.calls[-3:]) == (3, True, [1, 1, 1])
-    echo(False, breaks_on=-1)
-    found = measured(all_clips, latency_clips=3)
-    assert (len(found.latencies), found.latencies_apart) == (3, False)
+@pytest.mark.parametrize("batched", [False, True])
+def test_latency_is_of_single_clips_and_apart_only_where_the_system_batches(tmp_path: Path, echo: Any, batched: bool):
+    system = echo(batched, breaks_on=-1)
+    found = measured(clips(table(tmp_path)), latency_clips=3)
+    assert (len(found.latencies), found.latencies_apart) == (3, batched)
+    assert set(system.calls[-3:]) == {1}
 
 
 def test_this_projects_model_says_what_only_it_can(tmp_path: Path, tiny_model: WhisperMoE):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from base64 import b64decode
+from collections.abc import Sequence
 from html.parser import HTMLParser
 from pathlib import Path
 from typing import Any
@@ -25,16 +26,18 @@ from whisper_moe.evaluate.measure import Clip, Measured, Options, measure
 from whisper_moe.evaluate.run import evaluate, plan
 from whisper_moe.evaluate.systems import System, SystemFailed
 
-FILES = {"report.json", "report.md", "report.html", "transcripts.tsv"}
+PAIR = {"source_text": "यह अच्छी किताब है", "text": "This is a good book today.", "language": "hi"}
+PAIR |= {"target_language": "en", "task": "translate-text"}
+
+
+@pytest.fixture
+def file(tmp_path: Path) -> Path:
+    return table(tmp_path)
 
 
 def saved(model: WhisperMoE, folder: Path) -> str:
     trusting_flags(model, folder)
     return str(folder)
-
-
-def ids(file: Path) -> list[str]:
-    return [clip.sample.id for clip in clips(file)]
 
 
 def here(system: System, clips: list[Clip], options: Options, load: Any) -> Measured:
@@ -50,16 +53,21 @@ def evaluated(folder: Path, model: str, file: Path, **settings: Any) -> tuple[in
     return status, json.loads((output / "report.json").read_text(encoding="utf-8"))
 
 
-def perfect(folder: Path, file: Path, name: str = "perfect") -> str:
-    return written(folder, name, dict(zip(ids(file), TEXTS, strict=True)))
+def quality(report: dict[str, Any], task: str = "transcribe") -> dict[str, Any]:
+    """Of the first system."""
+    return next(iter(report["systems"].values()))["quality"][task]
+
+
+def saying(folder: Path, file: Path, texts: Sequence[str] = TEXTS, name: str = "perfect") -> str:
+    """A system that has written a text for each clip."""
+    return written(folder, name, dict(zip((clip.sample.id for clip in clips(file)), texts, strict=True)))
 
 
 def test_a_model_beside_a_peer(tmp_path: Path, tiny_model: WhisperMoE):
     file = table(tmp_path, domain=["home", "home", "street", "street"])
-    peer = perfect(tmp_path, file)
-    status, report = evaluated(tmp_path, saved(tiny_model, tmp_path / "m"), file, compare=[peer])
+    status, report = evaluated(tmp_path, saved(tiny_model, tmp_path / "m"), file, compare=[saying(tmp_path, file)])
     assert status == 0
-    assert {path.name for path in (tmp_path / "out").iterdir()} == FILES
+    assert {path.name for path in (tmp_path / "out").iterdir()} == set(reports.FILES)
     ours, theirs = report["systems"]["m"], report["systems"]["transcripts:perfect.tsv"]
     speech = theirs["quality"]["transcribe"]
     assert (speech["figures"]["wer"]["value"], speech["figures"]["script"]["value"]) == (0, 1)
@@ -70,85 +78,67 @@ def test_a_model_beside_a_peer(tmp_path: Path, tiny_model: WhisperMoE):
     assert wer["of"] == sum(len(text.split()) for text in TEXTS)
     assert list(report["systems"]) == ["m", "m, padded", "transcripts:perfect.tsv"]
     assert [report["systems"][name]["margin"] for name in report["systems"]] == [2.5, 30, None]
-    assert report["comparisons"][1]["tasks"]["transcribe"]["figures"]["wer"]["difference"] == pytest.approx(
-        wer["value"]
-    )
+    difference = report["comparisons"][1]["tasks"]["transcribe"]["figures"]["wer"]["difference"]
+    assert difference == pytest.approx(wer["value"])
     assert ours["quality"]["transcribe"]["figures"]["cross_entropy"]["value"] > 0
     weights = sum(path.stat().st_size for path in (tmp_path / "m").rglob("*.safetensors"))
     assert ours["cost"]["disk_bytes"] == weights
 
 
-def test_cost_and_experts_are_those_of_the_model(tmp_path: Path, tiny_model: WhisperMoE):
-    file = table(tmp_path)
+def test_cost_and_experts_are_those_of_the_model(tmp_path: Path, tiny_model: WhisperMoE, file: Path):
     _, report = evaluated(tmp_path, saved(tiny_model, tmp_path / "m"), file, margin=0.5)
-    ours = report["systems"]["m"]
-    assert ours["cost"]["parameters_total"] == sum(t.numel() for t in tiny_model.model.state_dict().values())
-    assert ours["cost"]["latency"]["clips"] == 2
-    assert ours["cost"]["times_real_time"] == pytest.approx(5 / ours["cost"]["wall_seconds"])
-    per_clip = ours["cost"]["tokens"] / 4
-    least = sum(sum(flops(tiny_model.config, seconds + 0.5, 0)) for seconds in (0.5, 1, 1.5, 2)) / 5
-    most = sum(sum(flops(tiny_model.config, seconds + 0.5, round(4 * per_clip))) for seconds in (0.5, 1, 1.5, 2)) / 5
-    assert least < ours["cost"]["flops_per_second"] < most
-    assert ours["experts"].keys() == {"en", "hi"}
-    assert all(sum(row.values()) == pytest.approx(1) for row in ours["experts"].values())
-    assert all([*row] == ["hindi", "tamil", "english", "none"] for row in ours["experts"].values())
+    cost, experts = report["systems"]["m"]["cost"], report["systems"]["m"]["experts"]
+    assert cost["parameters_total"] == sum(t.numel() for t in tiny_model.model.state_dict().values())
+    assert cost["latency"]["clips"] == 2
+    assert cost["times_real_time"] == pytest.approx(5 / cost["wall_seconds"])
+    least, most = (
+        sum(sum(flops(tiny_model.config, seconds + 0.5, tokens)) for seconds in (0.5, 1, 1.5, 2)) / 5
+        for tokens in (0, cost["tokens"])
+    )
+    assert least < cost["flops_per_second"] < most
+    assert experts.keys() == {"en", "hi"}
+    assert all(sum(row.values()) == pytest.approx(1) for row in experts.values())
+    assert all([*row] == ["hindi", "tamil", "english", "none"] for row in experts.values())
 
 
-def test_a_broken_file_costs_that_file_and_is_named(tmp_path: Path):
-    file = table(tmp_path)
-    spec = perfect(tmp_path, file)
+def test_a_broken_file_costs_that_file_and_is_named(tmp_path: Path, file: Path):
+    spec = saying(tmp_path, file)
     (tmp_path / "clip-1.wav").write_bytes(b"RIFF no sound")
     status, report = evaluated(tmp_path, spec, file)
-    assert status == 1
-    assert report["clips"] == 3
     ((name, cause),) = report["broken"]
+    assert (status, report["clips"]) == (1, 3)
     assert name.endswith("clip-1.wav") and "clip-1.wav" in cause
-    assert (
-        "clip-1.wav" in (tmp_path / "out/report.md").read_text()
-        and "clip-1.wav" in (tmp_path / "out/report.html").read_text()
-    )
-
-
-def test_where_every_file_is_broken_the_causes_are_said(tmp_path: Path):
-    file = table(tmp_path)
-    spec = perfect(tmp_path, file)
+    assert all("clip-1.wav" in (tmp_path / "out" / text).read_text() for text in ("report.md", "report.html"))
     for path in tmp_path.glob("*.wav"):
         path.write_bytes(b"")
     with pytest.raises(ValueError, match=r"nothing to evaluate on: .*clip-0.wav"):
         evaluated(tmp_path, spec, file)
-    assert not (tmp_path / "out").exists()
 
 
-def test_clips_that_a_system_fails_on_count_as_empty_transcripts(tmp_path: Path):
-    file = table(tmp_path)
+def test_clips_that_a_system_fails_on_count_as_empty_transcripts(tmp_path: Path, file: Path):
     status, report = evaluated(tmp_path, written(tmp_path, "none", {}), file)
-    part = next(iter(report["systems"].values()))["quality"]["transcribe"]
-    assert status == 1
-    assert (part["failed"], part["empty_transcripts"]) == (4, 4)
+    part = quality(report)
+    assert (status, part["failed"], part["empty_transcripts"]) == (1, 4, 4)
     assert (part["figures"]["wer"]["value"], part["figures"]["cer"]["value"]) == (1, 1)
     assert part["figures"]["script"] == {"value": None, "low": None, "high": None}
-    assert len(next(iter(report["systems"].values()))["failures"]) == 4
+    assert len(report["systems"]["transcripts:none.tsv"]["failures"]) == 4
 
 
 def test_an_empty_reference_is_counted_and_what_is_written_there_is_an_error(tmp_path: Path):
     file = table(tmp_path, ["a dog barked", "[laughter]"], ["en", "en"])
-    texts = dict(zip(ids(file), ["a dog barked", "thank you"], strict=True))
-    _, report = evaluated(tmp_path, written(tmp_path, "w", texts), file)
-    part = next(iter(report["systems"].values()))["quality"]["transcribe"]
+    part = quality(evaluated(tmp_path, saying(tmp_path, file, ["a dog barked", "thank you"]), file)[1])
     assert part["empty_references"] == 1
     assert part["figures"]["wer"]["value"] == pytest.approx(2 / 3)
 
 
-def test_a_peer_that_cannot_be_measured_is_named_and_the_rest_is_reported(tmp_path: Path):
-    file = table(tmp_path)
-    good, bad = perfect(tmp_path, file), written(tmp_path, "bad", {})
-
+def test_a_peer_that_cannot_be_measured_is_named_and_the_rest_is_reported(tmp_path: Path, file: Path):
     def some(system: System, *others: Any) -> Any:
         if "bad" in system.name:
             raise SystemFailed("bad: killed")
         return here(system, *others)
 
-    asked = plan(good, [str(file)], compare=[bad], output=tmp_path / "out")
+    bad = written(tmp_path, "bad", {})
+    asked = plan(saying(tmp_path, file), [str(file)], compare=[bad], output=tmp_path / "out")
     assert evaluate(asked, WhisperMoE.from_pretrained, measure=some) == 1
     report = json.loads((tmp_path / "out/report.json").read_text(encoding="utf-8"))
     assert report["not_measured"] == {"transcripts:bad.tsv": "bad: killed"}
@@ -157,50 +147,30 @@ def test_a_peer_that_cannot_be_measured_is_named_and_the_rest_is_reported(tmp_pa
 
 def test_translations_and_signs_have_figures_of_their_own(tmp_path: Path):
     file = tmp_path / "pairs.jsonl"
-    rows = [
-        {
-            "source_text": "यह अच्छी किताब है",
-            "text": "This is a good book today.",
-            "language": "hi",
-            "target_language": "en",
-        },
-        {
-            "source_text": "वह घर जाता है",
-            "text": "He goes home in the evening.",
-            "language": "hi",
-            "target_language": "en",
-        },
-    ]
-    lines = [json.dumps(row | {"task": "translate-text"}) for row in rows]
+    other = PAIR | {"source_text": "वह घर जाता है", "text": "He goes home in the evening."}
     (tmp_path / "hello.mp4").write_bytes(b"a film")
-    lines.append(json.dumps({"path": "hello.mp4", "text": "Good Morning", "task": "sign"}))
-    file.write_text("\n".join(lines) + "\n")
-    texts = [rows[0]["text"], "He is at home.", "good morning"]
-    _, report = evaluated(tmp_path, written(tmp_path, "w", dict(zip(ids(file), texts, strict=True))), file)
-    quality = next(iter(report["systems"].values()))["quality"]
+    rows = [PAIR, other, {"path": "hello.mp4", "text": "Good Morning", "task": "sign"}]
+    file.write_text("\n".join(map(json.dumps, rows)) + "\n")
+    texts = [PAIR["text"], "He is at home.", "good morning"]
+    _, report = evaluated(tmp_path, saying(tmp_path, file, texts), file)
     assert report["tasks"] == ["translate-text", "sign"]
-    assert 0 < quality["translate-text"]["figures"]["bleu"]["value"] < 100
-    assert quality["translate-text"]["by"]["language"].keys() == {"hi→en"}
-    assert quality["sign"]["figures"]["accuracy"]["value"] == 1
-    assert "wer" not in quality["sign"]["figures"]
+    assert 0 < quality(report, "translate-text")["figures"]["bleu"]["value"] < 100
+    assert quality(report, "translate-text")["by"]["language"].keys() == {"hi→en"}
+    assert quality(report, "sign")["figures"].keys() == {"accuracy", "script"}
+    assert quality(report, "sign")["figures"]["accuracy"]["value"] == 1
 
 
-def test_columns_of_other_names_are_told(tmp_path: Path):
-    file = table(tmp_path)
-    spec = perfect(tmp_path, file)
+def test_columns_of_other_names_are_told(tmp_path: Path, file: Path):
+    spec = saying(tmp_path, file)
     _, expected = evaluated(tmp_path, spec, file)
     file.write_text(file.read_text("utf-8").replace("path\ttext", "snd\tsaid", 1), "utf-8")
     status, report = evaluated(tmp_path, spec, file, columns="path=snd, text=said")
-    assert status == 0 and report["systems"].keys() == expected["systems"].keys()
-    assert [each["quality"] for each in report["systems"].values()] == [
-        each["quality"] for each in expected["systems"].values()
-    ]
+    assert status == 0 and quality(report) == quality(expected)
 
 
 def test_a_task_that_a_system_does_not_do_is_said_before_anything_is_loaded(tmp_path: Path, tiny_model: WhisperMoE):
     file = tmp_path / "pairs.jsonl"
-    row = {"source_text": "x", "text": "y", "language": "hi", "target_language": "en", "task": "translate-text"}
-    file.write_text(json.dumps(row) + "\n")
+    file.write_text(json.dumps(PAIR) + "\n")
     with pytest.raises(ValueError, match="m does not do the task translate-text; it does transcribe, translate"):
         evaluated(tmp_path, saved(tiny_model, tmp_path / "m"), file)
 
@@ -221,8 +191,7 @@ EVIL = '<script>alert("x")</script> | & "quoted"'
 
 def test_the_page_needs_nothing_else_and_takes_no_orders_from_what_it_shows(tmp_path: Path, tiny_model: WhisperMoE):
     file = table(tmp_path, domain=[EVIL, "b", "c", "d"])
-    peer = perfect(tmp_path, file, name="<b>bold")
-    evaluated(tmp_path, saved(tiny_model, tmp_path / "m"), file, compare=[peer])
+    evaluated(tmp_path, saved(tiny_model, tmp_path / "m"), file, compare=[saying(tmp_path, file, name="<b>bold")])
     text = (tmp_path / "out/report.html").read_text(encoding="utf-8")
     page = _Page()
     page.feed(text)
@@ -239,22 +208,21 @@ def test_the_page_needs_nothing_else_and_takes_no_orders_from_what_it_shows(tmp_
     assert all(line.replace("\\|", "").count("|") > 2 for line in table_text.splitlines() if EVIL[:4] in line)
 
 
-def test_transcripts_are_a_row_for_each_clip_with_every_systems_words(tmp_path: Path):
-    file = table(tmp_path)
-    other = written(tmp_path, "other", dict.fromkeys(ids(file), "a  b"))
-    evaluated(tmp_path, perfect(tmp_path, file), file, compare=[other])
+def test_transcripts_are_a_row_for_each_clip_with_every_systems_words(tmp_path: Path, file: Path):
+    other = saying(tmp_path, file, ["a  b"] * 4, "other")
+    evaluated(tmp_path, saying(tmp_path, file), file, compare=[other])
     rows = [line.split("\t") for line in (tmp_path / "out/transcripts.tsv").read_text(encoding="utf-8").splitlines()]
-    assert rows[0][-2:] == ["transcripts:perfect.tsv", "transcripts:other.tsv"]
     assert {len(row) for row in rows} == {len(rows[0])}
-    assert [row[-2] for row in rows[1:]] == list(TEXTS)
-    assert {row[-1] for row in rows[1:]} == {"a b"}
+    assert [row[-2] for row in rows] == ["transcripts:perfect.tsv", *TEXTS]
+    assert [row[-1] for row in rows] == ["transcripts:other.tsv", *["a b"] * 4]
 
 
-def test_a_report_is_replaced_whole_and_a_failed_one_leaves_the_old(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
-    file = table(tmp_path)
-    spec = perfect(tmp_path, file)
+def test_a_report_is_replaced_whole_and_a_failed_one_leaves_the_old(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, file: Path
+):
+    spec, out = saying(tmp_path, file), tmp_path / "out"
     evaluated(tmp_path, spec, file)
-    before = {path.name: path.read_bytes() for path in (tmp_path / "out").iterdir()}
+    before = {path.name: path.read_bytes() for path in out.iterdir()}
     around = sorted(path.name for path in tmp_path.iterdir())
 
     def full(_: int) -> None:
@@ -264,51 +232,45 @@ def test_a_report_is_replaced_whole_and_a_failed_one_leaves_the_old(tmp_path: Pa
         patch.setattr("whisper_moe.weights.files.sync", full)
         with pytest.raises(OSError, match="No space"):
             evaluated(tmp_path, spec, file, limit=2)
-    assert {path.name: path.read_bytes() for path in (tmp_path / "out").iterdir()} == before
+    assert {path.name: path.read_bytes() for path in out.iterdir()} == before
     assert sorted(path.name for path in tmp_path.iterdir()) == around
-    (tmp_path / "out").rename(tmp_path / "elsewhere")
-    (tmp_path / "out").symlink_to(tmp_path / "elsewhere", target_is_directory=True)
+    out.rename(tmp_path / "elsewhere")
+    out.symlink_to(tmp_path / "elsewhere", target_is_directory=True)
     _, report = evaluated(tmp_path, spec, file, limit=2)
-    assert report["clips"] == 2 and (tmp_path / "out").is_symlink()
+    assert report["clips"] == 2 and out.is_symlink()
     assert sorted(path.name for path in tmp_path.iterdir()) == sorted(["elsewhere", *around])
 
 
 def test_a_folder_with_other_things_in_it_is_left_alone(tmp_path: Path):
-    (tmp_path / "mine").mkdir()
-    (tmp_path / "mine/letter.txt").write_text("dear")
-    spec = written(tmp_path, "w", {})
-
-    def check(folder: Path) -> None:
-        plan(spec, ["nowhere.tsv"], output=folder)
-
+    mine, spec = tmp_path / "mine", written(tmp_path, "w", {})
+    mine.mkdir()
+    (mine / "letter.txt").write_text("dear")
     with pytest.raises(ValueError, match="is a file"):
-        check(tmp_path / "mine/letter.txt")
+        plan(spec, ["nowhere.tsv"], output=mine / "letter.txt")
     for name in (*reports.FILES, reports.JSON):
         with pytest.raises(ValueError, match=r"it holds more than a report: letter\.txt"):
-            check(tmp_path / "mine")
-        (tmp_path / "mine" / name).write_text("{}")
-    (tmp_path / "mine/letter.txt").unlink()
-    check(tmp_path / "mine")
-    (tmp_path / "mine" / reports.JSON).unlink()
+            plan(spec, ["nowhere.tsv"], output=mine)
+        (mine / name).write_text("{}")
+    (mine / "letter.txt").unlink()
+    plan(spec, ["nowhere.tsv"], output=mine)
+    (mine / reports.JSON).unlink()
     with pytest.raises(ValueError, match="not replaced"):
-        check(tmp_path / "mine")
+        plan(spec, ["nowhere.tsv"], output=mine)
 
 
 @pytest.mark.parametrize(
-    ("model", "compare", "settings", "message"),
+    ("model", "settings", "message"),
     [
-        ("openai:", [], {}, "names no model"),
-        ("transcripts:nowhere.tsv", [], {}, "no such file"),
-        ("a", ["b", "b"], {}, "two systems would both be called b"),
-        ("a", [], {"task": "sing"}, "sing"),
-        ("a", [], {"languages": ("klingon",)}, "unknown language 'klingon'"),
+        ("openai:", {}, "names no model"),
+        ("transcripts:nowhere.tsv", {}, "no such file"),
+        ("a", {"compare": ["b", "b"]}, "two systems would both be called b"),
+        ("a", {"task": "sing"}, "sing"),
+        ("a", {"languages": ("klingon",)}, "unknown language 'klingon'"),
     ],
 )
-def test_what_cannot_work_is_said_before_anything_is_read(
-    model: str, compare: list[str], settings: dict[str, Any], message: str
-):
+def test_what_cannot_work_is_said_before_anything_is_read(model: str, settings: dict[str, Any], message: str):
     with pytest.raises(ValueError, match=message):
-        plan(model, ["nowhere.tsv"], compare=compare, **settings)
+        plan(model, ["nowhere.tsv"], **settings)
 
 
 def test_a_peer_that_is_not_installed_is_named(monkeypatch: pytest.MonkeyPatch):
