@@ -265,16 +265,18 @@ def _glibc() -> ctypes.CDLL | None:
     return libc if hasattr(libc, "malloc_trim") and hasattr(libc, "mallopt") else None
 
 
-def peak_bytes() -> int:
-    """The largest resident memory of this process so far.
+def peak_bytes() -> int | None:
+    """The largest resident memory of this process so far; None where the system does not say (Windows).
 
     Linux: of this program alone. ``ru_maxrss`` would count what its parent held when it started it.
     """
     for line in _read(Path("/proc/self/status")).splitlines():
         if line.startswith("VmHWM:"):
             return int(line.split()[1]) * 1024
-    import resource  # not on Windows
-
+    try:
+        import resource
+    except ImportError:
+        return None
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return peak if sys.platform == "darwin" else peak * 1024
 

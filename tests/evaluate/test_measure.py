@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import sys
 from collections.abc import Iterable, Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -13,7 +15,7 @@ pytest.importorskip("datasets", reason="corpora need an extra")
 
 from evaluate.corpora import TEXTS, clips, table, written
 
-from whisper_moe import WhisperMoE
+from whisper_moe import WhisperMoE, machine
 from whisper_moe.evaluate import measure as module
 from whisper_moe.evaluate.measure import Clip, Measured, Options, measure
 from whisper_moe.evaluate.systems import Adapter, Heard, System, apart
@@ -75,6 +77,15 @@ def test_a_batch_is_told_one_language_and_the_order_is_that_of_the_clips(tmp_pat
     else:
         assert (told, system.calls) == ([("en", False), ("hi", False), ("en", True)], [1, 2, 1, 1])
         assert [heard.text for heard in found.heard] == ["0.5 en", "1 en", "1.5 hi", "2 en"]
+
+
+def test_what_windows_does_not_know_is_left_open(tmp_path: Path, echo: Any, monkeypatch: pytest.MonkeyPatch):
+    echo(False)
+    monkeypatch.delattr(os, "getloadavg")
+    monkeypatch.setitem(sys.modules, "resource", None)
+    monkeypatch.setattr(machine, "_read", lambda _: "")
+    found = measured(clips(table(tmp_path)))
+    assert found.wall_seconds and found.peak_bytes is None and found.machine_load_before is None
 
 
 @pytest.mark.parametrize("batched", [False, True])
