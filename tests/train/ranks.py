@@ -174,7 +174,7 @@ def trained(case: Case, parallel: Any, steps: int = STEPS) -> dict[str, Any]:
         if not gradients:
             for name, parameter in trainer.model.named_parameters():
                 grad = parameter.grad
-                gradients[name] = parallel.full(torch.zeros_like(parameter) if grad is None else grad).clone()
+                gradients[name] = checkpoint.full(torch.zeros_like(parameter) if grad is None else grad).clone()
         return clip(parameters, max_norm)
 
     parallel.clip = watched
@@ -200,7 +200,7 @@ def trained(case: Case, parallel: Any, steps: int = STEPS) -> dict[str, Any]:
 def whole_tensors(trainer: Trainer) -> dict[str, Tensor]:
     """All that a checkpoint keeps, on every rank."""
     tensors = checkpoint.tensors_of(trainer.model, trainer.optimizer)
-    return {name: trainer.parallel.full(tensor).clone() for name, tensor in tensors.items()}
+    return {name: checkpoint.full(tensor).clone() for name, tensor in tensors.items()}
 
 
 def relative(found: Tensor, expected: Tensor) -> float:
@@ -279,9 +279,7 @@ def settings(timeout: int = 600) -> Any:
 
 def within(case: Case) -> Any:
     """The case's layout in the process group that there is."""
-    from whisper_moe.train.parallel import Processes
-
-    return Processes(ParallelConfig(**case.parallel), torch.device("cpu"))
+    return Parallel("cpu", ParallelConfig(**case.parallel))
 
 
 def layouts(folder: Path, parallel: Any) -> dict[str, Any]:

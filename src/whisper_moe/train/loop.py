@@ -146,6 +146,7 @@ class Trainer:
         self.network.train()
         passes = [self._pass(batch, totals, last=batch is batches[-1]) for batch in batches]
         parameters = [parameter for group in self.optimizer.param_groups for parameter in group["params"]]
+        self.parallel.exchange()
         self.scale.remove(parameters)
         norm = float(self.parallel.clip(parameters, self.recipe.optimisation.clip or math.inf))
         report = self._report(batches, passes, totals, norm)

@@ -1,7 +1,7 @@
 """One model over several ranks: experts dealt out, or attention and feed-forwards cut. Applied to a model from outside.
 
 Parameters become DTensors with the names and whole shapes that they have on one device; a rank holds and optimises its
-part. Modules are replaced by forms that compute with that part, and exchange activations by collectives of their own.
+part, and computes with it. (PyTorch's own plans do not fit: a fused projection has a share of each of its parts on a rank.)
 
 Expert parallel (GShard arXiv 2006.16668, section 2.2, without its capacity: nothing is dropped). Ranks read different
 data. Each token's state is sent to the ranks of its experts, all-to-all, and what they answer is sent back.
@@ -9,21 +9,21 @@ data. Each token's state is sent to the ranks of its experts, all-to-all, and wh
 Tensor parallel (Megatron-LM arXiv 1909.08053, section 3). Ranks read the same data. The first product of attention or
 feed-forward is cut by its outputs (heads, hidden units), the second by its inputs, and partial sums are added.
 
-T tokens, D width, K slots, E experts, F hidden units, P pairs of a token and an expert, G ranks of the group, L = E / G
-experts of one rank, R pairs that arrive at one rank.
+T tokens, D width, E experts, P pairs of a token and an expert, G ranks of the group, L = E / G experts of one rank, R pairs
+that arrive at one rank.
 """
 
 from __future__ import annotations
-
-from typing import Any
 
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.distributed._functional_collectives import all_to_all_single_autograd
 from torch.distributed.device_mesh import DeviceMesh
-from torch.distributed.tensor import DTensor, Shard, distribute_tensor
+from torch.distributed.tensor import DTensor, Partial, Replicate, Shard, distribute_tensor
 from torch.distributed.tensor.placement_types import Placement, _StridedShard
+from torch.func import functional_call
 
 from whisper_moe.model.attention import CrossAttention, SelfAttention
 from whisper_moe.model.block import Block
@@ -31,72 +31,13 @@ from whisper_moe.model.layers import FeedForward
 from whisper_moe.model.model import WhisperMoEModel
 from whisper_moe.model.moe import Experts
 from whisper_moe.model.router import NONE, Routing
+from whisper_moe.model.ttt import ExpertTTT
 from whisper_moe.packing import Layout
 
-# Collectives with gradients
 
-
-class _AllToAll(torch.autograd.Function):
-    """Rows [Σ sent, …] to the ranks of a group, ``sent[r]`` to rank r; ``received[r]`` rows come from it, in order of r."""
-
-    @staticmethod
-    def forward(ctx: Any, rows: Tensor, sent: list[int], received: list[int], group: dist.ProcessGroup) -> Tensor:
-        ctx.way_back = received, sent, group
-        return _exchange(rows, sent, received, group)
-
-    @staticmethod
-    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None, None, None]:
-        return _exchange(gradients[0], *ctx.way_back), None, None, None
-
-
-def _exchange(rows: Tensor, sent: list[int], received: list[int], group: dist.ProcessGroup) -> Tensor:
-    out = rows.new_empty(sum(received), *rows.shape[1:])
-    dist.all_to_all_single(out, rows.contiguous(), received, sent, group=group)
-    return out
-
-
-class _Enter(torch.autograd.Function):
-    """The same tensor on all ranks goes into parts of a computation: their gradients are added."""
-
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, group: dist.ProcessGroup) -> Tensor:
-        ctx.group = group
-        return x.view_as(x)
-
-    @staticmethod
-    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None]:
-        return _added(gradients[0], ctx.group), None
-
-
-class _Leave(torch.autograd.Function):
-    """Partial sums of all ranks are added; the gradient of a sum is that of each part."""
-
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, group: dist.ProcessGroup) -> Tensor:
-        return _added(x, group)
-
-    @staticmethod
-    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None]:
-        return gradients[0], None
-
-
-def _added(x: Tensor, group: dist.ProcessGroup) -> Tensor:
-    x = x.clone(memory_format=torch.contiguous_format)
-    dist.all_reduce(x, group=group)
-    return x
-
-
-class _ScaledGradient(torch.autograd.Function):
-    """Itself; its gradient is multiplied."""
-
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, factor: float) -> Tensor:
-        ctx.factor = factor
-        return x.view_as(x)
-
-    @staticmethod
-    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None]:
-        return gradients[0] * ctx.factor, None
+def local(tensor: Tensor) -> Tensor:
+    """This rank's part, differentiable."""
+    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
 
 
 def _sharded(parameter: Tensor, mesh: DeviceMesh, placement: Placement) -> nn.Parameter:
@@ -105,26 +46,29 @@ def _sharded(parameter: Tensor, mesh: DeviceMesh, placement: Placement) -> nn.Pa
     return nn.Parameter(part, requires_grad=parameter.requires_grad)
 
 
-def local(tensor: Tensor) -> Tensor:
-    """This rank's part, differentiable."""
-    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
+class _PartOfExperts(nn.Module):
+    """Parameters of :class:`Experts` that are shared out, and their function of any others."""
+
+    def __init__(self, experts: Experts, mesh: DeviceMesh, **placements: Placement) -> None:
+        super().__init__()
+        self._mesh = mesh
+        for name, parameter in experts.named_parameters():
+            kept = _sharded(parameter, mesh, placements[name]) if name in placements else parameter
+            self.register_parameter(name, kept)
+        self._function = (experts.to("meta"),)  # a tuple, for it is no child: it has no parameters
+
+    def _compute(self, parts: dict[str, Tensor], x_TD: Tensor, routing: Routing, layout: Layout | None) -> Tensor:
+        return functional_call(self._function[0], parts, (x_TD, routing, layout))
 
 
 # Expert parallel
 
 
-class ExpertsOverRanks(nn.Module):
-    """:class:`~whisper_moe.model.moe.Experts` of which each rank of a group holds E / G. The same function.
-
-    Gradients of the experts are divided by G: here they come from the data of all ranks of the group, and everywhere
-    else the mean over ranks is taken afterwards.
-    """
+class ExpertsOverRanks(_PartOfExperts):
+    """:class:`~whisper_moe.model.moe.Experts` of which each rank of a group holds E / G. The same function."""
 
     def __init__(self, experts: Experts, mesh: DeviceMesh) -> None:
-        super().__init__()
-        self._group, self._ranks, self._experts = mesh.get_group(), mesh.size(), len(experts.down_bias)
-        for name, parameter in list(experts.named_parameters(recurse=False)):
-            self.register_parameter(name, _sharded(parameter, mesh, Shard(0)))
+        super().__init__(experts, mesh, **{name: Shard(0) for name, _ in experts.named_parameters()})
 
     def forward(self, x_TD: Tensor, routing: Routing, layout: Layout | None = None) -> Tensor:
         """[T, D] → [T, D]: the gated sum over each token's experts, as :meth:`Experts.forward`. All ranks call it."""
@@ -134,39 +78,31 @@ class ExpertsOverRanks(nn.Module):
         token, slot = (tokens.experts != NONE).nonzero(as_tuple=True)
         expert_P, order = tokens.experts[token, slot].sort(stable=True)
         token, slot = token[order], slot[order]
-        sent_GL, received_GL = self._counts(expert_P)
+        group = self._mesh.get_group()
+        sent_GL = expert_P.bincount(minlength=len(self.down_bias)).view(self._mesh.size(), -1)  # pyright: ignore[reportArgumentType]
+        received_GL = torch.empty_like(sent_GL)
+        dist.all_to_all_single(received_GL, sent_GL, group=group)
         sent, received = sent_GL.sum(1).tolist(), received_GL.sum(1).tolist()
-        x_RD = _AllToAll.apply(x_TD[token], sent, received, self._group)
-        y_PD = _AllToAll.apply(self._answer(x_RD, received_GL), received, sent, self._group)
+        x_RD = all_to_all_single_autograd(x_TD[token], received, sent, group)
+        y_PD = all_to_all_single_autograd(self._answer(x_RD, received_GL), sent, received, group)
         gates_P1 = tokens.gates.to(x_TD.dtype)[token, slot, None]
         return torch.zeros_like(x_TD).index_add(0, token, (y_PD * gates_P1).to(x_TD.dtype))
-
-    def _counts(self, expert_P: Tensor) -> tuple[Tensor, Tensor]:
-        """Pairs that go to each expert of each rank, and those that come from each rank for each expert here, [G, L]."""
-        sent_GL = expert_P.bincount(minlength=self._experts).view(self._ranks, -1)
-        received_GL = torch.empty_like(sent_GL)
-        dist.all_to_all_single(received_GL, sent_GL, group=self._group)
-        return sent_GL, received_GL
 
     def _answer(self, x_RD: Tensor, received_GL: Tensor) -> Tensor:
         """[R, D] → [R, D]: each row through its expert here. Rows come by rank, and of each rank by expert.
 
-        An expert without a row is computed too: every parameter then has a gradient on every rank, and they stay in step.
+        Gradients of the experts are divided by G: here they come from the data of all ranks of the group, and everywhere
+        else the mean over ranks is taken afterwards.
         """
         ranks, experts = received_GL.shape
+        parts = {name: local(parameter) for name, parameter in self.named_parameters()}
+        if not len(x_RD):  # a gradient of zeros all the same, so that every rank makes the same update
+            return x_RD + sum(0 * part.sum() for part in parts.values()).to(x_RD.dtype)  # pyright: ignore[reportAttributeAccessIssue]
+        for part in parts.values():
+            if part.requires_grad:
+                part.register_hook(lambda gradient: gradient / ranks)
         expert_R = torch.arange(experts, device=x_RD.device).repeat(ranks).repeat_interleave(received_GL.flatten())
-        order = expert_R.argsort(stable=True)
-        pieces = x_RD[order].split(received_GL.sum(0).tolist())
-        weights = [_ScaledGradient.apply(local(w), 1 / self._ranks) for w in self._weights()]
-        each = zip(pieces, *(w.unbind() for w in weights), strict=True)
-        answers = [
-            F.linear(F.gelu(F.linear(x, up, up_bias)), down.mT, down_bias) for x, up, up_bias, down, down_bias in each
-        ]
-        y_RD = torch.cat(answers)
-        return torch.empty_like(y_RD).index_copy(0, order, y_RD)
-
-    def _weights(self) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        return self.up_weight, self.up_bias, self.down_weight, self.down_bias  # pyright: ignore[reportReturnType]
+        return self._compute(parts, x_RD, Routing(expert_R[:, None], x_RD.new_ones(len(x_RD), 1)), None)
 
 
 def spread_experts(model: WhisperMoEModel, mesh: DeviceMesh) -> None:
@@ -178,78 +114,103 @@ def spread_experts(model: WhisperMoEModel, mesh: DeviceMesh) -> None:
         raise ValueError(
             f"parallel.experts is {mesh.size()}, which does not divide the model's {moe.n_experts} experts"
         )
-    for parent in list(model.modules()):
-        for name, child in list(parent.named_children()):
-            if isinstance(child, Experts):
-                setattr(parent, name, ExpertsOverRanks(child, mesh))
+    for block in model.modules():
+        if isinstance(block, Block) and block.experts is not None:
+            block.experts = ExpertsOverRanks(block.experts, mesh)  # pyright: ignore[reportAttributeAccessIssue]
+
+
+class Use:
+    """Which experts' parameters any rank used in a step.
+
+    One process leaves what no segment chose without a gradient, and AdamW then leaves it alone. FSDP2 gives it zeros, with
+    which AdamW would move it on, so that they are taken away again.
+    """
+
+    def __init__(self, model: WhisperMoEModel, device: torch.device) -> None:
+        self._members: list[list[nn.Parameter]] = []
+        for module in model.modules():
+            if isinstance(module, ExpertTTT):
+                for layer in module:
+                    self._follow(layer, list(layer.parameters()))
+            elif isinstance(module, (Experts, ExpertsOverRanks)):  # their last bias takes part for *none* too
+                self._follow(module, [p for name, p in module.named_parameters() if name != "down_bias"])
+        self._used = torch.zeros(len(self._members), device=device)
+
+    def _follow(self, module: nn.Module, parameters: list[nn.Parameter]) -> None:
+        place = len(self._members)
+        self._members.append(parameters)
+
+        def note(_module: nn.Module, inputs: tuple[object, ...]) -> None:
+            chosen = inputs[1].experts != NONE if isinstance(inputs[1], Routing) else self._used.new_ones(1)
+            self._used[place] += chosen.any()
+
+        module.register_forward_pre_hook(note)
+
+    def forget_unused(self) -> None:
+        """To be called once a step, between the passes and the update."""
+        if self._members:
+            dist.all_reduce(self._used)
+            for used, parameters in zip(self._used.tolist(), self._members, strict=True):
+                for parameter in () if used else parameters:
+                    parameter.grad = None
+            self._used.zero_()
 
 
 # Tensor parallel
 
 
-class ColumnLinear(nn.Module):
+def _enter(x: Tensor, mesh: DeviceMesh) -> Tensor:
+    """The same tensor on all ranks goes into parts of a computation: their gradients are added."""
+    return DTensor.from_local(x, mesh, [Replicate()], run_check=False).to_local(grad_placements=[Partial()])
+
+
+def _leave(x: Tensor, mesh: DeviceMesh) -> Tensor:
+    """Partial sums of all ranks are added; the gradient of a sum is that of each part."""
+    return DTensor.from_local(x, mesh, [Partial()], run_check=False).full_tensor()
+
+
+class ColumnLinear(nn.Linear):
     """A linear layer of which each rank computes its part of the outputs.
 
     ``parts`` projections are fused into one; each rank has its share of every one of them, side by side.
     """
 
     def __init__(self, linear: nn.Linear, mesh: DeviceMesh, parts: int = 1) -> None:
-        super().__init__()
-        self._group = mesh.get_group()
+        nn.Module.__init__(self)
+        self._mesh = mesh
         # A strided shard takes every G-th of G * parts pieces: rows of this rank's heads in q, then k, then v.
         placement = Shard(0) if parts == 1 else _StridedShard(0, split_factor=parts)
         self.weight = _sharded(linear.weight, mesh, placement)
         self.bias = _sharded(linear.bias, mesh, placement)
 
-    def forward(self, x: Tensor) -> Tensor:
-        return F.linear(_Enter.apply(x, self._group), local(self.weight), local(self.bias))
+    def forward(self, input: Tensor) -> Tensor:
+        return F.linear(_enter(input, self._mesh), local(self.weight), local(self.bias))
 
 
-class RowLinear(nn.Module):
+class RowLinear(nn.Linear):
     """A linear layer of which each rank has its part of the inputs; what comes out is whole on every rank."""
 
     def __init__(self, linear: nn.Linear, mesh: DeviceMesh) -> None:
-        super().__init__()
-        self._group = mesh.get_group()
-        self.weight = _sharded(linear.weight, mesh, Shard(1))
-        self.bias = linear.bias
-
-    def forward(self, x: Tensor) -> Tensor:
-        return _Leave.apply(F.linear(x, local(self.weight)), self._group) + self.bias
-
-
-class _Part(Experts):
-    """Plain tensors in place of parameters, and no last bias."""
-
-    def __init__(self, up_weight: Tensor, up_bias: Tensor, down_weight: Tensor) -> None:
         nn.Module.__init__(self)
-        down_bias = up_weight.new_zeros(up_weight.shape[0], up_weight.shape[2])
-        # Past nn.Module, which takes no computed tensor for a parameter.
-        self.__dict__ |= {
-            "up_weight": up_weight,
-            "up_bias": up_bias,
-            "down_weight": down_weight,
-            "down_bias": down_bias,
-        }
+        self._mesh, self.weight, self.bias = mesh, _sharded(linear.weight, mesh, Shard(1)), linear.bias
+
+    def forward(self, input: Tensor) -> Tensor:
+        return _leave(F.linear(input, local(self.weight)), self._mesh) + self.bias
 
 
-class CutExperts(Experts):
+class CutExperts(_PartOfExperts):
     """Routed experts of which each rank has a part of every expert's hidden units."""
 
     def __init__(self, experts: Experts, mesh: DeviceMesh) -> None:
-        nn.Module.__init__(self)
-        self._group = mesh.get_group()
-        for name in ("up_weight", "up_bias", "down_weight"):
-            self.register_parameter(name, _sharded(getattr(experts, name), mesh, Shard(1)))
-        self.down_bias = experts.down_bias
+        super().__init__(experts, mesh, up_weight=Shard(1), up_bias=Shard(1), down_weight=Shard(1))
 
     def forward(self, x_TD: Tensor, routing: Routing, layout: Layout | None = None) -> Tensor:
-        """As :meth:`Experts.forward`; what comes out is whole on every rank."""
-        part = _Part(local(self.up_weight), local(self.up_bias), local(self.down_weight))
-        cut = Routing(routing.experts, _Enter.apply(routing.gates, self._group), routing.logits)
-        y_TD = _Leave.apply(part(_Enter.apply(x_TD, self._group), cut, layout), self._group)
-        tokens = routing if layout is None else routing.expand(layout)
-        return y_TD + self._gated_down_bias(tokens.experts, tokens.gates.to(y_TD.dtype))
+        """As :meth:`Experts.forward`; what comes out is whole on every rank, of which the first adds the last biases."""
+        parts = {name: local(parameter) for name, parameter in self.named_parameters()}
+        parts["down_bias"] = _enter(parts["down_bias"], self._mesh) * (self._mesh.get_local_rank() == 0)
+        gates = _enter(routing.gates, self._mesh)
+        cut = Routing(routing.experts, gates, routing.logits)
+        return _leave(self._compute(parts, _enter(x_TD, self._mesh), cut, layout), self._mesh)
 
 
 def cut(model: WhisperMoEModel, mesh: DeviceMesh) -> None:
@@ -258,29 +219,27 @@ def cut(model: WhisperMoEModel, mesh: DeviceMesh) -> None:
     Raises ``ValueError`` for heads or hidden units that do not come out even.
     """
     _check_even(model, mesh.size())
-    for parent in list(model.modules()):
-        if isinstance(parent, SelfAttention):
-            parent.heads //= mesh.size()
-            parent.qkv = ColumnLinear(parent.qkv, mesh, 3)  # pyright: ignore[reportAttributeAccessIssue]
-            parent.out = RowLinear(parent.out, mesh)  # pyright: ignore[reportAttributeAccessIssue]
-        elif isinstance(parent, CrossAttention):
-            parent.heads //= mesh.size()
-            parent.q = ColumnLinear(parent.q, mesh)  # pyright: ignore[reportAttributeAccessIssue]
-            parent.kv = ColumnLinear(parent.kv, mesh, 2)  # pyright: ignore[reportAttributeAccessIssue]
-            parent.out = RowLinear(parent.out, mesh)  # pyright: ignore[reportAttributeAccessIssue]
-        elif type(parent) is FeedForward:  # adapters are too slim to be worth it
-            parent.up = ColumnLinear(parent.up, mesh)  # pyright: ignore[reportAttributeAccessIssue]
-            parent.down = RowLinear(parent.down, mesh)  # pyright: ignore[reportAttributeAccessIssue]
-        elif isinstance(parent, Block) and parent.experts is not None:
-            parent.experts = CutExperts(parent.experts, mesh)
+    for module in list(model.modules()):
+        if isinstance(module, (SelfAttention, CrossAttention)):
+            module.heads //= mesh.size()
+            module.out = RowLinear(module.out, mesh)
+            if isinstance(module, SelfAttention):
+                module.qkv = ColumnLinear(module.qkv, mesh, 3)
+            else:
+                module.q, module.kv = ColumnLinear(module.q, mesh), ColumnLinear(module.kv, mesh, 2)
+        elif type(module) is FeedForward:  # adapters are too slim to be worth it
+            module.up, module.down = ColumnLinear(module.up, mesh), RowLinear(module.down, mesh)
+        elif isinstance(module, Block) and module.experts is not None:
+            module.experts = CutExperts(module.experts, mesh)  # pyright: ignore[reportAttributeAccessIssue]
 
 
 def _check_even(model: WhisperMoEModel, ranks: int) -> None:
     config = model.config
     counts = {
-        f"{side} {name}": getattr(config, f"{side}_{key}")
-        for side in ("encoder", "decoder")
-        for name, key in (("heads", "heads"), ("hidden units", "ffn_dim"))
+        "encoder heads": config.encoder_heads,
+        "encoder hidden units": config.encoder_ffn_dim,
+        "decoder heads": config.decoder_heads,
+        "decoder hidden units": config.decoder_ffn_dim,
     }
     if config.moe:
         counts["hidden units of an expert"] = config.moe.expert_dim

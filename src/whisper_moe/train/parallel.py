@@ -1,6 +1,7 @@
 """How a run's processes share its work: one alone, or many on PyTorch's own engine (torchrun, DDP, ``fully_shard``, DTensor).
 
-The training loop asks :class:`Parallel`; the model knows nothing of it.
+The training loop asks :class:`Parallel`; the model knows nothing of it. Ranks are numbered replica first, then expert, then
+tensor: neighbours, which share a machine, share the most traffic.
 
 - Data parallel: DDP, where all ranks hold everything, or FSDP2, where each holds a share of it (ZeRO, arXiv 1910.02054).
 - Model parallel: experts dealt out to ranks, or attention and feed-forwards cut over them; see
@@ -15,9 +16,11 @@ import logging
 import os
 import socket
 import sys
-from collections.abc import Iterable, Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, nullcontext
 from datetime import timedelta
+from functools import partial
+from math import prod
 from typing import TypeVar
 
 import torch
@@ -25,7 +28,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
-from torch.distributed.tensor import DTensor, Shard
+from torch.distributed.tensor import DTensor, Replicate, Shard
 from torch.nn.parallel import DistributedDataParallel
 
 from whisper_moe.machine import pick_device
@@ -35,8 +38,7 @@ from whisper_moe.model.router import Router
 from whisper_moe.model.ttt import TTTMLP, ExpertTTT
 from whisper_moe.train import checkpoint
 from whisper_moe.train.layout import ParallelConfig
-from whisper_moe.train.model_parallel import ExpertsOverRanks, cut, spread_experts
-from whisper_moe.train.optim import Rest, Use, clip_gradients
+from whisper_moe.train.model_parallel import ExpertsOverRanks, Use, cut, local, spread_experts
 from whisper_moe.train.reading import RecipeError
 from whisper_moe.train.recipe import Recipe
 
@@ -49,7 +51,7 @@ class LostPeerError(ConnectionError):
 
 
 class Parallel:
-    """One process on one device; :class:`Processes` answers for many. Ranks that share one model read the same data."""
+    """This process among those of a run, or alone. Ranks that share one model read the same data."""
 
     rank = 0
     """Of all processes; 0 writes files and speaks."""
@@ -58,53 +60,218 @@ class Parallel:
     """Which share of the data this process reads, of ``data_size``."""
     data_size = 1
 
-    def __init__(self, device: torch.device | str = "cpu") -> None:
-        self.device = torch.device(device)
+    def __init__(self, device: torch.device | str = "cpu", config: ParallelConfig | None = None) -> None:
+        """With ``config``: there is a process group, and every rank of it comes here."""
+        self.device, self.config = torch.device(device), config or ParallelConfig()
+        self._apart: list[tuple[dist.ProcessGroup, list[nn.Parameter]]] = []
+        if config is None:
+            return
+        self.rank, self.world_size = dist.get_rank(), dist.get_world_size()
+        self._replicas = config.replicas(self.world_size)
+        self.data_size = self._replicas * config.experts
+        shape = (self._replicas, config.experts, config.tensor)
+        self.mesh = init_device_mesh(self.device.type, shape, mesh_dim_names=("replicas", "experts", "tensor"))
+        self._data: DeviceMesh = self.mesh["replicas", "experts"]._flatten("data")
+        self.data_rank = self._data.get_local_rank()
 
     def wrap(self, model: WhisperMoEModel) -> nn.Module:
-        """What is called for the forward pass; before the optimizer is made, since parameters may become DTensors.
+        """Parallelise ``model`` in place, all ranks with rank 0's weights; returns what is called for the forward pass.
 
-        ``model`` itself stays the owner of the names. Gradients become the mean over ``data_size``.
+        Before the optimizer is made, since parameters may become DTensors. ``model`` stays the owner of the names. Raises
+        ``ValueError`` for a model that the layout does not fit.
         """
-        return model
+        if self.world_size == 1:
+            return model
+        for tensor in (*model.parameters(), *model.buffers()):
+            dist.broadcast(tensor.detach(), src=0)
+        if self.config.tensor > 1:
+            cut(model, self.mesh["tensor"])
+        if self.config.experts > 1:
+            spread_experts(model, self.mesh["experts"])
+        network, apart = model, list[nn.Parameter]()
+        if self.config.data == "fsdp2":
+            apart = self._share_out(model)
+        elif self.data_size > 1:
+            network, apart = self._replicated(model)
+        dealt = {p for m in model.modules() if isinstance(m, ExpertsOverRanks) for p in m.parameters()}
+        for group, own in (
+            (self._data.get_group(), [p for p in apart if p.requires_grad and p not in dealt]),
+            (self.mesh.get_group("replicas"), [p for p in apart if p.requires_grad and p in dealt]),
+        ):
+            if own and group.size() > 1:
+                self._apart.append((group, own))
+        self._use = Use(model, self.device)
+        return network
 
-    def accumulating(self, model: nn.Module) -> AbstractContextManager[None]:
+    def _replicated(self, model: WhisperMoEModel) -> tuple[nn.Module, list[nn.Parameter]]:
+        """DDP for all parameters but those that are parts, which it does not know how to handle and are given too."""
+        parts = {name: parameter for name, parameter in model.named_parameters() if isinstance(parameter, DTensor)}
+        DistributedDataParallel._set_params_and_buffers_to_ignore_for_model(model, [*parts])
+        network = DistributedDataParallel(
+            model,
+            process_group=self._data.get_group(),
+            forward_sync_buffers=False,  # what moves a router's bias moves it alike on all ranks
+            gradient_as_bucket_view=True,
+            # An expert's own TTT layer, if nobody chose it; what adapts the core, if all windows are full.
+            find_unused_parameters=model.config.moe is not None or model.config.core_alone_on_full_windows,
+        )
+        return network, [*parts.values()]
+
+    def _share_out(self, model: WhisperMoEModel) -> list[nn.Parameter]:
+        """FSDP2, a unit for each block and one for the rest; experts that are dealt out, over their copies only.
+
+        Gives the parameters that stay as they are.
+        """
+        whole, policy, kept = MixedPrecisionPolicy(), MixedPrecisionPolicy(), ()
+        if self.config.gathered == "bfloat16":
+            half, single = torch.bfloat16, torch.float32
+            policy = MixedPrecisionPolicy(param_dtype=half, reduce_dtype=single, cast_forward_inputs=False)
+            kept = (Router, TTTMLP, ExpertTTT)
+        apart = [p for p in model.parameters() if self._share_dim(p) is None]
+        shard = partial(
+            fully_shard, ignored_params=set(apart), shard_placement_fn=lambda p: Shard(self._share_dim(p) or 0)
+        )
+        inner = partial(shard, reshard_after_forward=self.config.reshard)
+        for block in [module for module in model.modules() if isinstance(module, Block)]:
+            for child in block.children():
+                if isinstance(child, ExpertsOverRanks) and not set(apart).issuperset(child.parameters()):
+                    inner(child, mesh=self.mesh["replicas"], mp_policy=policy)
+                elif isinstance(child, kept):
+                    inner(child, mesh=self._data, mp_policy=whole)
+            inner(block, mesh=self._data, mp_policy=policy)
+        shard(model, mesh=self._data, mp_policy=whole)
+        assert isinstance(model, FSDPModule)
+        # Ranks may differ in which parameters they used; all take part in every exchange.
+        model.set_reduce_scatter_unused_params(True)
+        return apart
+
+    def _share_dim(self, parameter: nn.Parameter) -> int | None:
+        """The dimension that FSDP2 shares a parameter out by: the first, or of a part, another than it was cut by.
+
+        None where no other can be divided, or there is nobody to share with.
+        """
+        if not isinstance(parameter, DTensor):
+            return 0
+        dealt = parameter.device_mesh.mesh_dim_names == ("experts",)
+        ranks = self._replicas if dealt else self.data_size
+        if ranks == 1:
+            return None
+        taken = {getattr(placement, "dim", None) for placement in parameter.placements}
+        free = [d for d in range(parameter.ndim) if d not in taken and (d == 0 or parameter.shape[d] % ranks == 0)]
+        return free[0] if free else None
+
+    @contextmanager
+    def accumulating(self, model: nn.Module) -> Iterator[None]:
         """Around the passes of a step before its last: gradients are added up, and exchanged in the last."""
-        return nullcontext()
+        if isinstance(model, FSDPModule):
+            model.set_requires_gradient_sync(False)
+        with model.no_sync() if isinstance(model, DistributedDataParallel) else nullcontext():
+            yield
+        if isinstance(model, FSDPModule):
+            model.set_requires_gradient_sync(True)
 
-    def clip(self, parameters: Iterable[nn.Parameter], max_norm: float) -> Tensor:
-        """The norm of all gradients of the whole model, a plain scalar; above ``max_norm`` they are scaled down to it.
+    @torch.no_grad()
+    def exchange(self) -> None:
+        """Once a step, after its passes: what neither DDP nor FSDP2 exchanges becomes the mean over ``data_size`` too.
 
-        ``max_norm`` may be infinite: then the norm is only measured.
+        All at once and in one order, for ranks need not agree which of them got a gradient. What no rank used loses its
+        zeros here.
         """
-        return nn.utils.clip_grad_norm_(list(parameters), max_norm)
+        for group, members in self._apart:
+            for parameter in members:
+                if parameter.grad is None:
+                    parameter.grad = torch.zeros_like(parameter)
+            parts = [local(parameter.grad) for parameter in members]  # pyright: ignore[reportArgumentType]
+            flat = torch.cat([part.flatten() for part in parts])
+            dist.all_reduce(flat, group=group)
+            flat /= group.size()
+            for part, mean in zip(parts, flat.split([part.numel() for part in parts]), strict=True):
+                part.copy_(mean.view_as(part))
+        if self.world_size > 1:
+            self._use.forget_unused()
 
-    def full(self, tensor: Tensor) -> Tensor:
-        """The whole of a parameter or of an optimizer's tensor, on the CPU. Every process calls it, in the same order."""
-        return tensor.detach().cpu()
+    def clip(self, parameters: Sequence[nn.Parameter], max_norm: float) -> Tensor:
+        """The norm of all gradients of the whole model; above ``max_norm``, which may be infinite, they are scaled down to it.
 
-    def whole(self, model: WhisperMoEModel) -> AbstractContextManager[WhisperMoEModel | None]:
+        Each element counts once, however many ranks hold it.
+        """
+        if self.world_size == 1:
+            return nn.utils.clip_grad_norm_(parameters, max_norm)
+        gradients = [parameter.grad for parameter in parameters if parameter.grad is not None]
+        total = torch.zeros((), dtype=torch.float64, device=self.device)
+        for gradient in gradients:
+            total += local(gradient).detach().double().square().sum() / _holders(gradient)
+        dist.all_reduce(total)
+        norm = total.sqrt().float()
+        if max_norm != float("inf"):
+            factor = (max_norm / (norm + 1e-6)).clamp(max=1.0)
+            for gradient in gradients:
+                local(gradient).mul_(factor.to(gradient.dtype))
+        return norm
+
+    @contextmanager
+    def whole(self, model: WhisperMoEModel) -> Iterator[WhisperMoEModel | None]:
         """A model with whole parameters on rank 0, to decode with; None on other ranks. Every process enters it."""
-        return nullcontext(model)
+        from whisper_moe.weights.parts import empty_model
+
+        if not any(isinstance(parameter, DTensor) for parameter in model.parameters()):
+            yield model if self.rank == 0 else None
+            return
+        state = {}
+        for name, tensor in model.state_dict().items():
+            full = checkpoint.full(tensor.detach())
+            if self.rank == 0:
+                state[name] = full
+        if self.rank:
+            yield None
+            return
+        copy = empty_model(model.config)
+        copy.load_state_dict(state, assign=True)
+        yield copy.train(model.training)
 
     def sum(self, values: Tensor) -> Tensor:
         """Sum over the shares of the data; for counts and losses, no gradient flows through it."""
-        return values.detach()
+        total = values.detach()
+        if self.world_size > 1:
+            total = total.clone()
+            dist.all_reduce(total, group=self._data.get_group())
+        return total
 
     def any(self, flag: bool) -> bool:
         """Whether any process says so: all then do the same."""
-        return flag
+        if self.world_size == 1:
+            return flag
+        said = torch.tensor(int(flag), device=self.device)
+        dist.all_reduce(said, op=dist.ReduceOp.MAX)
+        return bool(said)
 
     def gather(self, names: Sequence[Said]) -> list[Said]:
         """What each share of the data gives, one after another."""
-        return list(names)
+        said = [list(names)] * self.data_size
+        if self.world_size > 1:
+            dist.all_gather_object(said, said[0], group=self._data.get_group())
+        return [name for part in said for name in part]
 
     def broadcast(self, text: str) -> str:
         """What rank 0 says."""
-        return text
+        said = [text]
+        if self.world_size > 1:
+            dist.broadcast_object_list(said, src=0)
+        return said[0]
 
     def barrier(self) -> None:
         """All processes wait for each other."""
+        if self.world_size > 1:
+            dist.barrier()
+
+
+def _holders(tensor: Tensor) -> int:
+    """How many ranks have the same elements as this one."""
+    if not isinstance(tensor, DTensor):
+        return dist.get_world_size()
+    mesh = tensor.device_mesh
+    parts = [mesh.size(i) for i, placement in enumerate(tensor.placements) if not isinstance(placement, Replicate)]
+    return dist.get_world_size() // prod(parts)
 
 
 @contextmanager
@@ -131,7 +298,7 @@ def processes(recipe: Recipe) -> Iterator[Parallel]:
         logging.getLogger("whisper_moe").setLevel(logging.ERROR)
     try:
         _meet(backend, timedelta(seconds=config.timeout_seconds))
-        yield Processes(config, device)
+        yield Parallel(device, config)
     except BaseException as error:
         lost = _lost_peer(error)
         said = " ".join(str(lost or error).split()) or "no message"
@@ -200,183 +367,3 @@ def _leave(*, failed: bool) -> None:
         _abort_process_group()
     else:
         dist.destroy_process_group()
-
-
-class Processes(Parallel):
-    """This process among those of a run."""
-
-    def __init__(self, config: ParallelConfig, device: torch.device) -> None:
-        """The process group exists; every rank of it comes here."""
-        super().__init__(device)
-        self.config, self.rank, self.world_size = config, dist.get_rank(), dist.get_world_size()
-        self._replicas = config.replicas(self.world_size)
-        self.data_size = self._replicas * config.experts
-        shape = (self._replicas, config.experts, config.tensor)
-        self.mesh = init_device_mesh(device.type, shape, mesh_dim_names=("replicas", "experts", "tensor"))
-        self._data: DeviceMesh = self.mesh["replicas", "experts"]._flatten("data")
-        self.data_rank = self._data.get_local_rank()
-        self._rest: Rest | None = None
-        self._use: Use | None = None
-
-    def wrap(self, model: WhisperMoEModel) -> nn.Module:
-        """Parallelise ``model`` in place; returns what is to be called. All ranks get rank 0's weights.
-
-        Raises ``ValueError`` for a model that the layout does not fit.
-        """
-        for tensor in (*model.parameters(), *model.buffers()):
-            dist.broadcast(tensor.detach(), src=0)
-        if self.config.tensor > 1:
-            cut(model, self.mesh["tensor"])
-        if self.config.experts > 1:
-            spread_experts(model, self.mesh["experts"])
-        if self.config.data == "fsdp2":
-            network, managed = self._sharded(model)
-        elif self.data_size > 1:
-            network, managed = self._replicated(model)
-        else:
-            network, managed = model, list(model.parameters())
-        known = {id(parameter) for parameter in managed}
-        dealt = {id(p) for m in model.modules() if isinstance(m, ExpertsOverRanks) for p in m.parameters()}
-        groups = [
-            (parameter, self.mesh.get_group("replicas") if id(parameter) in dealt else self._data.get_group())
-            for parameter in model.parameters()
-            if id(parameter) not in known
-        ]
-        self._rest, self._use = Rest(model, groups), Use(model, self.device)
-        return network
-
-    def _replicated(self, model: WhisperMoEModel) -> tuple[nn.Module, list[nn.Parameter]]:
-        """DDP for all parameters but those that are parts, which it does not know how to handle."""
-        parts = [name for name, parameter in model.named_parameters() if isinstance(parameter, DTensor)]
-        DistributedDataParallel._set_params_and_buffers_to_ignore_for_model(model, parts)
-        network = DistributedDataParallel(
-            model,
-            process_group=self._data.get_group(),
-            forward_sync_buffers=False,  # what moves a router's bias moves it alike on all ranks
-            gradient_as_bucket_view=True,
-            # An expert's own TTT layer, if nobody chose it; what adapts the core, if all windows are full.
-            find_unused_parameters=model.config.moe is not None or model.config.core_alone_on_full_windows,
-        )
-        return network, [parameter for parameter in model.parameters() if not isinstance(parameter, DTensor)]
-
-    def _sharded(self, model: WhisperMoEModel) -> tuple[nn.Module, list[nn.Parameter]]:
-        """FSDP2, a unit for each block and one for the rest; experts that are dealt out, over their copies only."""
-        whole, policy = MixedPrecisionPolicy(), MixedPrecisionPolicy()
-        if self.config.gathered == "bfloat16":
-            policy = MixedPrecisionPolicy(
-                param_dtype=torch.bfloat16, reduce_dtype=torch.float32, cast_forward_inputs=False
-            )
-        ignored: set[nn.Parameter] = set()
-        for parameter in model.parameters():
-            if isinstance(parameter, DTensor) and self._share_dim(parameter) is None:
-                ignored.add(parameter)
-        kept = (Router, TTTMLP, ExpertTTT) if self.config.gathered == "bfloat16" else ()
-
-        def shard(module: nn.Module, mesh: DeviceMesh, policy: MixedPrecisionPolicy) -> None:
-            fully_shard(
-                module,
-                mesh=mesh,
-                mp_policy=policy,
-                reshard_after_forward=self.config.reshard,
-                ignored_params=ignored,
-                shard_placement_fn=self._placement,
-            )
-
-        for block in [module for module in model.modules() if isinstance(module, Block)]:
-            for child in block.children():
-                if isinstance(child, ExpertsOverRanks) and not ignored.issuperset(child.parameters()):
-                    shard(child, self.mesh["replicas"], policy)
-                elif isinstance(child, kept):
-                    shard(child, self._data, whole)
-            shard(block, self._data, policy)
-        fully_shard(model, mesh=self._data, mp_policy=whole, ignored_params=ignored, shard_placement_fn=self._placement)
-        assert isinstance(model, FSDPModule)
-        # Ranks may differ in which parameters they used; all take part in every exchange.
-        model.set_reduce_scatter_unused_params(True)
-        ignored_ids = {id(parameter) for parameter in ignored}
-        return model, [parameter for parameter in model.parameters() if id(parameter) not in ignored_ids]
-
-    def _placement(self, parameter: nn.Parameter) -> Shard:
-        dim = self._share_dim(parameter)
-        assert dim is not None
-        return Shard(dim)
-
-    def _share_dim(self, parameter: nn.Parameter) -> int | None:
-        """The dimension that FSDP2 shares a parameter out by: the first, or of a part, another than it was cut by.
-
-        None where no other can be divided, or there is nobody to share with: it stays as it is.
-        """
-        if not isinstance(parameter, DTensor):
-            return 0
-        dealt = parameter.device_mesh.mesh_dim_names == ("experts",)
-        ranks = self._replicas if dealt else self.data_size
-        if ranks == 1:
-            return None
-        taken = {getattr(placement, "dim", None) for placement in parameter.placements}
-        free = [d for d in range(parameter.ndim) if d not in taken and (d == 0 or parameter.shape[d] % ranks == 0)]
-        return free[0] if free else None
-
-    @contextmanager
-    def accumulating(self, model: nn.Module) -> Iterator[None]:
-        assert self._rest is not None, "wrap the model first"
-        self._rest.exchanging = False
-        if isinstance(model, FSDPModule):
-            model.set_requires_gradient_sync(False)
-        try:
-            with model.no_sync() if isinstance(model, DistributedDataParallel) else nullcontext():
-                yield
-        finally:
-            self._rest.exchanging = True
-            if isinstance(model, FSDPModule):
-                model.set_requires_gradient_sync(True)
-
-    def clip(self, parameters: Iterable[nn.Parameter], max_norm: float) -> Tensor:
-        """Each element counts once, however many ranks hold it; what no rank used loses its gradient of zeros here."""
-        if self._use is not None:
-            self._use.forget_unused()
-        return clip_gradients(parameters, max_norm, self.device)
-
-    def full(self, tensor: Tensor) -> Tensor:
-        return checkpoint.full(tensor.detach()).cpu()
-
-    @contextmanager
-    def whole(self, model: WhisperMoEModel) -> Iterator[WhisperMoEModel | None]:
-        from whisper_moe.weights.parts import empty_model
-
-        if not any(isinstance(parameter, DTensor) for parameter in model.parameters()):
-            yield model if self.rank == 0 else None
-            return
-        state = {}
-        for name, tensor in model.state_dict().items():
-            full = self.full(tensor)
-            if self.rank == 0:
-                state[name] = full.to(self.device)
-        if self.rank:
-            yield None
-            return
-        copy = empty_model(model.config)
-        copy.load_state_dict(state, assign=True)
-        yield copy.train(model.training)
-
-    def sum(self, values: Tensor) -> Tensor:
-        total = values.detach().clone()
-        dist.all_reduce(total, group=self._data.get_group())
-        return total
-
-    def any(self, flag: bool) -> bool:
-        said = torch.tensor(int(flag), device=self.device)
-        dist.all_reduce(said, op=dist.ReduceOp.MAX)
-        return bool(said)
-
-    def gather(self, names: Sequence[Said]) -> list[Said]:
-        said: list[list[Said]] = [[] for _ in range(self.data_size)]
-        dist.all_gather_object(said, list(names), group=self._data.get_group())
-        return [name for part in said for name in part]
-
-    def broadcast(self, text: str) -> str:
-        said = [text]
-        dist.broadcast_object_list(said, src=0)
-        return said[0]
-
-    def barrier(self) -> None:
-        dist.barrier()
