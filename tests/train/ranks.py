@@ -31,10 +31,10 @@ from whisper_moe.model.block import Block
 from whisper_moe.model.model import WhisperMoEModel
 from whisper_moe.packing import Layout
 from whisper_moe.train import checkpoint
-from whisper_moe.train.layout import ParallelConfig
 from whisper_moe.train.loop import Trainer
 from whisper_moe.train.losses import RouterLosses, SpeechObjective
 from whisper_moe.train.parallel import Parallel
+from whisper_moe.train.recipe import ParallelRecipe
 
 CONFIGS["wide"] = CONFIGS["segment"].model_copy(update={"decoder_heads": 4})
 """All heads can be cut over four ranks."""
@@ -274,12 +274,12 @@ def run_ranks(job: str, world: int, folder: Path, **extra: str) -> list[Any]:
 
 
 def settings(timeout: int = 600) -> Any:
-    return SimpleNamespace(run=SimpleNamespace(device="cpu"), parallel=ParallelConfig(timeout_seconds=timeout))
+    return SimpleNamespace(run=SimpleNamespace(device="cpu"), parallel=ParallelRecipe(timeout_seconds=timeout))
 
 
 def within(case: Case) -> Any:
     """The case's layout in the process group that there is."""
-    return Parallel("cpu", ParallelConfig(**case.parallel))
+    return Parallel("cpu", ParallelRecipe(**case.parallel))
 
 
 def layouts(folder: Path, parallel: Any) -> dict[str, Any]:

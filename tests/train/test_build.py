@@ -26,8 +26,7 @@ from whisper_moe.train import build
 from whisper_moe.train.parallel import Parallel
 from whisper_moe.train.reading import RecipeError, apply
 from whisper_moe.train.recipe import ContextRecipe, Recipe, recipe_of
-from whisper_moe.train.record import RECORD, check_same
-from whisper_moe.train.run import run
+from whisper_moe.train.run import RECORD, check_same, run
 
 Tree = dict[str, Any]
 

@@ -14,9 +14,9 @@ import torch
 from train import ranks
 
 from whisper_moe.train import checkpoint
-from whisper_moe.train.layout import ParallelConfig
 from whisper_moe.train.model_parallel import cut, spread_experts
 from whisper_moe.train.parallel import device_of
+from whisper_moe.train.recipe import ParallelRecipe
 
 TOLERANCE = 1e-5
 """Relative to a tensor's largest value, in float32."""
@@ -228,9 +228,9 @@ def test_a_rank_that_never_comes_is_not_waited_for(tmp_path: Path) -> None:
 
 
 def test_ranks_are_dealt_out() -> None:
-    assert ParallelConfig(data="fsdp2", experts=4).replicas(8) == 2
-    assert ParallelConfig(data="ddp", tensor=2).replicas(8) == 4
-    assert ParallelConfig().replicas(1) == 1
+    assert ParallelRecipe(data="fsdp2", experts=4).replicas(8) == 2
+    assert ParallelRecipe(data="ddp", tensor=2).replicas(8) == 4
+    assert ParallelRecipe().replicas(1) == 1
 
 
 @pytest.mark.parametrize(
@@ -246,7 +246,7 @@ def test_ranks_are_dealt_out() -> None:
 )
 def test_a_layout_that_cannot_be_is_refused(values: dict[str, Any], world: int, message: str) -> None:
     with pytest.raises(ValueError, match=re.escape(message)):
-        ParallelConfig(**values).replicas(world)
+        ParallelRecipe(**values).replicas(world)
 
 
 @pytest.mark.parametrize(

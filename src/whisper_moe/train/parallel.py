@@ -37,10 +37,9 @@ from whisper_moe.model.model import WhisperMoEModel
 from whisper_moe.model.router import Router
 from whisper_moe.model.ttt import TTTMLP, ExpertTTT
 from whisper_moe.train import checkpoint
-from whisper_moe.train.layout import ParallelConfig
 from whisper_moe.train.model_parallel import ExpertsOverRanks, Use, cut, local, spread_experts
 from whisper_moe.train.reading import RecipeError
-from whisper_moe.train.recipe import Recipe
+from whisper_moe.train.recipe import ParallelRecipe, Recipe
 
 logger = logging.getLogger(__name__)
 Said = TypeVar("Said")
@@ -60,9 +59,9 @@ class Parallel:
     """Which share of the data this process reads, of ``data_size``."""
     data_size = 1
 
-    def __init__(self, device: torch.device | str = "cpu", config: ParallelConfig | None = None) -> None:
+    def __init__(self, device: torch.device | str = "cpu", config: ParallelRecipe | None = None) -> None:
         """With ``config``: there is a process group, and every rank of it comes here."""
-        self.device, self.config = torch.device(device), config or ParallelConfig()
+        self.device, self.config = torch.device(device), config or ParallelRecipe()
         self._apart: list[tuple[dist.ProcessGroup, list[nn.Parameter]]] = []
         if config is None:
             return

@@ -13,27 +13,53 @@ SIGINT and SIGTERM with a checkpoint written: ``--resume`` goes on from it, bit 
 
 from __future__ import annotations
 
+import json
 import logging
 import os
 import random
+import shlex
 import signal
+import subprocess
 import sys
 from collections.abc import Iterator, Sequence
-from contextlib import chdir, contextmanager, nullcontext
+from contextlib import chdir, contextmanager, nullcontext, suppress
+from datetime import datetime
+from importlib.metadata import distributions
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from whisper_moe.machine import take_threads
-from whisper_moe.train.reading import RecipeError
-from whisper_moe.train.recipe import Recipe
-from whisper_moe.train.record import RECORD, asked, check_same, finish_record, write_record
+from whisper_moe.train.reading import RecipeError, apply
+from whisper_moe.train.recipe import Recipe, load_recipe, recipe_of
+from whisper_moe.weights.files import atomic_file, json_bytes, read_json
 
 if TYPE_CHECKING:
     from whisper_moe.train.build import InitialModel
     from whisper_moe.train.loop import Trainer
     from whisper_moe.train.parallel import Parallel
 
-MODEL, LOCK = "model", "trainer.lock"
+MODEL, LOCK, RECORD = "model", "trainer.lock", "run.json"
+_PACKAGES = ("whisper-moe", "torch", "numpy", "datasets", "tokenizers", "safetensors", "av", "pydantic")
+_FREE = (
+    "run",
+    "evaluation.every",
+    "evaluation.batch_size",
+    "evaluation.padded",
+    "evaluation.patience",
+    "name",
+    "parallel",
+    "data.loader.workers",
+    "data.loader.prefetch",
+    "data.loader.cache_dir",
+    "data.loader.cache_limit_mb",
+    "optimisation.steps",
+    "optimisation.epochs",
+    "optimisation.recompute",
+    "losses.context.lessons",
+    "losses.context.limit_mb",
+)
+"""Parts of a recipe that may differ where a run goes on: they change neither what is learned from nor what the best checkpoint
+is. Of steps and epochs there cannot be fewer than are done; :func:`_go_on` sees to that."""
 logger = logging.getLogger(__name__)
 
 
@@ -47,6 +73,40 @@ def train(path: Path, overrides: Sequence[str], output: Path | None, resume: boo
         if os.environ.get("RANK", "0") == "0" or not isinstance(error, RecipeError):
             print(f"whisper-moe: {' '.join(str(error).split())}", file=sys.stderr, flush=True)
         return 2 if isinstance(error, RecipeError) else 1
+
+
+def asked(path: Path, overrides: Sequence[str], output: Path | None, resume: bool) -> tuple[Recipe, Path, Path]:
+    """A recipe, the run's directory, and the folder that paths in the recipe are relative to.
+
+    ``path``: a recipe; or, to go on, a run's directory, whose record has the recipe. Raises :class:`RecipeError`.
+    """
+    run = path.parent if path.name == RECORD and path.exists() else path
+    if not run.is_dir():
+        if resume and output and (output / RECORD).exists() and not path.exists():
+            raise RecipeError(
+                f"{path}: is not there; --resume {output} goes on with the recipe that the run itself keeps"
+            )
+        recipe = load_recipe(path, overrides)
+        return recipe, output or Path(recipe.run.directory or f"runs/{recipe.name}"), Path()
+    if not (run / RECORD).exists():
+        whole = next((parent for parent in run.resolve().parents if (parent / RECORD).exists()), None)
+        hint = f"; it is a part of the run {whole}" if whole else ""
+        raise RecipeError(f"{run}: has no {RECORD}, so no run can go on there{hint}")
+    if not resume:
+        raise RecipeError(f"{run}: is a run; --resume goes on with it")
+    if output is not None and output.resolve() != run.resolve():
+        raise RecipeError(f"{output}: --resume {run} goes on in {run} and nowhere else; leave -o out")
+    run, record = run.resolve(), read_record(run)
+    for override in overrides:
+        apply(record["recipe"], override)
+    recipe = recipe_of(record["recipe"], str(run / RECORD))
+    # Where most of the data is: where the run was begun, also if that was moved with the run in it; or here.
+    folders = [Path.cwd()]
+    if (begun := record.get("folder")) and (there := record.get("directory")):
+        folders = [(run / os.path.relpath(begun, there)).resolve(), Path(begun), *folders]
+    paths = [recipe.model.source or "", *(corpus.source for corpus in (*recipe.data.train, *recipe.data.evaluation))]
+    folders = [folder for folder in folders if folder.is_dir()]
+    return recipe, run, max(folders, key=lambda folder: sum((folder / path).exists() for path in paths))
 
 
 def run(recipe: Recipe, directory: Path, *, resume: bool = False) -> int:
@@ -193,3 +253,98 @@ def export(directory: Path, start: InitialModel) -> None:
     model = Loaded(start.config, state, start.generation, start.tokenizer_json)
     save_checkpoint(directory / MODEL, model, overwrite=True)
     logger.info("%s: the model of step %d", directory / MODEL, checkpoint.step_of(path))
+
+
+# What a run says of itself
+
+
+def read_record(run: Path) -> dict[str, Any]:
+    record = read_json(run / RECORD)
+    if not isinstance(record.get("recipe"), dict):
+        raise RecipeError(f"{run / RECORD}: has no recipe, so it is not what a run writes")
+    return record
+
+
+def write_record(run: Path, recipe: Recipe, trainer: Trainer, parallel: Parallel, *, resumed: bool) -> None:
+    """At the beginning of a session."""
+    before = read_record(run).get("sessions", []) if (run / RECORD).exists() else []
+    versions = {name: next((each.version for each in distributions(name=name)), None) for name in _PACKAGES}
+    record = {
+        "recipe": recipe.model_dump(mode="json"),
+        "folder": str(Path.cwd()),
+        "directory": str(run.resolve()),
+        "steps": trainer.steps,
+        "seeds": {"run": recipe.run.seed, "loader": recipe.data.loader.seed},
+        "versions": {"python": sys.version.split()[0]} | versions,
+        "git": git_state(),
+        "device": str(parallel.device),
+        "precision": trainer.precision,
+        "processes": parallel.world_size,
+        "trained_parameters": {
+            group["name"]: sum(p.numel() for p in group["params"]) for group in trainer.optimizer.param_groups
+        },
+        "sessions": [*before, {"begun": _now(), "resumed": resumed, "command": sys.argv[1:]}],
+        "status": "running",
+    }
+    with atomic_file(run / RECORD) as scratch:
+        scratch.write_bytes(json_bytes(record))
+
+
+def finish_record(run: Path, end: str, trainer: Trainer) -> None:
+    """At its end."""
+    kept = ("step", "best", "best_step", "bad_steps", "skipped_samples")
+    figures = {name: getattr(trainer.progress, name) for name in kept}
+    with atomic_file(run / RECORD) as scratch:
+        scratch.write_bytes(json_bytes(read_record(run) | {"status": end, **figures, "ended": _now()}))
+
+
+def check_same(recipe: Recipe, run: Path) -> None:
+    """Raise :class:`RecipeError` where a run would go on with another recipe than it began with."""
+    then = read_record(run)["recipe"]
+    with suppress(RecipeError):  # what was there then and is refused now is said as it was
+        then = recipe_of(then, RECORD).model_dump(mode="json")  # with the defaults of keys that are newer than the run
+    changed = [
+        (key, before, after)
+        for key, before, after in _differences(then, recipe.model_dump(mode="json"), "")
+        if not any(f"{key}.".startswith(f"{free}.") for free in _FREE) and not _moved(key, before, after)
+    ]
+    if changed:
+        what = "; ".join(f"{key} was {before!r}, is {after!r}" for key, before, after in changed)
+        more = shlex.join(f"{key}={json.dumps(before)}" for key, before, _ in changed)
+        raise RecipeError(
+            f"{run}: a run goes on only with its own recipe; {what}. --resume {run} alone takes that; this one needs {more}"
+        )
+
+
+def _differences(then: Any, now: Any, where: str) -> Iterator[tuple[str, Any, Any]]:
+    if isinstance(then, list) and isinstance(now, list) and len(then) == len(now):
+        then, now = dict(enumerate(then)), dict(enumerate(now))
+    if isinstance(then, dict) and isinstance(now, dict):
+        for key in sorted(then.keys() | now.keys()):
+            yield from _differences(then.get(key), now.get(key), f"{where}.{key}".lstrip("."))
+    elif then != now:
+        yield where, then, now
+
+
+def _moved(key: str, before: Any, after: Any) -> bool:
+    """Whether a file or folder that was read is gone, and one of its name is named in its place."""
+    if not key.endswith((".source", ".videos")) or not before or not after:
+        return False
+    return Path(before).name == Path(after).name and not Path(before).exists() and Path(after).exists()
+
+
+def git_state() -> dict[str, Any] | None:
+    """Commit and whether anything was changed since, of the checkout that this code is in; None outside of one."""
+
+    def git(*words: str) -> str:
+        command = ["git", "-C", str(Path(__file__).parent), *words]
+        return subprocess.run(command, capture_output=True, text=True, timeout=20, check=True).stdout.strip()
+
+    try:
+        return {"commit": git("rev-parse", "HEAD"), "changed": bool(git("status", "--porcelain"))}
+    except (OSError, subprocess.SubprocessError):
+        return None
+
+
+def _now() -> str:
+    return datetime.now().astimezone().isoformat(timespec="seconds")
