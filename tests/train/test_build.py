@@ -81,7 +81,7 @@ def test_a_row_that_cannot_be_judged_is_left_out_and_counted() -> None:
 
 
 def check(rows: list[Any], name: str = "memory", *, limit: int | None = None, decode: bool = False) -> None:
-    build._check_rows(MemoryCorpus(rows, name), tiny_reader(), limit, decode=decode)
+    build.check_rows(MemoryCorpus(rows, name), tiny_reader(), limit, decode=decode)
 
 
 MUTE, BROKEN = clip("mute", 0.3, " "), DataError("memory.tsv", "no such column", row=1)
@@ -142,7 +142,8 @@ def test_missing_recordings_of_a_stream_or_an_evaluation_are_refused(
 
 def test_nothing_is_missing_where_a_limit_is_reached(material: Path) -> None:
     configs = [CorpusConfig.model_validate(table(material / "holed", limit=limit)) for limit in (5, 12)]
-    assert [len(corpus.left_out) for corpus in build._opened(configs)] == [0, 1]
+    sources = build.Sources(recipe_with(material), None, Parallel(), lambda skipped: None)  # pyright: ignore[reportArgumentType]
+    assert [len(corpus.left_out) for corpus in sources.opened(configs)] == [0, 1]
 
 
 # Models and devices.
@@ -155,8 +156,9 @@ def test_full_windows_that_the_loaded_model_leaves_alone_teach_nothing(material:
     start = build.InitialModel(
         config=spoken.config.model_copy(update={"adapt": adapt}), state={}, generation={}, tokenizer_json=b""
     )
+    sources = build.Sources(recipe, start, Parallel(), lambda skipped: None)
     with pytest.raises(RecipeError, match="full windows teach nothing"):
-        build._lessons(recipe, start, ContextRecipe(padded=0.1), Parallel(), tmp_path, lambda skipped: None)
+        sources.context(ContextRecipe(padded=0.1), tmp_path, spoken.model)
 
 
 def test_a_group_that_is_nobodys_is_told(material: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:

@@ -345,9 +345,3 @@ def test_without_its_marker_it_is_no_checkpoint(tmp_path: Path) -> None:
         found = latest(tmp_path)
     assert found is not None and found.name == "0001-step-00000001"
     assert commit(tmp_path, 3).name == "0003-step-00000003", "its number is not given again"
-
-
-def test_a_checkpoint_of_the_format_before_says_from_when_on_they_can_be_read(tmp_path: Path) -> None:
-    edit_commit(commit(tmp_path, 1), format_version=1)
-    with pytest.raises(CheckpointError, match=r"of format 1; from version 0\.1\.0 on, .* format 2.* model\.source"):
-        latest(tmp_path)

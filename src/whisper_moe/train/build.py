@@ -6,6 +6,7 @@ import logging
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from importlib.util import find_spec
+from itertools import islice
 from pathlib import Path
 from typing import Any, TypeAlias
 
@@ -19,14 +20,14 @@ from whisper_moe.data.examples import ExampleReader
 from whisper_moe.data.loader import PackedLoader
 from whisper_moe.data.mixing import MixingConfig
 from whisper_moe.data.sample import AnyCorpus, DataError, Skipped, TooLong, items
-from whisper_moe.data.sampler import NAMED, LoaderConfig
+from whisper_moe.data.sampler import NAMED
 from whisper_moe.evaluate.metrics import Evaluator
 from whisper_moe.media.audio import MediaError
 from whisper_moe.media.languages import NewLanguage
 from whisper_moe.media.tokenizer import Tokenizer
 from whisper_moe.model.block import Block
 from whisper_moe.model.model import WhisperMoEModel
-from whisper_moe.train.adapt_context import ContextObjective, LessonReader, Lessons, Teacher
+from whisper_moe.train.adapt_context import ContextObjective, LessonReader, Teacher
 from whisper_moe.train.loop import Figures, Objective, Trainer
 from whisper_moe.train.losses import RouterLosses, SpeechObjective
 from whisper_moe.train.monitor import SKIPPED, Monitor
@@ -134,9 +135,12 @@ def build_trainer(
 ) -> Trainer:
     """The trainer that a recipe describes. Raises ``ValueError`` for what cannot be had or does not fit together."""
     given, model = recipe.optimisation, initial.build(recipe).to(parallel.device)
-    note: Note = monitor.left_out if monitor else lambda skipped: None
-    batches, objective = _learned(recipe, initial, model, parallel, directory, note)
-    figures = _figures(recipe, initial, note) if recipe.data.evaluation and parallel.rank == 0 else None
+    sources = Sources(recipe, initial, parallel, monitor.left_out if monitor else lambda skipped: None)
+    if recipe.losses.context is None:
+        batches, objective = sources.speech()
+    else:
+        batches, objective = sources.context(recipe.losses.context, directory, model)
+    figures = sources.figures() if recipe.data.evaluation and parallel.rank == 0 else None
     trainer = Trainer(
         recipe, model, objective, batches, parallel, figures=figures, monitor=monitor, directory=directory
     )
@@ -151,137 +155,137 @@ def build_trainer(
     return trainer
 
 
-# What it learns from
+@dataclass(frozen=True)
+class Sources:
+    """What a recipe's model learns from and is judged by. Raises ``ValueError`` where it cannot."""
 
+    recipe: Recipe
+    initial: InitialModel
+    parallel: Parallel
+    note: Note
+    """Is told of every sample that is left out."""
 
-def _learned(
-    recipe: Recipe, initial: InitialModel, model: WhisperMoEModel, parallel: Parallel, directory: Path, note: Note
-) -> tuple[PackedLoader, Objective]:
-    """Batches of this process's share of the data, and the losses."""
-    losses, data = recipe.losses, recipe.data
-    if losses.context is not None:  # whose clips come all alike
-        lessons = _lessons(recipe, initial, losses.context, parallel, directory, note)
-        reader = LessonReader(initial.tokenizer, initial.config, losses.context, lessons)
-        objective = ContextObjective(losses.context, lessons, model.decoder.head)
-        config = data.loader.model_copy(update={"mixing": MixingConfig()})
-        return _loader([lessons], config, initial, parallel, note, reader), objective
-    corpora = list(_opened(data.train, note))
-    if any(corpus.streaming for corpus in corpora):  # else the loader counts them with what its survey finds
-        _check_missing(corpora, data.train, data.loader.max_corrupt_share)
-    # Weights of the corpora are those of the mixture, unless it has its own.
-    weights = {
-        corpus.name: given.weight for corpus, given in zip(corpora, data.train, strict=True) if given.weight != 1
-    }
-    mixing = data.loader.mixing.model_copy(update={"weights": weights | dict(data.loader.mixing.weights)})
-    routing = RouterLosses(balance=losses.balance if losses.balancing == "loss" else 0.0, z=losses.z)
-    loader = _loader(corpora, data.loader.model_copy(update={"mixing": mixing}), initial, parallel, note)
-    return loader, SpeechObjective(smoothing=losses.label_smoothing, routing=routing)
+    def speech(self) -> tuple[PackedLoader, Objective]:
+        """Batches of this process's share of the data, and the losses."""
+        losses, data = self.recipe.losses, self.recipe.data
+        corpora = list(self.opened(data.train))
+        if any(corpus.streaming for corpus in corpora):  # else the loader counts them with what its survey finds
+            self._check_missing(corpora, data.train)
+        # Weights of the corpora are those of the mixture, unless it has its own.
+        weights = {
+            each.name: given.weight for each, given in zip(corpora, data.train, strict=True) if given.weight != 1
+        }
+        mixing = data.loader.mixing.model_copy(update={"weights": weights | dict(data.loader.mixing.weights)})
+        routing = RouterLosses(balance=losses.balance if losses.balancing == "loss" else 0.0, z=losses.z)
+        loader = self._loader(corpora, mixing)
+        return loader, SpeechObjective(smoothing=losses.label_smoothing, routing=routing)
 
+    def context(
+        self, context: ContextRecipe, directory: Path, model: WhisperMoEModel
+    ) -> tuple[PackedLoader, Objective]:
+        """Of context adaptation, for which what the padded model says is made first; what is there already is kept."""
+        if self.parallel.world_size > 1:
+            raise RecipeError("losses.context: context adaptation runs in one process")
+        if context.padded and self.initial.config.core_alone_on_full_windows:
+            raise RecipeError(NOTHING_TO_TEACH)
+        folder = Path(context.lessons) if context.lessons else directory / "lessons"
+        teacher = Teacher.of(self.recipe.model.source, folder, self.parallel.device)
+        corpora = replace(self, note=lambda skipped: None).opened(self.recipe.data.train)
+        rows = (row for corpus in corpora for row in (*corpus.left_out, *items(corpus)))
+        lessons = teacher.teach(rows, context.limit_mb)
+        corrupt, of = [each for each in lessons.left_out if each.corrupt], len(lessons.samples) + len(lessons.left_out)
+        if len(corrupt) > self.recipe.data.loader.max_corrupt_share * of:
+            self.note(lessons.left_out)
+            raise ValueError(f"{len(corrupt)} of {of} clips are corrupt; the first: {_first(corrupt)}")
+        reader = LessonReader(self.initial.tokenizer, self.initial.config, context, lessons)
+        loader = self._loader([lessons], MixingConfig(), reader)  # its clips come all alike
+        return loader, ContextObjective(context, lessons, model.decoder.head)
 
-def _loader(
-    corpora: Sequence[AnyCorpus],
-    config: LoaderConfig,
-    initial: InitialModel,
-    parallel: Parallel,
-    note: Note,
-    reader: ExampleReader | None = None,
-) -> PackedLoader:
-    place = {"rank": parallel.data_rank, "world": parallel.data_size}
-    loader = PackedLoader(corpora, initial.tokenizer, initial.config, config, reader=reader, note=note, **place)
-    if left := loader.excluded:
-        logger.warning("%d samples are left out, the first: %s; %s names all", len(left), left[0], SKIPPED)
-    return loader
-
-
-def _lessons(
-    recipe: Recipe, initial: InitialModel, context: ContextRecipe, parallel: Parallel, directory: Path, note: Note
-) -> Lessons:
-    """What the padded model says is made first; what is there already is kept."""
-    if parallel.world_size > 1:
-        raise RecipeError("losses.context: context adaptation runs in one process")
-    if context.padded and initial.config.core_alone_on_full_windows:
-        raise RecipeError(NOTHING_TO_TEACH)
-    folder = Path(context.lessons) if context.lessons else directory / "lessons"
-    teacher = Teacher.of(recipe.model.source, folder, parallel.device)
-    rows = (row for corpus in _opened(recipe.data.train) for row in (*corpus.left_out, *items(corpus)))
-    lessons = teacher.teach(rows, context.limit_mb)
-    corrupt, of = [each for each in lessons.left_out if each.corrupt], len(lessons.samples) + len(lessons.left_out)
-    if len(corrupt) > recipe.data.loader.max_corrupt_share * of:
-        note(lessons.left_out)
-        raise ValueError(f"{len(corrupt)} of {of} clips are corrupt; the first: {_first(corrupt)}")
-    return lessons
-
-
-def _opened(configs: Iterable[CorpusConfig], note: Note = lambda skipped: None) -> Iterator[Corpus]:
-    """Corpora, each with what it lists and cannot give; this is told, and forgotten where a limit is reached all the same."""
-    for config in configs:
-        corpus = open_corpus(config)
-        note(corpus.left_out)
-        for remark in corpus.remarks:
-            logger.info("%s: %s", corpus.name, remark)
-        if left := corpus.left_out:
-            logger.warning(
-                f"{corpus.name}: {len(left):,} samples are listed and cannot be had, the first: {_first(left)}"
-            )
-        limited = config.limit is not None and (corpus.streaming or len(corpus) == config.limit)
-        yield replace(corpus, left_out=()) if limited else corpus
-
-
-def _first(named: Iterable[object]) -> str:
-    return "; ".join([str(each) for each in named][:NAMED])
-
-
-def _check_missing(corpora: Sequence[Corpus], configs: Sequence[CorpusConfig], most: float) -> None:
-    """Raise :class:`DataError` where too large a share of one corpus is missing."""
-    for corpus, config in zip(corpora, configs, strict=True):
-        if not corpus.left_out:
-            continue
-        # A stream has no length; what lists its samples beforehand can be opened as a whole, too.
-        there = len(open_corpus(config.model_copy(update={"streaming": False})) if corpus.streaming else corpus)
-        missing, listed = len(corpus.left_out), len(corpus.left_out) + there
-        if missing > most * listed:
-            cause = f"{missing:,} of {listed:,} samples cannot be had, more than {most:.1%}"
-            raise DataError(corpus.name, f"{cause}; the first: {_first(corpus.left_out)}")
-
-
-# What it is judged by
-
-
-def _figures(recipe: Recipe, initial: InitialModel, note: Note) -> Figures:
-    """What would end the run at its first evaluation ends it now. Raises ``ValueError``."""
-    settings, decode = recipe.evaluation, recipe.evaluation.metric != "loss"
-    missing = [name for name in ("jiwer", "whisper_normalizer") if decode and find_spec(name) is None]
-    if missing:
-        raise RecipeError(f"evaluation.metric needs {' and '.join(missing)}: pip install 'whisper-moe[train]'")
-    corpora = list(_opened(recipe.data.evaluation, note))
-    _check_missing(corpora, recipe.data.evaluation, recipe.data.loader.max_corrupt_share)
-    names = [corpus.name for corpus in corpora]
-    if doubled := [name for name in names if names.count(name) > 1]:
-        raise RecipeError(
-            f"data.evaluation: several corpora are called {doubled[0]!r}; give each a `name` in the recipe"
+    def _loader(
+        self, corpora: Sequence[AnyCorpus], mixing: MixingConfig, reader: ExampleReader | None = None
+    ) -> PackedLoader:
+        loader = PackedLoader(
+            corpora,
+            self.initial.tokenizer,
+            self.initial.config,
+            self.recipe.data.loader.model_copy(update={"mixing": mixing}),
+            rank=self.parallel.data_rank,
+            world=self.parallel.data_size,
+            reader=reader,
+            note=self.note,
         )
-    reader = ExampleReader(initial.tokenizer, initial.config, recipe.data.loader.reading)
-    for corpus in corpora:
-        _check_rows(corpus, reader, settings.limit, decode=decode)
-    margin, generation = initial.config.margin, initial.generation
-    evaluator = Evaluator(reader, initial.tokenizer, generation, margin=margin, decode=decode, padded=settings.padded)
-    asked = {"batch_size": settings.batch_size, "limit": settings.limit, "note": note}
-    return lambda model, stop: evaluator.figures(model, corpora, stop_requested=stop, **asked)
+        if left := loader.excluded:
+            logger.warning("%d samples are left out, the first: %s; %s names all", len(left), left[0], SKIPPED)
+        return loader
+
+    def opened(self, configs: Iterable[CorpusConfig]) -> Iterator[Corpus]:
+        """Corpora; what each lists and cannot give is told, and forgotten where a limit is reached all the same."""
+        for config in configs:
+            corpus = open_corpus(config)
+            self.note(corpus.left_out)
+            for remark in corpus.remarks:
+                logger.info("%s: %s", corpus.name, remark)
+            if left := corpus.left_out:
+                logger.warning(
+                    f"{corpus.name}: {len(left):,} samples are listed and cannot be had, the first: {_first(left)}"
+                )
+            limited = config.limit is not None and (corpus.streaming or len(corpus) == config.limit)
+            yield replace(corpus, left_out=()) if limited else corpus
+
+    def _check_missing(self, corpora: Sequence[Corpus], configs: Sequence[CorpusConfig]) -> None:
+        """Raise :class:`DataError` where too large a share of one corpus is missing."""
+        most = self.recipe.data.loader.max_corrupt_share
+        for corpus, config in zip(corpora, configs, strict=True):
+            if not corpus.left_out:
+                continue
+            # A stream has no length; what lists its samples beforehand can be opened as a whole, too.
+            there = len(open_corpus(config.model_copy(update={"streaming": False})) if corpus.streaming else corpus)
+            missing, listed = len(corpus.left_out), len(corpus.left_out) + there
+            if missing > most * listed:
+                cause = f"{missing:,} of {listed:,} samples cannot be had, more than {most:.1%}"
+                raise DataError(corpus.name, f"{cause}; the first: {_first(corpus.left_out)}")
+
+    def figures(self) -> Figures:
+        """What it is judged by. What would end the run at its first evaluation ends it now."""
+        settings, data, initial = self.recipe.evaluation, self.recipe.data, self.initial
+        decode = settings.metric != "loss"
+        missing = [name for name in ("jiwer", "whisper_normalizer") if decode and find_spec(name) is None]
+        if missing:
+            raise RecipeError(f"evaluation.metric needs {' and '.join(missing)}: pip install 'whisper-moe[train]'")
+        corpora = list(self.opened(data.evaluation))
+        self._check_missing(corpora, data.evaluation)
+        names = [corpus.name for corpus in corpora]
+        if doubled := [name for name in names if names.count(name) > 1]:
+            raise RecipeError(
+                f"data.evaluation: several corpora are called {doubled[0]!r}; give each a `name` in the recipe"
+            )
+        reader = ExampleReader(initial.tokenizer, initial.config, data.loader.reading)
+        for corpus in corpora:
+            check_rows(corpus, reader, settings.limit, decode=decode)
+        evaluator = Evaluator(
+            reader,
+            initial.tokenizer,
+            initial.generation,
+            margin=initial.config.margin,
+            decode=decode,
+            padded=settings.padded,
+        )
+        asked = {"batch_size": settings.batch_size, "limit": settings.limit, "note": self.note}
+        return lambda model, stop: evaluator.figures(model, corpora, stop_requested=stop, **asked)
 
 
-def _check_rows(corpus: AnyCorpus, reader: ExampleReader, limit: int | None, *, decode: bool) -> None:
+def check_rows(corpus: AnyCorpus, reader: ExampleReader, limit: int | None, *, decode: bool) -> None:
     """Raise :class:`RecipeError` where no row can be judged by, or the first that has nothing wrong with it is not for this
     model."""
     from whisper_moe.media.normalize import normalize
 
     causes: list[str] = []
-    samples = iter(corpus)
-    while limit is None or len(causes) < limit:
+    for sample in islice(items(corpus), limit):
+        if isinstance(sample, Skipped):
+            causes.append(str(sample))
+            continue
         try:
-            sample = next(samples)
             reader.read(sample, 0.0)
-        except StopIteration:
-            break
         except (DataError, MediaError, TooLong) as error:
             causes.append(str(error))
             continue
@@ -292,3 +296,7 @@ def _check_rows(corpus: AnyCorpus, reader: ExampleReader, limit: int | None, *, 
         causes.append(f"{sample.id}: its text has no word that could be counted")
     cause = f"none of the {len(causes):,} rows can be judged by; the first: {_first(causes)}"
     raise RecipeError(f"data.evaluation: {corpus.name}: {cause}")
+
+
+def _first(named: Iterable[object]) -> str:
+    return "; ".join([str(each) for each in named][:NAMED])

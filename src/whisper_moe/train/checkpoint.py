@@ -26,7 +26,7 @@ import random
 import re
 import shutil
 import warnings
-from collections import defaultdict
+from collections import ChainMap, defaultdict
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, nullcontext, suppress
 from itertools import accumulate
@@ -125,9 +125,7 @@ def _next(folder: Path, step: int) -> Path:
 
 def _write_parts(folder: Path, tensors: Mapping[str, Tensor]) -> dict[str, FileFacts]:
     """The parts of all processes, on the disk when this returns, and what their files are."""
-    parts = {
-        name: (full(tensor).cpu() if _scattered(tensor) else tensor).contiguous() for name, tensor in tensors.items()
-    }
+    parts = {name: (full(t).cpu() if _scattered(t) else t).contiguous() for name, t in tensors.items()}
     ends = accumulate(part.nbytes for part in parts.values())
     file_of = {name: 1 + end // FILE_BYTES for name, end in zip(parts, ends, strict=True)}
     writer = HuggingFaceStorageWriter(str(folder), fqn_to_index_mapping=file_of, save_distributed=True)
@@ -136,11 +134,7 @@ def _write_parts(folder: Path, tensors: Mapping[str, Tensor]) -> dict[str, FileF
     own = list(folder.glob(f"shard-{_rank() + 1:05d}-*"))
     for path in own:
         sync(path)
-    return {
-        name: facts
-        for each in _gathered({path.name: FileFacts.of(path) for path in own})
-        for name, facts in each.items()
-    }
+    return dict(ChainMap(*_gathered({path.name: FileFacts.of(path) for path in own})))
 
 
 def note(run: Path, step: int, evaluation: Mapping[str, float], metric: str, *, keep: int) -> None:
@@ -262,10 +256,7 @@ def _known(path: Path) -> dict[str, Any]:
 
 def _read(path: Path, tensors: Mapping[str, Tensor], *, alone: bool = False) -> None:
     """Each tensor's part of what the folder has under its name, in place."""
-    parts = {
-        name: torch.empty(tensor.shape, dtype=tensor.dtype) if _scattered(tensor) else tensor
-        for name, tensor in tensors.items()
-    }
+    parts = {name: torch.empty(t.shape, dtype=t.dtype) if _scattered(t) else t for name, t in tensors.items()}
     try:
         with _plain_errors():
             load_parts(parts, storage_reader=HuggingFaceStorageReader(str(path)), no_dist=alone)
@@ -299,10 +290,10 @@ def _first(run: Path, paths: list[Path]) -> Path | None:
                 facts.check(path / name, COMMIT)
         except CheckpointError as error:
             causes.append(str(error))
-        else:
-            for cause in causes:
-                logger.warning("WARNING: a damaged checkpoint is passed over for %s: %s", path.name, cause)
-            return path
+            continue
+        for cause in causes:
+            logger.warning("WARNING: a damaged checkpoint is passed over for %s: %s", path.name, cause)
+        return path
     if causes:
         raise CheckpointError(
             f"{run / FOLDER}: none of {len(causes)} checkpoints can be read; the newest: {causes[0]}. "
@@ -328,11 +319,12 @@ def _serial(path: Path) -> int:
 
 def _by_score(paths: list[Path]) -> list[Path]:
     """Those that have a score, the lowest first, then the earliest."""
-    scores: dict[Path, float | None] = {}
+    scored = list[tuple[float, int, Path]]()
     for path in paths:
         with suppress(CheckpointError):
-            scores[path] = read_commit(path).score
-    return sorted((path for path in scores if scores[path] is not None), key=lambda path: (scores[path], _serial(path)))
+            if (score := read_commit(path).score) is not None:
+                scored.append((score, _serial(path), path))
+    return [path for *_, path in sorted(scored)]
 
 
 def read_commit(path: Path) -> Commit:
@@ -341,11 +333,6 @@ def read_commit(path: Path) -> Commit:
     body = document.get("commit")
     if document.get("sha256") != hashlib.sha256(json_bytes(body)).hexdigest():
         raise CheckpointError(f"{path / COMMIT}: does not match its own sha256: damaged or changed")
-    if isinstance(body, dict) and body.get("format_version") == 1:
-        raise CheckpointError(
-            f"{path}: of format 1; from version 0.1.0 on, runs go on from training checkpoints of format 2. The run's model "
-            "folder can be used as before, as model.source of a new run too"
-        )
     try:
         return Commit.model_validate_json(json_bytes(body))
     except ValidationError as error:
@@ -361,12 +348,8 @@ def random_state() -> dict[str, Any]:
     assert isinstance(numpy, dict)
     numpy["state"]["key"] = numpy["state"]["key"].tolist()
     cuda = torch.cuda.get_rng_state() if torch.cuda.is_initialized() else None
-    return {
-        "torch": torch.get_rng_state().tolist(),
-        "cuda": None if cuda is None else cuda.tolist(),
-        "numpy": numpy,
-        "python": random.getstate(),
-    }
+    cuda = None if cuda is None else cuda.tolist()
+    return {"torch": torch.get_rng_state().tolist(), "cuda": cuda, "numpy": numpy, "python": random.getstate()}
 
 
 def set_random_state(state: Mapping[str, Any]) -> None:

@@ -12,7 +12,7 @@ import json
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import nullcontext
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from functools import reduce
 from itertools import count
 from operator import add
@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import Any, Literal, Protocol
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from whisper_moe.data.examples import Pack
 from whisper_moe.data.loader import Batch
@@ -142,16 +142,18 @@ class Trainer:
     def step(self) -> StepReport:
         """One update, or one that is left out because its loss or gradient is not finite."""
         batches = [next(self._stream) for _ in range(self.recipe.optimisation.accumulate)]
-        totals = self._totals(batches)
+        counted = self._counted(batches)
+        totals = Totals(max(counted[0], 1.0), max(counted[1], 1.0))
         self.network.train()
         passes = [self._pass(batch, totals, last=batch is batches[-1]) for batch in batches]
-        parameters = [parameter for group in self.optimizer.param_groups for parameter in group["params"]]
         self.parallel.exchange()
+        parameters = [parameter for group in self.optimizer.param_groups for parameter in group["params"]]
         self.scale.remove(parameters)
         norm = float(self.parallel.clip(parameters, self.recipe.optimisation.clip or math.inf))
-        report = self._report(batches, passes, totals, norm)
+        report = self._report(batches[-1].epoch + 1, reduce(add, passes), totals, counted, norm)
+        self._tell_left_out(batches, report)
         if math.isfinite(report.loss) and math.isfinite(norm):
-            self._update(passes, report)
+            self._update(report, reduce(add, passes).counts)
         elif math.isfinite(report.loss) and self.scale.halve():
             if self.monitor:
                 self.monitor.rescaled(report, self.scale.value)
@@ -163,6 +165,15 @@ class Trainer:
             give_back_memory()
         return report
 
+    def _counted(self, batches: Sequence[Batch]) -> list[float]:
+        """Label tokens, segments, tokens, packs and samples left out, of all passes and processes."""
+        own = [0.0] * 5
+        for batch in batches:
+            totals = self.objective.totals(batch.packs)
+            each = (totals.tokens, totals.segments, batch.tokens, len(batch.packs), len(batch.skipped))
+            own = [*map(add, own, each)]
+        return self.parallel.sum(torch.tensor(own, dtype=torch.float64, device=self.parallel.device)).tolist()
+
     def _pass(self, batch: Batch, totals: Totals, *, last: bool) -> Terms:
         """Forward and backward over one batch; gradients add up."""
         half = {"bfloat16": torch.bfloat16, "float16": torch.float16}.get(self.precision)
@@ -171,13 +182,40 @@ class Trainer:
                 terms = self.objective(self.network, batch.packs, totals, self.parallel)
             # Processes average their gradients, but each one's loss is already a share of the sum.
             (terms.loss * (self.parallel.data_size * self.scale.value)).backward()
-        return Terms(terms.loss.detach(), terms.parts, terms.counts)
+        return replace(terms, loss=terms.loss.detach())
 
-    def _update(self, passes: Sequence[Terms], report: StepReport) -> None:
+    def _report(self, epoch: int, terms: Terms, totals: Totals, counted: Sequence[float], norm: float) -> StepReport:
+        """The step's figures, of all processes."""
+        names, counts = sorted(terms.parts), terms.counts.sum(0)
+        figures = torch.stack([terms.loss, *(terms.parts[name] for name in names)]).double()
+        loss, *parts = self.parallel.sum(figures).tolist()
+        return StepReport(
+            step=self.progress.step + 1,
+            epoch=epoch,
+            loss=loss,
+            parts=dict(zip(names, parts, strict=True)),
+            rate=self.recipe.optimisation.factor(self.progress.step, self.steps),
+            gradient_norm=norm,
+            label_tokens=int(totals.tokens),
+            tokens=int(counted[2]),
+            segments=int(totals.segments),
+            packs=int(counted[3]),
+            skipped_samples=int(counted[4]),
+            load=tuple((counts / counts.sum().clamp_min(1)).tolist()),
+        )
+
+    def _tell_left_out(self, batches: Sequence[Batch], report: StepReport) -> None:
+        if report.skipped_samples:
+            self.progress.skipped_samples += report.skipped_samples
+            left_out = self.parallel.gather([sample for batch in batches for sample in batch.skipped])
+            if self.monitor:
+                self.monitor.left_out(left_out)
+
+    def _update(self, report: StepReport, counts: Tensor) -> None:
         set_rates(self.optimizer, report.rate)
         self.optimizer.step()
         if self.recipe.losses.balancing == "bias":
-            balance_biases(self.model, reduce(add, (terms.counts for terms in passes)), self.recipe.losses.bias_rate)
+            balance_biases(self.model, counts, self.recipe.losses.bias_rate)
         self.scale.grow()
         self.progress.bad_in_a_row = 0
         if self.monitor:
@@ -199,43 +237,6 @@ class Trainer:
                 f"step {report.step}: {cause}, as in the {progress.bad_in_a_row - 1} steps before; look at the samples "
                 f"({', '.join(ids[:5])} …), or begin a new run with a lower rate or in float32"
             )
-
-    def _totals(self, batches: Sequence[Batch]) -> Totals:
-        own = [self.objective.totals(batch.packs) for batch in batches]
-        numbers = [[t.tokens, t.segments] for t in own]
-        sums = self.parallel.sum(torch.tensor(numbers, dtype=torch.float64, device=self.parallel.device).sum(0))
-        tokens, segments = sums.tolist()
-        return Totals(max(tokens, 1.0), max(segments, 1.0))
-
-    def _report(self, batches: Sequence[Batch], passes: Sequence[Terms], totals: Totals, norm: float) -> StepReport:
-        """The step's figures, of all processes, and the progress that they make."""
-        names = sorted({name for terms in passes for name in terms.parts})
-        figures = [reduce(add, (terms.loss for terms in passes))]
-        figures += [reduce(add, (terms.parts[name] for terms in passes if name in terms.parts)) for name in names]
-        own = [(batch.tokens, len(batch.packs), len(batch.skipped)) for batch in batches]
-        counted = torch.tensor(own, dtype=torch.float64).sum(0)
-        sums = self.parallel.sum(torch.cat([torch.stack(figures).double().cpu(), counted]).to(self.parallel.device))
-        loss, *parts, tokens, packs, skipped = sums.tolist()
-        counts, progress = reduce(add, (terms.counts for terms in passes)).sum(0), self.progress
-        progress.skipped_samples += int(skipped)
-        if skipped:
-            left_out = self.parallel.gather([sample for batch in batches for sample in batch.skipped])
-            if self.monitor:
-                self.monitor.left_out(left_out)
-        return StepReport(
-            step=progress.step + 1,
-            epoch=batches[-1].epoch + 1,
-            loss=loss,
-            parts=dict(zip(names, parts, strict=True)),
-            rate=self.recipe.optimisation.factor(progress.step, self.steps),
-            gradient_norm=norm,
-            label_tokens=int(totals.tokens),
-            tokens=int(tokens),
-            segments=int(totals.segments),
-            packs=int(packs),
-            skipped_samples=int(skipped),
-            load=tuple((counts / counts.sum().clamp_min(1)).tolist()),
-        )
 
     # Evaluation
 

@@ -57,6 +57,10 @@ class Terms:
     counts: Tensor
     """[routers, C]: slots that went to each choice, in all processes; [0, 0] without experts."""
 
+    def __add__(self, other: Terms) -> Terms:
+        parts = {name: self.parts.get(name, 0) + other.parts.get(name, 0) for name in self.parts | other.parts}
+        return Terms(self.loss + other.loss, parts, self.counts + other.counts)  # pyright: ignore[reportArgumentType]
+
 
 def cross_entropy(logits_TV: Tensor, labels_T: Tensor, *, smoothing: float = 0.0) -> Tensor:
     """The sum over all tokens that have a label, in at least float32. ``smoothing``: weight of a uniform target."""

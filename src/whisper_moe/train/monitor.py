@@ -60,35 +60,25 @@ class StepReport:
 class Plateau:
     """Tells when a run looks like the plateau before grokking: what is trained on is known, what is not is not.
 
-    Nothing says that it will end (arXiv 2201.02177); but it is no reason to stop where weights are decayed. Overfitting
-    looks the same.
+    Nothing says that it will end (arXiv 2201.02177), and overfitting looks the same.
     """
-
-    known, apart, evaluations = 0.1, 10.0, 3
 
     def __init__(self) -> None:
         self._first: float | None = None
         self._row = 0
 
     def warn(self, step: int, train_loss: float, validation_loss: float) -> bool:
-        """Log a warning when the plateau has just been reached, for one evaluation, and say so.
-
-        Reached: in three evaluations in a row, the training loss is under a tenth of the first and a tenth of the
-        validation loss, which is more than half of the first training loss.
-        """
+        """Log a warning when the plateau has just been reached, and say so: in three evaluations in a row, the training loss
+        is under a tenth of the first and a tenth of the validation loss, which is more than half of the first."""
         self._first = train_loss if self._first is None else self._first
-        here = train_loss < self.known * self._first and train_loss * self.apart < validation_loss
-        self._row = self._row + 1 if here and validation_loss > 0.5 * self._first else 0
-        if self._row != self.evaluations:
-            return False
-        logger.warning(
-            "step %d: the training loss is %.3g, the validation loss %.3g: overfitting, or the plateau before grokking; "
-            "with weight decay and many more steps it may fall (arXiv 2201.02177)",
-            step,
-            train_loss,
-            validation_loss,
-        )
-        return True
+        here = 10 * train_loss < min(self._first, validation_loss) and 2 * validation_loss > self._first
+        self._row = self._row + 1 if here else 0
+        if reached := self._row == 3:
+            logger.warning(
+                f"step {step}: the training loss is {train_loss:.3g}, the validation loss {validation_loss:.3g}: overfitting, "
+                "or the plateau before grokking; with weight decay and many more steps it may fall (arXiv 2201.02177)"
+            )
+        return reached
 
 
 class Monitor:
@@ -122,10 +112,9 @@ class Monitor:
 
     def secure(self) -> None:
         """What has been written down is on the disk when this returns: before the checkpoint that it tells of."""
-        for path in (self._run / METRICS, self._run / SKIPPED):
+        for path in (self._run / METRICS, self._run / SKIPPED, self._run):
             if path.exists():
                 sync(path)
-                sync(self._run)
 
     def __enter__(self) -> Monitor:
         return self
@@ -138,9 +127,8 @@ class Monitor:
 
     def left_out(self, samples: Sequence[Skipped]) -> None:
         """A line for each sample that is not learned or judged, once in the whole run, however often it is met."""
-        lines = dict.fromkeys(map(_line_of, samples))
-        if new := [line for line in lines if line not in self._left_out]:
-            self._left_out |= set(new)
+        if new := [line for line in dict.fromkeys(map(_line_of, samples)) if line not in self._left_out]:
+            self._left_out.update(new)
             with (self._run / SKIPPED).open("a", encoding="utf-8") as file:
                 file.write("".join(f"{line}\n" for line in new))
 
@@ -181,10 +169,8 @@ class Monitor:
     def evaluated(self, step: int, metrics: Mapping[str, float], best: bool) -> None:
         self._write({"step": step, "evaluation": dict(metrics), "best": best})
         self._plot(step, "evaluation", metrics)
-        if unmeasured := [name for name, value in metrics.items() if not math.isfinite(value)]:
-            logger.warning(
-                "WARNING: step %d: %s could not be measured, and counts as nothing", step, ", ".join(unmeasured)
-            )
+        if unmeasured := ", ".join(name for name, value in metrics.items() if not math.isfinite(value)):
+            logger.warning("WARNING: step %d: %s could not be measured, and counts as nothing", step, unmeasured)
         figures = ", ".join(f"{name} {value:.4f}" for name, value in metrics.items())
         logger.info("step %d: %s%s", step, figures, " (the best so far)" if best else "")
         if self._recent and "loss" in metrics:
@@ -192,11 +178,12 @@ class Monitor:
 
     def _show(self, step: int, now: float, figures: Mapping[str, Any]) -> None:
         speed = figures["tokens"] / max(figures["seconds"], 1e-9)
-        line = f"epoch {figures['epoch']}  loss {figures['loss']:.4f}  lr {figures['lr']:.2e}  {speed:,.0f} tokens/s"
-        line += f"  fill {figures['fill']:.0%}"
+        line = "epoch {epoch}  loss {loss:.4f}  lr {lr:.2e}  {speed:,.0f} tokens/s  fill {fill:.0%}".format(
+            speed=speed, **figures
+        )
         if load := figures.get("load"):
-            ranked = sorted(load.items(), key=lambda choice: choice[1], reverse=True)
-            line += "  load " + " ".join(f"{name} {share:.0%}" for name, share in ranked[:3])
+            most = sorted(load, key=load.__getitem__, reverse=True)[:3]
+            line += "  load " + " ".join(f"{name} {load[name]:.0%}" for name in most)
         if self._bar is not None:
             self._bar.update(self._bar.task_ids[0], completed=step, figures=line)
         elif now - self._spoken >= SECONDS_BETWEEN_LINES or step in (1, self._steps):
