@@ -21,6 +21,7 @@ import random
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from hashlib import sha256
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -158,29 +159,30 @@ class Teacher:
 
         Raises ``ValueError`` when the folder has more than ``limit_mb``.
         """
-        lessons, waiting = self.lessons, list[tuple[Sample, NDArray[np.float32]]]()
+        lessons = self.lessons
         lessons.folder.mkdir(parents=True, exist_ok=True)
         used = sum(path.stat().st_size for path in lessons.folder.glob("*.safetensors"))
+        missing = self._missing(rows)
+        while clips := list(islice(missing, CLIPS_AT_ONCE)):
+            used += self._teach(clips)
+            if used > limit_mb << 20:
+                raise ValueError(
+                    f"{lessons.folder}: over its limit of {limit_mb} MB; give it more, empty it, or take fewer clips"
+                )
+        return lessons
+
+    def _missing(self, rows: Iterable[Sample | Skipped]) -> Iterator[tuple[Sample, NDArray[np.float32]]]:
+        """The clips whose lessons have not been made, with their sound; all are noted on the way."""
         for row in rows:
             if isinstance(row, Skipped):
-                lessons.left_out.append(row)
+                self.lessons.left_out.append(row)
                 continue
             try:
-                if not lessons.path(row).is_file():
-                    waiting.append((row, self._sound(row)))
-                lessons.samples.append(row)
+                if not self.lessons.path(row).is_file():
+                    yield row, self._sound(row)
+                self.lessons.samples.append(row)
             except (MediaError, TooLong) as error:
-                lessons.left_out.append(left_out(row, error))
-            if len(waiting) == CLIPS_AT_ONCE:
-                used += self._teach(waiting)
-                waiting.clear()
-                if used > limit_mb << 20:
-                    raise ValueError(
-                        f"{lessons.folder}: over its limit of {limit_mb} MB; give it more, empty it, or take fewer clips"
-                    )
-        if waiting:
-            self._teach(waiting)
-        return lessons
+                self.lessons.left_out.append(left_out(row, error))
 
     def _sound(self, sample: Sample) -> NDArray[np.float32]:
         assert sample.audio is not None
@@ -194,18 +196,18 @@ class Teacher:
     @torch.inference_mode()
     def _teach(self, clips: Sequence[tuple[Sample, NDArray[np.float32]]]) -> int:
         """Decode some clips in every mode; returns the bytes written."""
-        decoder = self.decoder
+        decoder, tokenizer = self.decoder, self.decoder.tokenizer
         order, encoded = decoder.encode([clip for _, clip in clips], FULL_WINDOW)
         lengths = [len(clips[i][1]) for i in order]
         kept: list[dict[str, Tensor]] = [{} for _ in order]
         for mode in MODES:
             options = TranscribeOptions(timestamps=mode == "timestamps", context_margin=FULL_WINDOW)
             results = decoder.decode_encoded(encoded, lengths, [None] * len(order), options, 0.0, FULL_WINDOW)
-            tokenizer, texts = decoder.tokenizer, list[Tensor]()
-            for result in results:
-                prefix = tokenizer.sot_sequence(result.language)
-                plain = [] if options.timestamps else [tokenizer.no_timestamps]
-                texts.append(torch.tensor([*prefix, *plain, *result.hypothesis.tokens, tokenizer.eot]))
+            plain = [] if options.timestamps else [tokenizer.no_timestamps]
+            texts = [
+                torch.tensor([*tokenizer.sot_sequence(each.language), *plain, *each.hypothesis.tokens, tokenizer.eot])
+                for each in results
+            ]
             layout, read = Layout(len(text) - 1 for text in texts), torch.cat([text[:-1] for text in texts])
             decoded = decoder.model.decoder(read.to(encoded.states_TD.device), layout, encoded)
             states = torch.stack([*decoded.depths, decoded.states_TD]).half().cpu()

@@ -11,7 +11,6 @@ import json
 import logging
 import math
 import time
-from collections import deque
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
@@ -67,8 +66,7 @@ class GrokkingRecipe(BaseModel):
 
 def equations(prime: int) -> tuple[Tensor, Tensor]:
     """All a / b = c mod p with b ≠ 0: tokens [p (p − 1), 4] of ``a / b =``, and answers [p (p − 1)]."""
-    a, b = torch.meshgrid(torch.arange(prime), torch.arange(1, prime), indexing="ij")
-    a, b = a.flatten(), b.flatten()
+    a, b = torch.cartesian_prod(torch.arange(prime), torch.arange(1, prime)).T
     inverse = torch.tensor([pow(int(n), -1, prime) for n in range(1, prime)])
     divided_by, equals = torch.full_like(a, prime), torch.full_like(a, prime + 1)
     return torch.stack([a, divided_by, b, equals], dim=1), a * inverse[b - 1] % prime
@@ -79,19 +77,19 @@ class Divider(nn.Module):
 
     def __init__(self, recipe: GrokkingRecipe) -> None:
         super().__init__()
-        width, heads = recipe.width, recipe.heads
+        width = recipe.width
         config = ModelConfig(
             d_model=width,
-            encoder_heads=heads,
+            encoder_heads=recipe.heads,
             decoder_layers=recipe.layers,
-            decoder_heads=heads,
+            decoder_heads=recipe.heads,
             decoder_ffn_dim=4 * width,
         )
         self.embedding = nn.Embedding(recipe.prime + 2, width)
         self.positions = nn.Parameter(torch.randn(4, width) * 0.02)
         blocks = [Block(config, "decoder", layer) for layer in range(recipe.layers)]
         for block in blocks:
-            block.cross_attn, block.cross_norm = None, None
+            block.cross_attn = block.cross_norm = None
         self.blocks = nn.ModuleList(blocks)
         self.norm = nn.LayerNorm(width)
         self.head = nn.Linear(width, recipe.prime, bias=False)
@@ -115,8 +113,7 @@ def train(recipe: GrokkingRecipe) -> Iterator[dict[str, float]]:
     model = Divider(recipe)
     options = {"lr": recipe.lr, "betas": recipe.betas, "weight_decay": recipe.weight_decay}
     optimizer = adamw(model.parameters(), recipe.grokfast, **options)
-    queue: deque[Tensor] = deque()
-    plateau, began = Plateau(), time.perf_counter()
+    batches, plateau, began = iter(()), Plateau(), time.perf_counter()
     for step in range(recipe.steps + 1):
         if step % recipe.evaluate_every == 0 or step == recipe.steps:
             known = measured(model, "train", tokens[training], answers[training])
@@ -125,9 +122,9 @@ def train(recipe: GrokkingRecipe) -> Iterator[dict[str, float]]:
             plateau.warn(step, known["train_loss"], new["validation_loss"])
             if new["validation_accuracy"] >= recipe.stop_at:
                 break
-        if not queue:
-            queue.extend(training[torch.randperm(half)].split(recipe.batch_size))
-        rows = queue.popleft()
+        if (rows := next(batches, None)) is None:
+            batches = iter(training[torch.randperm(half)].split(recipe.batch_size))
+            rows = next(batches)
         for group in optimizer.param_groups:
             group["lr"] = recipe.lr * min(1.0, (step + 1) / max(1, recipe.warmup))
         optimizer.zero_grad()
