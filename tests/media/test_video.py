@@ -141,13 +141,14 @@ def test_frames_are_reduced_and_never_enlarged(even: Path) -> None:
 
 
 def test_limits_are_kept_while_decoding(even: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    with pytest.raises(MediaError, match="frames of 96×64 are over the limit of 6,143 pixels"):
-        load_frames(even, rate=25, max_pixels=6_143)
-    with pytest.raises(MediaError, match="more than the limit of 19 frames"):
-        load_frames(even, rate=0.1, max_decoded=19)
-    with pytest.raises(MediaError, match="more than the limit of 55,295 bytes"):
-        load_frames(even, rate=12.5, max_bytes=3 * 64 * 96 * 3 - 1)
-    assert len(load_frames(even, rate=25, max_pixels=6_144, max_decoded=20, max_bytes=20 * 64 * 96 * 3)) == 20
+    limits = {"MAX_PIXELS": (6_143, 25), "MAX_DECODED": (19, 0.1), "MAX_BYTES": (20 * 64 * 96 * 3 - 1, 25)}
+    said = ["frames of 96×64 are over the limit of 6,143 pixels", "limit of 19 frames", "limit of 368,639 bytes"]
+    for (name, (limit, rate)), words in zip(limits.items(), said, strict=True):
+        monkeypatch.setattr(video, name, limit)
+        with pytest.raises(MediaError, match=words):
+            load_frames(even, rate=rate)
+        monkeypatch.setattr(video, name, limit + 1)
+        assert len(load_frames(even, rate=rate)) == (20 if rate == 25 else 1)
     gap = film(tmp_path / "gap.mkv", [0, 30_000])
     reformatted: list[object] = []
     monkeypatch.setattr(video, "_picture", lambda *frame: reformatted.append(frame))

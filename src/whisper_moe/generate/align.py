@@ -71,11 +71,10 @@ def dtw(cost_NM: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     Sums are kept in float32, and the left step is taken unless another is cheaper than both others, as in
     openai/whisper, so that paths are equal and not only as cheap.
     """
-    n, m = cost_NM.shape
-    assert n > 0 and m > 0, cost_NM.shape
+    i, j = cost_NM.shape
+    assert i > 0 and j > 0, cost_NM.shape
     steps = _cheapest_steps(cost_NM)
     path: list[tuple[int, int]] = []
-    i, j = n, m
     while i > 0 and j > 0:
         path.append((i - 1, j - 1))
         step = steps[i + j, i]
@@ -125,9 +124,8 @@ def token_probabilities(logits_TV: Tensor, text_tokens: Sequence[int], tokenizer
 
     ``logits_TV`` are the decoder's outputs for the inputs that :func:`align` names, one row for each.
     """
-    first = _first_row(len(logits_TV), text_tokens)
-    rows = logits_TV[first : first + len(text_tokens), : tokenizer.eot].float().softmax(dim=-1)
-    return rows[torch.arange(len(text_tokens)), torch.tensor(text_tokens, dtype=torch.long)].tolist()
+    rows_TV = logits_TV[-len(text_tokens) - 2 : -2, : tokenizer.eot].float().softmax(dim=-1)
+    return rows_TV.gather(1, torch.tensor(text_tokens, dtype=torch.long, device=rows_TV.device)[:, None])[:, 0].tolist()
 
 
 def align(
@@ -139,20 +137,19 @@ def align(
     language: str | None = None,
     median_width: int = 7,
 ) -> list[WordTiming]:
-    """The words of ``text_tokens`` and their times.
+    """The words of ``text_tokens`` and their times; none for no tokens.
 
     ``logits_HTP`` are the scaled dot products, before the softmax, of the alignment heads in the decoder's
     cross-attention, for the inputs ``[*sot_sequence, no_timestamps, *text_tokens, eot]`` and the positions that hold
     audio (``frames // 2`` of them; padding left out). Log-probabilities serve as well. ``probabilities``: one for each
-    text token. There must be text tokens only; none of them give no words.
+    text token; there must be no others among ``text_tokens``.
     """
-    assert len(probabilities) == len(text_tokens)
+    assert len(probabilities) == len(text_tokens) <= logits_HTP.shape[1] - 2
     if not text_tokens:
         return []
-    first = _first_row(logits_HTP.shape[1], text_tokens)
-    scores_TP = attention_scores(logits_HTP, median_width)[first:-1]
+    # <|notimestamps|> predicts the first text token, the last text token the end, and the end nothing.
+    scores_TP = attention_scores(logits_HTP, median_width)[-len(text_tokens) - 2 : -1]
     rows, positions = dtw(-scores_TP.cpu().numpy())
-    # Row i predicts text token i; the last row predicts the end.
     begins = np.flatnonzero(np.diff(rows, prepend=-1))
     times = (positions[begins] / POSITIONS_PER_SECOND).tolist()
     timings: list[WordTiming] = []
@@ -163,13 +160,6 @@ def align(
         timings.append(WordTiming(word, tuple(tokens), times[done], times[stop], probability))
         done = stop
     return timings
-
-
-def _first_row(rows: int, text_tokens: Sequence[int]) -> int:
-    """The row of ``<|notimestamps|>``, which predicts the first text token."""
-    first = rows - len(text_tokens) - 2
-    assert first >= 0, (rows, len(text_tokens))
-    return first
 
 
 def merge_punctuation(timings: Sequence[WordTiming], options: TranscribeOptions) -> list[WordTiming]:

@@ -24,7 +24,7 @@ from whisper_moe.media.containers import FILM_CODECS, MICROSECONDS, SOUND_CODECS
 Frames = NDArray[np.uint8]
 
 MAX_PIXELS = 4_096 * 2_304
-"""Of one frame: 4K."""
+"""Of one frame, 4K; refused before it is decoded where the header tells."""
 MAX_DECODED = 20_000
 """Frames decoded of one file, whether they are kept or not: eleven minutes at 30 a second."""
 MAX_BYTES = 1 << 30
@@ -40,9 +40,6 @@ def load_frames(
     rate: float,
     short_side: int | None = None,
     name: str | None = None,
-    max_pixels: int = MAX_PIXELS,
-    max_decoded: int = MAX_DECODED,
-    max_bytes: int = MAX_BYTES,
 ) -> Frames:
     """RGB frames at ``rate`` a second, uint8 [frames, height, width, 3]; at least one.
 
@@ -52,11 +49,8 @@ def load_frames(
     :param source: a path (never a URL), or a seekable binary stream.
     :param short_side: pixels of the shorter side, to which larger frames are reduced with their proportions; ``None``
         keeps the size.
-    :param max_pixels: a larger frame raises, before it is decoded where the header tells.
-    :param max_decoded: more frames raise, kept or not.
-    :param max_bytes: more bytes of RGB raise.
     :raises MediaError: for a file that is missing, unreadable, without a film (sound only, cover art only), without a
-        frame, cut off or damaged, whose timestamps run backwards, or whose size changes on the way.
+        frame, over a limit of this module, cut off or damaged, whose timestamps run backwards, or whose size changes.
     """
     if not 0 < rate <= MAX_RATE:
         raise ValueError(f"rate must be above 0 and at most {MAX_RATE:g} frames a second, got {rate}")
@@ -65,10 +59,10 @@ def load_frames(
     kept: list[Frames] = []
     size = 0
     with opened(source, name, FILM_CODECS) as reader:
-        for frame, copies in _sampled(_Film(reader, max_pixels, max_decoded), rate):
+        for frame, copies in _sampled(_film_track(reader), reader, rate):
             size += copies * 3 * prod(_size(frame, short_side))
-            if size > max_bytes:
-                raise Damage(f"more than the limit of {max_bytes:,} bytes of pictures")
+            if size > MAX_BYTES:
+                raise Damage(f"more than the limit of {MAX_BYTES:,} bytes of pictures")
             kept += [_picture(frame, short_side)] * copies
         if not kept:
             raise Damage("it has a film track, and no frame in it")
@@ -94,49 +88,6 @@ def header_seconds(source: str | Path | BinaryIO, *, name: str | None = None) ->
     return len(load_audio(source, name=name)) / SAMPLE_RATE
 
 
-class _Film:
-    """One pass over one film track."""
-
-    def __init__(self, reader: Reader, max_pixels: int, max_decoded: int) -> None:
-        self.reader, self.max_pixels, self.max_decoded = reader, max_pixels, max_decoded
-        self.stream = _film_track(reader)
-        context = self.stream.codec_context
-        self._check_size(context.width, context.height)
-        # FFmpeg counts what it allocates: rows that are rounded up. What is exact is checked on every frame.
-        context.options = {"max_pixels": str(2 * max_pixels + 65_536)}
-        rate = self.stream.average_rate or self.stream.guessed_rate
-        self.usual = 1 / rate if rate else Fraction(0)
-
-    def frames(self) -> Iterator[tuple[VideoFrame, Fraction, Fraction]]:
-        """Decoded frames in the order in which they are shown, each with its begin and its end in seconds."""
-        begin = end = shape = None
-        for count, frame in enumerate(self.reader.frames(self.stream), start=1):
-            if count > self.max_decoded:
-                raise Damage(f"more than the limit of {self.max_decoded:,} frames")
-            before, begin = begin, self._begin(frame, end)
-            if before is not None and begin < before:
-                raise Damage(f"its timestamps run backwards, from {float(before):.3f} s to {float(begin):.3f} s")
-            self._check_size(frame.width, frame.height)
-            was, shape = shape, f"{frame.width}×{frame.height} turned by {frame.rotation % 360}°"
-            if was not in (None, shape):
-                raise Damage(f"its pictures change from {was} to {shape} at {float(begin):.2f} s")
-            end = begin + (frame.duration * frame.time_base if frame.duration and frame.time_base else self.usual)
-            self.reader.seconds = float(end)
-            yield frame, begin, end
-
-    def _begin(self, frame: VideoFrame, end: Fraction | None) -> Fraction:
-        """By the frame's own timestamp; where it has none, the end of the one before."""
-        if frame.pts is not None and frame.time_base:
-            return frame.pts * frame.time_base
-        if end is not None and not self.usual:
-            raise Damage("its frames have no timestamps, and it states no frame rate")
-        return end or Fraction(0)
-
-    def _check_size(self, width: int, height: int) -> None:
-        if width * height > self.max_pixels:
-            raise Damage(f"frames of {width}×{height} are over the limit of {self.max_pixels:,} pixels")
-
-
 def _film_track(reader: Reader) -> VideoStream:
     """FFmpeg's best film track, or the first whose codec is allowed; cover art is none."""
     films, best = reader.films, reader.container.streams.best("video")
@@ -148,11 +99,43 @@ def _film_track(reader: Reader) -> VideoStream:
     return next((film for film in readable if film is best), readable[0])
 
 
-def _sampled(film: _Film, rate: float) -> Iterator[tuple[VideoFrame, int]]:
+def _timed(film: VideoStream, reader: Reader) -> Iterator[tuple[VideoFrame, Fraction, Fraction]]:
+    """Decoded frames in the order in which they are shown, each with its begin and its end in seconds."""
+    context, rate = film.codec_context, film.average_rate or film.guessed_rate
+    _check_size(context.width, context.height)
+    # FFmpeg counts what it allocates: rows that are rounded up. What is exact is checked on every frame.
+    context.options = {"max_pixels": str(2 * MAX_PIXELS + 65_536)}
+    begin = end = shape = None
+    for count, frame in enumerate(reader.frames(film), start=1):
+        if count > MAX_DECODED:
+            raise Damage(f"more than the limit of {MAX_DECODED:,} frames")
+        before, begin = begin, end or Fraction(0)  # the end of the one before, where a frame has no timestamp
+        if frame.pts is not None and frame.time_base:
+            begin = frame.pts * frame.time_base
+        elif count > 1 and not rate:
+            raise Damage("its frames have no timestamps, and it states no frame rate")
+        if before is not None and begin < before:
+            raise Damage(f"its timestamps run backwards, from {float(before):.3f} s to {float(begin):.3f} s")
+        _check_size(frame.width, frame.height)
+        was, shape = shape, f"{frame.width}×{frame.height} turned by {frame.rotation % 360}°"
+        if was not in (None, shape):
+            raise Damage(f"its pictures change from {was} to {shape} at {float(begin):.2f} s")
+        timed = frame.duration and frame.time_base
+        end = begin + (frame.duration * frame.time_base if timed else 1 / rate if rate else Fraction(0))
+        reader.seconds = float(end)
+        yield frame, begin, end
+
+
+def _check_size(width: int, height: int) -> None:
+    if width * height > MAX_PIXELS:
+        raise Damage(f"frames of {width}×{height} are over the limit of {MAX_PIXELS:,} pixels")
+
+
+def _sampled(film: VideoStream, reader: Reader, rate: float) -> Iterator[tuple[VideoFrame, int]]:
     """Each frame with the number of sample times k / rate at which it stands, if there is one."""
     step, taken = Fraction(rate), 0
     standing = first = last = None
-    for frame, begin, end in film.frames():
+    for frame, begin, end in _timed(film, reader):
         first, last = begin if first is None else first, end
         until = ceil((begin - first - SLACK) * step)
         if standing is not None and until > taken:
