@@ -16,10 +16,11 @@ from functools import partial
 from importlib.util import find_spec
 from itertools import pairwise
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import Any, Literal
 
-from whisper_moe.config import FULL_WINDOW as WINDOW_SECONDS
-from whisper_moe.config import SAMPLE_RATE as SAMPLE_RATE
+import numpy as np
+
+from whisper_moe.config import FULL_WINDOW, SAMPLE_RATE
 from whisper_moe.evaluate.systems import (
     Adapter,
     Heard,
@@ -35,9 +36,6 @@ from whisper_moe.evaluate.systems import (
     transformers,
 )
 from whisper_moe.generate.options import TEMPERATURES
-
-if TYPE_CHECKING:
-    import numpy as np
 
 CHECKPOINTS = Path(__file__).parent.parent / "checkpoints"
 
@@ -71,11 +69,6 @@ class Job:
     def decoding(self) -> dict[str, Any]:
         """What every peer is told."""
         return {"threads": self.threads, "beam": self.beam, "temperatures": self.temperatures}
-
-
-def decode(path: str) -> np.ndarray:
-    """Mono float32 samples at 16 kHz."""
-    return samples_of(path)
 
 
 def own(job: Job, *, margin: float | None = None, dtype: Literal["float32", "int8"] = "float32") -> Adapter:
@@ -114,8 +107,6 @@ def hear_in_batches(
     """Short clips are laid end to end and named as its ``clip_timestamps``, so that they share batches too.
     Recordings over 30 s are cut by its own voice activity detection.
     """
-    import numpy as np
-
     told |= options | {"multilingual": told["language"] is None, "vad_filter": long}
     if long:
         for source in sources:
@@ -204,7 +195,7 @@ def systems(model: str) -> dict[str, System]:
     for name, form in (("ours", ""), (f"ours-{Path(model).name}", "hub")):
         for suffix, more in (("", {}), ("-int8", {"dtype": "int8"})):
             table[name + suffix] = System(partial(own, **more), form, **torch)
-            table[f"{name}{suffix}-padded"] = System(partial(own, margin=WINDOW_SECONDS, **more), form, **torch)
+            table[f"{name}{suffix}-padded"] = System(partial(own, margin=FULL_WINDOW, **more), form, **torch)
     for kind in ("int8", "float32"):
         name, form = f"faster-whisper-{kind}", f"ct2-{kind}"
         table[name] = System(partial(peer, faster_whisper, dtype=kind), form, **fast)

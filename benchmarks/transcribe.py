@@ -16,7 +16,7 @@ import sys
 import tempfile
 import wave
 from collections.abc import Iterable, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, replace
 from datetime import UTC, datetime
 from importlib.util import find_spec
 from pathlib import Path
@@ -25,41 +25,14 @@ from typing import Any
 import command
 import numpy as np
 import report
-from peers import SAMPLE_RATE, WINDOW_SECONDS, Job, decode, systems, weights_of
+from manifest import read_clips
+from peers import Job, systems, weights_of
 
-from whisper_moe.config import FULL_WINDOW
+from whisper_moe.config import FULL_WINDOW, SAMPLE_RATE
+from whisper_moe.evaluate.measure import Clip
 from whisper_moe.machine import THREAD_VARIABLES, machine, versions
 
 PAUSE_SECONDS = 0.5
-
-
-@dataclass(frozen=True)
-class Clip:
-    path: Path
-    text: str
-    samples: int
-
-    @property
-    def seconds(self) -> float:
-        return self.samples / SAMPLE_RATE
-
-
-def read_manifest(path: Path, limit: int | None) -> list[Clip]:
-    """The clips of a TSV of ``path<TAB>text`` (a heading line is skipped), with their decoded lengths."""
-    rows = [line.split("\t") for line in path.read_text(encoding="utf-8").splitlines() if line.strip()]
-    if rows and rows[0][0] == "path":
-        rows = rows[1:]
-    clips = []
-    for number, row in enumerate(rows[:limit], start=1):
-        if len(row) < 2:
-            raise ValueError(f"{path}: clip {number} has no text: expected path<TAB>text, found {row}")
-        audio = path.parent / row[0]
-        if not audio.is_file():
-            raise ValueError(f"{path}: clip {number}: {audio} does not exist")
-        clips.append(Clip(audio, row[1], len(decode(str(audio)))))
-    if not clips:
-        raise ValueError(f"{path} names no clips")
-    return clips
 
 
 def first_window(clips: Sequence[Clip]) -> list[Clip]:
@@ -67,25 +40,30 @@ def first_window(clips: Sequence[Clip]) -> list[Clip]:
     chosen, seconds = [], 0.0
     for clip in clips:
         seconds += clip.seconds + (PAUSE_SECONDS if chosen else 0.0)
-        if seconds > WINDOW_SECONDS:
+        if seconds > FULL_WINDOW:
             break
         chosen.append(clip)
     if not chosen:
-        raise ValueError(f"{clips[0].path} alone is longer than {WINDOW_SECONDS:g} s")
+        raise ValueError(f"{clips[0].sample.place} alone is longer than {FULL_WINDOW:g} s")
     return chosen
 
 
-def join(clips: Sequence[Clip], target: Path) -> Clip:
-    """All clips in one 16-bit wave file, half a second of silence between them."""
+def join(clips: Sequence[Clip], target: Path) -> float:
+    """Write all clips into one 16-bit wave file, half a second of silence between them; its seconds."""
     pause = np.zeros(int(PAUSE_SECONDS * SAMPLE_RATE), np.float32)
-    parts = [part for clip in clips for part in (decode(str(clip.path)), pause)][:-1]
+    parts = [part for clip in clips for part in (clip.sound, pause)][:-1]
     samples = np.round(np.concatenate(parts) * 32_768).clip(-32_768, 32_767).astype("<i2")
     with wave.open(str(target), "wb") as file:
         file.setnchannels(1)
         file.setsampwidth(2)
         file.setframerate(SAMPLE_RATE)
         file.writeframes(samples.tobytes())
-    return Clip(target, " ".join(clip.text for clip in clips), len(samples))
+    return len(samples) / SAMPLE_RATE
+
+
+def path_of(clip: Clip) -> str:
+    assert clip.sample.audio is not None
+    return clip.sample.audio.name
 
 
 def choose(wanted: str | None, model: str, ggml: str | None) -> tuple[list[str], dict[str, str]]:
@@ -103,8 +81,8 @@ def choose(wanted: str | None, model: str, ggml: str | None) -> tuple[list[str],
     return [name for name in names if name not in skipped], skipped
 
 
-def prepare(names: Sequence[str], args: argparse.Namespace, recordings: Sequence[Clip]) -> dict[str, Job]:
-    """One job for each system, its weights converted."""
+def prepare(names: Sequence[str], args: argparse.Namespace, recordings: Sequence[str], long: bool) -> dict[str, Job]:
+    """One job for each system, its weights converted. ``long``: one of the recordings is over 30 s."""
     table = systems(args.model)
     jobs = {}
     for name in names:
@@ -112,8 +90,8 @@ def prepare(names: Sequence[str], args: argparse.Namespace, recordings: Sequence
         form = table[name].form
         jobs[name] = Job(
             system=name,
-            clips=tuple(str(clip.path) for clip in recordings),
-            long=max(clip.seconds for clip in recordings) > FULL_WINDOW,
+            clips=tuple(recordings),
+            long=long,
             model=args.model,
             weights=ready or weights_of(form, args.model, args.cache),
             threads=args.threads,
@@ -236,17 +214,19 @@ def transcripts_mode(args: argparse.Namespace, clips: list[Clip]) -> int:
     with tempfile.TemporaryDirectory() as folder:
         if args.mode == "single30":
             clips = first_window(clips)
-        recordings = clips if args.mode == "clips" else [join(clips, Path(folder) / f"{args.mode}.wav")]
-        seconds = sum(clip.seconds for clip in recordings)
+        joined = Path(folder) / f"{args.mode}.wav"
+        recordings = [path_of(clip) for clip in clips] if args.mode == "clips" else [str(joined)]
+        lengths = [clip.seconds for clip in clips] if args.mode == "clips" else [join(clips, joined)]
+        seconds = sum(lengths)
         table = systems(args.model)
         heading = facts(args, clips, (package for name in names for package in table[name].packages))
         heading |= {"audio_seconds": seconds, "skipped": skipped}
-        runs, failed = run_all(prepare(names, args, recordings), args.repeats, seconds)
+        runs, failed = run_all(prepare(names, args, recordings, max(lengths) > FULL_WINDOW), args.repeats, seconds)
     if not runs:
         raise ValueError("no system gave a result")
     material = report.Material(
-        names=tuple(clip.path.stem for clip in clips),
-        references=tuple(clip.text for clip in clips),
+        names=tuple(Path(path_of(clip)).stem for clip in clips),
+        references=tuple(clip.sample.text for clip in clips),
         joined=args.mode != "clips",
     )
     pairs = [pair for pair in asked if set(pair) <= set(runs)] + report.default_pairs(list(runs), args.baseline)
@@ -262,12 +242,12 @@ def main(argv: Sequence[str] | None = None) -> int:
         if args.language not in ("en", "auto"):
             raise ValueError(f"--language {args.language}: WER is normalised with English rules; use en or auto")
         provide_ffmpeg(args.cache)
-        clips = read_manifest(args.manifest, args.limit)
+        clips = read_clips(args.manifest, args.limit)
         if args.mode != "command":
             return transcripts_mode(args, clips)
         heading = facts(args, clips, ("openai-whisper", "torch"))
         clip = min(clips, key=lambda each: abs(each.seconds - command.CLIP_SECONDS))
-        return command.compare(args, heading, clip.path, clip.seconds)
+        return command.compare(args, heading, Path(path_of(clip)), clip.seconds)
     except (ValueError, OSError, RuntimeError) as error:
         say(f"error: {error}")
         return 2

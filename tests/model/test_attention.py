@@ -70,16 +70,6 @@ def test_cross_attention_is_the_masked_product(dtype: torch.dtype) -> None:
     assert relative(ours, whole) > 0.1, "the mask must matter, or this compares nothing"
 
 
-@FORMS
-def test_a_broken_segment_stays_alone(causal: bool) -> None:
-    attention, x = make_self(causal), normal(RAGGED.total, D)
-    broken = x.clone()
-    broken[RAGGED.slices()[2]] = torch.nan
-    before, after = attention(x, RAGGED), attention(broken, RAGGED)
-    for segment, rows in enumerate(RAGGED.slices()):
-        assert after[rows].isnan().all() if segment == 2 else torch.equal(after[rows], before[rows])
-
-
 def test_causal_attention_does_not_see_the_future() -> None:
     attention, x, layout = make_self(True), normal(12, D), Layout([7, 5])
     before = attention(x, layout)
@@ -119,29 +109,6 @@ def test_extending_the_cache_equals_the_whole_pass(sizes: list[int], capacity: i
         steps = [attention.extend(part.flatten(0, 1), cache).view(rows, -1, D) for part in x.split(sizes, dim=1)]
     assert relative(torch.cat(steps, dim=1), expected) < 1e-12
     assert cache.length == n <= cache.keys.shape[2]
-
-
-def test_selected_rows_take_their_past_along_and_leave_the_old_cache_alone() -> None:
-    attention, x = make_self(True), normal(3, 8, D)
-    cache = empty_cache(3, 4)
-    order = torch.tensor([2, 2, 0])
-    with torch.no_grad():
-        attention.extend(x[:, :5].flatten(0, 1), cache)
-        moved = cache.select(order)
-        after = attention.extend(x[:, 5:].flatten(0, 1), moved).view(3, 3, D)
-        past = torch.cat([x[order, :5], x[:, 5:]], dim=1)
-        expected = attention(past.flatten(0, 1), Layout([8] * 3)).view(3, 8, D)[:, 5:]
-        assert relative(after, expected) < 1e-12
-        assert cache.length == 5 and moved.length == 8
-        stayed = attention.extend(x[:, 5:].flatten(0, 1), cache).view(3, 3, D)
-    assert relative(stayed, attention(x.flatten(0, 1), Layout([8] * 3)).view(3, 8, D)[:, 5:]) < 1e-12
-
-
-def test_a_cache_is_selected_by_segment() -> None:
-    cache = make_cross().cache(normal(12, D), Layout([3, 4, 5]))
-    assert [tuple(keys.shape) for keys in cache.keys] == [(1, H, n, D // H) for n in (3, 4, 5)]
-    chosen = cache.select([2, 0])
-    assert chosen.keys == (cache.keys[2], cache.keys[0]) and chosen.values == (cache.values[2], cache.values[0])
 
 
 def test_keys_start_without_a_bias_as_in_whisper() -> None:

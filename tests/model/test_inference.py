@@ -262,12 +262,6 @@ def test_int8_experts_give_a_token_the_same_whoever_is_in_its_batch(
             assert ((y - together[i]).abs() <= 1e-6 * together[i].abs().max()).all()
 
 
-@pytest.mark.parametrize("int8_experts", INT8_EXPERTS)
-def test_int8_experts_that_were_never_trained_add_nothing_at_all(int8_experts: Callable[[Experts], nn.Module]) -> None:
-    layout, routing = routed("changing, with none", 3)
-    assert not int8_experts(Experts(32, 24, 4))(rows(layout.total, 32), routing, layout).any()
-
-
 def arranged(model: WhisperMoEModel, arithmetic: Arithmetic) -> WhisperMoEModel:
     other = copy.deepcopy(model)
     assert prepare_for_inference(other, arithmetic) is other

@@ -176,32 +176,6 @@ def test_none_in_the_second_slot_leaves_the_gate_times_the_expert(dtype: torch.d
         assert relative_error(y, 0.6 * whole) <= RELATIVE[dtype], name
 
 
-@DTYPES
-def test_a_segment_in_a_pack_is_the_segment_alone(dtype: torch.dtype) -> None:
-    experts, layout = make_experts(dtype), Layout([1, 400, 2, 90, 17])
-    routing = random_routing(len(layout), dtype)
-    x = torch.randn(layout.total, D_MODEL, dtype=dtype, requires_grad=True)
-    packed = experts(x, routing, layout)
-    packed_gradient = gradients(packed, [x])[0]
-    weights = torch.linspace(-1, 1, packed.numel(), dtype=dtype).view_as(packed)
-    assert len(routing.runs(layout)) == len(layout), "the segments chose differently"
-    for i, part in enumerate(layout.slices()):
-        own = x[part].detach().requires_grad_()
-        alone = experts(own, routing.rows(torch.tensor([i])), Layout([layout.lengths[i]]))
-        assert relative_error(packed[part], alone) <= RELATIVE[dtype]
-        (gradient,) = torch.autograd.grad((alone * weights[part]).sum(), own)
-        assert relative_error(packed_gradient[part], gradient) <= RELATIVE[dtype]
-
-
-def test_nothing_leaks_between_segments_of_a_pack() -> None:
-    experts, layout, routing = make_experts(torch.float32), Layout([5, 6]), random_routing(2, torch.float32)
-    routing.experts[1] = routing.experts[0].flip(0)
-    x = torch.randn(layout.total, D_MODEL)
-    x[5:] = torch.nan
-    for name, y in every_path(experts, x, routing, layout).items():
-        assert y[:5].isfinite().all() and y[5:].isnan().all(), name
-
-
 def test_experts_start_at_zero_and_alive() -> None:
     torch.manual_seed(4)
     experts = Experts(D_MODEL, EXPERT_DIM, N_EXPERTS)

@@ -51,6 +51,33 @@ def test_softmax_over_the_chosen_is_the_renormalised_softmax_over_all() -> None:
     assert len(routing.experts.unique()) == N_EXPERTS
 
 
+@pytest.mark.parametrize(
+    ("logits", "chosen"),
+    [
+        ((1.0, 0.5, -3.0, 1.1), (NONE, NONE)),
+        ((1.0, 2.0, -3.0, 1.1), (1, NONE)),
+        ((1.0, 2.0, 1.2, 1.1), (1, 2)),
+        ((0.0, 0.0, 0.0, 0.0), (0, 1)),
+        ((-1.0, 0.0, 0.0, 0.0), (1, 2)),
+        ((-1.0, -1.0, 0.0, 0.0), (2, NONE)),
+    ],
+)
+def test_none_takes_the_slots_that_no_expert_is_above_it_for(
+    logits: tuple[float, ...], chosen: tuple[int, int]
+) -> None:
+    """The last logit is its own. Ties go to the lower index and to experts before *none*."""
+    routing = router_with_logits(*logits)
+    assert routing.choices == (chosen,)
+    both = torch.tensor([logits[expert] for expert in chosen], dtype=torch.float64)
+    torch.testing.assert_close(routing.gates[0], both.softmax(0))
+
+
+def test_a_tie_of_many_goes_to_the_lowest() -> None:
+    many = Router(D_MODEL, 300, 4, none_choice=True)  # enough columns that a sort which is not stable shows
+    many.weight.data.zero_()
+    assert set(many(torch.randn(200, D_MODEL)).choices) == {(0, 1, 2, 3)}
+
+
 @pytest.mark.parametrize("top_k", [1, 2, 3])
 def test_none_is_top_k_identical_experts_of_its_own(top_k: int) -> None:
     router = make_router(top_k)
@@ -62,41 +89,6 @@ def test_none_is_top_k_identical_experts_of_its_own(top_k: int) -> None:
     torch.testing.assert_close(ours.gates, theirs.gates, rtol=0, atol=1e-12)
     nones = set((ours.experts == NONE).sum(1).tolist())
     assert nones == set(range(top_k + 1)), "every number of *none* slots occurred"
-
-
-def test_none_takes_every_slot_where_it_is_above_all_experts() -> None:
-    routing = router_with_logits(1.0, 0.5, -3.0, 1.1)
-    assert routing.choices == ((NONE, NONE),)
-    assert routing.gates.tolist() == [[0.5, 0.5]]
-
-
-def test_one_expert_above_none_shares_with_it() -> None:
-    routing = router_with_logits(1.0, 2.0, -3.0, 1.1)
-    assert routing.choices == ((1, NONE),)
-    torch.testing.assert_close(routing.gates[0, 0], torch.tensor(2.0 - 1.1, dtype=torch.float64).sigmoid())
-
-
-def test_none_is_absent_where_enough_experts_are_above_it() -> None:
-    assert router_with_logits(1.0, 2.0, 1.2, 1.1).choices == ((1, 2),)
-
-
-def test_ties_go_to_the_lower_index_and_to_experts_before_none() -> None:
-    assert router_with_logits(0.0, 0.0, 0.0, 0.0).choices == ((0, 1),)
-    assert router_with_logits(-1.0, 0.0, 0.0, 0.0).choices == ((1, 2),)
-    assert router_with_logits(-1.0, -1.0, 0.0, 0.0).choices == ((2, NONE),)
-    many = Router(D_MODEL, 300, 4, none_choice=True)  # enough columns that a sort which is not stable shows
-    many.weight.data.zero_()
-    assert set(many(torch.randn(200, D_MODEL)).choices) == {(0, 1, 2, 3)}
-
-
-def test_a_choice_does_not_depend_on_the_other_rows() -> None:
-    router = make_router()
-    features = torch.randn(30, D_MODEL, dtype=torch.float64)
-    together = router(features)
-    for i, row in enumerate(features):
-        alone = router(row[None])
-        assert alone.choices[0] == together.choices[i]
-        torch.testing.assert_close(alone.gates[0], together.gates[i], rtol=0, atol=1e-12)
 
 
 def test_logits_are_float32_under_bfloat16_autocast() -> None:

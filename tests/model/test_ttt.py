@@ -173,46 +173,6 @@ def test_order_within_a_bidirectional_chunk_comes_from_rope_alone(monkeypatch: p
 # --- packing ---------------------------------------------------------------------------------------------------------
 
 
-def run_with_gradients(layer: TTTMLP, x: Tensor, lengths: tuple[int, ...], weight: Tensor) -> dict[str, Tensor]:
-    x = x.detach().requires_grad_()
-    y = layer(x, Layout(lengths))
-    gradients = torch.autograd.grad((y * weight).sum(), [x, *layer.parameters()])
-    return dict(zip(("y", "x", *(n for n, _ in layer.named_parameters())), (y.detach(), *gradients), strict=True))
-
-
-@FORMS
-@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float64, 1e-10), (torch.float32, 1e-5)], ids=["f64", "f32"])
-def test_packed_equals_alone_with_gradients(causal: bool, dtype: torch.dtype, tolerance: float) -> None:
-    lengths = (B + 1, 1, 5 * B + 3, B, 2 * B, 1, B - 1)
-    layer, x, weight = (
-        make_layer(causal, dtype=dtype, lr=0.5),
-        tokens(sum(lengths), dtype=dtype),
-        tokens(sum(lengths), seed=2),
-    )
-    packed = run_with_gradients(layer, x, lengths, weight.to(dtype))
-    alone = [
-        run_with_gradients(layer, part, (len(part),), w.to(dtype))
-        for part, w in zip(x.split(lengths), weight.split(lengths), strict=True)
-    ]
-    for name, value in packed.items():
-        per_token = name in ("y", "x")
-        parts = [result[name] for result in alone]
-        expected = torch.cat(parts) if per_token else torch.stack(parts).sum(0)
-        assert relative(value, expected) < tolerance, name
-
-
-@FORMS
-def test_a_broken_segment_stays_alone(causal: bool) -> None:
-    lengths = (B + 1, 3, 2)  # The broken one comes first: padding that read token 0 would hand it on.
-    layer, x = make_layer(causal), tokens(sum(lengths))
-    clean = layer(x, Layout(lengths))
-    broken = x.clone()
-    broken[0] = torch.nan
-    y = layer(broken, Layout(lengths))
-    assert y[: B + 1].isnan().any()
-    assert torch.equal(y[B + 1 :], clean[B + 1 :])
-
-
 @settings(max_examples=50, deadline=None)
 @given(
     lengths=st.lists(st.integers(1, 11), min_size=1, max_size=6),

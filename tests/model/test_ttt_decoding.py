@@ -18,50 +18,10 @@ FORMS = pytest.mark.parametrize("causal", [True, False], ids=["causal", "bidirec
 # --- decoding --------------------------------------------------------------------------------------------------------
 
 
-def decode(layer: TTTMLP, x_RTD: Tensor, sizes: list[int]) -> Tensor:
-    state = layer.initial_state(len(x_RTD))
-    outputs = []
-    for part in x_RTD.split(sizes, dim=1):
-        y, state = layer.extend(part, state)
-        outputs.append(y)
-    assert state.count == x_RTD.shape[1] % B
-    return torch.cat(outputs, dim=1)
-
-
-@pytest.mark.parametrize("sizes", [[1] * 15, [5, 1, 9], [3, 1, 1, 10], [4, 4, 7], [15]], ids=str)
-def test_decoding_with_the_cache_equals_the_full_pass(sizes: list[int]) -> None:
-    layer, rows = make_layer(True), 3
-    x = tokens(rows * 15).view(rows, 15, D)
-    full = layer(x.flatten(0, 1), Layout([15] * rows)).view(rows, 15, D)
-    assert_close(decode(layer, x, sizes), full, rtol=0, atol=1e-12)
-
-
 def step(layer: TTTMLP, x_RD: Tensor, state: TTTState) -> tuple[Tensor, TTTState]:
     """The next token of every row, [R, D]."""
     y, state = layer.extend(x_RD[:, None], state)
     return y[:, 0], state
-
-
-def test_beams_reordered_across_commits_equal_each_beam_alone() -> None:
-    """Every step picks other parents (some twice, some never), once fewer rows, before, at and after a commit."""
-    layer, steps = make_layer(True), 3 * B + 2
-    generator = torch.Generator().manual_seed(5)
-    rows, state = 4, layer.initial_state(4)
-    histories: list[list[Tensor]] = [[] for _ in range(rows)]
-    for i in range(steps):
-        x = tokens(rows, seed=100 + i)
-        y, state = step(layer, x, state)
-        histories = [[*past, token] for past, token in zip(histories, x, strict=True)]
-        for past, output in zip(histories, y, strict=True):
-            alone = layer(torch.stack(past), Layout([len(past)]))
-            assert_close(output, alone[-1], rtol=0, atol=1e-12)
-        parents = torch.randint(rows, (2 if i == 2 * B else 4,), generator=generator)
-        state = state.select(parents)
-        histories = [histories[int(p)] for p in parents]
-        rows = len(parents)
-        assert (state.rows, state.count) == (rows, (i + 1) % B)
-        assert state.weights.rows == (1 if i + 1 < B else rows), "reordering alone copies no shared fast weights"
-    assert len({tuple(map(id, past)) for past in histories}) > 1, "beams must differ"
 
 
 def test_states_are_values_and_fast_weights_are_copied_on_commit_only() -> None:
@@ -73,7 +33,7 @@ def test_states_are_values_and_fast_weights_are_copied_on_commit_only() -> None:
         step(layer, tokens(3, seed=50 + i), state)  # Another continuation of the same state must not disturb it.
         again = step(layer, x[i].expand(3, D), state)
         assert torch.equal(first[0], again[0])
-        state = again[1]
+        state = again[1].select(torch.tensor([2, 0, 0]))  # beams that move copy none either
     assert (state.weights.rows, state.count) == (3, 0)
 
 

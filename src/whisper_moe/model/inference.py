@@ -32,25 +32,18 @@ _ONE_AT_A_TIME = Lock()
 
 
 class BlockedLinear(nn.Module):
-    """``x W^T + b`` in float32, with W in oneDNN's own layout."""
-
-    def __init__(self, weight: Tensor, bias: Tensor | None) -> None:
-        super().__init__()
-        self.weight = torch.ops.mkldnn._reorder_linear_weight(weight.detach(), None)
-        self.bias = bias.detach() if bias is not None else None
-
-    def forward(self, x: Tensor) -> Tensor:
-        return torch.ops.mkldnn._linear_pointwise(x, self.weight, self.bias, "none", [], "")
-
-
-class PlainLinear(nn.Module):
-    """``x W^T + b``, where there is no oneDNN and no other layout."""
+    """``x W^T + b`` in float32, with W in oneDNN's own layout where there is a oneDNN."""
 
     def __init__(self, weight: Tensor, bias: Tensor | None) -> None:
         super().__init__()
         self.weight, self.bias = weight.detach(), bias.detach() if bias is not None else None
+        self.blocked = torch.backends.mkldnn.is_available()
+        if self.blocked:
+            self.weight = torch.ops.mkldnn._reorder_linear_weight(self.weight, None)
 
     def forward(self, x: Tensor) -> Tensor:
+        if self.blocked:
+            return torch.ops.mkldnn._linear_pointwise(x, self.weight, self.bias, "none", [], "")
         return F.linear(x, self.weight, self.bias)
 
 
@@ -135,5 +128,4 @@ def _linear(weight: Tensor | Int8Rows, bias: Tensor | None, arithmetic: Arithmet
     if arithmetic == "int8":
         layer = FbgemmLinear if suits_fbgemm() else Int8Linear
         return layer(weight if isinstance(weight, Int8Rows) else Int8Rows.of(weight), bias)
-    weight = weight.dequantized() if isinstance(weight, Int8Rows) else weight
-    return BlockedLinear(weight, bias) if torch.backends.mkldnn.is_available() else PlainLinear(weight, bias)
+    return BlockedLinear(weight.dequantized() if isinstance(weight, Int8Rows) else weight, bias)
