@@ -35,15 +35,6 @@ def masked_cross_attention(
     return _mixed(q, k, v, mask, attention.heads) @ attention.out.weight.T + attention.out.bias
 
 
-def masked_logits(
-    attention: CrossAttention, x_TD: Tensor, layout: Layout, states_TD: Tensor, states_layout: Layout
-) -> Tensor:
-    """[heads, queries, keys] before softmax, -inf across segments."""
-    q = x_TD @ attention.q.weight.T + attention.q.bias
-    k, _ = (states_TD @ attention.kv.weight.T + attention.kv.bias).chunk(2, dim=-1)
-    return _logits(q, k, same_segment(layout, states_layout), attention.heads)
-
-
 def _mixed(q: Tensor, k: Tensor, v: Tensor, mask: Tensor, heads: int) -> Tensor:
     weights = _logits(q, k, mask, heads).softmax(-1)
     return torch.cat([w @ own for w, own in zip(weights, v.chunk(heads, dim=-1), strict=True)], dim=-1)

@@ -165,17 +165,6 @@ def test_all_none_is_exactly_zero(dtype: torch.dtype) -> None:
             assert torch.equal(y, torch.zeros_like(x)), name
 
 
-@DTYPES
-def test_none_in_the_second_slot_leaves_the_gate_times_the_expert(dtype: torch.dtype) -> None:
-    experts, x = make_experts(dtype), torch.randn(12, D_MODEL, dtype=dtype)
-    whole = experts(x, Routing(torch.full((12, 1), 3), torch.ones(12, 1, dtype=dtype)))
-    gates = torch.tensor([[0.6, 0.4]], dtype=dtype).expand(12, 2)
-    routing = Routing(torch.tensor([[3, NONE]]).expand(12, 2), gates)
-    assert whole.abs().max() > 0.5
-    for name, y in every_path(experts, x, routing).items():
-        assert relative_error(y, 0.6 * whole) <= RELATIVE[dtype], name
-
-
 def test_experts_start_at_zero_and_alive() -> None:
     torch.manual_seed(4)
     experts = Experts(D_MODEL, EXPERT_DIM, N_EXPERTS)
