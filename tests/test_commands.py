@@ -111,15 +111,6 @@ def test_pipes_give_the_same_text_as_the_file(run: Run, tiny: list[str], tmp_pat
     assert any(line.startswith("whisper-moe: <stdin>: ") for line in broken.said)
 
 
-def test_a_pipe_becomes_subtitles(run: Run, default_model: WhisperMoE, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(WhisperMoE, "from_pretrained", lambda *_, **__: default_model)
-    flags = ["--language", "en", "--initial_prompt", "Novel.", "-f", "srt", "--word_timestamps", "True"]
-    done = run("transcribe", "-", *flags, "--max-words-per-line", "5", stdin=SAMPLE.read_bytes())
-    subtitles = done.out.strip().split("\n\n")
-    assert done.status == 0 and len(subtitles) > 3 and "Dashwood" in done.out
-    assert subtitles[0].startswith("1\n00:00:00,")
-
-
 # Transcripts out.
 
 

@@ -11,10 +11,9 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+from faults.disk import die_at
 
 from whisper_moe.weights.files import atomic_file, atomic_folder
-
-CALLS = ("fsync", "rename", "replace", "unlink")
 
 
 def write_file(path: Path, content: str) -> None:
@@ -34,35 +33,18 @@ def content(path: Path) -> set[str]:
     return {file.read_text() for file in ([path] if path.is_file() else path.rglob("*")) if file.is_file()}
 
 
-def die_at(call: int, act: Callable[[], None]) -> bool:
-    """Do it in a child that dies right before its call number ``call`` to the system. False: it got through."""
-    child = os.fork()
-    if child:
-        return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 9
-    left = iter(range(call))
-
-    def counted(name: str) -> Callable[..., object]:
-        function = getattr(os, name)
-        return lambda *given, **named: os._exit(9) if next(left, None) is None else function(*given, **named)
-
-    for name in CALLS:
-        setattr(os, name, counted(name))
-    act()
-    os._exit(0)
-
-
 @pytest.mark.parametrize("write", [write_file, write_folder])
 @pytest.mark.parametrize("exists", [True, False])
 def test_whoever_is_killed_leaves_the_old_or_the_new(
     write: Callable[[Path, str], None], exists: bool, tmp_path: Path
 ) -> None:
     found = []
-    for call in range(20):
+    for call in range(60):
         path = tmp_path / str(call) / "x"
         path.parent.mkdir()
         if exists:
             write(path, "old")
-        died = die_at(call, lambda path=path: write(path, "new"))
+        died = die_at(lambda path=path: write(path, "new"), call) == 9
         found.append(content(path) if path.exists() else set())
         if not died:
             break

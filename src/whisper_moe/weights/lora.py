@@ -13,7 +13,6 @@ from torch import Tensor
 
 from whisper_moe.config import problems
 from whisper_moe.weights.files import CheckpointError, listed, read_json
-from whisper_moe.weights.parts import check_finite
 
 _PREFIX = "base_model.model."
 _HARMLESS = """auto_mapping bias ensure_weight_tying eva_config exclude_modules inference_mode layers_pattern
@@ -62,29 +61,27 @@ def merge(base: Mapping[str, Tensor], deltas: Mapping[str, Tensor], adapter: Ada
     """transformers' float32 weights with the adapter merged in.
 
     ``deltas``: the tensors of ``adapter_model.safetensors`` at ``path``: pairs A, B of linear and convolution layers,
-    and whole tensors that replace the base's (``modules_to_save``, trained biases). Raises ``CheckpointError`` for a
-    tensor without its partner, of another shape than the base's, not finite, or that the base does not have. A trained
-    token embedding is refused: merged, it would change the output projection too, which is the same matrix in Whisper.
+    and whole tensors that replace the base's (``modules_to_save``, trained biases). Raises ``CheckpointError`` for a pair that
+    does not fit; other tensors that Whisper does not have are refused where the result is read. A trained token embedding
+    is refused: merged, it would change the output projection too, which is the same matrix in Whisper.
     """
     merged = {key: tensor.to(torch.float32) for key, tensor in base.items()}
     rest = {_base_key(key): tensor.to(torch.float32) for key, tensor in deltas.items()}
     for key in [key for key in rest if key.endswith(_A)]:
-        module = key.removesuffix(_A)
-        a, b = rest.pop(key), rest.pop(module + _B, None)
-        weight = merged.get(f"{module}.weight")
-        if b is None or weight is None or module in (_EMBEDDING.removesuffix(".weight"), _HEAD.removesuffix(".weight")):
+        name = f"{key.removesuffix(_A)}.weight"
+        a, b = rest.pop(key), rest.pop(key.replace(_A, _B), None)
+        weight = None if name in (_EMBEDDING, _HEAD) else merged.get(name)
+        if b is None or weight is None:
             raise CheckpointError(f"{path}: {key} has no {'partner B' if b is None else 'place in the base model'}")
         delta = _delta(a, b)
         if delta is None or delta.shape != weight.shape:
-            raise CheckpointError(
-                f"{path}: {module}: A {list(a.shape)}, B {list(b.shape)} do not fit {list(weight.shape)}"
-            )
-        merged[f"{module}.weight"] = weight + delta * adapter.scaling(module, a.shape[0])
-    for key, tensor in rest.items():
-        _replace(merged, key, tensor, path)
-    for key, tensor in merged.items():
-        check_finite(tensor, f"{path}: merged into the base, {key}")
-    return merged
+            said = f"A {list(a.shape)}, B {list(b.shape)} do not fit {list(weight.shape)}"
+            raise CheckpointError(f"{path}: {name}: {said}")
+        merged[name] = weight + delta * adapter.scaling(key.removesuffix(_A), a.shape[0])
+    for key in (_EMBEDDING, _HEAD):
+        if key in rest and not torch.equal(rest.pop(key), merged[_EMBEDDING]):
+            raise CheckpointError(f"{path}: {key} is trained, but Whisper's embedding and output projection are one")
+    return merged | rest
 
 
 def _base_key(key: str) -> str:
@@ -97,15 +94,3 @@ def _delta(a: Tensor, b: Tensor) -> Tensor | None:
     if a.ndim < 2 or not len(a) or b.ndim != a.ndim or b.shape[1:] != (a.shape[0], *[1] * (a.ndim - 2)):
         return None
     return (b.flatten(1) @ a.flatten(1)).view(len(b), *a.shape[1:])
-
-
-def _replace(merged: dict[str, Tensor], key: str, tensor: Tensor, path: Path) -> None:
-    if key in (_EMBEDDING, _HEAD):
-        if not torch.equal(tensor, merged[_EMBEDDING]):
-            raise CheckpointError(f"{path}: {key} is trained, but Whisper's embedding and output projection are one")
-        return
-    if key not in merged:
-        raise CheckpointError(f"{path}: {key} has no place in the base model")
-    if tensor.shape != merged[key].shape:
-        raise CheckpointError(f"{path}: {key} is {list(tensor.shape)}, the base model's {list(merged[key].shape)}")
-    merged[key] = tensor
