@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import struct
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from fractions import Fraction
 from pathlib import Path
 
@@ -49,22 +49,31 @@ def hz_of(sound: Sound) -> float:
     return float(np.abs(np.fft.rfft(sound * np.hanning(len(sound)))).argmax() * 16_000 / len(sound))
 
 
+def frames_of(sound: Sound, rate: int, size: int = 1_024) -> Iterator[av.AudioFrame]:
+    """[channels, samples] as FFmpeg takes them."""
+    layout = {1: "mono", 2: "stereo"}[len(sound)]
+    for start in range(0, sound.shape[1], size):
+        piece = np.ascontiguousarray(sound[:, start : start + size])
+        frame = av.AudioFrame.from_ndarray(piece, format="fltp", layout=layout)
+        frame.sample_rate, frame.pts, frame.time_base = rate, start, Fraction(1, rate)
+        yield frame
+
+
+def sound_track(container: av.container.OutputContainer, codec: str, rate: int, channels: int = 1) -> av.AudioStream:
+    track = container.add_stream(codec, rate=rate)
+    assert isinstance(track, av.AudioStream)
+    track.layout = {1: "mono", 2: "stereo"}[channels]
+    return track
+
+
 def encode(path: Path, sound: Sound, rate: int, codec: str, options: dict[str, str] | None = None) -> Path:
     """Write [channels, samples]; the container follows the extension."""
-    layout = {1: "mono", 2: "stereo"}[len(sound)]
     with av.open(str(path), "w", options=options or {}) as container:
-        track = container.add_stream(codec, rate=rate)
-        assert isinstance(track, av.AudioStream)
-        track.layout = layout
-        convert = av.AudioResampler(format=track.format, layout=layout, rate=rate)
-        for start in range(0, sound.shape[1], 4_096):
-            piece = np.ascontiguousarray(sound[:, start : start + 4_096])
-            frame = av.AudioFrame.from_ndarray(piece, format="fltp", layout=layout)
-            frame.sample_rate, frame.pts, frame.time_base = rate, start, Fraction(1, rate)
+        track = sound_track(container, codec, rate, len(sound))
+        convert = av.AudioResampler(format=track.format, layout=track.layout.name, rate=rate)
+        for frame in [*frames_of(sound, rate, 4_096), None]:
             for converted in convert.resample(frame):
                 container.mux(track.encode(converted))
-        for converted in convert.resample(None):
-            container.mux(track.encode(converted))
         container.mux(track.encode(None))
     return path
 
@@ -84,30 +93,18 @@ def film(path: Path, sound: Sound | None, rate: int = 44_100, pictures: int = 25
         video.pix_fmt = "rgb24" if codec == "png" else "yuv420p"
         if codec == "png":
             video.disposition = av.stream.Disposition.attached_pic
-        audio = None
-        if sound is not None:
-            audio = container.add_stream("aac", rate=rate)
-            assert isinstance(audio, av.AudioStream)
-            audio.layout = "mono"
+        audio = None if sound is None else sound_track(container, "aac", rate)
         for _ in range(pictures):
             container.mux(video.encode(av.VideoFrame.from_ndarray(np.zeros((64, 64, 3), np.uint8), format="rgb24")))
         container.mux(video.encode(None))
-        if audio is not None:
-            for start in range(0, sound.shape[1], 1_024):
-                piece = np.ascontiguousarray(sound[:, start : start + 1_024])
-                frame = av.AudioFrame.from_ndarray(piece, format="fltp", layout="mono")
-                frame.sample_rate, frame.pts, frame.time_base = rate, start, Fraction(1, rate)
+        if audio is not None and sound is not None:
+            for frame in [*frames_of(sound, rate), None]:
                 container.mux(audio.encode(frame))
-            container.mux(audio.encode(None))
     return path
 
 
 def wav(
-    samples: NDArray,
-    rate: int = 16_000,
-    *,
-    channels: int | None = None,
-    claimed_bytes: int | None = None,
+    samples: NDArray, rate: int = 16_000, *, channels: int | None = None, claimed_bytes: int | None = None
 ) -> bytes:
     """A WAV of [samples, channels] by hand, in the samples' own type; header fields can be made to lie."""
     raw = samples.tobytes()
@@ -154,17 +151,11 @@ def retimed(
 def film_in(languages: list[str], tones: list[Sound], path: Path, rate: int = 16_000) -> Path:
     """A file with a sound track for each language, as its metadata state it."""
     with av.open(str(path), "w") as container:
-        tracks = []
-        for language in languages:
-            track = container.add_stream("aac", rate=rate)
-            assert isinstance(track, av.AudioStream)
-            track.layout = "mono"
+        tracks = [sound_track(container, "aac", rate) for _ in languages]
+        for track, language in zip(tracks, languages, strict=True):
             track.metadata["language"] = language
-            tracks.append(track)
-        for start in range(0, tones[0].shape[1], 1_024):
-            for track, sound in zip(tracks, tones, strict=True):
-                frame = av.AudioFrame.from_ndarray(sound[:, start : start + 1_024].copy(), format="fltp", layout="mono")
-                frame.sample_rate, frame.pts, frame.time_base = rate, start, Fraction(1, rate)
+        for frames in zip(*(frames_of(sound, rate) for sound in tones), strict=True):
+            for track, frame in zip(tracks, frames, strict=True):
                 container.mux(track.encode(frame))
         for track in tracks:
             container.mux(track.encode(None))
