@@ -19,12 +19,12 @@ from whisper_moe.data.examples import (
     Example,
     ExampleConfig,
     ExampleReader,
+    MelCache,
     TooLong,
     drawn_margin,
     pack_examples,
     positions,
 )
-from whisper_moe.data.mel_cache import MelCache
 from whisper_moe.data.sample import AudioRef, DataError, Sample
 from whisper_moe.media.audio import MediaError
 from whisper_moe.media.languages import NewLanguage
@@ -147,9 +147,9 @@ def test_the_spectrogram_is_that_of_the_clip_with_its_margin(seconds: float, mar
     sample = clip("a", seconds)
     example = tiny_reader(margin=margin).read(sample, margin)
     assert torch.equal(example.mel, mel_of(sample, margin))
-    assert example.positions == min(1_500, -(-round((seconds + margin) * 16_000) // 320))
+    assert example.mel.shape[1] // 2 == min(1_500, -(-round((seconds + margin) * 16_000) // 320))
     assert example.valid_length == -(-round(seconds * 16_000) // 320)
-    assert example.size == example.positions + len(example.tokens)
+    assert example.size == example.mel.shape[1] // 2 + len(example.tokens)
     if margin == 30:
         assert example.mel.shape == (80, 3_000)
 
@@ -195,7 +195,7 @@ def test_a_margin_that_cannot_be_is_refused(margin: object) -> None:
 def test_what_is_too_long_is_named_and_says_how_long() -> None:
     with pytest.raises(TooLong, match=r"^long: its sound has 30\.01 s; the window has 30$"):
         tiny_reader().read(clip("long", 30.01), 0)
-    assert tiny_reader().read(clip("fits", 30.0), 0).positions == 1_500
+    assert tiny_reader().read(clip("fits", 30.0), 0).mel.shape[1] == 3_000
     with pytest.raises(TooLong, match=r"^wordy: its text has 449 tokens; the decoder has 448 positions$"):
         tiny_reader().tokens(clip("wordy", 0.1, "x" * 444))
     assert len(tiny_reader().tokens(clip("fits", 0.1, "x" * 443))[1]) == 444
@@ -282,7 +282,7 @@ def test_a_cached_spectrogram_is_the_same_without_decoding(tmp_path: Path, monke
     other = reader_with_cache(tmp_path, margin=(0.5, 1)).read(sample, 0.9)
     assert torch.equal(first.mel, fresh.mel) and torch.equal(again.mel, fresh.mel)
     assert again.valid_length == fresh.valid_length
-    assert other.positions == 70 and len(entries(tmp_path)) == 1
+    assert other.mel.shape[1] // 2 == 70 and len(entries(tmp_path)) == 1
     assert entries(tmp_path)[0].stat().st_size < 80 * 4 * 100 * 0.6, "silence is not kept"
 
 

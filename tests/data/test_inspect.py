@@ -79,7 +79,7 @@ def test_all_that_training_leaves_out_or_stops_for_is_shown_before(tmp_path: Pat
     )
     (remark,) = seen.as_json()["remarks"]
     assert "t: training stops: this model does not know the language 'or'" in remark and "(2 samples)" in remark
-    assert seen.refused == 2
+    assert seen.remarks.total() == 2
 
 
 def test_what_training_stops_for_is_a_failure(

@@ -12,7 +12,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from whisper_moe.data.mixing import EpochOrder, Group, MixingConfig, merged, quotas, shares, stream_weights
+from whisper_moe.data.sampler import Group, MixingConfig, epoch_rows, merged, quotas, shares, stream_weights
 
 HINDI = Group("kathbath", "transcribe", "hi")
 TAMIL = Group("kathbath", "transcribe", "ta")
@@ -21,9 +21,17 @@ ENGLISH = Group("fleurs", "translate", "en")
 COUNTS = {HINDI: 8_000, TAMIL: 500, MORE_TAMIL: 500, ENGLISH: 100}
 
 
-def order(counts: dict[Group, int], seed: int = 0, **settings: object) -> EpochOrder:
-    group = np.repeat(np.arange(len(counts), dtype=np.int32), list(counts.values()))
-    return EpochOrder(list(counts), group, MixingConfig.model_validate(settings), seed)
+class order:
+    """Rows of groups that follow each other."""
+
+    def __init__(self, counts: dict[Group, int], seed: int = 0, **settings: object) -> None:
+        ends = np.cumsum(list(counts.values())).tolist()
+        self.groups = {group: np.arange(end - counts[group], end) for group, end in zip(counts, ends, strict=True)}
+        self.quotas = quotas(shares(counts, MixingConfig.model_validate(settings)), ends[-1])
+        self.seed = seed
+
+    def rows(self, epoch: int) -> np.ndarray:
+        return np.array(epoch_rows(self.groups, self.quotas, self.seed, epoch))
 
 
 def drawn(rows: Sequence[int] | np.ndarray, counts: dict[Group, int]) -> dict[Group, int]:

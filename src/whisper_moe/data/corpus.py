@@ -8,11 +8,12 @@ from __future__ import annotations
 
 import hashlib
 import os
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import dataclass
 from functools import cached_property
+from itertools import compress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, Self, TypeAlias
 
@@ -214,7 +215,8 @@ class Corpus:
         return self.sample(self._rows()[index])
 
     def __iter__(self) -> Iterator[Sample]:
-        return _Samples(self)
+        rows: Iterable[Any] = self.dataset
+        return map(self.sample, rows)  # which goes on behind a row that is no sample, as a generator would not
 
     def _rows(self) -> Dataset:
         if self.streaming:
@@ -236,9 +238,39 @@ class Corpus:
         if "seconds" in rows.column_names:
             known = np.asarray(rows.select_columns(["seconds"])["seconds"][:], dtype=np.float32)
         unknown = np.flatnonzero(np.isnan(known))
-        if len(unknown):
-            known[unknown] = _probed(self, unknown)
+        memory = self._memory(unknown) if len(unknown) >= REMEMBERED_FROM else None
+        if memory is not None and memory.exists():
+            known[unknown] = np.load(memory, allow_pickle=False)
+            return known
+        with ThreadPoolExecutor(PROBES) as pool:
+            known[unknown] = list(pool.map(self._header_seconds, unknown.tolist()))
+        if memory is not None:
+            from whisper_moe.weights.files import atomic_file
+
+            with suppress(OSError):  # a disk that takes nothing only costs the next run its time
+                memory.parent.mkdir(parents=True, exist_ok=True)
+                with atomic_file(memory) as scratch, scratch.open("wb") as file:
+                    np.save(file, known[unknown], allow_pickle=False)
         return known
+
+    def _header_seconds(self, index: int) -> float:
+        try:
+            return self[index].seconds()
+        except (DataError, MediaError):
+            return float("nan")
+
+    def _memory(self, indices: NDArray[np.int64]) -> Path:
+        """Where the headers' seconds are kept: a name that changes with the rows and with size or date of any file."""
+        rows = self._rows()
+        known = f"{getattr(rows, '_fingerprint', '')} {len(rows)} {self.version}"
+        digest = hashlib.blake2b(known.encode() + indices.tobytes(), digest_size=16)
+        files = rows.select_columns([FILE])[FILE][:] if FILE in rows.column_names else []
+        for file in filter(None, dict.fromkeys(files)):
+            with suppress(OSError):
+                status = os.stat(file)
+                digest.update(f"{file} {status.st_size} {status.st_mtime_ns};".encode())
+        cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
+        return cache / "whisper-moe" / f"seconds-{digest.hexdigest()}.npy"
 
 
 def listed(
@@ -256,13 +288,13 @@ def listed(
     """
     from datasets import Dataset, Features, Value
 
-    there, missing = list[Row](), list[Skipped]()
-    for row in rows:
-        if not row.get(FILE) or os.path.isfile(row[FILE]):
-            there.append(row)
-        else:
-            where = row.get("row") or row[FILE]
-            missing.append(Skipped(id=row["id"], place=where, kind="missing", cause="no such file"))
+    found = [not row.get(FILE) or os.path.isfile(row[FILE]) for row in rows]
+    there = list(compress(rows, found))
+    missing = [
+        Skipped(id=row["id"], place=row.get("row") or row[FILE], kind="missing", cause="no such file")
+        for row, is_there in zip(rows, found, strict=True)
+        if not is_there
+    ]
     if not rows:
         first = f"; {len(left_out):,} cannot be had, the first: {left_out[0]}" if left_out else ""
         raise DataError(place, f"no samples of the split {config.split!r}{first}")
@@ -274,54 +306,3 @@ def listed(
     if config.streaming:
         dataset = dataset.to_iterable_dataset(num_shards=min(STREAM_SHARDS, len(dataset)))
     return Corpus(name, dataset, sample, (*left_out, *missing), **more)
-
-
-def _probed(corpus: Corpus, indices: NDArray[np.int64]) -> NDArray[np.float32]:
-    """Seconds by the headers of these samples' files, [indices]; from disk if these very files were looked at before."""
-    memory = _memory(corpus, indices) if len(indices) >= REMEMBERED_FROM else None
-    if memory is not None and memory.exists():
-        return np.load(memory, allow_pickle=False)
-
-    def seconds(index: int) -> float:
-        try:
-            return corpus[index].seconds()
-        except (DataError, MediaError):
-            return float("nan")
-
-    with ThreadPoolExecutor(PROBES) as pool:
-        found = np.fromiter(pool.map(seconds, indices.tolist()), np.float32, len(indices))
-    if memory is not None:
-        from whisper_moe.weights.files import atomic_file
-
-        with suppress(OSError):  # a disk that takes nothing only costs the next run its time
-            memory.parent.mkdir(parents=True, exist_ok=True)
-            with atomic_file(memory) as scratch, scratch.open("wb") as file:
-                np.save(file, found, allow_pickle=False)
-    return found
-
-
-def _memory(corpus: Corpus, indices: NDArray[np.int64]) -> Path:
-    """Where the headers' seconds are kept: a name that changes with the rows and with size or date of any file."""
-    rows = corpus._rows()
-    known = f"{getattr(rows, '_fingerprint', '')} {len(rows)} {corpus.version}"
-    digest = hashlib.blake2b(known.encode(), digest_size=16)
-    digest.update(indices.tobytes())
-    if FILE in rows.column_names:
-        for file in filter(None, dict.fromkeys(rows.select_columns([FILE])[FILE][:])):
-            try:
-                status = os.stat(file)
-                digest.update(f"{status.st_size} {status.st_mtime_ns};".encode())
-            except OSError:
-                digest.update(b"none;")
-    cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
-    return cache / "whisper-moe" / f"seconds-{digest.hexdigest()}.npy"
-
-
-class _Samples(Iterator[Sample]):
-    """An iterator that survives a row that is no sample, as a generator would not."""
-
-    def __init__(self, corpus: Corpus) -> None:
-        self.name, self.rows, self.sample = corpus.name, iter(corpus.dataset), corpus.sample
-
-    def __next__(self) -> Sample:
-        return self.sample(next(self.rows))

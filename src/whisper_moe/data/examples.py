@@ -6,14 +6,18 @@ longest transcript (448). torch is imported when the first sound is read, so tha
 
 from __future__ import annotations
 
+import io
 import math
+import os
 import unicodedata
 from collections.abc import Iterable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from hashlib import blake2b
 from itertools import zip_longest
+from pathlib import Path
 from typing import TYPE_CHECKING, Literal, Self
+from zipfile import BadZipFile
 
 import numpy as np
 from numpy.typing import NDArray
@@ -27,28 +31,27 @@ from whisper_moe.config import (
     SAMPLES_PER_POSITION,
     ModelConfig,
 )
-from whisper_moe.data.mel_cache import MelCache
-from whisper_moe.data.sample import DataError, Sample, TooLong
+from whisper_moe.data.sample import AudioRef, DataError, Sample, TooLong
 from whisper_moe.media.audio import MediaError
 from whisper_moe.media.tokenizer import UNSPACED_LANGUAGES, Tokenizer, split_timestamps
 from whisper_moe.packing import Layout, first_fit_decreasing
+from whisper_moe.weights.files import atomic_file
 
 if TYPE_CHECKING:
     import torch
+    from filelock import FileLock
     from torch import Tensor
 
 IGNORED = -100
 """The label of a token after which nothing is to be learned: torch's ``ignore_index``."""
 
 _EDGE_SAMPLES = 240
-"""With so much silence after it a sound's last frames do not depend on how long the silence is: a window (200 samples to
-each side, mirrored at the end) that reaches the sound does not reach the end."""
+"""With so much silence after it a sound's last frames do not depend on how long the silence is: no window (200 samples to
+each side, mirrored at the end) reaches both the sound and the end."""
 _SILENT_SAMPLES = 360
 """With so much, a sound's last frame (centred 160 before the end) is of nothing but silence."""
 _KEPT_SECONDS = 0.04
 """Silence that a spectrogram is computed with where margins differ: its last frame is silence, as are all that would follow."""
-_LEAST_SCALE = 0.1
-"""Seconds below which a smaller margin is no other kind of margin."""
 
 
 class ExampleConfig(BaseModel):
@@ -82,13 +85,11 @@ class ExampleConfig(BaseModel):
 
 
 def drawn_margin(margins: tuple[float, float], share: float) -> float:
-    """The margin that ``share`` of all draws from this range are below: each doubling is as likely as the next.
-
-    For a range that begins at 0, this is so of the margin with 0.1 s more.
-    """
+    """The margin that ``share`` of all draws from this range are below: of the margin with 0.1 s more (a smaller one is no other
+    kind of margin), each doubling is as likely as the next."""
     low, high = margins
-    scale = low + _LEAST_SCALE
-    return low + scale * (((high + _LEAST_SCALE) / scale) ** share - 1)
+    scale = low + 0.1
+    return low + scale * (((high + 0.1) / scale) ** share - 1)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -107,13 +108,9 @@ class Example:
     that is to be told (:meth:`ExampleReader.labels`)."""
 
     @property
-    def positions(self) -> int:
-        return self.mel.shape[1] // 2
-
-    @property
     def size(self) -> int:
-        """Tokens of encoder and decoder together."""
-        return self.positions + len(self.tokens)
+        """Positions of the encoder and tokens of the decoder together."""
+        return self.mel.shape[1] // 2 + len(self.tokens)
 
 
 def positions(samples: int, margin: float, limit: int) -> int:
@@ -122,8 +119,89 @@ def positions(samples: int, margin: float, limit: int) -> int:
     return max(1, min(wanted, limit))
 
 
+class MelCache:
+    """Spectrograms in a folder of at most ``limit_bytes``, so that a sound is decoded in the first epoch only; the least
+    recently used go first.
+
+    Many processes may share it. A file appears whole or not at all, under a name that says everything that its content
+    depends on; what is damaged (a zip file has checksums) is computed anew. The limit holds at every moment, since whoever
+    adds a file counts and makes room under a lock.
+    """
+
+    def __init__(self, folder: str | Path, limit_bytes: int) -> None:
+        """Make the folder. Raises ``ValueError`` where it cannot be written, or not locked."""
+        self._folder, self._limit = Path(folder), limit_bytes
+        try:
+            self._folder.mkdir(parents=True, exist_ok=True)
+            with self._lock():
+                pass
+        except (NotImplementedError, OSError) as error:
+            raise ValueError(f"cache_dir {str(folder)!r} cannot be used: {error}") from error
+
+    def path(self, audio: AudioRef, *settings: float) -> Path:
+        """Where the spectrogram of this very file or these very bytes lies, computed with these settings."""
+        name = blake2b(f"{audio.fingerprint()} {settings}".encode(), digest_size=20).hexdigest()
+        return self._folder / name[:2] / f"{name[2:]}.mel"
+
+    def get(self, path: Path) -> tuple[Tensor, int] | None:
+        """The spectrogram [n_mels, frames] and how many samples of sound it is of; None if it is not there, or damaged."""
+        import torch
+
+        try:
+            with np.load(path, allow_pickle=False) as content:
+                found = torch.from_numpy(content["mel"]), int(content["samples"])
+            os.utime(path)
+            return found
+        except (OSError, ValueError, KeyError, EOFError, BadZipFile):
+            return None
+
+    def put(self, path: Path, mel: Tensor, samples: int) -> None:
+        """Keep it, if it fits at all. A disk that takes nothing more costs time, not the run."""
+        content = io.BytesIO()
+        np.savez(content, mel=mel.numpy(), samples=samples)
+        size, counter = len(content.getvalue()), self._folder / "bytes"
+        if size > self._limit:
+            return
+        with suppress(OSError), self._lock():
+            try:
+                used = int(counter.read_text())
+            except (FileNotFoundError, ValueError):
+                used = self._limit
+            if used + size > self._limit:
+                used = self._make_room(size)
+            path.parent.mkdir(exist_ok=True)
+            old = path.stat().st_size if path.exists() else 0  # another process was quicker, or it was damaged
+            counter.write_text(
+                str(used + size - old)
+            )  # first: a process that is killed counts too much, never too little
+            with atomic_file(path, durable=False) as scratch:
+                scratch.write_bytes(content.getvalue())
+
+    def _make_room(self, wanted: int) -> int:
+        """Remove what was not used for longest, until ``wanted`` bytes more fit, and more at a time than that: a folder of many
+        files is not listed for every one of them. Returns the bytes that are left.
+        """
+        for path in self._folder.rglob("*.tmp"):  # of processes that were killed: the others would hold the lock
+            path.unlink()
+        files = sorted((path.stat().st_mtime, path.stat().st_size, path) for path in self._folder.rglob("*.mel"))
+        total = sum(size for _, size, _ in files)
+        if total <= self._limit - wanted:
+            return total
+        goal = max(0, min(self._limit - wanted, round(0.9 * self._limit)))
+        for _, size, path in files:
+            if total > goal:
+                path.unlink()
+                total -= size
+        return total
+
+    def _lock(self) -> FileLock:
+        from filelock import FileLock
+
+        return FileLock(self._folder / "lock")
+
+
 class ExampleReader:
-    """Samples to examples, for one model and tokenizer. It can be pickled: loader workers have a copy each."""
+    """Samples to examples, for one model and tokenizer. Loader workers have a copy each."""
 
     def __init__(
         self, tokenizer: Tokenizer, model: ModelConfig, config: ExampleConfig, cache: MelCache | None = None
@@ -137,10 +215,8 @@ class ExampleReader:
         self.max_positions = min(model.max_source_positions, round(FULL_WINDOW * POSITIONS_PER_SECOND))
         self.max_tokens = model.max_target_positions
         if self.max_positions + self.max_tokens > MAX_PACK_TOKENS:
-            raise ValueError(
-                f"the model's longest sound ({self.max_positions}) and text ({self.max_tokens} tokens) do not fit a "
-                f"pack of {MAX_PACK_TOKENS} together"
-            )
+            both = f"the model's longest sound ({self.max_positions}) and text ({self.max_tokens} tokens)"
+            raise ValueError(f"{both} do not fit a pack of {MAX_PACK_TOKENS} together")
 
     def margin_of(self, id: str, seed: int, epoch: int) -> float:
         """Seconds of silence after this sample in this epoch: the same on every machine and in every order."""
@@ -157,16 +233,14 @@ class ExampleReader:
             raise ValueError(f"{sample.id}: the task {sample.task!r} needs an input that this model does not have yet")
         said = "en" if sample.task == "translate" else sample.language
         if sample.target_language != said:
-            raise ValueError(
-                f"{sample.id}: {sample.task} from {sample.language!r} gives {said!r}, not {sample.target_language!r}"
-            )
+            task = f"{sample.task} from {sample.language!r}"
+            raise ValueError(f"{sample.id}: {task} gives {said!r}, not {sample.target_language!r}")
         prompt = self._tokenizer.sot_sequence(sample.language, sample.task)
         text, timed = self._text(sample)
         if not timed:
             prompt.append(self._tokenizer.no_timestamps)
-        if len(prompt) + len(text) > self.max_tokens:
-            cause = f"its text has {len(prompt) + len(text)} tokens; the decoder has {self.max_tokens} positions"
-            raise TooLong(sample.id, cause)
+        if (length := len(prompt) + len(text)) > self.max_tokens:
+            raise TooLong(sample.id, f"its text has {length} tokens; the decoder has {self.max_tokens} positions")
         return prompt, text
 
     def labels(self, prompt: Sequence[int], text: Sequence[int]) -> list[int]:
@@ -211,22 +285,16 @@ class ExampleReader:
             assert sample.audio is not None
             seconds = len(sample.audio.read()) / SAMPLE_RATE
         samples = round(seconds * SAMPLE_RATE)
-        if samples > self.max_positions * SAMPLES_PER_POSITION:
-            raise TooLong(sample.id, self.too_long(samples))
+        self._check_length(sample, samples)
         return samples, len(prompt) + len(text)
 
     def read(self, sample: Sample, margin: float) -> Example:
-        """Decode and transform. Raises what :meth:`tokens` raises, ``MediaError`` for a file that cannot be decoded and
-        :class:`TooLong` for a clip over the window."""
+        """Decode and transform. Raises what :meth:`tokens` raises, and ``MediaError`` or :class:`TooLong` for the sound."""
         prompt, text = self.tokens(sample)
         mel, samples = self._mel(sample, margin)
-        return Example(
-            id=sample.id,
-            mel=mel,
-            valid_length=positions(samples, 0, self.max_positions),
-            tokens=(*prompt, *text),
-            labels=tuple(self.labels(prompt, text)),
-        )
+        tokens, labels = (*prompt, *text), tuple(self.labels(prompt, text))
+        valid = positions(samples, 0, self.max_positions)
+        return Example(id=sample.id, mel=mel, valid_length=valid, tokens=tokens, labels=labels)
 
     def _mel(self, sample: Sample, margin: float) -> tuple[Tensor, int]:
         """[n_mels, frames] with the margin, and the number of samples of sound.
@@ -264,13 +332,13 @@ class ExampleReader:
         sound = sample.audio.read()
         if not len(sound):
             raise MediaError(sample.audio.name, "it holds no sound")
-        if len(sound) > self.max_positions * SAMPLES_PER_POSITION:
-            raise TooLong(sample.id, self.too_long(len(sound)))
+        self._check_length(sample, len(sound))
         return sound
 
-    def too_long(self, samples: int) -> str:
-        window = self.max_positions / POSITIONS_PER_SECOND
-        return f"its sound has {samples / SAMPLE_RATE:.2f} s; the window has {window:g}"
+    def _check_length(self, sample: Sample, samples: int) -> None:
+        if samples > self.max_positions * SAMPLES_PER_POSITION:
+            window = self.max_positions / POSITIONS_PER_SECOND
+            raise TooLong(sample.id, f"its sound has {samples / SAMPLE_RATE:.2f} s; the window has {window:g}")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -309,23 +377,20 @@ class Pack:
 
 def pack_examples(examples: Sequence[Example]) -> list[Pack]:
     """The pack that was planned for these examples; more than one if they turned out longer than their corpus said."""
-    if not examples:
-        return []
     sizes = [example.size for example in examples]
     fits = sum(sizes) <= MAX_PACK_TOKENS
-    groups = [list(range(len(examples)))] if fits else first_fit_decreasing(sizes)
-    return [_pack([examples[index] for index in group]) for group in groups]
-
-
-def _pack(examples: Sequence[Example]) -> Pack:
-    return Pack(
-        ids=tuple(example.id for example in examples),
-        mels=tuple(example.mel for example in examples),
-        valid_lengths=tuple(example.valid_length for example in examples),
-        tokens_T=_flat(example.tokens for example in examples),
-        labels_T=_flat(example.labels for example in examples),
-        texts=Layout(len(example.tokens) for example in examples),
-    )
+    groups = first_fit_decreasing(sizes) if not fits else [list(range(len(examples)))] if examples else []
+    return [
+        Pack(
+            ids=tuple(example.id for example in part),
+            mels=tuple(example.mel for example in part),
+            valid_lengths=tuple(example.valid_length for example in part),
+            tokens_T=_flat(example.tokens for example in part),
+            labels_T=_flat(example.labels for example in part),
+            texts=Layout(len(example.tokens) for example in part),
+        )
+        for part in ([examples[index] for index in group] for group in groups)
+    ]
 
 
 def _flat(parts: Iterable[Sequence[int]]) -> Tensor:

@@ -14,7 +14,7 @@ from collections.abc import Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, field
 from functools import partial
-from itertools import islice, pairwise
+from itertools import islice
 from json import dumps
 from typing import Any, TypeAlias
 
@@ -25,7 +25,7 @@ from whisper_moe.data.corpora import kind_of, open_corpus
 from whisper_moe.data.corpus import PROBES, CorpusConfig
 from whisper_moe.data.examples import ExampleConfig, ExampleReader
 from whisper_moe.data.sample import DataError, Sample, Skipped, TooLong, items, left_out
-from whisper_moe.data.sampler import CorruptShare, LoaderConfig
+from whisper_moe.data.sampler import LoaderConfig
 from whisper_moe.media.audio import MediaError
 from whisper_moe.media.tokenizer import Tokenizer
 from whisper_moe.media.video import load_frames
@@ -66,12 +66,7 @@ class Inspection:
     """Edge in seconds: samples of sound or film from there to the next one."""
     left_out: list[Skipped] = field(default_factory=list)
     remarks: Counter[str] = field(default_factory=Counter)
-    """What else is to be known, and of how many samples."""
-
-    @property
-    def refused(self) -> int:
-        """Samples that training stops for."""
-        return self.remarks.total()
+    """What else is to be known, and how many samples training stops for because of it."""
 
     @property
     def samples(self) -> int:
@@ -91,32 +86,28 @@ class Inspection:
         self.left_out += corpus.left_out
         self.remarks.update(dict.fromkeys((f"{corpus.name}: {remark}" for remark in corpus.remarks), 0))
         reader = ExampleReader(*model, ExampleConfig(empty_text=config.text == "none")) if model else None
+        look_at = partial(_look_at, decode=decode, reader=reader)
         rows = items(corpus)
         with ThreadPoolExecutor(PROBES) as pool:
             while chunk := list(islice(rows, _CHUNK)):
-                for item, found in zip(
-                    chunk, pool.map(partial(_look_at, decode=decode, reader=reader), chunk), strict=True
-                ):
-                    self._add(corpus.name, config.split, item, *found)
+                for item, (seconds, fault) in zip(chunk, pool.map(look_at, chunk), strict=True):
+                    if isinstance(fault, str):
+                        self.remarks[f"{corpus.name}: training stops: {fault}"] += 1
+                    elif fault is not None:
+                        self.left_out.append(fault)
+                    if isinstance(item, Sample) and not (isinstance(fault, Skipped) and fault.corrupt):
+                        self._add(corpus.name, config.split, item, seconds)
 
-    def _add(
-        self, corpus: str, split: str, item: Sample | Skipped, seconds: float, fault: Skipped | str | None
-    ) -> None:
-        if isinstance(fault, str):
-            self.remarks[f"{corpus}: training stops: {fault}"] += 1
-        elif fault is not None:
-            self.left_out.append(fault)
-            if fault.corrupt:
-                return
-        assert isinstance(item, Sample)
-        codes = dict.fromkeys((item.language, item.target_language))
-        key = (corpus, split, item.task, ">".join(codes))
+    def _add(self, corpus: str, split: str, sample: Sample, seconds: float) -> None:
+        languages = ">".join(dict.fromkeys((sample.language, sample.target_language)))
+        key = (corpus, split, sample.task, languages)
         group = self.groups.setdefault(key, Group(*key))
         group.samples += 1
         group.seconds += seconds
         group.longest = max(group.longest, seconds)
-        group.speakers |= {item.speaker} if item.speaker is not None else set()
-        if item.audio is not None or item.video is not None:
+        if sample.speaker is not None:
+            group.speakers.add(sample.speaker)
+        if sample.audio is not None or sample.video is not None:
             self.histogram[max(edge for edge in EDGES if edge <= seconds)] += 1
 
     def _remarks(self) -> list[str]:
@@ -124,14 +115,12 @@ class Inspection:
 
     def as_json(self) -> dict[str, Any]:
         """Plain data: everything, with each unusable sample's name."""
-        counted = [(asdict(group), group) for group in self.groups.values()]
+        groups = [asdict(group) for group in self.groups.values()]
+        rounded = [{"seconds": round(each["seconds"], 3), "speakers": len(each["speakers"])} for each in groups]
         return {
             "samples": self.samples,
             "seconds": round(self.seconds, 3),
-            "groups": [
-                {**plain, "seconds": round(group.seconds, 3), "speakers": len(group.speakers)}
-                for plain, group in counted
-            ],
+            "groups": [each | counted for each, counted in zip(groups, rounded, strict=True)],
             "histogram": [{"from_seconds": edge, "samples": self.histogram[edge]} for edge in EDGES],
             **{kind.replace(" ", "_"): [asdict(each) for each in self.of_kind(kind)] for kind in KINDS},
             "remarks": self._remarks(),
@@ -155,10 +144,10 @@ class Inspection:
         table = Table("corpus", "split", "task", "language", **bare)
         for name in ("samples", "hours", "mean s", "longest s", "speakers"):
             table.add_column(name, justify="right")
-        for group in sorted(self.groups.values(), key=lambda group: (group.corpus, group.split, group.language)):
+        for key in sorted(self.groups, key=lambda key: (key[0], key[1], key[3])):
+            group = self.groups[key]
             sizes = f"{group.samples:,}", f"{group.seconds / 3600:.2f}", f"{group.seconds / group.samples:.2f}"
-            words = group.corpus, group.split, group.task, group.language
-            table.add_row(*words, *sizes, f"{group.longest:.2f}", f"{len(group.speakers):,}")
+            table.add_row(*key, *sizes, f"{group.longest:.2f}", f"{len(group.speakers):,}")
         table.add_row("total", "", "", "", f"{self.samples:,}", f"{self.seconds / 3600:.2f}")
         page = Console(file=io.StringIO(), width=1_000, markup=False, highlight=False, color_system=None)
         with page.capture() as printed:
@@ -167,13 +156,13 @@ class Inspection:
 
     def _bars(self) -> str:
         """The histogram of durations, from the first bar that is not empty to the last."""
-        used = [edge for edge in EDGES if self.histogram[edge]]
+        used = [place for place, edge in enumerate(EDGES) if self.histogram[edge]]
         lines = ["seconds   samples"] if used else []
-        for edge, end in pairwise((*EDGES, None)):
-            if used and used[0] <= (edge or 0) <= used[-1]:
-                count = self.histogram[edge or 0]
-                bar = "█" * round(_BAR * count / max(self.histogram.values())) or ("▏" if count else "")
-                lines.append(f"{f'{edge}–{end}' if end else f'over {edge}':<8} {count:>8,} {bar}".rstrip())
+        for place in range(used[0], used[-1] + 1) if used else ():
+            name = f"{EDGES[place]}–{EDGES[place + 1]}" if place + 1 < len(EDGES) else f"over {EDGES[place]}"
+            count = self.histogram[EDGES[place]]
+            bar = "█" * round(_BAR * count / max(self.histogram.values())) or "▏" * min(count, 1)
+            lines.append(f"{name:<8} {count:>8,} {bar}".rstrip())
         return "\n".join(lines)
 
 
@@ -192,11 +181,15 @@ def inspect(configs: Iterable[CorpusConfig], *, decode: bool = False, model: _Mo
 
 def _look_at(item: Sample | Skipped, decode: bool, reader: ExampleReader | None) -> tuple[float, Skipped | str | None]:
     """Seconds of a sample; why training leaves it out, or what it stops for: something that the model lacks."""
-    seconds = math.nan
     if isinstance(item, Skipped):
-        return seconds, item
+        return math.nan, item
+    seconds = math.nan
     try:
-        seconds = _seconds(item, decode)
+        if decode and item.video is not None:
+            load_frames(item.video, rate=1.0, short_side=32)
+        seconds = len(item.audio.read()) / SAMPLE_RATE if decode and item.audio is not None else item.seconds()
+        if item.audio is not None and seconds == 0.0:
+            raise MediaError(item.audio.name, "it holds no sound")
         if reader is not None:
             reader.measure(item, seconds)
     except (DataError, MediaError, TooLong) as error:
@@ -204,18 +197,6 @@ def _look_at(item: Sample | Skipped, decode: bool, reader: ExampleReader | None)
     except ValueError as error:
         return seconds, str(error).removeprefix(f"{item.id}: ")
     return seconds, None
-
-
-def _seconds(sample: Sample, decode: bool) -> float:
-    """By the header, or by all of it."""
-    if decode and sample.video is not None:
-        load_frames(sample.video, rate=1.0, short_side=32)
-    if sample.audio is None:
-        return sample.seconds()
-    seconds = len(sample.audio.read()) / SAMPLE_RATE if decode else sample.seconds()
-    if seconds == 0.0:
-        raise MediaError(sample.audio.name, "it holds no sound")
-    return seconds
 
 
 # The command.
@@ -230,21 +211,17 @@ def run(sources: Sequence[str], *, kind: str, decode: bool, json: bool, model: s
     :param settings: of :class:`CorpusConfig`; None for what was not given, lists with commas.
     """
     given = {name: value for name, value in settings.items() if value is not None}
-    for name in given.keys() & {"languages", "directions", "columns"}:
-        given[name] = listed(given[name])
+    given |= {name: listed(given[name]) for name in given.keys() & {"languages", "directions", "columns"}}
     try:
-        kinds = [kind_of(source) if kind == "auto" else kind for source in sources]
-        configs = [
-            CorpusConfig(source=source, kind=kind, **given)  # pyright: ignore[reportArgumentType]
-            for source, kind in zip(sources, kinds, strict=True)
-        ]
+        kinds: list[Any] = [kind_of(source) if kind == "auto" else kind for source in sources]
+        configs = [CorpusConfig(source=source, kind=its, **given) for source, its in zip(sources, kinds, strict=True)]
     except ValidationError as error:
         return _complain(problems(error), 2)
-    seen, failed = Inspection(), 0
     try:
         learner = _learner(model)
     except (ValueError, OSError) as error:
         return _complain(f"--model: {error}", 2)
+    seen, failed = Inspection(), 0
     if learner is None:
         seen.remarks["no model is at hand (--model): texts were not looked at"] = 0
     for config in configs:
@@ -255,11 +232,13 @@ def run(sources: Sequence[str], *, kind: str, decode: bool, json: bool, model: s
     if failed < len(configs):
         print(dumps(seen.as_json(), ensure_ascii=False, indent=2) if json else seen)
     if not given.get("limit"):  # of what is listed beyond it, training does not speak
+        from whisper_moe.data.loader import CorruptShare
+
         try:
             CorruptShare(LoaderConfig().max_corrupt_share, seen.samples - len(seen.of_kind("too long")), seen.left_out)
         except DataError as error:
             _complain(f"training stops: {error}")
-    return 1 if failed or seen.left_out or (model and seen.refused) else 0
+    return 1 if failed or seen.left_out or (model and seen.remarks.total()) else 0
 
 
 def _complain(cause: object, status: int = 1) -> int:

@@ -7,6 +7,7 @@ go on from it.
 
 from __future__ import annotations
 
+import math
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
@@ -17,14 +18,15 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, get_worker_info
 
 from whisper_moe.config import ModelConfig
-from whisper_moe.data.examples import Example, ExampleReader, Pack, pack_examples
-from whisper_moe.data.mel_cache import MelCache
+from whisper_moe.data.examples import Example, ExampleReader, MelCache, Pack, pack_examples
 from whisper_moe.data.sample import AnyCorpus, DataError, Sample, Skipped, TooLong, left_out
-from whisper_moe.data.sampler import CorruptShare, Draw, LoaderConfig, Packs, PlannedBatch, Position, open_order, plan
+from whisper_moe.data.sampler import Draw, LoaderConfig, Packs, PlannedBatch, Position, open_order, plan
 from whisper_moe.media.audio import MediaError
 from whisper_moe.media.tokenizer import Tokenizer
 
 STATE_VERSION = 2
+NAMED = 3
+"""Corrupt samples that an error names."""
 
 _Read: TypeAlias = "tuple[list[list[Example]], list[Skipped], Tensor | None] | ValueError"
 """The examples of each pack, what is left out, and the mels where they travel apart."""
@@ -51,6 +53,40 @@ class Batch:
     def tokens(self) -> int:
         """Of encoder and decoder."""
         return sum(pack.encoder_tokens + pack.decoder_tokens for pack in self.packs)
+
+
+class CorruptShare:
+    """How many samples were read, and which were corrupt."""
+
+    def __init__(self, limit: float, usable: int, excluded: Sequence[Skipped]) -> None:
+        """``usable`` and ``excluded``: what a survey found; its corrupt samples count, too."""
+        self._limit, self._surveyed = limit, 0.0
+        self._read = self._corrupt = 0
+        self._first: list[Skipped] = []
+        self.add(usable, excluded)
+        self.check()
+        if self._read:
+            self._surveyed = self._corrupt / self._read
+            self._read = self._corrupt = 0
+
+    def add(self, read: int, skipped: Sequence[Skipped]) -> None:
+        """Raise :class:`DataError` if the share is over the limit by more than chance would explain."""
+        corrupt = [sample for sample in skipped if sample.corrupt]
+        self._corrupt += len(corrupt)
+        self._read += read + len(corrupt)
+        self._first = (self._first + corrupt)[:NAMED]
+        self.check(slack=3 * math.sqrt(self._limit * self._read))
+
+    def check(self, slack: float = 0.0) -> None:
+        """Raise :class:`DataError` if the share is over the limit."""
+        usable = 1 - self._surveyed  # what is read is the part of the whole that the survey found usable
+        if usable * self._corrupt + self._surveyed * self._read > self._limit * self._read + slack:
+            share = self._surveyed + usable * self._corrupt / self._read
+            named = "; ".join(map(str, self._first))
+            cause = (
+                f"{share:.1%} of {self._read:,} samples are corrupt, more than {self._limit:.1%}; the first: {named}"
+            )
+            raise DataError("training data", cause)
 
 
 class PackedLoader:

@@ -6,7 +6,9 @@ import io
 import os
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from hashlib import sha256
+from itertools import count
 from pathlib import Path
 from typing import Literal, Protocol, TypeAlias, get_args
 
@@ -36,22 +38,18 @@ class DataError(ValueError):
         return self.file if self.row is None else f"{self.file}, row {self.row}"
 
     def __reduce__(self) -> tuple[object, ...]:  # it crosses from loader workers
-        return _rebuilt, (self.file, self.cause, self.row, self.column)
-
-
-def _rebuilt(file: str, cause: str, row: int | None, column: str | None) -> DataError:
-    return DataError(file, cause, row=row, column=column)
+        return partial(type(self), row=self.row, column=self.column), (self.file, self.cause)
 
 
 class TooLong(ValueError):
     """A sound sample that does not fit the model; the message names it."""
 
     def __init__(self, id: str, cause: str) -> None:
-        super().__init__(id, cause)
-        self.id, self.cause = id, cause
+        super().__init__(id, cause)  # both: it crosses from loader workers
+        self.cause = cause
 
     def __str__(self) -> str:
-        return f"{self.id}: {self.cause}"
+        return ": ".join(self.args)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -185,20 +183,14 @@ class AnyCorpus(Protocol):
 
 def items(corpus: AnyCorpus, rows: Iterable[int] | None = None) -> Iterator[Sample | Skipped]:
     """What every row is (of a map-style corpus also of some ``rows``): a sample, or why there is none."""
-    numbers = iter(range(len(corpus)) if rows is None and not corpus.streaming else rows or ())
-    samples, place = iter(corpus) if corpus.streaming else None, corpus.name
-    while True:
+    stream = iter(corpus) if corpus.streaming else None
+    for row in count() if stream is not None else range(len(corpus)) if rows is None else rows:
         try:
-            if samples is not None:
-                yield next(samples)
-            else:
-                row = next(numbers)
-                place = f"{corpus.name}, row {row + 1}"
-                yield corpus[row]
+            yield corpus[row] if stream is None else next(stream)
         except StopIteration:
             return
         except DataError as error:
-            yield left_out(place, error)
+            yield left_out(corpus.name if stream else f"{corpus.name}, row {row + 1}", error)
 
 
 def left_out(sample: Sample | str, error: ValueError, strict: bool = False) -> Skipped:
@@ -206,9 +198,9 @@ def left_out(sample: Sample | str, error: ValueError, strict: bool = False) -> S
 
     :param sample: the sample, or what stands for its id where there is none.
     """
-    if isinstance(error, TooLong) and strict:
-        raise error
     id, place = (sample, "") if isinstance(sample, str) else (sample.id, sample.place)
-    if isinstance(error, TooLong):
-        return Skipped(id=id, place=place, cause=error.cause, kind="too long")
-    return Skipped(id=id, place=place or (error.place if isinstance(error, DataError) else ""), cause=str(error))
+    if not isinstance(error, TooLong):
+        return Skipped(id=id, place=place or getattr(error, "place", ""), cause=str(error))
+    if strict:
+        raise error
+    return Skipped(id=id, place=place, cause=error.cause, kind="too long")

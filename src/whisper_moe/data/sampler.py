@@ -1,5 +1,10 @@
 """Which samples come together: an epoch's batches of packs, planned from lengths before any sound is decoded.
 
+Groups (corpus, task, language) are mixed by temperature: a task and language of n samples gets a share ∝ n^(1/T), as in
+multilingual pre-training (mBERT, XLM arXiv 1901.07291 section 3.1, mT5 arXiv 2010.11934 section 3.2, whose exponent is
+1/T). Shares are met exactly, by quotas and not by drawing lots, and a group that gets fewer samples than it has goes on
+in the next epoch where it stopped: nothing is seen twice before everything of its group was seen once.
+
 An epoch's order is cut into windows. A window's samples are packed longest first, each into the first pack that has room
 (Patch-n-Pack: NaViT, arXiv 2307.06304); the packs are shuffled and divided into batches that are as equal as whole packs
 can be. A plan depends on the seed and the place in the epoch, never on who carries it out: ranks take their share of
@@ -13,18 +18,21 @@ looked at when it is drawn, and resuming reads a stream again from its start, wi
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Iterator, Sequence
+import zlib
+from collections import defaultdict
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from hashlib import blake2b
 from itertools import islice
-from typing import Literal, TypeAlias
+from random import Random
+from typing import Literal, NamedTuple, TypeAlias, TypeVar
 
 import numpy as np
+from numpy.typing import NDArray
 from pydantic import BaseModel, ConfigDict, Field
 
 from whisper_moe.config import FULL_WINDOW, MAX_PACK_TOKENS
 from whisper_moe.data.examples import ExampleConfig, ExampleReader, positions
-from whisper_moe.data.mixing import EpochOrder, Group, MixingConfig, merged, seeded, stream_rows, stream_weights
 from whisper_moe.data.sample import AnyCorpus, DataError, Sample, Skipped, TooLong, items, left_out
 from whisper_moe.media.audio import MediaError
 from whisper_moe.packing import first_fit_decreasing
@@ -33,12 +41,32 @@ PLANNED_TOKENS = MAX_PACK_TOKENS - 4
 """A plan leaves this much room: a corpus rounds its durations, and a clip's last position may come on top."""
 MOST_SKIPPED_IN_A_ROW = 1_000
 """After so many unusable samples without one that can be used, a stream is given up."""
-NAMED = 3
-"""Corrupt samples that an error names."""
-_SHUFFLES = 4
-"""Keeps this module's random numbers apart from those of :mod:`whisper_moe.data.mixing`."""
+_PASSES, _EPOCHS, _SHUFFLES = 1, 2, 4
+"""What a random generator is for: the first number of its seed keeps them apart."""
 _CLIPS_A_PACK = 32
 """A window has so many for each pack of a batch, so that it makes several batches."""
+_T = TypeVar("_T")
+
+
+class MixingConfig(BaseModel):
+    """How often each corpus, task and language is heard."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
+
+    temperature: float = Field(default=1.0, gt=0)
+    """T in p ∝ n^(1/T) over pairs of task and language. 1: as they are; 5: small ones come oftener; large: all alike."""
+    weights: dict[str, float] = Field(default_factory=dict)
+    """Corpus name → how many samples each of its own counts for; 1 where nothing is said, 0 leaves it out."""
+
+    def weighted(self, corpus: str, count: float) -> float:
+        return count * self.weights.get(corpus, 1.0)
+
+    def check(self, corpora: Iterable[str]) -> None:
+        """Raise ``ValueError`` for a weight that is negative or belongs to no corpus."""
+        if unknown := sorted(self.weights.keys() - set(corpora)):
+            raise ValueError(f"mixing.weights names {unknown}; the corpora are {sorted(set(corpora))}")
+        if negative := {name: weight for name, weight in self.weights.items() if weight < 0}:
+            raise ValueError(f"mixing.weights must not be negative, got {negative}")
 
 
 class LoaderConfig(BaseModel):
@@ -173,6 +201,90 @@ def _batches(draws: Sequence[Draw], here: Position, config: LoaderConfig) -> lis
     return list(map(tuple, batches))
 
 
+# Mixing.
+
+
+class Group(NamedTuple):
+    """Samples that are alike for mixing."""
+
+    corpus: str
+    task: str
+    language: str
+
+
+def shares(counts: Mapping[Group, int], config: MixingConfig) -> dict[Group, float]:
+    """The share of an epoch that each group gets; they sum to 1.
+
+    Weights make n weighted counts: n of a task and language is summed over corpora, and its share is divided among the
+    corpora by their weighted counts. Raises ``ValueError`` for weights that mean nothing, and where nothing is left.
+    """
+    config.check(group.corpus for group in counts)
+    weighted = {group: config.weighted(group.corpus, count) for group, count in counts.items()}
+    totals: dict[tuple[str, str], float] = defaultdict(float)
+    for group, count in weighted.items():
+        totals[group[1:]] += count
+    heat = {key: total ** (1 / config.temperature) for key, total in totals.items() if total}
+    if not heat:
+        raise ValueError("there is nothing to mix: every corpus is empty or has the weight 0")
+    scale = sum(heat.values())
+    return {group: heat[group[1:]] / scale * n / totals[group[1:]] if n else 0.0 for group, n in weighted.items()}
+
+
+def quotas(share: Mapping[Group, float], total: int) -> dict[Group, int]:
+    """``total`` samples divided by ``share``: largest remainders, ties in the order of the groups' names."""
+    exact = {group: part * total for group, part in share.items()}
+    whole = {group: int(value + 1e-9) for group, value in exact.items()}
+    by_remainder = sorted(exact, key=lambda group: (whole[group] - exact[group], group))
+    eligible = [group for group in by_remainder if share[group] > 0]
+    for group in eligible[: total - sum(whole.values())]:
+        whole[group] += 1
+    return whole
+
+
+def epoch_rows(rows: Mapping[Group, NDArray[np.int64]], quota: Mapping[Group, int], seed: int, epoch: int) -> list[int]:
+    """The rows of each group's quota, mixed: the next part of its own endless sequence, one shuffled pass after another.
+
+    With temperature 1 and equal weights each row comes exactly once.
+    """
+    parts = [np.zeros(0, np.int64)]
+    for group in (group for group in rows if quota[group]):
+        key = zlib.crc32("/".join(group).encode())
+        start, size = epoch * quota[group], len(rows[group])
+        first, last = start // size, (start + quota[group] - 1) // size
+        passes = [rows[group][seeded(seed, _PASSES, key, n).permutation(size)] for n in range(first, last + 1)]
+        parts.append(np.concatenate(passes)[start - first * size :][: quota[group]])
+    drawn = np.concatenate(parts)
+    return drawn[seeded(seed, _EPOCHS, epoch).permutation(len(drawn))].tolist()
+
+
+def stream_weights(sizes: Mapping[str, int | None], config: MixingConfig) -> dict[str, float]:
+    """How likely each stream is to give the next sample. By size and temperature where all sizes are known, else by
+    weight alone; a temperature then raises ``ValueError``, for there is nothing to apply it to."""
+    config.check(sizes)
+    unknown = [name for name, size in sizes.items() if size is None]
+    if unknown and config.temperature != 1:
+        raise ValueError(f"mixing.temperature needs sizes, which streams lack ({', '.join(unknown)}): give weights")
+    weighted = {name: config.weighted(name, 1 if unknown else size or 0) for name, size in sizes.items()}
+    return {name: weight ** (1 / config.temperature) if weight else 0.0 for name, weight in weighted.items()}
+
+
+def merged(streams: Mapping[str, Iterator[_T]], weights: Mapping[str, float], seed: int, epoch: int) -> Iterator[_T]:
+    """Streams as one, each read once to its end; the choice among those not yet at their end is by weight."""
+    draw = Random(f"{seed} {epoch}")
+    open_streams = {name: stream for name, stream in streams.items() if weights[name] > 0}
+    while open_streams:
+        (chosen,) = draw.choices(list(open_streams), [weights[name] for name in open_streams])
+        try:
+            yield next(open_streams[chosen])
+        except StopIteration:
+            del open_streams[chosen]
+
+
+def seeded(*seed: int) -> np.random.Generator:
+    """Random numbers that depend on these numbers alone."""
+    return np.random.Generator(np.random.PCG64(np.random.SeedSequence(seed)))
+
+
 # What there is to be drawn from.
 
 
@@ -222,8 +334,7 @@ class IndexOrder(Order):
         excluded = [each for corpus in corpora for each in corpus.left_out]
         self._ids: list[str] = []
         known: list[tuple[int, int, int, int]] = []
-        groups: dict[Group, int] = {}
-        group_of: list[int] = []
+        rows: dict[Group, list[int]] = defaultdict(list)
         digest = blake2b(digest_size=16)
         for number, corpus in enumerate(corpora):
             for row, (item, seconds) in enumerate(zip(items(corpus), corpus.lengths(), strict=True)):
@@ -232,19 +343,21 @@ class IndexOrder(Order):
                     excluded += [measured] if isinstance(measured, Skipped) else []
                     continue
                 group = Group(corpus.name, item.task, item.language)
+                rows[group].append(len(known))
                 self._ids.append(item.id)
                 known.append((number, row, *measured))
-                group_of.append(groups.setdefault(group, len(groups)))
                 digest.update(f"{group} {item.id} {measured[0]} {measured[1]}\n".encode())
         self.excluded, self.size, self.fingerprint = tuple(excluded), len(known), digest.hexdigest()
         if not known:
             first = f": {excluded[0].id}: {excluded[0].cause}" if excluded else ""
             raise ValueError(f"no sample of {[corpus.name for corpus in corpora]} can be used{first}")
         self._known = np.array(known, np.int64)
-        self._order = EpochOrder(list(groups), np.array(group_of, np.int32), config.mixing, config.seed)
+        self._rows = {group: np.array(each, np.int64) for group, each in rows.items()}
+        counts = {group: len(each) for group, each in rows.items()}
+        self._quotas = quotas(shares(counts, config.mixing), len(known))
 
     def __call__(self, epoch: int, cursor: int) -> Iterator[Draw]:
-        for index in self._order.rows(epoch)[cursor:].tolist():
+        for index in epoch_rows(self._rows, self._quotas, self._seed, epoch)[cursor:]:
             corpus, row, samples, tokens = self._known[index].tolist()
             yield self._draw((corpus, row), self._ids[index], samples, tokens, epoch)
 
@@ -259,12 +372,12 @@ class StreamOrder(Order):
         self.fingerprint = " ".join(f"{name}:{'stream' if size is None else size}" for name, size in sizes.items())
 
     def __call__(self, epoch: int, cursor: int) -> Iterator[Draw | Skipped]:
-        seed, in_a_row = self._seed, 0
-        streams = {
-            corpus.name: items(corpus, None if corpus.streaming else stream_rows(len(corpus), corpus.name, seed, epoch))
-            for corpus in self._corpora
-        }
-        for item in islice(merged(streams, self._weights, seed, epoch), cursor, None):
+        in_a_row, streams = 0, dict[str, Iterator[Sample | Skipped]]()
+        for corpus in self._corpora:
+            order = seeded(self._seed, _PASSES, zlib.crc32(corpus.name.encode()), epoch)
+            rows = None if corpus.streaming else order.permutation(len(corpus)).tolist()
+            streams[corpus.name] = items(corpus, rows)
+        for item in islice(merged(streams, self._weights, self._seed, epoch), cursor, None):
             measured = self._measured(item, math.nan)
             if isinstance(item, Sample) and not isinstance(measured, Skipped):
                 in_a_row = 0
@@ -275,37 +388,3 @@ class StreamOrder(Order):
                     cause = f"{in_a_row:,} samples in a row cannot be used; the last: {measured}"
                     raise DataError("training data", cause)
                 yield measured
-
-
-class CorruptShare:
-    """How many samples were read, and which were corrupt."""
-
-    def __init__(self, limit: float, usable: int, excluded: Sequence[Skipped]) -> None:
-        """``usable`` and ``excluded``: what a survey found; its corrupt samples count, too."""
-        self._limit, self._surveyed = limit, 0.0
-        self._read = self._corrupt = 0
-        self._first: list[Skipped] = []
-        self.add(usable, excluded)
-        self.check()
-        if self._read:
-            self._surveyed = self._corrupt / self._read
-            self._read = self._corrupt = 0
-
-    def add(self, read: int, skipped: Sequence[Skipped]) -> None:
-        """Raise :class:`DataError` if the share is over the limit by more than chance would explain."""
-        corrupt = [sample for sample in skipped if sample.corrupt]
-        self._corrupt += len(corrupt)
-        self._read += read + len(corrupt)
-        self._first = (self._first + corrupt)[:NAMED]
-        self.check(slack=3 * math.sqrt(self._limit * self._read))
-
-    def check(self, slack: float = 0.0) -> None:
-        """Raise :class:`DataError` if the share is over the limit."""
-        usable = 1 - self._surveyed  # what is read is the part of the whole that the survey found usable
-        if usable * self._corrupt + self._surveyed * self._read > self._limit * self._read + slack:
-            share = self._surveyed + usable * self._corrupt / self._read
-            named = "; ".join(map(str, self._first))
-            cause = (
-                f"{share:.1%} of {self._read:,} samples are corrupt, more than {self._limit:.1%}; the first: {named}"
-            )
-            raise DataError("training data", cause)

@@ -17,10 +17,9 @@ from whisper_moe.config import ModelConfig
 from whisper_moe.data.corpora import open_corpus
 from whisper_moe.data.corpus import Corpus, CorpusConfig
 from whisper_moe.data.examples import ExampleReader
-from whisper_moe.data.loader import PackedLoader
-from whisper_moe.data.mixing import MixingConfig
+from whisper_moe.data.loader import NAMED, PackedLoader
 from whisper_moe.data.sample import AnyCorpus, DataError, Skipped, TooLong, items
-from whisper_moe.data.sampler import NAMED
+from whisper_moe.data.sampler import MixingConfig
 from whisper_moe.evaluate.metrics import Evaluator
 from whisper_moe.media.audio import MediaError
 from whisper_moe.media.languages import NewLanguage
