@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import os
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import dataclass
@@ -215,8 +215,8 @@ class Corpus:
         return self.sample(self._rows()[index])
 
     def __iter__(self) -> Iterator[Sample]:
-        rows: Iterable[Any] = self.dataset
-        return map(self.sample, rows)  # which goes on behind a row that is no sample, as a generator would not
+        # A map goes on behind a row that is no sample, as a generator would not.
+        return map(self.sample, self.dataset)  # pyright: ignore[reportArgumentType]
 
     def _rows(self) -> Dataset:
         if self.streaming:
