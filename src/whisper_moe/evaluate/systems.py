@@ -326,7 +326,7 @@ def apart(work: Callable[..., T], *arguments: Any, threads: int | None = None) -
         os.environ.update(before)
     sender.close()
     try:
-        failure, result = receiver.recv()
+        result = receiver.recv()
     except EOFError:
         process.join()
         cause = "killed, as by a system that is out of memory" if process.exitcode == -9 else "its process ended"
@@ -334,8 +334,8 @@ def apart(work: Callable[..., T], *arguments: Any, threads: int | None = None) -
     finally:
         process.terminate()
         process.join()
-    if failure:
-        raise SystemFailed(failure)
+    if isinstance(result, SystemFailed):
+        raise result
     return result
 
 
@@ -343,9 +343,9 @@ def _serve(sender: Connection, work: Callable[..., Any], arguments: Sequence[Any
     Thread(target=_end_with_the_parent, daemon=True).start()
     os.dup2(2, 1)  # what a system prints is no part of the report
     try:
-        sender.send(("", work(*arguments)))
+        sender.send(work(*arguments))
     except Exception as error:
-        sender.send((f"{type(error).__name__}: {' '.join(str(error).split())}", None))
+        sender.send(SystemFailed(f"{type(error).__name__}: {' '.join(str(error).split())}"))
 
 
 def _end_with_the_parent() -> None:

@@ -37,16 +37,10 @@ class Experts(nn.Module):
 
     def __init__(self, d_model: int, expert_dim: int, n_experts: int) -> None:
         super().__init__()
-        self.up_weight = nn.Parameter(torch.empty(n_experts, expert_dim, d_model))
-        self.up_bias = nn.Parameter(torch.empty(n_experts, expert_dim))
-        self.down_weight = nn.Parameter(torch.empty(n_experts, expert_dim, d_model))
-        self.down_bias = nn.Parameter(torch.empty(n_experts, d_model))
-        self.reset_parameters()
-
-    def reset_parameters(self) -> None:
-        nn.init.normal_(self.up_weight, std=0.02)
-        for parameter in (self.up_bias, self.down_weight, self.down_bias):
-            nn.init.zeros_(parameter)
+        self.up_weight = nn.Parameter(torch.empty(n_experts, expert_dim, d_model).normal_(std=0.02))
+        self.up_bias = nn.Parameter(torch.zeros(n_experts, expert_dim))
+        self.down_weight = nn.Parameter(torch.zeros(n_experts, expert_dim, d_model))
+        self.down_bias = nn.Parameter(torch.zeros(n_experts, d_model))
 
     def forward(self, x_TD: Tensor, routing: Routing, layout: Layout | None = None) -> Tensor:
         """[T, D] → [T, D]: the gated sum over each token's experts; *none* adds nothing.

@@ -96,19 +96,13 @@ class Router(nn.Module):
     def __init__(self, d_model: int, n_experts: int, top_k: int, none_choice: bool, *, biased: bool = False) -> None:
         super().__init__()
         assert 1 <= top_k <= n_experts, (top_k, n_experts)
-        self.n_experts = n_experts
-        self.top_k = top_k
-        self.none_choice = none_choice
-        self.weight = nn.Parameter(torch.empty(n_experts + none_choice, d_model))
+        self.n_experts, self.top_k, self.none_choice = n_experts, top_k, none_choice
+        self.weight = nn.Parameter(torch.empty(n_experts + none_choice, d_model).normal_(std=0.02))
         self.register_buffer("bias", torch.zeros(n_experts + none_choice) if biased else None)
-        self.reset_parameters()
 
     @classmethod
     def of(cls, d_model: int, moe: MoEConfig) -> Router:
         return cls(d_model, moe.n_experts, moe.top_k, moe.none_choice, biased=moe.balance_bias)
-
-    def reset_parameters(self) -> None:
-        nn.init.normal_(self.weight, std=0.02)
 
     def forward(self, features_ND: Tensor) -> Routing:
         """Features [N, D] → the experts and gates of each row.
