@@ -160,12 +160,15 @@ def test_a_row_starts_as_the_mean_of_its_relatives(language: NewLanguage, relati
 
 def test_languages_can_be_added_to_what_has_new_ones_and_be_like_them() -> None:
     first = extended(TINY, ODIA)
+    assert first.tokenizer.language_id("or") == OR
     second = add_languages(first, [NewLanguage(code="sat", like=("oriya",)), NewLanguage(code="mai")])
     assert second.config.new_tokens == ("<|or|>", "<|sat|>", "<|mai|>")
     assert second.config.vocab_size == VOCABULARY + 3 and second.config.source_vocab_size == VOCABULARY
     assert torch.equal(second.state[NEW_TOKENS][:1], first.state[NEW_TOKENS])
     assert torch.equal(second.state[NEW_TOKENS][1], first.state[NEW_TOKENS][0])
     assert torch.equal(second.state[NEW_TOKENS][2], first.state[EMBEDDING][259])
+    listed, source = (json.loads(each)["added_tokens"] for each in (second.tokenizer_json, tokenizer_json()))
+    assert listed[: len(source)] == source, "the source's own tokens are what they were, timestamps text"
     assert second.generation["undetected_languages"] == ["mai", "or", "sat"]
     assert second.generation["language_names"] == {"or": "odia", "sat": "santali", "mai": "maithili"}
     assert {code: second.tokenizer.language_id(code) for code in ("or", "sat", "mai")} == {

@@ -44,7 +44,14 @@ from whisper_moe.weights.files import (
     read_index,
     read_json,
 )
-from whisper_moe.weights.tokens import GENERATION, TOKENIZER, complete, detected_when_trained, parsed, read_tokenizer
+from whisper_moe.weights.tokens import (
+    GENERATION,
+    TOKENIZER,
+    complete,
+    detected_when_trained,
+    read_tokenizer,
+    shared_backend,
+)
 
 CONFIG, INDEX, MANIFEST = "config.json", "model.safetensors.index.json", "MANIFEST.json"
 SHARD_BYTES = 44_000_000
@@ -79,7 +86,7 @@ class Loaded:
 
     @cached_property
     def tokenizer(self) -> Tokenizer:
-        return Tokenizer(parsed(self.tokenizer_json), self.generation)
+        return Tokenizer(shared_backend(self.tokenizer_json), self.generation)
 
 
 # Saving

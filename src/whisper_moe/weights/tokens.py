@@ -93,22 +93,26 @@ def read_tokenizer(path: Path, generation: Mapping[str, Any] | None = None) -> t
         if b"<|0.00|>" not in content:
             content = read_backend(path).to_str().encode()
         stated = (generation or {}).get("is_multilingual")
-        return content, Tokenizer(parsed(content), {} if stated is None else {"is_multilingual": stated})
+        return content, Tokenizer(shared_backend(content), {} if stated is None else {"is_multilingual": stated})
     except CheckpointError:
         raise
     except ValueError as error:
         raise CheckpointError(f"{file if file.exists() else path}: not a tokenizer ({error})") from error
 
 
-@lru_cache(maxsize=1)
 def parsed(tokenizer_json: bytes) -> tokenizers.Tokenizer:
-    """Not to be changed: whoever asks for the same bytes next gets it too. Raises ``ValueError`` for what is none."""
+    """Raises ``ValueError`` for what is none."""
     from tokenizers import Tokenizer as Backend
 
     try:
         return Backend.from_buffer(tokenizer_json)
     except Exception as error:  # the Rust side raises bare Exceptions
         raise ValueError(str(error)) from error
+
+
+shared_backend = lru_cache(maxsize=1)(parsed)
+"""The same, parsed once for every :class:`Tokenizer` of these bytes, all of which change it alike. What is written is
+:func:`parsed` anew."""
 
 
 def complete(

@@ -13,7 +13,6 @@ detected unless it is asked for: the mean of others would take their place.
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -170,7 +169,8 @@ def add_languages(model: Loaded, languages: Sequence[NewLanguage]) -> Loaded:
             raise ValueError(f"the model has the language {language.code!r} already")
         rows[token] = _start(language, model)
     first = config.vocab_size
-    backend = _with_tokens(parsed(model.tokenizer_json), first, list(rows))
+    backend = parsed(model.tokenizer_json)
+    _name(list(rows), first, backend)
     grown = upcycled_config(config, vocab_size=first + len(rows), new_tokens=(*config.new_tokens, *rows))
     before = [model.state[NEW_TOKENS]] if config.new_tokens else []
     state = {key: tensor for key, tensor in model.state.items() if key != NEW_TOKENS}
@@ -200,16 +200,15 @@ def _start(language: NewLanguage, model: Loaded) -> Tensor:
     return torch.stack([state[EMBEDDING][i] if i < own else state[NEW_TOKENS][i - own] for i in ids]).mean(0)
 
 
-def _with_tokens(backend: tokenizers.Tokenizer, first: int, names: list[str]) -> tokenizers.Tokenizer:
-    """A tokenizer that names these ids from ``first`` on; rows of padding before them have no name yet, and get one."""
+def _name(names: list[str], first: int, backend: tokenizers.Tokenizer) -> None:
+    """Give the ids from ``first`` on these names; rows of padding before them have none yet, and get one."""
     from tokenizers import AddedToken
 
     if present := [name for name in names if backend.token_to_id(name) is not None]:
         raise ValueError(f"the tokenizer has {listed(present)} already")
-    backend, size = copy.deepcopy(backend), backend.get_vocab_size()
+    size = backend.get_vocab_size()
     padding = [f"<|padding-{id}|>" for id in range(size, first)]
     backend.add_special_tokens([AddedToken(name, normalized=False, special=True) for name in (*padding, *names)])
     if [backend.token_to_id(name) for name in names] != list(range(first, first + len(names))):
         said = f"{TOKENIZER}: names {size} tokens, the embedding has {first} rows: no token can follow both"
         raise ValueError(said)
-    return backend
