@@ -42,18 +42,25 @@ def shaken(model: WhisperMoEModel) -> WhisperMoEModel:
     return model
 
 
-def test_it_starts_as_the_identity() -> None:
+def test_it_starts_as_the_identity_and_alive() -> None:
     plain, model = adapted()
-    assert torch.equal(model(MELS, TEXTS), plain.model(MELS, TEXTS))
-    assert not torch.equal(shaken(model)(MELS, TEXTS), plain.model(MELS, TEXTS))
-
-
-def test_it_starts_alive() -> None:
-    _, model = adapted()
-    model(MELS, TEXTS).square().mean().backward()
+    logits = model(MELS, TEXTS)
+    assert torch.equal(logits, plain.model(MELS, TEXTS))
+    logits.square().mean().backward()
     for name, parameter in model.named_parameters():
         if "delta_" in name or "adapter.down" in name:
             assert parameter.grad is not None and parameter.grad.abs().max() > 0, name
+    assert not torch.equal(shaken(model)(MELS, TEXTS), logits)
+
+
+def test_what_cannot_be_adapted_is_refused() -> None:
+    with pytest.raises(ValueError, match=r"adapt.decoder_layers \[1\] are beyond the decoder's 1 layers"):
+        ModelConfig.model_validate(CONFIG.model_dump() | {"adapt": AdaptConfig(decoder_layers=(1,))})
+    with pytest.raises(ValueError, match="full_windows: false is for the encoder"):
+        AdaptConfig(encoder_layers=(0,), decoder_layers=(0,), full_windows=False)
+    _, model = adapted()
+    with pytest.raises(ValueError, match="has adapt already"):
+        add_parts(model.config, model.state_dict(), adapt=ADAPT_BOTH)
 
 
 def test_only_the_layers_that_are_named_are_adapted() -> None:
@@ -62,17 +69,6 @@ def test_only_the_layers_that_are_named_are_adapted() -> None:
     assert names and all(name.startswith("encoder.blocks.1.") for name in names)
     slim = CONFIG.model_copy(update={"adapt": AdaptConfig(decoder_layers=(0,), norms=False, adapter_dim=4)})
     assert not any("delta_" in name for name, _ in WhisperMoEModel(slim).named_parameters())
-
-
-def test_layers_beyond_the_models_are_refused() -> None:
-    with pytest.raises(ValueError, match=r"adapt.decoder_layers \[1\] are beyond the decoder's 1 layers"):
-        ModelConfig.model_validate(CONFIG.model_dump() | {"adapt": AdaptConfig(decoder_layers=(1,))})
-
-
-def test_a_model_is_not_adapted_twice() -> None:
-    _, model = adapted()
-    with pytest.raises(ValueError, match="has adapt already"):
-        add_parts(model.config, model.state_dict(), adapt=ADAPT_BOTH)
 
 
 def test_it_is_a_part_of_its_own() -> None:
@@ -177,11 +173,6 @@ def test_a_model_that_was_trained_with_a_margin_is_given_that() -> None:
             assert spoken._asked(TranscribeOptions(context_margin=asked)).margin == given
         assert spoken.context_margin == kept
     assert plain._asked(TranscribeOptions()).margin == TranscribeOptions().margin == DEFAULT_MARGIN
-
-
-def test_the_decoder_cannot_leave_full_windows_alone() -> None:
-    with pytest.raises(ValueError, match="full_windows: false is for the encoder"):
-        AdaptConfig(encoder_layers=(0,), decoder_layers=(0,), full_windows=False)
 
 
 @pytest.mark.parametrize(("arithmetic", "close"), [("float32", 1e-5), ("int8", 0.1)])

@@ -139,22 +139,6 @@ def test_identical_experts_are_not_the_dense_layer_without_renormalising() -> No
     assert relative_error(experts(x, Routing(routing.experts, shares)), dense) > 0.1
 
 
-def test_two_experts_are_one_feed_forward_of_concatenated_hidden_units() -> None:
-    experts, x = make_experts(), torch.randn(20, D_MODEL, dtype=torch.float64)
-    chosen, gates = torch.tensor([5, 2]), torch.tensor([0.7, 0.3], dtype=torch.float64)
-    hidden = F.gelu(F.linear(x, experts.up_weight[chosen].flatten(0, 1), experts.up_bias[chosen].flatten()))
-    scaled_down = (experts.down_weight[chosen] * gates[:, None, None]).flatten(0, 1)
-    expected = hidden @ scaled_down + gates @ experts.down_bias[chosen]
-    y = experts(x, Routing(chosen[None], gates[None]), Layout([20]))
-    torch.testing.assert_close(y, expected, rtol=0, atol=1e-10)
-    averaged = F.gelu(F.linear(x, *(torch.einsum("k,k...->...", gates, w[chosen]) for w in experts_up(experts))))
-    assert relative_error(averaged @ torch.einsum("k,kfd->fd", gates, experts.down_weight[chosen]), expected) > 0.1
-
-
-def experts_up(experts: Experts) -> tuple[Tensor, Tensor]:
-    return experts.up_weight, experts.up_bias
-
-
 @DTYPES
 def test_all_none_is_exactly_zero(dtype: torch.dtype) -> None:
     experts = make_experts(dtype)
