@@ -94,13 +94,11 @@ def inside(directory: Path, name: object, source: Path) -> Path:
 
 def open_tensors(path: Path) -> Any:
     """A safetensors file, mapped for lazy reading (``safe_open``); its header is checked against its length."""
-    if path.exists():
-        regular_size(path)
+    regular_size(path)
     try:
         return safe_open(path, framework="pt", device="cpu")
     except (SafetensorError, OSError) as error:
-        cause = "no such file" if isinstance(error, FileNotFoundError) else f"not a whole safetensors file ({error})"
-        raise CheckpointError(f"{path}: {cause}") from error
+        raise CheckpointError(f"{path}: not a whole safetensors file ({error})") from error
 
 
 def read_index(path: Path) -> dict[str, str]:

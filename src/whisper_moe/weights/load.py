@@ -23,7 +23,7 @@ from torch import Tensor
 from whisper_moe.config import EMBEDDED, MoEConfig, TTTConfig, model_folder, model_name
 from whisper_moe.weights import lora
 from whisper_moe.weights.checkpoint import CONFIG, MANIFEST, Loaded, load_checkpoint
-from whisper_moe.weights.files import CheckpointError, TensorFiles, listed, read_index, read_json
+from whisper_moe.weights.files import CheckpointError, TensorFiles, listed, read_index, read_json, regular_size
 from whisper_moe.weights.tokens import GENERATION, OLD_TOKENIZER, PUBLISHED, TOKENIZER, complete, read_tokenizer
 from whisper_moe.weights.upcycle import upcycle
 from whisper_moe.weights.whisper import (
@@ -324,8 +324,7 @@ def read_weights(folder: Path) -> tuple[Mapping[str, Tensor], Path]:
 
 def _unpickled(path: Path) -> dict[str, Any]:
     """A file of ``torch.save``, tensors and plain values only; anything that would run code is refused."""
-    if not path.is_file():
-        raise CheckpointError(f"{path}: no such file")
+    regular_size(path)
     try:
         value = torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
     except Exception as error:  # torch.load raises almost anything for a damaged file
