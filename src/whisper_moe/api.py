@@ -189,7 +189,7 @@ class WhisperMoE:
         if window is None:
             raise MediaError(recording.name, "; ".join(["no sound in it", *recording.notes]))
         next(windows, None)  # damage right behind it is an error too
-        return self._decoder.detect_language([window.samples], options, margin=FULL_WINDOW)[0]
+        return self._decoder.detect_language(window.samples, options, margin=FULL_WINDOW)
 
     def _asked(self, options: TranscribeOptions, **changes: Any) -> TranscribeOptions:
         """The options for this model: languages by code, its own language and margin where nothing is said of them."""

@@ -1,7 +1,6 @@
 from __future__ import annotations
 
 import csv
-from dataclasses import replace
 from itertools import pairwise, product
 from pathlib import Path
 from typing import Any
@@ -19,7 +18,6 @@ from whisper_moe.generate.align import (
     attention_scores,
     dtw,
     median_filter,
-    merge_punctuation,
     token_probabilities,
 )
 from whisper_moe.generate.options import TranscribeOptions
@@ -50,24 +48,6 @@ def test_path_equals_openai(shape: tuple[int, int], values: str) -> None:
     rows, columns = dtw(x)
     expected = timing.dtw_cpu(x.astype(np.float64))
     assert np.array_equal(rows, expected[0]) and np.array_equal(columns, expected[1])
-
-
-def every_path(n: int, m: int) -> list[list[tuple[int, int]]]:
-    if (n, m) == (1, 1):
-        return [[(0, 0)]]
-    shorter = [(n - 1, m), (n, m - 1), (n - 1, m - 1)]
-    return [[*path, (n - 1, m - 1)] for i, j in shorter if i and j for path in every_path(i, j)]
-
-
-@pytest.mark.parametrize(("n", "m"), [(1, 4), (4, 1), (3, 5), (5, 4)])
-def test_path_is_monotonic_and_the_cheapest(n: int, m: int) -> None:
-    for seed in range(20):
-        cost = np.random.default_rng(seed).normal(size=(n, m)).astype(np.float32)
-        path = list(zip(*(axis.tolist() for axis in dtw(cost)), strict=True))
-        assert path[0] == (0, 0) and path[-1] == (n - 1, m - 1)
-        assert all((c - a, d - b) in {(0, 1), (1, 0), (1, 1)} for (a, b), (c, d) in pairwise(path))
-        cheapest = min(sum(float(cost[cell]) for cell in other) for other in every_path(n, m))
-        assert sum(float(cost[cell]) for cell in path) == pytest.approx(cheapest, abs=1e-5)
 
 
 def test_a_position_that_all_tokens_share_does_not_spoil_the_scores() -> None:
@@ -164,15 +144,6 @@ def as_openai(timings: list[WordTiming]) -> list[Any]:
     return [timing.WordTiming(t.word, list(t.tokens), t.start, t.end, t.probability) for t in timings]
 
 
-@settings(deadline=None, max_examples=150)
-@given(alignments())
-def test_merged_punctuation_equals_openai(timings: list[WordTiming]) -> None:
-    theirs = as_openai(timings)
-    timing.merge_punctuations(theirs, "\"'“¿([{-", "\"'.。,，!！?？:：”)]}、")
-    expected = [(t.word, tuple(t.tokens), t.start, t.end) for t in theirs if t.word]
-    assert [(t.word, t.tokens, t.start, t.end) for t in merge_punctuation(timings, TranscribeOptions())] == expected
-
-
 @st.composite
 def windows(draw: st.DrawFn) -> tuple[list[Segment], list[WordTiming], float]:
     """Segments that share out an alignment's tokens in order, with ends of their own, and when speech ended before."""
@@ -227,29 +198,6 @@ def test_segments_with_words_equal_openai(window: tuple[list[Segment], list[Word
     assert [(s.start, s.end) for s in ours] == [(s["start"], s["end"]) for s in theirs]
     assert [[w.to_dict() for w in s.words or ()] for s in ours] == [s["words"] for s in theirs]
     assert all(segment.words is not None for segment in ours)
-
-
-def test_a_long_word_after_a_pause_is_cut() -> None:
-    """Six words of 0.2 s and a first one that swallowed a pause of 3 s."""
-    timings = [WordTiming(" so", (0,), 0.0, 3.2, 1.0)]
-    timings += [WordTiming(" it", (i,), 3.0 + 0.2 * i, 3.2 + 0.2 * i, 1.0) for i in range(1, 7)]
-    whole = Segment(
-        id=0,
-        seek=1000,
-        start=12.9,
-        end=15.0,
-        text="",
-        tokens=tuple(range(7)),
-        temperature=0.0,
-        avg_logprob=0.0,
-        compression_ratio=1.0,
-        no_speech_prob=0.0,
-    )
-    (segment,) = add_words([whole], timings, TOKENIZER, TranscribeOptions(), last_speech_end=10.0)
-    assert segment.words is not None and len(segment.words) == 7
-    assert segment.words[0].end == 13.2 and segment.words[0].start == pytest.approx(12.8)
-    assert segment.start == segment.words[0].start and segment.end == segment.words[-1].end == 14.4
-    assert replace(segment, words=None, start=12.9, end=15.0) == whole
 
 
 @pytest.mark.parametrize("rows", list(product([1, 2], [1, 3])))

@@ -73,7 +73,7 @@ def test_only_allowed_languages_are_detected(tiny_model: WhisperMoE) -> None:
     other = "hi" if main == "en" else "en"
     (bound,) = decode(tiny_model, CLIPS[1:2], allowed_languages=(other,))
     assert (bound.language, bound.language_probability) == (other, 1.0)
-    probabilities = tiny_model._decoder.detect_language([CLIPS[1]], TranscribeOptions(), margin=0.5)[0]
+    probabilities = tiny_model._decoder.detect_language(CLIPS[1], TranscribeOptions(), margin=0.5)
     assert next(iter(probabilities)) == main
     assert probabilities[main] == pytest.approx(free[1].language_probability)
     assert sum(probabilities.values()) == pytest.approx(1.0)
@@ -101,7 +101,11 @@ def test_a_prompt_is_opened_kept_short_and_follows_the_hotwords(tiny_model: Whis
     long = decoder._prompt(TranscribeOptions(initial_prompt="Pune " * 99))
     assert len(long) == CONFIG.max_target_positions // 2
     assert long[1:] == tokenizer.encode(" " + "Pune " * 98 + "Pune")[-(len(long) - 1) :]
-    assert decoder._prompt(TranscribeOptions(initial_prompt="  ")) == []
+    both = decoder._prompt(TranscribeOptions(hotwords="Asha", initial_prompt="x" * 500))
+    words = tokenizer.encode(" Asha")
+    assert len(both) == len(long) and both[1 : 1 + len(words)] == words and both[-1:] == tokenizer.encode("x")
+    assert len(decoder._prompt(TranscribeOptions(hotwords="y" * 500, initial_prompt="x" * 500))) == len(long)
+    assert decoder._prompt(TranscribeOptions(hotwords=" ", initial_prompt="  ")) == []
 
 
 def test_a_short_clip_may_say_little(tiny_model: WhisperMoE) -> None:
@@ -147,13 +151,3 @@ def test_a_prompt_does_not_change_the_language_that_is_heard(tiny_model: Whisper
     asked = decode(tiny_model, CLIPS[:1], initial_prompt="Kubernetes, Docker and so on")
     assert given[0].hypothesis.tokens == asked[0].hypothesis.tokens, "the step that hears the language left its traces"
     assert given[0].hypothesis.sum_logprob == pytest.approx(asked[0].hypothesis.sum_logprob, abs=1e-4)
-
-
-def test_hotwords_outlive_a_prompt_that_is_too_long(tiny_model: WhisperMoE) -> None:
-    decoder, encode = tiny_model._decoder, tiny_model.tokenizer.encode
-    room = tiny_model.config.max_target_positions // 2 - 1
-    prompt = decoder._prompt(TranscribeOptions(hotwords="Asha", initial_prompt="x" * 500))
-    assert prompt[0] == tiny_model.tokenizer.sot_prev and len(prompt) == room + 1
-    assert prompt[1 : 1 + len(encode(" Asha"))] == encode(" Asha") and prompt[-1:] == encode("x")
-    assert len(decoder._prompt(TranscribeOptions(hotwords="y" * 500, initial_prompt="x" * 500))) == room + 1
-    assert decoder._prompt(TranscribeOptions(hotwords=" ")) == []

@@ -164,12 +164,6 @@ def test_segments_of_which_only_some_have_words_are_written_as_segments() -> Non
     assert "Hello." in as_text(result, "srt", DEFAULT) and "yes" in as_text(result, "srt", DEFAULT)
 
 
-def test_hours_begin_at_the_first_in_vtt() -> None:
-    result = transcription(segment("so", 3599.9994, 3599.9996))
-    assert as_text(result, "vtt", DEFAULT) == "WEBVTT\n\n59:59.999 --> 01:00:00.000\nso\n\n"
-    assert as_text(result, "srt", DEFAULT) == "1\n00:59:59,999 --> 01:00:00,000\nso\n\n"
-
-
 @given(st.text(st.characters(exclude_categories=("Cs",))))
 def test_compression_ratio_equals_openai(text: str) -> None:
     assert compression_ratio(text) == pytest.importorskip("whisper.utils").compression_ratio(text)

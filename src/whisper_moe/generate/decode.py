@@ -101,42 +101,40 @@ class WindowDecoder:
         ``previous``: the tokens before it, where windows are conditioned on them.
         """
         carried = carry.copy() if carry is not None else None
-        order, encoded = self.encode(clips, margin, carried)
+        encoded = self.encode(clips, margin, carried)
         give_back_memory(SPARE)  # packs of ever other sizes leave holes that would add up to hundreds of MB
-        hints = [hints[i] for i in order] if hints else [None] * len(order)
-        samples = [len(clips[i]) for i in order]
+        samples, hints = list(map(len, clips)), hints or [None] * len(clips)
         found = self.decode_encoded(encoded, samples, hints, options, temperature, margin, previous)
         del encoded
         give_back_memory(SPARE)
-        results = dict(zip(order, found, strict=True))
-        return [replace(results[index], carried=carried) for index in range(len(clips))]
+        return [replace(each, carried=carried) for each in found]
 
     @torch.inference_mode()
     @fitting_threads()
-    def detect_language(
-        self, clips: Sequence[np.ndarray], options: TranscribeOptions, margin: float
-    ) -> list[dict[str, float]]:
-        """Probabilities of the allowed languages for each clip, likeliest first."""
-        order, encoded = self.encode(clips, margin)
-        state = self.model.decoder.start(encoded)
-        logits, _ = self.step(torch.full((len(order), 1), self.tokenizer.sot), state)
+    def detect_language(self, clip: np.ndarray, options: TranscribeOptions, margin: float) -> dict[str, float]:
+        """Probabilities of the allowed languages, likeliest first."""
+        state = self.model.decoder.start(self.encode([clip], margin))
+        logits, _ = self.step(torch.tensor([[self.tokenizer.sot]]), state)
         codes, probabilities = self._language_probabilities(logits, options)
-        found = dict(zip(order, probabilities.tolist(), strict=True))
-        rows = (zip(codes, found[index], strict=True) for index in range(len(clips)))
-        return [dict(sorted(row, key=lambda item: -item[1])) for row in rows]
+        pairs = zip(codes, probabilities[0].tolist(), strict=True)
+        return dict(sorted(pairs, key=lambda pair: -pair[1]))
 
-    def encode(
-        self, clips: Sequence[np.ndarray], margin: float, carry: Carry | None = None
-    ) -> tuple[list[int], Encoded]:
-        """Pack and encode; returns the clips' order in the packs, and the states of all packs in that order."""
+    def encode(self, clips: Sequence[np.ndarray], margin: float, carry: Carry | None = None) -> Encoded:
+        """Clips packed and encoded, one batch of decoding rows in the order given."""
         lengths = [self.positions(len(clip), margin) for clip in clips]
         heard = [self.positions(len(clip), 0) for clip in clips]
         packs = first_fit_decreasing(lengths)
-        parts = []
+        parts: list[Encoded] = []
         for pack in packs:
             mels = [window_mel(clips[i], self.model.config.n_mels, lengths[i]).to(self._like) for i in pack]
             parts.append(self.model.encoder(mels, valid_lengths=[heard[i] for i in pack], carry=carry))
-        return [i for pack in packs for i in pack], _joined(parts)
+        order = [i for pack in packs for i in pack]
+        places = sorted(range(len(order)), key=order.__getitem__)
+        pieces = [piece for part in parts for piece in part.states_TD.split(part.layout.lengths)]
+        states_TD = torch.cat([pieces[place] for place in places])
+        routings = [part.routing for part in parts if part.routing is not None]
+        routing = Routing.cat(routings).rows(torch.tensor(places, device=states_TD.device)) if routings else None
+        return Encoded(states_TD, Layout(lengths), routing)
 
     def decode_encoded(
         self,
@@ -285,13 +283,3 @@ class WindowDecoder:
         upper = range(config.decoder_layers // 2, config.decoder_layers)
         listed = self.generation.get("alignment_heads") or [(i, h) for i in upper for h in range(config.decoder_heads)]
         return sorted((layer, head) for layer, head in listed)
-
-
-def _joined(parts: Sequence[Encoded]) -> Encoded:
-    """Several packs as one batch of decoding rows."""
-    if len(parts) == 1:
-        return parts[0]
-    layout = Layout(length for part in parts for length in part.layout.lengths)
-    routings = [part.routing for part in parts if part.routing is not None]
-    routing = Routing.cat(routings) if routings else None
-    return Encoded(torch.cat([part.states_TD for part in parts]), layout, routing)

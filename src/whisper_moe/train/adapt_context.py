@@ -197,12 +197,12 @@ class Teacher:
     def _teach(self, clips: Sequence[tuple[Sample, NDArray[np.float32]]]) -> int:
         """Decode some clips in every mode; returns the bytes written."""
         decoder, tokenizer = self.decoder, self.decoder.tokenizer
-        order, encoded = decoder.encode([clip for _, clip in clips], FULL_WINDOW)
-        lengths = [len(clips[i][1]) for i in order]
-        kept: list[dict[str, Tensor]] = [{} for _ in order]
+        encoded = decoder.encode([clip for _, clip in clips], FULL_WINDOW)
+        lengths = [len(clip) for _, clip in clips]
+        kept: list[dict[str, Tensor]] = [{} for _ in clips]
         for mode in MODES:
             options = TranscribeOptions(timestamps=mode == "timestamps", context_margin=FULL_WINDOW)
-            results = decoder.decode_encoded(encoded, lengths, [None] * len(order), options, 0.0, FULL_WINDOW)
+            results = decoder.decode_encoded(encoded, lengths, [None] * len(clips), options, 0.0, FULL_WINDOW)
             plain = [] if options.timestamps else [tokenizer.no_timestamps]
             texts = [
                 torch.tensor([*tokenizer.sot_sequence(each.language), *plain, *each.hypothesis.tokens, tokenizer.eot])
@@ -214,8 +214,8 @@ class Teacher:
             for tensors, text, rows in zip(kept, texts, layout.slices(), strict=True):
                 tensors |= {f"{mode}.tokens": text, f"{mode}.states": states[:, rows].contiguous()}
         written = 0
-        for i, tensors in zip(order, kept, strict=True):
-            with atomic_file(self.lessons.path(clips[i][0])) as path:
+        for (sample, _), tensors in zip(clips, kept, strict=True):
+            with atomic_file(self.lessons.path(sample)) as path:
                 written += path.write_bytes(save(tensors))
         return written
 
