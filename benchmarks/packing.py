@@ -28,11 +28,12 @@ from whisper_moe.data.sample import Sample
 from whisper_moe.machine import machine, versions
 from whisper_moe.media.tokenizer import Tokenizer
 from whisper_moe.model.model import WhisperMoEModel
-from whisper_moe.train.build import InitialModel
+from whisper_moe.train.build import initial_model
 from whisper_moe.train.loop import Trainer
 from whisper_moe.train.losses import SpeechObjective
 from whisper_moe.train.parallel import Parallel
 from whisper_moe.train.recipe import Recipe, recipe_of
+from whisper_moe.weights.checkpoint import Loaded
 
 FORMS = ("packed", "padded")
 
@@ -84,7 +85,7 @@ def recipe_of_both(args: argparse.Namespace) -> Recipe:
 
 
 def trainer(
-    recipe: Recipe, start: InitialModel, batches: Sequence[Sequence[Sample]], form: str, args: argparse.Namespace
+    recipe: Recipe, start: Loaded, batches: Sequence[Sequence[Sample]], form: str, args: argparse.Namespace
 ) -> Trainer:
     """A fresh copy of the source, about to learn."""
     packed, margin = form == "packed", args.margin if form == "packed" else FULL_WINDOW
@@ -113,7 +114,7 @@ def compare(samples: Sequence[Sample], args: argparse.Namespace) -> dict[str, li
         [samples[i] for i in order[at : at + args.batch]] for at in range(0, args.steps * args.batch, args.batch)
     ]
     recipe = recipe_of_both(args)
-    start = InitialModel.of(recipe)
+    start = initial_model(recipe)
     trainers = {form: trainer(recipe, start, batches, form, args) for form in FORMS}
     curves: dict[str, list[dict[str, float]]] = {form: [] for form in FORMS}
     for number in range(1, args.steps + 1):

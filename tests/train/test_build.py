@@ -27,6 +27,7 @@ from whisper_moe.train.parallel import Parallel
 from whisper_moe.train.reading import RecipeError, apply
 from whisper_moe.train.recipe import ContextRecipe, Recipe, recipe_of
 from whisper_moe.train.run import RECORD, check_same, run
+from whisper_moe.weights.checkpoint import Loaded
 
 Tree = dict[str, Any]
 
@@ -153,9 +154,7 @@ def test_full_windows_that_the_loaded_model_leaves_alone_teach_nothing(material:
     recipe = recipe_with(material, lambda tree: tree.update(losses={"context": {"padded": 0.1}}))
     spoken = tiny_whisper_moe()
     adapt = AdaptConfig(encoder_layers=(0, 1), adapter_dim=8, full_windows=False)
-    start = build.InitialModel(
-        config=spoken.config.model_copy(update={"adapt": adapt}), state={}, generation={}, tokenizer_json=b""
-    )
+    start = Loaded(spoken.config.model_copy(update={"adapt": adapt}), {}, {}, b"")
     sources = build.Sources(recipe, start, Parallel(), lambda skipped: None)
     with pytest.raises(RecipeError, match="full windows teach nothing"):
         sources.context(ContextRecipe(padded=0.1), tmp_path, spoken.model)

@@ -8,12 +8,10 @@ from dataclasses import dataclass, replace
 from importlib.util import find_spec
 from itertools import islice
 from pathlib import Path
-from typing import Any, TypeAlias
+from typing import TypeAlias
 
 import torch
-from torch import Tensor
 
-from whisper_moe.config import ModelConfig
 from whisper_moe.data.corpora import open_corpus
 from whisper_moe.data.corpus import Corpus, CorpusConfig
 from whisper_moe.data.examples import ExampleReader
@@ -23,7 +21,6 @@ from whisper_moe.data.sampler import MixingConfig
 from whisper_moe.evaluate.metrics import Evaluator
 from whisper_moe.media.audio import MediaError
 from whisper_moe.media.languages import NewLanguage
-from whisper_moe.media.tokenizer import Tokenizer
 from whisper_moe.model.block import Block
 from whisper_moe.model.model import WhisperMoEModel
 from whisper_moe.train.adapt_context import ContextObjective, LessonReader, Teacher
@@ -34,11 +31,11 @@ from whisper_moe.train.optim import freeze, unmatched
 from whisper_moe.train.parallel import Parallel
 from whisper_moe.train.reading import RecipeError
 from whisper_moe.train.recipe import NOTHING_TO_TEACH, ContextRecipe, Recipe
-from whisper_moe.weights.checkpoint import CONFIG, read_config
+from whisper_moe.weights.checkpoint import CONFIG, Loaded, read_config
 from whisper_moe.weights.files import atomic_folder, json_bytes, read_bytes, read_json
 from whisper_moe.weights.load import load_model
 from whisper_moe.weights.parts import empty_model, expected_shapes
-from whisper_moe.weights.tokens import GENERATION, TOKENIZER, of_any_language, parsed
+from whisper_moe.weights.tokens import GENERATION, TOKENIZER, of_any_language
 from whisper_moe.weights.upcycle import add_languages, add_parts, upcycle
 
 Note: TypeAlias = Callable[[Sequence[Skipped]], None]
@@ -47,93 +44,67 @@ START = "start"
 logger = logging.getLogger(__name__)
 
 
-@dataclass(frozen=True, kw_only=True)
-class InitialModel:
-    """A model before its first step, and what it needs to speak; ``state`` is empty where a checkpoint will give it."""
+def initial_model(recipe: Recipe) -> Loaded:
+    """The source, with the parts and tokens that the recipe adds.
 
-    config: ModelConfig
-    state: dict[str, Tensor]
-    generation: dict[str, Any]
-    tokenizer_json: bytes
-
-    @property
-    def tokenizer(self) -> Tokenizer:
-        return Tokenizer(parsed(self.tokenizer_json), self.generation)
-
-    @classmethod
-    def of(cls, recipe: Recipe) -> InitialModel:
-        """The source, with the parts and tokens that the recipe adds.
-
-        Raises ``ValueError`` for a source that cannot be had or cannot take the parts.
-        """
-        given, seed, margin = recipe.model, recipe.run.seed, recipe.least_margin
-        loaded = load_model(given.source)
-        config, state = loaded.config, dict(loaded.state)
-        if given.moe is not None or given.ttt is not None:
-            config, state = upcycle(config, state, moe=given.moe, ttt=given.ttt, seed=seed)
-        parts = {
-            name: part for name in ("adapt", "conformer") if (part := getattr(given, name)) != getattr(config, name)
-        }
-        if any(parts.values()):
-            config, state = add_parts(config, state, **parts, seed=seed)
-        config = config.model_copy(update={"context_margin": config.margin if margin is None else margin})
-        if recipe.losses.balancing == "bias":
-            config, state = _with_biases(config, state)
-        generation, content = of_any_language(loaded.generation), loaded.tokenizer_json
-        initial = cls(config=config, state=state, generation=generation, tokenizer_json=content)
-        known = initial.tokenizer.languages if given.new_languages else {}
-        wanted = [language for language in map(NewLanguage.parse, given.new_languages) if language.code not in known]
-        if not wanted:
-            return initial
-        new = add_languages(replace(loaded, config=config, state=state, generation=generation), wanted)
-        return cls(config=new.config, state=new.state, generation=new.generation, tokenizer_json=new.tokenizer_json)
-
-    def write(self, run: Path) -> None:
-        """Keep all but the weights in the run's folder."""
-        with atomic_folder((run / START).resolve(), overwrite=True) as folder:
-            (folder / CONFIG).write_bytes(json_bytes(self.config.model_dump(mode="json")))
-            (folder / GENERATION).write_bytes(json_bytes(self.generation))
-            (folder / TOKENIZER).write_bytes(self.tokenizer_json)
-
-    @classmethod
-    def read(cls, run: Path) -> InitialModel:
-        """What :meth:`write` kept."""
-        folder = run / START
-        config, generation = read_config(folder / CONFIG), read_json(folder / GENERATION)
-        return cls(config=config, state={}, generation=generation, tokenizer_json=read_bytes(folder / TOKENIZER))
-
-    def build(self, recipe: Recipe) -> WhisperMoEModel:
-        """The model, with what the recipe freezes frozen. Gives the weights away."""
-        model = empty_model(self.config)
-        if self.state:
-            model.load_state_dict(self.state, assign=True)
-            self.state.clear()
-        else:
-            model.to_empty(device="cpu")
-        for module in model.modules():
-            if isinstance(module, Block):
-                module.recompute = recipe.optimisation.recompute
-        try:
-            freeze(model, recipe.model.freeze, recipe.model.train)
-        except ValueError as error:
-            raise RecipeError(f"model.freeze: {error}") from error
-        return model
+    Raises ``ValueError`` for a source that cannot be had or cannot take the parts.
+    """
+    given, seed, margin = recipe.model, recipe.run.seed, recipe.least_margin
+    loaded = load_model(given.source)
+    config, state = loaded.config, dict(loaded.state)
+    if given.moe is not None or given.ttt is not None:
+        config, state = upcycle(config, state, moe=given.moe, ttt=given.ttt, seed=seed)
+    parts = {name: part for name in ("adapt", "conformer") if (part := getattr(given, name)) != getattr(config, name)}
+    if any(parts.values()):
+        config, state = add_parts(config, state, **parts, seed=seed)
+    config = config.model_copy(update={"context_margin": config.margin if margin is None else margin})
+    if recipe.losses.balancing == "bias":  # of zeros, with which the choice is what it was
+        if config.moe is None:
+            raise RecipeError("losses.balancing is bias, and the model has no experts")
+        config = config.model_copy(update={"moe": config.moe.model_copy(update={"balance_bias": True})})
+        state |= {key: torch.zeros(shape) for key, shape in expected_shapes(config).items() if key not in state}
+    initial = replace(loaded, config=config, state=state, generation=of_any_language(loaded.generation))
+    wanted = map(NewLanguage.parse, given.new_languages)
+    return add_languages(initial, [each for each in wanted if each.code not in initial.tokenizer.languages])
 
 
-def _with_biases(config: ModelConfig, state: dict[str, Tensor]) -> tuple[ModelConfig, dict[str, Tensor]]:
-    """Routers get a bias on their choice: zeros, with which it is what it was."""
-    if config.moe is None:
-        raise RecipeError("losses.balancing is bias, and the model has no experts")
-    config = config.model_copy(update={"moe": config.moe.model_copy(update={"balance_bias": True})})
-    added = {key: torch.zeros(shape) for key, shape in expected_shapes(config).items() if key not in state}
-    return config, state | added
+def write_start(run: Path, model: Loaded) -> None:
+    """Keep all but the weights in the run's folder."""
+    with atomic_folder((run / START).resolve(), overwrite=True) as folder:
+        (folder / CONFIG).write_bytes(json_bytes(model.config.model_dump(mode="json")))
+        (folder / GENERATION).write_bytes(json_bytes(model.generation))
+        (folder / TOKENIZER).write_bytes(model.tokenizer_json)
+
+
+def read_start(run: Path) -> Loaded:
+    """What :func:`write_start` kept; a checkpoint has the weights."""
+    folder = run / START
+    return Loaded(read_config(folder / CONFIG), {}, read_json(folder / GENERATION), read_bytes(folder / TOKENIZER))
+
+
+def build_model(initial: Loaded, recipe: Recipe) -> WhisperMoEModel:
+    """The model, with what the recipe freezes frozen. Gives the weights away."""
+    model = empty_model(initial.config)
+    if initial.state:
+        model.load_state_dict(initial.state, assign=True)
+        initial.state.clear()
+    else:
+        model.to_empty(device="cpu")
+    for module in model.modules():
+        if isinstance(module, Block):
+            module.recompute = recipe.optimisation.recompute
+    try:
+        freeze(model, recipe.model.freeze, recipe.model.train)
+    except ValueError as error:
+        raise RecipeError(f"model.freeze: {error}") from error
+    return model
 
 
 def build_trainer(
-    recipe: Recipe, initial: InitialModel, parallel: Parallel, monitor: Monitor | None, directory: Path
+    recipe: Recipe, initial: Loaded, parallel: Parallel, monitor: Monitor | None, directory: Path
 ) -> Trainer:
     """The trainer that a recipe describes. Raises ``ValueError`` for what cannot be had or does not fit together."""
-    given, model = recipe.optimisation, initial.build(recipe).to(parallel.device)
+    given, model = recipe.optimisation, build_model(initial, recipe).to(parallel.device)
     sources = Sources(recipe, initial, parallel, monitor.left_out if monitor else lambda skipped: None)
     if recipe.losses.context is None:
         batches, objective = sources.speech()
@@ -159,7 +130,7 @@ class Sources:
     """What a recipe's model learns from and is judged by. Raises ``ValueError`` where it cannot."""
 
     recipe: Recipe
-    initial: InitialModel
+    initial: Loaded
     parallel: Parallel
     note: Note
     """Is told of every sample that is left out."""

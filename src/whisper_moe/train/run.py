@@ -23,6 +23,7 @@ import subprocess
 import sys
 from collections.abc import Iterator, Sequence
 from contextlib import chdir, contextmanager, nullcontext, suppress
+from dataclasses import replace
 from datetime import datetime
 from importlib.metadata import distributions
 from pathlib import Path
@@ -34,9 +35,9 @@ from whisper_moe.train.recipe import Recipe, load_recipe, recipe_of
 from whisper_moe.weights.files import atomic_file, json_bytes, read_json
 
 if TYPE_CHECKING:
-    from whisper_moe.train.build import InitialModel
     from whisper_moe.train.loop import Trainer
     from whisper_moe.train.parallel import Parallel
+    from whisper_moe.weights.checkpoint import Loaded
 
 MODEL, LOCK, RECORD = "model", "trainer.lock", "run.json"
 _PACKAGES = ("whisper-moe", "torch", "numpy", "datasets", "tokenizers", "safetensors", "av", "pydantic")
@@ -131,15 +132,15 @@ def run(recipe: Recipe, directory: Path, *, resume: bool = False) -> int:
 
 def _run(recipe: Recipe, directory: Path, parallel: Parallel) -> int:
     """Resume or begin, build, train, export."""
-    from whisper_moe.train.build import InitialModel, build_trainer
+    from whisper_moe.train.build import build_trainer, initial_model, read_start, write_start
     from whisper_moe.train.monitor import Monitor
 
     first = parallel.rank == 0
     _prepare(recipe)
     checkpoint = _to_go_on_from(directory, parallel)
-    start = InitialModel.read(directory) if checkpoint else InitialModel.of(recipe)
+    start = read_start(directory) if checkpoint else initial_model(recipe)
     if first and not checkpoint:
-        start.write(directory)
+        write_start(directory, start)
     with Monitor(directory, recipe, start.config) if first else nullcontext() as monitor:
         trainer = build_trainer(recipe, start, parallel, monitor, directory)
         if checkpoint:
@@ -242,16 +243,15 @@ def _signals(trainer: Trainer) -> Iterator[None]:
             signal.signal(number, handler)
 
 
-def export(directory: Path, start: InitialModel) -> None:
+def export(directory: Path, start: Loaded) -> None:
     """Write the run's best checkpoint, or its last where none was judged, as a model."""
     from whisper_moe.train import checkpoint
-    from whisper_moe.weights.checkpoint import Loaded, save_checkpoint
+    from whisper_moe.weights.checkpoint import save_checkpoint
 
     path = checkpoint.best(directory) or checkpoint.latest(directory)
     assert path is not None, "a run that has ended has a checkpoint"
     state = {name.removeprefix("model/"): tensor.float() for name, tensor in checkpoint.read(path, "model/").items()}
-    model = Loaded(start.config, state, start.generation, start.tokenizer_json)
-    save_checkpoint(directory / MODEL, model, overwrite=True)
+    save_checkpoint(directory / MODEL, replace(start, state=state), overwrite=True)
     logger.info("%s: the model of step %d", directory / MODEL, checkpoint.step_of(path))
 
 
