@@ -81,6 +81,7 @@ def recipe_of_both(args: argparse.Namespace) -> Recipe:
     optimisation |= {"schedule": "constant", "warmup": 0, "most_bad_steps": 1}
     data = {"train": [{"kind": "table", "source": str(args.manifests[0])}]}  # whose clips are read in another way
     tree = {"model": {"source": args.source}, "data": data, "optimisation": optimisation, "run": {"seed": args.seed}}
+    tree["losses"] = {"balance": 0.0, "z": 0.0}
     return recipe_of(tree, "packing")
 
 
@@ -93,7 +94,9 @@ def trainer(
     model.load_state_dict(start.state)
     tokenizer: Tokenizer = start.tokenizer
     reader = ExampleReader(tokenizer, start.config, ExampleConfig(margin=margin))
-    return Trainer(recipe, model, SpeechObjective(), Reading(batches, reader, margin, packed=packed), Parallel())
+    return Trainer(
+        recipe, model, SpeechObjective(recipe.losses), Reading(batches, reader, margin, packed=packed), Parallel()
+    )
 
 
 def step(trained: Trainer) -> dict[str, float]:

@@ -32,9 +32,9 @@ from whisper_moe.model.model import WhisperMoEModel
 from whisper_moe.packing import Layout
 from whisper_moe.train import checkpoint
 from whisper_moe.train.loop import Trainer
-from whisper_moe.train.losses import RouterLosses, SpeechObjective
+from whisper_moe.train.losses import SpeechObjective
 from whisper_moe.train.parallel import Parallel
-from whisper_moe.train.recipe import ParallelRecipe
+from whisper_moe.train.recipe import LossRecipe, ParallelRecipe
 
 CONFIGS["wide"] = CONFIGS["segment"].model_copy(update={"decoder_heads": 4})
 """All heads can be cut over four ranks."""
@@ -159,7 +159,7 @@ def make_trainer(case: Case, parallel: Any, steps: int = STEPS, directory: Path 
             module.recompute = case.recompute
     optimisation = {"steps": steps, "accumulate": case.passes, "clip": CLIP, "precision": case.precision}
     optimisation |= {"weight_decay": 0.1, "ttt_lr": 2e-3, "most_bad_steps": 1}
-    objective = SpeechObjective(smoothing=0.1, routing=RouterLosses(balance=0.1, z=0.01))
+    objective = SpeechObjective(LossRecipe(label_smoothing=0.1, balance=0.1, z=0.01))
     batches = Shares(parallel.data_rank, parallel.data_size, case.passes)
     return Trainer(tiny_recipe(optimisation=optimisation), model, objective, batches, parallel, directory=directory)
 

@@ -11,7 +11,6 @@ from train.tiny import random_pack
 from whisper_moe.model.router import NONE, Router, Routing
 from whisper_moe.train.losses import (
     IGNORED,
-    RouterLosses,
     SpeechObjective,
     Totals,
     balance_loss,
@@ -21,6 +20,7 @@ from whisper_moe.train.losses import (
     z_loss,
 )
 from whisper_moe.train.parallel import Parallel
+from whisper_moe.train.recipe import LossRecipe
 
 
 def routed(experts: list[list[int]], logits: torch.Tensor) -> Routing:
@@ -72,7 +72,7 @@ def test_opposite_imbalances_of_two_layers_do_not_cancel() -> None:
     left, right = strong.clone(), strong.clone()
     left[:, 0] = right[:, 1] = 9
     layers = [routed([[0]] * 4, left), routed([[1]] * 4, right)]
-    loss, parts, counts = router_terms(layers, 1.0, RouterLosses(balance=1.0), lambda values: values)
+    loss, parts, counts = router_terms(layers, 1.0, LossRecipe(balance=1.0, z=0.0), lambda values: values)
     assert float(loss) == pytest.approx(4, abs=1e-4)  # 2 each
     assert parts["balance"].item() == pytest.approx(2, abs=1e-4)
     assert counts.tolist() == [[4, 0], [0, 4]]
@@ -96,7 +96,7 @@ def test_a_router_that_always_takes_none_still_learns() -> None:
     routing = router(x)
     assert (routing.experts == NONE).all()
     assert torch.autograd.grad(routing.gates.square().sum(), router.weight, retain_graph=True)[0].abs().max() < 1e-12
-    loss, _, _ = router_terms([routing], 1.0, RouterLosses(balance=0.01), lambda values: values)
+    loss, _, _ = router_terms([routing], 1.0, LossRecipe(balance=0.01, z=0.0), lambda values: values)
     (gradient,) = torch.autograd.grad(torch.as_tensor(loss), router.weight)
     assert gradient.abs().sum() > 0
     less_none = (x @ -gradient.T).mean(0)
@@ -122,7 +122,7 @@ def test_a_bias_moves_the_choice_and_not_the_gates() -> None:
 @pytest.mark.parametrize("name", ["dense", "segment", "token"])
 def test_a_process_without_a_pack_takes_part_and_changes_nothing(name: str) -> None:
     model = tiny_model(name, torch.float32).train()
-    objective = SpeechObjective(routing=RouterLosses(balance=1.0, z=1.0))
+    objective = SpeechObjective(LossRecipe(balance=1.0, z=1.0))
     terms = objective(model, [], Totals(10, 3), Parallel())
     terms.loss.backward()
     assert terms.loss == 0 and terms.counts.sum() == 0
@@ -134,7 +134,7 @@ def test_a_process_without_a_pack_takes_part_and_changes_nothing(name: str) -> N
 def test_a_pass_reports_every_router(name: str, choices: int) -> None:
     model = tiny_model(name, torch.float32).train()
     pack = random_pack([(20, 5), (31, 7)], CONFIGS[name])
-    objective = SpeechObjective()
+    objective = SpeechObjective(LossRecipe())
     totals = objective.totals([pack])
     assert totals == Totals(5 + 7 - 4, 2)
     terms = objective(model, [pack], totals, Parallel())

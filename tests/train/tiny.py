@@ -19,13 +19,12 @@ from whisper_moe.data.loader import Batch
 from whisper_moe.data.sample import Skipped
 from whisper_moe.model.model import WhisperMoEModel
 from whisper_moe.train.loop import Figures, Trainer
-from whisper_moe.train.losses import RouterLosses, SpeechObjective
+from whisper_moe.train.losses import SpeechObjective
 from whisper_moe.train.monitor import Monitor, StepReport
 from whisper_moe.train.parallel import Parallel
 from whisper_moe.train.recipe import Recipe, recipe_of
 
 LETTERS = "abcdefgh"
-ROUTING = RouterLosses(balance=0.01, z=0.001)
 
 
 def tiny_checkpoint(folder: Path) -> Path:
@@ -160,7 +159,6 @@ def tiny_trainer(
     *,
     double: bool = False,
     seed: int = 0,
-    routing: RouterLosses = ROUTING,
     config: ModelConfig | None = None,
     directory: Path | None = None,
     figures: Figures | None = None,
@@ -178,7 +176,7 @@ def tiny_trainer(
     return Trainer(
         recipe,
         model.double() if double else model,
-        SpeechObjective(routing=routing),
+        SpeechObjective(recipe.losses),
         Fixed(batches, double),
         Parallel(),
         figures=figures,

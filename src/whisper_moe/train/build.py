@@ -24,8 +24,8 @@ from whisper_moe.media.languages import NewLanguage
 from whisper_moe.model.block import Block
 from whisper_moe.model.model import WhisperMoEModel
 from whisper_moe.train.adapt_context import ContextObjective, LessonReader, Teacher
-from whisper_moe.train.loop import Figures, Objective, Trainer
-from whisper_moe.train.losses import RouterLosses, SpeechObjective
+from whisper_moe.train.loop import Figures, Trainer
+from whisper_moe.train.losses import SpeechObjective
 from whisper_moe.train.monitor import SKIPPED, Monitor
 from whisper_moe.train.optim import freeze, unmatched
 from whisper_moe.train.parallel import Parallel
@@ -135,9 +135,9 @@ class Sources:
     note: Note
     """Is told of every sample that is left out."""
 
-    def speech(self) -> tuple[PackedLoader, Objective]:
+    def speech(self) -> tuple[PackedLoader, SpeechObjective]:
         """Batches of this process's share of the data, and the losses."""
-        losses, data = self.recipe.losses, self.recipe.data
+        data = self.recipe.data
         corpora = list(self.opened(data.train))
         if any(corpus.streaming for corpus in corpora):  # else the loader counts them with what its survey finds
             self._check_missing(corpora, data.train)
@@ -146,13 +146,11 @@ class Sources:
             each.name: given.weight for each, given in zip(corpora, data.train, strict=True) if given.weight != 1
         }
         mixing = data.loader.mixing.model_copy(update={"weights": weights | dict(data.loader.mixing.weights)})
-        routing = RouterLosses(balance=losses.balance if losses.balancing == "loss" else 0.0, z=losses.z)
-        loader = self._loader(corpora, mixing)
-        return loader, SpeechObjective(smoothing=losses.label_smoothing, routing=routing)
+        return self._loader(corpora, mixing), SpeechObjective(self.recipe.losses)
 
     def context(
         self, context: ContextRecipe, directory: Path, model: WhisperMoEModel
-    ) -> tuple[PackedLoader, Objective]:
+    ) -> tuple[PackedLoader, ContextObjective]:
         """Of context adaptation, for which what the padded model says is made first; what is there already is kept."""
         if self.parallel.world_size > 1:
             raise RecipeError("losses.context: context adaptation runs in one process")

@@ -12,7 +12,7 @@ import json
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import nullcontext
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, astuple, dataclass, replace
 from functools import reduce
 from itertools import count
 from operator import add
@@ -20,14 +20,14 @@ from pathlib import Path
 from typing import Any, Literal, Protocol
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from whisper_moe.data.examples import Pack
 from whisper_moe.data.loader import Batch
 from whisper_moe.machine import give_back_memory
 from whisper_moe.model.model import WhisperMoEModel
 from whisper_moe.train import checkpoint
-from whisper_moe.train.losses import Terms, Totals, balance_biases
+from whisper_moe.train.adapt_context import ContextObjective
+from whisper_moe.train.losses import SpeechObjective, Terms, Totals, balance_biases
 from whisper_moe.train.monitor import Monitor, StepReport
 from whisper_moe.train.optim import LossScale, build_optimizer, precision_on, set_rates
 from whisper_moe.train.parallel import Parallel
@@ -57,13 +57,6 @@ class Batches(Protocol):
     def load_state_dict(self, state: dict[str, Any]) -> None: ...
 
 
-class Objective(Protocol):
-    """The losses of one batch's packs, as shares of the step's: whose totals are asked for before any pass."""
-
-    def totals(self, packs: Sequence[Pack]) -> Totals: ...
-    def __call__(self, model: nn.Module, packs: Sequence[Pack], totals: Totals, parallel: Parallel) -> Terms: ...
-
-
 @dataclass
 class Progress:
     """Counters of a run."""
@@ -88,7 +81,7 @@ class Trainer:
         self,
         recipe: Recipe,
         model: WhisperMoEModel,
-        objective: Objective,
+        objective: SpeechObjective | ContextObjective,
         batches: Batches,
         parallel: Parallel,
         *,
@@ -143,15 +136,14 @@ class Trainer:
         """One update, or one that is left out because its loss or gradient is not finite."""
         batches = [next(self._stream) for _ in range(self.recipe.optimisation.accumulate)]
         counted = self._counted(batches)
-        totals = Totals(max(counted[0], 1.0), max(counted[1], 1.0))
+        totals = Totals(*counted[:2])
         self.network.train()
         passes = [self._pass(batch, totals, last=batch is batches[-1]) for batch in batches]
         self.parallel.exchange()
         parameters = [parameter for group in self.optimizer.param_groups for parameter in group["params"]]
         self.scale.remove(parameters)
         norm = float(self.parallel.clip(parameters, self.recipe.optimisation.clip or math.inf))
-        report = self._report(batches[-1].epoch + 1, reduce(add, passes), totals, counted, norm)
-        self._tell_left_out(batches, report)
+        report = self._report(batches, reduce(add, passes), counted, norm)
         if math.isfinite(report.loss) and math.isfinite(norm):
             self._update(report, reduce(add, passes).counts)
         elif math.isfinite(report.loss) and self.scale.halve():
@@ -166,13 +158,10 @@ class Trainer:
         return report
 
     def _counted(self, batches: Sequence[Batch]) -> list[float]:
-        """Label tokens, segments, tokens, packs and samples left out, of all passes and processes."""
-        own = [0.0] * 5
-        for batch in batches:
-            totals = self.objective.totals(batch.packs)
-            each = (totals.tokens, totals.segments, batch.tokens, len(batch.packs), len(batch.skipped))
-            own = [*map(add, own, each)]
-        return self.parallel.sum(torch.tensor(own, dtype=torch.float64, device=self.parallel.device)).tolist()
+        """Label tokens and segments (at least one), tokens, packs and samples left out, of all passes and processes."""
+        own = [[*astuple(self.objective.totals(b.packs)), b.tokens, len(b.packs), len(b.skipped)] for b in batches]
+        counted = self.parallel.sum(torch.tensor(own, dtype=torch.float64, device=self.parallel.device).sum(0)).tolist()
+        return [*(max(number, 1.0) for number in counted[:2]), *counted[2:]]
 
     def _pass(self, batch: Batch, totals: Totals, *, last: bool) -> Terms:
         """Forward and backward over one batch; gradients add up."""
@@ -184,32 +173,31 @@ class Trainer:
             (terms.loss * (self.parallel.data_size * self.scale.value)).backward()
         return replace(terms, loss=terms.loss.detach())
 
-    def _report(self, epoch: int, terms: Terms, totals: Totals, counted: Sequence[float], norm: float) -> StepReport:
-        """The step's figures, of all processes."""
+    def _report(self, batches: Sequence[Batch], terms: Terms, counted: Sequence[float], norm: float) -> StepReport:
+        """The step's figures, of all processes. What is left out is told here."""
         names, counts = sorted(terms.parts), terms.counts.sum(0)
         figures = torch.stack([terms.loss, *(terms.parts[name] for name in names)]).double()
         loss, *parts = self.parallel.sum(figures).tolist()
+        labels, segments, tokens, packs, skipped = map(int, counted)
+        if skipped:
+            self.progress.skipped_samples += skipped
+            left_out = self.parallel.gather([sample for batch in batches for sample in batch.skipped])
+            if self.monitor:
+                self.monitor.left_out(left_out)
         return StepReport(
             step=self.progress.step + 1,
-            epoch=epoch,
+            epoch=batches[-1].epoch + 1,
             loss=loss,
             parts=dict(zip(names, parts, strict=True)),
             rate=self.recipe.optimisation.factor(self.progress.step, self.steps),
             gradient_norm=norm,
-            label_tokens=int(totals.tokens),
-            tokens=int(counted[2]),
-            segments=int(totals.segments),
-            packs=int(counted[3]),
-            skipped_samples=int(counted[4]),
+            label_tokens=labels,
+            tokens=tokens,
+            segments=segments,
+            packs=packs,
+            skipped_samples=skipped,
             load=tuple((counts / counts.sum().clamp_min(1)).tolist()),
         )
-
-    def _tell_left_out(self, batches: Sequence[Batch], report: StepReport) -> None:
-        if report.skipped_samples:
-            self.progress.skipped_samples += report.skipped_samples
-            left_out = self.parallel.gather([sample for batch in batches for sample in batch.skipped])
-            if self.monitor:
-                self.monitor.left_out(left_out)
 
     def _update(self, report: StepReport, counts: Tensor) -> None:
         set_rates(self.optimizer, report.rate)
@@ -254,29 +242,26 @@ class Trainer:
         return bool(self.recipe.data.evaluation) and due and self.progress.judged != step
 
     def _evaluate(self) -> None:
-        self.network.eval()
-        with self.parallel.whole(self.model) as whole:
-            metrics = self._measured(whole)
-        if metrics is None:  # stopped: it stays owed
-            return
-        best = self.judged(metrics)
-        if self.monitor:
-            self.monitor.evaluated(self.progress.step, metrics, best)
-        self.save(metrics)
-
-    def _measured(self, whole: WhisperMoEModel | None) -> Mapping[str, float] | None:
         """Rank 0 evaluates, and tells the others. Before each of its batches all say whether they are to stop."""
 
         def stop() -> bool:
             self.parallel.broadcast(_A_BATCH)
             return self._stopped()
 
-        if whole is not None:
-            assert self.figures is not None
-            return json.loads(self.parallel.broadcast(json.dumps(self.figures(whole, stop))))
-        while (said := self.parallel.broadcast("")) == _A_BATCH:
-            self._stopped()
-        return json.loads(said)
+        self.network.eval()
+        with self.parallel.whole(self.model) as whole:
+            if whole is not None:
+                assert self.figures is not None
+                said = self.parallel.broadcast(json.dumps(self.figures(whole, stop)))
+            else:
+                while (said := self.parallel.broadcast("")) == _A_BATCH:
+                    self._stopped()
+        if (metrics := json.loads(said)) is None:  # stopped: it stays owed
+            return
+        best = self.judged(metrics)
+        if self.monitor:
+            self.monitor.evaluated(self.progress.step, metrics, best)
+        self.save(metrics)
 
     def judged(self, metrics: Mapping[str, float]) -> bool:
         """Remember what the last step's evaluation gave; whether it is the best so far.

@@ -26,6 +26,7 @@ from whisper_moe.model.model import Output, WhisperMoEModel
 from whisper_moe.model.router import NONE, Router, Routing, at_least_float32
 from whisper_moe.packing import Layout
 from whisper_moe.train.parallel import Parallel
+from whisper_moe.train.recipe import LossRecipe
 
 
 @dataclass(frozen=True)
@@ -34,16 +35,6 @@ class Totals:
 
     tokens: float
     segments: float
-
-
-@dataclass(frozen=True, kw_only=True)
-class RouterLosses:
-    """Factors of the routers' losses."""
-
-    balance: float = 0.0
-    """Factor of the balance loss, α; 0 leaves it out."""
-    z: float = 0.0
-    """Factor of the z-loss; 0 leaves it out."""
 
 
 @dataclass(frozen=True)
@@ -100,7 +91,7 @@ def z_loss(routing: Routing, counts: Tensor) -> Tensor:
 def router_terms(
     routings: Sequence[Routing],
     share: float,
-    factors: RouterLosses,
+    given: LossRecipe,
     everywhere: Callable[[Tensor], Tensor],
     *,
     real: bool = True,
@@ -120,7 +111,7 @@ def router_terms(
     share *= real
     balance = torch.stack([balance_loss(*pair) for pair in zip(routings, counts, strict=True)]) * share
     z = torch.stack([z_loss(*pair) for pair in zip(routings, counts, strict=True)]) * share
-    loss = factors.balance * balance.sum() + factors.z * z.sum()
+    loss = (given.balance if given.balancing == "loss" else 0.0) * balance.sum() + given.z * z.sum()
     return loss, {"balance": balance.mean().detach(), "z": z.mean().detach()}, counts
 
 
@@ -141,12 +132,11 @@ def balance_biases(model: nn.Module, counts: Tensor, rate: float) -> None:
         router.bias += rate * (count.mean() - count).sign().to(router.bias)
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(frozen=True)
 class SpeechObjective:
     """Cross-entropy of what is said, and the routers' losses."""
 
-    smoothing: float = 0.0
-    routing: RouterLosses = RouterLosses()
+    given: LossRecipe
 
     def totals(self, packs: Sequence[Pack]) -> Totals:
         labelled = sum(int((pack.labels_T != IGNORED).sum()) for pack in packs)
@@ -160,11 +150,13 @@ class SpeechObjective:
         own = self.totals(packs).segments
         here = [pack.to(parallel.device) for pack in packs] or [_placeholder(model, parallel.device)]
         output = run_packs(model, here)
-        cross = cross_entropy(output.logits, torch.cat([p.labels_T for p in here]), smoothing=self.smoothing)
+        cross = cross_entropy(
+            output.logits, torch.cat([p.labels_T for p in here]), smoothing=self.given.label_smoothing
+        )
         cross = cross / totals.tokens
         segments = float(parallel.sum(torch.tensor(float(own), device=parallel.device)))
         loss, parts, counts = router_terms(
-            output.routings, segments / totals.segments, self.routing, parallel.sum, real=own > 0
+            output.routings, segments / totals.segments, self.given, parallel.sum, real=own > 0
         )
         return Terms(cross + loss, {"cross_entropy": cross.detach(), **parts}, counts)
 
