@@ -23,7 +23,7 @@ from whisper_moe.model.model import WhisperMoEModel
 from whisper_moe.weights.files import CheckpointError, listed
 
 Weight = TypeVar("Weight", Tensor, Int8Rows)
-CORE, ROUTER, ADAPT, TOKENS = "core", "router", "adapt", "tokens"
+CORE, ADAPT = "core", "adapt"
 EMBEDDING, NEW_TOKENS = "decoder.token_embedding.weight", "decoder.new_tokens.weight"
 """[V, D] of the source's own tokens, and [N, D] of those that it lacks."""
 _MOST_IN_TABLE, _MOST_IN_MATRIX = 16 * 1_500 * 1_280, 16 * 51_866 * 1_280
@@ -39,8 +39,6 @@ _INT8 = re.compile(
 )
 _ADAPTING = (".ttt.", ".ttt_norm.", ".adapter.", "norm.delta_", ".conv.", ".conv_norm.")
 _OF_EXPERT = re.compile(r"(?P<head>.+\.blocks\.\d+\.(?:experts|ttt))\.(?P<expert>\d+)\.(?P<tail>.+)")
-
-
 _INITIALISERS = (Tensor.normal_, nn.init.normal_)
 
 
@@ -102,41 +100,29 @@ def unstack(state: Mapping[str, Weight]) -> Iterator[tuple[str, Weight]]:
         yield from zip(names, views, strict=True)
 
 
-def expert_of(key: str) -> int | None:
-    """The number of the routed expert that a tensor (spelled alone) belongs to."""
-    match = _OF_EXPERT.fullmatch(key)
-    return int(match["expert"]) if match else None
-
-
 def file_key(key: str) -> str:
     """The name of a tensor inside its file."""
     return _OF_EXPERT.sub(r"\g<head>.\g<tail>", key)
 
 
 def part_of(key: str, config: ModelConfig) -> str:
-    """``core``, ``router``, ``adapt``, ``tokens`` or ``experts/NN-name``: the part that a tensor (spelled alone) belongs to.
+    """``core``, ``router``, ``adapt``, ``tokens`` or ``experts/03-hindi``: the part that a tensor (spelled alone) belongs to.
 
     ``adapt`` is what is always on beside the core: TTT layers that all experts share, every TTT layer's norm, adapters, the
-    differences of norms, and convolution modules. ``tokens``: the rows of new tokens.
-    Raises ``ValueError`` for an expert that the configuration does not have.
+    differences of norms, and convolution modules. ``tokens``: the rows of new tokens. An expert's name is spelled as every
+    file system can. Raises ``ValueError`` for an expert that the configuration does not have.
     """
-    expert = expert_of(key)
-    if expert is not None:
-        return expert_part(expert, config)
+    if match := _OF_EXPERT.fullmatch(key):
+        expert, names = int(match["expert"]), config.moe.names if config.moe else ()
+        if expert >= len(names):
+            raise ValueError(f"there is no expert {expert}; the configuration has {len(names)}")
+        slug = re.sub(r"[^a-z0-9]+", "-", names[expert].lower()).strip("-")[:40]
+        return f"experts/{expert:02d}-{slug or 'expert'}"
     if key == NEW_TOKENS:
-        return TOKENS
+        return "tokens"
     if ".router." in key:
-        return ROUTER
+        return "router"
     return ADAPT if any(mark in key for mark in _ADAPTING) else CORE
-
-
-def expert_part(expert: int, config: ModelConfig) -> str:
-    """``experts/03-hindi``: the expert's number, and its name as far as every file system can spell it."""
-    names = config.moe.names if config.moe else ()
-    if expert >= len(names):
-        raise ValueError(f"there is no expert {expert}; the configuration has {len(names)}")
-    slug = re.sub(r"[^a-z0-9]+", "-", names[expert].lower()).strip("-")[:40]
-    return f"experts/{expert:02d}-{slug or 'expert'}"
 
 
 def quantizable(key: str) -> bool:
