@@ -219,8 +219,7 @@ class WhisperMoE:
             given: Any = source if hasattr(source, "read") else Path(source)  # pyright: ignore[reportArgumentType]
             blocks = stream_audio(given, name=name, track=options.track, note=recording.notes.append)
         window = min(options.window_seconds, self._decoder.window_seconds)
-        limits = {"max_seconds": window, "search_seconds": window / 2}
-        windows = cut_clips(_timed(recording, blocks), options.clip_timestamps, **limits)
+        windows = cut_clips(_timed(recording, blocks), options.clip_timestamps, window)
         recording.windows = windows if options.vad == "none" else drop_silence(windows, _DETECTORS[options.vad])
         return recording
 

@@ -51,18 +51,11 @@ def test_louder_than_full_scale_is_clipped() -> None:
     assert sound.max() == 1.0 and sound.min() == -1.0
 
 
-@pytest.mark.parametrize("block_seconds", [0.013, 1.0, 7.0])
-def test_blocks_are_of_the_asked_size_and_add_up_to_the_whole(tmp_path: Path, block_seconds: float) -> None:
+def test_blocks_of_about_a_second_add_up_to_the_whole(tmp_path: Path) -> None:
     path = sample(tmp_path, "aac.m4a", 3.3)
-    blocks = list(stream_audio(path, block_seconds=block_seconds))
-    assert {len(block) for block in blocks[:-1]} <= {round(block_seconds * 16_000)}
-    assert 0 < len(blocks[-1]) <= round(block_seconds * 16_000)
+    blocks = list(stream_audio(path))
+    assert len(blocks) > 3 and all(0 < len(block) < 24_000 for block in blocks)
     np.testing.assert_array_equal(np.concatenate(blocks), load_audio(path))
-
-
-def test_a_block_without_a_sample_is_refused(tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match="block_seconds"):
-        next(stream_audio(sample(tmp_path, "s16.wav"), block_seconds=1e-9))
 
 
 class Pipe(io.RawIOBase):

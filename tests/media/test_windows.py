@@ -57,16 +57,13 @@ def split(sound: Samples, size: int) -> list[Samples]:
     lengths=st.lists(st.integers(0, 9_000), max_size=12),
     seed=st.integers(0, 2**32 - 1),
     max_seconds=st.sampled_from([0.01, 0.1, 0.33, 1.0]),
-    share=st.sampled_from([0.02, 0.3, 1.0]),
     silent=st.booleans(),
 )
-def test_every_sample_is_in_exactly_one_window(
-    lengths: list[int], seed: int, max_seconds: float, share: float, silent: bool
-) -> None:
+def test_every_sample_is_in_exactly_one_window(lengths: list[int], seed: int, max_seconds: float, silent: bool) -> None:
     rng = np.random.default_rng(seed)
     level = 0.0 if silent else 10.0 ** rng.integers(-6, 1)
     blocks = [(rng.standard_normal(n) * level).astype(np.float32) for n in lengths]
-    cuts = list(cut_windows(blocks, max_seconds=max_seconds, search_seconds=max_seconds * share))
+    cuts = list(cut_windows(blocks, max_seconds=max_seconds))
     whole = np.concatenate([np.zeros(0, np.float32), *blocks])
     np.testing.assert_array_equal(np.concatenate([np.zeros(0, np.float32), *(w.samples for w in cuts)]), whole)
     starts = np.cumsum([0, *(len(w.samples) for w in cuts)])
@@ -86,7 +83,7 @@ def test_what_came_before_damage_comes_out_before_the_error(seconds: float) -> N
         yield from split(sound, 4_000)
         raise ValueError("cut off")
 
-    windows = cut_windows(damaged(), max_seconds=5, search_seconds=3)
+    windows = cut_windows(damaged(), max_seconds=5)
     found: list[Samples] = []
     while sum(map(len, found)) < len(sound):
         found.append(next(windows).samples)
@@ -98,9 +95,9 @@ def test_what_came_before_damage_comes_out_before_the_error(seconds: float) -> N
 @pytest.mark.parametrize("size", [1_601, 16_000, 480_000, 10**9])
 def test_the_cuts_do_not_depend_on_the_blocks(size: int) -> None:
     sound = with_pauses([(3.2, 3.6), (8.1, 8.5), (12, 12.4)], 15)
-    expected = [(w.start, len(w.samples)) for w in cut_windows([sound], max_seconds=5, search_seconds=3)]
+    expected = [(w.start, len(w.samples)) for w in cut_windows([sound], max_seconds=5)]
     assert len(expected) > 3
-    cuts = cut_windows(split(sound, size), max_seconds=5, search_seconds=3)
+    cuts = cut_windows(split(sound, size), max_seconds=5)
     assert [(w.start, len(w.samples)) for w in cuts] == expected
 
 
@@ -135,15 +132,14 @@ def test_streaming_holds_one_window_and_one_block() -> None:
             read += 1
             yield noise(1, seed=i)
 
-    for count, window in enumerate(cut_windows(blocks(), max_seconds=3, search_seconds=2), start=1):
+    for count, window in enumerate(cut_windows(blocks(), max_seconds=3), start=1):
         assert read <= window.end + 4, count
     assert read == 20
 
 
-@pytest.mark.parametrize(("maximum", "search"), [(30, 31), (30, 0), (0, 0), (5, -1)])
-def test_impossible_limits_are_refused(maximum: float, search: float) -> None:
-    with pytest.raises(ValueError, match="search_seconds"):
-        next(cut_windows([noise(1)], max_seconds=maximum, search_seconds=search))
+def test_windows_without_samples_are_refused() -> None:
+    with pytest.raises(ValueError, match="max_seconds"):
+        next(cut_windows([noise(1)], max_seconds=0))
 
 
 @pytest.mark.parametrize(
@@ -178,13 +174,11 @@ def test_clips_are_cut_each_for_itself_and_keep_their_times(
 ) -> None:
     wave = np.random.default_rng(0).normal(0, 0.1, 40 * SAMPLE_RATE).astype(np.float32)
     blocks = (wave[i : i + size] for i in range(0, len(wave), size))
-    found = list(cut_clips(blocks, times, max_seconds=8.0, search_seconds=4.0))
+    found = list(cut_clips(blocks, times, max_seconds=8.0))
     expected = [
         Window(start + window.start, window.samples)
         for start, end in stretches
-        for window in cut_windows(
-            [wave[round(start * SAMPLE_RATE) : round(end * SAMPLE_RATE)]], max_seconds=8.0, search_seconds=4.0
-        )
+        for window in cut_windows([wave[round(start * SAMPLE_RATE) : round(end * SAMPLE_RATE)]], max_seconds=8.0)
     ]
     assert [window.start for window in found] == [window.start for window in expected]
     assert all(np.array_equal(a.samples, b.samples) for a, b in zip(found, expected, strict=True))
@@ -245,7 +239,7 @@ def test_short_pauses_stay_and_clicks_go() -> None:
 
 def test_dropping_silence_keeps_the_place_of_what_stays() -> None:
     sound = with_pauses([(3, 6), (9, 12), (15, 18)], 20)
-    whole = list(cut_windows([sound], max_seconds=10, search_seconds=5))
+    whole = list(cut_windows([sound], max_seconds=10))
     kept = list(drop_silence([*whole, Window(20.0, np.zeros(16_000, np.float32))]))
     assert len(kept) >= 4 and sum(w.duration for w in kept) < 15
     for window in kept:

@@ -156,7 +156,7 @@ def transformers(weights: str, *, threads: int, beam: int, temperatures: tuple[f
 
 def samples_of(source: Source) -> np.ndarray:
     """Mono float32 samples at 16 kHz, for peers that bring no decoder."""
-    return load_audio(Path(source), max_seconds=None) if isinstance(source, str) else source
+    return load_audio(Path(source)) if isinstance(source, str) else source
 
 
 class Kind(NamedTuple):

@@ -63,43 +63,33 @@ Note = Callable[[str], object]
 T = TypeVar("T")
 
 
-def load_audio(source: str | Path | BinaryIO, *, name: str | None = None, max_seconds: float | None = None) -> Samples:
+def load_audio(source: str | Path | BinaryIO, *, name: str | None = None) -> Samples:
     """The whole of :func:`stream_audio` in one array [samples]; a damaged file gives nothing but its error."""
-    blocks = list(stream_audio(source, name=name, max_seconds=max_seconds))
-    return blocks[0] if len(blocks) == 1 else np.concatenate([np.zeros(0, np.float32), *blocks])
+    return np.concatenate([np.zeros(0, np.float32), *stream_audio(source, name=name)])
 
 
 def stream_audio(
-    source: str | Path | BinaryIO,
-    *,
-    name: str | None = None,
-    block_seconds: float = 30.0,
-    max_seconds: float | None = None,
-    track: int | str | None = None,
-    note: Note = str,
+    source: str | Path | BinaryIO, *, name: str | None = None, track: int | str | None = None, note: Note = str
 ) -> Iterator[Samples]:
-    """Decode to float32 mono 16 kHz in [-1, 1], in blocks of ``block_seconds`` (the last one shorter, none empty).
+    """Decode to float32 mono 16 kHz in [-1, 1], in blocks of about a second.
 
     Every channel counts the same in the mix; where they would cancel each other, some are turned over. Louder than full
     scale is clipped. Memory does not grow with the length of the sound.
 
     :param source: a path (never a URL), or a binary stream, read from its start; one that cannot seek is spooled first.
     :param name: what messages call a stream; a path calls itself.
-    :param max_seconds: a longer sound raises, as soon as that much has been decoded.
     :param track: which sound track: its number, from 0 as in FFmpeg's ``a:0``, or its language (``hin``, ``hi``, ``Hindi``), as
         the file states it, the first of several. ``None`` reads the one that FFmpeg calls best.
     :param note: is told, in a clause each, what is no error and yet worth knowing.
     :raises MediaError: for a file that is missing, unreadable, of a foreign format, without a sound track, cut off or
         damaged, *after* the blocks before the damage. A valid file without samples yields nothing and raises nothing.
     """
-    size, silent, damage = round(block_seconds * SAMPLE_RATE), True, list[Exception]()
-    if size < 1:
-        raise ValueError(f"block_seconds must hold at least one sample, got {block_seconds}")
+    silent, damage = True, list[Exception]()
     with opened(source, name, SOUND_CODECS) as reader:
         stream = sound_track(reader, track)
-        pieces = _until(damage, _timed(reader, Clock(reader, stream, note), max_seconds))
+        pieces = _until(damage, _timed(reader, Clock(reader, stream, note)))
         mono = _until(damage, _mixed(_grouped(pieces), note))
-        for samples in _blocks(_resampled(mono), size):
+        for samples in _resampled(mono):
             reader.seconds += len(samples) / SAMPLE_RATE
             silent = silent and is_silent(samples)
             yield samples
@@ -211,13 +201,10 @@ def _until(damage: list[Exception], items: Iterator[T]) -> Iterator[T]:
         damage.append(error)
 
 
-def _timed(reader: Reader, clock: Clock, max_seconds: float | None) -> Iterator[tuple[AudioFrame, float]]:
+def _timed(reader: Reader, clock: Clock) -> Iterator[tuple[AudioFrame, float]]:
     """Decoded frames, each with the seconds of silence before it."""
     for frame in reader.frames(clock.stream):
-        silence = clock.missing(frame.time, frame.samples / frame.sample_rate)
-        if max_seconds is not None and clock.now > max_seconds + 1e-6:
-            raise Damage(f"longer than the limit of {max_seconds:g} s")
-        yield frame, silence
+        yield frame, clock.missing(frame.time, frame.samples / frame.sample_rate)
     clock.check_end()
 
 
@@ -296,17 +283,3 @@ def _resampled(groups: Iterable[tuple[Samples, int]]) -> Iterator[Samples]:
             if frame is not None:
                 frame.sample_rate = rate
             yield from (np.clip(output.to_ndarray()[0], -1.0, 1.0) for output in resampler.resample(frame))
-
-
-def _blocks(pieces: Iterable[Samples], size: int) -> Iterator[Samples]:
-    """The same samples in arrays of ``size``, the last one shorter."""
-    held: list[Samples] = []
-    count = 0
-    for piece in pieces:
-        while count + len(piece) >= size:
-            yield np.concatenate([*held, piece[: size - count]])
-            held, count, piece = [], 0, piece[size - count :]
-        held.append(piece)
-        count += len(piece)
-    if count:
-        yield np.concatenate(held)

@@ -71,10 +71,8 @@ def is_silent(samples: Samples) -> bool:
     return len(samples) == 0 or max(float(samples.max()), -float(samples.min())) < SILENT_PEAK
 
 
-def cut_windows(
-    blocks: Iterable[Samples], *, max_seconds: float = 30.0, search_seconds: float = 10.0
-) -> Iterator[Window]:
-    """Cut a stream into windows of at most ``max_seconds``, each cut in the longest pause before the limit.
+def cut_windows(blocks: Iterable[Samples], max_seconds: float = 30.0) -> Iterator[Window]:
+    """Cut a stream into windows of at most ``max_seconds``, each cut in the longest pause of the latter half.
 
     A recording that fits comes out as one window; of a longer one every sample is in exactly one window, none is empty.
     Digital silence before the first sound of a window becomes one of its own.
@@ -82,18 +80,17 @@ def cut_windows(
     after what came before it.
 
     :param blocks: float32 16 kHz mono of any lengths, as from :func:`whisper_moe.media.audio.stream_audio`.
-    :param search_seconds: how far before the limit a pause is looked for; connected speech has one in nearly all 10 s.
-    :raises ValueError: unless 0 < ``search_seconds`` <= ``max_seconds``, at least one sample each.
+    :raises ValueError: for ``max_seconds`` of less than two samples.
     """
-    limit, search = round(max_seconds * SAMPLE_RATE), round(search_seconds * SAMPLE_RATE)
-    if not 1 <= search <= limit:
-        raise ValueError(f"search_seconds ({search_seconds}) must be positive and within max_seconds ({max_seconds})")
+    limit = round(max_seconds * SAMPLE_RATE)
+    if limit < 2:
+        raise ValueError(f"max_seconds must hold at least two samples, got {max_seconds}")
     held, start, damage = np.zeros(0, np.float32), 0, None
     try:
         for block in blocks:
             held = np.concatenate([held, block])
             while len(held) > limit:
-                cut = silent_lead(held[:limit]) or limit - search + _pause(held[limit - search : limit])
+                cut = silent_lead(held[:limit]) or limit // 2 + _pause(held[limit // 2 : limit])
                 yield Window(start / SAMPLE_RATE, held[:cut])
                 held, start = held[cut:], start + cut
     except ValueError as error:
@@ -123,17 +120,16 @@ def sounding(window: Window) -> Window:
     return window.part(silent_lead(window.samples), len(window.samples) - silent_lead(window.samples[::-1]))
 
 
-def cut_clips(blocks: Iterable[Samples], times: Sequence[float], **limits: float) -> Iterator[Window]:
+def cut_clips(blocks: Iterable[Samples], times: Sequence[float], max_seconds: float) -> Iterator[Window]:
     """The same of some stretches of a stream only, cut each for itself; all of it without any.
 
-    :param times: seconds in order: start, end, start, end … of the stretches; the last end may be missing.
-    :param limits: those of :func:`cut_windows`.
+    ``times``: seconds in order: start, end, start, end … of the stretches; the last end may be missing.
     """
     samples = [round(time * SAMPLE_RATE) for time in times]
     ends = [*samples[1::2], None] if len(samples) % 2 else samples[1::2]
     stretches = list(zip(samples[::2], ends, strict=True)) or [(0, None)]
     for start, group in groupby(_within(blocks, stretches), key=lambda found: found[0]):
-        for window in cut_windows((piece for _, piece in group), **limits):
+        for window in cut_windows((piece for _, piece in group), max_seconds):
             yield Window(start / SAMPLE_RATE + window.start, window.samples)
 
 
