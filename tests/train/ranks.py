@@ -33,6 +33,7 @@ from whisper_moe.packing import Layout
 from whisper_moe.train import checkpoint
 from whisper_moe.train.loop import Trainer
 from whisper_moe.train.losses import SpeechObjective
+from whisper_moe.train.model_parallel import local
 from whisper_moe.train.parallel import Parallel
 from whisper_moe.train.recipe import LossRecipe, ParallelRecipe
 
@@ -180,10 +181,6 @@ def trained(case: Case, parallel: Any, steps: int = STEPS) -> dict[str, Any]:
     parallel.clip = watched
     reports = [trainer.step() for _ in range(steps)]
     parallel.clip = clip
-    parts = {
-        name: (type(p).__name__, tuple(getattr(p, "placements", ())), local_size(p), p.numel())
-        for name, p in trainer.model.named_parameters()
-    }
     return {
         "losses": [r.loss for r in reports],
         "norms": [r.gradient_norm for r in reports],
@@ -192,7 +189,13 @@ def trained(case: Case, parallel: Any, steps: int = STEPS) -> dict[str, Any]:
         "gradients": gradients,
         "tensors": whole_tensors(trainer),
         "parts": {
-            name: (kind, [str(p) for p in places], mine, all_) for name, (kind, places, mine, all_) in parts.items()
+            name: (
+                type(p).__name__,
+                [str(place) for place in getattr(p, "placements", ())],
+                local(p).numel(),
+                p.numel(),
+            )
+            for name, p in trainer.model.named_parameters()
         },
     }
 
@@ -209,10 +212,6 @@ def relative(found: Tensor, expected: Tensor) -> float:
     return (found - expected).abs().max().item() / (largest or 1.0)
 
 
-def local_size(tensor: Tensor) -> int:
-    return tensor.to_local().numel() if hasattr(tensor, "to_local") else tensor.numel()  # pyright: ignore[reportAttributeAccessIssue]
-
-
 def single(case: Case, steps: int = STEPS) -> dict[str, Any]:
     return trained(case, Parallel(), steps)
 
@@ -220,34 +219,22 @@ def single(case: Case, steps: int = STEPS) -> dict[str, Any]:
 # Starting
 
 
-def free_port() -> int:
-    with socket.socket() as sock:
-        sock.bind(("127.0.0.1", 0))
-        return sock.getsockname()[1]
-
-
 def start(job: str, world: int, folder: Path, **extra: str) -> list[subprocess.Popen[str]]:
     """The processes of a job, as torchrun would start them."""
-    shared = (
-        os.environ
-        | {
-            "MASTER_ADDR": "127.0.0.1",
-            "MASTER_PORT": str(free_port()),
-            "WORLD_SIZE": str(world),
-            "OMP_NUM_THREADS": "1",
-            "GLOO_SOCKET_IFNAME": "lo",
-        }
-        | extra
-    )
+    return launched([__file__, job, str(folder)], world, **extra)
+
+
+def launched(words: Sequence[str], world: int, **extra: str) -> list[subprocess.Popen[str]]:
+    """Python with these words, in many processes."""
+    with socket.socket() as sock:
+        sock.bind(("127.0.0.1", 0))
+        port = str(sock.getsockname()[1])
+    shared = os.environ | {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "WORLD_SIZE": str(world)}
+    shared |= {"OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": "lo"} | extra
+    pipes: Any = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
     return [
-        subprocess.Popen(
-            [sys.executable, __file__, job, str(folder)],
-            env=shared | {"RANK": str(rank), "LOCAL_RANK": str(rank)},
-            stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE,
-            text=True,
-        )
-        for rank in range(world)
+        subprocess.Popen([sys.executable, *words], env=shared | {"RANK": rank, "LOCAL_RANK": rank}, **pipes)
+        for rank in map(str, range(world))
     ]
 
 
@@ -286,13 +273,9 @@ def layouts(folder: Path, parallel: Any) -> dict[str, Any]:
     """Every case of a list: what rank 0 gave, and whether the others say the same."""
     found = {}
     for case in CASES[os.environ["CASES"]]:
-        own = within(case)
-        begun = time.process_time()
-        result = trained(case, own)
-        print(f"{case.name}: {time.process_time() - begun:.1f} s of CPU", file=sys.stderr, flush=True)
-        found[case.name] = (
-            result if own.rank == 0 else {key: result[key] for key in ("losses", "norms", "loads", "parts")}
-        )
+        result = trained(case, within(case))
+        kept = result if parallel.rank == 0 else ("losses", "norms", "loads", "parts")
+        found[case.name] = {key: result[key] for key in kept}
     return found
 
 

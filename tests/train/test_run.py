@@ -405,19 +405,7 @@ def test_a_signal_to_one_of_two_ends_an_evaluation_in_both(struck: str, material
     """Whichever it is sent to. Twelve clips are judged one at a time; after the first, or the second, none is."""
     data = recipe_tree(material / "model", material / "data")["data"]
     recipe = write(material, tmp_path / "a.yaml", data=data | {"evaluation": data["train"]})
-    words = [sys.executable, "-c", JUDGED, str(recipe), str(tmp_path), struck]
-    shared = {"MASTER_ADDR": "127.0.0.1", "WORLD_SIZE": "2", "OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": "lo"}
-    shared["MASTER_PORT"] = str(ranks.free_port())
-    started = [
-        subprocess.Popen(
-            words,
-            env=os.environ | shared | {"RANK": rank, "LOCAL_RANK": rank},
-            text=True,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE,
-        )
-        for rank in "01"
-    ]
+    started = ranks.launched(["-c", JUDGED, str(recipe), str(tmp_path), struck], 2)
     said = ranks.finish(started)
     assert [process.returncode for process in started] == [143, 143], "\n".join(said)
     assert "interrupted after step 2" in said[0]

@@ -14,8 +14,8 @@ from __future__ import annotations
 
 import logging
 import os
+import re
 import socket
-import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from datetime import timedelta
@@ -93,10 +93,8 @@ class Parallel:
         elif self.data_size > 1:
             network, apart = self._replicated(model)
         dealt = {p for m in model.modules() if isinstance(m, ExpertsOverRanks) for p in m.parameters()}
-        for group, own in (
-            (self._data.get_group(), [p for p in apart if p.requires_grad and p not in dealt]),
-            (self.mesh.get_group("replicas"), [p for p in apart if p.requires_grad and p in dealt]),
-        ):
+        for group, among in ((self._data.get_group(), False), (self.mesh.get_group("replicas"), True)):
+            own = [p for p in apart if p.requires_grad and (p in dealt) == among]
             if own and group.size() > 1:
                 self._apart.append((group, own))
         self._use = Use(model, self.device)
@@ -213,20 +211,16 @@ class Parallel:
         """A model with whole parameters on rank 0, to decode with; None on other ranks. Every process enters it."""
         from whisper_moe.weights.parts import empty_model
 
-        if not any(isinstance(parameter, DTensor) for parameter in model.parameters()):
-            yield model if self.rank == 0 else None
-            return
-        state = {}
-        for name, tensor in model.state_dict().items():
-            full = checkpoint.full(tensor.detach())
+        copy = model
+        if any(isinstance(parameter, DTensor) for parameter in model.parameters()):
+            state = {}
+            for name, tensor in model.state_dict().items():
+                full = checkpoint.full(tensor.detach())
+                state |= {name: full} if self.rank == 0 else {}
             if self.rank == 0:
-                state[name] = full
-        if self.rank:
-            yield None
-            return
-        copy = empty_model(model.config)
-        copy.load_state_dict(state, assign=True)
-        yield copy.train(model.training)
+                copy = empty_model(model.config).train(model.training)
+                copy.load_state_dict(state, assign=True)
+        yield copy if self.rank == 0 else None
 
     def sum(self, values: Tensor) -> Tensor:
         """Sum over the shares of the data; for counts and losses, no gradient flows through it."""
@@ -299,16 +293,21 @@ def processes(recipe: Recipe) -> Iterator[Parallel]:
         _meet(backend, timedelta(seconds=config.timeout_seconds))
         yield Parallel(device, config)
     except BaseException as error:
-        lost = _lost_peer(error)
-        said = " ".join(str(lost or error).split()) or "no message"
+        told = _lost_peer(error) or error
+        said = " ".join(str(told).split()) or "no message"
         place = f"rank {rank} of {world} ({socket.gethostname()}, process {os.getpid()})"
-        logger.error("%s: %s: %s", place, type(lost or error).__name__, said)
-        if lost:
-            raise lost from error
-        raise
+        logger.error("%s: %s: %s", place, type(told).__name__, said)
+        if dist.is_initialized() and dist.get_backend() != "gloo":
+            # Peers may sit in a collective that will never end: nothing is waited for.
+            from torch.distributed.distributed_c10d import _abort_process_group
+
+            _abort_process_group()
+        if told is error:
+            raise
+        raise told from error
     finally:
         if dist.is_initialized():
-            _leave(failed=sys.exc_info()[0] is not None)
+            dist.destroy_process_group()
 
 
 def _meet(backend: str, timeout: timedelta) -> None:
@@ -318,15 +317,13 @@ def _meet(backend: str, timeout: timedelta) -> None:
     one machine all processes count the restarts alike; on several they may not, and there torchrun itself has to make a
     store for each attempt (``TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1``).
     """
-    said = os.environ
-    if said.get("TORCHELASTIC_USE_AGENT_STORE") != "True" or said.get("GROUP_WORLD_SIZE", "1") != "1":
-        dist.init_process_group(backend, timeout=timeout)
-        return
-    store, rank, world = next(dist.rendezvous("env://", timeout=timeout))  # pyright: ignore[reportPrivateImportUsage]
-    store.set_timeout(timeout)
-    attempt = said.get("TORCHELASTIC_RESTART_COUNT", "0")
-    own = dist.PrefixStore(f"attempt_{attempt}", store)  # pyright: ignore[reportPrivateImportUsage]
-    dist.init_process_group(backend, store=own, rank=rank, world_size=world, timeout=timeout)
+    said, place = os.environ, {}
+    if said.get("TORCHELASTIC_USE_AGENT_STORE") == "True" and said.get("GROUP_WORLD_SIZE", "1") == "1":
+        store, rank, world = next(dist.rendezvous("env://", timeout=timeout))  # pyright: ignore[reportPrivateImportUsage]
+        store.set_timeout(timeout)
+        attempt = f"attempt_{said.get('TORCHELASTIC_RESTART_COUNT', '0')}"
+        place = {"store": dist.PrefixStore(attempt, store), "rank": rank, "world_size": world}  # pyright: ignore[reportPrivateImportUsage]
+    dist.init_process_group(backend, timeout=timeout, **place)
 
 
 def device_of(wanted: str, world: int = 1) -> torch.device:
@@ -348,21 +345,12 @@ def device_of(wanted: str, world: int = 1) -> torch.device:
 
 def _lost_peer(error: BaseException) -> LostPeerError | None:
     """Whether an error only says that another process is gone: those of collectives are RuntimeErrors with a text."""
-    said = str(error)
-    signs = ("closed by peer", "Connection reset", "Broken pipe", "Timed out", "timed out", "timeout", "NCCL")
-    if not isinstance(error, RuntimeError) or not any(sign in said for sign in signs):
+    said = str(error).strip()
+    if not isinstance(error, RuntimeError) or not re.search(
+        "closed by peer|Connection reset|Broken pipe|[Tt]imed out|timeout|NCCL", said
+    ):
         return None
-    first = said.strip().splitlines()[0][:200]
+    first = said.splitlines()[0][:200]
     return LostPeerError(
         f"another process of the run ended or did not answer in time; its own message says why ({first})"
     )
-
-
-def _leave(*, failed: bool) -> None:
-    """After an error, peers may sit in a collective that will never end: nothing is waited for."""
-    if failed and dist.get_backend() != "gloo":
-        from torch.distributed.distributed_c10d import _abort_process_group
-
-        _abort_process_group()
-    else:
-        dist.destroy_process_group()
