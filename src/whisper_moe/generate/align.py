@@ -26,6 +26,8 @@ from whisper_moe.media.tokenizer import Tokenizer
 _SENTENCE_ENDS = ".。!！?？"
 _LONGEST_MEDIAN = 0.7
 """Seconds: the median duration of a word is taken to be no longer than this."""
+_MEDIAN_WIDTH = 7
+"""Encoder positions that scores are smoothed over."""
 _DIAGONAL, _UP, _LEFT = 0, 1, 2
 
 
@@ -110,13 +112,13 @@ def _cheapest_steps(cost_NM: np.ndarray) -> np.ndarray:
     return steps
 
 
-def attention_scores(logits_HTP: Tensor, median_width: int = 7) -> Tensor:
+def attention_scores(logits_HTP: Tensor) -> Tensor:
     """[T, P]: how well each token fits each position: softmax, standardised over tokens, smoothed, mean over heads."""
     weights_HTP = logits_HTP.float().softmax(dim=-1)
     std, mean = torch.std_mean(weights_HTP, dim=-2, keepdim=True, correction=0)
     # A position to which all tokens attend alike tells nothing; its zero deviation must not become NaN.
     scores_HTP = torch.where(std > 0, (weights_HTP - mean) / std, 0.0)
-    return median_filter(scores_HTP, median_width).mean(dim=0)
+    return median_filter(scores_HTP, _MEDIAN_WIDTH).mean(dim=0)
 
 
 def token_probabilities(logits_TV: Tensor, text_tokens: Sequence[int], tokenizer: Tokenizer) -> list[float]:
@@ -135,7 +137,6 @@ def align(
     tokenizer: Tokenizer,
     *,
     language: str | None = None,
-    median_width: int = 7,
 ) -> list[WordTiming]:
     """The words of ``text_tokens`` and their times; none for no tokens.
 
@@ -148,7 +149,7 @@ def align(
     if not text_tokens:
         return []
     # <|notimestamps|> predicts the first text token, the last text token the end, and the end nothing.
-    scores_TP = attention_scores(logits_HTP, median_width)[-len(text_tokens) - 2 : -1]
+    scores_TP = attention_scores(logits_HTP)[-len(text_tokens) - 2 : -1]
     rows, positions = dtw(-scores_TP.cpu().numpy())
     begins = np.flatnonzero(np.diff(rows, prepend=-1))
     times = (positions[begins] / POSITIONS_PER_SECOND).tolist()

@@ -190,13 +190,10 @@ LEVEL_STEPS = 3
 """Steps of 20 ms that a level is averaged over, so that one glottal period more or less does not matter."""
 
 
-def speech_spans(
-    samples: Samples, *, min_silence: float = MIN_SILENCE_SECONDS, padding: float = PADDING_SECONDS
-) -> Spans:
+def speech_spans(samples: Samples, *, padding: float = PADDING_SECONDS) -> Spans:
     """Where the samples may hold speech, by their level against the noise floor of this window.
 
     :param samples: one window, 16 kHz mono; some seconds at least, so that its floor can be heard.
-    :param min_silence: seconds of silence that end a span.
     :param padding: seconds kept on both sides of a span.
     :returns: sample ranges; none for digital silence, everything where the noise is as loud as speech.
     """
@@ -205,7 +202,7 @@ def speech_spans(
     level = 10 * np.log10(_smooth(_energies(samples), LEVEL_STEPS) + 1e-12)
     noise, loud = np.percentile(level, [NOISE_PERCENTILE, LOUD_PERCENTILE])
     floor = max(min(noise + SPEECH_OVER_NOISE_DB, loud - SPEECH_UNDER_LOUD_DB), 20 * np.log10(SILENT_PEAK))
-    joined = _join([(a * STEP, b * STEP) for a, b in _runs(level > floor)], round(min_silence * SAMPLE_RATE))
+    joined = _join([(a * STEP, b * STEP) for a, b in _runs(level > floor)], round(MIN_SILENCE_SECONDS * SAMPLE_RATE))
     speech = [(a, b) for a, b in joined if b - a >= MIN_SPEECH_SECONDS * SAMPLE_RATE]
     pad = round(padding * SAMPLE_RATE)
     return _join([(max(0, a - pad), min(len(samples), b + pad)) for a, b in speech], 1)
@@ -222,16 +219,14 @@ def _join(spans: Spans, gap: int) -> Spans:
     return joined
 
 
-def speech_spans_silero(
-    samples: Samples, *, min_silence: float = MIN_SILENCE_SECONDS, padding: float = PADDING_SECONDS
-) -> Spans:
+def speech_spans_silero(samples: Samples) -> Spans:
     """The same question answered by silero-vad, a learned detector that tells speech from noise, 50 times slower.
 
     :raises ImportError: where the optional extra ``vad`` (silero-vad 6.2.3 or later, onnxruntime) is not installed.
     """
     model, find = _silero()
-    milliseconds = {"min_silence_duration_ms": round(1_000 * min_silence), "speech_pad_ms": round(1_000 * padding)}
-    return [(span["start"], span["end"]) for span in find(samples, model, sampling_rate=SAMPLE_RATE, **milliseconds)]
+    pauses = {"min_silence_duration_ms": 1_000 * MIN_SILENCE_SECONDS, "speech_pad_ms": 1_000 * PADDING_SECONDS}
+    return [(span["start"], span["end"]) for span in find(samples, model, sampling_rate=SAMPLE_RATE, **pauses)]
 
 
 @lru_cache(maxsize=1)
