@@ -435,7 +435,7 @@ def test_a_language_is_added_spoken_and_detected_by_name_and_another_refused_bef
         "whisper-moe: unknown language 'tuluu': did you mean tulu or telugu?\n",
     )
     status, said = no_torch("transcribe", sound, *model, "--language", "Konkani")
-    assert status == 2 and said.startswith("whisper-moe: this model does not know the language 'kok'; it knows ")
+    assert status == 2 and said.startswith("whisper-moe: this model does not know the language 'Konkani'; it knows ")
     for language, cause in (("tulu", "unknown language 'tulu'"), ("odia", "this model does not know the language ")):
         for command, flag in (("transcribe", "--language"), ("detect-language", "--languages")):
             refused = run(command, sound, flag, language, "--model", whisper)

@@ -10,7 +10,7 @@ import logging
 import os
 import re
 import sys
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -232,15 +232,6 @@ def _status(command: Callable[[SimpleNamespace], int], flags: dict[str, Any]) ->
         return 2 if isinstance(error, UsageError) else 1
 
 
-def _parameters(lines: Iterable[str]) -> Iterator[inspect.Parameter]:
-    panel = "Options"
-    for line in lines:
-        if line.startswith("  "):
-            yield _parameter(line, panel)
-        else:
-            panel = line.strip(" :")
-
-
 def _built() -> typer.Typer:
     settings: Any = {"context_settings": {"help_option_names": ["-h", "--help"]}, "pretty_exceptions_enable": False}
     about = "Speech to text with eight experts: any audio or video file in, text and subtitles out."
@@ -250,11 +241,17 @@ def _built() -> typer.Typer:
         head, *lines = block.splitlines()
         words, _, about = head.partition(": ")
         group, _, name = words.rpartition(" ")
+        parameters, panel = list[inspect.Parameter](), "Options"
+        for line in lines:
+            if line.startswith("  "):
+                parameters.append(_parameter(line, panel))
+            else:
+                panel = line.strip(" :")
 
         def call(run: str = re.sub(r"\W", "_", words), **flags: Any) -> None:
             raise typer.Exit(_status(getattr(commands, run), flags))
 
-        vars(call)["__signature__"] = inspect.Signature(list(_parameters(lines)))
+        vars(call)["__signature__"] = inspect.Signature(parameters)
         groups[group].command(name, cls=_Command, help=about)(call)
     program.add_typer(groups["data"], name="data")
     return program
@@ -271,21 +268,16 @@ class _StandardError(logging.StreamHandler[Any]):
         super().emit(record)
 
 
-def _speak() -> None:
-    """What the package logs is for the user of its commands: every line as it is, facts too."""
-    root = logging.getLogger("whisper_moe")
-    if not root.handlers:
-        root.addHandler(_StandardError())
-    root.setLevel(logging.INFO)
-
-
 _UsageError: Any = typer.BadParameter.__base__
 """Click's, of which newer versions of Typer bring their own."""
 
 
 def main() -> None:
-    """Entry point: every failure is one sentence on standard error."""
-    _speak()
+    """Entry point: every failure is one sentence on standard error; so is what the package logs, facts too."""
+    root = logging.getLogger("whisper_moe")
+    if not root.handlers:
+        root.addHandler(_StandardError())
+    root.setLevel(logging.INFO)
     try:
         sys.exit(app(sys.argv[1:] or ["--help"], prog_name="whisper-moe", standalone_mode=False))
     except _UsageError as error:

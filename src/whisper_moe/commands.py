@@ -19,7 +19,8 @@ from whisper_moe.config import EMBEDDED, MoEConfig, TTTConfig, model_folder
 from whisper_moe.generate.options import SubtitleOptions, TranscribeOptions
 from whisper_moe.jobs import Job, Outputs, UsageError, expand, named, put, readable, usage
 from whisper_moe.machine import check_arithmetic, pick_device, usable_cores
-from whisper_moe.media.languages import NewLanguage, language_code, stated_languages
+from whisper_moe.media.languages import NewLanguage, language_code, spoken_code
+from whisper_moe.weights.files import read_json
 
 if TYPE_CHECKING:
     from rich.progress import Progress
@@ -145,26 +146,21 @@ def _take_half_precision(flags: SimpleNamespace) -> None:
 def _check_languages(names: Sequence[str], flags: SimpleNamespace) -> None:
     """Refuse a language that nobody knows, or that the model in a folder has not, before anything is loaded.
 
-    A fine-tune may have languages of its own. They are read from its folder; where that cannot be done (a model on the Hub), the
-    loaded model is asked.
+    Where that cannot be told (of a model on the Hub, or an adapter, whose base has the tokens), the loaded model is asked.
     """
-    if not names:
-        return
     folder = EMBEDDED if flags.model is None else model_folder(Path(flags.model).expanduser())
-    on_the_hub = not folder.exists() and (flags.model is None or "/" in flags.model)
-    added = None if flags.model_dir or on_the_hub else stated_languages(folder) if folder.is_dir() else {}
-    file, generation = folder / "tokenizer.json", folder / "generation_config.json"
-    if added is None:
-        return
-    tokens = file.read_bytes() if file.is_file() else None
-    for name in names:
-        code = language_code(name, added, added)
+    tokenizer, generation = folder / "tokenizer.json", folder / "generation_config.json"
+    whole = tokenizer.is_file() and (folder / "config.json").is_file()
+    known = not folder.is_dir() and flags.model is not None and (folder.exists() or "/" not in flags.model)
+    for name in names if not flags.model_dir else ():
+        if known:  # turbo, or a .pt file: Whisper's own languages
+            language_code(name)
         # To look for the token costs nothing; only where it is not, the tokenizer is read, which says what there is.
-        if tokens is not None and f'"<|{code}|>"'.encode() not in tokens:
+        elif whole and f'"<|{spoken_code(name)}|>"'.encode() not in tokenizer.read_bytes():
             from whisper_moe.media.tokenizer import Tokenizer
 
-            said = json.loads(generation.read_bytes()) if generation.is_file() else None
-            Tokenizer.from_file(file, said).sot_sequence(code)
+            said = read_json(generation) if generation.is_file() else None
+            Tokenizer.from_file(tokenizer, said).sot_sequence(name)
 
 
 def detect_language(flags: SimpleNamespace) -> int:

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import json
-from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -15,7 +13,6 @@ from whisper_moe.media.languages import (
     LANGUAGES,
     NewLanguage,
     language_code,
-    stated_languages,
 )
 from whisper_moe.media.tokenizer import Tokenizer
 
@@ -104,26 +101,3 @@ WRONG = {
 def test_what_is_no_new_language_is_said(said: str, text: str) -> None:
     with pytest.raises(ValueError, match=said):
         NewLanguage.parse(text)
-
-
-def write(folder: Path, generation: object) -> Path:
-    folder.mkdir()
-    (folder / "config.json").write_text("{}")
-    if generation is not None:
-        text = generation if isinstance(generation, str) else json.dumps(generation)
-        (folder / "generation_config.json").write_text(text)
-    return folder
-
-
-def test_a_folder_says_which_languages_it_adds(tmp_path: Path) -> None:
-    listed = {"lang_to_id": {"<|hi|>": 3, "<|tcy|>": 9}, "language_names": {"tcy": "tulu"}}
-    assert stated_languages(write(tmp_path / "a", listed)) == {"hi": "hi", "tcy": "tulu"}
-    assert stated_languages(write(tmp_path / "b", {})) == {}
-    assert stated_languages(write(tmp_path / "c", None)) == {}, "without the file, languages are Whisper's"
-
-
-@pytest.mark.parametrize(
-    "generation", ["{", [1], {"lang_to_id": 7}, {"lang_to_id": {"<|hi|>": 1}, "language_names": [1]}]
-)
-def test_a_folder_that_cannot_be_read_says_nothing(generation: object, tmp_path: Path) -> None:
-    assert stated_languages(write(tmp_path / "m", generation)) is None

@@ -5,12 +5,10 @@ Nothing here costs an import: the command line checks names before it loads anyt
 
 from __future__ import annotations
 
-import json
 import re
 from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass
 from difflib import get_close_matches
-from pathlib import Path
 
 
 def _pairs(table: str) -> dict[str, str]:
@@ -137,22 +135,3 @@ def spoken_code(name: str) -> str:
         return language_code(name)
     except ValueError:
         return name.strip().lower()
-
-
-def stated_languages(folder: Path) -> dict[str, str] | None:
-    """The languages that a model's folder adds to those known here, code → name; None where it does not say.
-
-    They are listed in its ``generation_config.json``: what is not there is not read from a tokenizer either. An adapter's are
-    those of a model elsewhere, and a file that cannot be read is for whoever loads the model to tell of.
-    """
-    if not (folder / "config.json").is_file():
-        return None
-    try:
-        said = json.loads((folder / "generation_config.json").read_bytes())
-        names = said.get("language_names") or {}
-        codes = [token.strip("<|>") for token in said.get("lang_to_id") or {}]
-        return {code: str(names.get(code, code)) for code in codes}
-    except FileNotFoundError:
-        return {}
-    except (OSError, ValueError, AttributeError, TypeError):
-        return None
