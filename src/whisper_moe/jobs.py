@@ -237,10 +237,10 @@ class Outputs:
                 raise
             logger.error("whisper-moe: %s%s", "" if isinstance(error, OSError) else f"{job.path}: ", sentence(error))
             return False
-        each = ",".join(self.formats)  # as a shell spells several files: out/ep.{srt,json}
-        place = f"in {self.directory}/{name}.{each if len(self.formats) == 1 else f'{{{each}}}'}"
+        each = ",".join(self.formats)
+        each = each if len(self.formats) == 1 else f"{{{each}}}"  # as a shell spells several files: out/ep.{srt,json}
+        place = f"in {self.directory / name}.{each}" if self.directory else "on standard output"
         if outcome.partial is not None:
-            place = place if self.directory else "on standard output"
             logger.warning("%s: what was said before, up to %.1f s, is %s", job.path, result.duration, place)
             return False
         logger.info("%s%s", _facts(outcome.name, result), f"; {place}" if self.directory else "")

@@ -16,8 +16,7 @@ pytest.importorskip("transformers")
 from weights.whispers import TINY, hub_model, hub_state, same
 
 from whisper_moe.weights.files import CheckpointError
-from whisper_moe.weights.lora import Adapter, merge
-from whisper_moe.weights.whisper import state_from_whisper
+from whisper_moe.weights.whisper import Adapter, merge_adapter, state_from_whisper
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore::UserWarning:peft"),
@@ -69,7 +68,7 @@ def test_merged_weights_are_pefts(options: dict[str, Any], tmp_path: Path) -> No
     expected = trained(tmp_path, **options)
     base = hub_state(hub_model())
     deltas, adapter = read(tmp_path)
-    merged = merge(base, deltas, adapter, tmp_path)
+    merged = merge_adapter(base, deltas, adapter, tmp_path)
     changed = {key for key in base if not torch.equal(base[key], merged[key])}
     assert len(changed) >= 3
     if options.get("target_modules", [""])[0] == "conv1":
@@ -82,7 +81,7 @@ def test_merged_weights_are_pefts(options: dict[str, Any], tmp_path: Path) -> No
 def test_the_base_is_left_as_it_was(tmp_path: Path) -> None:
     trained(tmp_path, modules_to_save=["layer_norm"])
     base = hub_state(hub_model())
-    merge(base, *read(tmp_path), tmp_path)
+    merge_adapter(base, *read(tmp_path), tmp_path)
     assert same(base, hub_state(hub_model()))
 
 
@@ -124,7 +123,7 @@ def test_dora_as_peft_writes_it_is_refused(tmp_path: Path) -> None:
 def test_an_adapter_of_the_embedding_is_refused(tmp_path: Path) -> None:
     trained(tmp_path, target_modules=["embed_tokens"])
     with pytest.raises(CheckpointError, match=r"does not have: .*lora_embedding_A"):
-        state_from_whisper(merge(hub_state(hub_model()), *read(tmp_path), tmp_path), TINY)
+        state_from_whisper(merge_adapter(hub_state(hub_model()), *read(tmp_path), tmp_path), TINY)
 
 
 def test_a_trained_embedding_is_refused_and_an_untrained_copy_is_not(tmp_path: Path) -> None:
@@ -134,9 +133,9 @@ def test_a_trained_embedding_is_refused_and_an_untrained_copy_is_not(tmp_path: P
     embedding = base["model.decoder.embed_tokens.weight"]
     for key in ("model.decoder.embed_tokens.weight", "model.decoder.embed_tokens.base_layer.weight", "proj_out.weight"):
         copied = deltas | {f"base_model.model.{key}": embedding}
-        assert same(merge(base, copied, adapter, tmp_path), expected)
+        assert same(merge_adapter(base, copied, adapter, tmp_path), expected)
         with pytest.raises(CheckpointError, match="embedding and output projection are one"):
-            merge(base, deltas | {f"base_model.model.{key}": embedding + 1}, adapter, tmp_path)
+            merge_adapter(base, deltas | {f"base_model.model.{key}": embedding + 1}, adapter, tmp_path)
 
 
 A = "base_model.model.model.encoder.layers.0.self_attn.q_proj.lora_A.weight"
@@ -171,4 +170,4 @@ def test_tensors_that_do_not_fit_are_refused(change: dict[str, Tensor | None], c
     (deltas, adapter), path = read(tmp_path), Path("adapter.safetensors")
     broken = {key: tensor for key, tensor in (deltas | change).items() if tensor is not None}
     with pytest.raises(CheckpointError, match=f"adapter.safetensors: .*{cause}"):
-        state_from_whisper(merge(hub_state(hub_model()), broken, adapter, path), TINY, origin=path)
+        state_from_whisper(merge_adapter(hub_state(hub_model()), broken, adapter, path), TINY, origin=path)

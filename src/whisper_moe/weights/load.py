@@ -21,14 +21,15 @@ import torch
 from torch import Tensor
 
 from whisper_moe.config import EMBEDDED, MoEConfig, TTTConfig, model_folder, model_name
-from whisper_moe.weights import lora
 from whisper_moe.weights.checkpoint import CONFIG, MANIFEST, Loaded, load_checkpoint
 from whisper_moe.weights.files import CheckpointError, TensorFiles, listed, read_index, read_json, regular_size
 from whisper_moe.weights.tokens import GENERATION, OLD_TOKENIZER, PUBLISHED, TOKENIZER, complete, read_tokenizer
 from whisper_moe.weights.upcycle import upcycle
 from whisper_moe.weights.whisper import (
+    Adapter,
     config_from_openai,
     config_from_whisper,
+    merge_adapter,
     state_from_openai,
     state_from_whisper,
     state_to_whisper,
@@ -262,7 +263,7 @@ def _load_openai(path: Path, base: str | None) -> Loaded:
 def _load_adapter(at: Located, base: str | None, above: tuple[Path, ...]) -> Loaded:
     """A LoRA adapter as PEFT writes it, merged into its base."""
     settings = at.path / ADAPTER_CONFIG
-    adapter = lora.Adapter.read(settings)
+    adapter = Adapter.read(settings)
     under, revision = base or adapter.base_model_name_or_path, None if base else adapter.revision
     if not under:
         raise CheckpointError(f"{settings}: names no base model; name it as the base")
@@ -273,7 +274,7 @@ def _load_adapter(at: Located, base: str | None, above: tuple[Path, ...]) -> Loa
         raise CheckpointError(said) from error
     below = _load_whisper(found, None, above)
     deltas, origin = read_weights(at.path)
-    merged = lora.merge(state_to_whisper(below.state, below.config), deltas, adapter, origin)
+    merged = merge_adapter(state_to_whisper(below.state, below.config), deltas, adapter, origin)
     return replace(below, name=at.name, state=state_from_whisper(merged, below.config, origin=origin))
 
 
