@@ -12,7 +12,9 @@ import sys
 import time
 from collections import deque
 from collections.abc import Mapping, Sequence
+from contextlib import ExitStack
 from dataclasses import asdict, dataclass
+from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -81,15 +83,17 @@ class Plateau:
         return reached
 
 
-class Monitor:
+class Monitor(ExitStack):
     """Writes down and shows what happens. Use as a context: the bar and the files are closed at its end."""
 
     def __init__(self, run: Path, recipe: Recipe, config: ModelConfig) -> None:
         """``run``: the run's directory. Raises ``ImportError`` that names the extra if TensorBoard is asked for and not there."""
-        self._run, self._steps, self._rate = run, 0, recipe.optimisation.lr
-        self._log_every, moe = recipe.run.log_every, config.moe
+        super().__init__()
+        self._run, self._steps, self._recipe, moe = run, 0, recipe, config.moe
         self._choices = (*moe.names, *(["none"] if moe.none_choice else [])) if moe else ()
-        self._board = _board(run / EVENTS) if recipe.run.tensorboard else None
+        if recipe.run.tensorboard and find_spec("tensorboard") is None:
+            raise ImportError("run.tensorboard needs TensorBoard: pip install 'whisper-moe[train]'")
+        self._board: SummaryWriter | None = None
         self._bar: Progress | None = None
         self._clock = self._spoken = time.perf_counter()
         self._left_out = _whole_lines(run / SKIPPED)
@@ -103,27 +107,19 @@ class Monitor:
             kept = [line for line in path.read_bytes().split(b"\n") if _place(line) <= (after, judged)]
             with atomic_file(path) as scratch:
                 scratch.write_bytes(b"".join(line + b"\n" for line in kept))
-        if self._board is not None:
-            self._board.close()
-            self._board = _board(self._run / EVENTS, purge_step=after + 1)
+        if self._recipe.run.tensorboard:
+            from torch.utils.tensorboard import SummaryWriter
+
+            self._board = SummaryWriter(str(self._run / EVENTS), purge_step=after + 1)
+            self.callback(self._board.close)
         if sys.stderr.isatty():
-            self._bar = _bar(steps)
-            self._bar.start()
+            self._bar = self.enter_context(_bar(steps))
 
     def secure(self) -> None:
         """What has been written down is on the disk when this returns: before the checkpoint that it tells of."""
         for path in (self._run / METRICS, self._run / SKIPPED, self._run):
             if path.exists():
                 sync(path)
-
-    def __enter__(self) -> Monitor:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        if self._bar is not None:
-            self._bar.stop()
-        if self._board is not None:
-            self._board.close()
 
     def left_out(self, samples: Sequence[Skipped]) -> None:
         """A line for each sample that is not learned or judged, once in the whole run, however often it is met."""
@@ -138,7 +134,7 @@ class Monitor:
             "epoch": report.epoch,
             "loss": report.loss,
             **report.parts,
-            "lr": self._rate * report.rate,
+            "lr": self._recipe.optimisation.lr * report.rate,
             "gradient_norm": report.gradient_norm,
             "tokens": report.tokens,
             "label_tokens": report.label_tokens,
@@ -153,7 +149,7 @@ class Monitor:
         if report.skipped_samples:
             figures["skipped_samples"] = report.skipped_samples
         figures["seconds"], self._clock = now - self._clock, now
-        if report.step % self._log_every == 0 or report.step in (1, self._steps):
+        if report.step % self._recipe.run.log_every == 0 or report.step in (1, self._steps):
             self._write({"step": report.step, **figures})
             self._plot(report.step, "train", figures)
         self._show(report.step, now, figures)
@@ -244,12 +240,3 @@ def _bar(steps: int) -> Progress:
     bar = Progress(*columns, console=Console(stderr=True), redirect_stdout=False)
     bar.add_task("", total=steps, figures="")
     return bar
-
-
-def _board(folder: Path, purge_step: int | None = None) -> SummaryWriter:
-    """``purge_step``: what was written of it and later ones does not count."""
-    try:
-        from torch.utils.tensorboard import SummaryWriter
-    except ImportError as error:
-        raise ImportError("run.tensorboard needs TensorBoard: pip install 'whisper-moe[train]'") from error
-    return SummaryWriter(str(folder), purge_step=purge_step)
