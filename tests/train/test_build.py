@@ -14,7 +14,7 @@ import pytest
 import torch
 from data.memory import MemoryCorpus, clip, damaged, tiny_reader
 from generate.tiny import tiny_tokenizer, tiny_whisper_moe
-from train.tiny import recipe_tree, tiny_checkpoint, tones
+from train.tiny import recipe_tree
 
 pytest.importorskip("datasets")
 
@@ -33,18 +33,11 @@ Tree = dict[str, Any]
 
 
 @pytest.fixture(scope="module")
-def material(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A tiny checkpoint ``model``, a table ``data``, and ``holed``, in which a recording of twelve is missing."""
-    folder = tmp_path_factory.mktemp("material")
-    tiny_checkpoint(folder / "model")
-    shutil.copytree(tones(folder / "data"), folder / "holed")
-    (folder / "holed" / "3.wav").unlink()
-    return folder
-
-
-@pytest.fixture(autouse=True)
-def _own_cache(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("HF_DATASETS_CACHE", str(tmp_path_factory.getbasetemp() / "datasets"))
+def holed(material: Path) -> Path:
+    """``material``, with a table in which a recording of twelve is missing."""
+    shutil.copytree(material / "data", material / "holed")
+    (material / "holed" / "3.wav").unlink()
+    return material
 
 
 def recipe_with(material: Path, change: Callable[[Tree], object] = lambda tree: None, data: str = "data") -> Recipe:
@@ -114,36 +107,34 @@ def test_an_evaluation_without_a_row_that_can_be_judged_is_refused_at_the_start(
 
 
 def test_missing_recordings_are_told_and_count_as_corrupt(
-    material: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+    holed: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     said = r"8\.3% of 12 samples are corrupt, more than 5\.0%; the first: .*3\.wav: no such"
     with pytest.raises(DataError, match=said):
-        run(recipe_with(material, data="holed"), tmp_path / "run")
+        run(recipe_with(holed, data="holed"), tmp_path / "run")
     caplog.clear()
-    allowed = recipe_with(material, lambda tree: tree["data"]["loader"].update(max_corrupt_share=0.1), "holed")
+    allowed = recipe_with(holed, lambda tree: tree["data"]["loader"].update(max_corrupt_share=0.1), "holed")
     assert run(allowed, tmp_path / "allowed") == 0
     said = "holed: 1 samples are listed and cannot be had, the first: holed/train/3.wav: no such file"
     assert caplog.messages.count(said) == 1
 
 
 @pytest.mark.parametrize("where", ["stream", "evaluation"])
-def test_missing_recordings_of_a_stream_or_an_evaluation_are_refused(
-    material: Path, tmp_path: Path, where: str
-) -> None:
+def test_missing_recordings_of_a_stream_or_an_evaluation_are_refused(holed: Path, tmp_path: Path, where: str) -> None:
     def change(tree: Tree) -> None:
         if where == "stream":
-            tree["data"]["train"] = [table(material / "holed", streaming=True)]
+            tree["data"]["train"] = [table(holed / "holed", streaming=True)]
         else:
-            tree["data"]["evaluation"], tree["evaluation"] = [table(material / "holed")], {"metric": "loss"}
+            tree["data"]["evaluation"], tree["evaluation"] = [table(holed / "holed")], {"metric": "loss"}
 
     said = r"1 of 12 samples cannot be had, more than 5\.0%; the first: holed/train/3\.wav"
     with pytest.raises(DataError, match=said):
-        run(recipe_with(material, change), tmp_path / "run")
+        run(recipe_with(holed, change), tmp_path / "run")
 
 
-def test_nothing_is_missing_where_a_limit_is_reached(material: Path) -> None:
-    configs = [CorpusConfig.model_validate(table(material / "holed", limit=limit)) for limit in (5, 12)]
-    sources = build.Sources(recipe_with(material), None, Parallel(), lambda skipped: None)  # pyright: ignore[reportArgumentType]
+def test_nothing_is_missing_where_a_limit_is_reached(holed: Path) -> None:
+    configs = [CorpusConfig.model_validate(table(holed / "holed", limit=limit)) for limit in (5, 12)]
+    sources = build.Sources(recipe_with(holed), None, Parallel(), lambda skipped: None)  # pyright: ignore[reportArgumentType]
     assert [len(corpus.left_out) for corpus in sources.opened(configs)] == [0, 1]
 
 

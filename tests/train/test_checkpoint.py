@@ -26,11 +26,9 @@ from whisper_moe.train.checkpoint import (
     latest,
     load,
     note,
-    random_state,
     read,
     read_commit,
     save,
-    set_random_state,
     tensors_of,
 )
 from whisper_moe.train.optim import GrokfastAdamW
@@ -62,6 +60,12 @@ def commit(run: Path, step: int, keep: int = 9, score: float | None = None) -> P
     return sorted((run / FOLDER).iterdir())[-1]
 
 
+def newest(run: Path) -> Path:
+    found = latest(run)
+    assert found is not None
+    return found
+
+
 def steps(run: Path) -> list[int]:
     return sorted(int(path.name.split("-")[-1]) for path in (run / FOLDER).iterdir())
 
@@ -84,8 +88,7 @@ def test_tensors_come_back_bit_for_bit(tmp_path: Path, monkeypatch: pytest.Monke
     for run, limit in (("one", checkpoint.FILE_BYTES), ("many", 40)):
         monkeypatch.setattr(checkpoint, "FILE_BYTES", limit)
         save(tmp_path / run, 3, model, nothing_learned(model), {}, keep=1)
-        path = latest(tmp_path / run)
-        assert path is not None
+        path = newest(tmp_path / run)
         files = sorted(path.glob("*.safetensors"))
         assert (len(files) > 1) == (run == "many")
         assert {key for file in files for key in load_file(file)} == {
@@ -107,8 +110,7 @@ def test_meta_comes_back(tmp_path: Path) -> None:
     }
     model = Tensors(w=torch.ones(1))
     save(tmp_path, 1, model, nothing_learned(model), meta, keep=1)
-    path = latest(tmp_path)
-    assert path is not None
+    path = newest(tmp_path)
     assert load(path, model, nothing_learned(model)) == {**meta, "t": [1, [2]]}
 
 
@@ -170,8 +172,7 @@ def test_an_optimizer_goes_on_bit_for_bit(kind: str, order: Callable[[nn.Module]
 
     again = network(seed=9)
     optimizer = OPTIMIZERS[kind](order(again))
-    path = latest(tmp_path)
-    assert path is not None
+    path = newest(tmp_path)
     load(path, again, optimizer)
     assert train(again, optimizer, 3, seed=2) == expected
     for name, tensor in net.state_dict().items():
@@ -185,8 +186,7 @@ def test_what_never_had_a_gradient_has_no_state(tmp_path: Path) -> None:
     next(net.parameters()).requires_grad_(False)
     train(net, optimizer, 1, seed=1)
     save(tmp_path, 1, net, optimizer, {}, keep=1)
-    path, other = latest(tmp_path), torch.optim.AdamW(again.parameters())
-    assert path is not None
+    path, other = newest(tmp_path), torch.optim.AdamW(again.parameters())
     load(path, again, other)
     assert len(other.state) == len(optimizer.state) == 5
     assert tensors_of(again, other).keys() == tensors_of(net, optimizer).keys()
@@ -221,10 +221,10 @@ def test_random_generators_go_on_bit_for_bit(before: int) -> None:
     seed(1)
     for _ in range(before):
         _ = torch.rand(1), random.gauss(0, 1), GLOBAL.standard_normal()
-    state = json.loads(json.dumps(random_state()))
+    state = json.loads(json.dumps(checkpoint.random_state()))
     expected = [draws() for _ in range(300)]
     seed(7)
-    set_random_state(state)
+    checkpoint.set_random_state(state)
     assert [draws() for _ in range(300)] == expected
 
 
@@ -254,13 +254,11 @@ def test_the_newest_is_the_one_that_was_committed_last(tmp_path: Path) -> None:
     """A run that fell back from a damaged step 200 does not keep it in place of what it saves afterwards."""
     commit(tmp_path, 100)
     flip(part(commit(tmp_path, 200)))
-    found = latest(tmp_path)
-    assert found is not None and read_commit(found).step == 100
+    assert read_commit(newest(tmp_path)).step == 100
     commit(tmp_path, 150, keep=1)
     assert steps(tmp_path) == [150]
     commit(tmp_path, 150, keep=1)
-    found = latest(tmp_path)
-    assert found is not None and found.name == "0004-step-00000150"
+    assert newest(tmp_path).name == "0004-step-00000150"
 
 
 def test_what_could_not_be_measured_is_kept_and_is_no_score(tmp_path: Path) -> None:
@@ -321,8 +319,7 @@ def test_a_damaged_checkpoint_is_passed_over_with_one_loud_line(
     harm, cause = DAMAGES[damage]
     harm(path)
     caplog.clear()
-    found = latest(tmp_path)
-    assert found is not None and torch.equal(read(found)["model/w"], torch.ones(4))
+    assert torch.equal(read(newest(tmp_path))["model/w"], torch.ones(4))
     (line,) = [record.getMessage() for record in caplog.records if record.name == checkpoint.logger.name]
     assert line.startswith("WARNING: a damaged checkpoint is passed over for 0001-step-00000001: ")
     assert path.name in line
@@ -342,6 +339,5 @@ def test_without_its_marker_it_is_no_checkpoint(tmp_path: Path) -> None:
     commit(tmp_path, 1)
     (commit(tmp_path, 2) / COMMIT).unlink()
     with undamaged():
-        found = latest(tmp_path)
-    assert found is not None and found.name == "0001-step-00000001"
+        assert newest(tmp_path).name == "0001-step-00000001"
     assert commit(tmp_path, 3).name == "0003-step-00000003", "its number is not given again"

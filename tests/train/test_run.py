@@ -17,7 +17,7 @@ import pytest
 import torch
 import yaml
 from train import ranks
-from train.tiny import recipe_tree, tiny_checkpoint, tones
+from train.tiny import recipe_tree
 from typer.testing import CliRunner
 
 pytest.importorskip("datasets")
@@ -33,15 +33,6 @@ from whisper_moe.train.run import run_lock, train
 ROOT = Path(__file__).parents[2]
 
 
-@pytest.fixture(scope="module")
-def material(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A tiny checkpoint ``model`` and a table ``data``."""
-    folder = tmp_path_factory.mktemp("material")
-    tiny_checkpoint(folder / "model")
-    tones(folder / "data")
-    return folder
-
-
 @pytest.fixture(autouse=True)
 def _spoken() -> Iterator[None]:
     """What is logged is on standard error, as in the command."""
@@ -52,11 +43,6 @@ def _spoken() -> Iterator[None]:
     yield
     logger.removeHandler(handler)
     logger.setLevel(logging.NOTSET)
-
-
-@pytest.fixture(autouse=True)
-def _own_cache(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("HF_DATASETS_CACHE", str(tmp_path_factory.getbasetemp() / "datasets"))
 
 
 def write(material: Path, path: Path, **changes: Any) -> Path:

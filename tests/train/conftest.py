@@ -1,0 +1,22 @@
+"""What runs of tests are made of."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+from train.tiny import tiny_checkpoint, tones
+
+
+@pytest.fixture(scope="module")
+def material(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A tiny checkpoint ``model`` and a table ``data``."""
+    folder = tmp_path_factory.mktemp("material")
+    tiny_checkpoint(folder / "model")
+    tones(folder / "data")
+    return folder
+
+
+@pytest.fixture(autouse=True)
+def _own_cache(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HF_DATASETS_CACHE", str(tmp_path_factory.getbasetemp() / "datasets"))
