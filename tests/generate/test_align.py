@@ -58,6 +58,14 @@ def test_a_position_that_all_tokens_share_does_not_spoil_the_scores() -> None:
     assert (scores[:, 24:] == 0).all() and (scores[:, :20] != 0).any()
 
 
+def test_scores_are_standardised_over_tokens_smoothed_and_averaged_over_heads() -> None:
+    logits = torch.randn(3, 6, 40, generator=torch.Generator().manual_seed(0))
+    weights = logits.softmax(dim=-1)
+    std, mean = torch.std_mean(weights, dim=-2, keepdim=True, unbiased=False)
+    expected = timing.median_filter((weights - mean) / std, 7).mean(dim=0)
+    torch.testing.assert_close(attention_scores(logits), expected)
+
+
 def peaked(starts: list[int], positions: int, heads: int = 2, before: int = 3) -> torch.Tensor:
     """[H, T, P] logits: token i attends from ``starts[i]`` to ``starts[i + 1]``; the row of eot is not used."""
     logits = torch.zeros(heads, before + len(starts), positions)

@@ -149,5 +149,6 @@ def test_a_prompt_does_not_change_the_language_that_is_heard(tiny_model: Whisper
         assert one.language_probability == pytest.approx(other.language_probability, abs=1e-5)
     given = decode(tiny_model, CLIPS[:2], language=told[0].language, initial_prompt="Kubernetes, Docker and so on")
     asked = decode(tiny_model, CLIPS[:1], initial_prompt="Kubernetes, Docker and so on")
+    assert given[0].language_probability is None, "what is given is not detected"
     assert given[0].hypothesis.tokens == asked[0].hypothesis.tokens, "the step that hears the language left its traces"
     assert given[0].hypothesis.sum_logprob == pytest.approx(asked[0].hypothesis.sum_logprob, abs=1e-4)

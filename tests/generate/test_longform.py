@@ -231,6 +231,12 @@ def why(found: DecodingResult, seconds: float = 3.0, **options: Any) -> str | No
     return looks_wrong(found, seconds, TOKENIZER, replace(OPTIONS, **options))
 
 
+def test_a_good_take_is_trusted() -> None:
+    assert why(verdict()) is None
+    assert why(verdict(average=-1.0)) is None, "a threshold itself is still good"
+    assert why(verdict("ten letters"), seconds=0.05) is None, "a short word fits into any time"
+
+
 @pytest.mark.parametrize(
     ("found", "seconds", "reason", "off"),
     [

@@ -161,6 +161,12 @@ def test_samples_are_drawn_at_their_temperature() -> None:
         assert (counts / draws - expected).abs().max() < 4 * (0.25 / draws) ** 0.5
 
 
+def test_a_sample_that_ended_does_not_go_on() -> None:
+    """Where the longest of them is the best, while others of its segment go on."""
+    for found in run(range(12), SearchOptions(beams=6, temperature=1.0, length_penalty=50.0), [12] * 12):
+        assert END not in found.tokens
+
+
 class _Inference:
     """openai/whisper's side of the model: it hears the whole history every time."""
 
