@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import io
-import json
 import shutil
 import subprocess
 import tarfile
+import tempfile
 from collections.abc import Mapping, Sequence
 from fractions import Fraction
 from functools import cache
@@ -84,54 +83,31 @@ def tarred(folder: Path, into: Path) -> Path:
     return into
 
 
-def hub_rows(language: str, form: str = "bytes", split: str = "train") -> dict[str, list[Any]]:
+def hub_rows(language: str, form: str = "bytes") -> dict[str, list[Any]]:
     """Rows as the Hub's parquet has them; ``form``: what ``audio_filepath`` holds."""
-    rows: dict[str, list[Any]] = {
-        name: [] for name in ("fname", "text", "audio_filepath", "lang", "duration", "gender")
-    }
+    rows: dict[str, list[Any]] = {column: [] for column in ("fname", "text", "audio_filepath", "lang", "duration")}
     for number, text in enumerate(TEXTS[language]):
-        sound = speech(text, VOICES[language])
-        file = f"{name(language, number)}.m4a"
-        cells: dict[str, Any] = {
-            "bytes": {"bytes": m4a(sound), "path": file},
-            "array": {"array": sound[0].tolist(), "sampling_rate": 22_050, "path": file},
-        }
-        rows["fname"].append(file)
-        rows["text"].append(text)
-        rows["audio_filepath"].append(cells[form])
-        rows["lang"].append(language)
-        rows["duration"].append(round(sound.shape[1] / 22_050, 3))
-        rows["gender"].append("fm"[number % 2])
+        sound, file = speech(text, VOICES[language]), f"{name(language, number)}.m4a"
+        cell: dict[str, Any] = {"array": sound[0].tolist(), "sampling_rate": 22_050, "path": file}
+        if form == "bytes":
+            with tempfile.TemporaryDirectory() as folder:
+                cell = {"bytes": recording(Path(folder) / file, language, number).read_bytes(), "path": file}
+        values = (file, text, cell, language, round(sound.shape[1] / 22_050, 3))
+        for column, value in zip(rows.values(), values, strict=True):
+            column.append(value)
     return rows
-
-
-def m4a(sound: Sound) -> bytes:
-    """An m4a of 22,050 Hz, in memory."""
-    file = io.BytesIO()
-    with av.open(file, "w", format="ipod") as container:
-        track = container.add_stream("aac", rate=22_050)
-        assert isinstance(track, av.AudioStream)
-        track.layout = "mono"
-        for start in range(0, sound.shape[1], 1_024):
-            frame = av.AudioFrame.from_ndarray(np.ascontiguousarray(sound[:, start : start + 1_024]), "fltp", "mono")
-            frame.sample_rate, frame.pts, frame.time_base = 22_050, start, Fraction(1, 22_050)
-            container.mux(track.encode(frame))
-        container.mux(track.encode(None))
-    return file.getvalue()
 
 
 def parquet(path: Path, rows: Mapping[str, list[Any]], audio: bool = False) -> Path:
     """A parquet file; ``audio``: with the note by which ``datasets`` knows the column of sounds."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    table = pa.table(dict(rows))
-    if audio:
-        kinds = {
-            field.name: {"dtype": str(field.type).replace("double", "float64"), "_type": "Value"}
-            for field in table.schema
-        }
-        kinds["audio_filepath"] = {"_type": "Audio"}
-        table = table.replace_schema_metadata({"huggingface": json.dumps({"info": {"features": kinds}})})
-    pq.write_table(table, path)
+    if not audio:
+        pq.write_table(pa.table(dict(rows)), path)
+        return path
+    import datasets
+
+    table = datasets.Dataset.from_dict(dict(rows))
+    table.cast_column("audio_filepath", datasets.Audio(decode=False)).to_parquet(path)
     return path
 
 

@@ -145,15 +145,6 @@ def test_every_kind_of_corpus_is_summed_up(tmp_path: Path) -> None:
     assert sum(seen.histogram.values()) == 9, "pairs of texts have no duration"
 
 
-def test_a_row_of_a_stream_that_is_no_sample_is_named_and_the_stream_goes_on(tmp_path: Path) -> None:
-    rows = {"doc_id": [1, 2], "eng_Latn": [["One.", "Two."], ["Three."]], "hin_Deva": [["एक।"], ["तीन।"]]}
-    wiki = parquet(tmp_path / "train.parquet", rows)
-    seen = inspect([CorpusConfig(kind="wiki-translate", source=str(wiki), directions=("en>hi",), streaming=True)])
-    assert seen.samples == 1
-    cause = "wiki-translate/train/1/en-hi: 2 sentences against 1: they cannot be paired"
-    assert list(map(str, seen.left_out)) == [cause]
-
-
 # The command.
 
 
