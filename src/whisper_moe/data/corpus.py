@@ -198,7 +198,6 @@ class Corpus:
     """What a row means. It can be pickled."""
     left_out: tuple[Skipped, ...] = ()
     """What the corpus lists and cannot give: files that are not there, rows that are no samples. Not among the samples."""
-
     version: str = ""
     """Changes with sounds that are in no file of their own."""
     remarks: tuple[str, ...] = ()

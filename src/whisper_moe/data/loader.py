@@ -82,11 +82,8 @@ class CorruptShare:
         usable = 1 - self._surveyed  # what is read is the part of the whole that the survey found usable
         if usable * self._corrupt + self._surveyed * self._read > self._limit * self._read + slack:
             share = self._surveyed + usable * self._corrupt / self._read
-            named = "; ".join(map(str, self._first))
-            cause = (
-                f"{share:.1%} of {self._read:,} samples are corrupt, more than {self._limit:.1%}; the first: {named}"
-            )
-            raise DataError("training data", cause)
+            many = f"{share:.1%} of {self._read:,} samples are corrupt, more than {self._limit:.1%}"
+            raise DataError("training data", f"{many}; the first: {'; '.join(map(str, self._first))}")
 
 
 class PackedLoader:
@@ -159,12 +156,9 @@ class PackedLoader:
         then, now = state.get("order", {}), self._settings()
         if changed := [name for name in sorted({*then, *now}) if then.get(name) != now.get(name)]:
             said = {name: f"{name}: {then.get(name)!r} then, {now.get(name)!r} now" for name in changed}
-            if "data" in said:  # of a survey it is a digest
-                said["data"] = (
-                    "the training data's rows, texts or lengths have changed; a new run can begin with this one's model"
-                )
-            differences = "; ".join(said.values())
-            raise ValueError(f"cannot go on in the middle of other data: {differences}")
+            gone = "the training data's rows, texts or lengths have changed; a new run can begin with this one's model"
+            said |= {"data": gone} if "data" in said else {}  # of a survey it is a digest
+            raise ValueError(f"cannot go on in the middle of other data: {'; '.join(said.values())}")
         self._position = Position.model_validate(state["position"])
 
     def _settings(self) -> dict[str, Any]:
@@ -186,8 +180,10 @@ class PackedLoader:
             generator=torch.Generator(),  # its own: the run's random numbers do not depend on how often it was resumed
         )
         for read in reading:
+            if isinstance(read, ValueError):
+                raise read
             planned = ahead.popleft()
-            batch = self._batch(planned, read)
+            batch = self._batch(planned, *read)
             self._position = planned.after
             yield batch
         for planned in ahead:  # what the last rows of a stream were
@@ -203,12 +199,15 @@ class PackedLoader:
             if planned.packs:
                 yield planned.share(self._rank, self._world)
 
-    def _batch(self, planned: PlannedBatch, read: _Read) -> Batch:
-        if isinstance(read, ValueError):
-            raise read
-        # Every rank draws from the same streams: each says its share of what was left out there.
-        groups, skipped = _whole(*read), (*planned.skipped[self._rank :: self._world], *read[1])
+    def _batch(
+        self, planned: PlannedBatch, groups: list[list[Example]], unread: list[Skipped], mels: Tensor | None
+    ) -> Batch:
+        if mels is not None:
+            parts = iter(mels.split([each.mel.numel() for group in groups for each in group]))
+            groups = [[replace(each, mel=next(parts).view(each.mel.shape)) for each in group] for group in groups]
         packs = tuple(pack for group in groups for pack in pack_examples(group))
+        # Every rank draws from the same streams: each says its share of what was left out there.
+        skipped = (*planned.skipped[self._rank :: self._world], *unread)
         batch = Batch(packs=packs, epoch=planned.epoch, skipped=skipped)
         self._tell(batch.examples, skipped)
         return batch
@@ -231,7 +230,12 @@ class _Reading(Dataset[_Read]):
             return error
         groups = [[example for example in pack if isinstance(example, Example)] for pack in read]
         skipped = [sample for pack in read for sample in pack if isinstance(sample, Skipped)]
-        return _apart(groups, skipped) if get_worker_info() else (groups, skipped, None)
+        mels = [example.mel for group in groups for example in group]
+        if not mels or get_worker_info() is None:
+            return groups, skipped, None
+        # On their way from a worker all mels are one tensor, for each tensor takes a file descriptor.
+        groups = [[replace(example, mel=example.mel.to("meta")) for example in group] for group in groups]
+        return groups, skipped, torch.cat([mel.reshape(-1) for mel in mels])
 
     def _read(self, draw: Draw) -> Example | Skipped:
         """The example, or why there is none. Raises ``ValueError`` for what is wrong with more than this sample."""
@@ -246,20 +250,6 @@ class _Reading(Dataset[_Read]):
             return self._reader.read(named, draw.margin)
         except (DataError, MediaError, TooLong) as error:
             return left_out(named, error, self._reader.strict)
-
-
-def _apart(groups: list[list[Example]], skipped: list[Skipped]) -> _Read:
-    """On their way from a worker all mels are one tensor, for each tensor takes a file descriptor."""
-    mels = [example.mel for group in groups for example in group]
-    shapes = [[replace(example, mel=example.mel.to("meta")) for example in group] for group in groups]
-    return shapes, skipped, torch.cat([mel.reshape(-1) for mel in mels]) if mels else None
-
-
-def _whole(groups: list[list[Example]], skipped: list[Skipped], mels: Tensor | None) -> list[list[Example]]:
-    if mels is None:
-        return groups
-    parts = iter(mels.split([example.mel.numel() for group in groups for example in group]))
-    return [[replace(each, mel=next(parts).view(each.mel.shape)) for each in group] for group in groups]
 
 
 def _as_it_is(read: Any) -> Any:

@@ -289,7 +289,7 @@ def seeded(*seed: int) -> np.random.Generator:
 
 
 class Order:
-    """An epoch's samples in the order in which they are drawn."""
+    """An epoch's samples in the order in which they are drawn, from its ``cursor`` on."""
 
     size = 0
     """Samples that a survey found usable; 0 without one."""
