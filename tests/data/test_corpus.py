@@ -56,7 +56,6 @@ def test_an_iterator_goes_on_behind_a_row_that_is_no_sample() -> None:
 @pytest.mark.parametrize(
     ("settings", "said"),
     [
-        ({"kind": "librispeech"}, "kathbath"),
         ({"kind": "kathbath", "task": "sign"}, "kathbath has the task transcribe, not sign"),
         ({"kind": "kathbath", "languages": ["klingon"]}, "unknown language 'klingon'"),
         ({"kind": "kathbath", "columns": ["path"]}, "columns is a setting of table"),
@@ -64,8 +63,6 @@ def test_an_iterator_goes_on_behind_a_row_that_is_no_sample() -> None:
         ({"kind": "table", "directions": ["en>hi"]}, "directions is a setting of wiki-translate"),
         ({"kind": "table", "columns": {"sound": "clip"}}, "columns: there is no column 'sound': one of path, text"),
         ({"kind": "include", "languages": ["hi"]}, "Indian Sign Language"),
-        ({"kind": "table", "limit": 0}, "greater than or equal to 1"),
-        ({"kind": "table", "weight": float("nan")}, "finite"),
     ],
 )
 def test_a_configuration_that_means_nothing_is_refused(settings: dict[str, Any], said: str) -> None:

@@ -171,20 +171,6 @@ def test_what_is_skipped_is_told_once_with_the_first_batch_of_its_window() -> No
     assert [[sample.id for sample in batch.skipped] for batch in resumed] == told[1:]
 
 
-@pytest.mark.parametrize("state", [{"epoch": -1}, {"cursor": "0"}, {"done": 1.5}, {"index": 0}])
-def test_what_is_no_position_is_refused(state: dict[str, object]) -> None:
-    with pytest.raises(ValueError, match=next(iter(state))):
-        Position.model_validate(state)
-
-
-@pytest.mark.parametrize(
-    "change", [{"batch_size": 0}, {"batch_unit": "clips"}, {"batchsize": 3}, {"mixing": {"temperature": 0}}]
-)
-def test_bad_settings_are_refused(change: dict[str, object]) -> None:
-    with pytest.raises(ValueError, match=next(iter(change))):
-        LoaderConfig.model_validate(change)
-
-
 # Mixing.
 
 HINDI = Group("kathbath", "transcribe", "hi")
