@@ -16,7 +16,7 @@ datasets = pytest.importorskip("datasets")
 
 from whisper_moe.data.corpora import open_corpus
 from whisper_moe.data.corpus import Corpus, CorpusConfig
-from whisper_moe.data.inspect import inspect
+from whisper_moe.data.inspect import Inspection
 from whisper_moe.data.sample import DataError
 
 CLIPS = {"a": ("one", "en"), "b": ("दो", "hi"), "c": ("three", "en"), "d": ("ଚାରି", "or")}
@@ -254,7 +254,7 @@ def test_a_stored_row_that_is_no_sample_costs_itself(clips: Path, tmp_path: Path
     config = CorpusConfig(
         kind="table", source=str(tmp_path / "t.parquet"), cache_dir=str(tmp_path / "cache"), streaming=streaming
     )
-    seen = inspect([config])
+    (seen := Inspection()).look(config)
     assert seen.samples == 1 and len(seen.of_kind("corrupt")) == 3
     assert streaming or sorted(each.place for each in seen.of_kind("corrupt")) == [
         f"{tmp_path / 't.parquet'}, row {row}" for row in (1, 2, 4)

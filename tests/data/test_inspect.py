@@ -17,7 +17,7 @@ from whisper_moe import cli
 from whisper_moe.config import ModelConfig
 from whisper_moe.data.corpora import open_corpus
 from whisper_moe.data.corpus import CorpusConfig
-from whisper_moe.data.inspect import EDGES, KINDS, inspect
+from whisper_moe.data.inspect import EDGES, KINDS, Inspection
 from whisper_moe.data.loader import PackedLoader
 from whisper_moe.data.sample import DataError
 from whisper_moe.data.sampler import LoaderConfig
@@ -44,9 +44,16 @@ def config(folder: Path, **settings: Any) -> CorpusConfig:
     return CorpusConfig(kind="table", source=str(folder), languages=["en"], **settings)  # pyright: ignore[reportArgumentType]
 
 
+def inspected(*configs: CorpusConfig, **how: Any) -> Inspection:
+    seen = Inspection()
+    for each in configs:
+        seen.look(each, **how)
+    return seen
+
+
 @pytest.mark.parametrize("streaming", [False, True], ids=["map", "streaming"])
 def test_samples_are_counted_and_what_cannot_be_used_is_named(mine: Path, streaming: bool) -> None:
-    seen = inspect([config(mine, streaming=streaming)])
+    seen = inspected(config(mine, streaming=streaming))
     (group,) = seen.groups.values()
     assert (group.corpus, group.split, group.task, group.language) == ("mine", "train", "transcribe", "en")
     assert (seen.samples, group.samples, len(group.speakers)) == (5, 5, 2)
@@ -58,7 +65,7 @@ def test_samples_are_counted_and_what_cannot_be_used_is_named(mine: Path, stream
 
 
 def test_decoding_finds_what_headers_do_not_tell(mine: Path) -> None:
-    seen = inspect([config(mine)], decode=True)
+    seen = inspected(config(mine), decode=True)
     assert [each.id for each in seen.of_kind("corrupt")] == ["mine/train/noise.wav", "mine/train/damaged.flac"]
     assert seen.samples == 4 and seen.seconds == pytest.approx(0.5 + 1.5 + 1.6 + 31, abs=0.01)
 
@@ -71,7 +78,7 @@ def test_all_that_training_leaves_out_or_stops_for_is_shown_before(tmp_path: Pat
     rows += ["a.wav\tyes\tklingon", "noise.wav\tyes\ten", "gone.wav\tyes\ten", "a.wav\tyes\tor", "a.wav\tyes\tor"]
     (tmp_path / "t.tsv").write_text("\n".join(["path\ttext\tlanguage", *rows]) + "\n")
     config = CorpusConfig(kind="table", source=str(tmp_path / "t.tsv"))
-    seen = inspect([config], model=(tiny_tokenizer(), ModelConfig()))
+    seen = inspected(config, model=(tiny_tokenizer(), ModelConfig()))
     rows_of = {kind: sorted(int(each.place.split()[-1]) for each in seen.of_kind(kind)) for kind in KINDS}
     assert rows_of == {"corrupt": [3, 4, 7, 8], "missing": [9], "too long": [5, 6]}
     assert (
@@ -114,7 +121,7 @@ def test_so_much_left_out_that_training_stops_is_said_in_its_words(
 
 
 def test_the_text_says_what_the_json_says(mine: Path) -> None:
-    seen = inspect([config(mine)])
+    seen = inspected(config(mine))
     said, facts = str(seen), json.loads(json.dumps(seen.as_json()))
     assert facts["samples"] == 5 and facts["groups"][0]["speakers"] == 2
     assert [bar["from_seconds"] for bar in facts["histogram"]] == list(EDGES)
@@ -134,7 +141,7 @@ def test_every_kind_of_corpus_is_summed_up(tmp_path: Path) -> None:
         {"kind": "include", "source": str(folder)},
         {"kind": "wiki-translate", "source": str(wiki), "directions": ["en>or"], "streaming": True},
     ]
-    seen = inspect(CorpusConfig(**each) for each in settings)
+    seen = inspected(*(CorpusConfig(**each) for each in settings))
     groups = {(g.corpus, g.task, g.language): (g.samples, len(g.speakers)) for g in seen.groups.values()}
     assert groups == {
         ("kathbath", "transcribe", "hi"): (3, 3),

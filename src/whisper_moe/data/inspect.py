@@ -10,7 +10,7 @@ import io
 import math
 import sys
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, field
 from functools import partial
@@ -59,7 +59,7 @@ class Group:
 
 @dataclass(slots=True)
 class Inspection:
-    """What :func:`inspect` has seen."""
+    """What there is in the corpora that were looked at."""
 
     groups: dict[tuple[str, str, str, str], Group] = field(default_factory=dict)
     histogram: Counter[int] = field(default_factory=Counter)
@@ -80,8 +80,12 @@ class Inspection:
         """Of what is left out: ``corrupt``, ``missing`` or ``too long``."""
         return [each for each in self.left_out if each.kind == kind]
 
-    def look(self, config: CorpusConfig, decode: bool, model: _Model | None) -> None:
-        """Add every sample of a corpus. Raises :class:`DataError` for one that cannot be opened."""
+    def look(self, config: CorpusConfig, *, decode: bool = False, model: _Model | None = None) -> None:
+        """Add every sample of a corpus. Raises :class:`DataError` for one that cannot be opened.
+
+        :param decode: decode sound and films to their ends, instead of reading their headers.
+        :param model: tokenizer and configuration of the model that is to learn; without, no text is looked at.
+        """
         corpus = open_corpus(config)
         self.left_out += corpus.left_out
         self.remarks.update(dict.fromkeys((f"{corpus.name}: {remark}" for remark in corpus.remarks), 0))
@@ -166,19 +170,6 @@ class Inspection:
         return "\n".join(lines)
 
 
-def inspect(configs: Iterable[CorpusConfig], *, decode: bool = False, model: _Model | None = None) -> Inspection:
-    """Look at every sample of these corpora.
-
-    :param decode: decode sound and films to their ends, instead of reading their headers.
-    :param model: tokenizer and configuration of the model that is to learn; without, no text is looked at.
-    :raises DataError: for a corpus that cannot be opened.
-    """
-    seen = Inspection()
-    for config in configs:
-        seen.look(config, decode, model)
-    return seen
-
-
 def _look_at(item: Sample | Skipped, decode: bool, reader: ExampleReader | None) -> tuple[float, Skipped | str | None]:
     """Seconds of a sample; why training leaves it out, or what it stops for: something that the model lacks."""
     if isinstance(item, Skipped):
@@ -226,7 +217,7 @@ def run(sources: Sequence[str], *, kind: str, decode: bool, json: bool, model: s
         seen.remarks["no model is at hand (--model): texts were not looked at"] = 0
     for config in configs:
         try:
-            seen.look(config, decode, learner)
+            seen.look(config, decode=decode, model=learner)
         except (DataError, ImportError, OSError) as error:
             failed += _complain(error)
     if failed < len(configs):
