@@ -444,8 +444,8 @@ import os, sys, time
 from pathlib import Path
 from whisper_moe.train.run import run_lock
 with run_lock(Path(sys.argv[1])):
-    worker = os.fork() or time.sleep(60)
-    print(worker, flush=True)
+    if not os.fork():
+        print(os.getpid(), flush=True)
     time.sleep(60)
 """
 

@@ -115,19 +115,14 @@ def router_terms(
     return loss, {"balance": balance.mean().detach(), "z": z.mean().detach()}, counts
 
 
-def routers(model: WhisperMoEModel) -> list[Router]:
-    """In the order in which a pass's routings come."""
-    return [module for module in model.modules() if isinstance(module, Router)]
-
-
 @torch.no_grad()
 def balance_biases(model: nn.Module, counts: Tensor, rate: float) -> None:
     """b_c ← b_c + rate · sign(mean − count_c): what was chosen too often is chosen less (arXiv 2408.15664, algorithm 1).
 
     ``counts`` [routers, C] of a whole step. Gates are not changed by it.
     """
-    assert isinstance(model, WhisperMoEModel)
-    for router, count in zip(routers(model), counts, strict=True):
+    routers = [module for module in model.modules() if isinstance(module, Router)]  # in the order of a pass's routings
+    for router, count in zip(routers, counts, strict=True):
         assert router.bias is not None, "a router without a bias cannot be balanced by one"
         router.bias += rate * (count.mean() - count).sign().to(router.bias)
 

@@ -24,13 +24,10 @@ FAST = ("w1", "b1", "w2", "b2", "gamma", "beta", "tau", "gate_forward", "gate_ba
 """Of a TTT layer: the start of the fast weights with their norm, and the gates."""
 
 
-def names_of(model: nn.Module) -> list[str]:
-    return [name for name, _ in model.named_parameters()]
-
-
 def unmatched(model: nn.Module, patterns: Iterable[str]) -> list[str]:
     """Patterns (shell style, ``decoder.*``) that no parameter's name matches."""
-    return [pattern for pattern in patterns if not matching(names_of(model), pattern)]
+    names = [name for name, _ in model.named_parameters()]
+    return [pattern for pattern in patterns if not matching(names, pattern)]
 
 
 def freeze(model: nn.Module, frozen: Sequence[str], trained: Sequence[str] = ()) -> None:
@@ -38,7 +35,7 @@ def freeze(model: nn.Module, frozen: Sequence[str], trained: Sequence[str] = ())
 
     Raises ``ValueError`` for a pattern that matches nothing, and if nothing is left to train.
     """
-    names = names_of(model)
+    names = [name for name, _ in model.named_parameters()]
     for pattern in unmatched(model, (*frozen, *trained)):
         raise ValueError(f"no parameter is called {pattern!r}; there are {listed(names, 3)}")
     still = {name for pattern in frozen for name in matching(names, pattern)}

@@ -52,21 +52,21 @@ def apply(tree: dict[str, Any], override: str) -> None:
     parts = key.split(".")
     if not equals or not all(parts):
         raise RecipeError(f"{override!r}: an override is written key=value, as in optimisation.lr=1e-4")
+    holder: Any = tree
     place: Any = tree
+    part: Any = None
     for depth, name in enumerate(parts):
-        part, where, last = name, ".".join(parts[:depth]), depth == len(parts) - 1
+        where, part = ".".join(parts[:depth]), name
         if isinstance(place, list):
             if not name.isdigit() or int(name) >= len(place):
                 raise RecipeError(f"{override!r}: {where} has the places 0 to {len(place) - 1}")
             part = int(name)
         elif not isinstance(place, dict):
             raise RecipeError(f"{override!r}: {where} is {place!r}, which has no keys")
-        elif not last and place.get(name) is None:
+        elif place.get(name) is None:
             place[name] = {}
-        holder: Any = place
-        if last:
-            holder[part] = parse(text, override)
-        place = holder[part]
+        holder, place = place, place[part]
+    holder[part] = parse(text, override)
 
 
 def checked(kind: type[Kind], tree: Mapping[str, Any], origin: str) -> Kind:

@@ -16,7 +16,6 @@ from __future__ import annotations
 import json
 import logging
 import os
-import random
 import shlex
 import signal
 import subprocess
@@ -132,21 +131,27 @@ def run(recipe: Recipe, directory: Path, *, resume: bool = False) -> int:
 
 def _run(recipe: Recipe, directory: Path, parallel: Parallel) -> int:
     """Resume or begin, build, train, export."""
-    from whisper_moe.train.build import build_trainer, initial_model, read_start, write_start
+    from whisper_moe.train import checkpoint
+    from whisper_moe.train.build import build_trainer, initial_model, read_start, seed_all, write_start
     from whisper_moe.train.monitor import Monitor
 
-    first = parallel.rank == 0
-    _prepare(recipe)
-    checkpoint = _to_go_on_from(directory, parallel)
-    start = read_start(directory) if checkpoint else initial_model(recipe)
-    if first and not checkpoint:
+    if recipe.run.threads:
+        take_threads(recipe.run.threads)
+    seed_all(recipe.run.seed)
+    first, newest = parallel.rank == 0, None
+    if first:
+        checkpoint.clean(directory)
+        newest = checkpoint.latest(directory)
+    newest = parallel.broadcast(str(newest or ""))
+    start = read_start(directory) if newest else initial_model(recipe)
+    if first and not newest:
         write_start(directory, start)
     with Monitor(directory, recipe, start.config) if first else nullcontext() as monitor:
         trainer = build_trainer(recipe, start, parallel, monitor, directory)
-        if checkpoint:
-            _go_on(trainer, checkpoint, directory)
+        if newest:
+            _go_on(trainer, Path(newest), directory)
         if first:
-            write_record(directory, recipe, trainer, parallel, resumed=checkpoint is not None)
+            write_record(directory, recipe, trainer, parallel, resumed=bool(newest))
         with _signals(trainer):  # until here a signal ends the process as it ends any
             end = trainer.run()
     if first:
@@ -182,30 +187,6 @@ def run_lock(directory: Path) -> Iterator[None]:
         yield
     finally:
         lock.release()
-
-
-def _prepare(recipe: Recipe) -> None:
-    """Threads, and the global generators, which libraries use."""
-    import numpy as np
-    import torch
-
-    if recipe.run.threads:
-        take_threads(recipe.run.threads)
-    random.seed(recipe.run.seed)
-    np.random.seed(recipe.run.seed)  # noqa: NPY002
-    torch.manual_seed(recipe.run.seed)
-
-
-def _to_go_on_from(directory: Path, parallel: Parallel) -> Path | None:
-    """The newest whole checkpoint, as rank 0 finds it; None where the run begins."""
-    from whisper_moe.train import checkpoint
-
-    found = None
-    if parallel.rank == 0:
-        checkpoint.clean(directory)
-        found = checkpoint.latest(directory)
-    path = parallel.broadcast(str(found or ""))
-    return Path(path) if path else None
 
 
 def _go_on(trainer: Trainer, checkpoint: Path, directory: Path) -> None:
