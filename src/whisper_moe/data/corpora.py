@@ -269,9 +269,9 @@ def _signs(config: CorpusConfig, source: Path, split: str) -> Iterator[str]:
                     yield _sign(line.strip(), lists[0], number)
         return
     files = local_files(config, split, pattern, ".csv", ".tsv", ".parquet")
-    whole, others = config.model_copy(update={"streaming": False}), ("validation",) if split == "val" else ()
+    whole = config.model_copy(update={"streaming": False})
     needed = ("video_path", "include_50")[: 1 + config.include_50]
-    for number, row in enumerate(load_rows(whole, split, files=files, needed=needed, spellings=others), 1):
+    for number, row in enumerate(load_rows(whole, split, files=files, needed=needed), 1):
         its, fifty = str(row.get("split") or split).lower(), str(row.get("include_50")).strip().lower()
         if _INCLUDE_SPLITS.get(its) == split and (not config.include_50 or fifty in ("true", "1", "1.0", "yes")):
             yield _sign(row["video_path"], files[0] if files else config.source, number)

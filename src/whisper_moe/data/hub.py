@@ -97,18 +97,16 @@ def load_rows(
     *,
     configuration: str | None = None,
     files: Sequence[Path] | None = None,
-    spellings: Sequence[str] = (),
     needed: Iterable[str] = (),
 ) -> Dataset | IterableDataset:
     """Rows of a split from the Hub, or of local ``files``; every cause for which there are none is a :class:`DataError`.
 
     :param configuration: the Hub's name of the part to read.
-    :param spellings: what the Hub may call the split instead.
     :param needed: columns that must be there.
     """
     place = str(files[0] if len(files) == 1 else files[0].parent) if files else config.source
     try:
-        dataset = _load(config, (split, *spellings), configuration, files)
+        dataset = _load(config, split, configuration, files)
         if dataset.features is None:
             dataset = dataset._resolve_features()  # pyright: ignore[reportAttributeAccessIssue] (of a stream: looks into the first rows)
     except Exception as error:  # the Hub, its gate, the network, parquet: each has errors of its own
@@ -121,7 +119,7 @@ def load_rows(
 
 
 def _load(
-    config: CorpusConfig, splits: Sequence[str], configuration: str | None, files: Sequence[Path] | None
+    config: CorpusConfig, split: str, configuration: str | None, files: Sequence[Path] | None
 ) -> Dataset | IterableDataset:
     from datasets import load_dataset
 
@@ -129,17 +127,16 @@ def _load(
     if files is not None:
         kind, paths = files[0].suffix.lower(), [str(file) for file in files]
         options |= {"sep": "\t"} if kind == ".tsv" else {}
-        return load_dataset(_BUILDERS[kind], data_files={splits[0]: paths}, split=splits[0], **options)
-    first: ValueError | None = None
-    for split in splits:
+        return load_dataset(_BUILDERS[kind], data_files={split: paths}, split=split, **options)
+    unknown: list[ValueError] = []
+    for name in spellings_of(split):
         try:
-            return load_dataset(config.source, configuration, split=split, revision=config.revision, **options)
+            return load_dataset(config.source, configuration, split=name, revision=config.revision, **options)
         except ValueError as error:
             if "split" not in str(error).lower():
                 raise
-            first = first or error
-    assert first is not None
-    raise first
+            unknown.append(error)
+    raise unknown[0]
 
 
 def load_stored(config: CorpusConfig, file: Path | None) -> Dataset | IterableDataset | None:
@@ -157,8 +154,7 @@ def load_stored(config: CorpusConfig, file: Path | None) -> Dataset | IterableDa
             return None
     elif not _HUB_ID.fullmatch(config.source) or source.suffix.lower() in _BUILDERS:
         return None
-    others = spellings_of(config.split)[1:]
-    return load_rows(config, config.split, configuration=config.configuration, spellings=others)
+    return load_rows(config, config.split, configuration=config.configuration)
 
 
 def _saved(config: CorpusConfig, folder: Path) -> Dataset | IterableDataset:
