@@ -245,9 +245,9 @@ def _open_include(config: CorpusConfig) -> Corpus:
     source, name, split = Path(config.source), config.name or "include", _INCLUDE_SPLITS.get(config.split.lower())
     if split is None:
         raise DataError(config.source, f"INCLUDE has no split {config.split!r}: one of train, val, test")
-    paths = dict.fromkeys(_signs(config, source, split))
     if config.videos is None and not source.exists():
         raise DataError(source, "not here, or a Hub id, which has no videos: say in which folder they are (videos)")
+    paths = dict.fromkeys(_signs(config, source, split))
     find = _finder(Path(config.videos or (source if source.is_dir() else source.parent)))
     rows: list[Row] = []
     for path in map(PurePosixPath, paths):
