@@ -11,13 +11,16 @@ from typing import Any
 
 import pytest
 import torch
+import torch.distributed as dist
+from torch.distributed.device_mesh import init_device_mesh
 from train import ranks
 
 from whisper_moe.train import checkpoint
-from whisper_moe.train.model_parallel import cut, spread_experts
+from whisper_moe.train.model_parallel import Use, cut, spread_experts
 from whisper_moe.train.parallel import device_of
 from whisper_moe.train.recipe import ParallelRecipe
 
+UNUSED = r"\.experts\.(up|down_weight)"
 TOLERANCE = 1e-5
 """Relative to a tensor's largest value, in float32."""
 
@@ -266,6 +269,26 @@ def test_heads_that_do_not_come_out_even_are_refused() -> None:
     mesh: Any = SimpleNamespace(size=lambda: 4)
     with pytest.raises(ValueError, match=r"parallel\.tensor is 4, which does not divide the model's 2 decoder heads"):
         cut(ranks.tiny_model("segment", torch.float32), mesh)
+
+
+@pytest.mark.parametrize("change", [cut, spread_experts, lambda model, mesh: None])
+def test_what_no_rank_chose_loses_its_gradient_of_zeros(change: Any) -> None:
+    """In every form of experts, and what was chosen keeps its own."""
+    dist.init_process_group("gloo", rank=0, world_size=1, store=dist.HashStore())  # pyright: ignore[reportPrivateImportUsage]
+    try:
+        model = ranks.tiny_model("segment", torch.float32)
+        change(model, init_device_mesh("cpu", (1,)))
+        use = Use(model, torch.device("cpu"))
+        for chosen in (True, False):
+            for parameter in model.parameters():
+                parameter.grad = torch.zeros_like(parameter)
+            if chosen:
+                model(list(ranks.pack((9, 30), 5).mels), ranks.random_texts([4, 5]))
+            use.forget_unused()
+            lost = {name for name, parameter in model.named_parameters() if parameter.grad is None}
+            assert lost == {name for name in dict(model.named_parameters()) if not chosen and re.search(UNUSED, name)}
+    finally:
+        dist.destroy_process_group()
 
 
 def test_a_process_without_a_gpu_is_told_so(monkeypatch: pytest.MonkeyPatch) -> None:

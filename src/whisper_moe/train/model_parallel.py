@@ -15,6 +15,8 @@ that arrive at one rank.
 
 from __future__ import annotations
 
+from functools import partial
+
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
@@ -127,33 +129,26 @@ class Use:
     """
 
     def __init__(self, model: WhisperMoEModel, device: torch.device) -> None:
-        self._members: list[list[nn.Parameter]] = []
-        for module in model.modules():
-            if isinstance(module, ExpertTTT):
-                for layer in module:
-                    self._follow(layer, list(layer.parameters()))
-            elif isinstance(module, (Experts, ExpertsOverRanks)):  # their last bias takes part for *none* too
-                self._follow(module, [p for name, p in module.named_parameters() if name != "down_bias"])
-        self._used = torch.zeros(len(self._members), device=device)
+        modules = list(model.modules())
+        followed = [module for module in modules if isinstance(module, (Experts, _PartOfExperts))]
+        followed += [layer for module in modules if isinstance(module, ExpertTTT) for layer in module]
+        # The last bias of experts takes part for *none* too.
+        self._members = [[p for name, p in module.named_parameters() if name != "down_bias"] for module in followed]
+        self._used = torch.zeros(len(followed), device=device)
+        for place, module in enumerate(followed):
+            module.register_forward_pre_hook(partial(self._note, place))
 
-    def _follow(self, module: nn.Module, parameters: list[nn.Parameter]) -> None:
-        place = len(self._members)
-        self._members.append(parameters)
-
-        def note(_module: nn.Module, inputs: tuple[object, ...]) -> None:
-            chosen = inputs[1].experts != NONE if isinstance(inputs[1], Routing) else self._used.new_ones(1)
-            self._used[place] += chosen.any()
-
-        module.register_forward_pre_hook(note)
+    def _note(self, place: int, _module: nn.Module, inputs: tuple[object, ...]) -> None:
+        chosen = inputs[1].experts != NONE if isinstance(inputs[1], Routing) else self._used.new_ones(1)
+        self._used[place] += chosen.any()
 
     def forget_unused(self) -> None:
         """To be called once a step, between the passes and the update."""
-        if self._members:
-            dist.all_reduce(self._used)
-            for used, parameters in zip(self._used.tolist(), self._members, strict=True):
-                for parameter in () if used else parameters:
-                    parameter.grad = None
-            self._used.zero_()
+        dist.all_reduce(self._used)
+        for used, parameters in zip(self._used.tolist(), self._members, strict=True):
+            for parameter in () if used else parameters:
+                parameter.grad = None
+        self._used.zero_()
 
 
 # Tensor parallel
