@@ -33,6 +33,7 @@ def test_inputs_of_one_name_get_different_names() -> None:
     assert names(paths) == ["talk", "talk-3", "talk-2", "Talk-4", "stdin", "x.tar"]
     composed, decomposed = names(["caf\u00e9.wav", "cafe\u0301.wav"])
     assert composed == "caf\u00e9" and decomposed == "cafe\u0301-2"
+    assert names([f"{folder}/audio.wav" for folder in range(20_000)])[-1] == "audio-20000"  # in no time
 
 
 PATHS = st.sampled_from(["a", "A", "a-2", "a-2-2", "a.partial", "a.partial.partial", "b", "stdin", "-", "a.b"])

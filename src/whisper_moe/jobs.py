@@ -12,6 +12,7 @@ import re
 import sys
 import tempfile
 import unicodedata
+from collections import defaultdict
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -86,9 +87,10 @@ def named(paths: Sequence[str]) -> list[Job]:
     """
     stems = ["stdin" if path == "-" else _stem(path) for path in paths]
     reserved, names, taken = set(map(_file_key, stems)), list[str](), set[str]()
+    numbers = defaultdict[str, Iterator[int]](lambda: itertools.count(2))
     for stem in stems:
-        numbered = (f"{stem}-{number}" for number in itertools.count(2))
-        free = (name for name in numbered if _file_key(name) not in taken | reserved)
+        numbered = (f"{stem}-{number}" for number in numbers[_file_key(stem)])
+        free = (name for name in numbered if _file_key(name) not in reserved)
         names.append(stem if _file_key(stem) not in taken else next(free))
         taken.add(_file_key(names[-1]))
     jobs: list[Job] = []
