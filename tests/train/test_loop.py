@@ -99,11 +99,12 @@ def test_a_run_that_goes_on_is_the_same_run(name: str, tmp_path: Path) -> None:
 
     first = stopping(tiny_trainer(name, batches, steps=7, accumulate=2, directory=tmp_path), after=3)
     assert first.run() == "interrupted"
-    found = checkpoint.latest(tmp_path)
+    drawn, found = torch.rand(3), checkpoint.latest(tmp_path)
     assert found is not None and checkpoint.step_of(found) == 3
     second = tiny_trainer(name, batches, seed=99, steps=7, accumulate=2)
     assert not same(weights(second), weights(first))
     second.load(found)
+    assert torch.equal(torch.rand(3), drawn)  # random numbers go on, too
     second.run()
     assert notes(first).losses + notes(second).losses == notes(whole).losses
     assert same(weights(second), weights(whole))

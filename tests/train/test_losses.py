@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -85,6 +87,18 @@ def test_parts_of_a_batch_in_several_processes_add_up() -> None:
         parts = [loss(whole.rows(torch.arange(first, last)), counts) for first, last in ((0, 3), (3, 12))]
         assert torch.allclose(parts[0] + parts[1], loss(whole, counts))
     assert torch.allclose(z_loss(whole, counts), whole.logits.logsumexp(1).square().mean())  # pyright: ignore[reportOptionalMemberAccess]
+
+
+@pytest.mark.parametrize(("balancing", "balance"), [("loss", 2.0), ("bias", 0.0)])
+def test_the_recipe_weighs_the_losses_of_routers(balancing: Any, balance: float) -> None:
+    """A bias takes the place of the balance loss, not of the z-loss."""
+    _, routing = random_routing(12)
+    given = LossRecipe(balancing=balancing, balance=2.0, z=3.0)
+    loss, parts, _ = router_terms([routing], 0.5, given, lambda values: values)
+    counts = choice_counts(routing)
+    expected = balance * balance_loss(routing, counts) + 3 * z_loss(routing, counts)
+    assert float(loss) == pytest.approx(0.5 * expected.item())
+    assert parts["z"].item() == pytest.approx(0.5 * z_loss(routing, counts).item())
 
 
 def test_a_router_that_always_takes_none_still_learns() -> None:
