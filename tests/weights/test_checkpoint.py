@@ -53,7 +53,7 @@ def test_what_is_saved_is_loaded_bit_for_bit(name: str, tmp_path: Path) -> None:
     state = random_state(CONFIGS[name])
     save(tmp_path / "m", CONFIGS[name], state)
     loaded = load_checkpoint(tmp_path / "m")
-    for path in (tmp_path / "m").rglob("*.safetensors"):  # weights outlive their files: nothing in memory is a map of one
+    for path in (tmp_path / "m").rglob("*.safetensors"):  # nothing in memory is a map of a file
         path.write_bytes(b"\xff" * path.stat().st_size)
     assert loaded.config == CONFIGS[name]
     assert loaded.generation.items() >= GENERATION.items()
