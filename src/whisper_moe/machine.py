@@ -181,9 +181,9 @@ def take_threads(count: int) -> None:
 def check_arithmetic(device: str, dtype: str) -> None:
     """Raises ``ValueError`` for what no machine has; torch is not asked."""
     if dtype not in DTYPES:
-        raise ValueError(f"unknown dtype {dtype!r}: one of {', '.join(DTYPES)}")
+        raise ValueError(f"dtype must be one of {', '.join(DTYPES)}; got {dtype!r}")
     if not re.fullmatch(r"[a-z]+(:\d+)?", device):
-        raise ValueError(f"unknown device {device!r}: cpu, cuda, cuda:1, mps or auto")
+        raise ValueError(f"device must be cpu, cuda, cuda:1, mps or auto; got {device!r}")
     if dtype == "int8" and device not in ("auto", "cpu"):
         raise ValueError(f"dtype int8 runs on a CPU; on {device} take bfloat16 or float16")
 
@@ -198,7 +198,7 @@ def pick_device(wanted: str) -> str:
     try:
         device = torch.device(wanted)
     except RuntimeError:
-        raise ValueError(f"unknown device {wanted!r}: cpu, cuda, cuda:1, mps or auto") from None
+        raise ValueError(f"device must be cpu, cuda, cuda:1, mps or auto; got {wanted!r}") from None
     if (device.index or 0) >= {"cpu": 1, "cuda": gpus, "mps": int(apple)}.get(device.type, 1):
         raise ValueError(f"device {wanted}: PyTorch {torch.__version__} sees no such device here")
     return wanted

@@ -174,7 +174,8 @@ def test_what_a_run_goes_on_with_is_said_as_it_is_written(material: Path, tmp_pa
 
 
 @pytest.mark.parametrize(
-    ("device", "said"), [("cuda", "sees no such device"), ("cuda:7", "sees no such device"), ("gpu", "unknown device")]
+    ("device", "said"),
+    [("cuda", "sees no such device"), ("cuda:7", "sees no such device"), ("gpu", "device must be cpu")],
 )
 def test_a_device_that_is_not_here_is_said_before_a_model_is_loaded(
     material: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, device: str, said: str

@@ -270,7 +270,7 @@ class Adapter(BaseModel):
     revision: str | None = None
     lora_alpha: float = 8
     alpha_pattern: dict[re.Pattern[str], float] | None = None
-    use_rslora: bool = False
+    use_rslora: bool | None = None
     init_lora_weights: Literal["gaussian", "eva", "orthogonal"] | bool | None = None
     """Those that leave the base model's own weights as they were."""
 
