@@ -21,6 +21,7 @@ ORDER = (
     {"data"},
     {"evaluate"},
     {"train"},
+    {"merge"},
     {"api"},
     {"jobs"},
     {"commands"},

@@ -6,6 +6,7 @@ import os
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, replace
+from functools import lru_cache, partial
 from pathlib import Path
 from typing import Any, BinaryIO, Self, TypeAlias, overload
 
@@ -17,6 +18,7 @@ from torch import Tensor
 from whisper_moe.config import FULL_WINDOW, SAMPLE_RATE, ModelConfig, problems
 from whisper_moe.generate.decode import WindowDecoder
 from whisper_moe.generate.longform import Recording, Transcriber
+from whisper_moe.generate.mixture import Mixture
 from whisper_moe.generate.options import TranscribeOptions
 from whisper_moe.generate.result import Transcription
 from whisper_moe.machine import check_arithmetic, pick_device, take_threads, weights_apart
@@ -26,7 +28,7 @@ from whisper_moe.media.windows import cut_clips, drop_silence, is_silent, speech
 from whisper_moe.model.inference import prepare_for_inference
 from whisper_moe.model.int8 import suits_fbgemm
 from whisper_moe.model.model import TextHead, WhisperMoEModel
-from whisper_moe.weights.checkpoint import Loaded, save_checkpoint
+from whisper_moe.weights.checkpoint import Loaded, load_checkpoint, save_checkpoint
 from whisper_moe.weights.load import load_model
 from whisper_moe.weights.parts import empty_model
 from whisper_moe.weights.tokens import stated_language
@@ -67,12 +69,16 @@ class WhisperMoE:
         tokenizer_json: bytes = b"",
         device: str = "cpu",
         dtype: str = "float32",
+        experts: Sequence[Callable[[], WindowDecoder]] = (),
     ) -> None:
+        """``experts``: whole models, which are then asked in place of this one."""
         self.name, self.device, self.dtype = name, device, dtype
         self.tokenizer, self.generation = tokenizer, generation
         self._tokenizer_json = tokenizer_json
         self.model = model.eval()
         self._decoder = WindowDecoder(model, tokenizer, generation)
+        if experts:
+            self._decoder = Mixture(self._decoder, experts)
 
     @classmethod
     def from_pretrained(
@@ -83,6 +89,7 @@ class WhisperMoE:
         dtype: str = "auto",
         threads: int | None = None,
         for_inference: bool = True,
+        lazy: bool = False,
         model_dir: str | os.PathLike[str] | None = None,
     ) -> Self:
         """Load a whisper-moe directory or training run, any Whisper (``base``, Hub id, folder, ``.pt`` file, LoRA adapter),
@@ -91,8 +98,9 @@ class WhisperMoE:
         ``device``: ``cpu``, ``cuda``, ``mps`` …; ``auto`` takes a GPU if there is one. ``dtype``: ``int8`` is arithmetic
         with a scale for each token, on a CPU only; ``auto`` takes it where the CPU is fast at it, else float32.
         ``threads``: of the CPU, for the whole process; by default as many as others leave cores for. ``for_inference``
-        lays the weights out for the machine; without, they are float32 and can be trained and saved. ``model_dir``: a folder
-        in which the model is looked for first, and which downloads go to. Raises ``ValueError`` that names what is wrong.
+        lays the weights out for the machine; without, they are float32 and can be trained and saved. ``lazy``: of experts that
+        are whole models, two at most are kept in memory. ``model_dir``: a folder in which the model is looked for first, and
+        which downloads go to. Raises ``ValueError`` that names what is wrong.
         """
         check_arithmetic(device, dtype)
         if threads is not None:
@@ -103,11 +111,25 @@ class WhisperMoE:
             raise ValueError(f"for_inference=False loads float32 weights; dtype {dtype!r} would round them")
         dtype = _pick_dtype(dtype, device) if for_inference else "float32"
         for_cpu = for_inference and device == "cpu" and dtype in ("float32", "int8")
+
+        def network(loaded: Loaded) -> WhisperMoEModel:
+            return _network(loaded, device, dtype, for_inference=for_inference, for_cpu=for_cpu)
+
+        @lru_cache(maxsize=2 if lazy else None)
+        def expert(folder: Path) -> WindowDecoder:
+            with weights_apart() if for_cpu else nullcontext():
+                loaded = load_checkpoint(folder, keep_int8=for_cpu)
+                return WindowDecoder(network(loaded), loaded.tokenizer, loaded.generation)
+
         with weights_apart() if for_cpu else nullcontext():
             loaded = load_model(model, keep_int8=for_cpu, model_dir=model_dir)
-            network = _network(loaded, device, dtype, for_inference=for_inference, for_cpu=for_cpu)
-        parts: dict[str, Any] = {"name": loaded.name, "tokenizer_json": loaded.tokenizer_json}
-        return cls(network, loaded.tokenizer, loaded.generation, device=device, dtype=dtype, **parts)
+            own = network(loaded)
+        experts = [partial(expert, folder) for folder in loaded.experts]
+        if not lazy:
+            for fetch in experts:
+                fetch()
+        parts: dict[str, Any] = {"name": loaded.name, "tokenizer_json": loaded.tokenizer_json, "experts": experts}
+        return cls(own, loaded.tokenizer, loaded.generation, device=device, dtype=dtype, **parts)
 
     @property
     def config(self) -> ModelConfig:

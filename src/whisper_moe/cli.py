@@ -100,6 +100,24 @@ upcycle: Turn any Whisper into a mixture of experts that computes the same funct
   --overwrite               switch               Replace a checkpoint that is there.
   --seed                    int = 0              Of the parts that are new.
 
+doctor: Say whether fine-tuned Whispers can be merged, and what they lost: silence, timestamps, finite numbers.
+  experts                   [str]                Fine-tunes of one size: folders, Hub ids, .pt files, LoRA adapters; NAME=MODEL names one.
+  --base                    str                  What they were made from; default: OpenAI's Whisper of their shape.
+  --dev                     [str]                Tables, folders or Hub ids to measure each one's WER on. Once for each.
+  --json                    switch               As JSON, with every layer.
+
+merge: Make one model of fine-tuned Whispers that knows which of them to ask.
+  experts                   [str]                Fine-tunes of one size: folders, Hub ids, .pt files, LoRA adapters; NAME=MODEL names one.
+  --output -o               path!                The folder to write.
+  --probe                   [str]                A few minutes of clips for each expert, in their order: tables, folders or Hub ids. Once for each.
+  --none                    [str]                Clips that are for none of them, and stay with the base. Once for each.
+  --base                    str                  What they were made from; default: OpenAI's Whisper of their shape.
+  --granularity             str = delta          delta: each expert is the base and a low-rank difference. model: experts stay whole models.
+  --delta-rank              int>=1 = 32          Rank of an expert's difference from the base, in each matrix.
+  --gate-threshold          float>=0 = 0.1       model: where the second expert's gate is below it, the first answers alone.
+  --quantize                switch               Store the base's matrices as int8.
+  --overwrite               switch               Replace a checkpoint that is there.
+
 export: Write a dense model as a Whisper that other programs read.
   model                     str                  A dense whisper-moe folder, or any Whisper.
   --output -o               path!                The folder to write.

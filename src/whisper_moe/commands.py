@@ -276,6 +276,28 @@ def _from_pretrained(model: str | None, **options: Any) -> WhisperMoE:
     return WhisperMoE.from_pretrained(model, **options)
 
 
+def doctor(flags: SimpleNamespace) -> int:
+    from whisper_moe.merge import run
+
+    return run.doctor(flags.experts, flags.base, flags.dev or (), flags.json)
+
+
+def merge(flags: SimpleNamespace) -> int:
+    if flags.output.exists() and not flags.overwrite:
+        raise UsageError(f"{flags.output}: exists already; --overwrite replaces it")
+    from whisper_moe.merge import run
+
+    given: dict[str, Any] = vars(flags) | {"probe": flags.probe or (), "none": flags.none or ()}
+    clips = run.merge(**given)
+    from whisper_moe.api import WhisperMoE
+
+    model = WhisperMoE.from_pretrained(flags.output)
+    for name, said in zip(clips, model.transcribe(list(clips.values())), strict=True):
+        chosen = ", ".join(f"{expert} {gate:.2f}" for s in said.segments[:1] for expert, gate in s.experts)
+        logger.info("%s → %s: %s", name, chosen or "nothing said", said.text)
+    return 0
+
+
 def data_inspect(flags: SimpleNamespace) -> int:
     from whisper_moe.data import inspect
 

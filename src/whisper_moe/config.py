@@ -61,6 +61,15 @@ class _Frozen(BaseModel):
 class MoEConfig(_Frozen):
     """A mixture-of-experts feed-forward (Mixtral arXiv 2401.04088; shared expert as in DeepSeekMoE 2401.06066)."""
 
+    granularity: Literal["ffn", "delta", "model"] = "ffn"
+    """What an expert is. ``ffn``: feed-forwards beside the dense model's or in their place; ``delta``: a low-rank difference of
+    every matrix, with norms and biases in full (:mod:`whisper_moe.model.delta`); ``model``: a whole model
+    (:mod:`whisper_moe.generate.mixture`)."""
+    delta_rank: int = Field(default=32, ge=1)
+    gate_threshold: float = Field(default=0.0, ge=0, le=0.5)
+    """``model``: where the second gate is below it, the first expert answers alone."""
+    fitted_router: bool = False
+    """The router was fitted to a few clips of each expert (:mod:`whisper_moe.merge.router`)."""
     n_experts: int = Field(default=8, ge=1)
     top_k: int = Field(default=2, ge=1)
     expert_dim: int = Field(default=256, ge=1)
@@ -86,6 +95,8 @@ class MoEConfig(_Frozen):
             raise ValueError(
                 "none_choice needs shared=True: without a shared expert, *none* would drop the feed-forward"
             )
+        if self.granularity != "ffn" and (self.scope == "token" or not self.shared):
+            raise ValueError(f"granularity {self.granularity}: the base is shared, and experts are chosen per segment")
         if self.expert_names and not len(self.expert_names) == len(set(self.expert_names)) == self.n_experts:
             raise ValueError(f"expert_names must be {self.n_experts} different names, got {list(self.expert_names)}")
         return self
@@ -231,7 +242,8 @@ class ModelConfig(_Frozen):
                 raise ValueError("ttt.per_expert needs experts that are chosen per segment")
             if ttt.decoder_layers:
                 raise ValueError("ttt.per_expert is for encoder layers; the decoder's TTT layers serve all experts")
-            unrouted = [i for i in ttt.encoder_layers if i < self.moe.router_layer]
+            whole = self.moe.granularity != "ffn"  # segments that are routed begin again at the stem
+            unrouted = [i for i in ttt.encoder_layers if i < self.moe.router_layer and not whole]
             if unrouted:
                 raise ValueError(f"ttt.per_expert: encoder layers {unrouted} come before the router's choice")
 
@@ -249,7 +261,7 @@ class ModelConfig(_Frozen):
 
     def routed(self, side: Literal["encoder", "decoder"], layer: int) -> bool:
         """Whether this block's feed-forward is a mixture of experts."""
-        if self.moe is None:
+        if self.moe is None or self.moe.granularity != "ffn":
             return False
         return side == "decoder" or self.moe.scope == "token" or layer >= self.moe.router_layer
 

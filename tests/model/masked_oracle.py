@@ -22,17 +22,17 @@ def masked_self_attention(attention: SelfAttention, x_TD: Tensor, layout: Layout
     mask = same_segment(layout, layout)
     if attention.causal:
         mask = mask.tril()
-    q, k, v = (x_TD @ attention.qkv.weight.T + attention.qkv.bias).chunk(3, dim=-1)
-    return _mixed(q, k, v, mask, attention.heads) @ attention.out.weight.T + attention.out.bias
+    q, k, v = attention.qkv(x_TD).chunk(3, dim=-1)
+    return attention.out(_mixed(q, k, v, mask, attention.heads))
 
 
 def masked_cross_attention(
     attention: CrossAttention, x_TD: Tensor, layout: Layout, states_TD: Tensor, states_layout: Layout
 ) -> Tensor:
     mask = same_segment(layout, states_layout)
-    q = x_TD @ attention.q.weight.T + attention.q.bias
-    k, v = (states_TD @ attention.kv.weight.T + attention.kv.bias).chunk(2, dim=-1)
-    return _mixed(q, k, v, mask, attention.heads) @ attention.out.weight.T + attention.out.bias
+    q = attention.q(x_TD)
+    k, v = attention.kv(states_TD).chunk(2, dim=-1)
+    return attention.out(_mixed(q, k, v, mask, attention.heads))
 
 
 def _mixed(q: Tensor, k: Tensor, v: Tensor, mask: Tensor, heads: int) -> Tensor:

@@ -39,6 +39,12 @@ CONFIGS = {
             "ttt": TTTConfig(encoder_layers=(1,), mini_batch=MINI_BATCH, per_expert=True),
         }
     ),
+    "delta": _SHAPE.model_copy(
+        update={
+            "moe": MoEConfig(granularity="delta", delta_rank=5, n_experts=4, router_layer=2),
+            "ttt": TTTConfig(encoder_layers=(1,), mini_batch=MINI_BATCH, per_expert=True),
+        }
+    ),
     "conformer": _SHAPE.model_copy(
         update={
             "adapt": AdaptConfig(encoder_layers=(0,), decoder_layers=(1,), adapter_dim=8),
@@ -46,8 +52,8 @@ CONFIGS = {
         }
     ),
 }
-"""Without experts; experts chosen per segment or per token beside a shared one; experts alone, each with its own TTT; without
-experts, adapted and with convolutions."""
+"""Without experts; experts chosen per segment or per token beside a shared one; experts alone, each with its own TTT; experts
+that are differences; without experts, adapted and with convolutions."""
 
 
 def tiny_model(name: str, dtype: torch.dtype = torch.float64, seed: int = 0) -> WhisperMoEModel:

@@ -16,11 +16,13 @@ from dataclasses import asdict, dataclass, field
 from functools import partial
 from itertools import islice
 from json import dumps
+from pathlib import Path
 from typing import Any, TypeAlias
 
 from pydantic import ValidationError
 
 from whisper_moe.config import EMBEDDED, SAMPLE_RATE, ModelConfig, problems
+from whisper_moe.data import corpus
 from whisper_moe.data.corpora import kind_of, open_corpus
 from whisper_moe.data.corpus import PROBES, CorpusConfig
 from whisper_moe.data.examples import ExampleConfig, ExampleReader
@@ -235,6 +237,22 @@ def run(sources: Sequence[str], *, kind: str, decode: bool, json: bool, model: s
 def _complain(cause: object, status: int = 1) -> int:
     print(f"whisper-moe: {' '.join(str(cause).split())}", file=sys.stderr)
     return status
+
+
+def named_corpus(given: str, split: str | None = None, **settings: Any) -> CorpusConfig:
+    """``kathbath:FOLDER``, ``table:…``; without a kind, the Hub id or what lies in the folder decides.
+
+    ``split``: None for the one that such a corpus is evaluated on.
+    """
+    prefix, _, rest = given.partition(":")
+    kind, source = (prefix, rest) if rest and prefix in corpus.KINDS else (kind_of(given), given)
+    where = {
+        "kind": kind,
+        "source": source,
+        "split": split or corpus.KINDS[kind][0],
+        "streaming": not Path(source).exists(),
+    }
+    return CorpusConfig(**where, **settings)
 
 
 def listed(given: str) -> Any:

@@ -22,9 +22,9 @@ from typing import Any, NamedTuple, TypeVar
 import numpy as np
 
 from whisper_moe.config import FULL_WINDOW, SAMPLE_RATE
-from whisper_moe.data.corpora import kind_of, open_corpus
-from whisper_moe.data.corpus import KINDS, CorpusConfig
-from whisper_moe.data.inspect import listed
+from whisper_moe.data.corpora import open_corpus
+from whisper_moe.data.corpus import CorpusConfig
+from whisper_moe.data.inspect import listed, named_corpus
 from whisper_moe.data.sample import Sample, Skipped, items
 from whisper_moe.evaluate import report as reports
 from whisper_moe.evaluate.cost import cost
@@ -90,13 +90,7 @@ def plan(
     if doubled := {label for label in labels if labels.count(label) > 1}:
         raise ValueError(f"two systems would both be called {', '.join(sorted(doubled))}: they cannot be told apart")
     which = {"languages": languages, "task": task, "limit": limit, "columns": listed(columns) if columns else ()}
-    corpora = []
-    for given in data:
-        prefix, _, rest = given.partition(":")
-        kind, source = (prefix, rest) if rest and prefix in KINDS else (kind_of(given), given)
-        streaming = not Path(source).exists()
-        where = {"kind": kind, "source": source, "split": split or KINDS[kind][0], "streaming": streaming}
-        corpora.append(CorpusConfig(**where, **which))
+    corpora = [named_corpus(given, split, **which) for given in data]
     if output is not None:
         _check_folder(output)
     return Plan(systems, tuple(corpora), output, Options(**options))

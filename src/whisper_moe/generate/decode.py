@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import math
 from collections import defaultdict
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any
@@ -32,6 +32,8 @@ from whisper_moe.packing import Layout, first_fit_decreasing
 TOKENS_PER_SECOND = 40
 """More than anybody says, in the languages that cost most tokens a letter; a text that is longer is a loop."""
 MINIMUM_TOKEN_LIMIT = 32
+ROUTED_SECONDS = 5.0
+"""Of each window, what a router that chooses before the pass of the experts listens to."""
 
 
 @dataclass(frozen=True)
@@ -55,12 +57,27 @@ def prompt_ids(text: str | None, tokenizer: Tokenizer) -> list[int]:
     return tokenizer.encode(f" {text.strip()}") if text and text.strip() else []
 
 
+def middle(clip: np.ndarray) -> np.ndarray:
+    """As much of a clip as a router that chooses ahead listens to."""
+    most = round(ROUTED_SECONDS * SAMPLE_RATE)
+    begin = max(0, len(clip) - most) // 2
+    return clip[begin : begin + most]
+
+
 class WindowDecoder:
     """A model with its tokenizer and generation config, ready to decode windows of up to 30 s."""
 
     def __init__(self, model: WhisperMoEModel, tokenizer: Tokenizer, generation: Mapping[str, Any]) -> None:
         self.model, self.tokenizer, self.generation = model, tokenizer, generation
         self.window_positions = min(model.config.max_source_positions, round(FULL_WINDOW * POSITIONS_PER_SECOND))
+
+    def start(self, encoded: Encoded, beams: int = 1) -> Any:
+        """The state before the first token; searching hands it from step to step."""
+        return self.model.decoder.start(encoded, beams)
+
+    def restarted(self, state: Any) -> Any:
+        """The state before the first token again; what was computed of the sound is kept."""
+        return self.model.decoder.restarted(state)
 
     def step(self, tokens_Rn: Tensor, state: DecoderState) -> tuple[Tensor, DecoderState]:
         """As :mod:`whisper_moe.generate.search` asks for it."""
@@ -113,7 +130,7 @@ class WindowDecoder:
     @fitting_threads()
     def detect_language(self, clip: np.ndarray, options: TranscribeOptions, margin: float) -> dict[str, float]:
         """Probabilities of the allowed languages, likeliest first."""
-        state = self.model.decoder.start(self.encode([clip], margin))
+        state = self.start(self.encode([clip], margin))
         logits, _ = self.step(torch.tensor([[self.tokenizer.sot]]), state)
         codes, probabilities = self._language_probabilities(logits, options)
         pairs = zip(codes, probabilities[0].tolist(), strict=True)
@@ -121,20 +138,41 @@ class WindowDecoder:
 
     def encode(self, clips: Sequence[np.ndarray], margin: float, carry: Carry | None = None) -> Encoded:
         """Clips packed and encoded, one batch of decoding rows in the order given."""
-        lengths = [self.positions(len(clip), margin) for clip in clips]
-        heard = [self.positions(len(clip), 0) for clip in clips]
-        packs = first_fit_decreasing(lengths)
+        routing = self.choose(clips) if self.model.encoder.routes_ahead else None
         parts: list[Encoded] = []
-        for pack in packs:
-            mels = [window_mel(clips[i], self.model.config.n_mels, lengths[i]).to(self._like) for i in pack]
-            parts.append(self.model.encoder(mels, valid_lengths=[heard[i] for i in pack], carry=carry))
+        places, packs = self._packs(clips, margin)
+        for pack, mels in packs:
+            heard = [self.positions(len(clips[i]), 0) for i in pack]
+            own = None if routing is None else routing.rows(torch.tensor(pack, device=self._like.device))
+            parts.append(self.model.encoder(mels, valid_lengths=heard, routing=own, carry=carry))
+        pieces = [piece for part in parts for piece in part.states_TD.split(part.layout.lengths)]
+        pieces = [pieces[place] for place in places]
+        routings = [part.routing for part in parts if part.routing is not None]
+        if routings:
+            routing = Routing.cat(routings).rows(torch.tensor(places, device=self._like.device))
+        return Encoded(torch.cat(pieces), Layout(map(len, pieces)), routing)
+
+    def choose(self, clips: Sequence[np.ndarray], allowed: Sequence[int] | None = None) -> Routing:
+        """The experts of each clip, before they hear it; ``allowed``: see :meth:`Router.forward`."""
+        assert self.model.encoder.router is not None
+        return self.model.encoder.router(self.features(clips), allowed)
+
+    @torch.inference_mode()
+    def features(self, clips: Sequence[np.ndarray]) -> Tensor:
+        """What a router that chooses ahead reads of each clip, [clips, D]: the base alone listens to its middle."""
+        places, packs = self._packs([middle(clip) for clip in clips], margin=0)
+        return torch.cat([self.model.encoder.features(mels) for _, mels in packs])[places]
+
+    def _packs(
+        self, clips: Sequence[np.ndarray], margin: float
+    ) -> tuple[list[int], Iterator[tuple[list[int], list[Tensor]]]]:
+        """Where each clip comes among all packs' segments; and the packs: which clips, and their mels."""
+        lengths = [self.positions(len(clip), margin) for clip in clips]
+        packs = first_fit_decreasing(lengths)
         order = [i for pack in packs for i in pack]
         places = sorted(range(len(order)), key=order.__getitem__)
-        pieces = [piece for part in parts for piece in part.states_TD.split(part.layout.lengths)]
-        states_TD = torch.cat([pieces[place] for place in places])
-        routings = [part.routing for part in parts if part.routing is not None]
-        routing = Routing.cat(routings).rows(torch.tensor(places, device=states_TD.device)) if routings else None
-        return Encoded(states_TD, Layout(lengths), routing)
+        mels = lambda i: window_mel(clips[i], self.model.config.n_mels, lengths[i]).to(self._like)  # noqa: E731
+        return places, ((pack, [mels(i) for i in pack]) for pack in packs)
 
     def decode_encoded(
         self,
@@ -147,11 +185,11 @@ class WindowDecoder:
         previous: Sequence[int] | None = None,
     ) -> list[DecodingResult]:
         tokenizer, segments, choice = self.tokenizer, len(samples), options.search(temperature)
-        state = self.model.decoder.start(encoded, choice.beams)
+        state = self.start(encoded, choice.beams)
         rows, prompt, heard = segments * choice.beams, self._prompt(options, previous), None
         if prompt and self.given_language(options) is None:  # a prompt has a language of its own
             heard, state = self.step(torch.tensor([[tokenizer.sot]] * rows), state)
-            state = self.model.decoder.restarted(state)
+            state = self.restarted(state)
         opening = [*prompt, tokenizer.sot]
         logits, state = self.step(torch.tensor([opening] * rows), state)
         own = self.model.config.source_vocab_size  # new tokens take no share of a probability: they are never said

@@ -146,6 +146,11 @@ class Tokenizer:
         """Read what :func:`read_backend` reads; ``generation_config`` is the content of ``generation_config.json``."""
         return cls(read_backend(Path(path)), generation_config)
 
+    @property
+    def vocabulary(self) -> dict[str, int]:
+        """Every token's id."""
+        return self._backend.get_vocab()
+
     def configured(self, generation_config: Mapping[str, Any]) -> Tokenizer:
         """The same with another generation config."""
         return Tokenizer(self._backend, generation_config)

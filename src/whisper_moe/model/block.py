@@ -136,7 +136,8 @@ class Block(nn.Module):
             assert source is not None, "a decoder block needs the encoder's states"
             cache = source if isinstance(source, CrossAttentionCache) else self.cross_attn.cache(*source)
             x_TD = x_TD + self.cross_attn(self.cross_norm(x_TD), layout, cache)
-        if self.ttt is not None and self.ttt_norm is not None and adapted and not self.ttt.skippable():
+        whose = adapted and (routing is not None or not isinstance(self.ttt, ExpertTTT))  # a base alone has no expert's
+        if self.ttt is not None and self.ttt_norm is not None and whose and not self.ttt.skippable():
             x_TD = x_TD + self._learn(self.ttt_norm(x_TD), layout, routing, carry)
         if self.conv is not None and self.conv_norm is not None:
             x_TD = x_TD + self.conv(self.conv_norm(x_TD), layout)

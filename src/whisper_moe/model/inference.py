@@ -20,6 +20,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from whisper_moe.model.delta import DeltaLinear, PreparedDelta
 from whisper_moe.model.int8 import FbgemmLinear, Int8Embedding, Int8Linear, Int8Rows, fbgemm_packing, suits_fbgemm
 from whisper_moe.model.layers import Norm
 from whisper_moe.model.model import Decoder, TextHead, WhisperMoEModel
@@ -65,7 +66,8 @@ def prepare_for_inference(
     paths = [
         path
         for path, module in model.named_modules()
-        if isinstance(module, (TextHead, Experts)) or (type(module) is nn.Linear and not path.endswith(".rate"))
+        if isinstance(module, (TextHead, Experts, DeltaLinear))
+        or (type(module) is nn.Linear and not path.endswith(".rate"))
     ]
     with _ONE_AT_A_TIME, fbgemm_packing() if arithmetic == "int8" and suits_fbgemm() else nullcontext():
         _side_by_side(model, paths, known, arithmetic)
@@ -110,7 +112,8 @@ def _prepared(module: nn.Module, path: str, known: Mapping[str, Int8Rows], arith
     if isinstance(module, TextHead):
         return _linear(known.get(f"{_EMBEDDING}.weight") or module.weight.detach(), None, arithmetic)
     if isinstance(module, nn.Linear):
-        return _linear(known.get(f"{path}.weight") or module.weight.detach(), module.bias, arithmetic)
+        base = _linear(known.get(f"{path}.weight") or module.weight.detach(), module.bias, arithmetic)
+        return PreparedDelta(base, module.experts) if isinstance(module, DeltaLinear) else base
     assert isinstance(module, Experts)
     up, down = (known.get(f"{path}.{key}") for key in ("up_weight", "down_weight"))
     if arithmetic == "int8" and not suits_fbgemm():

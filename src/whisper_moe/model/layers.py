@@ -11,6 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from whisper_moe.model.delta import narrowed
 from whisper_moe.packing import Layout
 
 CHUNK = 512
@@ -73,11 +74,14 @@ def by_chunks(function: Callable[[Tensor], Tensor], x_TD: Tensor) -> Tensor:
     """
     if len(x_TD) <= CHUNK or x_TD.device.type != "cpu" or torch.is_grad_enabled():
         return function(x_TD)
-    first = function(x_TD[:CHUNK])
-    y_TD = first.new_empty(len(x_TD), *first.shape[1:])
-    y_TD[:CHUNK] = first
-    for begin in range(CHUNK, len(x_TD), CHUNK):
-        y_TD[begin : begin + CHUNK] = function(x_TD[begin : begin + CHUNK])
+    y_TD: Tensor | None = None
+    for begin in range(0, len(x_TD), CHUNK):
+        rows = slice(begin, begin + CHUNK)
+        with narrowed(rows):
+            part = function(x_TD[rows])
+        y_TD = part.new_empty(len(x_TD), *part.shape[1:]) if y_TD is None else y_TD
+        y_TD[rows] = part
+    assert y_TD is not None
     return y_TD
 
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
+from itertools import groupby
 from typing import NamedTuple, cast
 
 import torch
@@ -17,6 +18,7 @@ from torch import Tensor, nn
 from whisper_moe.config import ModelConfig
 from whisper_moe.embed import AudioStem, sinusoids
 from whisper_moe.model.block import Block, BlockState, Carry
+from whisper_moe.model.delta import add_differences, assigned
 from whisper_moe.model.router import Router, Routing, pool_segments
 from whisper_moe.packing import Layout
 
@@ -121,6 +123,8 @@ class Encoder(nn.Module):
         moe = config.moe if config.moe and config.moe.scope == "segment" else None
         self.router = Router.of(config.d_model, moe) if moe else None
         self.router_layer = moe.router_layer if moe else None
+        self.routes_ahead = moe is not None and moe.granularity != "ffn"
+        self.deltas = _differences(config)
 
     def forward(
         self,
@@ -138,22 +142,52 @@ class Encoder(nn.Module):
         """
         if routing is not None and self.router is None:
             raise ValueError("routing is given to a model whose segments are not routed")
-        x_TD, layout = self.stem(mels)
+        if self.deltas and routing is None:
+            routing = self.choose(mels, valid_lengths)
+        x_TD, layout = self._positioned(mels, routing)
+        alone = [self.core_alone and length == len(self.positions) for length in layout.lengths]
+        choices: list[Routing] = [routing] if routing is not None and self.routes_ahead else []
+        with assigned(routing, layout, self.deltas):
+            for depth in range(len(self.blocks) + 1):
+                if depth == self.router_layer and self.router is not None and not self.routes_ahead:
+                    found = routing or self.router(pool_segments(x_TD, layout, valid_lengths))
+                    routing = found
+                    choices.append(found)
+                if depth < len(self.blocks):
+                    x_TD, chosen = self.blocks[depth](x_TD, layout, routing, carry=carry, alone=alone)
+                    choices += [chosen] if chosen else []
+            return Encoded(self.norm(x_TD), layout, routing, tuple(choices))
+
+    def choose(self, mels: Sequence[Tensor], valid_lengths: Sequence[int] | None = None) -> Routing:
+        """The experts of each segment by the base alone: where experts differ from the stem on, a pass before theirs."""
+        assert self.router is not None
+        return self.router(self.features(mels, valid_lengths))
+
+    def features(self, mels: Sequence[Tensor], valid_lengths: Sequence[int] | None = None) -> Tensor:
+        """What a router that chooses ahead reads of each segment, [S, D]."""
+        x_TD, layout = self._positioned(mels, None)
+        for block in self.blocks[: self.router_layer]:
+            x_TD = block(x_TD, layout, None).x_TD
+        return pool_segments(x_TD, layout, valid_lengths)
+
+    def _positioned(self, mels: Sequence[Tensor], routing: Routing | None) -> tuple[Tensor, Layout]:
+        """Stem and positions; kernels that differ by expert serve the segments of one choice together."""
+        if self.deltas and routing is not None:
+            choices = routing.choices
+            alone = routing.experts.shape[1] > 1  # its gates are its own
+            runs = [list(run) for _, run in groupby(range(len(mels)), lambda i: (choices[i], i if alone else 0))]
+            parts = []
+            for run in runs:
+                with assigned(routing.rows(torch.tensor(run)), Layout([1] * len(run)), self.deltas):
+                    parts.append(self.stem([mels[i] for i in run]))
+            x_TD = torch.cat([x for x, _ in parts])
+            layout = Layout(length for _, part in parts for length in part.lengths)
+        else:
+            x_TD, layout = self.stem(mels)
         longest, limit = max(layout.lengths), self.positions.shape[0]
         if longest > limit:
             raise ValueError(f"a segment has {longest} positions; the encoder has {limit}")
-        x_TD = x_TD + self.positions[layout.positions(x_TD.device)]
-        alone = [self.core_alone and length == limit for length in layout.lengths]
-        choices: list[Routing] = []
-        for depth in range(len(self.blocks) + 1):
-            if depth == self.router_layer and self.router is not None:
-                found = routing or self.router(pool_segments(x_TD, layout, valid_lengths))
-                routing = found
-                choices.append(found)
-            if depth < len(self.blocks):
-                x_TD, chosen = self.blocks[depth](x_TD, layout, routing, carry=carry, alone=alone)
-                choices += [chosen] if chosen else []
-        return Encoded(self.norm(x_TD), layout, routing, tuple(choices))
+        return x_TD + self.positions[layout.positions(x_TD.device)], layout
 
 
 class Decoder(nn.Module):
@@ -166,18 +200,20 @@ class Decoder(nn.Module):
         self.blocks = _blocks(Block(config, "decoder", i) for i in range(config.decoder_layers))
         self.norm = nn.LayerNorm(config.d_model)
         self.new_tokens = nn.Embedding(len(config.new_tokens), config.d_model) if config.new_tokens else None
+        self.deltas = _differences(config)
         self.head: nn.Module = TextHead(self.token_embedding, self.new_tokens)
 
     def forward(self, tokens_T: Tensor, layout: Layout, encoded: Encoded) -> Decoded:
         """Teacher forcing: flat tokens [T] of all segments, ``layout`` their texts."""
-        x_TD = self._embed(tokens_T, self._places(layout, tokens_T.device))
         depths: list[Tensor] = []
         choices: list[Routing] = []
-        for block in self.blocks:
-            x_TD, chosen = block(x_TD, layout, encoded.routing, (encoded.states_TD, encoded.layout))
-            depths.append(x_TD)
-            choices += [chosen] if chosen else []
-        return Decoded(self.norm(x_TD), tuple(depths), tuple(choices))
+        with assigned(encoded.routing, layout, self.deltas, encoded.layout):
+            x_TD = self._embed(tokens_T, self._places(layout, tokens_T.device))
+            for block in self.blocks:
+                x_TD, chosen = block(x_TD, layout, encoded.routing, (encoded.states_TD, encoded.layout))
+                depths.append(x_TD)
+                choices += [chosen] if chosen else []
+            return Decoded(self.norm(x_TD), tuple(depths), tuple(choices))
 
     def start(self, encoded: Encoded, beams: int = 1) -> DecoderState:
         """The state before the first token, ``beams`` rows for each segment."""
@@ -186,7 +222,8 @@ class Decoder(nn.Module):
         if routing is not None:
             routing = routing.rows(torch.arange(segments, device=states_TD.device).repeat_interleave(beams))
         capacity = min(_FIRST_CAPACITY, self.positions.shape[0])
-        blocks = [block.start(segments * beams, capacity, (states_TD, layout)) for block in self.blocks]
+        with assigned(encoded.routing, layout, self.deltas, layout):
+            blocks = [block.start(segments * beams, capacity, (states_TD, layout)) for block in self.blocks]
         return DecoderState(blocks, routing, segments, beams)
 
     def restarted(self, state: DecoderState) -> DecoderState:
@@ -201,11 +238,12 @@ class Decoder(nn.Module):
         if end > limit:
             raise ValueError(f"{end} tokens; the decoder has {limit} positions")
         places = torch.arange(state.length, end, device=tokens_Rn.device).repeat(rows)
-        x_TD = self._embed(tokens_Rn.flatten(), places)
         layout, beams = Layout([n] * rows), Layout([n * state.beams] * state.segments)
-        for block, own in zip(self.blocks, state.blocks, strict=True):
-            x_TD = block.extend(x_TD, layout, state.routing, own, beams)
-        return self.norm(x_TD).view(rows, n, -1)
+        with assigned(state.routing, layout, self.deltas):
+            x_TD = self._embed(tokens_Rn.flatten(), places)
+            for block, own in zip(self.blocks, state.blocks, strict=True):
+                x_TD = block.extend(x_TD, layout, state.routing, own, beams)
+            return self.norm(x_TD).view(rows, n, -1)
 
     def alignment(
         self, tokens_T: Tensor, layout: Layout, encoded: Encoded, heads: list[tuple[int, int]]
@@ -214,16 +252,17 @@ class Decoder(nn.Module):
 
         Pairs come out by ascending layer, those of one layer in the order given.
         """
-        x_TD = self._embed(tokens_T, self._places(layout, tokens_T.device))
         found: list[list[Tensor]] = [[] for _ in layout.lengths]
-        for depth, block in enumerate(self.blocks):
-            assert block.cross_attn is not None
-            cache = block.cross_attn.cache(encoded.states_TD, encoded.layout)
-            wanted = [head for layer, head in heads if layer == depth]
-            if wanted:
-                for segment, logits in enumerate(block.cross_logits(x_TD, layout, cache, wanted)):
-                    found[segment].append(logits)
-            x_TD = block(x_TD, layout, encoded.routing, cache).x_TD
+        with assigned(encoded.routing, layout, self.deltas, encoded.layout):
+            x_TD = self._embed(tokens_T, self._places(layout, tokens_T.device))
+            for depth, block in enumerate(self.blocks):
+                assert block.cross_attn is not None
+                cache = block.cross_attn.cache(encoded.states_TD, encoded.layout)
+                wanted = [head for layer, head in heads if layer == depth]
+                if wanted:
+                    for segment, logits in enumerate(block.cross_logits(x_TD, layout, cache, wanted)):
+                        found[segment].append(logits)
+                x_TD = block(x_TD, layout, encoded.routing, cache).x_TD
         return [torch.cat(logits) for logits in found]
 
     def _places(self, layout: Layout, device: torch.device) -> Tensor:
@@ -241,6 +280,11 @@ class Decoder(nn.Module):
         return torch.where((tokens_T < own)[:, None], own_TD, new_TD) + self.positions[places_T]
 
 
+def _differences(config: ModelConfig) -> int:
+    """Experts that are differences from the base."""
+    return config.moe.n_experts if config.moe and config.moe.granularity == "delta" else 0
+
+
 def _blocks(blocks: Iterable[Block]) -> Sequence[Block]:
     """A ``ModuleList``, by the type that it would have if it could say what it holds."""
     return cast("Sequence[Block]", nn.ModuleList(blocks))
@@ -254,6 +298,8 @@ class WhisperMoEModel(nn.Module):
         self.config = config
         self.encoder = Encoder(config)
         self.decoder = Decoder(config)
+        if config.moe and (experts := _differences(config)):
+            add_differences(self, experts, config.moe.delta_rank)
 
     def forward(
         self,

@@ -87,31 +87,66 @@ class Routing:
         return [(sum(length for _, length in run), choice) for choice, run in groupby(pairs, key=itemgetter(0))]
 
 
+class Fit(nn.Module):
+    """What a router that was fitted rather than trained has beside its weight (:mod:`whisper_moe.merge.router`)."""
+
+    centre: Tensor
+    scale: Tensor
+    intercept: Tensor
+    temperature: Tensor
+    threshold: Tensor
+    """An expert's least share among the experts; below it, *none* is chosen."""
+    moments: Tensor
+    """[C, D + 1, D + 1]: Σ [1, x]ᵀ[1, x] of each choice's clips, standardised; what a further expert is fitted beside."""
+
+    def __init__(self, choices: int, d_model: int) -> None:
+        super().__init__()
+        start = {"centre": torch.zeros(d_model), "scale": torch.ones(d_model), "intercept": torch.zeros(choices)}
+        start |= {"temperature": torch.tensor(1.0), "threshold": torch.tensor(0.0)}
+        for name, value in (start | {"moments": torch.zeros(choices, d_model + 1, d_model + 1)}).items():
+            self.register_buffer(name, value)
+
+    def logits(self, features_ND: Tensor, weight_CD: Tensor) -> Tensor:
+        standard = (features_ND - self.centre) / self.scale
+        return (standard @ weight_CD.T + self.intercept) / self.temperature
+
+
 class Router(nn.Module):
     """One linear map from features to a logit for each expert and, if asked for, *none*."""
 
     bias: Tensor | None
     """[E] or, with a *none* choice, [E + 1]: added to the logits where the choice is made, not to the gates."""
 
-    def __init__(self, d_model: int, n_experts: int, top_k: int, none_choice: bool, *, biased: bool = False) -> None:
+    def __init__(
+        self, d_model: int, n_experts: int, top_k: int, none_choice: bool, *, biased: bool = False, fitted: bool = False
+    ) -> None:
         super().__init__()
         assert 1 <= top_k <= n_experts, (top_k, n_experts)
         self.n_experts, self.top_k, self.none_choice = n_experts, top_k, none_choice
         self.weight = nn.Parameter(torch.empty(n_experts + none_choice, d_model).normal_(std=0.02))
         self.register_buffer("bias", torch.zeros(n_experts + none_choice) if biased else None)
+        self.fit = Fit(n_experts + none_choice, d_model) if fitted else None
 
     @classmethod
     def of(cls, d_model: int, moe: MoEConfig) -> Router:
-        return cls(d_model, moe.n_experts, moe.top_k, moe.none_choice, biased=moe.balance_bias)
+        return cls(
+            d_model, moe.n_experts, moe.top_k, moe.none_choice, biased=moe.balance_bias, fitted=moe.fitted_router
+        )
 
-    def forward(self, features_ND: Tensor) -> Routing:
-        """Features [N, D] → the experts and gates of each row.
+    def forward(self, features_ND: Tensor, allowed: Sequence[int] | None = None) -> Routing:
+        """Features [N, D] → the experts and gates of each row; ``allowed``: among these alone, -1 for *none*.
 
         At least float32, also under autocast: a rounded logit can change the choice. Ties go to the lower index, and
         to an expert before *none*.
         """
         with torch.autocast(features_ND.device.type, enabled=False):
-            logits = at_least_float32(features_ND) @ at_least_float32(self.weight).T
+            features_ND, weight = at_least_float32(features_ND), at_least_float32(self.weight)
+            logits = features_ND @ weight.T if self.fit is None else self.fit.logits(features_ND, weight)
+            if allowed is not None:
+                logits = logits.index_fill(1, self._barred(allowed, logits.device), -torch.inf)
+            if self.fit is not None and self.none_choice and (allowed is None or NONE in allowed):
+                least = logits[:, :-1].logsumexp(1) + self.fit.threshold.log()
+                logits = torch.cat([logits[:, :-1], torch.maximum(logits[:, -1], least)[:, None]], 1)
             candidates = self._with_none(logits)
             if self.bias is None:
                 best, index = _strongest(candidates, self.top_k)
@@ -120,6 +155,11 @@ class Router(nn.Module):
                 best, order = _strongest(candidates.gather(1, chosen), self.top_k)
                 index = chosen.gather(1, order)
             return Routing(index.masked_fill(index >= self.n_experts, NONE), best.softmax(dim=1), logits)
+
+    def _barred(self, allowed: Sequence[int], device: torch.device) -> Tensor:
+        choices = self.n_experts + self.none_choice
+        barred = [index for index in range(choices) if (index if index < self.n_experts else NONE) not in allowed]
+        return torch.tensor(barred, dtype=torch.long, device=device)
 
     def _with_none(self, logits: Tensor) -> Tensor:
         """*None* once for each slot."""

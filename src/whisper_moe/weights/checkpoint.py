@@ -81,6 +81,8 @@ class Loaded:
     generation: dict[str, Any]
     tokenizer_json: bytes
     name: str = ""
+    experts: tuple[Path, ...] = ()
+    """Checkpoints of whole models, where those are its experts."""
     quantized: dict[str, Int8Rows] = field(default_factory=dict)
     """Empty unless asked for: matrices that are still int8; ``state`` lacks them."""
 
@@ -99,11 +101,13 @@ def save_checkpoint(
     quantize: bool = False,
     shard_bytes: int = SHARD_BYTES,
     overwrite: bool = False,
+    experts: Sequence[Loaded] = (),
 ) -> None:
     """Write ``directory`` whole or not at all; the same input gives the same bytes.
 
     New languages are detected once their rows were trained (:func:`~whisper_moe.weights.tokens.detected_when_trained`).
-    ``quantize``: int8 rows, of what is :func:`quantizable`. Raises ``ValueError`` for a state that is not finite or not of the
+    ``quantize``: int8 rows, of what is :func:`quantizable`. ``experts``: whole models (granularity ``model``), which become
+    checkpoints in it. Raises ``ValueError`` for a state that is not finite or not of the
     configuration, and for a directory that exists, unless ``overwrite`` is set and it is a checkpoint.
     """
     directory, config, state = Path(directory).resolve(), model.config, model.state
@@ -116,13 +120,21 @@ def save_checkpoint(
         (folder / CONFIG).write_bytes(json_bytes(config.model_dump(mode="json")))
         (folder / GENERATION).write_bytes(json_bytes(detected_when_trained(model.generation, config, state)))
         (folder / INDEX).write_bytes(json_bytes({"weight_map": index}))
+        for number, expert in enumerate(experts):
+            place = folder / parts.expert_part(number, config)
+            place.parent.mkdir(exist_ok=True)
+            save_checkpoint(place, expert, quantize=quantize, shard_bytes=shard_bytes)
         files = {name: FileFacts.of(folder / name) for name in _files_in(folder)}
         manifest = Manifest(quantization="int8" if quantize else None, files=files)
         (folder / MANIFEST).write_bytes(json_bytes(manifest.model_dump(mode="json")))
 
 
 def _files_in(folder: Path) -> list[str]:
-    return sorted(path.relative_to(folder).as_posix() for path in folder.rglob("*") if not path.is_dir())
+    """By name; of a checkpoint within it, the manifest alone, which knows the others."""
+    nested = [manifest.parent for manifest in folder.rglob(MANIFEST) if manifest.parent != folder]
+    files = [path for path in folder.rglob("*") if not path.is_dir()]
+    own = [path for path in files if path.name == MANIFEST or not any(path.is_relative_to(place) for place in nested)]
+    return sorted(path.relative_to(folder).as_posix() for path in own)
 
 
 def _check_overwritten(directory: Path) -> None:
@@ -130,6 +142,9 @@ def _check_overwritten(directory: Path) -> None:
     known = {*read_manifest(directory).files, MANIFEST} if (directory / MANIFEST).exists() else set()
     if others := [name for name in _files_in(directory) if name not in known]:
         raise ValueError(f"{directory}: not overwritten, for it holds more than a checkpoint: {listed(others)}")
+    for name in known:
+        if name.endswith(f"/{MANIFEST}"):
+            _check_overwritten((directory / name).parent)
 
 
 def _write_tensors(
@@ -221,6 +236,9 @@ def describe(directory: str | Path) -> tuple[ModelConfig, dict[str, int]]:
         if name.endswith(".safetensors"):
             part = re.sub(r"(-\d{5}-of-\d{5})?\.safetensors$", "", name)
             sizes[part] = sizes.get(part, 0) + facts.bytes
+        elif name.endswith(f"/{MANIFEST}"):
+            place = name.removesuffix(f"/{MANIFEST}")
+            sizes[place] = sum(describe(Path(directory) / place)[1].values())
     return config, sizes
 
 
@@ -247,7 +265,8 @@ def load_checkpoint(directory: str | Path, *, keep_int8: bool = False) -> Loaded
         generation = complete(stated, tokenizer, config, origin=directory / GENERATION)
         for (name, keys), _ in zip(files.items(), checked, strict=True):
             _fill(directory / name, {key: views.get(key) for key in keys})
-    return Loaded(config, state, generation, tokenizer_json, model_name(directory), quantized)
+    experts = tuple((directory / name).parent for name in sorted(facts) if name.endswith(f"/{MANIFEST}"))
+    return Loaded(config, state, generation, tokenizer_json, model_name(directory), experts, quantized)
 
 
 def _check_size(shapes: Mapping[str, tuple[int, ...]], files: Mapping[str, FileFacts], directory: Path) -> None:

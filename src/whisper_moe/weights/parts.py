@@ -38,7 +38,7 @@ _INT8 = re.compile(
     r"|(encoder|decoder)\.blocks\.\d+\.experts\.(\d+\.)?(up|down)_weight"
 )
 _ADAPTING = (".ttt.", ".ttt_norm.", ".adapter.", "norm.delta_", ".conv.", ".conv_norm.")
-_OF_EXPERT = re.compile(r"(?P<head>.+\.blocks\.\d+\.(?:experts|ttt))\.(?P<expert>\d+)\.(?P<tail>.+)")
+_OF_EXPERT = re.compile(r"(?P<head>.+\.(?:experts|ttt))\.(?P<expert>\d+)\.(?P<tail>.+)")
 _INITIALISERS = (Tensor.normal_, nn.init.normal_)
 
 
@@ -71,7 +71,7 @@ def require_plausible(config: ModelConfig, tensors: int, origin: str | Path) -> 
     """Refuse a configuration that no file with so many tensors can have, before anything is built for it."""
     moe, layers, width = config.moe, config.encoder_layers + config.decoder_layers, config.d_model
     unrouted = moe.router_layer if moe and moe.scope == "segment" else 0
-    experts = moe.n_experts if moe else 0
+    experts = moe.n_experts if moe and moe.granularity != "model" else 0
     if layers + experts * (layers - unrouted) > tensors:
         raise CheckpointError(f"{origin}: {tensors} tensors cannot hold {layers} layers and {experts} experts")
     tables = ("max_source_positions", "max_target_positions")
@@ -109,20 +109,24 @@ def part_of(key: str, config: ModelConfig) -> str:
     """``core``, ``router``, ``adapt``, ``tokens`` or ``experts/03-hindi``: the part that a tensor (spelled alone) belongs to.
 
     ``adapt`` is what is always on beside the core: TTT layers that all experts share, every TTT layer's norm, adapters, the
-    differences of norms, and convolution modules. ``tokens``: the rows of new tokens. An expert's name is spelled as every
-    file system can. Raises ``ValueError`` for an expert that the configuration does not have.
+    differences of norms, and convolution modules. ``tokens``: the rows of new tokens.
     """
     if match := _OF_EXPERT.fullmatch(key):
-        expert, names = int(match["expert"]), config.moe.names if config.moe else ()
-        if expert >= len(names):
-            raise ValueError(f"there is no expert {expert}; the configuration has {len(names)}")
-        slug = re.sub(r"[^a-z0-9]+", "-", names[expert].lower()).strip("-")[:40]
-        return f"experts/{expert:02d}-{slug or 'expert'}"
+        return expert_part(int(match["expert"]), config)
     if key == NEW_TOKENS:
         return "tokens"
     if ".router." in key:
         return "router"
     return ADAPT if any(mark in key for mark in _ADAPTING) else CORE
+
+
+def expert_part(expert: int, config: ModelConfig) -> str:
+    """``experts/03-hindi``, the name as every file system can spell it. Raises ``ValueError`` for an expert that there is not."""
+    names = config.moe.names if config.moe else ()
+    if expert >= len(names):
+        raise ValueError(f"there is no expert {expert}; the configuration has {len(names)}")
+    slug = re.sub(r"[^a-z0-9]+", "-", names[expert].lower()).strip("-")[:40]
+    return f"experts/{expert:02d}-{slug or 'expert'}"
 
 
 def quantizable(key: str) -> bool:

@@ -1,0 +1,116 @@
+"""Whole models as experts: the router picks two, and the probabilities of the next token are mixed by their gates.
+
+Where the second gate is under the threshold the first is exactly 1: that expert alone runs, its logits pass untouched, and it
+decodes by its own generation config. Clips of one choice are decoded together. *None* is the base.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from whisper_moe.generate.decode import DecodingResult, WindowDecoder
+from whisper_moe.generate.options import TranscribeOptions
+from whisper_moe.model.block import Carry
+from whisper_moe.model.model import DecoderState, Encoded
+from whisper_moe.model.router import NONE, Routing
+
+
+class Mixture(WindowDecoder):
+    """The base, whose encoder the router reads, and experts that are fetched when they are needed."""
+
+    def __init__(self, base: WindowDecoder, experts: Sequence[Callable[[], WindowDecoder]]) -> None:
+        super().__init__(base.model, base.tokenizer, base.generation)
+        assert base.model.config.moe is not None
+        self._base, self._each, self._threshold = base, experts, base.model.config.moe.gate_threshold
+
+    def decode(
+        self,
+        clips: Sequence[np.ndarray],
+        options: TranscribeOptions,
+        *,
+        temperature: float,
+        margin: float,
+        hints: Sequence[str | None] | None = None,
+        carry: Carry | None = None,
+        previous: Sequence[int] | None = None,
+    ) -> list[DecodingResult]:
+        """As :meth:`WindowDecoder.decode`, each clip by its own experts."""
+        routing = self._sure(self.choose(clips))
+        shown = self._experts(routing, len(clips))
+        found: dict[int, DecodingResult] = {}
+        for choice in dict.fromkeys(routing.choices):
+            own = [index for index, each in enumerate(routing.choices) if each == choice]
+            results = self._decoder(choice, routing.gates[own]).decode(
+                [clips[i] for i in own],
+                options,
+                temperature=temperature,
+                margin=margin,
+                hints=[hints[i] for i in own] if hints else None,
+                carry=carry,
+                previous=previous,
+            )
+            found |= {i: replace(result, experts=shown[i]) for i, result in zip(own, results, strict=True)}
+        return [found[index] for index in range(len(clips))]
+
+    def _sure(self, routing: Routing) -> Routing:
+        """A second gate under the threshold gives its share to the first: (e, e) is e alone."""
+        experts, gates = routing.experts.clone(), routing.gates.clone()
+        alone = gates[:, 1] < self._threshold
+        experts[alone, 1] = experts[alone, 0]
+        gates[alone] = torch.tensor([1.0, 0.0])
+        return Routing(experts, gates, routing.logits)
+
+    def _decoder(self, choice: tuple[int, ...], gates_S2: Tensor) -> WindowDecoder:
+        first, second = (self._base if expert == NONE else self._each[expert]() for expert in choice)
+        return first if first is second else Pair(first, second, gates_S2)
+
+
+@dataclass
+class PairState:
+    """What two models remember of the same rows, and the gates of each row, [R, 2]."""
+
+    states: tuple[Any, Any]
+    gates_R2: Tensor
+
+    def select(self, rows: Tensor) -> PairState:
+        return PairState(tuple(state.select(rows) for state in self.states), self.gates_R2[rows])  # pyright: ignore[reportArgumentType]
+
+    def keep(self, segments: list[int]) -> PairState:
+        beams = self.states[0].beams
+        rows = [segment * beams + beam for segment in segments for beam in range(beams)]
+        return PairState(tuple(state.keep(segments) for state in self.states), self.gates_R2[rows])  # pyright: ignore[reportArgumentType]
+
+
+class Pair(WindowDecoder):
+    """Two whole models for one batch: p = g₁ p₁ + g₂ p₂. What is not a probability is the first one's: rules, word times."""
+
+    def __init__(self, first: WindowDecoder, second: WindowDecoder, gates_S2: Tensor) -> None:
+        super().__init__(first.model, first.tokenizer, first.generation)
+        self._both, self._gates = (first, second), gates_S2
+
+    def encode(self, clips: Sequence[np.ndarray], margin: float, carry: Carry | None = None) -> Encoded:
+        self._other = self._both[1].encode(clips, margin)
+        return self._both[0].encode(clips, margin, carry)
+
+    def start(self, encoded: Encoded, beams: int = 1) -> PairState:
+        states = self._both[0].start(encoded, beams), self._both[1].start(self._other, beams)
+        return PairState(states, self._gates.repeat_interleave(beams, 0))
+
+    def restarted(self, state: PairState) -> PairState:
+        first, second = (own.restarted(part) for own, part in zip(self._both, state.states, strict=True))
+        return replace(state, states=(first, second))
+
+    def step(self, tokens_Rn: Tensor, state: PairState | DecoderState) -> tuple[Tensor, Any]:
+        assert isinstance(state, PairState)
+        found = [own.step(tokens_Rn, part) for own, part in zip(self._both, state.states, strict=True)]
+        mixed = [
+            logits.log_softmax(-1) + gate_R.log()[:, None]
+            for (logits, _), gate_R in zip(found, state.gates_R2.unbind(1), strict=True)
+        ]
+        return torch.logaddexp(*mixed), replace(state, states=(found[0][1], found[1][1]))

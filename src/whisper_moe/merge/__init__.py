@@ -1,0 +1,1 @@
+"""Fine-tuned Whispers become the experts of one model."""

@@ -1,0 +1,200 @@
+"""Is a fine-tune worth merging? Facts about its weights and its answers, and a verdict with the reason.
+
+People's fine-tunes are uneven: some were trained for ten steps, some lost timestamps or the sense of silence, some are another
+size. What cannot be merged is refused, what is doubtful is warned of.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from typing import Any, Literal
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from whisper_moe.config import SAMPLE_RATE
+from whisper_moe.media.mel import window_mel
+from whisper_moe.merge.differences import spectrum
+from whisper_moe.weights.checkpoint import Loaded
+from whisper_moe.weights.files import CheckpointError, listed
+from whisper_moe.weights.load import load_model
+from whisper_moe.weights.parts import empty_model
+
+Verdict = Literal["use", "warn", "refuse"]
+HARDLY_MOVED = 4e-4
+"""‖W_e − W‖ / ‖W‖ of all matrices below which an expert is the base: ten steps at a rate of 1e-5 move less."""
+ANOTHER_BASE = 0.5
+"""… above which it is no fine-tune of this base: a hundred thousand steps move less."""
+TWINS = 0.98
+"""Cosine of two experts' differences above which they are one expert twice."""
+LEAST_SILENCE = 0.5
+"""Of the base's probability that a silent window holds no speech; an expert below has lost the sense of it."""
+LEAST_TIMES = 0.1
+"""Probability of a timestamp where the base would write one for sure, below which an expert has lost them."""
+_HALF = torch.finfo(torch.float16).max
+
+
+@dataclass
+class Diagnosis:
+    """What is known of one expert."""
+
+    name: str
+    verdict: Verdict = "use"
+    reasons: list[str] = field(default_factory=list)
+    moved: float | None = None
+    """‖W_e − W‖ / ‖W‖ of all matrices."""
+    layers: dict[str, tuple[float, float]] = field(default_factory=dict)
+    """Of each block, and of the rest by name: how far it moved, and the effective rank of that (Roy and Vetterli, 2007)."""
+    no_speech: float | None = None
+    """Probability that a silent window holds no speech."""
+    timestamps: float | None = None
+    """Probability that a text begins with a timestamp, where times are asked for."""
+    largest_activation: float | None = None
+    wer: dict[str, float] = field(default_factory=dict)
+    """On each development set."""
+
+    def find(self, verdict: Verdict, reason: str) -> None:
+        self.reasons.append(reason)
+        if verdict == "refuse" or self.verdict == "use":
+            self.verdict = verdict
+
+    def to_dict(self) -> dict[str, Any]:
+        return asdict(self)
+
+
+def examine(
+    experts: Mapping[str, str], base: Loaded, speech: Sequence[np.ndarray] = ()
+) -> Iterator[tuple[Diagnosis, Loaded | None]]:
+    """A diagnosis for each expert (name → source), and its weights unless they are refused.
+
+    ``speech``: clips of each that show whether it still writes times; without, that is not tested.
+    """
+    seen: dict[str, Tensor] = {}
+    clips = dict(zip(experts, speech, strict=False))
+    for name, source in experts.items():
+        try:
+            expert = load_model(source)
+        except (CheckpointError, OSError) as error:
+            yield Diagnosis(name, "refuse", [str(error)]), None
+            continue
+        found = Diagnosis(name)
+        if reason := misfit(expert, base):
+            found.find("refuse", reason)
+            yield found, None
+            continue
+        _weigh(found, expert.state, base.state)
+        _listen(found, expert, base, clips.get(name))
+        own = _sketch(expert.state, base.state)
+        for name, other in seen.items():
+            if (cosine := float(own @ other)) > TWINS:
+                found.find("warn", f"nearly the same as {name} (cosine of the differences {cosine:.3f})")
+        seen[found.name] = own
+        yield found, expert if found.verdict != "refuse" else None
+
+
+def misfit(expert: Loaded, base: Loaded) -> str | None:
+    """Why an expert cannot be a fine-tune of the base, in words."""
+    config = expert.config
+    if config.moe or config.ttt or config.adapt or config.conformer:
+        return "it is no dense Whisper: it has experts, TTT layers or adapters of its own"
+    ours, theirs = base.config.model_dump(), config.model_dump()
+    other = [key for key in ours if ours[key] != theirs[key] and key not in ("context_margin",)]
+    if other:
+        return "another architecture: " + ", ".join(f"{key} {theirs[key]}, the base has {ours[key]}" for key in other)
+    theirs, ours = (model.tokenizer.vocabulary for model in (expert, base))
+    if other := sorted(token for token in ours.keys() | theirs.keys() if ours.get(token) != theirs.get(token)):
+        return f"another vocabulary: {listed(other)}"
+    return None
+
+
+def _weigh(found: Diagnosis, expert: Mapping[str, Tensor], base: Mapping[str, Tensor]) -> None:
+    """How far each block moved, and in how many directions."""
+    sums: dict[str, list[float]] = {}
+    for key, tensor in base.items():
+        if tensor.ndim < 2:
+            continue
+        change, group = expert[key] - tensor, sums.setdefault(_group(key), [0.0, 0.0, 0.0, 0.0])
+        group[0] += float(change.double().square().sum())
+        group[1] += float(tensor.double().square().sum())
+        if ".blocks." in key:
+            group[2] += _effective_rank(change.flatten(1))
+            group[3] += 1
+    found.layers = {
+        name: (math.sqrt(change / weight) if weight else 0.0, rank / matrices if matrices else 0.0)
+        for name, (change, weight, rank, matrices) in sums.items()
+    }
+    blocks = [group for name, group in sums.items() if "blocks" in name]
+    found.moved = math.sqrt(sum(group[0] for group in blocks) / sum(group[1] for group in blocks))
+    if found.moved < HARDLY_MOVED:
+        found.find("warn", f"hardly moved from the base ({found.moved:.1e} of its norm): an expert of a few steps")
+    elif found.moved > ANOTHER_BASE:
+        found.find("refuse", f"no fine-tune of this base: it differs by {found.moved:.0%} of its norm")
+
+
+def _group(key: str) -> str:
+    """``encoder.blocks.3`` of a tensor in it; else the module's name."""
+    parts = key.split(".")
+    return ".".join(parts[:3]) if parts[1] == "blocks" else ".".join(parts[:2])
+
+
+def _effective_rank(change_OI: Tensor) -> float:
+    """exp of the entropy of the singular values' shares."""
+    values = spectrum(change_OI).sqrt()
+    if not float(values.sum()):
+        return 0.0
+    shares = values / values.sum()
+    return float(torch.exp(-torch.special.xlogy(shares, shares).sum()))
+
+
+def _sketch(expert: Mapping[str, Tensor], base: Mapping[str, Tensor]) -> Tensor:
+    """The difference of all blocks as one unit vector: every 61st number, for comparing experts with each other."""
+    parts = [(expert[key] - base[key]).flatten()[::61] for key in base if ".blocks." in key]
+    vector = torch.cat(parts)
+    return vector / vector.norm().clamp_min(1e-30)
+
+
+def _listen(found: Diagnosis, expert: Loaded, base: Loaded, speech: np.ndarray | None) -> None:
+    """What the expert answers to silence, noise and speech, beside the base."""
+    theirs, ours = (_Ear(model, speech) for model in (base, expert))
+    found.no_speech, found.timestamps, found.largest_activation = ours.no_speech, ours.timestamps, ours.largest
+    if not math.isfinite(ours.largest):
+        found.find("refuse", "its answer to noise is not finite (NaN or infinity)")
+    elif ours.largest > _HALF:
+        found.find("warn", f"overflows in half precision: activations up to {ours.largest:.0f}")
+    if ours.no_speech < LEAST_SILENCE * theirs.no_speech:
+        found.find(
+            "warn", f"lost the sense of silence: no speech {ours.no_speech:.0%} sure, the base {theirs.no_speech:.0%}"
+        )
+    times, before = ours.timestamps, theirs.timestamps
+    if times is not None and before is not None and times < LEAST_TIMES < before:
+        found.find("warn", f"lost timestamps: {times:.0%} sure of one at the start, the base {before:.0%}")
+
+
+class _Ear:
+    """A model's answer to two seconds of silence, to two of noise, and to speech."""
+
+    @torch.inference_mode()
+    def __init__(self, model: Loaded, speech: np.ndarray | None) -> None:
+        network = empty_model(model.config)
+        network.load_state_dict(model.state, assign=True)
+        network.eval()
+        self.largest = 0.0
+        for module in network.modules():
+            if isinstance(module, nn.Linear):
+                module.register_forward_hook(self._note)
+        noise = 0.05 * torch.randn(2 * SAMPLE_RATE, generator=torch.Generator().manual_seed(0)).numpy()
+        tokenizer, positions = model.tokenizer, model.config.max_source_positions
+        clips = [np.zeros_like(noise), noise, *([] if speech is None else [speech[: 30 * SAMPLE_RATE]])]
+        mels = [window_mel(clip, model.config.n_mels, positions) for clip in clips]
+        prefix = torch.tensor(tokenizer.sot_sequence("en", "transcribe"))
+        logits = network(mels, [prefix] * len(clips))
+        assert isinstance(logits, Tensor)
+        self.no_speech = float(logits[0].softmax(-1)[tokenizer.no_speech])
+        times = slice(tokenizer.timestamp_begin, tokenizer.timestamp_end + 1)
+        self.timestamps = None if speech is None else float(logits[-1].softmax(-1)[times].sum())
+
+    def _note(self, module: nn.Module, inputs: Any, output: Tensor) -> None:
+        self.largest = max(self.largest, float(output.abs().max())) if output.isfinite().all() else math.inf

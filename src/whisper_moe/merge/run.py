@@ -1,0 +1,167 @@
+"""The commands ``doctor`` and ``merge``: fine-tunes in, verdicts or one model out."""
+
+from __future__ import annotations
+
+import json
+import logging
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+
+import numpy as np
+
+from whisper_moe.config import FULL_WINDOW, SAMPLE_RATE
+from whisper_moe.data.corpora import open_corpus
+from whisper_moe.data.inspect import named_corpus
+from whisper_moe.data.sample import Sample, items
+from whisper_moe.generate.options import TranscribeOptions
+from whisper_moe.media.audio import MediaError
+from whisper_moe.merge.build import decoder_of, fitted, merged_delta, merged_models
+from whisper_moe.merge.doctor import Diagnosis, examine
+from whisper_moe.weights.checkpoint import Loaded, save_checkpoint
+from whisper_moe.weights.load import load_model
+
+PROBE_CLIPS = 60
+"""Of each expert, that the router is fitted to: a few minutes."""
+_BASES = {
+    (384, 4): "tiny",
+    (512, 6): "base",
+    (768, 12): "small",
+    (1024, 24): "medium",
+    (1280, 32): "large-v2",
+}
+"""Width and encoder layers of OpenAI's Whispers."""
+logger = logging.getLogger(__name__)
+
+
+def named_experts(given: Sequence[str]) -> dict[str, str]:
+    """``hindi=models/hi`` or a source alone, which is called as its folder is: name → source."""
+    found: dict[str, str] = {}
+    for each in given:
+        name, mark, source = each.partition("=")
+        name, source = (name, source) if mark else (Path(each).name, each)
+        if name in found:
+            raise ValueError(f"two experts would both be called {name}: name them, as in {name}-2={source}")
+        found[name] = source
+    return found
+
+
+def base_of(experts: Mapping[str, str], base: str | None) -> Loaded:
+    """The model that the experts were made from: as stated, else OpenAI's of the first one's shape."""
+    if base is not None:
+        return load_model(base)
+    errors: list[str] = []
+    for source in experts.values():
+        try:
+            config = load_model(source).config
+        except (ValueError, OSError) as error:
+            errors.append(str(error))
+            continue
+        size = _BASES.get((config.d_model, config.encoder_layers))
+        if size is None:
+            raise ValueError(f"{source}: no Whisper of OpenAI's has its shape: name its base with --base")
+        return load_model(size if config.vocab_size > 51_864 else f"{size}.en")
+    raise ValueError("; ".join(errors))
+
+
+def clips_of(source: str, limit: int = PROBE_CLIPS) -> Iterator[tuple[Sample, np.ndarray]]:
+    """Clips of some data, each of at most 30 s. Raises ``ValueError`` where there is none."""
+    found = 0
+    for sample in items(open_corpus(named_corpus(source))):
+        if not isinstance(sample, Sample) or sample.audio is None or found == limit:
+            continue
+        try:
+            samples = sample.audio.read()[: round(FULL_WINDOW * SAMPLE_RATE)]
+        except MediaError as error:
+            logger.warning("left out: %s", error)
+            continue
+        if len(samples):
+            found += 1
+            yield sample, samples
+    if not found:
+        raise ValueError(f"{source}: no sound in it that could be read")
+
+
+def doctor(experts: Sequence[str], base: str | None, dev: Sequence[str], as_json: bool) -> int:
+    """Print what is known of each expert; 1 if one of them cannot be merged."""
+    named = named_experts(experts)
+    root, found = base_of(named, base), list[Diagnosis]()
+    sets = {source: list(clips_of(source)) for source in dev}
+    first = [clips[0][1] for clips in sets.values()][:1] * len(named)
+    for diagnosis, expert in examine(named, root, first):
+        if expert is not None:
+            diagnosis.wer = {source: _error_rate(expert, clips) for source, clips in sets.items()}
+        found.append(diagnosis)
+    if as_json:
+        print(json.dumps([each.to_dict() for each in found], ensure_ascii=False, indent=2))
+    else:
+        _show(found)
+    return int(any(each.verdict == "refuse" for each in found))
+
+
+def _error_rate(model: Loaded, clips: Sequence[tuple[Sample, np.ndarray]]) -> float:
+    from whisper_moe.evaluate.metrics import clip_counts
+
+    decoder, texts = decoder_of(model), dict[int, str]()
+    languages = [sample.language for sample, _ in clips]
+    for language in dict.fromkeys(languages):
+        own = [index for index, each in enumerate(languages) if each == language]
+        options = TranscribeOptions(language=language, timestamps=False)
+        results = decoder.decode([clips[i][1] for i in own], options, temperature=0.0, margin=options.margin)
+        texts |= {i: model.tokenizer.decode(result.hypothesis.tokens) for i, result in zip(own, results, strict=True)}
+    references = [sample.text for sample, _ in clips]
+    return clip_counts(references, [texts[i] for i in range(len(clips))], languages).value
+
+
+def _show(found: Sequence[Diagnosis]) -> None:
+    from rich.console import Console
+    from rich.table import Table
+
+    table = Table("expert", "verdict", "moved", "rank", "silence", "times", "WER", "why")
+    for each in found:
+        ranks = [rank for _, rank in each.layers.values() if rank]
+        figures = (each.moved, sum(ranks) / len(ranks) if ranks else None, each.no_speech, each.timestamps)
+        shown = [
+            f"{value:.{digits}g}" if value is not None else ""
+            for value, digits in zip(figures, (2, 3, 2, 2), strict=True)
+        ]
+        rates = " ".join(f"{100 * rate:.1f}" for rate in each.wer.values())
+        table.add_row(each.name, each.verdict, *shown, rates, "; ".join(each.reasons))
+    Console().print(table)
+
+
+def merge(
+    experts: Sequence[str],
+    output: Path,
+    *,
+    probe: Sequence[str],
+    none: Sequence[str] = (),
+    base: str | None = None,
+    granularity: str = "delta",
+    delta_rank: int = 32,
+    gate_threshold: float = 0.1,
+    quantize: bool = False,
+    overwrite: bool = False,
+) -> dict[str, np.ndarray]:
+    """Write one model of all experts; returns a clip of each, to try it with."""
+    if granularity not in ("delta", "model"):
+        raise ValueError(f"granularity must be delta or model, got {granularity!r}")
+    named = named_experts(experts)
+    if len(probe) != len(named):
+        raise ValueError(
+            f"{len(named)} experts need {len(named)} --probe, each with clips for one, in order; got {len(probe)}"
+        )
+    clips = [list(clips_of(source)) for source in probe]
+    others = [samples for source in none for _, samples in clips_of(source)]
+    root, kept = base_of(named, base), dict[str, Loaded]()
+    for diagnosis, expert in examine(named, root, [own[0][1] for own in clips]):
+        if expert is None:
+            raise ValueError(f"{diagnosis.name}: cannot be merged: {'; '.join(diagnosis.reasons)}")
+        for reason in diagnosis.reasons:
+            logger.warning("%s: %s", diagnosis.name, reason)
+        kept[diagnosis.name] = expert
+    whole = granularity == "model"
+    merged = merged_models(root, kept, gate_threshold) if whole else merged_delta(root, kept, delta_rank)
+    model = fitted(merged, [[samples for _, samples in own] for own in clips], others)
+    inside = list(kept.values()) if whole else []
+    save_checkpoint(output, model, quantize=quantize, overwrite=overwrite, experts=inside)
+    return {name: own[0][1] for name, own in zip(kept, clips, strict=True)}

@@ -1,0 +1,60 @@
+"""A router that is fitted, not trained: from moments alone, and old columns stay when a new one is solved."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from whisper_moe.merge.router import RIDGE, columns, fit
+from whisper_moe.model.router import NONE, Router
+
+WIDTH = 16
+
+
+def clips(kind: int, count: int, seed: int) -> Tensor:
+    """[clips, copies, D] around a place of their own."""
+    generator = torch.Generator().manual_seed(seed)
+    places = 2 * torch.randn(4, WIDTH, generator=torch.Generator().manual_seed(9), dtype=torch.float64)
+    return places[kind] + torch.randn(count, 2, WIDTH, generator=generator, dtype=torch.float64)
+
+
+def router_of(tensors: dict[str, Tensor], experts: int) -> Router:
+    router = Router(WIDTH, experts, 1, True, fitted=True)
+    router.load_state_dict({("" if name == "weight" else "fit.") + name: tensor for name, tensor in tensors.items()})
+    return router
+
+
+def test_columns_are_the_ridge_regression_onto_the_index_of_the_expert() -> None:
+    parts = [clips(kind, 40, kind).flatten(0, 1) for kind in range(3)]
+    x = torch.cat([torch.ones(240, 1, dtype=torch.float64), torch.cat(parts)], 1)
+    y = torch.eye(3, dtype=torch.float64).repeat_interleave(80, 0)
+    penalty = RIDGE * torch.eye(WIDTH + 1, dtype=torch.float64)
+    penalty[0, 0] = 0
+    expected = torch.linalg.solve(x.T @ x + penalty, x.T @ y).T
+    moments = torch.stack([x[80 * c : 80 * c + 80].T @ x[80 * c : 80 * c + 80] for c in range(3)])
+    torch.testing.assert_close(columns(moments), expected)
+    torch.testing.assert_close(columns(moments, [2]), expected[2:])
+
+
+def test_clips_find_their_expert_and_what_is_for_none_stays_with_the_base() -> None:
+    router = router_of(fit([clips(kind, 30, kind) for kind in range(4)]), experts=3)
+    for kind in range(4):
+        chosen = router(clips(kind, 50, 100 + kind)[:, 0].float()).experts[:, 0]
+        assert (chosen == (kind if kind < 3 else NONE)).float().mean() > 0.95
+
+
+def test_without_clips_for_none_what_is_unknown_is_left_to_the_base_where_no_expert_is_sure() -> None:
+    tensors = fit([*(clips(kind, 30, kind) for kind in range(3)), clips(0, 0, 0)])
+    router = router_of(tensors, experts=3)
+    known = torch.cat([router(clips(kind, 50, 50 + kind)[:, 0].float()).experts[:, 0] == kind for kind in range(3)])
+    assert known.float().mean() > 0.9
+    between = torch.stack([clips(kind, 50, 7).mean((0, 1)) for kind in range(3)]).mean(0, keepdim=True)
+    assert router(between.float()).experts.item() == NONE
+
+
+def test_what_is_forced_or_forbidden_is_obeyed() -> None:
+    router = router_of(fit([clips(kind, 30, kind) for kind in range(4)]), experts=3)
+    features = clips(1, 5, 3)[:, 0].float()
+    assert router(features, allowed=[2]).experts.unique().tolist() == [2]
+    assert 1 not in router(features, allowed=[0, 2, NONE]).experts
+    assert router(features, allowed=[NONE]).experts.unique().tolist() == [NONE]

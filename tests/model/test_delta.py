@@ -1,0 +1,119 @@
+"""Experts that are differences: each segment of a mixed pack gets its own expert's answer, whatever it shares the pack with."""
+
+from __future__ import annotations
+
+import copy
+
+import pytest
+import torch
+from torch import Tensor
+
+from tests.model.tiny import CONFIGS, random_mels, random_texts, relative, tiny_model
+from whisper_moe.config import ModelConfig, MoEConfig
+from whisper_moe.merge.differences import low_rank
+from whisper_moe.model.layers import CHUNK
+from whisper_moe.model.model import WhisperMoEModel
+from whisper_moe.model.router import NONE, Routing
+from whisper_moe.packing import Layout
+
+FRAMES, TEXTS = (601, 400, 81, 500, 222), (9, 20, 4, 150, 7)
+EXPERTS = 3
+
+
+def moved(
+    base: WhisperMoEModel, seed: int, *, but: tuple[str, ...] = ("decoder.positions", "token_embedding")
+) -> WhisperMoEModel:
+    """A fine-tune: every matrix, norm and bias is another, but for the tables of tokens and positions."""
+    torch.manual_seed(seed)
+    model = copy.deepcopy(base)
+    with torch.no_grad():
+        for key, parameter in model.named_parameters():
+            if not any(part in key for part in but):
+                parameter += torch.randn_like(parameter) * 0.05
+    return model
+
+
+def with_experts(base: WhisperMoEModel, experts: list[WhisperMoEModel], top_k: int = 1) -> WhisperMoEModel:
+    """Differences of full rank, not rounded."""
+    rank = base.config.d_model
+    moe = MoEConfig(granularity="delta", delta_rank=rank, n_experts=len(experts), top_k=top_k, router_layer=1)
+    model = WhisperMoEModel(ModelConfig.model_validate(base.config.model_dump() | {"moe": moe})).double().eval()
+    state, own = model.state_dict(), base.state_dict()
+    state |= own
+    for number, expert in enumerate(experts):
+        change = {key: tensor - own[key] for key, tensor in expert.state_dict().items()}
+        for key in [key for key in state if ".experts." in key]:
+            layer, name = key.split(".experts.")
+            if name == "down":
+                down, up = low_rank(change[f"{layer}.weight"].flatten(1), rank)
+                state[key][number], state[f"{layer}.experts.up"][number, :-1] = down, up
+            else:
+                row = state[key][number]
+                (row[-1] if name == "up" else row)[:] = change[f"{layer}.{name if name != 'up' else 'bias'}"]
+    model.load_state_dict(state)
+    return model
+
+
+def answers(model: WhisperMoEModel, mels: list[Tensor], texts: list[Tensor], routing: Routing | None) -> list[Tensor]:
+    layout = Layout(map(len, texts))
+    with torch.no_grad():
+        states = model.decoder(torch.cat(texts), layout, model.encoder(mels, routing=routing)).states_TD
+        return [model.decoder.head(states)[rows] for rows in layout.slices()]
+
+
+@pytest.fixture(scope="module")
+def family() -> tuple[WhisperMoEModel, list[WhisperMoEModel]]:
+    base = tiny_model("dense")
+    return base, [moved(base, seed) for seed in range(EXPERTS)]
+
+
+def test_each_segment_of_a_mixed_pack_is_answered_by_its_own_fine_tune(family) -> None:
+    base, experts = family
+    mels, texts = random_mels(FRAMES, torch.float64), random_texts(TEXTS)
+    assert sum(frames / 2 for frames in FRAMES) > CHUNK, "chunks of tokens cut through segments"
+    choice = [0, NONE, 2, 1, 2]
+    mixed = answers(
+        with_experts(base, experts), mels, texts, Routing(torch.tensor(choice)[:, None], torch.ones(5, 1).double())
+    )
+    for expert, mel, text, ours in zip(choice, mels, texts, mixed, strict=True):
+        alone = answers(base if expert == NONE else experts[expert], [mel], [text], None)[0]
+        assert relative(ours, alone) < (1e-14 if expert == NONE else 1e-6)  # the factors are float32
+        assert expert == NONE or relative(ours, answers(base, [mel], [text], None)[0]) > 1e-2
+
+
+def test_two_experts_are_the_model_of_averaged_differences(family) -> None:
+    base, experts = family
+    mels, texts = random_mels(FRAMES[:3], torch.float64), random_texts(TEXTS[:3])
+    routing = Routing(
+        torch.tensor([[0, 1], [2, NONE], [1, 2]]), torch.tensor([[0.7, 0.3], [0.6, 0.4], [0.5, 0.5]]).double()
+    )
+    mixed = answers(with_experts(base, experts, top_k=2), mels, texts, routing)
+    own = base.state_dict()
+    for row, (mel, text, ours) in enumerate(zip(mels, texts, mixed, strict=True)):
+        average = copy.deepcopy(base)
+        state = {key: tensor.clone() for key, tensor in own.items()}
+        for expert, gate in zip(routing.experts[row].tolist(), routing.gates[row].tolist(), strict=True):
+            for key, tensor in experts[expert].state_dict().items() if expert != NONE else ():
+                state[key] += gate * (tensor - own[key])
+        average.load_state_dict(state)
+        assert relative(ours, answers(average, [mel], [text], None)[0]) < 1e-6
+
+
+def test_new_differences_change_nothing_and_have_a_gradient() -> None:
+    base = tiny_model("dense")
+    moe = MoEConfig(granularity="delta", delta_rank=4, n_experts=2, top_k=1, router_layer=1)
+    torch.manual_seed(0)
+    model = WhisperMoEModel(ModelConfig.model_validate(CONFIGS["dense"].model_dump() | {"moe": moe})).double().eval()
+    model.load_state_dict(base.state_dict(), strict=False)
+    mels, texts = random_mels((81, 40), torch.float64), random_texts((9, 20))
+    routing = Routing(torch.tensor([[0], [1]]), torch.ones(2, 1).double())
+    for ours, alone in zip(answers(model, mels, texts, routing), answers(base, mels, texts, None), strict=True):
+        assert torch.equal(ours, alone)
+    states = model.decoder(torch.cat(texts), Layout(map(len, texts)), model.encoder(mels, routing=routing)).states_TD
+    states.square().sum().backward()
+    lifeless = [
+        k
+        for k, p in model.named_parameters()
+        if k.endswith("experts.up") and p.grad[:, :-1].abs().amax((1, 2)).min() == 0
+    ]
+    assert not lifeless
