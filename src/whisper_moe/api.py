@@ -229,6 +229,7 @@ class WhisperMoE:
         beyond = [token for token in asked.suppress_tokens or () if token >= self.config.vocab_size]
         if beyond:
             raise ValueError(f"suppress_tokens: {beyond} are beyond the model's {self.config.vocab_size} tokens")
+        self._decoder.allowed_experts(asked)
         margin = self.context_margin if asked.context_margin is None else asked.context_margin
         return replace(asked, language=code, allowed_languages=allowed, context_margin=margin)
 

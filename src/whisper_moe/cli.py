@@ -63,6 +63,10 @@ transcribe: Write down what is said, in its language or in English.
   --max-line-width          int?>=1              Characters in a line (with word timestamps).
   --max-line-count          int?>=1              Lines in a subtitle (with word timestamps).
   --max-words-per-line      int?>=1              Words in a line (with word timestamps).
+ Experts:
+  --experts                 str                  Only these may answer: hindi,none; none is the base alone. Default: the router chooses among all.
+  --exclude                 str                  These may not answer.
+  --show-routing            switch               Say which experts answered each segment.
  Windows:
   --clip-timestamps         str = 0              Only these stretches: start,end,start,end,… in seconds; the last end may be missing.
   --vad                     str = none           Drop what is not speech: none, energy, or silero (extra `vad`).
@@ -117,6 +121,16 @@ merge: Make one model of fine-tuned Whispers that knows which of them to ask.
   --gate-threshold          float>=0 = 0.1       model: where the second expert's gate is below it, the first answers alone.
   --quantize                switch               Store the base's matrices as int8.
   --overwrite               switch               Replace a checkpoint that is there.
+
+add-expert: Give a merged model one expert more; what the others answer stays.
+  model                     path                 A folder that merge wrote; it is changed.
+  expert                    str                  The fine-tune, of the same base; NAME=MODEL names it.
+  --probe                   str!                 A few minutes of clips for it: a table, folder or Hub id.
+  --base                    str                  What it was made from; default: OpenAI's Whisper of its shape.
+
+remove-expert: Take an expert out of a merged model.
+  model                     path                 A folder that merge wrote; it is changed.
+  name                      str                  The expert, as info lists it.
 
 export: Write a dense model as a Whisper that other programs read.
   model                     str                  A dense whisper-moe folder, or any Whisper.

@@ -40,7 +40,7 @@ def transcribe(flags: SimpleNamespace) -> int:
         languages = [*spoken, *options.allowed_languages]
         _check_languages(languages, flags)
         jobs = named(expand(flags.files))
-        outputs = Outputs(flags.output_format, flags.output_dir, subtitles, inputs=len(jobs))
+        outputs = Outputs(flags.output_format, flags.output_dir, subtitles, len(jobs), flags.show_routing)
         if flags.skip_existing and flags.output_dir is None:
             raise UsageError("--skip-existing goes by the files of a folder: add -o DIR")
         check_arithmetic(flags.device, flags.dtype)
@@ -71,6 +71,8 @@ def _options(flags: SimpleNamespace) -> tuple[TranscribeOptions, SubtitleOptions
         "best_of": flags.best_of or 1,
         "patience": 1.0 if flags.patience is None else flags.patience,
         "allowed_languages": _names(flags.languages),
+        "experts": _names(flags.experts),
+        "exclude": _names(flags.exclude),
         "temperatures": tuple(round(first + i * step, 6) for i in range(count)),
         "timestamps": not flags.without_timestamps,
     }
@@ -295,6 +297,20 @@ def merge(flags: SimpleNamespace) -> int:
     for name, said in zip(clips, model.transcribe(list(clips.values())), strict=True):
         chosen = ", ".join(f"{expert} {gate:.2f}" for s in said.segments[:1] for expert, gate in s.experts)
         logger.info("%s → %s: %s", name, chosen or "nothing said", said.text)
+    return 0
+
+
+def add_expert(flags: SimpleNamespace) -> int:
+    from whisper_moe.merge import run
+
+    run.add_expert(flags.model, flags.expert, flags.probe, flags.base)
+    return 0
+
+
+def remove_expert(flags: SimpleNamespace) -> int:
+    from whisper_moe.merge import run
+
+    run.remove_expert(flags.model, flags.name)
     return 0
 
 

@@ -194,8 +194,17 @@ def give_up_output() -> None:
 class Outputs:
     """Where transcripts go: to files in a folder, or to standard output, and in which formats."""
 
-    def __init__(self, formats: str | None, directory: Path | None, subtitles: SubtitleOptions, inputs: int) -> None:
-        """Raises ``UsageError`` where outputs of so many inputs could not be written so."""
+    def __init__(
+        self,
+        formats: str | None,
+        directory: Path | None,
+        subtitles: SubtitleOptions,
+        inputs: int,
+        show_routing: bool = False,
+    ) -> None:
+        """``show_routing``: say which experts answered each segment. Raises ``UsageError`` where outputs of so many inputs could
+        not be written so."""
+        self._show_routing = show_routing
         given = (formats or ("txt" if directory is None else "all")).split(",")
         self.formats = list(dict.fromkeys(f for name in given for f in (FORMATS if name == "all" else (name,))))
         self.directory, self.subtitles, self._several = directory, subtitles, inputs > 1
@@ -246,8 +255,11 @@ class Outputs:
             logger.warning("%s: what was said before, up to %.1f s, is %s", job.path, result.duration, place)
             return False
         logger.info("%s%s", _facts(outcome.name, result), f"; {place}" if self.directory else "")
-        for note in result.notes:
-            logger.info("%s: %s", outcome.name, note)
+        for line in (
+            *(f"{outcome.name}: {note}" for note in result.notes),
+            *(_routing(result) if self._show_routing else ()),
+        ):
+            logger.info("%s", line)
         return True
 
     def _forget_partial(self, job: Job) -> None:
@@ -288,6 +300,15 @@ def _try_folder(directory: Path) -> None:
         tempfile.TemporaryFile(dir=directory).close()
     except OSError as error:
         raise UsageError(f"{directory}: cannot be written to: {error.strerror}") from error
+
+
+def _routing(result: Transcription) -> Iterator[str]:
+    """Stretches of one language and one choice: from, to, and who answered them."""
+    alike = itertools.groupby(result.segments, lambda segment: (segment.language or result.language, segment.experts))
+    for (language, experts), run in alike:
+        segments = list(run)
+        chosen = ", ".join(f"{expert} {gate:.2f}" for expert, gate in experts)
+        yield f"  {segments[0].start:.1f} to {segments[-1].end:.1f} s, {language}: {chosen or 'no experts'}"
 
 
 def _facts(name: str, result: Transcription) -> str:

@@ -17,8 +17,8 @@ from whisper_moe.generate.mixture import Mixture
 from whisper_moe.generate.options import TranscribeOptions
 from whisper_moe.weights.checkpoint import load_checkpoint
 
-KINDS = {"low": (120, 400), "high": (2500, 6000), "other": (700, 1500)}
-"""Bands of noise, in Hz: two that experts are for, and one that none is."""
+KINDS = {"low": (120, 400), "high": (2500, 6000), "other": (700, 1500), "new": (20, 60)}
+"""Bands of noise, in Hz: two that experts are for, one that none is, and one for an expert that comes later."""
 DENSE = ModelConfig.model_validate(tiny_whisper_moe().config.model_dump() | {"moe": None, "ttt": None})
 
 
@@ -49,7 +49,7 @@ class Family:
         self.folder = folder
         self.base = tiny_whisper_moe(config=DENSE)
         self.base.save_pretrained(folder / "base")
-        for name, seed in (("low", 1), ("high", 2)):
+        for name, seed in (("low", 1), ("high", 2), ("new", 3)):
             expert = tiny_whisper_moe(config=DENSE)
             torch.manual_seed(seed)
             with torch.no_grad():
@@ -86,7 +86,7 @@ def said(model: WhisperMoE, clips: list[np.ndarray]) -> list[tuple[int, ...]]:
     return [r.hypothesis.tokens for r in model._decoder.decode(clips, options, temperature=0.0, margin=2.5)]
 
 
-CLIPS = [(kind, noise(kind, seed)) for seed in (100, 101) for kind in KINDS]
+CLIPS = [(kind, noise(kind, seed)) for seed in (100, 101) for kind in ("low", "high", "other")]
 
 
 @pytest.mark.parametrize("granularity", ["delta", "whole"])
@@ -142,3 +142,80 @@ def test_lazy_experts_say_the_same(whole: Path) -> None:
     clips = [clip for _, clip in CLIPS]
     eager, lazy = (WhisperMoE.from_pretrained(whole, dtype="float32", lazy=lazy) for lazy in (False, True))
     assert said(eager, clips) == said(lazy, clips)
+
+
+@pytest.mark.parametrize("granularity", ["delta", "whole"])
+def test_experts_can_be_forced_and_forbidden(granularity: str, request: pytest.FixtureRequest) -> None:
+    merged = WhisperMoE.from_pretrained(request.getfixturevalue(granularity), dtype="float32")
+    clip = dict(CLIPS)["high"]
+    plain = {
+        "no_speech_threshold": None,
+        "logprob_threshold": None,
+        "compression_ratio_threshold": None,
+        "language": "en",
+    }
+
+    def answered(**options: tuple[str, ...]) -> set[str]:
+        said = merged.transcribe(clip, temperatures=(0.0,), **plain, **options)
+        return {name for segment in said.segments for name, _ in segment.experts}
+
+    assert answered() == {"high"}
+    assert answered(experts=("low",)) == {"low"}
+    assert "high" not in answered(exclude=("high",))
+    assert answered(experts=("none",)) == {"none"}
+    with pytest.raises(ValueError, match="no expert is called hihg; there are low, high, none"):
+        answered(experts=("hihg",))
+    with pytest.raises(ValueError, match="no expert is left"):
+        answered(experts=("low",), exclude=("low",))
+
+
+def test_the_command_shows_who_answered(delta: Path, family: Family, caplog: pytest.LogCaptureFixture) -> None:
+    clips = [str(family.folder / f"{kind}-clips" / "3.wav") for kind in ("low", "high")]
+    with caplog.at_level("INFO", "whisper_moe"):
+        given = ["transcribe", *clips, "--model", str(delta), "--language", "en", "--temperature", "0"]
+        given += ["--no-speech-threshold", "None", "--show-routing", "-f", "json", "--experts", "high"]
+        app(given, standalone_mode=False)
+    lines = [line for line in caplog.messages if line.startswith("  ")]
+    assert lines
+    assert all(line.endswith(" s, en: high 1.00") for line in lines)
+
+
+@pytest.mark.parametrize(
+    "how", [("--quantize",), ("--granularity", "model", "--gate-threshold", "0.5")], ids=["delta", "whole"]
+)
+def test_an_expert_comes_and_goes_and_the_others_stay(how: tuple[str, ...], family: Family) -> None:
+    folder = family.merge(f"growing-{len(how)}", *how)
+    before, clips = load_checkpoint(folder), [clip for _, clip in CLIPS]
+    files = {path: path.read_bytes() for path in folder.rglob("*.safetensors") if path.name != "router.safetensors"}
+    texts = said(WhisperMoE.from_pretrained(folder, dtype="float32"), clips)
+    given = [str(folder), str(family.folder / "new"), "--base", str(family.folder / "base")]
+    app(["add-expert", *given, "--probe", family.probes["new"]], standalone_mode=False)
+    grown = WhisperMoE.from_pretrained(folder, dtype="float32")
+    assert grown.config.moe is not None
+    assert grown.config.moe.names == ("low", "high", "new")
+    assert said(grown, clips) == texts
+    new = noise("new", 100)
+    if "--quantize" not in how:  # else the base below it is rounded
+        assert said(grown, [new]) == said(WhisperMoE.from_pretrained(family.folder / "new", dtype="float32"), [new])
+    assert grown._decoder.choose([new]).choices[0][0] == 2
+    after = load_checkpoint(folder).state
+    for key in ("weight", "fit.intercept"):
+        old, now = before.state[f"encoder.router.{key}"], after[f"encoder.router.{key}"]
+        assert torch.equal(old, now[[0, 1, 3]])
+    assert all(path.read_bytes() == content for path, content in files.items())
+    app(["remove-expert", str(folder), "new"], standalone_mode=False)
+    again = load_checkpoint(folder)
+    assert again.config == before.config
+    assert all(torch.equal(tensor, before.state[key]) for key, tensor in again.state.items())
+
+
+def test_what_cannot_grow_says_why(delta: Path, family: Family, caplog: pytest.LogCaptureFixture) -> None:
+    probe = ["--probe", family.probes["new"], "--base", str(family.folder / "base")]
+    for given, reason in (
+        (["add-expert", str(delta), f"low={family.folder / 'new'}", *probe], "has an expert low already"),
+        (["add-expert", str(family.folder / "base"), str(family.folder / "new"), *probe], "no merged model"),
+        (["remove-expert", str(delta), "nobody"], "its experts are low, high"),
+    ):
+        caplog.clear()
+        assert app(given, standalone_mode=False) == 1
+        assert reason in caplog.text

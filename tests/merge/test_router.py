@@ -28,7 +28,7 @@ def test_columns_are_the_ridge_regression_onto_the_index_of_the_expert() -> None
     parts = [clips(kind, 40, kind).flatten(0, 1) for kind in range(3)]
     x = torch.cat([torch.ones(240, 1, dtype=torch.float64), torch.cat(parts)], 1)
     y = torch.eye(3, dtype=torch.float64).repeat_interleave(80, 0)
-    penalty = RIDGE * torch.eye(WIDTH + 1, dtype=torch.float64)
+    penalty = RIDGE * 240 * torch.eye(WIDTH + 1, dtype=torch.float64)
     penalty[0, 0] = 0
     expected = torch.linalg.solve(x.T @ x + penalty, x.T @ y).T
     moments = torch.stack([x[80 * c : 80 * c + 80].T @ x[80 * c : 80 * c + 80] for c in range(3)])

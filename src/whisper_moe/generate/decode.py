@@ -26,7 +26,7 @@ from whisper_moe.media.mel import window_mel
 from whisper_moe.media.tokenizer import Tokenizer
 from whisper_moe.model.block import Carry
 from whisper_moe.model.model import DecoderState, Encoded, WhisperMoEModel
-from whisper_moe.model.router import Routing
+from whisper_moe.model.router import NONE, Routing
 from whisper_moe.packing import Layout, first_fit_decreasing
 
 TOKENS_PER_SECOND = 40
@@ -118,7 +118,7 @@ class WindowDecoder:
         ``previous``: the tokens before it, where windows are conditioned on them.
         """
         carried = carry.copy() if carry is not None else None
-        encoded = self.encode(clips, margin, carried)
+        encoded = self.encode(clips, margin, carried, self.allowed_experts(options))
         give_back_memory(SPARE)  # packs of ever other sizes leave holes that would add up to hundreds of MB
         samples, hints = list(map(len, clips)), hints or [None] * len(clips)
         found = self.decode_encoded(encoded, samples, hints, options, temperature, margin, previous)
@@ -136,15 +136,36 @@ class WindowDecoder:
         pairs = zip(codes, probabilities[0].tolist(), strict=True)
         return dict(sorted(pairs, key=lambda pair: -pair[1]))
 
-    def encode(self, clips: Sequence[np.ndarray], margin: float, carry: Carry | None = None) -> Encoded:
+    def allowed_experts(self, options: TranscribeOptions) -> list[int] | None:
+        """Which experts may answer, -1 for *none*; None for all. Raises ``ValueError`` for a name that is none of the model's."""
+        if not (options.experts or options.exclude):
+            return None
+        moe = self.model.config.moe
+        if moe is None or moe.scope == "token":
+            raise ValueError("experts, exclude: this model has no experts that are chosen for a whole segment")
+        known = {name: index for index, name in enumerate(moe.names)} | ({"none": NONE} if moe.none_choice else {})
+        if unknown := [name for name in (*options.experts, *options.exclude) if name not in known]:
+            raise ValueError(f"no expert is called {', '.join(unknown)}; there are {', '.join(known)}")
+        chosen = [known[name] for name in options.experts or known if name not in options.exclude]
+        if not chosen:
+            raise ValueError("experts, exclude: no expert is left to answer")
+        return chosen
+
+    def encode(
+        self,
+        clips: Sequence[np.ndarray],
+        margin: float,
+        carry: Carry | None = None,
+        allowed: Sequence[int] | None = None,
+    ) -> Encoded:
         """Clips packed and encoded, one batch of decoding rows in the order given."""
-        routing = self.choose(clips) if self.model.encoder.routes_ahead else None
+        routing = self.choose(clips, allowed) if self.model.encoder.routes_ahead else None
         parts: list[Encoded] = []
         places, packs = self._packs(clips, margin)
         for pack, mels in packs:
             heard = [self.positions(len(clips[i]), 0) for i in pack]
             own = None if routing is None else routing.rows(torch.tensor(pack, device=self._like.device))
-            parts.append(self.model.encoder(mels, valid_lengths=heard, routing=own, carry=carry))
+            parts.append(self.model.encoder(mels, valid_lengths=heard, routing=own, carry=carry, allowed=allowed))
         pieces = [piece for part in parts for piece in part.states_TD.split(part.layout.lengths)]
         pieces = [pieces[place] for place in places]
         routings = [part.routing for part in parts if part.routing is not None]
@@ -280,6 +301,8 @@ class WindowDecoder:
         for experts, gates in zip(routing.experts.tolist(), routing.gates.tolist(), strict=True):
             sums: defaultdict[str, float] = defaultdict(float)
             for expert, gate in zip(experts, gates, strict=True):  # *none* may take several slots
+                if gate == 0:  # of an expert that may not answer, where fewer than two may
+                    continue
                 sums[names[expert]] += gate
             named.append(tuple(sums.items()))
         return named

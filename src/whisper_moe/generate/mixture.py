@@ -41,14 +41,14 @@ class Mixture(WindowDecoder):
         previous: Sequence[int] | None = None,
     ) -> list[DecodingResult]:
         """As :meth:`WindowDecoder.decode`, each clip by its own experts."""
-        routing = self._sure(self.choose(clips))
-        shown = self._experts(routing, len(clips))
+        routing = self._sure(self.choose(clips, self.allowed_experts(options)))
+        shown, free = self._experts(routing, len(clips)), replace(options, experts=(), exclude=())
         found: dict[int, DecodingResult] = {}
         for choice in dict.fromkeys(routing.choices):
             own = [index for index, each in enumerate(routing.choices) if each == choice]
             results = self._decoder(choice, routing.gates[own]).decode(
                 [clips[i] for i in own],
-                options,
+                free,
                 temperature=temperature,
                 margin=margin,
                 hints=[hints[i] for i in own] if hints else None,
@@ -94,7 +94,13 @@ class Pair(WindowDecoder):
         super().__init__(first.model, first.tokenizer, first.generation)
         self._both, self._gates = (first, second), gates_S2
 
-    def encode(self, clips: Sequence[np.ndarray], margin: float, carry: Carry | None = None) -> Encoded:
+    def encode(
+        self,
+        clips: Sequence[np.ndarray],
+        margin: float,
+        carry: Carry | None = None,
+        allowed: Sequence[int] | None = None,
+    ) -> Encoded:
         self._other = self._both[1].encode(clips, margin)
         return self._both[0].encode(clips, margin, carry)
 

@@ -75,6 +75,10 @@ class TranscribeOptions:
     """Detection chooses among these; empty for all."""
     detect_language_once: bool = False
     """The first window whose language is sure decides for all of its recording, instead of each for itself."""
+    experts: tuple[str, ...] = ()
+    """Only these may answer, by name; ``none`` is the shared expert or base alone. Empty for all."""
+    exclude: tuple[str, ...] = ()
+    """These may not."""
     beam_size: int = Field(default=1, ge=1)
     best_of: int = Field(default=5, ge=1)
     """Samples to choose from at a temperature above 0."""

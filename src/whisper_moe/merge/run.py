@@ -17,7 +17,8 @@ from whisper_moe.generate.options import TranscribeOptions
 from whisper_moe.media.audio import MediaError
 from whisper_moe.merge.build import decoder_of, fitted, merged_delta, merged_models
 from whisper_moe.merge.doctor import Diagnosis, examine
-from whisper_moe.weights.checkpoint import Loaded, save_checkpoint
+from whisper_moe.merge.grow import moved_choices, with_expert, without_expert
+from whisper_moe.weights.checkpoint import Loaded, load_checkpoint, read_manifest, save_checkpoint
 from whisper_moe.weights.load import load_model
 
 PROBE_CLIPS = 60
@@ -165,3 +166,37 @@ def merge(
     inside = list(kept.values()) if whole else []
     save_checkpoint(output, model, quantize=quantize, overwrite=overwrite, experts=inside)
     return {name: own[0][1] for name, own in zip(kept, clips, strict=True)}
+
+
+def add_expert(directory: Path, expert: str, probe: str, base: str | None) -> None:
+    """Write the merged model with one expert more in its place."""
+    ((name, source),) = named_experts([expert]).items()
+    model, clips = load_checkpoint(directory), [samples for _, samples in clips_of(probe)]
+    root = base_of({name: source}, base)
+    ((diagnosis, found),) = examine({name: source}, root, clips[:1])
+    if found is None:
+        raise ValueError(f"{name}: cannot be added: {'; '.join(diagnosis.reasons)}")
+    for reason in diagnosis.reasons:
+        logger.warning("%s: %s", name, reason)
+    grown = with_expert(model, root, name, found, clips)
+    whole = [load_checkpoint(folder) for folder in model.experts] + ([found] if model.experts else [])
+    _rewrite(directory, grown, whole)
+    moved = moved_choices(model.state, grown, name)
+    logger.info(
+        "%s: %s added; %s",
+        directory,
+        name,
+        f"takes over from {', '.join(moved)}" if moved else "the others keep theirs",
+    )
+
+
+def remove_expert(directory: Path, name: str) -> None:
+    """Write the merged model without one of its experts in its place."""
+    shrunk = without_expert(load_checkpoint(directory), name)
+    _rewrite(directory, shrunk, [load_checkpoint(folder) for folder in shrunk.experts])
+    logger.info("%s: %s removed", directory, name)
+
+
+def _rewrite(directory: Path, model: Loaded, experts: Sequence[Loaded]) -> None:
+    quantize = read_manifest(directory).quantization is not None
+    save_checkpoint(directory, model, quantize=quantize, overwrite=True, experts=experts)

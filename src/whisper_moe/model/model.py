@@ -133,12 +133,14 @@ class Encoder(nn.Module):
         valid_lengths: Sequence[int] | None = None,
         routing: Routing | None = None,
         carry: Carry | None = None,
+        allowed: Sequence[int] | None = None,
     ) -> Encoded:
         """``mels``: [n_mels, frames] a segment.
 
         ``valid_lengths``: how many positions of each segment the router reads (those of the sound, not of the silence kept
         after it); default all. ``routing``: a choice made elsewhere, which the router then does not make. ``carry``: fast
-        weights of the same recording's window before, advanced in place; for one segment at a time.
+        weights of the same recording's window before, advanced in place; for one segment at a time. ``allowed``: see
+        :meth:`Router.forward`.
         """
         if routing is not None and self.router is None:
             raise ValueError("routing is given to a model whose segments are not routed")
@@ -150,7 +152,7 @@ class Encoder(nn.Module):
         with assigned(routing, layout, self.deltas):
             for depth in range(len(self.blocks) + 1):
                 if depth == self.router_layer and self.router is not None and not self.routes_ahead:
-                    found = routing or self.router(pool_segments(x_TD, layout, valid_lengths))
+                    found = routing or self.router(pool_segments(x_TD, layout, valid_lengths), allowed)
                     routing = found
                     choices.append(found)
                 if depth < len(self.blocks):

@@ -1,0 +1,91 @@
+"""A merged model gains an expert, or loses one; what the others answer stays, as far as the router's choice stays.
+
+Old columns of the router, its temperature and its threshold are not touched; the moments of the old experts' clips stand for the
+clips, which nobody needs again. A new expert is one more file; the base and the others are written as they were.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from whisper_moe.config import ModelConfig, MoEConfig
+from whisper_moe.merge.build import ROUTER, decoder_of
+from whisper_moe.merge.differences import difference_of
+from whisper_moe.merge.router import columns, heard, lifted, moments_of
+from whisper_moe.weights.checkpoint import Loaded
+
+_BY_CHOICE = ("weight", "fit.intercept", "fit.moments")
+"""The router's tensors that have a row for each choice."""
+
+
+def merged_config(model: Loaded) -> MoEConfig:
+    """Raises ``ValueError`` for what was not made by merging."""
+    moe = model.config.moe
+    if moe is None or not moe.fitted_router:
+        raise ValueError(
+            f"{model.name}: no merged model: its experts are not chosen by a router that was fitted to clips"
+        )
+    return moe
+
+
+def with_expert(model: Loaded, base: Loaded, name: str, expert: Loaded, clips: Sequence[np.ndarray]) -> Loaded:
+    """The model with one expert more, before *none*. ``base``: what the expert was made from, not rounded to int8."""
+    moe = merged_config(model)
+    if name in moe.names or name == "none":
+        raise ValueError(f"{model.name}: has an expert {name} already: {', '.join(moe.names)}")
+    place, config = moe.n_experts, _with_names(model.config, moe, (*moe.names, name))
+    state = dict(model.state)
+    if moe.granularity == "delta":
+        for key, tensor in difference_of(base.state, expert.state, config).items():
+            state[key] = torch.cat([state[key], tensor[None]])
+    router = {key: state[f"{ROUTER}{key}"] for key in _BY_CHOICE}
+    centre, scale = (state[f"{ROUTER}fit.{key}"].double() for key in ("centre", "scale"))
+    features = heard(decoder_of(model), clips).flatten(0, 1)
+    before = router["fit.moments"].double()
+    old = torch.cat([router["fit.intercept"][:, None], router["weight"]], 1).double()
+    router["fit.moments"] = _inserted(before, place, moments_of(features, centre, scale)).float()
+    column = columns(router["fit.moments"].double(), [place])[0]
+    solved = lifted(column, old, (features - centre) / scale, before).float()
+    router["weight"] = _inserted(router["weight"], place, solved[1:])
+    router["fit.intercept"] = _inserted(router["fit.intercept"], place, solved[0])
+    return replace(model, config=config, state=state | {f"{ROUTER}{key}": tensor for key, tensor in router.items()})
+
+
+def without_expert(model: Loaded, name: str) -> Loaded:
+    """The model without one of its experts."""
+    moe = merged_config(model)
+    if name not in moe.names or moe.n_experts == 1:
+        raise ValueError(f"{model.name}: cannot lose {name}: its experts are {', '.join(moe.names)}")
+    place = moe.names.index(name)
+    keep = [index for index in range(moe.n_experts) if index != place]
+    state = {key: tensor[keep] if ".experts." in key else tensor for key, tensor in model.state.items()}
+    choices = [*keep, moe.n_experts]
+    state |= {f"{ROUTER}{key}": state[f"{ROUTER}{key}"][choices] for key in _BY_CHOICE}
+    config = _with_names(model.config, moe, tuple(moe.names[index] for index in keep))
+    experts = tuple(path for index, path in enumerate(model.experts) if index != place)
+    return replace(model, config=config, state=state, experts=experts)
+
+
+def moved_choices(before: Mapping[str, Tensor], after: Loaded, name: str) -> list[str]:
+    """The old experts whose clips, on the mean, now go to the new one."""
+    moe, weight = merged_config(after), after.state[f"{ROUTER}weight"]
+    moments = before[f"{ROUTER}fit.moments"]
+    means = moments[:, 0, 1:] / moments[:, 0, :1].clamp_min(1)
+    best = (means @ weight.T + after.state[f"{ROUTER}fit.intercept"]).argmax(1).tolist()
+    new = moe.names.index(name)
+    return [old for old, choice in zip((*moe.names[:new], "none"), best, strict=True) if choice == new]
+
+
+def _with_names(config: ModelConfig, moe: MoEConfig, names: tuple[str, ...]) -> ModelConfig:
+    top_k = min(2, len(names)) if moe.granularity == "model" else 1
+    changed = moe.model_dump() | {"n_experts": len(names), "expert_names": names, "top_k": top_k}
+    return ModelConfig.model_validate(config.model_dump() | {"moe": changed})
+
+
+def _inserted(rows: Tensor, place: int, row: Tensor) -> Tensor:
+    return torch.cat([rows[:place], row[None], rows[place:]])
