@@ -97,7 +97,7 @@ def test_formula_equals_torchs_counter(name: str):
 def first_two(experts: Experts, x_TD: Tensor, routing: Routing, layout: Layout | None = None) -> Tensor:
     """What experts compute where every token goes to the same two."""
     tokens = routing if layout is None else routing.expand(layout)
-    y_TD = experts._gated_down_bias(tokens.experts, tokens.gates)
+    y_TD = tokens.dense(len(experts.down_bias)) @ experts.down_bias
     for up, down in zip(experts.up_weight[:2], experts.down_weight[:2], strict=True):
         y_TD = y_TD + F.gelu(x_TD @ up.T) @ down
     return y_TD

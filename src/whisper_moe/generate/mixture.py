@@ -34,11 +34,8 @@ class Mixture(WindowDecoder):
         clips: Sequence[np.ndarray],
         options: TranscribeOptions,
         *,
-        temperature: float,
-        margin: float,
         hints: Sequence[str | None] | None = None,
-        carry: Carry | None = None,
-        previous: Sequence[int] | None = None,
+        **how: Any,
     ) -> list[DecodingResult]:
         """As :meth:`WindowDecoder.decode`, each clip by its own experts."""
         routing = self._sure(self.choose(clips, self.allowed_experts(options)))
@@ -46,15 +43,9 @@ class Mixture(WindowDecoder):
         found: dict[int, DecodingResult] = {}
         for choice in dict.fromkeys(routing.choices):
             own = [index for index, each in enumerate(routing.choices) if each == choice]
-            results = self._decoder(choice, routing.gates[own]).decode(
-                [clips[i] for i in own],
-                free,
-                temperature=temperature,
-                margin=margin,
-                hints=[hints[i] for i in own] if hints else None,
-                carry=carry,
-                previous=previous,
-            )
+            known = [hints[i] for i in own] if hints else None
+            decoder = self._decoder(choice, routing.gates[own])
+            results = decoder.decode([clips[i] for i in own], free, hints=known, **how)
             found |= {i: replace(result, experts=shown[i]) for i, result in zip(own, results, strict=True)}
         return [found[index] for index in range(len(clips))]
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
+from typing import Any
 
 import numpy as np
 import torch
@@ -22,38 +23,23 @@ Clips = Sequence[np.ndarray]
 
 def merged_delta(base: Loaded, experts: Mapping[str, Loaded], rank: int) -> Loaded:
     """Each expert as low-rank differences from the base; the router is still to be fitted."""
-    moe = MoEConfig(
-        granularity="delta",
-        delta_rank=rank,
-        n_experts=len(experts),
-        top_k=1,
-        router_layer=base.config.encoder_layers,
-        fitted_router=True,
-        expert_names=tuple(experts),
-    )
-    config = ModelConfig.model_validate(base.config.model_dump() | {"moe": moe})
-    parts = [difference_of(base.state, expert.state, config) for expert in experts.values()]
-    return _unfitted(base, moe, {key: torch.stack([part[key] for part in parts]) for key in parts[0]})
+    merged = _unfitted(base, experts, granularity="delta", delta_rank=rank, top_k=1)
+    parts = [difference_of(base.state, expert.state, merged.config) for expert in experts.values()]
+    return replace(merged, state=merged.state | {key: torch.stack([part[key] for part in parts]) for key in parts[0]})
 
 
 def merged_models(base: Loaded, experts: Mapping[str, Loaded], threshold: float) -> Loaded:
     """The base with a router that is still to be fitted; the experts stay whole."""
-    moe = MoEConfig(
-        granularity="model",
-        gate_threshold=threshold,
-        n_experts=len(experts),
-        top_k=min(2, len(experts)),
-        router_layer=base.config.encoder_layers,
-        fitted_router=True,
-        expert_names=tuple(experts),
-    )
-    return _unfitted(base, moe, {})
+    return _unfitted(base, experts, granularity="model", gate_threshold=threshold, top_k=min(2, len(experts)))
 
 
-def _unfitted(base: Loaded, moe: MoEConfig, experts: Mapping[str, Tensor]) -> Loaded:
+def _unfitted(base: Loaded, experts: Mapping[str, Loaded], **settings: Any) -> Loaded:
+    """The base, configured for these experts, and a router of zeros that reads its last layer."""
+    names, layer = tuple(experts), base.config.encoder_layers
+    moe = MoEConfig(n_experts=len(names), router_layer=layer, fitted_router=True, expert_names=names, **settings)
     config = ModelConfig.model_validate(base.config.model_dump() | {"moe": moe})
     router = {key: torch.zeros(shape) for key, shape in expected_shapes(config).items() if key.startswith(ROUTER)}
-    return replace(base, config=config, state=dict(base.state) | dict(experts) | router)
+    return replace(base, config=config, state=dict(base.state) | router)
 
 
 def decoder_of(model: Loaded) -> WindowDecoder:

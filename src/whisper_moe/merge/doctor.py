@@ -17,11 +17,11 @@ from torch import Tensor, nn
 
 from whisper_moe.config import SAMPLE_RATE
 from whisper_moe.media.mel import window_mel
+from whisper_moe.merge.build import decoder_of
 from whisper_moe.merge.differences import spectrum
 from whisper_moe.weights.checkpoint import Loaded
 from whisper_moe.weights.files import CheckpointError, listed
 from whisper_moe.weights.load import load_model
-from whisper_moe.weights.parts import empty_model
 
 Verdict = Literal["use", "warn", "refuse"]
 HARDLY_MOVED = 4e-4
@@ -74,6 +74,8 @@ def examine(
     """
     seen: dict[str, Tensor] = {}
     clips = dict(zip(experts, speech, strict=False))
+    before = _Ear(base, list(clips.values()))
+    times = dict(zip(clips, before.timestamps, strict=True))
     for name, source in experts.items():
         try:
             expert = load_model(source)
@@ -86,7 +88,7 @@ def examine(
             yield found, None
             continue
         _weigh(found, expert.state, base.state)
-        _listen(found, expert, base, clips.get(name))
+        _listen(found, _Ear(expert, [clips[name]] if name in clips else []), before.no_speech, times.get(name))
         own = _sketch(expert.state, base.state)
         for name, other in seen.items():
             if (cosine := float(own @ other)) > TWINS:
@@ -156,45 +158,42 @@ def _sketch(expert: Mapping[str, Tensor], base: Mapping[str, Tensor]) -> Tensor:
     return vector / vector.norm().clamp_min(1e-30)
 
 
-def _listen(found: Diagnosis, expert: Loaded, base: Loaded, speech: np.ndarray | None) -> None:
-    """What the expert answers to silence, noise and speech, beside the base."""
-    theirs, ours = (_Ear(model, speech) for model in (base, expert))
-    found.no_speech, found.timestamps, found.largest_activation = ours.no_speech, ours.timestamps, ours.largest
-    if not math.isfinite(ours.largest):
+def _listen(found: Diagnosis, ear: _Ear, no_speech: float, before: float | None) -> None:
+    """What the expert answers to silence, noise and speech; ``no_speech`` and ``before``: what the base does."""
+    times = ear.timestamps[0] if ear.timestamps else None
+    found.no_speech, found.timestamps, found.largest_activation = ear.no_speech, times, ear.largest
+    if not math.isfinite(ear.largest):
         found.find("refuse", "its answer to noise is not finite (NaN or infinity)")
-    elif ours.largest > _HALF:
-        found.find("warn", f"overflows in half precision: activations up to {ours.largest:.0f}")
-    if ours.no_speech < LEAST_SILENCE * theirs.no_speech:
-        found.find(
-            "warn", f"lost the sense of silence: no speech {ours.no_speech:.0%} sure, the base {theirs.no_speech:.0%}"
-        )
-    times, before = ours.timestamps, theirs.timestamps
+    elif ear.largest > _HALF:
+        found.find("warn", f"overflows in half precision: activations up to {ear.largest:.0f}")
+    if ear.no_speech < LEAST_SILENCE * no_speech:
+        found.find("warn", f"lost the sense of silence: no speech {ear.no_speech:.0%} sure, the base {no_speech:.0%}")
     if times is not None and before is not None and times < LEAST_TIMES < before:
         found.find("warn", f"lost timestamps: {times:.0%} sure of one at the start, the base {before:.0%}")
 
 
 class _Ear:
-    """A model's answer to two seconds of silence, to two of noise, and to speech."""
+    """A model's answer to two seconds of silence, to two of noise, and to each clip of speech."""
 
     @torch.inference_mode()
-    def __init__(self, model: Loaded, speech: np.ndarray | None) -> None:
-        network = empty_model(model.config)
-        network.load_state_dict(model.state, assign=True)
-        network.eval()
+    def __init__(self, model: Loaded, speech: Sequence[np.ndarray]) -> None:
+        network = decoder_of(model).model
         self.largest = 0.0
         for module in network.modules():
             if isinstance(module, nn.Linear):
                 module.register_forward_hook(self._note)
         noise = 0.05 * torch.randn(2 * SAMPLE_RATE, generator=torch.Generator().manual_seed(0)).numpy()
         tokenizer, positions = model.tokenizer, model.config.max_source_positions
-        clips = [np.zeros_like(noise), noise, *([] if speech is None else [speech[: 30 * SAMPLE_RATE]])]
-        mels = [window_mel(clip, model.config.n_mels, positions) for clip in clips]
         prefix = torch.tensor(tokenizer.sot_sequence("en", "transcribe"))
-        logits = network(mels, [prefix] * len(clips))
-        assert isinstance(logits, Tensor)
-        self.no_speech = float(logits[0].softmax(-1)[tokenizer.no_speech])
         times = slice(tokenizer.timestamp_begin, tokenizer.timestamp_end + 1)
-        self.timestamps = None if speech is None else float(logits[-1].softmax(-1)[times].sum())
+        clips: list[np.ndarray] = [np.zeros_like(noise), noise, *(each[: 30 * SAMPLE_RATE] for each in speech)]
+        first, last = [], []
+        for clip in clips:
+            logits = network([window_mel(clip, model.config.n_mels, positions)], [prefix])
+            assert isinstance(logits, Tensor)
+            first.append(float(logits[0].softmax(-1)[tokenizer.no_speech]))
+            last.append(float(logits[-1].softmax(-1)[times].sum()))
+        self.no_speech, self.timestamps = first[0], last[2:]
 
     def _note(self, module: nn.Module, inputs: Any, output: Tensor) -> None:
         self.largest = max(self.largest, float(output.abs().max())) if output.isfinite().all() else math.inf

@@ -68,7 +68,9 @@ def clips_of(source: str, limit: int = PROBE_CLIPS) -> Iterator[tuple[Sample, np
     """Clips of some data, each of at most 30 s. Raises ``ValueError`` where there is none."""
     found = 0
     for sample in items(open_corpus(named_corpus(source))):
-        if not isinstance(sample, Sample) or sample.audio is None or found == limit:
+        if found == limit:
+            return
+        if not isinstance(sample, Sample) or sample.audio is None:
             continue
         try:
             samples = sample.audio.read()[: round(FULL_WINDOW * SAMPLE_RATE)]
@@ -153,13 +155,8 @@ def merge(
         )
     clips = [list(clips_of(source)) for source in probe]
     others = [samples for source in none for _, samples in clips_of(source)]
-    root, kept = base_of(named, base), dict[str, Loaded]()
-    for diagnosis, expert in examine(named, root, [own[0][1] for own in clips]):
-        if expert is None:
-            raise ValueError(f"{diagnosis.name}: cannot be merged: {'; '.join(diagnosis.reasons)}")
-        for reason in diagnosis.reasons:
-            logger.warning("%s: %s", diagnosis.name, reason)
-        kept[diagnosis.name] = expert
+    root = base_of(named, base)
+    kept = dict(_accepted(named, root, [own[0][1] for own in clips]))
     whole = granularity == "model"
     merged = merged_models(root, kept, gate_threshold) if whole else merged_delta(root, kept, delta_rank)
     model = fitted(merged, [[samples for _, samples in own] for own in clips], others)
@@ -168,16 +165,22 @@ def merge(
     return {name: own[0][1] for name, own in zip(kept, clips, strict=True)}
 
 
+def _accepted(experts: Mapping[str, str], base: Loaded, speech: Sequence[np.ndarray]) -> Iterator[tuple[str, Loaded]]:
+    """Each expert by name, its faults logged. Raises ``ValueError`` for one that is refused."""
+    for diagnosis, expert in examine(experts, base, speech):
+        if expert is None:
+            raise ValueError(f"{diagnosis.name}: cannot be merged: {'; '.join(diagnosis.reasons)}")
+        for reason in diagnosis.reasons:
+            logger.warning("%s: %s", diagnosis.name, reason)
+        yield diagnosis.name, expert
+
+
 def add_expert(directory: Path, expert: str, probe: str, base: str | None) -> None:
     """Write the merged model with one expert more in its place."""
     ((name, source),) = named_experts([expert]).items()
     model, clips = load_checkpoint(directory), [samples for _, samples in clips_of(probe)]
     root = base_of({name: source}, base)
-    ((diagnosis, found),) = examine({name: source}, root, clips[:1])
-    if found is None:
-        raise ValueError(f"{name}: cannot be added: {'; '.join(diagnosis.reasons)}")
-    for reason in diagnosis.reasons:
-        logger.warning("%s: %s", name, reason)
+    ((_, found),) = _accepted({name: source}, root, clips[:1])
     grown = with_expert(model, root, name, found, clips)
     whole = [load_checkpoint(folder) for folder in model.experts] + ([found] if model.experts else [])
     _rewrite(directory, grown, whole)

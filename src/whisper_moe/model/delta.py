@@ -79,9 +79,7 @@ class Assignment:
     @cached_property
     def gates_SE(self) -> Tensor:
         """[S, E]: each segment's gate for each expert, 0 where it was not chosen."""
-        experts, gates = self.routing.experts, self.routing.gates
-        columns = experts % (self.experts + 1)  # -1, *none*, becomes one column more, which is then cut off
-        return gates.new_zeros(len(gates), self.experts + 1).scatter_add(1, columns, gates)[:, :-1]
+        return self.routing.dense(self.experts)
 
     @cached_property
     def gates_TE(self) -> Tensor:

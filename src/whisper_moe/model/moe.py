@@ -52,7 +52,7 @@ class Experts(nn.Module):
         tokens = routing if layout is None else routing.expand(layout)
         experts_TK, gates_TK = tokens.experts, tokens.gates.to(x_TD.dtype)
         assert len(experts_TK) == len(x_TD), (x_TD.shape, experts_TK.shape)
-        y_TD = self._gated_down_bias(experts_TK, gates_TK)
+        y_TD = tokens.dense(len(self.down_bias)).to(x_TD.dtype) @ self.down_bias
         if self._can_group(x_TD):
             return self._grouped(x_TD, experts_TK, gates_TK, y_TD)
         # Unbound at once: an index makes a gradient of all E.
@@ -62,13 +62,6 @@ class Experts(nn.Module):
             hidden = F.gelu(F.linear(x_TD[token], up, up_bias)) * gates_TK[token, slot, None]
             y_TD = y_TD.index_add(0, token, hidden @ down)
         return y_TD
-
-    def _gated_down_bias(self, experts_TK: Tensor, gates_TK: Tensor) -> Tensor:
-        """[T, D]: what the experts' last biases add up to; their products are added to it."""
-        n_experts = len(self.down_bias)
-        columns = experts_TK % (n_experts + 1)  # -1, *none*, becomes one column more, which is then cut off
-        gates_TE = gates_TK.new_zeros(len(gates_TK), n_experts + 1).scatter_add(1, columns, gates_TK)
-        return gates_TE[:, :n_experts] @ self.down_bias
 
     def _can_group(self, x_TD: Tensor) -> bool:
         """``grouped_mm`` takes no float64 and only rows that begin at multiples of 16 bytes."""

@@ -70,6 +70,12 @@ class Routing:
         chosen = sorted({expert for choice in self.choices for expert in choice} - {NONE})
         return tuple((e, (self.gates * (self.experts == e)).sum(1, keepdim=True)) for e in chosen)
 
+    def dense(self, n_experts: int) -> Tensor:
+        """[N, E]: each row's gate for each expert, 0 where it was not chosen."""
+        columns = self.experts % (n_experts + 1)  # -1, *none*, becomes one column more, which is then cut off
+        gates = self.gates.new_zeros(len(self), n_experts + 1).scatter_add(1, columns, self.gates)
+        return gates[:, :n_experts]
+
     @classmethod
     def cat(cls, parts: Sequence[Routing]) -> Routing:
         """The rows of all parts, in order."""
