@@ -153,9 +153,8 @@ def test_parts_are_called_what_their_files_are_called(tmp_path: Path):
 
 def test_the_default_made_from_a_whisper_is_described_as_it_will_be(monkeypatch: pytest.MonkeyPatch):
     """An installation without a checkout has no checkpoint: its default is a dense Whisper, upcycled when it is loaded."""
-    dense = Loaded(ModelConfig(), {}, {}, b"", "whisper-base")
     monkeypatch.setattr(cost, "resolve", lambda _: Located("whisper", Path("nowhere"), "openai/whisper-base"))
-    monkeypatch.setattr(cost, "load_model", lambda _: dense)
+    monkeypatch.setattr(cost, "config_of", lambda _: ModelConfig())
     upcycled = ModelConfig(moe=DEFAULT_MOE, ttt=DEFAULT_TTT)
     assert facts_of(None)["parameters"] == parameters(upcycled)
     assert facts_of(None)["experts"] == list(DEFAULT_MOE.names)

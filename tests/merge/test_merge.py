@@ -4,18 +4,22 @@ from __future__ import annotations
 
 import wave
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
 from generate.tiny import tiny_whisper_moe
+from weights.whispers import published
 
 from whisper_moe import WhisperMoE
 from whisper_moe.cli import app
 from whisper_moe.config import SAMPLE_RATE, ModelConfig
 from whisper_moe.generate.mixture import Mixture
 from whisper_moe.generate.options import TranscribeOptions
-from whisper_moe.weights.checkpoint import load_checkpoint
+from whisper_moe.merge import doctor, run
+from whisper_moe.weights.checkpoint import Loaded, load_checkpoint
+from whisper_moe.weights.load import load_model
 
 KINDS = {"low": (120, 400), "high": (2500, 6000), "other": (700, 1500), "new": (20, 60)}
 """Bands of noise, in Hz: two that experts are for, one that none is, and one for an expert that comes later."""
@@ -219,3 +223,42 @@ def test_what_cannot_grow_says_why(delta: Path, family: Family, caplog: pytest.L
         caplog.clear()
         assert app(given, standalone_mode=False) == 1
         assert reason in caplog.text
+
+
+@pytest.mark.parametrize("granularity", ["delta", "model"])
+def test_one_expert_is_in_memory_at_a_time(
+    granularity: str, family: Family, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    read: list[Loaded] = []
+
+    def load(source: str) -> Loaded:
+        assert not any(each.state for each in read), "those before were given up"
+        read.append(load_model(source))
+        return read[-1]
+
+    for module in (doctor, run):
+        monkeypatch.setattr(module, "load_model", load)
+    monkeypatch.setattr(run, "base_of", lambda *_: load_model(str(family.folder / "base")))
+    probe = [family.probes["low"], family.probes["high"]]
+    experts = [str(family.folder / name) for name in ("low", "high")]
+    run.merge(experts, tmp_path / "merged", probe=probe, granularity=granularity)
+    assert [each.name for each in read] == ["low", "high"] * (1 if granularity == "delta" else 2)
+
+
+@pytest.mark.parametrize(
+    ("shape", "name"),
+    [
+        ((512, 8, (6, 6), 51_865), "base"),
+        ((512, 8, (6, 6), 51_864), "base.en"),
+        ((1280, 20, (32, 32), 51_865), "large-v2"),
+        ((1280, 20, (32, 32), 51_866, 128), "large-v3"),
+        ((1280, 20, (32, 4), 51_866, 128), "large-v3-turbo"),
+        ((1280, 20, (32, 2), 51_866, 128), None),
+    ],
+)
+def test_the_base_is_openais_whisper_of_that_shape(shape: tuple[Any, ...], name: str | None) -> None:
+    if name is not None:
+        assert run.openai_like(published(*shape), "mine") == name
+    else:
+        with pytest.raises(ValueError, match="mine: no Whisper of OpenAI's has its shape"):
+            run.openai_like(published(*shape), "mine")

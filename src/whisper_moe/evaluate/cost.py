@@ -16,7 +16,7 @@ from whisper_moe.config import FRAMES_PER_SECOND, FULL_WINDOW, POSITIONS_PER_SEC
 from whisper_moe.evaluate.measure import Clip, Measured, disk_bytes
 from whisper_moe.generate.options import TranscribeOptions
 from whisper_moe.weights.checkpoint import describe
-from whisper_moe.weights.load import DEFAULT_MOE, DEFAULT_TTT, default, load_model, resolve
+from whisper_moe.weights.load import DEFAULT_MOE, DEFAULT_TTT, config_of, default, resolve
 from whisper_moe.weights.parts import expected_shapes, part_of, spelled_alone
 from whisper_moe.weights.upcycle import upcycled_config
 
@@ -187,7 +187,7 @@ def facts_of(model: str | None) -> dict[str, Any]:
     if located.kind == "checkpoint":
         config, sizes = describe(located.path)
     else:
-        config, sizes = load_model(located.path).config, {"weights": disk_bytes(located.path)}
+        config, sizes = config_of(located), {"weights": disk_bytes(located.path)}
         if model is None:  # as load_model does
             config = upcycled_config(config, moe=DEFAULT_MOE, ttt=DEFAULT_TTT)
     return {"name": located.name} | _facts(config) | {"bytes": sizes}

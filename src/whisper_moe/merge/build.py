@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -21,22 +21,22 @@ ROUTER = "encoder.router."
 Clips = Sequence[np.ndarray]
 
 
-def merged_delta(base: Loaded, experts: Mapping[str, Loaded], rank: int) -> Loaded:
-    """Each expert as low-rank differences from the base; the router is still to be fitted."""
-    merged = _unfitted(base, experts, granularity="delta", delta_rank=rank, top_k=1)
-    parts = [difference_of(base.state, expert.state, merged.config) for expert in experts.values()]
+def merged_delta(base: Loaded, names: Sequence[str], experts: Iterable[Loaded], rank: int) -> Loaded:
+    """Each expert as low-rank differences from the base, one after the other; the router is still to be fitted."""
+    merged = _unfitted(base, names, granularity="delta", delta_rank=rank, top_k=1)
+    parts = [difference_of(base.state, expert.state, merged.config) for expert in experts]
     return replace(merged, state=merged.state | {key: torch.stack([part[key] for part in parts]) for key in parts[0]})
 
 
-def merged_models(base: Loaded, experts: Mapping[str, Loaded], threshold: float) -> Loaded:
+def merged_models(base: Loaded, names: Sequence[str], threshold: float) -> Loaded:
     """The base with a router that is still to be fitted; the experts stay whole."""
-    return _unfitted(base, experts, granularity="model", gate_threshold=threshold, top_k=min(2, len(experts)))
+    return _unfitted(base, names, granularity="model", gate_threshold=threshold, top_k=min(2, len(names)))
 
 
-def _unfitted(base: Loaded, experts: Mapping[str, Loaded], **settings: Any) -> Loaded:
+def _unfitted(base: Loaded, names: Sequence[str], **settings: Any) -> Loaded:
     """The base, configured for these experts, and a router of zeros that reads its last layer."""
-    names, layer = tuple(experts), base.config.encoder_layers
-    moe = MoEConfig(n_experts=len(names), router_layer=layer, fitted_router=True, expert_names=names, **settings)
+    layer = base.config.encoder_layers
+    moe = MoEConfig(n_experts=len(names), router_layer=layer, fitted_router=True, expert_names=tuple(names), **settings)
     config = ModelConfig.model_validate(base.config.model_dump() | {"moe": moe})
     router = {key: torch.zeros(shape) for key, shape in expected_shapes(config).items() if key.startswith(ROUTER)}
     return replace(base, config=config, state=dict(base.state) | router)

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import json
 import logging
-from collections.abc import Iterator, Mapping, Sequence
+from collections import deque
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from itertools import chain
 from pathlib import Path
 
 import numpy as np
 
-from whisper_moe.config import FULL_WINDOW, SAMPLE_RATE
+from whisper_moe.config import FULL_WINDOW, SAMPLE_RATE, ModelConfig
 from whisper_moe.data.corpora import open_corpus
 from whisper_moe.data.inspect import named_corpus
 from whisper_moe.data.sample import Sample, items
@@ -19,18 +21,21 @@ from whisper_moe.merge.build import decoder_of, fitted, merged_delta, merged_mod
 from whisper_moe.merge.doctor import Diagnosis, examine
 from whisper_moe.merge.grow import moved_choices, with_expert, without_expert
 from whisper_moe.weights.checkpoint import Loaded, load_checkpoint, read_manifest, save_checkpoint
-from whisper_moe.weights.load import load_model
+from whisper_moe.weights.files import CheckpointError
+from whisper_moe.weights.load import config_of, load_model, resolve
 
 PROBE_CLIPS = 60
 """Of each expert, that the router is fitted to: a few minutes."""
 _BASES = {
-    (384, 4): "tiny",
-    (512, 6): "base",
-    (768, 12): "small",
-    (1024, 24): "medium",
-    (1280, 32): "large-v2",
+    (384, 4, 4, 80): "tiny",
+    (512, 6, 6, 80): "base",
+    (768, 12, 12, 80): "small",
+    (1024, 24, 24, 80): "medium",
+    (1280, 32, 32, 80): "large-v2",
+    (1280, 32, 32, 128): "large-v3",
+    (1280, 32, 4, 128): "large-v3-turbo",
 }
-"""Width and encoder layers of OpenAI's Whispers."""
+"""Width, layers of encoder and decoder, and mels of OpenAI's Whispers."""
 logger = logging.getLogger(__name__)
 
 
@@ -53,15 +58,20 @@ def base_of(experts: Mapping[str, str], base: str | None) -> Loaded:
     errors: list[str] = []
     for source in experts.values():
         try:
-            config = load_model(source).config
-        except (ValueError, OSError) as error:
+            config = config_of(resolve(source))
+        except (CheckpointError, OSError) as error:
             errors.append(str(error))
             continue
-        size = _BASES.get((config.d_model, config.encoder_layers))
-        if size is None:
-            raise ValueError(f"{source}: no Whisper of OpenAI's has its shape: name its base with --base")
-        return load_model(size if config.vocab_size > 51_864 else f"{size}.en")
+        return load_model(openai_like(config, source))
     raise ValueError("; ".join(errors))
+
+
+def openai_like(config: ModelConfig, source: str) -> str:
+    """What OpenAI's Whisper of a shape is called."""
+    size = _BASES.get((config.d_model, config.encoder_layers, config.decoder_layers, config.n_mels))
+    if size is None:
+        raise ValueError(f"{source}: no Whisper of OpenAI's has its shape: name its base with --base")
+    return size if config.vocab_size > 51_864 else f"{size}.en"
 
 
 def clips_of(source: str, limit: int = PROBE_CLIPS) -> Iterator[tuple[Sample, np.ndarray]]:
@@ -93,6 +103,7 @@ def doctor(experts: Sequence[str], base: str | None, dev: Sequence[str], as_json
     for diagnosis, expert in examine(named, root, first):
         if expert is not None:
             diagnosis.wer = {source: _error_rate(expert, clips) for source, clips in sets.items()}
+            expert.state.clear()  # before the next is read
         found.append(diagnosis)
     if as_json:
         print(json.dumps([each.to_dict() for each in found], ensure_ascii=False, indent=2))
@@ -155,24 +166,34 @@ def merge(
         )
     clips = [list(clips_of(source)) for source in probe]
     others = [samples for source in none for _, samples in clips_of(source)]
-    root = base_of(named, base)
-    kept = dict(_accepted(named, root, [own[0][1] for own in clips]))
-    whole = granularity == "model"
-    merged = merged_models(root, kept, gate_threshold) if whole else merged_delta(root, kept, delta_rank)
+    root, whole = base_of(named, base), granularity == "model"
+    accepted = _one_by_one(_accepted(named, root, [own[0][1] for own in clips]))
+    if whole:
+        deque(accepted, maxlen=0)  # what is refused is refused before the router is fitted
+        merged = merged_models(root, list(named), gate_threshold)
+    else:
+        merged = merged_delta(root, list(named), accepted, delta_rank)
     model = fitted(merged, [[samples for _, samples in own] for own in clips], others)
-    inside = list(kept.values()) if whole else []
+    inside = _one_by_one(map(load_model, named.values())) if whole else ()
     save_checkpoint(output, model, quantize=quantize, overwrite=overwrite, experts=inside)
-    return {name: own[0][1] for name, own in zip(kept, clips, strict=True)}
+    return {name: own[0][1] for name, own in zip(named, clips, strict=True)}
 
 
-def _accepted(experts: Mapping[str, str], base: Loaded, speech: Sequence[np.ndarray]) -> Iterator[tuple[str, Loaded]]:
-    """Each expert by name, its faults logged. Raises ``ValueError`` for one that is refused."""
+def _one_by_one(models: Iterable[Loaded]) -> Iterator[Loaded]:
+    """Each is given up when the next is asked for: two large ones need not be there at once."""
+    for model in models:
+        yield model
+        model.state.clear()
+
+
+def _accepted(experts: Mapping[str, str], base: Loaded, speech: Sequence[np.ndarray]) -> Iterator[Loaded]:
+    """Each expert, its faults logged. Raises ``ValueError`` for one that is refused."""
     for diagnosis, expert in examine(experts, base, speech):
         if expert is None:
             raise ValueError(f"{diagnosis.name}: cannot be merged: {'; '.join(diagnosis.reasons)}")
         for reason in diagnosis.reasons:
             logger.warning("%s: %s", diagnosis.name, reason)
-        yield diagnosis.name, expert
+        yield expert
 
 
 def add_expert(directory: Path, expert: str, probe: str, base: str | None) -> None:
@@ -180,9 +201,9 @@ def add_expert(directory: Path, expert: str, probe: str, base: str | None) -> No
     ((name, source),) = named_experts([expert]).items()
     model, clips = load_checkpoint(directory), [samples for _, samples in clips_of(probe)]
     root = base_of({name: source}, base)
-    ((_, found),) = _accepted({name: source}, root, clips[:1])
+    (found,) = _accepted({name: source}, root, clips[:1])
     grown = with_expert(model, root, name, found, clips)
-    whole = [load_checkpoint(folder) for folder in model.experts] + ([found] if model.experts else [])
+    whole = chain(_one_by_one(map(load_checkpoint, model.experts)), [found] if model.experts else ())
     _rewrite(directory, grown, whole)
     moved = moved_choices(model.state, grown, name)
     logger.info(
@@ -196,10 +217,10 @@ def add_expert(directory: Path, expert: str, probe: str, base: str | None) -> No
 def remove_expert(directory: Path, name: str) -> None:
     """Write the merged model without one of its experts in its place."""
     shrunk = without_expert(load_checkpoint(directory), name)
-    _rewrite(directory, shrunk, [load_checkpoint(folder) for folder in shrunk.experts])
+    _rewrite(directory, shrunk, _one_by_one(map(load_checkpoint, shrunk.experts)))
     logger.info("%s: %s removed", directory, name)
 
 
-def _rewrite(directory: Path, model: Loaded, experts: Sequence[Loaded]) -> None:
+def _rewrite(directory: Path, model: Loaded, experts: Iterable[Loaded]) -> None:
     quantize = read_manifest(directory).quantization is not None
     save_checkpoint(directory, model, quantize=quantize, overwrite=True, experts=experts)

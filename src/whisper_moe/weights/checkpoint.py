@@ -101,13 +101,13 @@ def save_checkpoint(
     quantize: bool = False,
     shard_bytes: int = SHARD_BYTES,
     overwrite: bool = False,
-    experts: Sequence[Loaded] = (),
+    experts: Iterable[Loaded] = (),
 ) -> None:
     """Write ``directory`` whole or not at all; the same input gives the same bytes.
 
     New languages are detected once their rows were trained (:func:`~whisper_moe.weights.tokens.detected_when_trained`).
     ``quantize``: int8 rows, of what is :func:`quantizable`. ``experts``: whole models (granularity ``model``), which become
-    checkpoints in it. Raises ``ValueError`` for a state that is not finite or not of the
+    checkpoints in it, one after the other. Raises ``ValueError`` for a state that is not finite or not of the
     configuration, and for a directory that exists, unless ``overwrite`` is set and it is a checkpoint.
     """
     directory, config, state = Path(directory).resolve(), model.config, model.state

@@ -20,8 +20,8 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from whisper_moe.config import EMBEDDED, MoEConfig, TTTConfig, model_folder, model_name
-from whisper_moe.weights.checkpoint import CONFIG, MANIFEST, Loaded, load_checkpoint
+from whisper_moe.config import EMBEDDED, ModelConfig, MoEConfig, TTTConfig, model_folder, model_name
+from whisper_moe.weights.checkpoint import CONFIG, MANIFEST, Loaded, load_checkpoint, read_config
 from whisper_moe.weights.files import CheckpointError, TensorFiles, listed, read_index, read_json, regular_size
 from whisper_moe.weights.tokens import GENERATION, OLD_TOKENIZER, PUBLISHED, TOKENIZER, complete, read_tokenizer
 from whisper_moe.weights.upcycle import upcycle
@@ -236,6 +236,17 @@ def _load_whisper(at: Located, base: str | None, above: tuple[Path, ...] = ()) -
     return _load_openai(at.path, base) if at.kind == "openai" else _load_folder(at, base)
 
 
+def config_of(at: Located) -> ModelConfig:
+    """What a model is made of; of its weights nothing is read, but the table of a ``.pt`` file."""
+    if at.kind == "checkpoint":
+        return read_config(at.path / CONFIG)
+    if at.kind == "adapter":
+        return config_of(under(at))
+    if at.kind == "openai":
+        return config_from_openai(_unpickled(at.path).get("dims") or {}, origin=at.path)
+    return config_from_whisper(read_json(at.path / CONFIG), origin=at.path / CONFIG)
+
+
 def _load_folder(at: Located, base: str | None) -> Loaded:
     """As transformers writes it."""
     file, hf_config = at.path / GENERATION, read_json(at.path / CONFIG)
@@ -262,20 +273,25 @@ def _load_openai(path: Path, base: str | None) -> Loaded:
 
 def _load_adapter(at: Located, base: str | None, above: tuple[Path, ...]) -> Loaded:
     """A LoRA adapter as PEFT writes it, merged into its base."""
-    settings = at.path / ADAPTER_CONFIG
-    adapter = Adapter.read(settings)
-    under, revision = base or adapter.base_model_name_or_path, None if base else adapter.revision
-    if not under:
-        raise CheckpointError(f"{settings}: names no base model; name it as the base")
-    try:
-        found = resolve(under, revision=revision)
-    except CheckpointError as error:
-        said = f"{settings}: its base model {under!r} was not found ({error}); name another base"
-        raise CheckpointError(said) from error
-    below = _load_whisper(found, None, above)
+    below = _load_whisper(under(at, base), None, above)
     deltas, origin = read_weights(at.path)
+    adapter = Adapter.read(at.path / ADAPTER_CONFIG)
     merged = merge_adapter(state_to_whisper(below.state, below.config), deltas, adapter, origin)
     return replace(below, name=at.name, state=state_from_whisper(merged, below.config, origin=origin))
+
+
+def under(at: Located, base: str | None = None) -> Located:
+    """The model that an adapter is merged into: ``base``, else the one that it states."""
+    settings = at.path / ADAPTER_CONFIG
+    adapter = Adapter.read(settings)
+    name, revision = base or adapter.base_model_name_or_path, None if base else adapter.revision
+    if not name:
+        raise CheckpointError(f"{settings}: names no base model; name it as the base")
+    try:
+        return resolve(name, revision=revision)
+    except CheckpointError as error:
+        said = f"{settings}: its base model {name!r} was not found ({error}); name another base"
+        raise CheckpointError(said) from error
 
 
 def _tokenizer_of(path: Path, vocab_size: int, base: str | None) -> Path:
