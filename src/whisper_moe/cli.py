@@ -119,6 +119,7 @@ merge: Make one model of fine-tuned Whispers that knows which of them to ask.
   --granularity             str = delta          delta: each expert is the base and a low-rank difference. model: experts stay whole models.
   --delta-rank              int>=1 = 32          Rank of an expert's difference from the base, in each matrix.
   --gate-threshold          float>=0 = 0.1       model: where the second expert's gate is below it, the first answers alone.
+  --measure                 int>=0 = 20          Clips of each probe on which WER is measured, before and after; 0 for none.
   --quantize                switch               Store the base's matrices as int8.
   --overwrite               switch               Replace a checkpoint that is there.
 

@@ -9,16 +9,20 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+import yaml
 from generate.tiny import tiny_whisper_moe
 from weights.whispers import published
 
 from whisper_moe import WhisperMoE
 from whisper_moe.cli import app
 from whisper_moe.config import SAMPLE_RATE, ModelConfig
+from whisper_moe.evaluate.metrics import written
 from whisper_moe.generate.mixture import Mixture
 from whisper_moe.generate.options import TranscribeOptions
+from whisper_moe.media.tokenizer import Tokenizer
 from whisper_moe.merge import doctor, run
-from whisper_moe.weights.checkpoint import Loaded, load_checkpoint
+from whisper_moe.merge.build import decoder_of
+from whisper_moe.weights.checkpoint import Loaded, load_checkpoint, save_checkpoint
 from whisper_moe.weights.load import load_model
 
 KINDS = {"low": (120, 400), "high": (2500, 6000), "other": (700, 1500), "new": (20, 60)}
@@ -61,6 +65,7 @@ class Family:
                     if "token_embedding" not in key and key != "decoder.positions":
                         parameter += 0.3 * torch.randn_like(parameter) * parameter.std().nan_to_num(1.0)
             expert.save_pretrained(folder / name)
+        (folder / "low" / "README.md").write_text("---\nlicense: mit\n---\nlow\n")
         self.probes = {kind: write_probe(folder / f"{kind}-clips", kind) for kind in KINDS}
 
     def merge(self, output: str, *more: str) -> Path:
@@ -119,6 +124,45 @@ def test_an_expert_of_full_rank_is_the_fine_tune_but_for_float16(delta: Path, fa
         "00-low.safetensors",
         "01-high.safetensors",
     ]
+
+
+@pytest.mark.parametrize("how", [("--delta-rank", "16"), ("--delta-rank", "1"), ("--granularity", "model")], ids=str)
+def test_the_card_says_what_is_lost_and_may_be_edited(
+    how: tuple[str, str], family: Family, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setattr(
+        Tokenizer, "decode", lambda _, ids: " ".join(f"w{id}" for id in ids)
+    )  # tiny ones speak no words
+    given = ["--base", str(family.folder / "base"), "-o", str(merged := tmp_path / "mine"), "--measure", "3", *how]
+    for name in ("low", "high"):
+        source, table = str(family.folder / name), tmp_path / f"{name}.tsv"
+        clips = list(run.clips_of(family.probes[name]))
+        texts = written(decoder_of(load_model(source)), clips, 2.5)
+        lines = [f"{s.audio.name}\t{text}\ten" for (s, _), text in zip(clips, texts, strict=True) if s.audio]
+        table.write_text("\n".join(["path\ttext\tlanguage", *lines]) + "\n")
+        given += [source, "--probe", str(table)]
+    app(["merge", *given], standalone_mode=False)
+    card = (merged / "README.md").read_text()
+    head = yaml.safe_load(card.split("---\n")[1])
+    assert head["language"] == ["en"]
+    assert head["pipeline_tag"] == "automatic-speech-recognition"
+    assert "base_model" not in head, "none of them is on the Hub"
+    rows = [[cell.strip() for cell in line.strip("|").split("|")] for line in card.splitlines() if line.startswith("|")]
+    assert [row[:3] for row in rows if len(row) == 6][2:] == [
+        ["low", f"{family.folder.name}/low", "mit"],
+        ["high", f"{family.folder.name}/high", ""],
+        ["none", f"{family.folder.name}/base", ""],
+    ]
+    rates = [row for row in rows if len(row) == 5][2:]
+    assert [row[0] for row in rates] == ["low", "high"]
+    assert {(clips, alone) for _, clips, _, alone, _ in rates} == {("3", "0.0")}, "its own words are what is to be said"
+    assert any(float(row[2]) > 0 for row in rates), "the base says others"
+    assert any(float(row[4]) > 0 for row in rates) == (how[1] == "1"), "nothing is lost but by rank"
+    (merged / "README.md").write_text(f"{card}edited\n")
+    load_checkpoint(merged)
+    before = load_checkpoint(merged)
+    save_checkpoint(merged, before, overwrite=True, experts=map(load_checkpoint, before.experts))
+    assert not (merged / "README.md").exists(), "it was the old model's"
 
 
 def test_two_whole_models_are_mixed_by_their_gates(whole: Path, family: Family) -> None:
@@ -192,6 +236,8 @@ def test_an_expert_comes_and_goes_and_the_others_stay(how: tuple[str, ...], fami
     before, clips = load_checkpoint(folder), [clip for _, clip in CLIPS]
     files = {path: path.read_bytes() for path in folder.rglob("*.safetensors") if path.name != "router.safetensors"}
     texts = said(WhisperMoE.from_pretrained(folder, dtype="float32"), clips)
+    with (folder / "README.md").open("a") as card:
+        card.write("by hand")
     given = [str(folder), str(family.folder / "new"), "--base", str(family.folder / "base")]
     app(["add-expert", *given, "--probe", family.probes["new"]], standalone_mode=False)
     grown = WhisperMoE.from_pretrained(folder, dtype="float32")
@@ -208,6 +254,9 @@ def test_an_expert_comes_and_goes_and_the_others_stay(how: tuple[str, ...], fami
         assert torch.equal(old, now[[0, 1, 3]])
     assert all(path.read_bytes() == content for path, content in files.items())
     app(["remove-expert", str(folder), "new"], standalone_mode=False)
+    after = (folder / "README.md").read_text().partition("by hand")[2].split("\n")
+    probe = f"{Path(family.probes['new']).parent.name}/clips.tsv"
+    assert after == ["", f"Added: new, {family.folder.name}/new; probe {probe}.", "", "Removed: new.", ""]
     again = load_checkpoint(folder)
     assert again.config == before.config
     assert all(torch.equal(tensor, before.state[key]) for key, tensor in again.state.items())

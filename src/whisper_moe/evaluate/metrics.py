@@ -313,20 +313,11 @@ class Evaluator:
         return found
 
     def _transcribe(self, model: WhisperMoEModel, pairs: Sequence[tuple[Evaluated, Sample]]) -> None:
-        """Clips of one task and language are decoded together."""
         decoder = WindowDecoder(model, self._tokenizer, self._generation)
-        for task, language in sorted({(sample.task, sample.language) for _, sample in pairs}):
-            chosen = [(each, s) for each, s in pairs if (s.task, s.language) == (task, language)]
-            clips = [sample.audio.read() for _, sample in chosen if sample.audio is not None]
-            options = TranscribeOptions(
-                task="translate" if task == "translate" else "transcribe",
-                timestamps=False,
-                language=language if self._tokenizer.is_multilingual else None,
-            )
-            for name, margin in self._margins.items():
-                results = decoder.decode(clips, options, temperature=0.0, margin=margin)
-                for (each, _), result in zip(chosen, results, strict=True):
-                    each.texts[name] = self._tokenizer.decode(self._tokenizer.text_ids(result.hypothesis.tokens))
+        clips = [(sample, sample.audio.read()) for _, sample in pairs if sample.audio is not None]
+        for name, margin in self._margins.items():
+            for (each, _), text in zip(pairs, written(decoder, clips, margin), strict=True):
+                each.texts[name] = text
 
     def _sums(self, found: Sequence[Evaluated]) -> dict[str, float]:
         judged = [each for each in found if each.skipped is None]
@@ -340,6 +331,29 @@ class Evaluator:
         if len(judged) < len(found):
             figures["left_out"] = float(len(found) - len(judged))
         return figures
+
+
+def written(
+    decoder: WindowDecoder, clips: Sequence[tuple[Sample, np.ndarray]], margin: float, experts: tuple[str, ...] = ()
+) -> list[str]:
+    """What is heard in clips of up to 30 s: greedily, without timestamps, those of one task and language decoded together.
+
+    ``experts``: those that may answer, where there are any.
+    """
+    texts, tokenizer = [""] * len(clips), decoder.tokenizer
+    kinds = [(sample.task, sample.language) for sample, _ in clips]
+    for task, language in sorted(set(kinds)):
+        own = [index for index, kind in enumerate(kinds) if kind == (task, language)]
+        options = TranscribeOptions(
+            task="translate" if task == "translate" else "transcribe",
+            timestamps=False,
+            language=language if tokenizer.is_multilingual else None,
+            experts=experts,
+        )
+        results = decoder.decode([clips[index][1] for index in own], options, temperature=0.0, margin=margin)
+        for index, result in zip(own, results, strict=True):
+            texts[index] = tokenizer.decode(tokenizer.text_ids(result.hypothesis.tokens))
+    return texts
 
 
 @torch.inference_mode()

@@ -77,10 +77,13 @@ def markdown(report: Report) -> str:
     parts = [f"# Evaluation of {_plain(report['model'])}", _plain(_circumstances(report))]
     for section in _sections(report):
         parts += [f"## {_plain(section.title)}"] * bool(section.title)
-        lines = [section.head, ["---"] * len(section.head), *section.rows]
-        parts.append("\n".join(f"| {' | '.join(map(_plain, line))} |" for line in lines))
+        parts.append(markdown_table(section.head, section.rows))
         parts += map(_plain, section.notes)
     return "\n\n".join(parts) + "\n"
+
+
+def markdown_table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    return "\n".join(f"| {' | '.join(map(_plain, line))} |" for line in (head, ["---"] * len(head), *rows))
 
 
 def _plain(text: str) -> str:

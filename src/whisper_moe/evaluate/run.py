@@ -198,7 +198,7 @@ def _report(asked: Plan, clips: list[Clip], measured: dict[System, Measured]) ->
         "format": 1,
         "date": datetime.now(UTC).isoformat(timespec="seconds"),
         "model": first.label,
-        "data": [{"kind": each.kind, "source": _shown(each.source), "split": each.split} for each in asked.corpora],
+        "data": [{"kind": each.kind, "source": shown(each.source), "split": each.split} for each in asked.corpora],
         "clips": len(clips),
         "audio_seconds": sum(clip.seconds for clip in clips),
         "languages": sorted({clip.sample.language for clip in clips}),
@@ -215,7 +215,7 @@ def _report(asked: Plan, clips: list[Clip], measured: dict[System, Measured]) ->
     }
 
 
-def _shown(source: str) -> str:
+def shown(source: str) -> str:
     """A local path by its last two names: the report may be published, and the rest is one machine's business."""
     return "/".join(Path(source).resolve().parts[-2:]) if Path(source).exists() else source
 

@@ -5,7 +5,7 @@ Names are those of :class:`~whisper_moe.model.delta.LowRank` and its neighbours,
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 
 import torch
 from torch import Tensor
@@ -61,12 +61,3 @@ def difference_of(base: State, expert: State, config: ModelConfig) -> dict[str, 
         bias = change.get("bias", torch.zeros(up.shape[1]))
         found[key], found[f"{layer}.experts.up"] = down, torch.cat([up, bias[None]])
     return {key: tensor.half().float() for key, tensor in found.items()}
-
-
-def kept_share(base: State, expert: State, rank: int) -> Iterator[tuple[str, float]]:
-    """For each matrix, the share of the difference's square that a rank keeps; 1 where nothing differs."""
-    for key, tensor in base.items():
-        if tensor.ndim < 2 or torch.equal(tensor, expert[key]):
-            continue
-        values = spectrum((expert[key] - tensor).flatten(1))
-        yield key, float(values[:rank].sum() / values.sum())

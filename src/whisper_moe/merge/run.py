@@ -6,8 +6,10 @@ import json
 import logging
 from collections import deque
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from importlib.util import find_spec
 from itertools import chain
 from pathlib import Path
+from typing import TypeAlias
 
 import numpy as np
 
@@ -15,13 +17,15 @@ from whisper_moe.config import FULL_WINDOW, SAMPLE_RATE, ModelConfig
 from whisper_moe.data.corpora import open_corpus
 from whisper_moe.data.inspect import named_corpus
 from whisper_moe.data.sample import Sample, items
-from whisper_moe.generate.options import TranscribeOptions
+from whisper_moe.evaluate.run import shown
+from whisper_moe.generate.decode import WindowDecoder
 from whisper_moe.media.audio import MediaError
 from whisper_moe.merge.build import decoder_of, fitted, merged_delta, merged_models
+from whisper_moe.merge.card import Member, write_card
 from whisper_moe.merge.doctor import Diagnosis, examine
-from whisper_moe.merge.grow import moved_choices, with_expert, without_expert
-from whisper_moe.weights.checkpoint import Loaded, load_checkpoint, read_manifest, save_checkpoint
-from whisper_moe.weights.files import CheckpointError
+from whisper_moe.merge.grow import merged_config, moved_choices, with_expert, without_expert
+from whisper_moe.weights.checkpoint import CARD, Loaded, load_checkpoint, read_manifest, save_checkpoint
+from whisper_moe.weights.files import CheckpointError, atomic_file
 from whisper_moe.weights.load import config_of, load_model, resolve
 
 PROBE_CLIPS = 60
@@ -36,6 +40,9 @@ _BASES = {
     (1280, 32, 4, 128): "large-v3-turbo",
 }
 """Width, layers of encoder and decoder, and mels of OpenAI's Whispers."""
+_BATCH = 8
+"""Clips that are decoded together."""
+Clip: TypeAlias = tuple[Sample, np.ndarray]
 logger = logging.getLogger(__name__)
 
 
@@ -74,7 +81,7 @@ def openai_like(config: ModelConfig, source: str) -> str:
     return size if config.vocab_size > 51_864 else f"{size}.en"
 
 
-def clips_of(source: str, limit: int = PROBE_CLIPS) -> Iterator[tuple[Sample, np.ndarray]]:
+def clips_of(source: str, limit: int = PROBE_CLIPS) -> Iterator[Clip]:
     """Clips of some data, each of at most 30 s. Raises ``ValueError`` where there is none."""
     found = 0
     for sample in items(open_corpus(named_corpus(source))):
@@ -102,7 +109,8 @@ def doctor(experts: Sequence[str], base: str | None, dev: Sequence[str], as_json
     first = [clips[0][1] for clips in sets.values()][:1] * len(named)
     for diagnosis, expert in examine(named, root, first):
         if expert is not None:
-            diagnosis.wer = {source: _error_rate(expert, clips) for source, clips in sets.items()}
+            decoder = decoder_of(expert)
+            diagnosis.wer = {source: _error_rate(decoder, clips) for source, clips in sets.items()}
             expert.state.clear()  # before the next is read
         found.append(diagnosis)
     if as_json:
@@ -112,18 +120,15 @@ def doctor(experts: Sequence[str], base: str | None, dev: Sequence[str], as_json
     return int(any(each.verdict == "refuse" for each in found))
 
 
-def _error_rate(model: Loaded, clips: Sequence[tuple[Sample, np.ndarray]]) -> float:
-    from whisper_moe.evaluate.metrics import clip_counts
+def _error_rate(decoder: WindowDecoder, clips: Sequence[Clip], expert: str | None = None) -> float:
+    """``expert``: the only one that may answer."""
+    from whisper_moe.evaluate.metrics import clip_counts, written
 
-    decoder, texts = decoder_of(model), dict[int, str]()
-    languages = [sample.language for sample, _ in clips]
-    for language in dict.fromkeys(languages):
-        own = [index for index, each in enumerate(languages) if each == language]
-        options = TranscribeOptions(language=language, timestamps=False)
-        results = decoder.decode([clips[i][1] for i in own], options, temperature=0.0, margin=options.margin)
-        texts |= {i: model.tokenizer.decode(result.hypothesis.tokens) for i, result in zip(own, results, strict=True)}
-    references = [sample.text for sample, _ in clips]
-    return clip_counts(references, [texts[i] for i in range(len(clips))], languages).value
+    experts = () if expert is None else (expert,)
+    batches = [clips[first : first + _BATCH] for first in range(0, len(clips), _BATCH)]
+    texts = [text for batch in batches for text in written(decoder, batch, decoder.model.config.margin, experts)]
+    samples = [sample for sample, _ in clips]
+    return clip_counts([each.text for each in samples], texts, [each.target_language for each in samples]).value
 
 
 def _show(found: Sequence[Diagnosis]) -> None:
@@ -155,8 +160,12 @@ def merge(
     gate_threshold: float = 0.1,
     quantize: bool = False,
     overwrite: bool = False,
+    measure: int = 20,
 ) -> dict[str, np.ndarray]:
-    """Write one model of all experts; returns a clip of each, to try it with."""
+    """Write one model of all experts and its card; returns a clip of each, to try it with.
+
+    ``measure``: clips of each probe on which WER is measured, before and after.
+    """
     if granularity not in ("delta", "model"):
         raise ValueError(f"granularity must be delta or model, got {granularity!r}")
     named = named_experts(experts)
@@ -167,7 +176,9 @@ def merge(
     clips = [list(clips_of(source)) for source in probe]
     others = [samples for source in none for _, samples in clips_of(source)]
     root, whole = base_of(named, base), granularity == "model"
-    accepted = _one_by_one(_accepted(named, root, [own[0][1] for own in clips]))
+    judged = [_judged(own, measure) for own in clips]
+    found: list[Diagnosis] = []
+    accepted = _one_by_one(_heard(named, root, [own[0][1] for own in clips], judged, found))
     if whole:
         deque(accepted, maxlen=0)  # what is refused is refused before the router is fitted
         merged = merged_models(root, list(named), gate_threshold)
@@ -176,7 +187,50 @@ def merge(
     model = fitted(merged, [[samples for _, samples in own] for own in clips], others)
     inside = _one_by_one(map(load_model, named.values())) if whole else ()
     save_checkpoint(output, model, quantize=quantize, overwrite=overwrite, experts=inside)
+    _hear_merged(load_checkpoint(output), judged, found)
+    spoken = [sorted({sample.target_language for sample, _ in own}) for own in clips]
+    members = list(map(Member, named.values(), probe, spoken, map(len, judged), found))
+    write_card(output, base or root.name, merged_config(model), members, none)
     return {name: own[0][1] for name, own in zip(named, clips, strict=True)}
+
+
+def _judged(clips: Sequence[Clip], limit: int) -> list[Clip]:
+    """Whose WER is measured: that have a text, and were not cut."""
+    if limit and not find_spec("jiwer"):
+        logger.warning("what is lost is not measured: that needs pip install 'whisper-moe[evaluate]'")
+        limit = 0
+    whole = [(sample, sound) for sample, sound in clips if len(sound) < FULL_WINDOW * SAMPLE_RATE]
+    return [(sample, sound) for sample, sound in whole if sample.text.strip()][:limit]
+
+
+def _heard(
+    experts: Mapping[str, str],
+    base: Loaded,
+    speech: Sequence[np.ndarray],
+    judged: Sequence[Sequence[Clip]],
+    found: list[Diagnosis],
+) -> Iterator[Loaded]:
+    """Each expert once its WER and the base's have been measured; they are added to its diagnosis, which ``found`` gets."""
+    for (diagnosis, expert), clips in zip(_accepted(experts, base, speech), judged, strict=True):
+        if clips:
+            diagnosis.wer = {
+                "base": _error_rate(decoder_of(base), clips),
+                "fine-tune": _error_rate(decoder_of(expert), clips),
+            }
+        found.append(diagnosis)
+        yield expert
+
+
+def _hear_merged(model: Loaded, judged: Sequence[Sequence[Clip]], found: Sequence[Diagnosis]) -> None:
+    """Measure what was written, each expert alone, and say what is lost."""
+    for number, (diagnosis, clips) in enumerate(zip(found, judged, strict=True)):
+        if not clips:
+            continue
+        whole = load_checkpoint(model.experts[number]) if model.experts else None
+        decoder, alone = (decoder_of(whole), None) if whole else (decoder_of(model), diagnosis.name)
+        diagnosis.wer["merged"] = _error_rate(decoder, clips, alone)
+        rates = ", ".join(f"{system} {100 * rate:.1f}" for system, rate in diagnosis.wer.items())
+        logger.info("%s: WER %% of %d probe clips: %s", diagnosis.name, len(clips), rates)
 
 
 def _one_by_one(models: Iterable[Loaded]) -> Iterator[Loaded]:
@@ -186,14 +240,16 @@ def _one_by_one(models: Iterable[Loaded]) -> Iterator[Loaded]:
         model.state.clear()
 
 
-def _accepted(experts: Mapping[str, str], base: Loaded, speech: Sequence[np.ndarray]) -> Iterator[Loaded]:
+def _accepted(
+    experts: Mapping[str, str], base: Loaded, speech: Sequence[np.ndarray]
+) -> Iterator[tuple[Diagnosis, Loaded]]:
     """Each expert, its faults logged. Raises ``ValueError`` for one that is refused."""
     for diagnosis, expert in examine(experts, base, speech):
         if expert is None:
             raise ValueError(f"{diagnosis.name}: cannot be merged: {'; '.join(diagnosis.reasons)}")
         for reason in diagnosis.reasons:
             logger.warning("%s: %s", diagnosis.name, reason)
-        yield expert
+        yield diagnosis, expert
 
 
 def add_expert(directory: Path, expert: str, probe: str, base: str | None) -> None:
@@ -201,10 +257,11 @@ def add_expert(directory: Path, expert: str, probe: str, base: str | None) -> No
     ((name, source),) = named_experts([expert]).items()
     model, clips = load_checkpoint(directory), [samples for _, samples in clips_of(probe)]
     root = base_of({name: source}, base)
-    (found,) = _accepted({name: source}, root, clips[:1])
+    ((diagnosis, found),) = _accepted({name: source}, root, clips[:1])
     grown = with_expert(model, root, name, found, clips)
     whole = chain(_one_by_one(map(load_checkpoint, model.experts)), [found] if model.experts else ())
-    _rewrite(directory, grown, whole)
+    remarks = "".join(f"; {reason}" for reason in diagnosis.reasons)
+    _rewrite(directory, grown, whole, f"Added: {name}, {shown(source)}; probe {shown(probe)}{remarks}.")
     moved = moved_choices(model.state, grown, name)
     logger.info(
         "%s: %s added; %s",
@@ -217,10 +274,16 @@ def add_expert(directory: Path, expert: str, probe: str, base: str | None) -> No
 def remove_expert(directory: Path, name: str) -> None:
     """Write the merged model without one of its experts in its place."""
     shrunk = without_expert(load_checkpoint(directory), name)
-    _rewrite(directory, shrunk, _one_by_one(map(load_checkpoint, shrunk.experts)))
+    _rewrite(directory, shrunk, _one_by_one(map(load_checkpoint, shrunk.experts)), f"Removed: {name}.")
     logger.info("%s: %s removed", directory, name)
 
 
-def _rewrite(directory: Path, model: Loaded, experts: Iterable[Loaded]) -> None:
+def _rewrite(directory: Path, model: Loaded, experts: Iterable[Loaded], change: str) -> None:
+    """``change``: a line for its card, where it has one, which else stays as it is."""
+    card = directory / CARD
+    before = card.read_bytes() if card.is_file() else None
     quantize = read_manifest(directory).quantization is not None
     save_checkpoint(directory, model, quantize=quantize, overwrite=True, experts=experts)
+    if before is not None:
+        with atomic_file(card) as file:
+            file.write_bytes(before + f"\n{change}\n".encode())

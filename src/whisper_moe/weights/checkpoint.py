@@ -54,6 +54,8 @@ from whisper_moe.weights.tokens import (
 )
 
 CONFIG, INDEX, MANIFEST = "config.json", "model.safetensors.index.json", "MANIFEST.json"
+CARD = "README.md"
+"""For people, who may edit it: no part of the checkpoint, and no reason against overwriting one."""
 SHARD_BYTES = 44_000_000
 """Tensor bytes in one file, at most: below what hosts of git repositories refuse. A larger tensor is alone in one."""
 _FLOATS = (torch.float32, torch.float16, torch.bfloat16)
@@ -132,7 +134,7 @@ def save_checkpoint(
 def _files_in(folder: Path) -> list[str]:
     """By name; of a checkpoint within it, the manifest alone, which knows the others."""
     nested = [manifest.parent for manifest in folder.rglob(MANIFEST) if manifest.parent != folder]
-    files = [path for path in folder.rglob("*") if not path.is_dir()]
+    files = [path for path in folder.rglob("*") if not path.is_dir() and path != folder / CARD]
     own = [path for path in files if path.name == MANIFEST or not any(path.is_relative_to(place) for place in nested)]
     return sorted(path.relative_to(folder).as_posix() for path in own)
 
