@@ -45,7 +45,7 @@ def spectrum(difference_OI: Tensor) -> Tensor:
 def difference_of(base: State, expert: State, config: ModelConfig) -> dict[str, Tensor]:
     """One expert's tensors for a model of granularity ``delta``; ``config`` is that model's.
 
-    They are rounded to float16, in which they are stored: an error of 0.05 % of the difference.
+    They are rounded to float16, in which they are stored: an error of 0.05 % of the difference. What that cannot hold stays.
     """
     assert config.moe is not None
     found: dict[str, Tensor] = {}
@@ -60,4 +60,4 @@ def difference_of(base: State, expert: State, config: ModelConfig) -> dict[str, 
         down, up = low_rank(change["weight"].flatten(1), config.moe.delta_rank)
         bias = change.get("bias", torch.zeros(up.shape[1]))
         found[key], found[f"{layer}.experts.up"] = down, torch.cat([up, bias[None]])
-    return {key: tensor.half().float() for key, tensor in found.items()}
+    return {key: half if (half := tensor.half().float()).isfinite().all() else tensor for key, tensor in found.items()}

@@ -21,7 +21,7 @@ from whisper_moe.merge.build import decoder_of
 from whisper_moe.merge.differences import spectrum
 from whisper_moe.weights.checkpoint import Loaded
 from whisper_moe.weights.files import CheckpointError, listed
-from whisper_moe.weights.load import load_model
+from whisper_moe.weights.load import load_model, resolve, under
 
 Verdict = Literal["use", "warn", "refuse"]
 HARDLY_MOVED = 4e-4
@@ -77,12 +77,17 @@ def examine(
     before = _Ear(base, list(clips.values()))
     times = dict(zip(clips, before.timestamps, strict=True))
     for name, source in experts.items():
+        found = Diagnosis(name)
         try:
+            if other := _another_base(source, base):
+                found.find(
+                    "warn", f"its adapter was made for {other}, not for this base: how they differ becomes part of it"
+                )
             expert = load_model(source)
         except (CheckpointError, OSError) as error:
-            yield Diagnosis(name, "refuse", [str(error)]), None
+            found.find("refuse", str(error))
+            yield found, None
             continue
-        found = Diagnosis(name)
         if reason := misfit(expert, base):
             found.find("refuse", reason)
             yield found, None
@@ -95,6 +100,18 @@ def examine(
                 found.find("warn", f"nearly the same as {name} (cosine of the differences {cosine:.3f})")
         seen[found.name] = own
         yield found, expert if found.verdict != "refuse" else None
+
+
+def _another_base(source: str, base: Loaded) -> str | None:
+    """What an adapter belongs to, where that has other weights than the base."""
+    at = resolve(source)
+    if at.kind != "adapter":
+        return None
+    own = under(at)
+    state = load_model(own.path).state
+    return (
+        None if all(torch.equal(state.get(key, tensor[:0]), tensor) for key, tensor in base.state.items()) else own.name
+    )
 
 
 def misfit(expert: Loaded, base: Loaded) -> str | None:
