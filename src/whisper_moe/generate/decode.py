@@ -180,9 +180,14 @@ class WindowDecoder:
 
     @torch.inference_mode()
     def features(self, clips: Sequence[np.ndarray]) -> Tensor:
-        """What a router that chooses ahead reads of each clip, [clips, D]: the base alone listens to its middle."""
-        places, packs = self._packs([middle(clip) for clip in clips], margin=0)
-        return torch.cat([self.model.encoder.features(mels) for _, mels in packs])[places]
+        """What the router reads of each clip, [clips, D]; one that chooses ahead, of its middle, as the base alone hears it."""
+        encoder, margin = self.model.encoder, self.model.config.margin
+        if encoder.routes_ahead:
+            clips, margin = [middle(clip) for clip in clips], 0.0
+        places, packs = self._packs(clips, margin)
+        sounding = [self.positions(len(clip), 0) for clip in clips]
+        parts = [encoder.features(mels, [sounding[i] for i in pack]) for pack, mels in packs]
+        return torch.cat(parts)[places]
 
     def _packs(
         self, clips: Sequence[np.ndarray], margin: float

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -16,6 +16,7 @@ from whisper_moe.merge.differences import difference_of
 from whisper_moe.merge.router import fit, heard
 from whisper_moe.weights.checkpoint import Loaded
 from whisper_moe.weights.parts import empty_model, expected_shapes
+from whisper_moe.weights.upcycle import as_expert
 
 ROUTER = "encoder.router."
 Clips = Sequence[np.ndarray]
@@ -33,10 +34,46 @@ def merged_models(base: Loaded, names: Sequence[str], threshold: float) -> Loade
     return _unfitted(base, names, granularity="model", gate_threshold=threshold, top_k=min(2, len(names)))
 
 
+def merged_feed_forwards(
+    base: Loaded,
+    names: Sequence[str],
+    experts: Iterable[Loaded],
+    router_layer: int,
+    average_scale: float = 1.0,
+    *,
+    shared: bool = False,
+) -> Loaded:
+    """Branch-Train-MiX (arXiv 2403.07816): each expert's feed-forwards in the routed layers; all else is one copy for all.
+
+    That copy is W + ``average_scale`` · mean(W_e - W), the feed-forwards of unrouted layers included: 1 is the experts' average.
+    ``shared``: a routed layer is ½ FFN + ½ Σ g_e FFN_e, the first the base's own; output weights are halved. There is no
+    *none*: it would leave no feed-forward, or half of one. The base itself can be among the ``experts``.
+    """
+    hidden, own, top_k = base.config.encoder_ffn_dim, base.state, min(2, len(names))
+    if base.config.decoder_ffn_dim != hidden:
+        raise ValueError("granularity ffn needs feed-forwards of one size in encoder and decoder")
+    kind = {"granularity": "ffn", "expert_dim": hidden, "shared": shared, "none_choice": False}
+    merged = _unfitted(base, names, router_layer=router_layer, top_k=top_k, **kind)
+    shapes = expected_shapes(merged.config)
+    mixed = {key: torch.empty(shape) for key, shape in shapes.items() if ".experts." in key}
+    routed = {key.partition(".experts.")[0] for key in mixed}
+    kept = {key: tensor for key, tensor in own.items() if key.partition(".ffn.")[0] in routed}
+    average = {key: own[key].clone() for key in own.keys() - kept.keys()}
+    for number, expert in enumerate(experts):
+        for key, stack in mixed.items():
+            stack[number] = as_expert(key, expert.state)
+        for key, tensor in average.items():
+            tensor += average_scale / len(names) * (expert.state[key] - own[key])
+    if shared:
+        mixed = {key: tensor / 2 if "down" in key else tensor for key, tensor in (mixed | kept).items()}
+    state = merged.state | average | mixed
+    return replace(merged, state={key: state[key] for key in shapes})
+
+
 def _unfitted(base: Loaded, names: Sequence[str], **settings: Any) -> Loaded:
-    """The base, configured for these experts, and a router of zeros that reads its last layer."""
-    layer = base.config.encoder_layers
-    moe = MoEConfig(n_experts=len(names), router_layer=layer, fitted_router=True, expert_names=tuple(names), **settings)
+    """The base, configured for these experts, and a router of zeros; by default it reads the last layer."""
+    settings = {"router_layer": base.config.encoder_layers} | settings
+    moe = MoEConfig(n_experts=len(names), fitted_router=True, expert_names=tuple(names), **settings)
     config = ModelConfig.model_validate(base.config.model_dump() | {"moe": moe})
     router = {key: torch.zeros(shape) for key, shape in expected_shapes(config).items() if key.startswith(ROUTER)}
     return replace(base, config=config, state=dict(base.state) | router)
@@ -56,5 +93,19 @@ def fitted(model: Loaded, probes: Sequence[Clips], none: Clips = ()) -> Loaded:
     if not len(none):
         features.append(features[0][:0])
     tensors: dict[str, Tensor] = fit(features)
+    if model.config.moe and model.config.moe.granularity == "ffn":
+        tensors = _trainable(tensors)
     names = {"weight": f"{ROUTER}weight"} | {name: f"{ROUTER}fit.{name}" for name in tensors if name != "weight"}
     return replace(model, state=model.state | {names[name]: tensor for name, tensor in tensors.items()})
+
+
+def _trainable(fit: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The same choice by features of their own scale, as routers that are trained read them; *none* and moments left out.
+
+    The rates and losses of training are then what they are for any router: the logit of the expert that a clip is for is about
+    0 and not 1 / temperature, whose square the z-loss would take for large.
+    """
+    weight, intercept, temperature = fit["weight"][:-1], fit["intercept"][:-1], fit["temperature"]
+    own = {"weight": weight / fit["scale"] / temperature, "intercept": (intercept - 1) / temperature}
+    own |= {"scale": torch.ones_like(fit["scale"]), "temperature": torch.tensor(1.0), "moments": fit["moments"][:0]}
+    return {**fit, **own}

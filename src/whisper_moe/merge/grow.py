@@ -33,9 +33,20 @@ def merged_config(model: Loaded) -> MoEConfig:
     return moe
 
 
+def _separable(model: Loaded) -> MoEConfig:
+    """Raises ``ValueError`` where experts share what another one would change."""
+    moe = merged_config(model)
+    if moe.granularity == "ffn":
+        raise ValueError(
+            f"{model.name}: all but the feed-forwards is the average of its experts ({', '.join(moe.names)}), which another "
+            "one would change: merge them all again"
+        )
+    return moe
+
+
 def with_expert(model: Loaded, base: Loaded, name: str, expert: Loaded, clips: Sequence[np.ndarray]) -> Loaded:
     """The model with one expert more, before *none*. ``base``: what the expert was made from, not rounded to int8."""
-    moe = merged_config(model)
+    moe = _separable(model)
     if name in moe.names or name == "none":
         raise ValueError(f"{model.name}: has an expert {name} already: {', '.join(moe.names)}")
     place, config = moe.n_experts, _with_names(model.config, moe, (*moe.names, name))
@@ -58,7 +69,7 @@ def with_expert(model: Loaded, base: Loaded, name: str, expert: Loaded, clips: S
 
 def without_expert(model: Loaded, name: str) -> Loaded:
     """The model without one of its experts."""
-    moe = merged_config(model)
+    moe = _separable(model)
     if name not in moe.names or moe.n_experts == 1:
         raise ValueError(f"{model.name}: cannot lose {name}: its experts are {', '.join(moe.names)}")
     place = moe.names.index(name)

@@ -20,7 +20,7 @@ from whisper_moe.data.sample import Sample, items
 from whisper_moe.evaluate.run import shown
 from whisper_moe.generate.decode import WindowDecoder
 from whisper_moe.media.audio import MediaError
-from whisper_moe.merge.build import decoder_of, fitted, merged_delta, merged_models
+from whisper_moe.merge.build import decoder_of, fitted, merged_delta, merged_feed_forwards, merged_models
 from whisper_moe.merge.card import Member, write_card
 from whisper_moe.merge.doctor import Diagnosis, examine
 from whisper_moe.merge.grow import merged_config, moved_choices, with_expert, without_expert
@@ -158,6 +158,9 @@ def merge(
     granularity: str = "delta",
     delta_rank: int = 32,
     gate_threshold: float = 0.1,
+    router_layer: int = 2,
+    average_scale: float = 1.0,
+    shared: bool = False,
     quantize: bool = False,
     overwrite: bool = False,
     measure: int = 20,
@@ -166,8 +169,13 @@ def merge(
 
     ``measure``: clips of each probe on which WER is measured, before and after.
     """
-    if granularity not in ("delta", "model"):
-        raise ValueError(f"granularity must be delta or model, got {granularity!r}")
+    if granularity not in ("delta", "ffn", "model"):
+        raise ValueError(f"granularity must be delta, ffn or model, got {granularity!r}")
+    if granularity == "ffn" and none:
+        raise ValueError(
+            "--none is not for feed-forwards, without which a layer is no layer: merge the base as an expert more, with "
+            f"these clips as its probe: {none[0]}"
+        )
     named = named_experts(experts)
     if len(probe) != len(named):
         raise ValueError(
@@ -182,6 +190,8 @@ def merge(
     if whole:
         deque(accepted, maxlen=0)  # what is refused is refused before the router is fitted
         merged = merged_models(root, list(named), gate_threshold)
+    elif granularity == "ffn":
+        merged = merged_feed_forwards(root, list(named), accepted, router_layer, average_scale, shared=shared)
     else:
         merged = merged_delta(root, list(named), accepted, delta_rank)
     model = fitted(merged, [[samples for _, samples in own] for own in clips], others)

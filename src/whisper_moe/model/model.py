@@ -166,7 +166,7 @@ class Encoder(nn.Module):
         return self.router(self.features(mels, valid_lengths))
 
     def features(self, mels: Sequence[Tensor], valid_lengths: Sequence[int] | None = None) -> Tensor:
-        """What a router that chooses ahead reads of each segment, [S, D]."""
+        """What the router reads of each segment, [S, D]."""
         x_TD, layout = self._positioned(mels, None)
         for block in self.blocks[: self.router_layer]:
             x_TD = block(x_TD, layout, None).x_TD

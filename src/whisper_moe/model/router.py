@@ -103,13 +103,15 @@ class Fit(nn.Module):
     threshold: Tensor
     """An expert's least share among the experts; below it, *none* is chosen."""
     moments: Tensor
-    """[C, D + 1, D + 1]: Σ [1, x]ᵀ[1, x] of each choice's clips, standardised; what a further expert is fitted beside."""
+    """[C, D + 1, D + 1]: Σ [1, x]ᵀ[1, x] of each choice's clips, standardised; what a further expert is fitted beside.
+    None without *none*, where experts are feed-forwards and no further one can come."""
 
-    def __init__(self, choices: int, d_model: int) -> None:
+    def __init__(self, choices: int, d_model: int, *, grows: bool) -> None:
         super().__init__()
         start = {"centre": torch.zeros(d_model), "scale": torch.ones(d_model), "intercept": torch.zeros(choices)}
         start |= {"temperature": torch.tensor(1.0), "threshold": torch.tensor(0.0)}
-        for name, value in (start | {"moments": torch.zeros(choices, d_model + 1, d_model + 1)}).items():
+        moments = torch.zeros(choices if grows else 0, d_model + 1, d_model + 1)
+        for name, value in (start | {"moments": moments}).items():
             self.register_buffer(name, value)
 
     def logits(self, features_ND: Tensor, weight_CD: Tensor) -> Tensor:
@@ -131,7 +133,7 @@ class Router(nn.Module):
         self.n_experts, self.top_k, self.none_choice = n_experts, top_k, none_choice
         self.weight = nn.Parameter(torch.empty(n_experts + none_choice, d_model).normal_(std=0.02))
         self.register_buffer("bias", torch.zeros(n_experts + none_choice) if biased else None)
-        self.fit = Fit(n_experts + none_choice, d_model) if fitted else None
+        self.fit = Fit(n_experts + none_choice, d_model, grows=none_choice) if fitted else None
 
     @classmethod
     def of(cls, d_model: int, moe: MoEConfig) -> Router:

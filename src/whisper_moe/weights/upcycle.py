@@ -81,18 +81,16 @@ def upcycle(
     new = _fresh_state(upcycled, seed)
     new |= {key: tensor for key, tensor in state.items() if key in new}  # the rest are feed-forwards to copy
     if copied:
-        _copy_into_experts(new, state, copied.n_experts)
+        new |= {key: torch.stack([as_expert(key, state)] * copied.n_experts) for key in new if ".experts." in key}
     return upcycled, new
 
 
-def _copy_into_experts(new: dict[str, Tensor], dense: Mapping[str, Tensor], n_experts: int) -> None:
-    """Every expert gets the feed-forward that it replaces: [E, F, D] from up [F, D] and from down [D, F], transposed."""
-    for key in [key for key in new if ".experts." in key]:
-        block, name = key.split(".experts.")
-        half, kind = name.split("_")
-        source = dense[f"{block}.ffn.{half}.{kind}"]
-        source = source.T if name == "down_weight" else source
-        new[key] = source.expand(n_experts, *source.shape).clone()
+def as_expert(key: str, dense: Mapping[str, Tensor]) -> Tensor:
+    """A tensor of a routed expert that is this model's feed-forward: up [F, D] as it is, and down [D, F] transposed."""
+    block, name = key.split(".experts.")
+    half, kind = name.split("_")
+    source = dense[f"{block}.ffn.{half}.{kind}"]
+    return source.T if name == "down_weight" else source
 
 
 def answer(config: ModelConfig, state: Mapping[str, Tensor]) -> Tensor:
