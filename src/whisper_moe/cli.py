@@ -67,6 +67,7 @@ transcribe: Write down what is said, in its language or in English.
   --experts                 str                  Only these may answer: hindi,none; none is the base alone. Default: the router chooses among all.
   --exclude                 str                  These may not answer.
   --show-routing            switch               Say which experts answered each segment.
+  --lazy                    switch               Of experts that are whole models, keep only the two used last in memory.
  Windows:
   --clip-timestamps         str = 0              Only these stretches: start,end,start,end,… in seconds; the last end may be missing.
   --vad                     str = none           Drop what is not speech: none, energy, or silero (extra `vad`).

@@ -53,7 +53,7 @@ def transcribe(flags: SimpleNamespace) -> int:
     there = readable(asked)
     failed = len(asked) - len(there)
     if there:
-        failed += _transcribe(_load(flags, languages, options.task), there, outputs, options)
+        failed += _transcribe(_load(flags, languages, options.task, lazy=flags.lazy), there, outputs, options)
     if failed and len(asked) > 1:
         logger.error("whisper-moe: %d of %d files failed", failed, len(asked))
     return int(failed > 0)
@@ -123,12 +123,14 @@ def _progress() -> Progress:
     return Progress(SpinnerColumn(), text, TimeElapsedColumn(), console=console, **how)
 
 
-def _load(flags: SimpleNamespace, languages: Iterable[str], task: str = "transcribe") -> WhisperMoE:
+def _load(
+    flags: SimpleNamespace, languages: Iterable[str], task: str = "transcribe", *, lazy: bool = False
+) -> WhisperMoE:
     started = time.perf_counter()
     from whisper_moe.api import WhisperMoE
 
     how = {"device": flags.device, "dtype": flags.dtype, "threads": flags.threads or None}
-    loaded = WhisperMoE.from_pretrained(flags.model, model_dir=flags.model_dir, **how)
+    loaded = WhisperMoE.from_pretrained(flags.model, model_dir=flags.model_dir, lazy=lazy, **how)
     seconds = time.perf_counter() - started
     logger.info("%s on %s (%s), loaded in %.1f s", loaded.name, loaded.device, loaded.dtype, seconds)
     with usage():

@@ -14,7 +14,7 @@ import yaml
 from generate.tiny import tiny_whisper_moe
 from weights.whispers import published
 
-from whisper_moe import WhisperMoE
+from whisper_moe import WhisperMoE, api
 from whisper_moe.cli import app
 from whisper_moe.config import SAMPLE_RATE, ModelConfig
 from whisper_moe.evaluate.metrics import written
@@ -198,6 +198,22 @@ def test_lazy_experts_say_the_same(whole: Path) -> None:
     clips = [clip for _, clip in CLIPS]
     eager, lazy = (WhisperMoE.from_pretrained(whole, dtype="float32", lazy=lazy) for lazy in (False, True))
     assert said(eager, clips) == said(lazy, clips)
+
+
+@pytest.mark.parametrize("how", [(), ("--lazy",)])
+def test_lazy_reads_an_expert_when_it_is_asked_for(
+    how: tuple[str, ...], whole: Path, family: Family, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    read: list[str] = []
+    monkeypatch.setattr(
+        api,
+        "load_checkpoint",
+        lambda folder, **options: (read.append(folder.name), load_checkpoint(folder, **options))[1],
+    )
+    clip = str(family.folder / "low-clips" / "3.wav")
+    given = ["transcribe", clip, "--model", str(whole), "--language", "en", "--temperature", "0", "--experts", "high"]
+    assert app([*given, *how], standalone_mode=False) == 0
+    assert read == (["01-high"] if how else ["00-low", "01-high"])
 
 
 @pytest.mark.parametrize("granularity", ["delta", "whole"])
