@@ -45,10 +45,12 @@ def here(system: System, clips: list[Clip], options: Options, load: Any) -> Meas
     return measure(system, system.weights(), clips, options, load)
 
 
-def evaluated(folder: Path, model: str, file: Path, **settings: Any) -> tuple[int, dict[str, Any]]:
+def evaluated(folder: Path, model: str, *files: Path, **settings: Any) -> tuple[int, dict[str, Any]]:
     """Status and report, measured in this process."""
     output = folder / "out"
-    asked = plan(model, [str(file)], output=output, dtype="float32", fallback=False, latency_clips=2, **settings)
+    asked = plan(
+        model, list(map(str, files)), output=output, dtype="float32", fallback=False, latency_clips=2, **settings
+    )
     status = evaluate(asked, WhisperMoE.from_pretrained, measure=here)
     return status, json.loads((output / "report.json").read_text(encoding="utf-8"))
 
@@ -99,6 +101,29 @@ def test_cost_and_experts_are_those_of_the_model(tmp_path: Path, tiny_model: Whi
     assert experts.keys() == {"en", "hi"}
     assert all(sum(row.values()) == pytest.approx(1) for row in experts.values())
     assert all([*row] == ["hindi", "tamil", "english", "none"] for row in experts.values())
+
+
+def test_the_load_of_a_language_or_corpus_is_that_of_its_segments(tmp_path: Path, tiny_model: WhisperMoE, file: Path):
+    tables = [file, tmp_path / "birds.tsv"]
+    head, *rows = file.read_text(encoding="utf-8").splitlines()
+    file.write_text("\n".join([head, *rows[:3]]) + "\n", encoding="utf-8")
+    tables[1].write_text(f"{head}\n{rows[3]}\n", encoding="utf-8")
+    _, report = evaluated(tmp_path, saved(tiny_model, tmp_path / "m"), *tables, margin=0.5)
+    model = WhisperMoE.from_pretrained(tmp_path / "m", dtype="float32")
+    options = {"temperatures": (0.0,), "context_margin": 0.5, "timestamps": False}
+    heard = [
+        model.transcribe(tmp_path / f"clip-{i}.wav", language="hi" if i == 2 else "en", **options) for i in range(4)
+    ]
+    expected = {"en": [0, 1, 3], "hi": [2], "table": [0, 1, 2], "birds": [3]}
+    parts = report["systems"]["m"]["experts"] | report["systems"]["m"]["experts_by_corpus"]
+    assert parts.keys() == expected.keys()
+    for part, places in expected.items():
+        gates = [dict(segment.experts) for i in places for segment in heard[i].segments]  # one for each of these clips
+        assert len(gates) == len(places)
+        load = {name: sum(each.get(name, 0.0) for each in gates) / len(gates) for name in parts[part]}
+        assert parts[part] == pytest.approx(load, abs=1e-3)
+        assert f"| {part} |" in (tmp_path / "out/report.md").read_text(encoding="utf-8")
+    assert "Expert load of m by corpus" in (tmp_path / "out/report.html").read_text(encoding="utf-8")
 
 
 def test_a_broken_file_costs_that_file_and_is_named(tmp_path: Path, file: Path):

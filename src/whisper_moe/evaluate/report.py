@@ -163,9 +163,10 @@ def _sections(report: Report) -> list[Section]:
         found += [_by(report, task, division) for division in ("language", "domain", "duration", "corpus")]
     found.append(_cost(report))
     for system, each in report["systems"].items():
-        names = list(next(iter(each["experts"].values()), {}))
-        rows = [(code, *(f"{100 * row[name]:.1f}" for name in names)) for code, row in each["experts"].items()]
-        found.append(Section(f"Expert load of {system}, % of the gates", ("language", *names), rows))
+        for division, load in _loads(each).items():
+            names, title = list(next(iter(load.values()))), f"Expert load of {system}, % of the gates"
+            rows = [(part, *(f"{100 * row[name]:.1f}" for name in names)) for part, row in load.items()]
+            found.append(Section(title if division == "language" else "", (division, *names), rows))
     found += [_comparisons(report), _trouble(report)]
     return [section for section in found if section.rows]
 
@@ -265,13 +266,19 @@ def _plots(report: Report) -> Iterator[str]:
                 caption = f"{task}: by {words}. Lines are 95 % intervals."
                 yield _picture(partial(_intervals, by=by, name=name), 4.5, caption)
     for system, each in report["systems"].items():
-        if load := each["experts"]:
-            caption = f"Expert load of {system} by language: % of the gates."
+        for division, load in _loads(each).items():
+            caption = f"Expert load of {system} by {division}: % of the gates."
             yield _picture(partial(_experts, load=load), 1.5 + 0.3 * len(load), caption)
     waits = {system: each["cost"]["latency"]["seconds"] for system, each in report["systems"].items()}
     if waits := {system: seconds for system, seconds in waits.items() if seconds}:
         caption = "Latency, one clip at a time; dashed: median and 95th percentile."
         yield _picture(partial(_latencies, waits=waits), 0.8 + 1.4 * len(waits), caption)
+
+
+def _loads(system: Mapping[str, Any]) -> dict[str, Mapping[str, Mapping[str, float]]]:
+    """By language, and by corpus where there are several; empty where experts are not chosen for whole segments."""
+    by_corpus = {"corpus": system["experts_by_corpus"]} if len(system["experts_by_corpus"]) > 1 else {}
+    return {"language": system["experts"]} | by_corpus if system["experts"] else {}
 
 
 def _picture(draw: Callable[[Any], None], height: float, caption: str) -> str:
@@ -305,7 +312,7 @@ def _intervals(figure: Any, by: Mapping[str, Mapping[str, Any]], name: str) -> N
 
 
 def _experts(figure: Any, load: Mapping[str, Mapping[str, float]]) -> None:
-    """A heat map, language by expert."""
+    """A heat map, language or corpus by expert."""
     axes, rows = figure.subplots(), [list(row.values()) for row in load.values()]
     axes.imshow(rows, cmap="Blues", aspect="auto", vmin=0, alpha=0.6)
     axes.set_xticks(range(len(rows[0])), next(iter(load.values())), rotation=30, ha="right")

@@ -235,7 +235,8 @@ def _scored(clips: Sequence[Clip], measured: Measured) -> dict[str, Any]:
     return {name: getattr(measured, name) for name in asked} | {
         "quality": {task: _quality(results) for task, results in _by_task(clips, measured).items()},
         "cost": cost(clips, measured),
-        "experts": _expert_load(clips, measured),
+        "experts": _expert_load(clips, measured, lambda clip: clip.sample.language),
+        "experts_by_corpus": _expert_load(clips, measured, lambda clip: clip.corpus),
         "failures": [(clip.sample.id, heard.error) for clip, heard in pairs if heard.error is not None],
     }
 
@@ -351,12 +352,17 @@ def _quality(results: Sequence[Result]) -> dict[str, Any]:
     }
 
 
-def _expert_load(clips: Sequence[Clip], measured: Measured) -> dict[str, dict[str, float]]:
-    """By language of what is spoken: the share of each expert's gates, idle ones and *none* included; they sum to 1."""
+def _expert_load(
+    clips: Sequence[Clip], measured: Measured, part_of: Callable[[Clip], str]
+) -> dict[str, dict[str, float]]:
+    """By language of what is spoken or by corpus: the share of each expert's gates, idle ones and *none* included; they sum to 1.
+
+    It is the mean over clips of that over their segments; clips in which nothing was said are not counted.
+    """
     moe = measured.config.moe if measured.config else None
     names = [*moe.names, *(["none"] if moe.none_choice else [])] if moe else []
     routed = [(clip, dict(heard.experts)) for clip, heard in zip(clips, measured.heard, strict=True) if heard.experts]
-    rows = _grouped(routed, lambda pair: pair[0].sample.language)
+    rows = _grouped(routed, lambda pair: part_of(pair[0]))
     return {
         code: {name: sum(gates.get(name, 0.0) for _, gates in part) / len(part) for name in names}
         for code, part in sorted(rows.items())
