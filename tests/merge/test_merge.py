@@ -241,6 +241,31 @@ def test_experts_can_be_forced_and_forbidden(granularity: str, request: pytest.F
         answered(experts=("low",), exclude=("low",))
 
 
+@pytest.mark.parametrize("granularity", ["delta", "whole"])
+def test_json_has_the_probability_of_every_choice(
+    granularity: str, family: Family, request: pytest.FixtureRequest
+) -> None:
+    merged = WhisperMoE.from_pretrained(request.getfixturevalue(granularity), dtype="float32")
+    plain: dict[str, Any] = {"no_speech_threshold": None, "language": "en", "temperatures": (0.0,)}
+    for kind, clip in CLIPS[:3]:
+        segment = merged.transcribe(clip, **plain).to_dict()["segments"][0]
+        router = merged.model.encoder.router
+        assert router is not None
+        logits = router(merged._decoder.features([clip])).logits
+        assert logits is not None
+        found = segment["expert_probabilities"]
+        assert [*found.values()] == pytest.approx(logits.softmax(1)[0].tolist(), abs=1e-4)
+        assert [*found] == ["low", "high", "none"]
+        assert (
+            max(found, key=found.__getitem__) == next(iter(segment["experts"])) == ("none" if kind == "other" else kind)
+        )
+    barred = merged.transcribe(dict(CLIPS)["low"], exclude=("low",), **plain).to_dict()["segments"][0]
+    assert barred["expert_probabilities"]["low"] == 0
+    assert sum(barred["expert_probabilities"].values()) == pytest.approx(1)
+    alone = WhisperMoE.from_pretrained(family.folder / "low", dtype="float32").transcribe(dict(CLIPS)["low"], **plain)
+    assert "expert_probabilities" not in alone.to_dict()["segments"][0]
+
+
 def test_the_command_shows_who_answered(delta: Path, family: Family, caplog: pytest.LogCaptureFixture) -> None:
     clips = [str(family.folder / f"{kind}-clips" / "3.wav") for kind in ("low", "high")]
     with caplog.at_level("INFO", "whisper_moe"):

@@ -50,6 +50,8 @@ class DecodingResult:
     timings: tuple[WordTiming, ...] | None = None
     carried: Carry | None = None
     """The fast weights after this window, where they are carried through the recording."""
+    expert_probabilities: tuple[tuple[str, float], ...] | None = None
+    """See :class:`~whisper_moe.generate.result.Segment`."""
 
 
 def prompt_ids(text: str | None, tokenizer: Tokenizer) -> list[int]:
@@ -238,12 +240,13 @@ class WindowDecoder:
             seed=options.seed,
         )
         timings = self._timings(encoded, samples, best, [language for language, _ in languages], options)
-        return [
+        found = [
             DecodingResult(hypothesis, language, probability, silence, temperature, experts, timing)
             for hypothesis, (language, probability), silence, experts, timing in zip(
                 best, languages, no_speech, self._experts(encoded.routing, segments), timings, strict=True
             )
         ]
+        return self.with_probabilities(found, encoded.routing)
 
     def _token_limit(self, samples: int, margin: float) -> int:
         """Half the decoder's positions as in ``whisper``; less for a cut window, where loops are likelier."""
@@ -311,6 +314,18 @@ class WindowDecoder:
                 sums[names[expert]] += gate
             named.append(tuple(sums.items()))
         return named
+
+    def with_probabilities(self, found: Sequence[DecodingResult], routing: Routing | None) -> list[DecodingResult]:
+        """The results, with what a fitted router's logits say of every choice; 0 of what could not be chosen."""
+        moe = self.model.config.moe
+        if moe is None or not moe.fitted_router or routing is None or routing.logits is None:
+            return list(found)
+        names = (*moe.names, *(["none"] if moe.none_choice else []))
+        rows = routing.logits.softmax(1).tolist()
+        return [
+            replace(result, expert_probabilities=tuple(zip(names, row, strict=True)))
+            for result, row in zip(found, rows, strict=True)
+        ]
 
     def _timings(
         self,

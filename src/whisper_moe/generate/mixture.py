@@ -47,7 +47,7 @@ class Mixture(WindowDecoder):
             decoder = self._decoder(choice, routing.gates[own])
             results = decoder.decode([clips[i] for i in own], free, hints=known, **how)
             found |= {i: replace(result, experts=shown[i]) for i, result in zip(own, results, strict=True)}
-        return [found[index] for index in range(len(clips))]
+        return self.with_probabilities([found[index] for index in range(len(clips))], routing)
 
     def _sure(self, routing: Routing) -> Routing:
         """A second gate under the threshold gives its share to the first: (e, e) is e alone."""

@@ -69,12 +69,16 @@ class Segment:
     """The language of its window, where each has its own."""
     experts: tuple[tuple[str, float], ...] = ()
     """Names and gates of the experts that computed it, *none* included; empty for a dense model."""
+    expert_probabilities: tuple[tuple[str, float], ...] | None = None
+    """Of every expert and *none*, how probable the router of a merged model finds that its window is theirs."""
 
     def to_dict(self) -> dict[str, Any]:
-        """Keys of openai/whisper first; ``words`` and ``language`` where there are any."""
+        """Keys of openai/whisper first; ``words``, ``language`` and ``expert_probabilities`` where there are any."""
         values = _values(self) | {"tokens": list(self.tokens), "experts": dict(self.experts)}
         if self.words is not None:
             values["words"] = [word.to_dict() for word in self.words]
+        if self.expert_probabilities is not None:
+            values["expert_probabilities"] = dict(self.expert_probabilities)
         return {key: value for key, value in values.items() if value is not None}
 
 

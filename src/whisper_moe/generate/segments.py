@@ -87,6 +87,7 @@ def segments_of(
                 compression_ratio=ratio,
                 no_speech_prob=result.no_speech_prob,
                 experts=result.experts,
+                expert_probabilities=result.expert_probabilities,
                 language=result.language,
             )
         )
