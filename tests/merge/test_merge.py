@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import wave
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -217,6 +218,40 @@ def test_lazy_reads_an_expert_when_it_is_asked_for(
 
 
 @pytest.mark.parametrize("granularity", ["delta", "whole"])
+def test_an_expert_answers_in_the_language_that_it_states(granularity: str, request: pytest.FixtureRequest) -> None:
+    merged = WhisperMoE.from_pretrained(request.getfixturevalue(granularity), dtype="float32")
+    assert merged.generation["expert_languages"] == {"low": "en", "high": "en"}, "that of all their probe clips"
+    merged.generation["expert_languages"] = {"high": "hi"}
+    clips, options = [clip for _, clip in CLIPS[:3]], TranscribeOptions(temperatures=(0.0,))
+    low, high, none = merged._decoder.decode(clips, options, temperature=0.0, margin=0.0)
+    assert (high.language, high.language_probability) == ("hi", None)
+    assert None not in (low.language_probability, none.language_probability)
+    limited = replace(options, allowed_languages=("en",))
+    assert merged._decoder.decode(clips, limited, temperature=0.0, margin=0.0)[1].language == "en"
+    asked = replace(options, language="en")
+    assert merged._decoder.decode(clips, asked, temperature=0.0, margin=0.0)[1].language == "en"
+
+
+def test_a_file_may_change_who_answers_within_a_window(delta: Path) -> None:
+    kinds = ("low", "high", "other", "low", "other", "high")
+    mixed = np.concatenate([noise(kind, 70, seconds=4) for kind in kinds])
+    merged = WhisperMoE.from_pretrained(delta, dtype="float32")
+    accept = {"no_speech_threshold": None, "logprob_threshold": None, "compression_ratio_threshold": None}
+    said = merged.transcribe(mixed, temperatures=(0.0,), language="en", window=2.0, **accept)
+    changes = [("none" if kind == "other" else kind, 4.0 * i) for i, kind in enumerate(kinds)]
+    for segment in said.segments:
+        begin = segment.seek / 100
+        heard = {name for name, start in changes if start < begin + 2 and begin < start + 4}
+        assert {name for name, _ in segment.experts} <= heard, segment
+        if len(heard) == 1:
+            assert {name for name, _ in segment.experts} == heard
+    answered = [name for segment in said.segments for name, _ in segment.experts]
+    assert [name for name, before in zip(answered, ["", *answered], strict=False) if name != before] == [
+        name for name, _ in changes
+    ]
+
+
+@pytest.mark.parametrize("granularity", ["delta", "whole"])
 def test_experts_can_be_forced_and_forbidden(granularity: str, request: pytest.FixtureRequest) -> None:
     merged = WhisperMoE.from_pretrained(request.getfixturevalue(granularity), dtype="float32")
     clip = dict(CLIPS)["high"]
@@ -297,6 +332,7 @@ def test_an_expert_comes_and_goes_and_the_others_stay(how: tuple[str, ...], fami
     if "--quantize" not in how:  # else the base below it is rounded
         assert said(grown, [new]) == said(WhisperMoE.from_pretrained(family.folder / "new", dtype="float32"), [new])
     assert grown._decoder.choose([new]).choices[0][0] == 2
+    assert grown.generation["expert_languages"] == {"low": "en", "high": "en", "new": "en"}
     after = load_checkpoint(folder).state
     for key in ("weight", "fit.intercept"):
         old, now = before.state[f"encoder.router.{key}"], after[f"encoder.router.{key}"]

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from whisper_moe.merge.router import RIDGE, columns, fit
+from whisper_moe.merge.router import RIDGE, SHRINKAGE, columns, distances, fit, moments_of, whitening
 from whisper_moe.model.router import NONE, Router
 
 WIDTH = 16
@@ -43,13 +43,24 @@ def test_clips_find_their_expert_and_what_is_for_none_stays_with_the_base() -> N
         assert (chosen == (kind if kind < 3 else NONE)).float().mean() > 0.95
 
 
-def test_without_clips_for_none_what_is_unknown_is_left_to_the_base_where_no_expert_is_sure() -> None:
-    tensors = fit([*(clips(kind, 30, kind) for kind in range(3)), clips(0, 0, 0)])
-    router = router_of(tensors, experts=3)
-    known = torch.cat([router(clips(kind, 50, 50 + kind)[:, 0].float()).experts[:, 0] == kind for kind in range(3)])
-    assert known.float().mean() > 0.9
-    between = torch.stack([clips(kind, 50, 7).mean((0, 1)) for kind in range(3)]).mean(0, keepdim=True)
-    assert router(between.float()).experts.item() == NONE
+def test_what_is_beyond_the_reach_of_every_expert_is_for_none_though_nothing_was_said_of_it() -> None:
+    for experts in (1, 3):
+        tensors = fit([*(clips(kind, 30, kind) for kind in range(experts)), clips(0, 0, 0)])
+        router = router_of(tensors, experts)
+        found = [router(clips(kind, 50, 50 + kind)[:, 0].float()).experts[:, 0] == kind for kind in range(experts)]
+        assert torch.cat(found).float().mean() > 0.9
+        assert (router(clips(3, 50, 53)[:, 0].float()).experts == NONE).float().mean() > 0.9
+        assert (router(clips(3, 50, 53)[:, 0].float(), allowed=range(experts)).experts != NONE).all()
+
+
+def test_distances_are_those_of_mahalanobis() -> None:
+    part = clips(0, 40, 1).flatten(0, 1)
+    covariance = part.T.cov(correction=0)
+    shrunk = covariance + SHRINKAGE * covariance.diagonal().mean() * torch.eye(WIDTH, dtype=torch.float64)
+    away = part - part.mean(0)
+    expected = torch.einsum("nd,de,ne->n", away, torch.linalg.inv(shrunk), away).sqrt()
+    moments = moments_of(part)
+    torch.testing.assert_close(distances(part, moments, whitening(moments[None])), expected)
 
 
 def test_what_is_forced_or_forbidden_is_obeyed() -> None:

@@ -28,6 +28,7 @@ from whisper_moe.model.block import Carry
 from whisper_moe.model.model import DecoderState, Encoded, WhisperMoEModel
 from whisper_moe.model.router import NONE, Routing
 from whisper_moe.packing import Layout, first_fit_decreasing
+from whisper_moe.weights.tokens import EXPERT_LANGUAGES
 
 TOKENS_PER_SECOND = 40
 """More than anybody says, in the languages that cost most tokens a letter; a text that is longer is a loop."""
@@ -59,6 +60,11 @@ def prompt_ids(text: str | None, tokenizer: Tokenizer) -> list[int]:
     return tokenizer.encode(f" {text.strip()}") if text and text.strip() else []
 
 
+def unheard(result: DecodingResult, stated: str | None) -> DecodingResult:
+    """A language that an expert states has no probability."""
+    return replace(result, language_probability=None) if stated else result
+
+
 def middle(clip: np.ndarray) -> np.ndarray:
     """As much of a clip as a router that chooses ahead listens to."""
     most = round(ROUTED_SECONDS * SAMPLE_RATE)
@@ -84,7 +90,8 @@ class WindowDecoder:
     def step(self, tokens_Rn: Tensor, state: DecoderState) -> tuple[Tensor, DecoderState]:
         """As :mod:`whisper_moe.generate.search` asks for it."""
         states_RnD = self.model.decoder.extend(tokens_Rn.to(self._like.device), state)
-        return self.model.decoder.head(states_RnD[:, -1]).float(), state
+        rows = Layout([1] * len(tokens_Rn))
+        return self.model.decoder.logits(states_RnD[:, -1], state.routing, rows).float(), state
 
     @property
     def window_seconds(self) -> float:
@@ -122,11 +129,12 @@ class WindowDecoder:
         carried = carry.copy() if carry is not None else None
         encoded = self.encode(clips, margin, carried, self.allowed_experts(options))
         give_back_memory(SPARE)  # packs of ever other sizes leave holes that would add up to hundreds of MB
-        samples, hints = list(map(len, clips)), hints or [None] * len(clips)
+        samples, stated = list(map(len, clips)), self.stated_languages(encoded.routing, len(clips), options)
+        hints = [own or other for own, other in zip(stated, hints or [None] * len(clips), strict=True)]
         found = self.decode_encoded(encoded, samples, hints, options, temperature, margin, previous)
         del encoded
         give_back_memory(SPARE)
-        return [replace(each, carried=carried) for each in found]
+        return [replace(unheard(*pair), carried=carried) for pair in zip(found, stated, strict=True)]
 
     @torch.inference_mode()
     @fitting_threads()
@@ -174,6 +182,15 @@ class WindowDecoder:
         if routings:
             routing = Routing.cat(routings).rows(torch.tensor(places, device=self._like.device))
         return Encoded(torch.cat(pieces), Layout(map(len, pieces)), routing)
+
+    def stated_languages(self, routing: Routing | None, segments: int, options: TranscribeOptions) -> list[str | None]:
+        """Of each window, the one language that its expert was made for, where it is known and allowed."""
+        stated: Mapping[str, str] = self.generation.get(EXPERT_LANGUAGES, {})
+        if routing is None or self.model.config.moe is None or not stated:
+            return [None] * segments
+        names, limits = self.model.config.moe.names, options.allowed_languages
+        spoken = [None if first == NONE else stated.get(names[first]) for first, *_ in routing.choices]
+        return [None if limits and code not in limits else code for code in spoken]
 
     def choose(self, clips: Sequence[np.ndarray], allowed: Sequence[int] | None = None) -> Routing:
         """The experts of each clip, before they hear it; ``allowed``: see :meth:`Router.forward`."""
@@ -348,7 +365,8 @@ class WindowDecoder:
         flat = torch.tensor([token for tokens in inputs for token in tokens], device=self._like.device)
         attention = self.model.decoder.alignment(flat, layout, encoded, self._alignment_heads)
         states_TD = self.model.decoder(flat, layout, encoded).states_TD
-        logits_TV = self.model.decoder.head(states_TD)[:, : self.model.config.source_vocab_size]
+        logits_TV = self.model.decoder.logits(states_TD, encoded.routing, layout)
+        logits_TV = logits_TV[:, : self.model.config.source_vocab_size]
         timings = []
         for index, (rows, text, language) in enumerate(zip(layout.slices(), texts, languages, strict=True)):
             heard = attention[index][..., : self.positions(samples[index], 0)]  # no word lies in the silence behind

@@ -14,7 +14,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from whisper_moe.generate.decode import DecodingResult, WindowDecoder
+from whisper_moe.generate.decode import DecodingResult, WindowDecoder, unheard
 from whisper_moe.generate.options import TranscribeOptions
 from whisper_moe.model.block import Carry
 from whisper_moe.model.model import DecoderState, Encoded
@@ -39,15 +39,18 @@ class Mixture(WindowDecoder):
     ) -> list[DecodingResult]:
         """As :meth:`WindowDecoder.decode`, each clip by its own experts."""
         routing = self._sure(self.choose(clips, self.allowed_experts(options)))
+        stated = self.stated_languages(routing, len(clips), options)
+        hints = [own or other for own, other in zip(stated, hints or [None] * len(clips), strict=True)]
         shown, free = self._experts(routing, len(clips)), replace(options, experts=(), exclude=())
         found: dict[int, DecodingResult] = {}
         for choice in dict.fromkeys(routing.choices):
             own = [index for index, each in enumerate(routing.choices) if each == choice]
-            known = [hints[i] for i in own] if hints else None
+            known = [hints[i] for i in own]
             decoder = self._decoder(choice, routing.gates[own])
             results = decoder.decode([clips[i] for i in own], free, hints=known, **how)
             found |= {i: replace(result, experts=shown[i]) for i, result in zip(own, results, strict=True)}
-        return self.with_probabilities([found[index] for index in range(len(clips))], routing)
+        results = [unheard(found[index], language) for index, language in enumerate(stated)]
+        return self.with_probabilities(results, routing)
 
     def _sure(self, routing: Routing) -> Routing:
         """A second gate under the threshold gives its share to the first: (e, e) is e alone."""

@@ -14,8 +14,10 @@ from whisper_moe.config import ModelConfig, MoEConfig
 from whisper_moe.generate.decode import WindowDecoder
 from whisper_moe.merge.differences import difference_of
 from whisper_moe.merge.router import fit, heard
+from whisper_moe.model.router import Router
 from whisper_moe.weights.checkpoint import Loaded
 from whisper_moe.weights.parts import empty_model, expected_shapes
+from whisper_moe.weights.tokens import EXPERT_LANGUAGES
 from whisper_moe.weights.upcycle import as_expert
 
 ROUTER = "encoder.router."
@@ -71,12 +73,19 @@ def merged_feed_forwards(
 
 
 def _unfitted(base: Loaded, names: Sequence[str], **settings: Any) -> Loaded:
-    """The base, configured for these experts, and a router of zeros; by default it reads the last layer."""
+    """The base, configured for these experts, and a new router; by default it reads the last layer."""
     settings = {"router_layer": base.config.encoder_layers} | settings
     moe = MoEConfig(n_experts=len(names), fitted_router=True, expert_names=tuple(names), **settings)
     config = ModelConfig.model_validate(base.config.model_dump() | {"moe": moe})
-    router = {key: torch.zeros(shape) for key, shape in expected_shapes(config).items() if key.startswith(ROUTER)}
+    router = {f"{ROUTER}{key}": tensor for key, tensor in Router.of(config.d_model, moe).state_dict().items()}
     return replace(base, config=config, state=dict(base.state) | router)
+
+
+def spoken_by(model: Loaded, name: str, language: str | None) -> Loaded:
+    """The model in which an expert answers in one language, whatever is heard; None: in what is heard."""
+    others = {key: code for key, code in model.generation.get(EXPERT_LANGUAGES, {}).items() if key != name}
+    own = {name: language} if language else {}
+    return replace(model, generation=model.generation | {EXPERT_LANGUAGES: others | own})
 
 
 def decoder_of(model: Loaded) -> WindowDecoder:
@@ -107,5 +116,6 @@ def _trainable(fit: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """
     weight, intercept, temperature = fit["weight"][:-1], fit["intercept"][:-1], fit["temperature"]
     own = {"weight": weight / fit["scale"] / temperature, "intercept": (intercept - 1) / temperature}
-    own |= {"scale": torch.ones_like(fit["scale"]), "temperature": torch.tensor(1.0), "moments": fit["moments"][:0]}
+    own |= {"scale": torch.ones_like(fit["scale"]), "temperature": torch.tensor(1.0), "reach": fit["reach"][:-1]}
+    own |= {"moments": fit["moments"][:0], "whitening": fit["whitening"][:0, :0]}
     return {**fit, **own}

@@ -49,7 +49,7 @@ def difference_of(base: State, expert: State, config: ModelConfig) -> dict[str, 
     """
     assert config.moe is not None
     found: dict[str, Tensor] = {}
-    for key in expected_shapes(config):
+    for key, shape in expected_shapes(config).items():
         layer, experts, name = key.rpartition(".experts.")
         if not experts or name == "up":
             continue
@@ -57,7 +57,7 @@ def difference_of(base: State, expert: State, config: ModelConfig) -> dict[str, 
         if name != "down":
             found[key] = change[name]
             continue
-        down, up = low_rank(change["weight"].flatten(1), config.moe.delta_rank)
+        down, up = low_rank(change["weight"].flatten(1), shape[1])
         bias = change.get("bias", torch.zeros(up.shape[1]))
         found[key], found[f"{layer}.experts.up"] = down, torch.cat([up, bias[None]])
     return {key: half if (half := tensor.half().float()).isfinite().all() else tensor for key, tensor in found.items()}

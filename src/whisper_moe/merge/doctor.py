@@ -22,6 +22,7 @@ from whisper_moe.merge.differences import spectrum
 from whisper_moe.weights.checkpoint import Loaded
 from whisper_moe.weights.files import CheckpointError, listed
 from whisper_moe.weights.load import load_model, resolve, under
+from whisper_moe.weights.tokens import stated_language
 
 Verdict = Literal["use", "warn", "refuse"]
 HARDLY_MOVED = 4e-4
@@ -55,6 +56,8 @@ class Diagnosis:
     largest_activation: float | None = None
     wer: dict[str, float] = field(default_factory=dict)
     """On each development set."""
+    language: str | None = None
+    """The one that it says it is for."""
 
     def find(self, verdict: Verdict, reason: str) -> None:
         self.reasons.append(reason)
@@ -92,6 +95,7 @@ def examine(
             found.find("refuse", reason)
             yield found, None
             continue
+        found.language = stated_language(expert.generation, expert.tokenizer)
         _weigh(found, expert.state, base.state)
         _listen(found, _Ear(expert, [clips[name]] if name in clips else []), before.no_speech, times.get(name))
         own = _sketch(expert.state, base.state)

@@ -1,7 +1,7 @@
 """A merged model gains an expert, or loses one; what the others answer stays, as far as the router's choice stays.
 
-Old columns of the router, its temperature and its threshold are not touched; the moments of the old experts' clips stand for the
-clips, which nobody needs again. A new expert is one more file; the base and the others are written as they were.
+Old columns of the router, its temperature and the others' reach are not touched; the moments of the old experts' clips stand
+for the clips, which nobody needs again. A new expert is one more file; the base and the others are written as they were.
 """
 
 from __future__ import annotations
@@ -14,12 +14,12 @@ import torch
 from torch import Tensor
 
 from whisper_moe.config import ModelConfig, MoEConfig
-from whisper_moe.merge.build import ROUTER, decoder_of
+from whisper_moe.merge.build import ROUTER, decoder_of, spoken_by
 from whisper_moe.merge.differences import difference_of
-from whisper_moe.merge.router import columns, heard, lifted, moments_of
+from whisper_moe.merge.router import columns, heard, lifted, moments_of, reach_of
 from whisper_moe.weights.checkpoint import Loaded
 
-_BY_CHOICE = ("weight", "fit.intercept", "fit.moments")
+_BY_CHOICE = ("weight", "fit.intercept", "fit.moments", "fit.reach")
 """The router's tensors that have a row for each choice."""
 
 
@@ -56,14 +56,16 @@ def with_expert(model: Loaded, base: Loaded, name: str, expert: Loaded, clips: S
             state[key] = torch.cat([state[key], tensor[None]])
     router = {key: state[f"{ROUTER}{key}"] for key in _BY_CHOICE}
     centre, scale = (state[f"{ROUTER}fit.{key}"].double() for key in ("centre", "scale"))
-    features = heard(decoder_of(model), clips).flatten(0, 1)
+    features = (heard(decoder_of(model), clips) - centre) / scale
     before = router["fit.moments"].double()
     old = torch.cat([router["fit.intercept"][:, None], router["weight"]], 1).double()
-    router["fit.moments"] = _inserted(before, place, moments_of(features, centre, scale)).float()
+    router["fit.moments"] = _inserted(before, place, moments_of(features.flatten(0, 1))).float()
     column = columns(router["fit.moments"].double(), [place])[0]
-    solved = lifted(column, old, (features - centre) / scale, before).float()
+    solved = lifted(column, old, features.flatten(0, 1), before).float()
     router["weight"] = _inserted(router["weight"], place, solved[1:])
     router["fit.intercept"] = _inserted(router["fit.intercept"], place, solved[0])
+    reach = reach_of(features, state[f"{ROUTER}fit.whitening"].double()).float()
+    router["fit.reach"] = _inserted(router["fit.reach"], place, torch.maximum(reach, router["fit.reach"].amax()))
     return replace(model, config=config, state=state | {f"{ROUTER}{key}": tensor for key, tensor in router.items()})
 
 
@@ -79,7 +81,7 @@ def without_expert(model: Loaded, name: str) -> Loaded:
     state |= {f"{ROUTER}{key}": state[f"{ROUTER}{key}"][choices] for key in _BY_CHOICE}
     config = _with_names(model.config, moe, tuple(moe.names[index] for index in keep))
     experts = tuple(path for index, path in enumerate(model.experts) if index != place)
-    return replace(model, config=config, state=state, experts=experts)
+    return replace(spoken_by(model, name, None), config=config, state=state, experts=experts)
 
 
 def moved_choices(before: Mapping[str, Tensor], after: Loaded, name: str) -> list[str]:

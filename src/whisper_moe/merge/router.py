@@ -25,8 +25,12 @@ COPIES = 3
 BATCH = 32
 COOLEST = 0.05
 """The least temperature: of few clips that are all told apart, none would make them sure enough."""
-KEPT = 0.99
-"""Share of the clips that were held out whose expert is not taken for unknown, and of a new expert's that are to prefer it."""
+KNOWN = 0.98
+"""Share of the clips that were held out that lie within their expert's reach; beyond it a clip is unknown, and for none."""
+PREFERRED = 0.99
+"""Share of a new expert's clips that are to prefer it."""
+SHRINKAGE = 0.3
+"""Of the mean variance, added to all of them: a few minutes are fewer clips than features."""
 _TAIL = 2.05
 """Standard deviations beyond which 2 % lie: as many old clips may go to a new expert where they would not by themselves."""
 
@@ -43,21 +47,51 @@ def fit(features: Sequence[Tensor]) -> dict[str, Tensor]:
     """The router's tensors from what was heard of each choice's clips, [N_c, copies, D] each; *none* last, may have no clips."""
     every = torch.cat([part.flatten(0, 1) for part in features])
     centre, scale = every.mean(0), every.std(0).clamp_min(1e-6)
-    fitted = {"centre": centre, "scale": scale}
-    even, odd = ([moments_of(part[i::2].flatten(0, 1), centre, scale) for part in features] for i in (0, 1))
-    temperature, threshold = _calibrated(columns(torch.stack(even)), [part[1::2] for part in features], fitted)
-    whole = torch.stack(even) + torch.stack(odd)
+    standard = [(part - centre) / scale for part in features]
+    halves = [[part[i::2].flatten(0, 1) for part in standard] for i in (0, 1)]
+    even, odd = (torch.stack([moments_of(part) for part in half]) for half in halves)
+    whole = even + odd
     solved = columns(whole)
-    fitted |= {"weight": solved[:, 1:], "intercept": solved[:, 0], "moments": whole}
-    fitted |= {"temperature": temperature, "threshold": threshold}
+    fitted = {"weight": solved[:, 1:], "intercept": solved[:, 0], "moments": whole, "centre": centre, "scale": scale}
+    fitted |= {"temperature": _temperature(columns(even), halves[1]), "whitening": whitening(whole[:-1])}
+    far = [
+        distances(held_out[c], seen[c], whitening(seen[:-1]))
+        for seen, held_out in ((even, halves[1]), (odd, halves[0]))
+        for c in range(len(features) - 1)
+    ]
+    reach = torch.cat(far).quantile(KNOWN).expand(len(features) - 1)
+    fitted["reach"] = torch.cat([reach, reach.new_zeros(1)])
     return {name: tensor.float() for name, tensor in fitted.items()}
 
 
-def moments_of(features_ND: Tensor, centre_D: Tensor, scale_D: Tensor) -> Tensor:
+def moments_of(x_ND: Tensor) -> Tensor:
     """Σ [1, x]ᵀ[1, x] of standardised features, [D + 1, D + 1] float64: counts, sums and products in one."""
-    x = (features_ND - centre_D) / scale_D
-    x = torch.cat([x.new_ones(len(x), 1), x], 1)
+    x = torch.cat([x_ND.new_ones(len(x_ND), 1), x_ND], 1)
     return x.T @ x
+
+
+def whitening(moments: Tensor) -> Tensor:
+    """L [D, D] so that ‖(x − mean) L‖ is the Mahalanobis distance within experts: L Lᵀ is the inverse of their pooled covariance.
+
+    How far a clip is from all that its expert was probed with tells the unknown (Lee et al., arXiv 1807.03888).
+    """
+    counts, sums = moments[:, 0, 0], moments[:, 0, 1:]
+    scatter = moments[:, 1:, 1:].sum(0) - (sums / counts[:, None]).T @ sums
+    covariance = scatter / counts.sum()
+    covariance.diagonal().add_(SHRINKAGE * covariance.diagonal().mean().clamp_min(1e-6))
+    return torch.linalg.inv(torch.linalg.cholesky(covariance)).T
+
+
+def distances(x_ND: Tensor, moments: Tensor, whitening_DD: Tensor) -> Tensor:
+    """Of standardised features from the mean of one choice's clips, [N]."""
+    return ((x_ND - moments[0, 1:] / moments[0, 0]) @ whitening_DD).norm(dim=1)
+
+
+def reach_of(x_NCD: Tensor, whitening_DD: Tensor) -> Tensor:
+    """A new expert's: what most of one half of its clips (standardised, with their copies) keep from the mean of the other."""
+    halves = [x_NCD[i::2].flatten(0, 1) for i in (0, 1)]
+    far = [distances(halves[i], moments_of(halves[1 - i]), whitening_DD) for i in (0, 1)]
+    return torch.cat(far).quantile(KNOWN)
 
 
 def columns(moments: Tensor, which: Sequence[int] | None = None) -> Tensor:
@@ -76,16 +110,12 @@ def columns(moments: Tensor, which: Sequence[int] | None = None) -> Tensor:
     return torch.linalg.solve(total + penalty.diag(), wanted[:, :, 0].T).T
 
 
-def _calibrated(solved: Tensor, held_out: Sequence[Tensor], fitted: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
-    """The temperature of least cross-entropy on clips that were held out, and the share that nearly all their experts reach."""
-    features = torch.cat([part.flatten(0, 1) for part in held_out])
-    labels = torch.cat([torch.full((len(part.flatten(0, 1)),), c) for c, part in enumerate(held_out)])
-    logits = (features - fitted["centre"]) / fitted["scale"] @ solved[:, 1:].T + solved[:, 0]
+def _temperature(solved: Tensor, held_out: Sequence[Tensor]) -> Tensor:
+    """That of least cross-entropy on clips that were held out."""
+    labels = torch.cat([torch.full((len(part),), choice) for choice, part in enumerate(held_out)])
+    logits = torch.cat(list(held_out)) @ solved[:, 1:].T + solved[:, 0]
     tried = torch.logspace(math.log10(COOLEST), 0, 51, dtype=logits.dtype)
-    temperature = min(tried, key=lambda t: float(torch.nn.functional.cross_entropy(logits / t, labels)))
-    experts = labels < len(held_out) - 1
-    shares = (logits[experts, :-1] / temperature).softmax(1).gather(1, labels[experts, None])
-    return temperature, shares.quantile(1 - KEPT).clamp(max=0.9)
+    return min(tried, key=lambda t: float(torch.nn.functional.cross_entropy(logits / t, labels)))
 
 
 def lifted(new: Tensor, old: Tensor, clips_ND: Tensor, moments: Tensor) -> Tensor:
@@ -95,7 +125,7 @@ def lifted(new: Tensor, old: Tensor, clips_ND: Tensor, moments: Tensor) -> Tenso
     choices, whose clips are taken to be normally distributed. At most 2 % of them may change to the new one for that.
     """
     x = torch.cat([clips_ND.new_ones(len(clips_ND), 1), clips_ND], 1)
-    wanted = ((x @ old.T).amax(1) - x @ new).quantile(KEPT)
+    wanted = ((x @ old.T).amax(1) - x @ new).quantile(PREFERRED)
     known = moments[:, 0, 0] > 1
     each = moments[known] / moments[known, :1, :1]  # E [1, x]ᵀ[1, x]
     ahead = old[known] - new

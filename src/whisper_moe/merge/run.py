@@ -20,7 +20,7 @@ from whisper_moe.data.sample import Sample, items
 from whisper_moe.evaluate.run import shown
 from whisper_moe.generate.decode import WindowDecoder
 from whisper_moe.media.audio import MediaError
-from whisper_moe.merge.build import decoder_of, fitted, merged_delta, merged_feed_forwards, merged_models
+from whisper_moe.merge.build import decoder_of, fitted, merged_delta, merged_feed_forwards, merged_models, spoken_by
 from whisper_moe.merge.card import Member, write_card
 from whisper_moe.merge.doctor import Diagnosis, examine
 from whisper_moe.merge.grow import merged_config, moved_choices, with_expert, without_expert
@@ -30,6 +30,8 @@ from whisper_moe.weights.load import config_of, load_model, resolve
 
 PROBE_CLIPS = 60
 """Of each expert, that the router is fitted to: a few minutes."""
+LEAST_CLIPS = 2
+"""Two halves of which say what is far."""
 _BASES = {
     (384, 4, 4, 80): "tiny",
     (512, 6, 6, 80): "base",
@@ -82,7 +84,7 @@ def openai_like(config: ModelConfig, source: str) -> str:
 
 
 def clips_of(source: str, limit: int = PROBE_CLIPS) -> Iterator[Clip]:
-    """Clips of some data, each of at most 30 s. Raises ``ValueError`` where there is none."""
+    """Clips of some data, each of at most 30 s. Raises ``ValueError`` where there are too few."""
     found = 0
     for sample in items(open_corpus(named_corpus(source))):
         if found == limit:
@@ -97,8 +99,8 @@ def clips_of(source: str, limit: int = PROBE_CLIPS) -> Iterator[Clip]:
         if len(samples):
             found += 1
             yield sample, samples
-    if not found:
-        raise ValueError(f"{source}: no sound in it that could be read")
+    if found < LEAST_CLIPS:
+        raise ValueError(f"{source}: {found} clips in it that could be read; a router needs {LEAST_CLIPS} at least")
 
 
 def doctor(experts: Sequence[str], base: str | None, dev: Sequence[str], as_json: bool) -> int:
@@ -195,6 +197,8 @@ def merge(
     else:
         merged = merged_delta(root, list(named), accepted, delta_rank)
     model = fitted(merged, [[samples for _, samples in own] for own in clips], others)
+    for diagnosis, own in zip(found, clips, strict=True):
+        model = spoken_by(model, diagnosis.name, _language(diagnosis, own))
     inside = _one_by_one(map(load_model, named.values())) if whole else ()
     save_checkpoint(output, model, quantize=quantize, overwrite=overwrite, experts=inside)
     _hear_merged(load_checkpoint(output), judged, found)
@@ -202,6 +206,12 @@ def merge(
     members = list(map(Member, named.values(), probe, spoken, map(len, judged), found))
     write_card(output, base or root.name, merged_config(model), members, none)
     return {name: own[0][1] for name, own in zip(named, clips, strict=True)}
+
+
+def _language(expert: Diagnosis, clips: Sequence[Clip]) -> str | None:
+    """The one that a fine-tune says it is for, else that of all its clips, if they have one."""
+    heard = {sample.language for sample, _ in clips}
+    return expert.language or (heard.pop() if len(heard) == 1 else None)
 
 
 def _judged(clips: Sequence[Clip], limit: int) -> list[Clip]:
@@ -265,10 +275,11 @@ def _accepted(
 def add_expert(directory: Path, expert: str, probe: str, base: str | None) -> None:
     """Write the merged model with one expert more in its place."""
     ((name, source),) = named_experts([expert]).items()
-    model, clips = load_checkpoint(directory), [samples for _, samples in clips_of(probe)]
+    model, probed = load_checkpoint(directory), list(clips_of(probe))
+    clips = [samples for _, samples in probed]
     root = base_of({name: source}, base)
     ((diagnosis, found),) = _accepted({name: source}, root, clips[:1])
-    grown = with_expert(model, root, name, found, clips)
+    grown = spoken_by(with_expert(model, root, name, found, clips), name, _language(diagnosis, probed))
     whole = chain(_one_by_one(map(load_checkpoint, model.experts)), [found] if model.experts else ())
     remarks = "".join(f"; {reason}" for reason in diagnosis.reasons)
     _rewrite(directory, grown, whole, f"Added: {name}, {shown(source)}; probe {shown(probe)}{remarks}.")

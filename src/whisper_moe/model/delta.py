@@ -29,6 +29,11 @@ FEW_TOKENS = 128
 """Up to here (a decoding step) one batched product for all experts is faster than one for each."""
 
 
+EMBEDDING_RANK = 4
+"""At most, of the token embedding's difference, whose products with the whole vocabulary are most of what all differences cost.
+It is mostly one direction; figures in docs/lab.md."""
+
+
 class Part(NamedTuple):
     """Neighbouring tokens, one of their experts, and its gate, a number; None is 1."""
 
@@ -151,18 +156,34 @@ class LowRank(nn.Module):
         nn.init.zeros_(self.up)
 
     def add_to(self, y_TO: Tensor, x_TI: Tensor) -> Tensor:
-        """y plus each token's own difference of x; in place where nothing is to be learned."""
+        """y plus each token's own difference of x; in place. Columns that y has beyond O stay as they are."""
         at = _ASSIGNED.get()[self.source]
         if at is None or not at.parts:
             return y_TO
+        own_TO = y_TO[:, : self.up.shape[-1]]
         if at.padded is not None:
             tokens_EP, gates_EP1 = at.padded
             hidden_EPr = torch.cat([torch.bmm(x_TI[tokens_EP], self.down.mT) * gates_EP1, gates_EP1], -1)
-            return y_TO.index_add_(0, tokens_EP.flatten(), torch.bmm(hidden_EPr, self.up).flatten(0, 1))
+            own_TO.index_add_(0, tokens_EP.flatten(), torch.bmm(hidden_EPr, self.up).flatten(0, 1))
+            return y_TO
         for tokens, expert, gate in at.parts:
             hidden_Tr = F.pad(x_TI[tokens] @ self.down[expert].T, (0, 1), value=1.0)
-            y_TO[tokens].addmm_(hidden_Tr if gate is None else hidden_Tr * gate, self.up[expert])
+            own_TO[tokens].addmm_(hidden_Tr if gate is None else hidden_Tr * gate, self.up[expert])
         return y_TO
+
+    def rows(self, x_TI: Tensor, ids_T: Tensor) -> Tensor:
+        """x plus the rows ``ids`` of each token's own difference; ids beyond O have none."""
+        at = _ASSIGNED.get()[self.source]
+        if at is None:
+            return x_TI
+        ids_T1 = ids_T[:, None]
+        known_T1, ids_T1 = ids_T1 < self.up.shape[-1], ids_T1.clamp_max(self.up.shape[-1] - 1)
+        own, directions = at.routing.expand(at.layout), torch.arange(self.down.shape[1], device=ids_T.device)
+        for experts_T, gates_T in zip(own.experts.unbind(1), own.gates.unbind(1), strict=True):
+            gates_T1 = gates_T[:, None] * (known_T1 & (experts_T[:, None] != NONE))
+            shares_Tr = self.up[experts_T[:, None], directions, ids_T1] * gates_T1.to(x_TI.dtype)
+            x_TI = x_TI + torch.einsum("tr,tri->ti", shares_Tr, self.down[experts_T])
+        return x_TI
 
     def whole(self) -> tuple[Tensor, Tensor] | None:
         """The difference [O, I] and the bias's, [O], where all tokens are of one choice; None for the base."""
@@ -192,6 +213,26 @@ class PreparedDelta(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         return self.experts.add_to(self.base(x), x)
+
+
+class DeltaEmbedding(nn.Embedding):
+    """A token's row; the text head, which is tied to it, has the same difference."""
+
+    experts: LowRank
+
+    def forward(self, input: Tensor) -> Tensor:
+        return self.experts.rows(super().forward(input), input)
+
+
+class PreparedDeltaEmbedding(nn.Module):
+    """:class:`DeltaEmbedding` on a table that stays int8."""
+
+    def __init__(self, base: nn.Module, experts: LowRank) -> None:
+        super().__init__()
+        self.base, self.experts = base, experts
+
+    def forward(self, ids: Tensor) -> Tensor:
+        return self.experts.rows(self.base(ids), ids)
 
 
 class DeltaConv1d(nn.Conv1d):
@@ -233,7 +274,7 @@ class DeltaNorm(nn.LayerNorm):
 
 
 def add_differences(model: nn.Module, experts: int, rank: int) -> None:
-    """Give every linear layer, convolution and norm of ``model`` the differences of so many experts, in place."""
+    """Give every linear layer, convolution, norm and embedding of ``model`` the differences of so many experts, in place."""
     for path, module in list(model.named_modules()):
         if ".ttt." in path:  # each expert has its own whole TTT layers, or all share one
             continue
@@ -243,6 +284,9 @@ def add_differences(model: nn.Module, experts: int, rank: int) -> None:
                 DeltaLinear,
                 low_rank(module.in_features, module.out_features, source=path.endswith("cross_attn.kv")),
             )
+        elif type(module) is nn.Embedding and path.endswith("token_embedding"):  # new tokens have no difference
+            fewer = min(rank, EMBEDDING_RANK)
+            kind, parts = DeltaEmbedding, LowRank(experts, fewer, module.embedding_dim, module.num_embeddings)
         elif type(module) is nn.Conv1d:
             kind, parts = DeltaConv1d, low_rank(module.in_channels * module.kernel_size[0], module.out_channels)
         elif isinstance(module, nn.LayerNorm):

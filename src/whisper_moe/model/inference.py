@@ -20,7 +20,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from whisper_moe.model.delta import DeltaLinear, PreparedDelta
+from whisper_moe.model.delta import DeltaEmbedding, DeltaLinear, PreparedDelta, PreparedDeltaEmbedding
 from whisper_moe.model.int8 import FbgemmLinear, Int8Embedding, Int8Linear, Int8Rows, fbgemm_packing, suits_fbgemm
 from whisper_moe.model.layers import Norm
 from whisper_moe.model.model import Decoder, TextHead, WhisperMoEModel
@@ -72,7 +72,9 @@ def prepare_for_inference(
     with _ONE_AT_A_TIME, fbgemm_packing() if arithmetic == "int8" and suits_fbgemm() else nullcontext():
         _side_by_side(model, paths, known, arithmetic)
     if rows := known.get(f"{_EMBEDDING}.weight"):
-        model.decoder.token_embedding = Int8Embedding(rows)  # pyright: ignore[reportAttributeAccessIssue]
+        own, table = model.decoder.token_embedding, Int8Embedding(rows)
+        table = PreparedDeltaEmbedding(table, own.experts) if isinstance(own, DeltaEmbedding) else table
+        model.decoder.token_embedding = table  # pyright: ignore[reportAttributeAccessIssue]
     return model
 
 
@@ -110,7 +112,8 @@ def _side_by_side(
 
 def _prepared(module: nn.Module, path: str, known: Mapping[str, Int8Rows], arithmetic: Arithmetic) -> nn.Module:
     if isinstance(module, TextHead):
-        return _linear(known.get(f"{_EMBEDDING}.weight") or module.weight.detach(), None, arithmetic)
+        base = _linear(known.get(f"{_EMBEDDING}.weight") or module.weight.detach(), None, arithmetic)
+        return base if module.experts is None else PreparedDelta(base, module.experts)
     if isinstance(module, nn.Linear):
         base = _linear(known.get(f"{path}.weight") or module.weight.detach(), module.bias, arithmetic)
         return PreparedDelta(base, module.experts) if isinstance(module, DeltaLinear) else base

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from whisper_moe.config import ModelConfig
 from whisper_moe.embed import AudioStem, sinusoids
 from whisper_moe.model.block import Block, BlockState, Carry
-from whisper_moe.model.delta import add_differences, assigned
+from whisper_moe.model.delta import DeltaEmbedding, LowRank, add_differences, assigned
 from whisper_moe.model.router import Router, Routing, pool_segments
 from whisper_moe.packing import Layout
 
@@ -100,8 +100,16 @@ class TextHead(nn.Module):
     def weight(self) -> Tensor:
         return self._tied[0].weight
 
+    @property
+    def experts(self) -> LowRank | None:
+        """The differences of its experts, in a model that has such."""
+        embedding = self._tied[0]
+        return embedding.experts if isinstance(embedding, DeltaEmbedding) else None
+
     def forward(self, x_TD: Tensor) -> Tensor:
         logits = [F.linear(x_TD, embedding.weight) for embedding in self._tied if embedding is not None]
+        if self.experts is not None:
+            logits[0] = self.experts.add_to(logits[0], x_TD)
         return logits[0] if len(logits) == 1 else torch.cat(logits, -1)
 
 
@@ -247,6 +255,11 @@ class Decoder(nn.Module):
                 x_TD = block.extend(x_TD, layout, state.routing, own, beams)
             return self.norm(x_TD).view(rows, n, -1)
 
+    def logits(self, states_TD: Tensor, routing: Routing | None, layout: Layout) -> Tensor:
+        """The text head, [T, vocab]; ``layout``: of the segments or rows that ``routing`` is of."""
+        with assigned(routing, layout, self.deltas):
+            return self.head(states_TD)
+
     def alignment(
         self, tokens_T: Tensor, layout: Layout, encoded: Encoded, heads: list[tuple[int, int]]
     ) -> list[Tensor]:
@@ -319,5 +332,5 @@ class WhisperMoEModel(nn.Module):
         encoded = self.encoder(mels, valid_lengths=valid_lengths)
         layout = Layout(len(text) for text in texts)
         states_TD, depths, choices = self.decoder(torch.cat(list(texts)), layout, encoded)
-        logits = self.decoder.head(states_TD)
+        logits = self.decoder.logits(states_TD, encoded.routing, layout)
         return Output(logits, states_TD, encoded.choices + choices, depths) if detailed else logits

@@ -100,8 +100,10 @@ class Fit(nn.Module):
     scale: Tensor
     intercept: Tensor
     temperature: Tensor
-    threshold: Tensor
-    """An expert's least share among the experts; below it, *none* is chosen."""
+    whitening: Tensor
+    """[D, D]: makes the distance from an expert's mean a Mahalanobis distance. Empty without *none*, as the moments."""
+    reach: Tensor
+    """[C]: the greatest such distance of each expert's own clips; what is farther from it, it does not get."""
     moments: Tensor
     """[C, D + 1, D + 1]: Σ [1, x]ᵀ[1, x] of each choice's clips, standardised; what a further expert is fitted beside.
     None without *none*, where experts are feed-forwards and no further one can come."""
@@ -109,14 +111,23 @@ class Fit(nn.Module):
     def __init__(self, choices: int, d_model: int, *, grows: bool) -> None:
         super().__init__()
         start = {"centre": torch.zeros(d_model), "scale": torch.ones(d_model), "intercept": torch.zeros(choices)}
-        start |= {"temperature": torch.tensor(1.0), "threshold": torch.tensor(0.0)}
-        moments = torch.zeros(choices if grows else 0, d_model + 1, d_model + 1)
-        for name, value in (start | {"moments": moments}).items():
+        start |= {"temperature": torch.tensor(1.0), "reach": torch.zeros(choices)}
+        start["whitening"] = torch.eye(d_model if grows else 0)
+        start["moments"] = torch.zeros(choices if grows else 0, d_model + 1, d_model + 1)
+        for name, value in start.items():
             self.register_buffer(name, value)
 
     def logits(self, features_ND: Tensor, weight_CD: Tensor) -> Tensor:
-        standard = (features_ND - self.centre) / self.scale
-        return (standard @ weight_CD.T + self.intercept) / self.temperature
+        return (self._standard(features_ND) @ weight_CD.T + self.intercept) / self.temperature
+
+    def unknown(self, features_ND: Tensor, experts: int) -> Tensor:
+        """[N, E]: which clips are beyond the reach of which experts."""
+        means_CD = self.moments[:, 0, 1:] / self.moments[:, 0, :1].clamp_min(1)
+        away_NED = self._standard(features_ND)[:, None] - means_CD[:experts]
+        return (away_NED @ self.whitening).norm(dim=2) > self.reach[:experts]
+
+    def _standard(self, features_ND: Tensor) -> Tensor:
+        return (features_ND - self.centre) / self.scale
 
 
 class Router(nn.Module):
@@ -153,8 +164,8 @@ class Router(nn.Module):
             if allowed is not None:
                 logits = logits.index_fill(1, self._barred(allowed, logits.device), -torch.inf)
             if self.fit is not None and self.none_choice and (allowed is None or NONE in allowed):
-                least = logits[:, :-1].logsumexp(1) + self.fit.threshold.log()
-                logits = torch.cat([logits[:, :-1], torch.maximum(logits[:, -1], least)[:, None]], 1)
+                unknown = self.fit.unknown(features_ND, self.n_experts)
+                logits = torch.cat([logits[:, :-1].masked_fill(unknown, -torch.inf), logits[:, -1:]], 1)
             candidates = self._with_none(logits)
             if self.bias is None:
                 best, index = _strongest(candidates, self.top_k)

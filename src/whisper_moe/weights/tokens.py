@@ -36,6 +36,8 @@ PUBLISHED = {
 """Vocabulary size → OpenAI's models on the Hub that share its tokenizer."""
 _LEGACY = ("suppress_tokens", "begin_suppress_tokens", "forced_decoder_ids", "max_length")
 """What ``config.json`` said before ``generation_config.json`` existed. Ids are looked up by name instead."""
+EXPERT_LANGUAGES = "expert_languages"
+"""In a merged model's generation config: expert → code of the one language that it was made for."""
 _STATES_LANGUAGE = ("language", "forced_decoder_ids")
 
 logger = logging.getLogger(__name__)
@@ -71,6 +73,7 @@ class _Generation(BaseModel):
     language_names: dict[str, str] = {}
     undetected_languages: list[str] = []
     untrained_rows: dict[str, str] = {}
+    expert_languages: dict[str, str] = {}
 
 
 # What a source says
