@@ -140,8 +140,8 @@ def _weigh(found: Diagnosis, expert: Mapping[str, Tensor], base: Mapping[str, Te
         if tensor.ndim < 2:
             continue
         change, group = expert[key] - tensor, sums.setdefault(_group(key), [0.0, 0.0, 0.0, 0.0])
-        group[0] += float(change.double().square().sum())
-        group[1] += float(tensor.double().square().sum())
+        group[0] += float(change.norm(dtype=torch.float64)) ** 2
+        group[1] += float(tensor.norm(dtype=torch.float64)) ** 2
         if ".blocks." in key:
             group[2] += _effective_rank(change.flatten(1))
             group[3] += 1
@@ -174,7 +174,7 @@ def _effective_rank(change_OI: Tensor) -> float:
 
 def _sketch(expert: Mapping[str, Tensor], base: Mapping[str, Tensor]) -> Tensor:
     """The difference of all blocks as one unit vector: every 61st number, for comparing experts with each other."""
-    parts = [(expert[key] - base[key]).flatten()[::61] for key in base if ".blocks." in key]
+    parts = [expert[key].flatten()[::61] - base[key].flatten()[::61] for key in base if ".blocks." in key]
     vector = torch.cat(parts)
     return vector / vector.norm().clamp_min(1e-30)
 

@@ -300,11 +300,9 @@ def remove_expert(directory: Path, name: str) -> None:
 
 
 def _rewrite(directory: Path, model: Loaded, experts: Iterable[Loaded], change: str) -> None:
-    """``change``: a line for its card, where it has one, which else stays as it is."""
-    card = directory / CARD
-    before = card.read_bytes() if card.is_file() else None
+    """``change``: a line for its card, where it has one."""
     quantize = read_manifest(directory).quantization is not None
     save_checkpoint(directory, model, quantize=quantize, overwrite=True, experts=experts)
-    if before is not None:
+    if (card := directory / CARD).is_file():
         with atomic_file(card) as file:
-            file.write_bytes(before + f"\n{change}\n".encode())
+            file.write_bytes(card.read_bytes() + f"\n{change}\n".encode())

@@ -55,7 +55,7 @@ from whisper_moe.weights.tokens import (
 
 CONFIG, INDEX, MANIFEST = "config.json", "model.safetensors.index.json", "MANIFEST.json"
 CARD = "README.md"
-"""For people, who may edit it: no part of the checkpoint, and no reason against overwriting one."""
+"""For people, who may edit it: no part of the checkpoint, and kept where that is overwritten."""
 SHARD_BYTES = 44_000_000
 """Tensor bytes in one file, at most: below what hosts of git repositories refuse. A larger tensor is alone in one."""
 _FLOATS = (torch.float32, torch.float16, torch.bfloat16)
@@ -129,6 +129,8 @@ def save_checkpoint(
         files = {name: FileFacts.of(folder / name) for name in _files_in(folder)}
         manifest = Manifest(quantization="int8" if quantize else None, files=files)
         (folder / MANIFEST).write_bytes(json_bytes(manifest.model_dump(mode="json")))
+        if (directory / CARD).is_file():
+            (folder / CARD).write_bytes((directory / CARD).read_bytes())
 
 
 def _files_in(folder: Path) -> list[str]:
