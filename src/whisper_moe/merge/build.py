@@ -111,8 +111,8 @@ def fitted(model: Loaded, probes: Sequence[Clips], none: Clips = ()) -> Loaded:
 def _trainable(fit: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """The same choice by features of their own scale, as routers that are trained read them; *none* and moments left out.
 
-    The rates and losses of training are then what they are for any router: the logit of the expert that a clip is for is about
-    0 and not 1 / temperature, whose square the z-loss would take for large.
+    The rates and losses of training are then what they are for any router: the logit of the expert that a clip is for is
+    nearer to 0 than to 1 / temperature, whose square the z-loss would take for large.
     """
     weight, intercept, temperature = fit["weight"][:-1], fit["intercept"][:-1], fit["temperature"]
     own = {"weight": weight / fit["scale"] / temperature, "intercept": (intercept - 1) / temperature}
