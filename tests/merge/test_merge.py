@@ -19,8 +19,9 @@ from whisper_moe import WhisperMoE, api
 from whisper_moe.cli import app
 from whisper_moe.config import SAMPLE_RATE, ModelConfig
 from whisper_moe.evaluate.metrics import written
+from whisper_moe.generate.align import WordTiming
 from whisper_moe.generate.decode import middle
-from whisper_moe.generate.mixture import Mixture
+from whisper_moe.generate.mixture import Mixture, cued
 from whisper_moe.generate.options import TranscribeOptions
 from whisper_moe.media.tokenizer import Tokenizer
 from whisper_moe.merge import doctor, run
@@ -230,6 +231,38 @@ def test_an_expert_answers_in_the_language_that_it_states(granularity: str, requ
     assert merged._decoder.decode(clips, limited, temperature=0.0, margin=0.0)[1].language == "en"
     asked = replace(options, language="en")
     assert merged._decoder.decode(clips, asked, temperature=0.0, margin=0.0)[1].language == "en"
+
+
+def test_of_an_expert_without_times_the_base_tells_them(whole: Path, family: Family) -> None:
+    merged = WhisperMoE.from_pretrained(whole, dtype="float32")
+    mixture, alone = merged._decoder, WhisperMoE.from_pretrained(family.folder / "high", dtype="float32")
+    assert isinstance(mixture, Mixture)
+    clips, tokenizer = [dict(CLIPS)["high"], dict(CLIPS)["low"]], merged.tokenizer
+    timed, plain = (TranscribeOptions(language="en", temperatures=(0.0,), timestamps=times) for times in (True, False))
+    before = mixture.decode(clips, timed, temperature=0.0, margin=2.5)
+    mixture._untimed[1] = True
+    after = mixture.decode(clips, timed, temperature=0.0, margin=2.5)
+    assert after[1] == before[1]
+    (text,) = alone._decoder.decode(clips[:1], plain, temperature=0.0, margin=2.5)
+    said = after[0].hypothesis
+    assert tuple(token for token in said.tokens if not tokenizer.is_timestamp(token)) == text.hypothesis.tokens
+    assert said.avg_logprob == pytest.approx(text.hypothesis.avg_logprob)
+    times = [tokenizer.seconds(token) for token in said.tokens if tokenizer.is_timestamp(token)]
+    assert times == sorted(times)
+    assert all(map(tokenizer.is_timestamp, (said.tokens[0], said.tokens[-1])))
+    (worded,) = mixture.decode(clips[:1], replace(timed, word_timestamps=True), temperature=0.0, margin=2.5)
+    assert worded.timings
+    assert after[0].timings is None
+
+
+def test_a_sentence_is_a_cue(whole: Path) -> None:
+    tokenizer = WhisperMoE.from_pretrained(whole, dtype="float32").tokenizer
+    words = [
+        WordTiming(word, (1, 2), 0.3 * i, 0.3 * i + 0.2, 1.0) for i, word in enumerate((" one.", " two", " three"))
+    ]
+    tokens = list(cued(words, tokenizer))
+    times = [tokenizer.seconds(token) if tokenizer.is_timestamp(token) else None for token in tokens]
+    assert times == pytest.approx([0.0, None, None, 0.2, 0.3, None, None, None, None, 0.8])
 
 
 def test_a_file_may_change_who_answers_within_a_window(delta: Path) -> None:

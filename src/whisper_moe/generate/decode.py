@@ -77,6 +77,8 @@ class WindowDecoder:
 
     def __init__(self, model: WhisperMoEModel, tokenizer: Tokenizer, generation: Mapping[str, Any]) -> None:
         self.model, self.tokenizer, self.generation = model, tokenizer, generation
+        self.chooses = model.encoder.routes_ahead
+        """Whether the router chooses before the pass of the experts."""
         self.window_positions = min(model.config.max_source_positions, round(FULL_WINDOW * POSITIONS_PER_SECOND))
 
     def start(self, encoded: Encoded, beams: int = 1) -> Any:
@@ -169,7 +171,7 @@ class WindowDecoder:
         allowed: Sequence[int] | None = None,
     ) -> Encoded:
         """Clips packed and encoded, one batch of decoding rows in the order given."""
-        routing = self.choose(clips, allowed) if self.model.encoder.routes_ahead else None
+        routing = self.choose(clips, allowed) if self.chooses else None
         parts: list[Encoded] = []
         places, packs = self._packs(clips, margin)
         for pack, mels in packs:
@@ -256,7 +258,7 @@ class WindowDecoder:
             limits=limits,
             seed=options.seed,
         )
-        timings = self._timings(encoded, samples, best, [language for language, _ in languages], options)
+        timings = self.timings(encoded, samples, best, [language for language, _ in languages], options)
         found = [
             DecodingResult(hypothesis, language, probability, silence, temperature, experts, timing)
             for hypothesis, (language, probability), silence, experts, timing in zip(
@@ -344,7 +346,7 @@ class WindowDecoder:
             for result, row in zip(found, rows, strict=True)
         ]
 
-    def _timings(
+    def timings(
         self,
         encoded: Encoded,
         samples: Sequence[int],

@@ -6,7 +6,7 @@ decodes by its own generation config. Clips of one choice are decoded together. 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -14,11 +14,16 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from whisper_moe.generate.align import WordTiming
 from whisper_moe.generate.decode import DecodingResult, WindowDecoder, unheard
 from whisper_moe.generate.options import TranscribeOptions
+from whisper_moe.media.tokenizer import Tokenizer
 from whisper_moe.model.block import Carry
 from whisper_moe.model.model import DecoderState, Encoded
 from whisper_moe.model.router import NONE, Routing
+from whisper_moe.weights.tokens import UNTIMED_EXPERTS
+
+_SENTENCE_ENDS = (*".?!।॥؟。？！", "\u06d4")  # the last is Urdu's full stop
 
 
 class Mixture(WindowDecoder):
@@ -28,6 +33,8 @@ class Mixture(WindowDecoder):
         super().__init__(base.model, base.tokenizer, base.generation)
         assert base.model.config.moe is not None
         self._base, self._each, self._threshold = base, experts, base.model.config.moe.gate_threshold
+        base.chooses = False
+        self._untimed = [name in base.generation.get(UNTIMED_EXPERTS, ()) for name in base.model.config.moe.names]
 
     def decode(
         self,
@@ -46,11 +53,30 @@ class Mixture(WindowDecoder):
         for choice in dict.fromkeys(routing.choices):
             own = [index for index, each in enumerate(routing.choices) if each == choice]
             known = [hints[i] for i in own]
-            decoder = self._decoder(choice, routing.gates[own])
-            results = decoder.decode([clips[i] for i in own], free, hints=known, **how)
+            decoder, heard = self._decoder(choice, routing.gates[own]), [clips[i] for i in own]
+            if free.timestamps and choice[0] != NONE and self._untimed[choice[0]]:
+                plain = replace(free, timestamps=False, word_timestamps=False)
+                results = self._timed(heard, decoder.decode(heard, plain, hints=known, **how), free)
+            else:
+                results = decoder.decode(heard, free, hints=known, **how)
             found |= {i: replace(result, experts=shown[i]) for i, result in zip(own, results, strict=True)}
         results = [unheard(found[index], language) for index, language in enumerate(stated)]
         return self.with_probabilities(results, routing)
+
+    @torch.inference_mode()
+    def _timed(
+        self, clips: Sequence[np.ndarray], results: Sequence[DecodingResult], options: TranscribeOptions
+    ) -> list[DecodingResult]:
+        """The same texts with the times at which the base hears their words: a cue for each sentence."""
+        encoded, samples = self._base.encode(clips, options.margin), list(map(len, clips))
+        worded, languages = replace(options, word_timestamps=True), [result.language for result in results]
+        texts = [result.hypothesis for result in results]
+        found = []
+        for result, words in zip(results, self._base.timings(encoded, samples, texts, languages, worded), strict=True):
+            told, tokens = result.hypothesis, tuple(cued(words or (), self.tokenizer))
+            text = replace(told, tokens=tokens, sum_logprob=told.avg_logprob * (len(tokens) + 1)) if tokens else told
+            found.append(replace(result, hypothesis=text, timings=words if options.word_timestamps else None))
+        return found
 
     def _sure(self, routing: Routing) -> Routing:
         """A second gate under the threshold gives its share to the first: (e, e) is e alone."""
@@ -63,6 +89,18 @@ class Mixture(WindowDecoder):
     def _decoder(self, choice: tuple[int, ...], gates_S2: Tensor) -> WindowDecoder:
         first, second = (self._base if expert == NONE else self._each[expert]() for expert in choice)
         return first if first is second else Pair(first, second, gates_S2)
+
+
+def cued(words: Sequence[WordTiming], tokenizer: Tokenizer) -> Iterator[int]:
+    """The words' tokens, each sentence between two timestamps."""
+    begins = True
+    for word, after in zip(words, [*words[1:], None], strict=True):
+        if begins:
+            yield tokenizer.timestamp(word.start)
+        yield from word.tokens
+        begins = after is None or word.word.rstrip().endswith(_SENTENCE_ENDS)
+        if begins:
+            yield tokenizer.timestamp(word.end)
 
 
 @dataclass

@@ -200,6 +200,11 @@ class Tokenizer:
     def is_timestamp(self, id: int) -> bool:
         return self.timestamp_begin <= id <= self.timestamp_end
 
+    def timestamp(self, seconds: float) -> int:
+        """The token nearest to so many seconds from the start of a window."""
+        steps = round(seconds / TIMESTAMP_SECONDS)
+        return min(self.timestamp_begin + max(0, steps), self.timestamp_end)
+
     def seconds(self, timestamp: int) -> float:
         """What a timestamp token says: seconds from the start of its window."""
         assert self.is_timestamp(timestamp), timestamp

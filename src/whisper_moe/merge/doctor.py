@@ -53,6 +53,8 @@ class Diagnosis:
     """Probability that a silent window holds no speech."""
     timestamps: float | None = None
     """Probability that a text begins with a timestamp, where times are asked for."""
+    untimed: bool = False
+    """Whether it has lost timestamps."""
     largest_activation: float | None = None
     wer: dict[str, float] = field(default_factory=dict)
     """On each development set."""
@@ -187,9 +189,10 @@ def _listen(found: Diagnosis, ear: _Ear, no_speech: float, before: float | None)
         found.find("refuse", "its answer to noise is not finite (NaN or infinity)")
     elif ear.largest > _HALF:
         found.find("warn", f"overflows in half precision: activations up to {ear.largest:.0f}")
-    if ear.no_speech < LEAST_SILENCE * no_speech:
+    if ear.no_speech < LEAST_SILENCE * no_speech and no_speech > 0.1:  # else the base has none to lose
         found.find("warn", f"lost the sense of silence: no speech {ear.no_speech:.0%} sure, the base {no_speech:.0%}")
     if times is not None and before is not None and times < LEAST_TIMES < before:
+        found.untimed = True
         found.find("warn", f"lost timestamps: {times:.0%} sure of one at the start, the base {before:.0%}")
 
 

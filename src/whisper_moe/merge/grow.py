@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from whisper_moe.config import ModelConfig, MoEConfig
-from whisper_moe.merge.build import ROUTER, decoder_of, spoken_by
+from whisper_moe.merge.build import ROUTER, decoder_of, told_of
 from whisper_moe.merge.differences import difference_of
 from whisper_moe.merge.router import columns, heard, lifted, moments_of, reach_of
 from whisper_moe.weights.checkpoint import Loaded
@@ -81,7 +81,7 @@ def without_expert(model: Loaded, name: str) -> Loaded:
     state |= {f"{ROUTER}{key}": state[f"{ROUTER}{key}"][choices] for key in _BY_CHOICE}
     config = _with_names(model.config, moe, tuple(moe.names[index] for index in keep))
     experts = tuple(path for index, path in enumerate(model.experts) if index != place)
-    return replace(spoken_by(model, name, None), config=config, state=state, experts=experts)
+    return replace(told_of(model, name), config=config, state=state, experts=experts)
 
 
 def moved_choices(before: Mapping[str, Tensor], after: Loaded, name: str) -> list[str]:

@@ -20,7 +20,7 @@ from whisper_moe.data.sample import Sample, items
 from whisper_moe.evaluate.run import shown
 from whisper_moe.generate.decode import WindowDecoder
 from whisper_moe.media.audio import MediaError
-from whisper_moe.merge.build import decoder_of, fitted, merged_delta, merged_feed_forwards, merged_models, spoken_by
+from whisper_moe.merge.build import decoder_of, fitted, merged_delta, merged_feed_forwards, merged_models, told_of
 from whisper_moe.merge.card import Member, write_card
 from whisper_moe.merge.doctor import Diagnosis, examine
 from whisper_moe.merge.grow import merged_config, moved_choices, with_expert, without_expert
@@ -198,7 +198,7 @@ def merge(
         merged = merged_delta(root, list(named), accepted, delta_rank)
     model = fitted(merged, [[samples for _, samples in own] for own in clips], others)
     for diagnosis, own in zip(found, clips, strict=True):
-        model = spoken_by(model, diagnosis.name, _language(diagnosis, own))
+        model = told_of(model, diagnosis.name, _language(diagnosis, own), untimed=diagnosis.untimed)
     inside = _one_by_one(map(load_model, named.values())) if whole else ()
     save_checkpoint(output, model, quantize=quantize, overwrite=overwrite, experts=inside)
     _hear_merged(load_checkpoint(output), judged, found)
@@ -279,7 +279,8 @@ def add_expert(directory: Path, expert: str, probe: str, base: str | None) -> No
     clips = [samples for _, samples in probed]
     root = base_of({name: source}, base)
     ((diagnosis, found),) = _accepted({name: source}, root, clips[:1])
-    grown = spoken_by(with_expert(model, root, name, found, clips), name, _language(diagnosis, probed))
+    grown = with_expert(model, root, name, found, clips)
+    grown = told_of(grown, name, _language(diagnosis, probed), untimed=diagnosis.untimed)
     whole = chain(_one_by_one(map(load_checkpoint, model.experts)), [found] if model.experts else ())
     remarks = "".join(f"; {reason}" for reason in diagnosis.reasons)
     _rewrite(directory, grown, whole, f"Added: {name}, {shown(source)}; probe {shown(probe)}{remarks}.")

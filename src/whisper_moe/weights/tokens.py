@@ -38,6 +38,8 @@ _LEGACY = ("suppress_tokens", "begin_suppress_tokens", "forced_decoder_ids", "ma
 """What ``config.json`` said before ``generation_config.json`` existed. Ids are looked up by name instead."""
 EXPERT_LANGUAGES = "expert_languages"
 """In a merged model's generation config: expert → code of the one language that it was made for."""
+UNTIMED_EXPERTS = "untimed_experts"
+"""… and the experts that have lost timestamps."""
 _STATES_LANGUAGE = ("language", "forced_decoder_ids")
 
 logger = logging.getLogger(__name__)
@@ -74,6 +76,7 @@ class _Generation(BaseModel):
     undetected_languages: list[str] = []
     untrained_rows: dict[str, str] = {}
     expert_languages: dict[str, str] = {}
+    untimed_experts: list[str] = []
 
 
 # What a source says
