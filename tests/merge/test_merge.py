@@ -100,6 +100,14 @@ def feed_forwards(family: Family) -> Path:
     return family.merge("ffn", "--granularity", "ffn", "--router-layer", "1", none=False)
 
 
+def test_probes_are_heard_from_all_over_their_table(family: Family) -> None:
+    every = [sample.id for sample, _ in run.clips_of(family.probes["low"])]
+    some = [sample.id for sample, _ in run.clips_of(family.probes["low"], limit=4)]
+    assert sorted(every) != every
+    assert some == every[:4]
+    assert len(set(every)) == 8
+
+
 def said(model: WhisperMoE, clips: list[np.ndarray]) -> list[tuple[int, ...]]:
     options = TranscribeOptions(language="en", temperatures=(0.0,))
     return [r.hypothesis.tokens for r in model._decoder.decode(clips, options, temperature=0.0, margin=2.5)]

@@ -39,7 +39,7 @@ Made by `whisper-moe merge` {version}, granularity `{kind}`. Nothing was trained
 """
 _LOST = """## What is lost
 
-WER, %, on the first probe clips that have a text, greedily and in the language that they state: the base, the fine-tune alone,
+WER, %, on probe clips that have a text, greedily and in the language that they state: the base, the fine-tune alone,
 and this model where that expert alone may answer. The fine-tune may have been trained on these clips.
 
 {rates}

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+import random
 from collections import deque
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from importlib.util import find_spec
@@ -84,9 +85,14 @@ def openai_like(config: ModelConfig, source: str) -> str:
 
 
 def clips_of(source: str, limit: int = PROBE_CLIPS) -> Iterator[Clip]:
-    """Clips of some data, each of at most 30 s. Raises ``ValueError`` where there are too few."""
-    found = 0
-    for sample in items(open_corpus(named_corpus(source))):
+    """Clips of some data from all over it (of a stream, the first), each of at most 30 s.
+
+    Tables often list one speaker after the other, and a router that heard one knows the voice. Raises ``ValueError`` where
+    there are too few.
+    """
+    found, corpus = 0, open_corpus(named_corpus(source))
+    rows = None if corpus.streaming else random.Random(0).sample(range(len(corpus)), len(corpus))
+    for sample in items(corpus, rows):
         if found == limit:
             return
         if not isinstance(sample, Sample) or sample.audio is None:
