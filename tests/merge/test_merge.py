@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 import wave
 from dataclasses import replace
 from pathlib import Path
@@ -18,6 +19,7 @@ from weights.whispers import published
 from whisper_moe import WhisperMoE, api
 from whisper_moe.cli import app
 from whisper_moe.config import SAMPLE_RATE, ModelConfig
+from whisper_moe.evaluate.cost import facts_of
 from whisper_moe.evaluate.metrics import written
 from whisper_moe.generate.align import WordTiming
 from whisper_moe.generate.decode import middle
@@ -27,7 +29,9 @@ from whisper_moe.media.tokenizer import Tokenizer
 from whisper_moe.merge import doctor, run
 from whisper_moe.merge.build import decoder_of
 from whisper_moe.weights.checkpoint import CARD, Loaded, load_checkpoint, save_checkpoint
+from whisper_moe.weights.files import CheckpointError
 from whisper_moe.weights.load import load_model
+from whisper_moe.weights.parts import empty_model
 
 KINDS = {"low": (120, 400), "high": (2500, 6000), "other": (700, 1500), "new": (20, 60)}
 """Bands of noise, in Hz: two that experts are for, one that none is, and one for an expert that comes later."""
@@ -235,6 +239,8 @@ def test_an_expert_answers_in_the_language_that_it_states(granularity: str, requ
     low, high, none = merged._decoder.decode(clips, options, temperature=0.0, margin=0.0)
     assert (high.language, high.language_probability) == ("hi", None)
     assert None not in (low.language_probability, none.language_probability)
+    merged.tokenizer.detected.pop("hi")
+    assert merged._decoder.decode(clips, options, temperature=0.0, margin=0.0)[1].language == "hi"
     limited = replace(options, allowed_languages=("en",))
     assert merged._decoder.decode(clips, limited, temperature=0.0, margin=0.0)[1].language == "en"
     asked = replace(options, language="en")
@@ -271,6 +277,62 @@ def test_a_sentence_is_a_cue(whole: Path) -> None:
     tokens = list(cued(words, tokenizer))
     times = [tokenizer.seconds(token) if tokenizer.is_timestamp(token) else None for token in tokens]
     assert times == pytest.approx([0.0, None, None, 0.2, 0.3, None, None, None, None, 0.8])
+
+
+def test_a_whole_expert_may_be_the_only_one(whole: Path, family: Family, tmp_path: Path) -> None:
+    alone = tmp_path / "alone"
+    shutil.copytree(whole, alone)
+    app(["remove-expert", str(alone), "low"], standalone_mode=False)
+    merged, options = WhisperMoE.from_pretrained(alone, dtype="float32"), TranscribeOptions(language="en")
+    facts = facts_of(str(alone))
+    assert facts["bytes"].keys() == facts["parameters"].keys() == {"core", "router", "experts/00-high"}
+    assert facts["parameters"]["experts/00-high"] == facts["parameters"]["core"]
+    clips = [clip for _, clip in CLIPS[:3]]
+    results = merged._decoder.decode(clips, options, temperature=0.0, margin=2.5)
+    assert [result.experts for result in results[1:]] == [(("high", 1.0),), (("none", 1.0),)]
+    assert (
+        results[1].hypothesis.tokens
+        == said(WhisperMoE.from_pretrained(family.folder / "high", dtype="float32"), clips[1:2])[0]
+    )
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
+@pytest.mark.parametrize("granularity", ["delta", "whole"])
+def test_half_precision_chooses_the_same(granularity: str, dtype: str, request: pytest.FixtureRequest) -> None:
+    merged = WhisperMoE.from_pretrained(request.getfixturevalue(granularity), device="cpu", dtype=dtype)
+    options, clips = TranscribeOptions(language="en", word_timestamps=True), [clip for _, clip in CLIPS]
+    results = merged._decoder.decode(clips, options, temperature=0.0, margin=2.5)
+    expected = ["none" if kind == "other" else kind for kind, _ in CLIPS]
+    assert [name for result in results for name, _ in result.experts] == expected
+    empty_model(merged.config).to_empty(device="cpu")  # as a resumed run begins
+
+
+def test_a_model_without_its_whole_experts_is_neither_written_nor_trained_nor_loaded(
+    whole: Path, family: Family, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    merged = WhisperMoE.from_pretrained(whole, for_inference=False)
+    with pytest.raises(CheckpointError, match="0 whole models for 2 experts"):
+        merged.save_pretrained(tmp_path / "copy")
+    assert not (tmp_path / "copy").exists()
+    probe = family.probes["low"]
+    (recipe := tmp_path / "recipe.yaml").write_text(
+        f"model: {{source: {whole}}}\ndata: {{train: [{{kind: table, source: {probe}}}]}}\noptimisation: {{steps: 1}}\n"
+    )
+    assert app(["train", str(recipe), "-o", str(tmp_path / "run")], standalone_mode=False) == 2
+    assert "its experts are whole models" in capsys.readouterr().err
+    shutil.copytree(whole, broken := tmp_path / "broken")
+    manifest = json.loads((broken / "MANIFEST.json").read_text())
+    del manifest["files"]["experts/01-high/MANIFEST.json"]
+    (broken / "MANIFEST.json").write_text(json.dumps(manifest))
+    with pytest.raises(CheckpointError, match="1 whole models for 2 experts"):
+        WhisperMoE.from_pretrained(broken)
+
+
+@pytest.mark.parametrize("name", ["", "none", "a,b"])
+def test_an_expert_has_a_name_that_can_be_asked_for(name: str) -> None:
+    with pytest.raises(ValueError, match="an expert cannot be called"):
+        run.named_experts([f"{name}=me/model"])
+    assert run.named_experts(["runs/rate=3e-5/hindi"]) == {"hindi": "runs/rate=3e-5/hindi"}
 
 
 def test_a_file_may_change_who_answers_within_a_window(delta: Path) -> None:
@@ -388,11 +450,21 @@ def test_an_expert_comes_and_goes_and_the_others_stay(how: tuple[str, ...], fami
     assert all(torch.equal(tensor, before.state[key]) for key, tensor in again.state.items())
 
 
-def test_what_cannot_grow_says_why(delta: Path, family: Family, caplog: pytest.LogCaptureFixture) -> None:
-    probe = ["--probe", family.probes["new"], "--base", str(family.folder / "base")]
+def test_what_cannot_grow_says_why(
+    delta: Path, family: Family, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    probe, odia = ["--probe", family.probes["new"], "--base", str(family.folder / "base")], tmp_path / "odia.tsv"
+    folder = Path(family.probes["new"]).parent
+    rows = [f"{folder}/{index}.wav\thello\tor" for index in range(2)]
+    odia.write_text("\n".join(["path\ttext\tlanguage", *rows]) + "\n")
     for given, reason in (
         (["add-expert", str(delta), f"low={family.folder / 'new'}", *probe], "has an expert low already"),
         (["add-expert", str(family.folder / "base"), str(family.folder / "new"), *probe], "no merged model"),
+        (
+            ["add-expert", str(delta), str(family.folder / "new"), *probe[:2], "--base", str(family.folder / "low")],
+            "its base is not low",
+        ),
+        (["add-expert", str(delta), str(family.folder / "new"), "--probe", str(odia), *probe[2:]], "no token of or"),
         (["remove-expert", str(delta), "nobody"], "its experts are low, high"),
     ):
         caplog.clear()

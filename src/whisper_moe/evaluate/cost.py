@@ -17,7 +17,7 @@ from whisper_moe.evaluate.measure import Clip, Measured, disk_bytes
 from whisper_moe.generate.options import TranscribeOptions
 from whisper_moe.weights.checkpoint import describe
 from whisper_moe.weights.load import DEFAULT_MOE, DEFAULT_TTT, config_of, default, resolve
-from whisper_moe.weights.parts import expected_shapes, part_of, spelled_alone
+from whisper_moe.weights.parts import expected_shapes, expert_part, part_of, spelled_alone
 from whisper_moe.weights.upcycle import upcycled_config
 
 TYPICAL_TOKENS = 100
@@ -34,6 +34,8 @@ def parameters(config: ModelConfig) -> dict[str, int]:
         for name in names:
             part = part_of(name, config)
             counts[part] = counts.get(part, 0) + prod(shape) // len(names)
+    if config.moe and config.moe.granularity == "model":  # each as large as the base
+        counts |= {expert_part(expert, config): counts["core"] for expert in range(config.moe.n_experts)}
     return counts
 
 

@@ -307,7 +307,9 @@ class WindowDecoder:
         codes, probabilities = self._language_probabilities(logits_SV, options)
         likeliest = [codes[index] for index in probabilities.argmax(-1).tolist()]
         best = [hint or heard for hint, heard in zip(hints, likeliest, strict=True)]
-        return [(code, row[codes.index(code)]) for code, row in zip(best, probabilities.tolist(), strict=True)]
+        # An expert may state a language that is not among those that are detected.
+        shares = [dict(zip(codes, row, strict=True)) for row in probabilities.tolist()]
+        return [(code, row.get(code)) for code, row in zip(best, shares, strict=True)]
 
     def given_language(self, options: TranscribeOptions) -> str | None:
         """The language that need not be detected: the one asked for, or an English-only model's."""

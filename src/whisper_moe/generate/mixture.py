@@ -79,11 +79,11 @@ class Mixture(WindowDecoder):
         return found
 
     def _sure(self, routing: Routing) -> Routing:
-        """A second gate under the threshold gives its share to the first: (e, e) is e alone."""
-        experts, gates = routing.experts.clone(), routing.gates.clone()
-        alone = gates[:, 1] < self._threshold
+        """A second gate under the threshold gives its share to the first: (e, e) is e alone, as in a model of one expert."""
+        experts, gates = (part[:, [0, -1]] for part in (routing.experts, routing.gates))
+        alone = (gates[:, 1] < self._threshold) | (experts[:, 0] == experts[:, 1])
         experts[alone, 1] = experts[alone, 0]
-        gates[alone] = torch.tensor([1.0, 0.0])
+        gates[alone] = gates.new_tensor([1.0, 0.0])
         return Routing(experts, gates, routing.logits)
 
     def _decoder(self, choice: tuple[int, ...], gates_S2: Tensor) -> WindowDecoder:

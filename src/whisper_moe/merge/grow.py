@@ -18,6 +18,8 @@ from whisper_moe.merge.build import ROUTER, decoder_of, told_of
 from whisper_moe.merge.differences import difference_of
 from whisper_moe.merge.router import columns, heard, lifted, moments_of, reach_of
 from whisper_moe.weights.checkpoint import Loaded
+from whisper_moe.weights.files import listed
+from whisper_moe.weights.parts import quantizable
 
 _BY_CHOICE = ("weight", "fit.intercept", "fit.moments", "fit.reach")
 """The router's tensors that have a row for each choice."""
@@ -47,11 +49,16 @@ def _separable(model: Loaded) -> MoEConfig:
 def with_expert(model: Loaded, base: Loaded, name: str, expert: Loaded, clips: Sequence[np.ndarray]) -> Loaded:
     """The model with one expert more, before *none*. ``base``: what the expert was made from, not rounded to int8."""
     moe = _separable(model)
-    if name in moe.names or name == "none":
+    if name in moe.names:
         raise ValueError(f"{model.name}: has an expert {name} already: {', '.join(moe.names)}")
     place, config = moe.n_experts, _with_names(model.config, moe, (*moe.names, name))
     state = dict(model.state)
     if moe.granularity == "delta":
+        rest = {key: tensor for key, tensor in base.state.items() if not quantizable(key)}
+        if other := [key for key, tensor in rest.items() if not torch.equal(tensor, state.get(key, tensor[:0]))]:
+            raise ValueError(
+                f"{model.name}: its base is not {base.name}, of other numbers in {listed(other)}: --base names it"
+            )
         for key, tensor in difference_of(base.state, expert.state, config).items():
             state[key] = torch.cat([state[key], tensor[None]])
     router = {key: state[f"{ROUTER}{key}"] for key in _BY_CHOICE}

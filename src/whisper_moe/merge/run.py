@@ -14,7 +14,7 @@ from typing import TypeAlias
 
 import numpy as np
 
-from whisper_moe.config import FULL_WINDOW, SAMPLE_RATE, ModelConfig
+from whisper_moe.config import FULL_WINDOW, SAMPLE_RATE, SAMPLES_PER_POSITION, ModelConfig
 from whisper_moe.data.corpora import open_corpus
 from whisper_moe.data.inspect import named_corpus
 from whisper_moe.data.sample import Sample, items
@@ -26,7 +26,7 @@ from whisper_moe.merge.card import Member, write_card
 from whisper_moe.merge.doctor import Diagnosis, examine
 from whisper_moe.merge.grow import merged_config, moved_choices, with_expert, without_expert
 from whisper_moe.weights.checkpoint import CARD, Loaded, load_checkpoint, read_manifest, save_checkpoint
-from whisper_moe.weights.files import CheckpointError, atomic_file
+from whisper_moe.weights.files import CheckpointError, atomic_file, listed
 from whisper_moe.weights.load import config_of, load_model, resolve
 
 PROBE_CLIPS = 60
@@ -54,7 +54,10 @@ def named_experts(given: Sequence[str]) -> dict[str, str]:
     found: dict[str, str] = {}
     for each in given:
         name, mark, source = each.partition("=")
-        name, source = (name, source) if mark else (Path(each).name, each)
+        if not mark or "/" in name:
+            name, source = Path(each).name, each
+        if name in ("", "none") or "," in name:  # as --experts could not say it
+            raise ValueError(f"{each}: an expert cannot be called {name!r}: name it, as in hindi={source}")
         if name in found:
             raise ValueError(f"two experts would both be called {name}: name them, as in {name}-2={source}")
         found[name] = source
@@ -102,7 +105,7 @@ def clips_of(source: str, limit: int = PROBE_CLIPS) -> Iterator[Clip]:
         except MediaError as error:
             logger.warning("left out: %s", error)
             continue
-        if len(samples):
+        if len(samples) >= SAMPLES_PER_POSITION:
             found += 1
             yield sample, samples
     if found < LEAST_CLIPS:
@@ -192,6 +195,8 @@ def merge(
     clips = [list(clips_of(source)) for source in probe]
     others = [samples for source in none for _, samples in clips_of(source)]
     root, whole = base_of(named, base), granularity == "model"
+    for source, own in zip(probe, clips, strict=True):
+        _check_languages(source, own, root)
     judged = [_judged(own, measure) for own in clips]
     found: list[Diagnosis] = []
     accepted = _one_by_one(_heard(named, root, [own[0][1] for own in clips], judged, found))
@@ -212,6 +217,14 @@ def merge(
     members = list(map(Member, named.values(), probe, spoken, map(len, judged), found))
     write_card(output, base or root.name, merged_config(model), members, none)
     return {name: own[0][1] for name, own in zip(named, clips, strict=True)}
+
+
+def _check_languages(source: str, clips: Sequence[Clip], base: Loaded) -> None:
+    known = base.tokenizer.languages
+    if other := sorted({sample.language for sample, _ in clips} - known.keys()) if known else []:
+        raise ValueError(
+            f"{source}: {base.name} has no token of {listed(other)}: name the language that the fine-tune takes it for"
+        )
 
 
 def _language(expert: Diagnosis, clips: Sequence[Clip]) -> str | None:
@@ -284,6 +297,7 @@ def add_expert(directory: Path, expert: str, probe: str, base: str | None) -> No
     model, probed = load_checkpoint(directory), list(clips_of(probe))
     clips = [samples for _, samples in probed]
     root = base_of({name: source}, base)
+    _check_languages(probe, probed, root)
     ((diagnosis, found),) = _accepted({name: source}, root, clips[:1])
     grown = with_expert(model, root, name, found, clips)
     grown = told_of(grown, name, _language(diagnosis, probed), untimed=diagnosis.untimed)

@@ -162,7 +162,7 @@ class LowRank(nn.Module):
             return y_TO
         own_TO = y_TO[:, : self.up.shape[-1]]
         if at.padded is not None:
-            tokens_EP, gates_EP1 = at.padded
+            tokens_EP, gates_EP1 = at.padded[0], at.padded[1].to(x_TI.dtype)
             hidden_EPr = torch.cat([torch.bmm(x_TI[tokens_EP], self.down.mT) * gates_EP1, gates_EP1], -1)
             own_TO.index_add_(0, tokens_EP.flatten(), torch.bmm(hidden_EPr, self.up).flatten(0, 1))
             return y_TO
@@ -190,7 +190,7 @@ class LowRank(nn.Module):
         at = _ASSIGNED.get()[self.source]
         if at is None:
             return None
-        gates_E = at.gates_SE[0]
+        gates_E = at.gates_SE[0].to(self.up.dtype)
         mixed = (self.up * gates_E[:, None, None]).transpose(1, 2)  # [E, O, r + 1]
         return torch.bmm(mixed[..., :-1], self.down).sum(0), mixed[..., -1].sum(0)
 
@@ -265,10 +265,10 @@ class DeltaNorm(nn.LayerNorm):
         if at is None:
             return super().forward(input)
         if at.layout.total <= FEW_TOKENS:
-            weight, bias = (at.gates_TE @ part for part in (self.experts.weight, self.experts.bias))
+            weight, bias = (at.gates_TE.to(part.dtype) @ part for part in (self.experts.weight, self.experts.bias))
             plain = F.layer_norm(input, self.normalized_shape, None, None, self.eps)
             return torch.addcmul(self.bias + bias, plain, self.weight + weight)
-        weights, biases = (at.gates_SE @ part for part in (self.experts.weight, self.experts.bias))
+        weights, biases = (at.gates_SE.to(part.dtype) @ part for part in (self.experts.weight, self.experts.bias))
         rows = zip(at.layout.slices(), self.weight + weights, self.bias + biases, strict=True)
         return torch.cat([F.layer_norm(input[s], self.normalized_shape, w, b, self.eps) for s, w, b in rows])
 

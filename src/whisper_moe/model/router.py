@@ -15,11 +15,12 @@ N rows, D width, E experts, K slots (``top_k``), S segments, T tokens.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from itertools import groupby
 from operator import itemgetter
+from typing import Self
 
 import torch
 from torch import Tensor, nn
@@ -118,6 +119,15 @@ class Fit(nn.Module):
         start["moments"] = torch.zeros(choices if grows else 0, d_model + 1, d_model + 1)
         for name, value in start.items():
             self.register_buffer(name, value)
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
+        """Moments and distances stay float32 where a model is rounded to half precision, which could not hold them."""
+
+        def kept(x: Tensor) -> Tensor:
+            moved = fn(x)
+            return moved if moved.dtype in (x.dtype, torch.float64) else x.to(moved.device)
+
+        return super()._apply(kept, recurse)
 
     def logits(self, features_ND: Tensor, weight_CD: Tensor) -> Tensor:
         return (self._standard(features_ND) @ weight_CD.T + self.intercept) / self.temperature

@@ -61,6 +61,8 @@ def initial_model(recipe: Recipe) -> Loaded:
     given, seed, margin = recipe.model, recipe.run.seed, recipe.least_margin
     loaded = load_model(given.source)
     config, state = loaded.config, dict(loaded.state)
+    if loaded.experts:
+        raise RecipeError(f"{given.source}: its experts are whole models: train them one by one, and merge again")
     if given.moe is not None or given.ttt is not None:
         config, state = upcycle(config, state, moe=given.moe, ttt=given.ttt, seed=seed)
     parts = {name: part for name in ("adapt", "conformer") if (part := getattr(given, name)) != getattr(config, name)}

@@ -127,6 +127,7 @@ def save_checkpoint(
             place.parent.mkdir(exist_ok=True)
             save_checkpoint(place, expert, quantize=quantize, shard_bytes=shard_bytes)
         files = {name: FileFacts.of(folder / name) for name in _files_in(folder)}
+        _whole_experts(directory, files, config)
         manifest = Manifest(quantization="int8" if quantize else None, files=files)
         (folder / MANIFEST).write_bytes(json_bytes(manifest.model_dump(mode="json")))
         if (directory / CARD).is_file():
@@ -269,8 +270,18 @@ def load_checkpoint(directory: str | Path, *, keep_int8: bool = False) -> Loaded
         generation = complete(stated, tokenizer, config, origin=directory / GENERATION)
         for (name, keys), _ in zip(files.items(), checked, strict=True):
             _fill(directory / name, {key: views.get(key) for key in keys})
-    experts = tuple((directory / name).parent for name in sorted(facts) if name.endswith(f"/{MANIFEST}"))
+    experts = _whole_experts(directory, facts, config)
     return Loaded(config, state, generation, tokenizer_json, model_name(directory), experts, quantized)
+
+
+def _whole_experts(directory: Path, files: Iterable[str], config: ModelConfig) -> tuple[Path, ...]:
+    """The checkpoints within one. Raises ``CheckpointError`` unless each expert that is a whole model is there."""
+    found = tuple((directory / name).parent for name in sorted(files) if name.endswith(f"/{MANIFEST}"))
+    wanted = config.moe.n_experts if config.moe and config.moe.granularity == "model" else 0
+    if len(found) != wanted:
+        said = f"{len(found)} whole models for {wanted} experts that are such"
+        raise CheckpointError(f"{directory}: {said}; to keep a merged model, copy its folder")
+    return found
 
 
 def _check_size(shapes: Mapping[str, tuple[int, ...]], files: Mapping[str, FileFacts], directory: Path) -> None:
