@@ -25,6 +25,7 @@ from whisper_moe.generate.align import WordTiming
 from whisper_moe.generate.decode import middle
 from whisper_moe.generate.mixture import Mixture, cued
 from whisper_moe.generate.options import TranscribeOptions
+from whisper_moe.media.mel import window_mel
 from whisper_moe.media.tokenizer import Tokenizer
 from whisper_moe.merge import doctor, run
 from whisper_moe.merge.build import decoder_of
@@ -294,6 +295,20 @@ def test_a_whole_expert_may_be_the_only_one(whole: Path, family: Family, tmp_pat
         results[1].hypothesis.tokens
         == said(WhisperMoE.from_pretrained(family.folder / "high", dtype="float32"), clips[1:2])[0]
     )
+
+
+def test_teacher_forcing_chooses_as_decoding_does(delta: Path) -> None:
+    decoder = WhisperMoE.from_pretrained(delta, for_inference=False)._decoder
+    encoder, mels = decoder.model.encoder, decoder.model.config.n_mels
+    clips = [
+        noise(kind, 200 + seed, seconds) for kind in ("low", "high") for seed in range(8) for seconds in (1.5, 7.0)
+    ]
+    lengths = [decoder.positions(len(clip), 2.5) for clip in clips]
+    mels = [window_mel(clip, mels, length) for clip, length in zip(clips, lengths, strict=True)]
+    with torch.inference_mode():
+        encoded = encoder(mels, valid_lengths=[decoder.positions(len(clip), 0) for clip in clips])
+    assert encoded.routing is not None
+    assert encoded.routing.choices == decoder.choose(clips).choices
 
 
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16"])

@@ -138,6 +138,9 @@ def _ours(adapter: Adapter, clips: Sequence[Clip], detect: bool, measured: Measu
         import torch
 
         measured = replace(measured, peak_bytes=torch.cuda.max_memory_allocated(model.device))
+    measured = replace(measured, device=model.device, dtype=model.dtype, config=model.config)
+    if model.config.moe and model.config.moe.granularity == "model":  # one pass would be the base's alone
+        return measured
     samples = [clip.sample for clip in clips]
     if detect and not model.tokenizer.is_multilingual:
         samples = [replace(sample, language="en", target_language="en") for sample in samples]
@@ -147,7 +150,7 @@ def _ours(adapter: Adapter, clips: Sequence[Clip], detect: bool, measured: Measu
     batches = (samples[first : first + CLIPS_AT_ONCE] for first in range(0, len(samples), CLIPS_AT_ONCE))
     found = [each for batch in batches for each in evaluator.batch(model.model, batch)]
     sums = [(each.cross_entropy, each.tokens) if each.skipped is None else each.skipped.cause for each in found]
-    return replace(measured, device=model.device, dtype=model.dtype, config=model.config, cross_entropies=sums)
+    return replace(measured, cross_entropies=sums)
 
 
 def _hear_all(adapter: Adapter, clips: Sequence[Clip], detect: bool) -> tuple[list[Heard], list[float]]:

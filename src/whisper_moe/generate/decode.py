@@ -25,7 +25,7 @@ from whisper_moe.machine import SPARE, fitting_threads, give_back_memory
 from whisper_moe.media.mel import window_mel
 from whisper_moe.media.tokenizer import Tokenizer
 from whisper_moe.model.block import Carry
-from whisper_moe.model.model import DecoderState, Encoded, WhisperMoEModel
+from whisper_moe.model.model import ROUTED_SECONDS, DecoderState, Encoded, WhisperMoEModel
 from whisper_moe.model.router import NONE, Routing
 from whisper_moe.packing import Layout, first_fit_decreasing
 from whisper_moe.weights.tokens import EXPERT_LANGUAGES
@@ -33,8 +33,6 @@ from whisper_moe.weights.tokens import EXPERT_LANGUAGES
 TOKENS_PER_SECOND = 40
 """More than anybody says, in the languages that cost most tokens a letter; a text that is longer is a loop."""
 MINIMUM_TOKEN_LIMIT = 32
-ROUTED_SECONDS = 5.0
-"""Of each window, what a router that chooses before the pass of the experts listens to."""
 
 
 @dataclass(frozen=True)

@@ -15,7 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from whisper_moe.config import ModelConfig
+from whisper_moe.config import POSITIONS_PER_SECOND, ModelConfig
 from whisper_moe.embed import AudioStem, sinusoids
 from whisper_moe.model.block import Block, BlockState, Carry
 from whisper_moe.model.delta import DeltaEmbedding, LowRank, add_differences, assigned
@@ -24,6 +24,8 @@ from whisper_moe.packing import Layout
 
 _FIRST_CAPACITY = 64
 """Tokens a cache has room for at first: most clips need fewer, and it doubles when they do not."""
+ROUTED_SECONDS = 5.0
+"""Of each window, what a router that chooses before the pass of the experts listens to."""
 
 
 class Encoded(NamedTuple):
@@ -169,9 +171,15 @@ class Encoder(nn.Module):
             return Encoded(self.norm(x_TD), layout, routing, tuple(choices))
 
     def choose(self, mels: Sequence[Tensor], valid_lengths: Sequence[int] | None = None) -> Routing:
-        """The experts of each segment by the base alone: where experts differ from the stem on, a pass before theirs."""
+        """The experts of each segment by the base alone, from the middle of its sound: where experts differ from the stem on,
+        a pass before theirs."""
         assert self.router is not None
-        return self.router(self.features(mels, valid_lengths))
+        heard = []
+        for mel, valid in zip(mels, valid_lengths or [(mel.shape[1] + 1) // 2 for mel in mels], strict=True):
+            most = min(valid, round(ROUTED_SECONDS * POSITIONS_PER_SECOND))
+            begin = (valid - most) // 2
+            heard.append(mel[:, 2 * begin : 2 * (begin + most)])
+        return self.router(self.features(heard))
 
     def features(self, mels: Sequence[Tensor], valid_lengths: Sequence[int] | None = None) -> Tensor:
         """What the router reads of each segment, [S, D]."""
