@@ -105,6 +105,13 @@ def feed_forwards(family: Family) -> Path:
     return family.merge("ffn", "--granularity", "ffn", "--router-layer", "1", none=False)
 
 
+def test_a_folder_that_cannot_be_written_is_refused_before_anything_is_read(tmp_path: Path) -> None:
+    (tmp_path / "notes.txt").write_text("mine")
+    for overwrite, reason in ((False, "exists already"), (True, "holds more than a checkpoint: notes.txt")):
+        with pytest.raises(ValueError, match=reason):
+            run.merge(["nobody"], tmp_path, probe=["nothing"], overwrite=overwrite)
+
+
 def test_probes_are_heard_from_all_over_their_table(family: Family) -> None:
     every = [sample.id for sample, _ in run.clips_of(family.probes["low"])]
     some = [sample.id for sample, _ in run.clips_of(family.probes["low"], limit=4)]

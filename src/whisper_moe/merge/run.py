@@ -25,7 +25,7 @@ from whisper_moe.merge.build import decoder_of, fitted, merged_delta, merged_fee
 from whisper_moe.merge.card import Member, write_card
 from whisper_moe.merge.doctor import Diagnosis, examine
 from whisper_moe.merge.grow import merged_config, moved_choices, with_expert, without_expert
-from whisper_moe.weights.checkpoint import CARD, Loaded, load_checkpoint, read_manifest, save_checkpoint
+from whisper_moe.weights.checkpoint import CARD, Loaded, check_place, load_checkpoint, read_manifest, save_checkpoint
 from whisper_moe.weights.files import CheckpointError, atomic_file, listed
 from whisper_moe.weights.load import config_of, load_model, resolve
 
@@ -187,6 +187,7 @@ def merge(
             "--none is not for feed-forwards, without which a layer is no layer: merge the base as an expert more, with "
             f"these clips as its probe: {none[0]}"
         )
+    check_place(output, overwrite)
     named = named_experts(experts)
     if len(probe) != len(named):
         raise ValueError(

@@ -37,6 +37,7 @@ from whisper_moe.weights.files import (
     CheckpointError,
     FileFacts,
     atomic_folder,
+    check_free,
     inside,
     json_bytes,
     listed,
@@ -113,8 +114,7 @@ def save_checkpoint(
     configuration, and for a directory that exists, unless ``overwrite`` is set and it is a checkpoint.
     """
     directory, config, state = Path(directory).resolve(), model.config, model.state
-    if overwrite and directory.is_dir():
-        _check_overwritten(directory)
+    check_place(directory, overwrite)
     parts.check_state(config, state)
     with atomic_folder(directory, overwrite=overwrite) as folder:
         index = _write_tensors(folder, config, state, quantize, shard_bytes)
@@ -142,8 +142,15 @@ def _files_in(folder: Path) -> list[str]:
     return sorted(path.relative_to(folder).as_posix() for path in own)
 
 
+def check_place(directory: Path, overwrite: bool) -> None:
+    """Refuse before anything is computed what is refused at the end."""
+    check_free(directory, overwrite)
+    if overwrite and directory.is_dir():
+        _check_overwritten(directory)
+
+
 def _check_overwritten(directory: Path) -> None:
-    """Refuse before anything is computed what is refused at the end; nothing but a checkpoint is ever overwritten."""
+    """Nothing but a checkpoint is ever overwritten."""
     known = {*read_manifest(directory).files, MANIFEST} if (directory / MANIFEST).exists() else set()
     if others := [name for name in _files_in(directory) if name not in known]:
         raise ValueError(f"{directory}: not overwritten, for it holds more than a checkpoint: {listed(others)}")

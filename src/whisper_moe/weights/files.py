@@ -183,8 +183,7 @@ def atomic_folder(path: Path, *, overwrite: bool = False) -> Iterator[Path]:
     Everything is on the disk before the name changes. With ``overwrite``, an old folder is exchanged for the new one in one
     step where the system can do that (Linux). Raises ``ValueError`` for one that exists without it, and for a file.
     """
-    if path.exists() and not (overwrite and path.is_dir()):
-        raise ValueError(f"{path}: exists already{' and is not a directory' if overwrite else '; name another one'}")
+    check_free(path, overwrite)
     path.parent.mkdir(parents=True, exist_ok=True)
     scratch = path.with_name(f".{secrets.token_hex(8)}.tmp")
     scratch.mkdir()
@@ -196,6 +195,12 @@ def atomic_folder(path: Path, *, overwrite: bool = False) -> Iterator[Path]:
         sync(path.parent)
     finally:
         shutil.rmtree(scratch, ignore_errors=True)
+
+
+def check_free(path: Path, overwrite: bool) -> None:
+    """Raises ``ValueError`` where a folder cannot take this path."""
+    if path.exists() and not (overwrite and path.is_dir()):
+        raise ValueError(f"{path}: exists already{' and is not a directory' if overwrite else '; name another one'}")
 
 
 def sync(path: Path) -> None:
