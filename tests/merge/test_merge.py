@@ -29,6 +29,7 @@ from whisper_moe.media.mel import window_mel
 from whisper_moe.media.tokenizer import Tokenizer
 from whisper_moe.merge import doctor, run
 from whisper_moe.merge.build import decoder_of
+from whisper_moe.model.router import Routing
 from whisper_moe.weights.checkpoint import CARD, Loaded, load_checkpoint, save_checkpoint
 from whisper_moe.weights.files import CheckpointError
 from whisper_moe.weights.load import load_model
@@ -145,6 +146,24 @@ def test_each_clip_is_answered_by_its_expert(granularity: str, family: Family, r
         assert [name for name, gate in result.experts if gate > 0] == [expert]
         assert result.hypothesis.tokens == said(alone["base" if kind == "other" else kind], [clip])[0]
     assert len({result.hypothesis.tokens for result in results[:3]}) == 3, "the experts say different things"
+
+
+def test_under_the_threshold_one_expert_answers_bit_for_bit(
+    whole: Path, family: Family, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    mixture = WhisperMoE.from_pretrained(whole, dtype="float32")._decoder
+    alone = WhisperMoE.from_pretrained(family.folder / "high", dtype="float32")._decoder
+    options, clips = TranscribeOptions(language="en", temperatures=(0.0,)), [noise("low", 5), noise("high", 6)]
+    expected = alone.decode(clips, options, temperature=0.0, margin=2.5)
+    for second, same in ((0.49, True), (0.51, False)):
+        gates = torch.tensor([[1 - second, second]] * 2)
+        monkeypatch.setattr(mixture, "choose", lambda *_, g=gates: Routing(torch.tensor([[1, 0]] * 2), g))
+        found = mixture.decode(clips, options, temperature=0.0, margin=2.5)
+        equal = [
+            (a.hypothesis, a.no_speech_prob) == (b.hypothesis, b.no_speech_prob)
+            for a, b in zip(found, expected, strict=True)
+        ]
+        assert all(equal) if same else not any(equal)
 
 
 def test_an_expert_of_full_rank_is_the_fine_tune_but_for_float16(delta: Path, family: Family) -> None:
