@@ -63,6 +63,11 @@ def unheard(result: DecodingResult, stated: str | None) -> DecodingResult:
     return replace(result, language_probability=None) if stated else result
 
 
+def told(stated: Sequence[str | None], hints: Sequence[str | None] | None) -> list[str | None]:
+    """Each window's language: the one that its expert states, else the one that is known already."""
+    return [own or other for own, other in zip(stated, hints or [None] * len(stated), strict=True)]
+
+
 def middle(clip: np.ndarray) -> np.ndarray:
     """As much of a clip as a router that chooses ahead listens to."""
     most = round(ROUTED_SECONDS * SAMPLE_RATE)
@@ -130,8 +135,7 @@ class WindowDecoder:
         encoded = self.encode(clips, margin, carried, self.allowed_experts(options))
         give_back_memory(SPARE)  # packs of ever other sizes leave holes that would add up to hundreds of MB
         samples, stated = list(map(len, clips)), self.stated_languages(encoded.routing, len(clips), options)
-        hints = [own or other for own, other in zip(stated, hints or [None] * len(clips), strict=True)]
-        found = self.decode_encoded(encoded, samples, hints, options, temperature, margin, previous)
+        found = self.decode_encoded(encoded, samples, told(stated, hints), options, temperature, margin, previous)
         del encoded
         give_back_memory(SPARE)
         return [replace(unheard(*pair), carried=carried) for pair in zip(found, stated, strict=True)]

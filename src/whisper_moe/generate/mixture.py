@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from whisper_moe.generate.align import WordTiming
-from whisper_moe.generate.decode import DecodingResult, WindowDecoder, unheard
+from whisper_moe.generate.decode import DecodingResult, WindowDecoder, told, unheard
 from whisper_moe.generate.options import TranscribeOptions
 from whisper_moe.media.tokenizer import Tokenizer
 from whisper_moe.model.block import Carry
@@ -47,12 +47,12 @@ class Mixture(WindowDecoder):
         """As :meth:`WindowDecoder.decode`, each clip by its own experts."""
         routing = self._sure(self.choose(clips, self.allowed_experts(options)))
         stated = self.stated_languages(routing, len(clips), options)
-        hints = [own or other for own, other in zip(stated, hints or [None] * len(clips), strict=True)]
+        languages = told(stated, hints)
         shown, free = self._experts(routing, len(clips)), replace(options, experts=(), exclude=())
         found: dict[int, DecodingResult] = {}
         for choice in dict.fromkeys(routing.choices):
             own = [index for index, each in enumerate(routing.choices) if each == choice]
-            known = [hints[i] for i in own]
+            known = [languages[i] for i in own]
             decoder, heard = self._decoder(choice, routing.gates[own]), [clips[i] for i in own]
             if free.timestamps and choice[0] != NONE and self._untimed[choice[0]]:
                 plain = replace(free, timestamps=False, word_timestamps=False)

@@ -54,11 +54,10 @@ def fit(features: Sequence[Tensor]) -> dict[str, Tensor]:
     solved = columns(whole)
     fitted = {"weight": solved[:, 1:], "intercept": solved[:, 0], "moments": whole, "centre": centre, "scale": scale}
     fitted |= {"temperature": _temperature(columns(even), halves[1]), "whitening": whitening(whole[:-1])}
-    far = [
-        distances(held_out[c], seen[c], whitening(seen[:-1]))
-        for seen, held_out in ((even, halves[1]), (odd, halves[0]))
-        for c in range(len(features) - 1)
-    ]
+    far: list[Tensor] = []
+    for seen, held_out in ((even, halves[1]), (odd, halves[0])):
+        white = whitening(seen[:-1])
+        far += [distances(held_out[c], seen[c], white) for c in range(len(features) - 1)]
     reach = torch.cat(far).quantile(KNOWN).expand(len(features) - 1)
     fitted["reach"] = torch.cat([reach, reach.new_zeros(1)])
     return {name: tensor.float() for name, tensor in fitted.items()}

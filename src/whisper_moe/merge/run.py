@@ -213,7 +213,8 @@ def merge(
         model = told_of(model, diagnosis.name, _language(diagnosis, own), untimed=diagnosis.untimed)
     inside = _one_by_one(map(load_model, named.values())) if whole else ()
     save_checkpoint(output, model, quantize=quantize, overwrite=overwrite, experts=inside)
-    _hear_merged(load_checkpoint(output), judged, found)
+    if any(judged):
+        _hear_merged(load_checkpoint(output), judged, found)
     spoken = [sorted({sample.target_language for sample, _ in own}) for own in clips]
     members = list(map(Member, named.values(), probe, spoken, map(len, judged), found))
     write_card(output, base or root.name, merged_config(model), members, none)
@@ -251,10 +252,11 @@ def _heard(
     found: list[Diagnosis],
 ) -> Iterator[Loaded]:
     """Each expert once its WER and the base's have been measured; they are added to its diagnosis, which ``found`` gets."""
+    before = decoder_of(base)
     for (diagnosis, expert), clips in zip(_accepted(experts, base, speech), judged, strict=True):
         if clips:
             diagnosis.wer = {
-                "base": _error_rate(decoder_of(base), clips),
+                "base": _error_rate(before, clips),
                 "fine-tune": _error_rate(decoder_of(expert), clips),
             }
         found.append(diagnosis)
@@ -263,12 +265,12 @@ def _heard(
 
 def _hear_merged(model: Loaded, judged: Sequence[Sequence[Clip]], found: Sequence[Diagnosis]) -> None:
     """Measure what was written, each expert alone, and say what is lost."""
+    shared = None if model.experts else decoder_of(model)
     for number, (diagnosis, clips) in enumerate(zip(found, judged, strict=True)):
         if not clips:
             continue
-        whole = load_checkpoint(model.experts[number]) if model.experts else None
-        decoder, alone = (decoder_of(whole), None) if whole else (decoder_of(model), diagnosis.name)
-        diagnosis.wer["merged"] = _error_rate(decoder, clips, alone)
+        decoder = shared or decoder_of(load_checkpoint(model.experts[number]))
+        diagnosis.wer["merged"] = _error_rate(decoder, clips, diagnosis.name if shared else None)
         rates = ", ".join(f"{system} {100 * rate:.1f}" for system, rate in diagnosis.wer.items())
         logger.info("%s: WER %% of %d probe clips: %s", diagnosis.name, len(clips), rates)
 

@@ -113,9 +113,8 @@ class Fit(nn.Module):
         super().__init__()
         start = {"centre": torch.zeros(d_model), "scale": torch.ones(d_model), "intercept": torch.zeros(choices)}
         start |= {"temperature": torch.tensor(1.0), "reach": torch.zeros(choices)}
-        start["whitening"] = torch.zeros(
-            2 * (d_model if grows else 0,)
-        )  # no eye: on the meta device that imports triton
+        kept = d_model if grows else 0
+        start["whitening"] = torch.zeros(kept, kept)  # no eye: on the meta device that imports triton
         start["moments"] = torch.zeros(choices if grows else 0, d_model + 1, d_model + 1)
         for name, value in start.items():
             self.register_buffer(name, value)
