@@ -27,6 +27,7 @@ from whisper_moe.model.block import Block
 from whisper_moe.model.model import WhisperMoEModel
 from whisper_moe.train.adapt_context import ContextObjective, LessonReader, Teacher
 from whisper_moe.train.loop import Figures, Trainer
+from whisper_moe.train.lora import TRAINED, add_lora
 from whisper_moe.train.losses import SpeechObjective
 from whisper_moe.train.monitor import SKIPPED, Monitor
 from whisper_moe.train.optim import freeze, unmatched
@@ -104,8 +105,20 @@ def build_model(initial: Loaded, recipe: Recipe) -> WhisperMoEModel:
     for module in model.modules():
         if isinstance(module, Block):
             module.recompute = recipe.optimisation.recompute
+    given, moe = recipe.model, initial.config.moe
+    frozen, trained = given.freeze, given.train
+    if given.lora is not None:
+        if moe is not None and moe.granularity != "ffn":
+            raise RecipeError(
+                "model.lora: the experts of this model are low-rank differences already; train it without"
+            )
+        try:
+            add_lora(model, given.lora)
+        except ValueError as error:
+            raise RecipeError(f"model.lora.targets: {error}") from error
+        frozen, trained = ("*",), (*TRAINED, *trained)
     try:
-        freeze(model, recipe.model.freeze, recipe.model.train)
+        freeze(model, frozen, trained)
     except ValueError as error:
         raise RecipeError(f"model.freeze: {error}") from error
     return model

@@ -29,6 +29,21 @@ class _Frozen(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False, strict=True)
 
 
+class LoRARecipe(_Frozen):
+    """Low-rank differences that are trained in place of matrices: W + alpha/rank · B A (arXiv 2106.09685)."""
+
+    rank: int = Field(default=32, ge=1)
+    """Of each; queries, keys and values are one matrix."""
+    alpha: float = Field(default=64.0, gt=0)
+    """The differences are scaled by alpha/rank."""
+    targets: tuple[str, ...] = Field(default=("*.attn.*", "*.cross_attn.*", "*.ffn.*"), min_length=1)
+    """Shell-style patterns of linear layers: ``encoder.*``, ``*.attn.qkv``. TTT layers are none."""
+
+    @property
+    def scaling(self) -> float:
+        return self.alpha / self.rank
+
+
 class ModelRecipe(_Frozen):
     """What is trained."""
 
@@ -50,6 +65,16 @@ class ModelRecipe(_Frozen):
     """Shell-style patterns of parameters that stay as they are: ``encoder.*``, ``*.ffn.*``."""
     train: tuple[str, ...] = ()
     """Patterns of parameters that are trained though ``freeze`` matches them: ``freeze: ['*']``, ``train: ['*.ttt.*']``."""
+    lora: LoRARecipe | None = None
+    """Low-rank fine-tuning: all else stays as it is, but for what ``train`` matches. The run's model is a plain one again."""
+
+    @model_validator(mode="after")
+    def _check(self) -> Self:
+        if self.lora and self.freeze:
+            raise ValueError(
+                f"freeze ({', '.join(self.freeze)}) has nothing to freeze beside lora: lora.targets says where it learns"
+            )
+        return self
 
 
 class DataRecipe(_Frozen):
@@ -295,6 +320,11 @@ class Recipe(_Frozen):
             )
         if context and context.padded and adapt and not adapt.full_windows:
             raise ValueError(NOTHING_TO_TEACH)
+        layout = self.parallel
+        if self.model.lora and (layout.data == "fsdp2" or max(layout.experts, layout.tensor) > 1):
+            raise ValueError(
+                "model.lora is for parallel.data ddp, without experts and tensor: every process has all of it"
+            )
         return self
 
     @property

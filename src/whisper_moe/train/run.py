@@ -30,7 +30,7 @@ from typing import TYPE_CHECKING, Any
 
 from whisper_moe.machine import take_threads
 from whisper_moe.train.reading import RecipeError, apply
-from whisper_moe.train.recipe import Recipe, load_recipe, recipe_of
+from whisper_moe.train.recipe import LoRARecipe, Recipe, load_recipe, recipe_of
 from whisper_moe.weights.files import atomic_file, json_bytes, read_json
 
 if TYPE_CHECKING:
@@ -156,7 +156,7 @@ def _run(recipe: Recipe, directory: Path, parallel: Parallel) -> int:
             end = trainer.run()
     if first:
         if end != "interrupted":
-            export(directory, start)
+            export(directory, start, recipe.model.lora)
         finish_record(directory, end, trainer)
         if end != "finished":
             logger.info("%s: %s after step %d", directory, end, trainer.progress.step)
@@ -224,14 +224,16 @@ def _signals(trainer: Trainer) -> Iterator[None]:
             signal.signal(number, handler)
 
 
-def export(directory: Path, start: Loaded) -> None:
-    """Write the run's best checkpoint, or its last where none was judged, as a model."""
+def export(directory: Path, start: Loaded, lora: LoRARecipe | None = None) -> None:
+    """Write the run's best checkpoint, or its last where none was judged, as a model: a plain one, after ``lora`` too."""
     from whisper_moe.train import checkpoint
+    from whisper_moe.train.lora import folded
     from whisper_moe.weights.checkpoint import save_checkpoint
 
     path = checkpoint.best(directory) or checkpoint.latest(directory)
     assert path is not None, "a run that has ended has a checkpoint"
     state = {name.removeprefix("model/"): tensor.float() for name, tensor in checkpoint.read(path, "model/").items()}
+    state = folded(state, lora) if lora else state
     save_checkpoint(directory / MODEL, replace(start, state=state), overwrite=True)
     logger.info("%s: the model of step %d", directory / MODEL, checkpoint.step_of(path))
 
