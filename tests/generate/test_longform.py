@@ -11,9 +11,11 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 from generate.tiny import CONFIG, tiny_tokenizer, tiny_whisper_moe
 
 from whisper_moe import MediaError
+from whisper_moe.config import MoEConfig
 from whisper_moe.generate.align import WordTiming
 from whisper_moe.generate.decode import DecodingResult, WindowDecoder
 from whisper_moe.generate.longform import (
@@ -30,6 +32,7 @@ from whisper_moe.generate.longform import (
 from whisper_moe.generate.options import TranscribeOptions
 from whisper_moe.generate.search import Hypothesis
 from whisper_moe.media.windows import Window, cut_windows
+from whisper_moe.model.router import NONE, Routing
 
 TOKENIZER = tiny_tokenizer()
 OPTIONS = TranscribeOptions()
@@ -61,8 +64,11 @@ class Listener:
     batches: list[list[int]] = field(default_factory=list)
     calls: list[tuple[tuple[float, ...], float, float, tuple[str | None, ...]]] = field(default_factory=list)
     """Loudness of each clip, margin, temperature, hints."""
+    routings: list[Routing | None] = field(default_factory=list)
     tokenizer: Any = TOKENIZER
     model: Any = field(default_factory=lambda: SimpleNamespace(config=CONFIG))
+
+    allowed_experts = WindowDecoder.allowed_experts
 
     def positions(self, samples: int, margin: float) -> int:
         return min(1500, round((samples / RATE + margin) * 50))
@@ -77,7 +83,9 @@ class Listener:
         hints: Sequence[str | None] | None = None,
         carry: Any = None,
         previous: Any = None,
+        routing: Routing | None = None,
     ) -> list[DecodingResult]:
+        self.routings.append(routing)
         loud = [round(float(clip[0]), 4) for clip in clips]
         hints = hints or [None] * len(clips)
         before = [level for levels, *_ in self.calls for level in levels]
@@ -669,3 +677,35 @@ def test_a_model_with_a_shorter_window_hears_all_of_a_recording() -> None:
     windows = list(model._recording(wave, TranscribeOptions()).windows)
     assert max(each.duration for each in windows) <= 5.0
     assert np.array_equal(np.concatenate([each.samples for each in windows]), wave)
+
+
+# Who answers another try.
+
+
+@pytest.mark.parametrize(("exclude", "last"), [((), [(NONE, NONE)] * 2), (("none",), [(2, 1), (0, NONE)])])
+def test_another_try_keeps_the_experts_of_the_first_and_the_last_is_the_base_s(exclude: Any, last: Any) -> None:
+    """A router would choose anew by a padded window, and the text that looked wrong would be another expert's."""
+
+    def choice(*experts: int) -> Callable[[float, str | None], DecodingResult]:
+        routing = Routing(torch.tensor([experts]), torch.tensor([[0.75, 0.25]]))
+        return lambda seconds, hint: replace(unsure(0.0, None), routing=routing)
+
+    config = CONFIG.model_copy(update={"moe": MoEConfig(n_experts=3)})
+    listener = Listener({0.1: choice(2, 1), 0.2: choice(0, NONE)}, model=SimpleNamespace(config=config))
+    options = TranscribeOptions(temperatures=(0.0, 0.4, 1.0), exclude=exclude)
+    run(listener, [recording("two", 0.1, 0.2)], options=options)
+    first, *middle, final = listener.routings
+    assert first is None
+    assert [each and each.choices for each in middle] == [((2, 1), (0, NONE))] * 2
+    assert final is not None
+    assert list(final.choices) == last
+    assert torch.equal(final.gates, torch.tensor([[0.75, 0.25]] * 2))
+
+
+def test_two_tries_are_both_of_the_first_choice() -> None:
+    routing = Routing(torch.tensor([[2, 1]]), torch.tensor([[0.75, 0.25]]))
+    config = CONFIG.model_copy(update={"moe": MoEConfig(n_experts=3)})
+    wrong = lambda seconds, hint: replace(unsure(0.0, None), routing=routing)  # noqa: E731
+    listener = Listener({0.1: wrong}, model=SimpleNamespace(config=config))
+    run(listener, [recording("one", 0.1)])
+    assert [each and each.choices for each in listener.routings] == [None, ((2, 1),)]

@@ -10,6 +10,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from data.memory import MemoryCorpus, clip, damaged, tiny_reader
@@ -22,12 +23,15 @@ from whisper_moe.config import AdaptConfig
 from whisper_moe.data.corpus import CorpusConfig
 from whisper_moe.data.sample import DataError
 from whisper_moe.evaluate.metrics import Evaluator
+from whisper_moe.generate.decode import WindowDecoder
+from whisper_moe.model.router import NONE
 from whisper_moe.train import build
 from whisper_moe.train.parallel import Parallel
 from whisper_moe.train.reading import RecipeError, apply
 from whisper_moe.train.recipe import ContextRecipe, Recipe, recipe_of
 from whisper_moe.train.run import RECORD, check_same, run
 from whisper_moe.weights.checkpoint import Loaded
+from whisper_moe.weights.load import load_model
 
 Tree = dict[str, Any]
 
@@ -203,3 +207,40 @@ def test_a_run_that_is_older_than_a_key_can_go_on(material: Path, tmp_path: Path
     (tmp_path / RECORD).write_text(json.dumps({"recipe": then}), "utf-8")
     with pytest.raises(RecipeError, match=r"optimisation.gone was 1, is None"):
         check_same(recipe, tmp_path)
+
+
+# One expert alone.
+
+
+def test_a_run_for_one_expert_changes_that_expert_alone(material: Path, tmp_path: Path) -> None:
+    def asked(tree: Tree) -> None:
+        tree["model"]["expert"] = "tamil"
+        tree["optimisation"].update(steps=3)
+
+    before = load_model(str(material / "model")).state
+    assert run(recipe_with(material, asked), tmp_path / "run") == 0
+    after = load_model(str(tmp_path / "run/model")).state
+    changed = {key for key, tensor in after.items() if not torch.equal(tensor, before[key])}
+    assert changed
+    assert all(".experts." in key for key in changed)
+    for key in changed:
+        same = [torch.equal(*pair) for pair in zip(after[key], before[key], strict=True)]
+        assert same == [True, False, True], key
+
+
+def test_the_expert_that_is_trained_answers_alone() -> None:
+    clips = [np.random.default_rng(0).normal(size=8_000).astype(np.float32) for _ in range(3)]
+    model = tiny_whisper_moe()
+    decoder = WindowDecoder(model.model, model.tokenizer, {})
+    build.only_expert(decoder.model, "english")
+    alone = decoder.encode(clips, 0.5).routing
+    assert alone is not None
+    assert alone.choices == ((2, NONE),) * 3
+    assert alone.gates.tolist() == [[1.0, 0.0]] * 3
+    with pytest.raises(RecipeError, match="weight_decay would wear away the other experts"):
+        recipe_of(
+            {"model": {"expert": "x"}, "data": {"train": [table(Path())]}, "optimisation": {"weight_decay": 0.1}},
+            "test",
+        )
+    with pytest.raises(RecipeError, match="no expert is called 'odia'; there are hindi, tamil, english"):
+        build.only_expert(decoder.model, "odia")

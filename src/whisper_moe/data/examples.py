@@ -21,7 +21,7 @@ from zipfile import BadZipFile
 
 import numpy as np
 from numpy.typing import NDArray
-from pydantic import BaseModel, ConfigDict, model_validator
+from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 from whisper_moe.config import (
     FULL_WINDOW,
@@ -63,6 +63,8 @@ class ExampleConfig(BaseModel):
     """Seconds of silence kept after each clip, within the 30 s window; 30 pads as Whisper always did. Two numbers: each
     sample gets another margin between them in every epoch, small ones more often. None: from the model's own to 30, so
     that it hears clips as this project gives them and as programs do that pad them all."""
+    padded: float = Field(default=0.0, ge=0, le=1)
+    """The share of samples that are padded to 30 s instead."""
     too_long: Literal["skip", "error"] = "skip"
     """What happens to clips over the window and to texts over the decoder's positions."""
     leading_space: bool = True
@@ -120,8 +122,7 @@ def positions(samples: int, margin: float, limit: int) -> int:
 
 
 class MelCache:
-    """Spectrograms in a folder of at most ``limit_bytes``, so that a sound is decoded in the first epoch only; the least
-    recently used go first.
+    """Spectrograms in a folder of at most ``limit_bytes``: a sound is decoded in the first epoch only. The least used go first.
 
     Many processes may share it. A file appears whole or not at all, under a name that says everything that its content
     depends on; what is damaged (a zip file has checksums) is computed anew. The limit holds at every moment, since whoever
@@ -171,9 +172,7 @@ class MelCache:
                 used = self._make_room(size)
             path.parent.mkdir(exist_ok=True)
             old = path.stat().st_size if path.exists() else 0  # another process was quicker, or it was damaged
-            counter.write_text(
-                str(used + size - old)
-            )  # first: a process that is killed counts too much, never too little
+            counter.write_text(str(used + size - old))  # first: one that is killed counts too much, never too little
             with atomic_file(path, durable=False) as scratch:
                 scratch.write_bytes(content.getvalue())
 
@@ -210,6 +209,7 @@ class ExampleReader:
         self._n_mels = model.n_mels
         self.margins = config.margins(model)
         """The least and the most silence after a clip."""
+        self.padded = config.padded
         self._tells_languages = any(id > tokenizer.timestamp_end for id in tokenizer.languages.values())
         self.strict = config.too_long == "error"
         self.max_positions = min(model.max_source_positions, round(FULL_WINDOW * POSITIONS_PER_SECOND))
@@ -221,7 +221,8 @@ class ExampleReader:
     def margin_of(self, id: str, seed: int, epoch: int) -> float:
         """Seconds of silence after this sample in this epoch: the same on every machine and in every order."""
         digest = blake2b(f"{seed}/{epoch}/{id}".encode(), digest_size=8).digest()
-        return drawn_margin(self.margins, int.from_bytes(digest, "big") / 2**64)
+        share = (int.from_bytes(digest, "big") / 2**64 - self.padded) / (1 - self.padded or 1)
+        return FULL_WINDOW if share < 0 else drawn_margin(self.margins, share)
 
     def tokens(self, sample: Sample) -> tuple[list[int], list[int]]:
         """The prompt and the text's tokens, without the end of text.

@@ -165,7 +165,8 @@ class PackedLoader:
         """Everything that the order of samples and their margins depend on."""
         names = {"batch_size", "batch_unit", "mode", "planning_buffer", "seed", "mixing"}
         ordering = self.config.model_dump(mode="json", include=names)
-        return ordering | {"margin": list(self._reader.margins), "data": self._order.fingerprint}
+        padded = [self._reader.padded] if self._reader.padded else []  # else as before there was such a share
+        return ordering | {"margin": [*self._reader.margins, *padded], "data": self._order.fingerprint}
 
     def __iter__(self) -> Iterator[Batch]:
         epoch, workers = self._position.epoch, self.config.workers

@@ -51,6 +51,8 @@ class DecodingResult:
     """The fast weights after this window, where they are carried through the recording."""
     expert_probabilities: tuple[tuple[str, float], ...] | None = None
     """See :class:`~whisper_moe.generate.result.Segment`."""
+    routing: Routing | None = None
+    """The window's choice, one row, which another try at it may keep."""
 
 
 def prompt_ids(text: str | None, tokenizer: Tokenizer) -> list[int]:
@@ -125,14 +127,16 @@ class WindowDecoder:
         hints: Sequence[str | None] | None = None,
         carry: Carry | None = None,
         previous: Sequence[int] | None = None,
+        routing: Routing | None = None,
     ) -> list[DecodingResult]:
         """One result for each clip of float32 samples at 16 kHz. ``hints``: languages already known, window by window.
 
         ``carry``: what the window before this single one left; it is not changed, the result has what comes after.
-        ``previous``: the tokens before it, where windows are conditioned on them.
+        ``previous``: the tokens before it, where windows are conditioned on them. ``routing``: a row for each clip, where its
+        experts are chosen already.
         """
         carried = carry.copy() if carry is not None else None
-        encoded = self.encode(clips, margin, carried, self.allowed_experts(options))
+        encoded = self.encode(clips, margin, carried, self.allowed_experts(options), routing)
         give_back_memory(SPARE)  # packs of ever other sizes leave holes that would add up to hundreds of MB
         samples, stated = list(map(len, clips)), self.stated_languages(encoded.routing, len(clips), options)
         found = self.decode_encoded(encoded, samples, told(stated, hints), options, temperature, margin, previous)
@@ -171,9 +175,11 @@ class WindowDecoder:
         margin: float,
         carry: Carry | None = None,
         allowed: Sequence[int] | None = None,
+        routing: Routing | None = None,
     ) -> Encoded:
         """Clips packed and encoded, one batch of decoding rows in the order given."""
-        routing = self.choose(clips, allowed) if self.chooses else None
+        if routing is None and self.chooses:
+            routing = self.choose(clips, allowed)
         parts: list[Encoded] = []
         places, packs = self._packs(clips, margin)
         for pack, mels in packs:
@@ -202,9 +208,9 @@ class WindowDecoder:
         return self.model.encoder.router(self.features(clips), allowed)
 
     @torch.inference_mode()
-    def features(self, clips: Sequence[np.ndarray]) -> Tensor:
+    def features(self, clips: Sequence[np.ndarray], margin: float | None = None) -> Tensor:
         """What the router reads of each clip, [clips, D]; one that chooses ahead, of its middle, as the base alone hears it."""
-        encoder, margin = self.model.encoder, self.model.config.margin
+        encoder, margin = self.model.encoder, self.model.config.margin if margin is None else margin
         if encoder.routes_ahead:
             clips, margin = [middle(clip) for clip in clips], 0.0
         places, packs = self._packs(clips, margin)
@@ -267,7 +273,7 @@ class WindowDecoder:
                 best, languages, no_speech, self._experts(encoded.routing, segments), timings, strict=True
             )
         ]
-        return self.with_probabilities(found, encoded.routing)
+        return self.with_choices(found, encoded.routing)
 
     def _token_limit(self, samples: int, margin: float) -> int:
         """Half the decoder's positions as in ``whisper``; less for a cut window, where loops are likelier."""
@@ -338,11 +344,14 @@ class WindowDecoder:
             named.append(tuple(sums.items()))
         return named
 
-    def with_probabilities(self, found: Sequence[DecodingResult], routing: Routing | None) -> list[DecodingResult]:
-        """The results, with what a fitted router's logits say of every choice; 0 of what could not be chosen."""
-        moe = self.model.config.moe
-        if moe is None or not moe.fitted_router or routing is None or routing.logits is None:
+    def with_choices(self, found: Sequence[DecodingResult], routing: Routing | None) -> list[DecodingResult]:
+        """The results, each with its row of ``routing``; of a fitted router, also how probable it found every choice."""
+        if routing is None:
             return list(found)
+        found = [replace(result, routing=row) for result, row in zip(found, routing.each(), strict=True)]
+        moe = self.model.config.moe
+        if moe is None or not moe.fitted_router or routing.logits is None:
+            return found
         names = (*moe.names, *(["none"] if moe.none_choice else []))
         rows = routing.logits.softmax(1).tolist()
         return [

@@ -32,6 +32,7 @@ from whisper_moe.generate.segments import (
 from whisper_moe.media.tokenizer import Tokenizer
 from whisper_moe.media.windows import Window, halved, sounding, speech_spans
 from whisper_moe.model.block import Carry
+from whisper_moe.model.router import NONE, Routing
 
 MAX_ROWS = 40
 """Rows decoded together: a window's beams or samples count each. More read the weights less often; their states take memory."""
@@ -155,6 +156,7 @@ class Transcriber:
         self, decoder: WindowDecoder, options: TranscribeOptions, progress: Callable[[float], None] | None = None
     ) -> None:
         self.decoder, self.options, self.progress = decoder, options, progress or (lambda seconds: None)
+        self.tries = attempts(options)
         self.one_by_one = options.carry_ttt or options.condition_on_previous_text
         self.most = 1 if self.one_by_one else BUFFERED_WINDOWS
         ttt = decoder.model.config.ttt
@@ -252,16 +254,15 @@ class Transcriber:
 
         A window that fills its 30 s anyway is not decoded again just to be padded.
         """
-        *_, last = tries = attempts(self.options)
         tried: dict[_Job, tuple[int, float]] = {}
-        for margin, temperature in tries:
+        for attempt, (margin, temperature) in enumerate(self.tries):
             inputs = {job: (self.decoder.positions(len(job.window.samples), margin), temperature) for job in jobs}
             wrong = [job for job in jobs if tried.get(job) == inputs[job]]
             tried |= inputs
             for batch in self._batches([job for job in jobs if job not in wrong], margin, temperature):
-                self._decode(batch, margin, temperature)
+                self._decode(batch, attempt)
                 for job in batch:
-                    if (margin, temperature) != last and self._looks_wrong(job):
+                    if attempt < len(self.tries) - 1 and self._looks_wrong(job):
                         wrong.append(job)
                     else:
                         yield job
@@ -271,7 +272,8 @@ class Transcriber:
     def _looks_wrong(self, job: _Job) -> bool:
         return bool(looks_wrong(job.result, job.window.duration, self.decoder.tokenizer, self.options))
 
-    def _decode(self, jobs: Sequence[_Job], margin: float, temperature: float) -> None:
+    def _decode(self, jobs: Sequence[_Job], attempt: int) -> None:
+        margin, temperature = self.tries[attempt]
         recording = jobs[0].recording  # the only one, where anything is handed on
         results = self.decoder.decode(
             [job.window.samples for job in jobs],
@@ -281,9 +283,20 @@ class Transcriber:
             hints=[job.hint for job in jobs],
             carry=recording.carry if self.options.carry_ttt else None,
             previous=recording.said,
+            routing=self._kept(jobs, attempt),
         )
         for job, result in zip(jobs, results, strict=True):
             job.result, job.tries = result, job.tries + 1
+
+    def _kept(self, jobs: Sequence[_Job], attempt: int) -> Routing | None:
+        """Tries at a window keep the experts of the first; the last of many is the base's alone, if it may answer."""
+        kept = [job.result.routing for job in jobs if attempt and job.result.routing is not None]
+        if not kept:
+            return None
+        moe, allowed = self.decoder.model.config.moe, self.decoder.allowed_experts(self.options)
+        none = moe is not None and moe.none_choice and (allowed is None or NONE in allowed)
+        routing = Routing.cat(kept)
+        return routing.without_experts() if none and attempt == len(self.tries) - 1 > 1 else routing
 
     def _batches(self, jobs: Sequence[_Job], margin: float, temperature: float) -> list[list[_Job]]:
         """Windows of about the same length together, as many as fit."""

@@ -42,10 +42,11 @@ class Mixture(WindowDecoder):
         options: TranscribeOptions,
         *,
         hints: Sequence[str | None] | None = None,
+        routing: Routing | None = None,
         **how: Any,
     ) -> list[DecodingResult]:
         """As :meth:`WindowDecoder.decode`, each clip by its own experts."""
-        routing = self._sure(self.choose(clips, self.allowed_experts(options)))
+        routing = routing or self._sure(self.choose(clips, self.allowed_experts(options)))
         stated = self.stated_languages(routing, len(clips), options)
         languages = told(stated, hints)
         shown, free = self._experts(routing, len(clips)), replace(options, experts=(), exclude=())
@@ -59,9 +60,12 @@ class Mixture(WindowDecoder):
                 results = self._timed(heard, decoder.decode(heard, plain, hints=known, **how), free)
             else:
                 results = decoder.decode(heard, free, hints=known, **how)
-            found |= {i: replace(result, experts=shown[i]) for i, result in zip(own, results, strict=True)}
-        results = [unheard(found[index], language) for index, language in enumerate(stated)]
-        return self.with_probabilities(results, routing)
+            found |= dict(zip(own, results, strict=True))
+        results = [
+            replace(unheard(found[index], language), experts=experts)
+            for index, (language, experts) in enumerate(zip(stated, shown, strict=True))
+        ]
+        return self.with_choices(results, routing)
 
     @torch.inference_mode()
     def _timed(
@@ -132,6 +136,7 @@ class Pair(WindowDecoder):
         margin: float,
         carry: Carry | None = None,
         allowed: Sequence[int] | None = None,
+        routing: Routing | None = None,
     ) -> Encoded:
         self._other = self._both[1].encode(clips, margin)
         return self._both[0].encode(clips, margin, carry)

@@ -19,10 +19,10 @@ def augmented(samples: np.ndarray, rng: np.random.Generator) -> np.ndarray:
     if rng.random() < 0.5:
         x = _faster(x, rng.uniform(0.88, 1.12))
     if rng.random() < 0.5:
-        x = _in_room(x, rng.uniform(0.1, 0.6), rng)
+        x = in_room(x, rng.uniform(0.1, 0.6), rng)
     x = _filtered(x, rng)
     if rng.random() < 0.6:
-        x = x + _noise(x, rng.uniform(5, 35), rng)
+        x = x + noise(x, rng.uniform(5, 35), rng)
     if rng.random() < 0.3:
         x = _companded(x)
     return (x / max(float(np.abs(x).max()), 1e-9) * rng.uniform(0.1, 0.9)).astype(np.float32)
@@ -33,7 +33,7 @@ def _faster(x: np.ndarray, factor: float) -> np.ndarray:
     return np.interp(np.arange(0, len(x) - 1, factor), np.arange(len(x)), x)
 
 
-def _in_room(x: np.ndarray, seconds: float, rng: np.random.Generator) -> np.ndarray:
+def in_room(x: np.ndarray, seconds: float, rng: np.random.Generator) -> np.ndarray:
     """Decaying noise as the room's answer: 60 dB in so many ``seconds``, the direct sound before it."""
     length = round(SAMPLE_RATE * seconds)
     answer = rng.standard_normal(length) * np.exp(-6.9 * np.arange(length) / length)
@@ -52,13 +52,13 @@ def _filtered(x: np.ndarray, rng: np.random.Generator) -> np.ndarray:
     return np.fft.irfft(np.fft.rfft(x) * tilt * band, len(x))
 
 
-def _noise(x: np.ndarray, decibels: float, rng: np.random.Generator) -> np.ndarray:
+def noise(x: np.ndarray, decibels: float, rng: np.random.Generator) -> np.ndarray:
     """White or pink, so far below the sound."""
-    noise = rng.standard_normal(len(x))
+    drawn = rng.standard_normal(len(x))
     if rng.random() < 0.5:
-        spectrum = np.fft.rfft(noise) / np.sqrt(np.maximum(np.fft.rfftfreq(len(x), 1 / SAMPLE_RATE), 20))
-        noise = np.fft.irfft(spectrum, len(x))
-    return noise * (x.std() / max(float(noise.std()), 1e-9) * 10 ** (-decibels / 20))
+        spectrum = np.fft.rfft(drawn) / np.sqrt(np.maximum(np.fft.rfftfreq(len(x), 1 / SAMPLE_RATE), 20))
+        drawn = np.fft.irfft(spectrum, len(x))
+    return drawn * (x.std() / max(float(drawn.std()), 1e-9) * 10 ** (-decibels / 20))
 
 
 def _companded(x: np.ndarray) -> np.ndarray:

@@ -157,7 +157,7 @@ class Encoder(nn.Module):
         if self.deltas and routing is None:
             routing = self.choose(mels, valid_lengths)
         x_TD, layout = self._positioned(mels, routing)
-        alone = [self.core_alone and length == len(self.positions) for length in layout.lengths]
+        alone = self._alone(layout)
         choices: list[Routing] = [routing] if routing is not None and self.routes_ahead else []
         with assigned(routing, layout, self.deltas):
             for depth in range(len(self.blocks) + 1):
@@ -185,8 +185,12 @@ class Encoder(nn.Module):
         """What the router reads of each segment, [S, D]."""
         x_TD, layout = self._positioned(mels, None)
         for block in self.blocks[: self.router_layer]:
-            x_TD = block(x_TD, layout, None).x_TD
+            x_TD = block(x_TD, layout, None, alone=self._alone(layout)).x_TD
         return pool_segments(x_TD, layout, valid_lengths)
+
+    def _alone(self, layout: Layout) -> list[bool]:
+        """The segments that the core answers for alone."""
+        return [self.core_alone and length == len(self.positions) for length in layout.lengths]
 
     def _positioned(self, mels: Sequence[Tensor], routing: Routing | None) -> tuple[Tensor, Layout]:
         """Stem and positions; kernels that differ by expert serve the segments of one choice together."""

@@ -53,6 +53,14 @@ class Routing:
         """Take rows by ``index`` ([M] int64, repeats allowed): beams, rows left in a batch, tokens of a segment."""
         return Routing(self.experts[index], self.gates[index], None if self.logits is None else self.logits[index])
 
+    def without_experts(self) -> Routing:
+        """The same rows, where *none* takes every slot."""
+        return Routing(torch.full_like(self.experts, NONE), self.gates, self.logits)
+
+    def each(self) -> list[Routing]:
+        """Every row by itself."""
+        return [self.rows(torch.tensor([row], device=self.experts.device)) for row in range(len(self))]
+
     def expand(self, layout: Layout) -> Routing:
         """One row for each segment → one for each token."""
         assert len(layout) == len(self), (layout, len(self))
@@ -144,6 +152,8 @@ class Fit(nn.Module):
 class Router(nn.Module):
     """One linear map from features to a logit for each expert and, if asked for, *none*."""
 
+    only: Sequence[int] | None = None
+    """The choices that there are where a pass does not say: of one expert that is trained alone."""
     bias: Tensor | None
     """[E] or, with a *none* choice, [E + 1]: added to the logits where the choice is made, not to the gates."""
 
@@ -164,11 +174,13 @@ class Router(nn.Module):
         )
 
     def forward(self, features_ND: Tensor, allowed: Sequence[int] | None = None) -> Routing:
-        """Features [N, D] → the experts and gates of each row; ``allowed``: among these alone, -1 for *none*.
+        """Features [N, D] → the experts and gates of each row; ``allowed``: among these alone, -1 for *none*. Where fewer than
+        the slots are allowed, nothing takes the others.
 
         At least float32, also under autocast: a rounded logit can change the choice. Ties go to the lower index, and
         to an expert before *none*.
         """
+        allowed = self.only if allowed is None else allowed
         with torch.autocast(features_ND.device.type, enabled=False):
             features_ND, weight = at_least_float32(features_ND), at_least_float32(self.weight)
             logits = features_ND @ weight.T if self.fit is None else self.fit.logits(features_ND, weight)
@@ -184,7 +196,8 @@ class Router(nn.Module):
                 _, chosen = _strongest(self._with_none(logits + self.bias), self.top_k)
                 best, order = _strongest(candidates.gather(1, chosen), self.top_k)
                 index = chosen.gather(1, order)
-            return Routing(index.masked_fill(index >= self.n_experts, NONE), best.softmax(dim=1), logits)
+            nobody = (index >= self.n_experts) | (best == -torch.inf)
+            return Routing(index.masked_fill(nobody, NONE), best.softmax(dim=1), logits)
 
     def _barred(self, allowed: Sequence[int], device: torch.device) -> Tensor:
         choices = self.n_experts + self.none_choice

@@ -17,7 +17,6 @@ from __future__ import annotations
 
 import json
 import math
-import random
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from hashlib import sha256
@@ -122,12 +121,8 @@ class LessonReader(ExampleReader):
     """Lessons to examples: what is to be said is what the frozen model said."""
 
     def __init__(self, tokenizer: Tokenizer, model: ModelConfig, given: ContextRecipe, lessons: Lessons) -> None:
-        super().__init__(tokenizer, model, ExampleConfig(margin=given.margins))
-        self._given, self._lessons = given, lessons
-
-    def margin_of(self, id: str, seed: int, epoch: int) -> float:
-        padded = random.Random(f"{seed} {epoch} {id}").random() < self._given.padded
-        return FULL_WINDOW if padded else super().margin_of(id, seed, epoch)
+        super().__init__(tokenizer, model, ExampleConfig(margin=given.margins, padded=given.padded))
+        self._lessons = lessons
 
     def tokens(self, sample: Sample) -> tuple[list[int], list[int]]:
         start, *text, _ = self._lessons.tokens(sample.id).tolist()

@@ -117,11 +117,24 @@ def build_model(initial: Loaded, recipe: Recipe) -> WhisperMoEModel:
         except ValueError as error:
             raise RecipeError(f"model.lora.targets: {error}") from error
         frozen, trained = ("*",), (*TRAINED, *trained)
+    elif given.expert is not None:
+        only_expert(model, given.expert)
+        frozen, trained = ("*",), ("*.experts.*", *trained)
     try:
         freeze(model, frozen, trained)
     except ValueError as error:
         raise RecipeError(f"model.freeze: {error}") from error
     return model
+
+
+def only_expert(model: WhisperMoEModel, name: str) -> None:
+    """Let one expert answer alone in every pass. Raises :class:`RecipeError` where there is none of that name."""
+    moe, router = model.config.moe, model.encoder.router
+    names = moe.names if moe is not None and router is not None else ()
+    if router is None or name not in names:
+        known = f"there are {', '.join(names)}" if names else "the model has none that are chosen for a whole segment"
+        raise RecipeError(f"model.expert: no expert is called {name!r}; {known}")
+    router.only = (names.index(name),)
 
 
 def build_trainer(

@@ -57,6 +57,8 @@ class ModelRecipe(_Frozen):
     """Norms with differences and adapters to put beside the core, if it has none."""
     conformer: ConformerConfig | None = None
     """Convolution modules to put into encoder blocks, if there are none."""
+    expert: str | None = None
+    """Of a model with routed experts, the one that this run trains: it answers alone, and all else is frozen."""
     context_margin: float | None = Field(default=None, ge=0, le=FULL_WINDOW)
     """Seconds of silence after a clip that the model will be used with; None: the least that it is trained with."""
     new_languages: tuple[str, ...] = ()
@@ -70,6 +72,10 @@ class ModelRecipe(_Frozen):
 
     @model_validator(mode="after")
     def _check(self) -> Self:
+        if self.expert and (self.lora or self.freeze):
+            raise ValueError(
+                "expert trains that expert alone and freezes all else: neither lora nor freeze goes with it"
+            )
         if self.lora and self.freeze:
             raise ValueError(
                 f"freeze ({', '.join(self.freeze)}) has nothing to freeze beside lora: lora.targets says where it learns"
@@ -313,6 +319,10 @@ class Recipe(_Frozen):
     def _check(self) -> Self:
         if self.evaluation.patience is not None and not self.data.evaluation:
             raise ValueError("evaluation.patience needs corpora in data.evaluation")
+        if self.model.expert is not None and self.optimisation.weight_decay:
+            raise ValueError(
+                "model.expert: optimisation.weight_decay would wear away the other experts too; it has to be 0"
+            )
         adapt, context = self.model.adapt, self.losses.context
         if context and self.losses.balancing == "bias":
             raise ValueError(
