@@ -97,7 +97,7 @@ def measure(system: System, weights: str, clips: Sequence[Clip], asked: Options,
     ready = time.perf_counter()
     _hear(adapter, clips[:1], asked.detect)
     cpu, start = time.process_time(), time.perf_counter()
-    heard, latencies = _hear_all(adapter, clips, asked.detect)
+    heard, latencies = hear_all(adapter, clips, asked.detect)
     wall, cpu = time.perf_counter() - start, time.process_time() - cpu
     if adapter.batched:
         latencies = [_timed(adapter, [clip], asked.detect)[1] for clip in clips[: asked.latency_clips]]
@@ -153,7 +153,7 @@ def _ours(adapter: Adapter, clips: Sequence[Clip], detect: bool, measured: Measu
     return replace(measured, cross_entropies=sums)
 
 
-def _hear_all(adapter: Adapter, clips: Sequence[Clip], detect: bool) -> tuple[list[Heard], list[float]]:
+def hear_all(adapter: Adapter, clips: Sequence[Clip], detect: bool) -> tuple[list[Heard], list[float]]:
     """Every clip, and the seconds of each call. Where the system batches, those of one language and task are heard together, and
     long ones apart: it is told once for a batch."""
     groups: dict[Any, list[int]] = {}

@@ -268,7 +268,7 @@ def _plots(report: Report) -> Iterator[str]:
     for system, each in report["systems"].items():
         for division, load in _loads(each).items():
             caption = f"Expert load of {system} by {division}: % of the gates."
-            yield _picture(partial(_experts, load=load), 1.5 + 0.3 * len(load), caption)
+            yield _picture(partial(heat_map, shares=load), 1.5 + 0.3 * len(load), caption)
     waits = {system: each["cost"]["latency"]["seconds"] for system, each in report["systems"].items()}
     if waits := {system: seconds for system, seconds in waits.items() if seconds}:
         caption = "Latency, one clip at a time; dashed: median and 95th percentile."
@@ -311,12 +311,12 @@ def _intervals(figure: Any, by: Mapping[str, Mapping[str, Any]], name: str) -> N
     figure.legend(loc="outside lower center")
 
 
-def _experts(figure: Any, load: Mapping[str, Mapping[str, float]]) -> None:
-    """A heat map, language or corpus by expert."""
-    axes, rows = figure.subplots(), [list(row.values()) for row in load.values()]
+def heat_map(figure: Any, shares: Mapping[str, Mapping[str, float]]) -> None:
+    """Of fractions, in %: of the gates, language or corpus by expert."""
+    axes, rows = figure.subplots(), [list(row.values()) for row in shares.values()]
     axes.imshow(rows, cmap="Blues", aspect="auto", vmin=0, alpha=0.6)
-    axes.set_xticks(range(len(rows[0])), next(iter(load.values())), rotation=30, ha="right")
-    axes.set_yticks(range(len(rows)), load)
+    axes.set_xticks(range(len(rows[0])), next(iter(shares.values())), rotation=30, ha="right")
+    axes.set_yticks(range(len(rows)), shares)
     for (line, column), share in np.ndenumerate(rows):
         axes.text(column, line, f"{100 * share:.1f}", ha="center", va="center")
 

@@ -54,6 +54,8 @@ class Heard:
     fallbacks: int = 0
     """Windows that were decoded again."""
     error: str | None = None
+    language: str | None = None
+    """The language that it was taken for, where the system says."""
 
 
 @dataclass
@@ -87,7 +89,8 @@ def ours(model: Any, *, beam: int, temperatures: tuple[float, ...], margin: floa
                 yield Heard("", error=str(outcome.error))
             else:
                 tokens = sum(len(segment.tokens) for segment in result.segments)
-                yield Heard(result.text, tokens, mean_gates(result.segments), result.fallbacks)
+                gates = mean_gates(result.segments)
+                yield Heard(result.text, tokens, gates, result.fallbacks, language=result.language)
 
     return Adapter(hear, options, batched=True, model=model, margin=margin)
 

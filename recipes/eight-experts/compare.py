@@ -1,0 +1,154 @@
+"""Experts, their merged models and every rival on the same clips: errors, who answered, speed and memory.
+
+    python recipes/eight-experts/compare.py OUT --set malayalam=TABLES/malayalam-test.tsv … --set none:french=FRENCH.tsv \
+        --expert malayalam=runs/malayalam/model … --system delta=merged/delta --system dense=runs/union/model \
+        --system default=default --limit 60 --margins 0.5,2.5,30 --dev OUT-OF-THE-DEV-SETS
+
+A set is named after its expert; ``malayalam:radio`` is a second source of it, ``none:french`` is for no expert. Nobody is told a
+clip's language (but with ``--tell``); an expert alone is told its own, as within a merged model. Rows beside the systems given:
+
+``base``, and every expert everywhere; ``oracle``: the expert of each set on it, all loaded at once and the right one named;
+``dispatch``: the language that the base hears says which expert answers (``EXPERT_OF``), English goes to the expert that was best
+on the dev sets; ``soup``: the mean of the experts' weights. Oracle and dispatch decode nothing of their own.
+
+OUT/transcripts has a file for each system and set, named by what it depends on (weights, clips, margin, what is told; not this
+program's own version): what is there is not decoded again. Speed and memory are of a run of their own, all systems in turn.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import logging
+import sys
+from collections.abc import Callable, Iterable, Sequence
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+from decoding import THE_CLIPS, Job, Model, costs, digest, heard_by, sample
+from figures import Sets, Texts, best_english, family, figures, routing, write
+from soup import alike, cook
+
+from whisper_moe.evaluate import systems
+from whisper_moe.evaluate.measure import disk_bytes
+from whisper_moe.evaluate.run import shown
+from whisper_moe.evaluate.systems import SystemFailed
+from whisper_moe.machine import machine, versions
+from whisper_moe.merge.run import named_experts
+from whisper_moe.weights.load import config_of, resolve
+
+logger = logging.getLogger("compare")
+EXPERT_OF = {"ml": "malayalam", "sw": "swahili", "hi": "hindi", "ur": "hindi"}
+"""Where dispatch sends a language that the base hears; ``en`` to the best English expert, any other to the base."""
+REPORT = "report.json"
+OWN = {"base", "oracle", "dispatch", "soup"}
+
+
+def sent_to(language: str | None, english: str | None, known: Sequence[str]) -> str:
+    name = english if language == "en" else EXPERT_OF.get(language or "")
+    return name if name and name in known else "base"
+
+
+def decoded(
+    models: Iterable[Model], sets: Sets, asked: argparse.Namespace, apart: Callable[..., Any]
+) -> tuple[Texts, dict[str, list[str]], dict[str, str]]:
+    """What each model wrote, one with experts at each margin; whom those can ask; which could not be run, and why."""
+    texts: Texts = {}
+    asks, failed = dict[str, list[str]](), dict[str, str]()
+    for model in models:
+        config = config_of(resolve(model.path))
+        margins = [margin for margin in asked.margins if config.moe and margin != config.margin]
+        try:
+            for one in (model, *(model._replace(name=f"{model.name}@{m:g}", margin=m) for m in margins)):
+                texts[one.name] = heard_by(one, sets, Path(asked.out), apart)
+                if config.moe:
+                    asks[one.name] = [*config.moe.names, *["none"] * config.moe.none_choice]
+        except SystemFailed as error:
+            failed[model.name] = str(error)
+            logger.warning("%s: %s", model.name, error)
+    return texts, asks, failed
+
+
+def compare(asked: argparse.Namespace, apart: Callable[..., Any] = systems.apart) -> int:
+    """Everything; the exit status. Raises ``ValueError`` where the base or an expert cannot be run: what was heard stays."""
+    out, told = Path(asked.out), THE_CLIPS if asked.tell else None
+    tables, experts, others = map(named_experts, (asked.set, asked.expert, asked.system))
+    if twice := experts.keys() & others.keys() | OWN & (experts.keys() | others.keys()):
+        raise ValueError(f"names that are taken: {', '.join(sorted(twice))}")
+    sets = {name: sample(file, asked.limit) for name, file in tables.items()}
+    if lacking := experts.keys() - sets.keys():
+        raise ValueError(f"experts without a set of their own: {', '.join(sorted(lacking))}")
+    crew = {"base": Model("base", asked.base, told, asked.fallback)}
+    for name, source in experts.items():
+        crew[name] = Model(name, source, told or sets[name][0].sample.language, asked.fallback)
+    base, *names = crew
+    same = alike({name: crew[name].path for name in names}, crew[base].path)
+    soup = out / "models" / f"soup-{digest([crew[name].key() for name in same])}"
+    if same and not soup.exists():
+        cook(same, crew[base].path, soup)
+    others = {"soup": str(soup)} | others if same else others
+    rivals = [Model(name, source, told, asked.fallback) for name, source in others.items()]
+    texts, asks, failed = decoded([*crew.values(), *rivals], sets, asked, apart)
+    if lost := [f"{name}: {failed[name]}" for name in crew if name in failed]:
+        raise ValueError("; ".join(lost))
+
+    own = {place: family(place) if family(place) in names else base for place in sets}
+    english = json.loads((Path(asked.dev) / REPORT).read_text())["english"] if asked.dev else None
+    english = english or best_english(sets, texts, names)
+    sent = {place: [(h.language, sent_to(h.language, english, names)) for h in texts[base][place]] for place in sets}
+    texts["oracle"] = {place: texts[own[place]][place] for place in sets}
+    texts["dispatch"] = {place: [texts[to][place][i] for i, (_, to) in enumerate(sent[place])] for place in sets}
+
+    few = [(place, i) for place in sets for i in range(len(sets[place][: asked.speed_clips]))]
+    clips = [sets[place][i] for place, i in few]
+    alone = [model for model in (crew[base], *rivals) if model.name not in failed]
+    jobs = {model.name: Job({model.name: model}, [model.name] * len(clips), clips) for model in alone}
+    jobs["oracle"] = Job(crew, [own[place] for place, _ in few], clips)
+    jobs["dispatch"] = Job(crew, [sent[place][i][1] for place, i in few], clips, detect=True)
+    models = [*crew.values(), *rivals]
+    report = {
+        "format": 1,
+        "date": datetime.now(UTC).isoformat(timespec="seconds"),
+        "machine": machine(),
+        "versions": versions(["whisper-moe", "torch", "numpy", "jiwer"]),
+        "sets": {name: {"source": shown(tables[name]), "clips": len(each)} for name, each in sets.items()},
+        "models": {model.name: {"source": shown(model.source), "key": model.key()} for model in models},
+        "disk_bytes": {model.name: disk_bytes(model.path) for model in models},
+        "told": "the clip's is told" if told else "not told; an expert alone is told its own",
+        "fallback": asked.fallback,
+        "english": english,
+        "chosen": "other clips" if asked.dev else "these very clips",
+        "not_in_soup": [name for name in names if name not in same],
+        "failed": failed,
+        "dispatch": sent,
+        "figures": figures(sets, texts, names),
+        "routing": {name: routing(known, texts[name]) for name, known in asks.items()},
+        "timed_clips": asked.speed_clips,
+        "costs": costs(jobs, asked.rounds, out / "speed.json", apart) if clips else {},
+    }
+    write(out, report)
+    return int(bool(failed))
+
+
+def arguments(given: Sequence[str] | None = None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description="Experts, their merged models and rivals on the same clips.")
+    parser.add_argument("out")
+    parser.add_argument("--base", default="openai/whisper-base")
+    for name in ("set", "expert", "system"):
+        parser.add_argument(f"--{name}", action="append", default=[], metavar="NAME=PATH")
+    parser.add_argument("--limit", type=int, help="clips of each set")
+    parser.add_argument("--margins", type=lambda text: [*map(float, text.split(","))], default=[], help="also these")
+    parser.add_argument("--dev", help="an earlier comparison, by which the English expert of dispatch is chosen")
+    parser.add_argument("--tell", action="store_true", help="tell everybody the language of each clip")
+    parser.add_argument(
+        "--no-fallback", dest="fallback", action="store_false", help="decode once, whatever it looks like"
+    )
+    parser.add_argument("--speed-clips", type=int, default=3, help="of each set; 0 measures no speed")
+    parser.add_argument("--rounds", type=int, default=2)
+    return parser.parse_args(given)
+
+
+if __name__ == "__main__":
+    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s")
+    sys.exit(compare(arguments()))

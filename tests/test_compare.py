@@ -1,0 +1,137 @@
+"""The comparison of experts, merged models and rivals: its arithmetic, who is sent where, and that nothing is decoded twice."""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Callable
+from importlib import import_module
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+for needed in ("datasets", "jiwer", "matplotlib", "sacrebleu", "whisper_normalizer"):
+    pytest.importorskip(needed, reason="what evaluation needs is an extra")
+
+from evaluate.corpora import clips, table
+from generate.tiny import CONFIG, tiny_whisper_moe
+
+from whisper_moe.config import TTTConfig
+from whisper_moe.evaluate.metrics import ErrorCounts, interval
+from whisper_moe.evaluate.systems import Heard
+
+FOLDER = Path(__file__).parent.parent / "recipes" / "eight-experts"
+sys.path.insert(0, str(FOLDER))
+compare, decoding, figures = map(import_module, ("compare", "decoding", "figures"))
+sys.path.remove(str(FOLDER))
+DENSE = CONFIG.model_copy(update={"moe": None, "ttt": None})
+
+
+def test_a_loop_costs_no_more_than_silence_and_a_set_as_much_as_any_other(tmp_path: Path) -> None:
+    four = clips(table(tmp_path, ["a b", "c d", "e f", "g h"], ["en"] * 4))
+    loop, silence = (figures.counts(four[:1], [Heard(text)]) for text in ("x " * 50, ""))
+    assert loop["wer"].value == 25
+    assert loop["wer_capped"].value == silence["wer_capped"].value == 1
+    half, none = (
+        figures.counts(four, [Heard(text) for text in said])["wer"] for said in (["a b", "c d", "x y", "z"], "abcd")
+    )
+    whole = figures.mean([half, none.of_clips([0])])
+    assert (half.value, none.of_clips([0]).value, whole.value) == (0.5, 0.5, 0.5)
+    one_wrong, all_right = ErrorCounts.of([1], [1]), ErrorCounts.of([0] * 99, [1] * 99)
+    assert figures.mean([one_wrong, all_right]).value == 0.5
+    apart = figures.compared(half, half, silence["wer_capped"].of_clips([0, 0, 0, 0]))
+    assert (apart["less_base"]["low"], apart["less_base"]["high"]) == (0, 0)
+    assert apart["less_oracle"]["high"] <= 0
+    assert interval(figures.mean([half])) == interval(half)
+
+
+@pytest.mark.parametrize(
+    ("language", "expert"),
+    [("ml", "malayalam"), ("ur", "hindi"), ("en", "digits"), ("sw", "base"), ("fr", "base"), (None, "base")],
+)
+def test_a_language_says_who_answers(language: str | None, expert: str) -> None:
+    assert compare.sent_to(language, "digits", ["malayalam", "hindi", "digits"]) == expert
+
+
+def test_who_answered_is_the_expert_with_the_greatest_gate() -> None:
+    heard = [Heard("", experts=(("sw", 0.2), ("ml", 0.8))), Heard("", experts=(("none", 1.0),)), Heard("")]
+    found = figures.routing(["ml", "sw", "none"], {"ml:radio": heard, "hi": heard, "none:fr": heard})
+    assert found["ml:radio"]["shares"] == {name: pytest.approx(1 / 3) for name in ("ml", "none", "nobody")} | {"sw": 0}
+    assert found["ml:radio"]["right"][0] == found["none:fr"]["right"][0] == pytest.approx(1 / 3)
+    assert found["hi"]["right"] is None
+
+
+def here(work: Callable[..., Any], *given: Any, threads: int) -> Any:
+    """In this process."""
+    DECODED.extend(given[0].name for _ in range(work is decoding.decode))
+    return work(*given)
+
+
+DECODED: list[str] = []
+
+
+@pytest.fixture
+def compared(tmp_path: Path) -> Callable[..., dict[str, Any]]:
+    for name, seed, config in [("base", 0, DENSE), ("cats", 1, DENSE), ("hindi", 2, DENSE), ("merged", 3, CONFIG)]:
+        tiny_whisper_moe(seed, config).save_pretrained(tmp_path / name)
+    tiny_whisper_moe(4, DENSE.model_copy(update={"ttt": TTTConfig(encoder_layers=(1,))})).save_pretrained(
+        tmp_path / "ttt"
+    )
+    tables = {"cats": ("en", "a cat"), "hindi": ("hi", "नमस्ते"), "ttt": ("en", "a dog"), "none:fr": ("fr", "un chat")}
+    flags = [f"--base={tmp_path / 'base'}", f"--system=merged={tmp_path / 'merged'}", "--speed-clips=1", "--rounds=1"]
+    for name, (language, text) in tables.items():
+        (folder := tmp_path / f"clips-{name.replace(':', '-')}").mkdir()
+        flags.append(f"--set={name}={table(folder, [f'{text} {i}' for i in range(3)], [language] * 3)}")
+    flags += [f"--expert={name}={tmp_path / name}" for name in ("cats", "hindi", "ttt")]
+
+    def run(*more: str) -> dict[str, Any]:
+        DECODED.clear()
+        asked = compare.arguments([str(tmp_path / "out"), *flags, "--limit=2", "--no-fallback", *more])
+        assert compare.compare(asked, apart=here) == 0
+        return json.loads((tmp_path / "out" / "report.json").read_text(encoding="utf-8"))
+
+    return run
+
+
+def test_everything_is_decoded_once_until_a_model_is_trained_anew(tmp_path: Path, compared: Callable[..., Any]) -> None:
+    report = compared("--margins=0.5")
+    assert DECODED == ["base", "cats", "hindi", "ttt", "soup", "merged", "merged@0.5"]
+    assert report["not_in_soup"] == ["ttt"]
+    assert {name: each["clips"] for name, each in report["sets"].items()} == dict.fromkeys(report["sets"], 2)
+    found, took = report["figures"], report["costs"]
+    assert {*found} == {*DECODED, "oracle", "dispatch"}
+    assert took.keys() == {"base", "soup", "merged", "oracle", "dispatch"}
+    for place, expert in {"cats": "cats", "hindi": "hindi", "none:fr": "base"}.items():
+        assert found["oracle"][place]["wer"]["value"] == found[expert][place]["wer"]["value"]
+    own = [found["oracle"][name]["cer"]["value"] for name in ("cats", "hindi", "ttt")]
+    assert found["oracle"]["mean"]["cer"]["value"] == pytest.approx(np.mean(own))
+    assert report["english"] == min(
+        ("cats", "ttt"), key=lambda x: sum(found[x][y]["wer_capped"]["value"] for y in ("cats", "ttt"))
+    )
+    assert all((tmp_path / "out" / name).stat().st_size for name in ("table.md", "routing.md", "errors.svg"))
+    assert {"routing-merged.svg", "routing-merged@0.5.svg"} <= {file.name for file in (tmp_path / "out").iterdir()}
+
+    again = compared("--margins=0.5")
+    assert DECODED == []
+    assert (again["figures"], again["costs"]) == (found, took)
+
+    tiny_whisper_moe(7, DENSE).save_pretrained(tmp_path / "again")
+    (tmp_path / "hindi").rename(tmp_path / "before")
+    (tmp_path / "again").rename(tmp_path / "hindi")
+    (tmp_path / "report.json").write_text('{"english": "hindi"}')  # as if of the dev sets
+    later = compared(f"--dev={tmp_path}")
+    assert DECODED == ["hindi", "soup"]
+    assert len([*(tmp_path / "out" / "transcripts" / "hindi").iterdir()]) == 4
+    assert later["figures"]["base"]["cats"] == found["base"]["cats"]
+    assert [sent for _, sent in later["dispatch"]["cats"]] == [
+        "hindi" if language in ("en", "hi", "ur") else "base" for language, _ in report["dispatch"]["cats"]
+    ]
+
+
+def test_names_that_would_be_mixed_up_are_refused(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="names that are taken: oracle"):
+        compare.compare(compare.arguments([str(tmp_path), "--expert=oracle=x"]))
+    with pytest.raises(ValueError, match="experts without a set of their own: cats"):
+        compare.compare(compare.arguments([str(tmp_path), "--expert=cats=x"]))
