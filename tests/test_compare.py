@@ -47,6 +47,14 @@ def test_a_loop_costs_no_more_than_silence_and_a_set_as_much_as_any_other(tmp_pa
     assert interval(figures.mean([half])) == interval(half)
 
 
+def test_fewer_clips_are_some_of_more_and_the_order_of_the_table_does_not_matter(tmp_path: Path) -> None:
+    file = table(tmp_path)
+    drawn = [clip.sample.text for clip in decoding.sample(str(file), None)]
+    head, *rows = file.read_text(encoding="utf-8").splitlines()
+    file.write_text("\n".join([head, *rows[::-1]]) + "\n", encoding="utf-8")
+    assert [clip.sample.text for clip in decoding.sample(str(file), 3)] == drawn[:3]
+
+
 @pytest.mark.parametrize(
     ("language", "expert"),
     [("ml", "malayalam"), ("ur", "hindi"), ("en", "digits"), ("sw", "base"), ("fr", "base"), (None, "base")],
@@ -65,11 +73,16 @@ def test_who_answered_is_the_expert_with_the_greatest_gate() -> None:
 
 def here(work: Callable[..., Any], *given: Any, threads: int) -> Any:
     """In this process."""
-    DECODED.extend(given[0].name for _ in range(work is decoding.decode))
+    if work is decoding.decode:
+        DECODED.append(given[0].name)
+    else:
+        HELD.append([*given[0].crew])
     return work(*given)
 
 
 DECODED: list[str] = []
+HELD: list[list[str]] = []
+"""The models that are in memory together, in each process that is timed."""
 
 
 @pytest.fixture
@@ -87,8 +100,8 @@ def compared(tmp_path: Path) -> Callable[..., dict[str, Any]]:
     flags += [f"--expert={name}={tmp_path / name}" for name in ("cats", "hindi", "ttt")]
 
     def run(*more: str) -> dict[str, Any]:
-        DECODED.clear()
-        asked = compare.arguments([str(tmp_path / "out"), *flags, "--limit=2", "--no-fallback", *more])
+        DECODED.clear(), HELD.clear()
+        asked = compare.arguments([str(tmp_path / "out"), *flags, "--limit=1", "--no-fallback", *more])
         assert compare.compare(asked, apart=here) == 0
         return json.loads((tmp_path / "out" / "report.json").read_text(encoding="utf-8"))
 
@@ -99,10 +112,11 @@ def test_everything_is_decoded_once_until_a_model_is_trained_anew(tmp_path: Path
     report = compared("--margins=0.5")
     assert DECODED == ["base", "cats", "hindi", "ttt", "soup", "merged", "merged@0.5"]
     assert report["not_in_soup"] == ["ttt"]
-    assert {name: each["clips"] for name, each in report["sets"].items()} == dict.fromkeys(report["sets"], 2)
+    assert {name: each["clips"] for name, each in report["sets"].items()} == dict.fromkeys(report["sets"], 1)
     found, took = report["figures"], report["costs"]
     assert {*found} == {*DECODED, "oracle", "dispatch"}
     assert took.keys() == {"base", "soup", "merged", "oracle", "dispatch"}
+    assert HELD[-2:] == [["cats", "hindi", "ttt", "base"], ["base", *sorted({report["english"], "hindi"})]]
     for place, expert in {"cats": "cats", "hindi": "hindi", "none:fr": "base"}.items():
         assert found["oracle"][place]["wer"]["value"] == found[expert][place]["wer"]["value"]
     own = [found["oracle"][name]["cer"]["value"] for name in ("cats", "hindi", "ttt")]
@@ -123,7 +137,9 @@ def test_everything_is_decoded_once_until_a_model_is_trained_anew(tmp_path: Path
     (tmp_path / "report.json").write_text('{"english": "hindi"}')  # as if of the dev sets
     later = compared(f"--dev={tmp_path}")
     assert DECODED == ["hindi", "soup"]
-    assert len([*(tmp_path / "out" / "transcripts" / "hindi").iterdir()]) == 4
+    files = [*(tmp_path / "out" / "transcripts" / "hindi").iterdir()]
+    assert len(files) == 4
+    assert not any(str(tmp_path) in file.read_text(encoding="utf-8") for file in files)
     assert later["figures"]["base"]["cats"] == found["base"]["cats"]
     assert [sent for _, sent in later["dispatch"]["cats"]] == [
         "hindi" if language in ("en", "hi", "ur") else "base" for language, _ in report["dispatch"]["cats"]

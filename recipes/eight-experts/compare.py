@@ -104,8 +104,10 @@ def compare(asked: argparse.Namespace, apart: Callable[..., Any] = systems.apart
     clips = [sets[place][i] for place, i in few]
     alone = [model for model in (crew[base], *rivals) if model.name not in failed]
     jobs = {model.name: Job({model.name: model}, [model.name] * len(clips), clips) for model in alone}
-    jobs["oracle"] = Job(crew, [own[place] for place, _ in few], clips)
-    jobs["dispatch"] = Job(crew, [sent[place][i][1] for place, i in few], clips, detect=True)
+    held = {name: crew[name] for name in (*names, *own.values())}
+    jobs["oracle"] = Job(held, [own[place] for place, _ in few], clips)
+    held = {name: model for name, model in crew.items() if name in (base, english, *EXPERT_OF.values())}
+    jobs["dispatch"] = Job(held, [sent[place][i][1] for place, i in few], clips, detect=True)
     models = [*crew.values(), *rivals]
     report = {
         "format": 1,
@@ -114,6 +116,7 @@ def compare(asked: argparse.Namespace, apart: Callable[..., Any] = systems.apart
         "versions": versions(["whisper-moe", "torch", "numpy", "jiwer"]),
         "sets": {name: {"source": shown(tables[name]), "clips": len(each)} for name, each in sets.items()},
         "models": {model.name: {"source": shown(model.source), "key": model.key()} for model in models},
+        "margins": {model.name: config_of(resolve(model.path)).margin for model in models},
         "disk_bytes": {model.name: disk_bytes(model.path) for model in models},
         "told": "the clip's is told" if told else "not told; an expert alone is told its own",
         "fallback": asked.fallback,

@@ -18,7 +18,7 @@ from whisper_moe import WhisperMoE
 from whisper_moe.data.inspect import named_corpus
 from whisper_moe.evaluate import systems
 from whisper_moe.evaluate.measure import Clip, hear_all
-from whisper_moe.evaluate.run import gather
+from whisper_moe.evaluate.run import gather, shown
 from whisper_moe.evaluate.systems import Adapter, Heard, ours
 from whisper_moe.generate.decode import WindowDecoder
 from whisper_moe.generate.options import TEMPERATURES, TranscribeOptions
@@ -28,7 +28,7 @@ from whisper_moe.weights.files import atomic_file
 
 logger = logging.getLogger("compare")
 THE_CLIPS = "the clip's"
-COLUMNS = ("id", "language", "experts", "fallbacks", "error", "reference", "text")
+COLUMNS = ("clip", "language", "experts", "fallbacks", "error", "reference", "text")
 
 
 class Model(NamedTuple):
@@ -94,7 +94,7 @@ def decode(model: Model, jobs: Mapping[Path, list[Clip]]) -> None:
         for clip, heard in zip(clips, model.hear(adapter, clips), strict=True):
             gates = " ".join(f"{name}={gate:.4f}" for name, gate in heard.experts)
             said = (heard.language or "", gates, str(heard.fallbacks), heard.error or "", clip.sample.text, heard.text)
-            rows.append((clip.sample.id, *said))
+            rows.append((shown(clip.sample.audio.name) if clip.sample.audio else clip.sample.id, *said))
         file.parent.mkdir(parents=True, exist_ok=True)
         for old in file.parent.glob(f"{file.name.rsplit('.', 2)[0]}.*.tsv"):
             old.unlink()

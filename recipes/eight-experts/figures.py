@@ -162,7 +162,8 @@ def _with_interval(value: float, low: float, high: float) -> str:
 
 
 def routes(report: Report) -> str:
-    parts = ["Who answered most of a clip, in % of the clips; right: the expert of the set did (95 % interval)."]
+    said = "Who answered most of a clip, in % of the clips; right: the expert of the set did (95 % interval). Behind @: the"
+    parts = [f"{said} seconds of silence after a clip."]
     for system, sets in report["routing"].items():
         names = [*next(iter(sets.values()))["shares"]]
         rows = [
@@ -173,7 +174,8 @@ def routes(report: Report) -> str:
             ]
             for place, each in sets.items()
         ]
-        parts += [f"## {system}", markdown_table(["set", "right", *names], rows)]
+        name = system if "@" in system else f"{system}@{report['margins'][system]:g}"
+        parts += [f"## {name}", markdown_table(["set", "right", *names], rows)]
     return "\n\n".join(parts) + "\n"
 
 
