@@ -2,23 +2,28 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
+from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from generate.tiny import tiny_whisper_moe
 from torch import Tensor
+from weights.whispers import tokenizer_json
 
-from whisper_moe.config import PRESETS, ModelConfig
-from whisper_moe.merge.build import ROUTER, _trainable, merged_feed_forwards
+from whisper_moe.config import PRESETS, ModelConfig, TTTConfig
+from whisper_moe.evaluate.cost import active_parameters, parameters
+from whisper_moe.merge.build import ROUTER, _trainable, merged_delta, merged_feed_forwards
+from whisper_moe.merge.grow import without_expert
 from whisper_moe.merge.router import fit
-from whisper_moe.model.router import Router, Routing
+from whisper_moe.model.router import NONE, Router, Routing
 from whisper_moe.packing import Layout
 from whisper_moe.train.losses import router_terms
 from whisper_moe.train.optim import build_optimizer
 from whisper_moe.train.recipe import LossRecipe, OptimisationRecipe
-from whisper_moe.weights.checkpoint import Loaded
+from whisper_moe.weights.checkpoint import Loaded, load_checkpoint, save_checkpoint
 from whisper_moe.weights.parts import empty_model, expected_shapes
 
 DENSE = ModelConfig.model_validate(
@@ -163,3 +168,94 @@ def test_eight_whispers_merged_have_the_presets_shape_but_for_ttt_and_what_a_fit
         merged = merge(whisper, {f"expert {i}": whisper for i in range(8)}, 0)
     found = {key: tuple(tensor.shape) for key, tensor in merged.state.items() if ".router.fit." not in key}
     assert found == expected_shapes(wanted)
+
+
+def tuned(seed: int, *layers: int, core: float = 0.1, **ttt: Any) -> Loaded:
+    """A fine-tune of ``model(0)`` with TTT in these encoder layers; ``core`` is how far all but the tokens' table moved."""
+    own = TTTConfig(encoder_layers=layers, **{"mini_batch": 15} | ttt) if layers or ttt else None
+    whole = tiny_whisper_moe(seed, DENSE.model_copy(update={"ttt": own}))
+    state, base = whole.model.state_dict(), model(0)
+    for key, tensor in base.state.items():
+        moves = key not in ("decoder.token_embedding.weight", "decoder.positions", "encoder.positions")
+        state[key] = tensor + core * moves * state[key]
+    return Loaded(whole.model.config, state, base.generation, tokenizer_json())
+
+
+def differences(experts: Sequence[Loaded]) -> Loaded:
+    """Of full rank."""
+    base = replace(model(0), tokenizer_json=tokenizer_json())
+    return merged_delta(base, [f"e{i}" for i in range(len(experts))], experts, 3 * DENSE.d_model)
+
+
+def only(first: int, second: int) -> Routing:
+    return Routing(torch.tensor([[first], [second]]), torch.ones(2, 1))
+
+
+@pytest.mark.parametrize(("core", "error"), [(0.0, 1e-6), (0.1, 2e-4)], ids=["the base's core", "a core of its own"])
+def test_experts_with_ttt_and_without_share_a_pack_and_each_is_its_fine_tune(core: float, error: float) -> None:
+    experts = [tuned(1, 0, 2, core=core), tuned(2, core=core), tuned(3, 1, 2, core=core)]
+    merged = differences(experts)
+    assert merged.config.ttt == TTTConfig(encoder_layers=(0, 1, 2), mini_batch=15, per_expert=True)
+    rows = Layout(map(len, TOKENS)).slices()
+    for pair in ((0, 1), (1, 2), (2, 0), (NONE, 2), (0, NONE)):
+        found = answers(merged, only(*pair))
+        for expert, own in zip(pair, rows, strict=True):
+            alone = answers(model(0) if expert == NONE else experts[expert])[own]
+            assert (found[own] - alone).abs().max() < error * alone.abs().max(), pair
+
+
+def test_who_brings_no_ttt_and_none_answer_as_without_those_that_do() -> None:
+    plain, learner = tuned(1), tuned(2, 1)
+    alone, beside = differences([plain]), differences([plain, learner])
+    for pair in ((0, 0), (NONE, NONE), (0, NONE)):
+        assert torch.equal(answers(beside, only(*pair)), answers(alone, only(*pair)))
+    assert not torch.equal(answers(beside, only(0, 1)), answers(beside, only(0, NONE)))
+
+
+@pytest.mark.parametrize("quantize", [False, True])
+def test_ttt_layers_lie_whole_in_their_experts_files(quantize: bool, tmp_path: Path) -> None:
+    learner = tuned(2, 1)
+    merged = differences([tuned(1), learner])
+    save_checkpoint(tmp_path / "merged", merged, quantize=quantize)
+    read = load_checkpoint(tmp_path / "merged")
+    kept = {key for key in merged.state if ".ttt" in key}
+    assert all(torch.equal(read.state[key], merged.state[key]) for key in (kept if quantize else merged.state))
+    assert read.config == merged.config
+    for key in learner.state.keys() - model(0).state.keys():
+        if ".ttt." in key:
+            assert torch.equal(read.state[key.replace(".ttt.", ".ttt.1.")], learner.state[key])
+    counts, dense = parameters(merged.config), parameters(differences([tuned(1), tuned(2)]).config)
+    brought = sum(tensor.numel() for key, tensor in learner.state.items() if ".ttt" in key)
+    assert {part: counts[part] - dense.get(part, 0) for part in counts} == {
+        "core": 0,
+        "router": 0,
+        "adapt": 2 * DENSE.d_model,
+        "experts/00-e0": brought,
+        "experts/01-e1": brought,
+    }
+    assert active_parameters(merged.config) == sum(counts.values()) - counts["experts/00-e0"]
+
+
+def test_an_expert_that_goes_takes_its_ttt_along_and_no_others() -> None:
+    left, expected = without_expert(differences([tuned(1, 2), tuned(2, 1)]), "e0"), differences([tuned(2, 1)])
+    assert left.config.ttt == expected.config.ttt
+    assert left.state.keys() == expected.state.keys()
+    assert all(torch.equal(left.state[key], tensor) for key, tensor in expected.state.items() if ".router." not in key)
+
+
+@pytest.mark.parametrize(
+    ("second", "reason"),
+    [
+        (
+            tuned(2, 1, mini_batch=30),
+            "e1: cannot be merged: its TTT layers have mini_batch 30 .* those of e0 mini_batch 15",
+        ),
+        (tuned(2, 1, base_lr=0.5), "e1: .* mini_batch 15 and base_lr 0.5, those of e0 mini_batch 15 and base_lr 0.1"),
+        (tuned(2, decoder_layers=(1,)), r"e1: cannot be merged: it has TTT layers in its decoder \[1\]"),
+    ],
+)
+def test_ttt_that_one_model_cannot_have_is_refused(second: Loaded, reason: str) -> None:
+    with pytest.raises(ValueError, match=reason):
+        differences([tuned(1, 2), second])
+    with pytest.raises(ValueError, match="b: cannot be merged: granularity ffn has one norm"):
+        merge(model(0), {"a": model(1), "b": second}, 0)

@@ -16,7 +16,7 @@ from torch import Tensor
 from weights.whispers import random_state
 
 from whisper_moe.cli import app
-from whisper_moe.config import ModelConfig
+from whisper_moe.config import ModelConfig, TTTConfig
 from whisper_moe.evaluate.systems import to_openai
 from whisper_moe.merge.doctor import examine
 from whisper_moe.weights.checkpoint import Loaded, load_checkpoint, save_checkpoint
@@ -93,6 +93,12 @@ def wider(write: Callable[[Path, Loaded], Path]) -> Callable[[Path, Loaded], Pat
     return lambda folder, base: write(folder, replace(base, config=config, state=random_state(config)))
 
 
+def with_ttt(folder: Path, base: Loaded) -> Path:
+    config = DENSE.model_copy(update={"ttt": TTTConfig(encoder_layers=(0, 1))})
+    state = tiny_whisper_moe(config=config).model.state_dict()
+    return as_checkpoint(folder, replace(base, config=config, state=state | moved(base.state, 0.01)))
+
+
 CASES: dict[str, tuple[Callable[[Path, Loaded], Path], str, str]] = {
     "a folder of this project": (with_moved(0.01), "use", ""),
     "a folder of transformers": (with_moved(0.01, as_transformers), "use", ""),
@@ -107,6 +113,7 @@ CASES: dict[str, tuple[Callable[[Path, Loaded], Path], str, str]] = {
     "another size": (wider(as_checkpoint), "refuse", "encoder_ffn_dim 40, the base has 64"),
     "NaN": (with_nan, "refuse", "is not finite"),
     "nothing there": (lambda folder, base: folder / "nowhere", "refuse", "no such file"),
+    "TTT of its own": (with_ttt, "use", "brings TTT in encoder layers 0, 1"),
     "experts of its own": (
         lambda folder, base: (tiny_whisper_moe().save_pretrained(folder / "moe"), folder / "moe")[1],
         "refuse",
@@ -127,9 +134,9 @@ def test_each_model_has_its_verdict_and_is_merged_or_refused(
     assert reason in "; ".join(found.reasons)
     save_checkpoint(tmp_path / "base", base)
     given = ["merge", f"mine={source}", "--base", str(tmp_path / "base"), "-o", str(tmp_path / "out"), "--measure", "0"]
-    status = app(
-        [*given, "--delta-rank", "16", "--probe", write_probe(tmp_path / "clips", "low", 2)], standalone_mode=False
-    )
+    given += ["--delta-rank", "16", "--probe", write_probe(tmp_path / "clips", "low", 2)]
+    with caplog.at_level("INFO", "whisper_moe"):
+        status = app(given, standalone_mode=False)
     assert status == int(expected == "refuse") == int(expert is None)
     assert reason in caplog.text
     assert (tmp_path / "out").exists() == (expected != "refuse")

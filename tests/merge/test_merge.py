@@ -18,7 +18,7 @@ from weights.whispers import published
 
 from whisper_moe import WhisperMoE, api
 from whisper_moe.cli import app
-from whisper_moe.config import SAMPLE_RATE, ModelConfig
+from whisper_moe.config import SAMPLE_RATE, ModelConfig, TTTConfig
 from whisper_moe.evaluate.cost import facts_of
 from whisper_moe.evaluate.metrics import written
 from whisper_moe.generate.align import WordTiming
@@ -38,6 +38,7 @@ from whisper_moe.weights.parts import empty_model
 KINDS = {"low": (120, 400), "high": (2500, 6000), "other": (700, 1500), "new": (20, 60)}
 """Bands of noise, in Hz: two that experts are for, one that none is, and one for an expert that comes later."""
 DENSE = ModelConfig.model_validate(tiny_whisper_moe().config.model_dump() | {"moe": None, "ttt": None})
+LEARNER = DENSE.model_copy(update={"ttt": TTTConfig(encoder_layers=(1,), mini_batch=25)})
 
 
 def noise(kind: str, seed: int, seconds: float = 1.5) -> np.ndarray:
@@ -67,19 +68,22 @@ class Family:
         self.folder = folder
         self.base = tiny_whisper_moe(config=DENSE)
         self.base.save_pretrained(folder / "base")
-        for name, seed in (("low", 1), ("high", 2), ("new", 3)):
-            expert = tiny_whisper_moe(config=DENSE)
+        for name, seed in (("low", 1), ("high", 2), ("new", 3), ("high-ttt", 2), ("new-ttt", 3)):
+            expert = tiny_whisper_moe(config=LEARNER if name.endswith("ttt") else DENSE)
+            expert.model.load_state_dict(self.base.model.state_dict(), strict=False)
             torch.manual_seed(seed)
             with torch.no_grad():
                 for key, parameter in expert.model.named_parameters():
-                    if "token_embedding" not in key and key != "decoder.positions":
+                    if ".ttt" in key:
+                        parameter *= 4  # so that it is heard
+                    elif "token_embedding" not in key and key != "decoder.positions":
                         parameter += 0.3 * torch.randn_like(parameter) * parameter.std().nan_to_num(1.0)
             expert.save_pretrained(folder / name)
         (folder / "low" / "README.md").write_text("---\nlicense: mit\n---\nlow\n")
         self.probes = {kind: write_probe(folder / f"{kind}-clips", kind) for kind in KINDS}
 
-    def merge(self, output: str, *more: str, none: bool = True) -> Path:
-        given = ["merge", str(self.folder / "low"), str(self.folder / "high"), "--base", str(self.folder / "base")]
+    def merge(self, output: str, *more: str, none: bool = True, high: str = "high") -> Path:
+        given = ["merge", str(self.folder / "low"), f"high={self.folder / high}", "--base", str(self.folder / "base")]
         given += ["--probe", self.probes["low"], "--probe", self.probes["high"]]
         given += ["--none", self.probes["other"]] if none else []
         app([*given, "-o", str(self.folder / output), *more], standalone_mode=False)
@@ -460,36 +464,64 @@ def test_the_command_shows_who_answered(delta: Path, family: Family, caplog: pyt
     assert all(line.endswith(" s, en: high 1.00") for line in lines)
 
 
+@pytest.mark.parametrize("granularity", ["delta", "model"])
+def test_an_expert_with_ttt_beside_one_without(granularity: str, family: Family) -> None:
+    given = ["--delta-rank", "16", "--granularity", granularity]
+    folder = family.merge(f"ttt-{granularity}", *given, high="high-ttt")
+    assert "brings TTT in encoder layers 1 |" in (folder / CARD).read_text()
+    merged = WhisperMoE.from_pretrained(folder, dtype="float32")
+    texts, alone = said(merged, [clip for _, clip in CLIPS]), {"low": "low", "high": "high-ttt", "other": "base"}
+    for (kind, clip), text in zip(CLIPS, texts, strict=True):
+        assert text == said(WhisperMoE.from_pretrained(family.folder / alone[kind], dtype="float32"), [clip])[0]
+    dense = WhisperMoE.from_pretrained(family.folder / "high", dtype="float32")
+    assert said(dense, [CLIPS[1][1]])[0] != texts[1], "without its TTT it says something else"
+    with pytest.raises(ValueError, match="carry_ttt needs a model"):
+        merged.transcribe(CLIPS[1][1], carry_ttt=True)
+
+
 @pytest.mark.parametrize(
-    "how", [("--quantize",), ("--granularity", "model", "--gate-threshold", "0.5")], ids=["delta", "whole"]
+    ("how", "high", "new"),
+    [
+        (("--quantize",), "high", "new"),
+        (("--granularity", "model", "--gate-threshold", "0.5"), "high", "new"),
+        (("--delta-rank", "16"), "high", "new-ttt"),
+        (("--delta-rank", "16"), "high-ttt", "new"),
+        (("--granularity", "model", "--gate-threshold", "0.5"), "high-ttt", "new-ttt"),
+    ],
 )
-def test_an_expert_comes_and_goes_and_the_others_stay(how: tuple[str, ...], family: Family) -> None:
-    folder = family.merge(f"growing-{len(how)}", *how)
+def test_an_expert_comes_and_goes_and_the_others_stay(
+    how: tuple[str, ...], high: str, new: str, family: Family
+) -> None:
+    folder = family.merge(f"growing-{len(how)}-{high}-{new}", *how, high=high)
     before, clips = load_checkpoint(folder), [clip for _, clip in CLIPS]
     files = {path: path.read_bytes() for path in folder.rglob("*.safetensors") if path.name != "router.safetensors"}
     texts = said(WhisperMoE.from_pretrained(folder, dtype="float32"), clips)
     with (folder / "README.md").open("a") as card:
         card.write("by hand")
-    given = [str(folder), str(family.folder / "new"), "--base", str(family.folder / "base")]
+    given = [str(folder), f"new={family.folder / new}", "--base", str(family.folder / "base")]
     app(["add-expert", *given, "--probe", family.probes["new"]], standalone_mode=False)
     grown = WhisperMoE.from_pretrained(folder, dtype="float32")
     assert grown.config.moe is not None
     assert grown.config.moe.names == ("low", "high", "new")
     assert said(grown, clips) == texts
-    new = noise("new", 100)
+    heard = noise("new", 100)
     if "--quantize" not in how:  # else the base below it is rounded
-        assert said(grown, [new]) == said(WhisperMoE.from_pretrained(family.folder / "new", dtype="float32"), [new])
-    assert grown._decoder.choose([new]).choices[0][0] == 2
+        alone = WhisperMoE.from_pretrained(family.folder / new, dtype="float32")
+        assert said(grown, [heard]) == said(alone, [heard])
+    assert grown._decoder.choose([heard]).choices[0][0] == 2
     assert grown.generation["expert_languages"] == {"low": "en", "high": "en", "new": "en"}
     after = load_checkpoint(folder).state
     for key in ("weight", "fit.intercept"):
         old, now = before.state[f"encoder.router.{key}"], after[f"encoder.router.{key}"]
         assert torch.equal(old, now[[0, 1, 3]])
-    assert all(path.read_bytes() == content for path, content in files.items())
+    if new == "new" or "model" in how:  # else the others' have a closed layer more
+        assert all(path.read_bytes() == content for path, content in files.items())
     app(["remove-expert", str(folder), "new"], standalone_mode=False)
     after = (folder / "README.md").read_text().partition("by hand")[2].split("\n")
     probe = f"{Path(family.probes['new']).parent.name}/clips.tsv"
-    assert after == ["", f"Added: new, {family.folder.name}/new; probe {probe}.", "", "Removed: new.", ""]
+    remark = "; brings TTT in encoder layers 1" if new == "new-ttt" else ""
+    assert after == ["", f"Added: new, {family.folder.name}/{new}; probe {probe}{remark}.", "", "Removed: new.", ""]
+    assert all(path.read_bytes() == content for path, content in files.items())
     again = load_checkpoint(folder)
     assert again.config == before.config
     assert all(torch.equal(tensor, before.state[key]) for key, tensor in again.state.items())

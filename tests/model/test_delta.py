@@ -9,29 +9,35 @@ import torch
 from torch import Tensor
 
 from tests.model.tiny import CONFIGS, random_mels, random_texts, relative, tiny_model
-from whisper_moe.config import ModelConfig, MoEConfig
-from whisper_moe.merge.differences import low_rank
+from whisper_moe.config import ModelConfig, MoEConfig, TTTConfig
+from whisper_moe.merge.differences import low_rank, with_ttt
 from whisper_moe.model.delta import EMBEDDING_RANK
 from whisper_moe.model.layers import CHUNK
 from whisper_moe.model.model import WhisperMoEModel
 from whisper_moe.model.router import NONE, Routing
 from whisper_moe.packing import Layout
+from whisper_moe.weights.checkpoint import Loaded
 
 FRAMES, TEXTS = (601, 400, 81, 500, 222), (9, 20, 4, 150, 7)
 EXPERTS = 3
 
 
-def moved(base: WhisperMoEModel, seed: int) -> WhisperMoEModel:
-    """A fine-tune: every matrix, norm and bias is another, the tokens' table in a few directions, that of positions not."""
+def moved(base: WhisperMoEModel, seed: int, layers: tuple[int, ...] = ()) -> WhisperMoEModel:
+    """A fine-tune: every matrix, norm and bias is another, the tokens' table in a few directions, that of positions not.
+
+    ``layers``: those of the encoder with TTT.
+    """
     torch.manual_seed(seed)
-    model = copy.deepcopy(base)
+    ttt = TTTConfig(encoder_layers=layers, mini_batch=25) if layers else None
+    model = WhisperMoEModel(base.config.model_copy(update={"ttt": ttt})).double().eval()
+    model.load_state_dict(base.state_dict(), strict=False)
     with torch.no_grad():
         for key, parameter in model.named_parameters():
             if "token_embedding" in key:
                 rows, columns = parameter.shape
                 parameter += torch.randn(rows, EMBEDDING_RANK) @ torch.randn(EMBEDDING_RANK, columns) * 0.02
             elif key != "decoder.positions":
-                parameter += torch.randn_like(parameter) * 0.05
+                parameter += torch.randn_like(parameter) * (0.5 if ".gate_" in key else 0.05)
     return model
 
 
@@ -39,12 +45,16 @@ def with_experts(base: WhisperMoEModel, experts: list[WhisperMoEModel], top_k: i
     """Differences of full rank, not rounded."""
     rank = base.config.d_model
     moe = MoEConfig(granularity="delta", delta_rank=rank, n_experts=len(experts), top_k=top_k, router_layer=1)
-    model = WhisperMoEModel(ModelConfig.model_validate(base.config.model_dump() | {"moe": moe})).double().eval()
-    state, own = model.state_dict(), base.state_dict()
-    state |= own
+    merged = Loaded(ModelConfig.model_validate(base.config.model_dump() | {"moe": moe}), {}, {}, b"")
     for number, expert in enumerate(experts):
-        change = {key: tensor - own[key] for key, tensor in expert.state_dict().items()}
-        for key in [key for key in state if ".experts." in key]:
+        merged = with_ttt(merged, number, Loaded(expert.config, expert.state_dict(), {}, b""))
+    model = WhisperMoEModel(merged.config).double().eval()
+    state, own = model.state_dict(), base.state_dict()
+    stacks = [key for key in state if ".experts." in key and key not in merged.state]
+    state |= own | merged.state
+    for number, expert in enumerate(experts):
+        change = {key: tensor - own[key] for key, tensor in expert.state_dict().items() if key in own}
+        for key in stacks:
             layer, name = key.split(".experts.")
             if name == "down":
                 down, up = low_rank(change[f"{layer}.weight"].flatten(1), state[key].shape[1])
@@ -70,8 +80,10 @@ def family() -> tuple[WhisperMoEModel, list[WhisperMoEModel]]:
     return base, [moved(base, seed) for seed in range(EXPERTS)]
 
 
-def test_each_segment_of_a_mixed_pack_is_answered_by_its_own_fine_tune(family) -> None:
-    base, experts = family
+@pytest.mark.parametrize("layers", [((), (), ()), ((0, 2), (), (1, 2))], ids=["dense", "with TTT"])
+def test_each_segment_of_a_mixed_pack_is_answered_by_its_own_fine_tune(family, layers) -> None:
+    base, _ = family
+    experts = [moved(base, seed, own) for seed, own in enumerate(layers)]
     mels, texts = random_mels(FRAMES, torch.float64), random_texts(TEXTS)
     assert sum(frames / 2 for frames in FRAMES) > CHUNK, "chunks of tokens cut through segments"
     choice = [0, NONE, 2, 1, 2]

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from whisper_moe.config import ModelConfig, MoEConfig
 from whisper_moe.generate.decode import WindowDecoder
-from whisper_moe.merge.differences import difference_of
+from whisper_moe.merge.differences import difference_of, with_ttt
 from whisper_moe.merge.router import fit, heard
 from whisper_moe.model.router import Router
 from whisper_moe.weights.checkpoint import Loaded
@@ -25,9 +25,12 @@ Clips = Sequence[np.ndarray]
 
 
 def merged_delta(base: Loaded, names: Sequence[str], experts: Iterable[Loaded], rank: int) -> Loaded:
-    """Each expert as low-rank differences from the base, one after the other; the router is still to be fitted."""
+    """Each expert, one after the other, as low-rank differences from the base and its own TTT layers; no router is fitted yet."""
     merged = _unfitted(base, names, granularity="delta", delta_rank=rank, top_k=1)
-    parts = [difference_of(base.state, expert.state, merged.config) for expert in experts]
+    parts: list[dict[str, Tensor]] = []
+    for number, expert in enumerate(experts):
+        merged = with_ttt(merged, number, expert)
+        parts.append(difference_of(base.state, expert.state, merged.config))
     return replace(merged, state=merged.state | {key: torch.stack([part[key] for part in parts]) for key in parts[0]})
 
 
@@ -62,6 +65,11 @@ def merged_feed_forwards(
     kept = {key: tensor for key, tensor in own.items() if key.partition(".ffn.")[0] in routed}
     average = {key: own[key].clone() for key in own.keys() - kept.keys()}
     for number, expert in enumerate(experts):
+        if expert.config.ttt:
+            raise ValueError(
+                f"{names[number]}: cannot be merged: granularity ffn has one norm for all experts' TTT layers, and it has "
+                "one of its own: --granularity delta and model keep them"
+            )
         for key, stack in mixed.items():
             stack[number] = as_expert(key, expert.state)
         for key, tensor in average.items():

@@ -97,6 +97,10 @@ def examine(
             found.find("refuse", reason)
             yield found, None
             continue
+        if ttt := expert.config.ttt:
+            sides = {"encoder": ttt.encoder_layers, "decoder": ttt.decoder_layers}
+            told = (f"{side} layers {', '.join(map(str, layers))}" for side, layers in sides.items() if layers)
+            found.find("use", f"brings TTT in {' and '.join(told)}")
         found.language = stated_language(expert.generation, expert.tokenizer)
         _weigh(found, expert.state, base.state)
         _listen(found, _Ear(expert, [clips[name]] if name in clips else []), before.no_speech, times.get(name))
@@ -123,10 +127,12 @@ def _another_base(source: str, base: Loaded) -> str | None:
 def misfit(expert: Loaded, base: Loaded) -> str | None:
     """Why an expert cannot be a fine-tune of the base, in words."""
     config = expert.config
-    if config.moe or config.ttt or config.adapt or config.conformer:
-        return "it is no dense Whisper: it has experts, TTT layers or adapters of its own"
+    if config.moe or config.adapt or config.conformer:
+        return "it is no dense Whisper: it has experts, adapters or convolution modules of its own"
+    if base.config.ttt:
+        return "the base has TTT layers, which only experts may bring"
     ours, theirs = base.config.model_dump(), config.model_dump()
-    other = [key for key in ours if ours[key] != theirs[key] and key not in ("context_margin",)]
+    other = [key for key in ours if ours[key] != theirs[key] and key not in ("context_margin", "ttt")]
     if other:
         return "another architecture: " + ", ".join(f"{key} {theirs[key]}, the base has {ours[key]}" for key in other)
     theirs, ours = (model.tokenizer.vocabulary for model in (expert, base))

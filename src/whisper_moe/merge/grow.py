@@ -6,6 +6,7 @@ for the clips, which nobody needs again. A new expert is one more file; the base
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 
@@ -15,11 +16,12 @@ from torch import Tensor
 
 from whisper_moe.config import ModelConfig, MoEConfig
 from whisper_moe.merge.build import ROUTER, decoder_of, told_of
-from whisper_moe.merge.differences import difference_of
+from whisper_moe.merge.differences import difference_of, open_ttt, with_ttt
 from whisper_moe.merge.router import columns, heard, lifted, moments_of, reach_of
 from whisper_moe.weights.checkpoint import Loaded
 from whisper_moe.weights.files import listed
-from whisper_moe.weights.parts import quantizable
+from whisper_moe.weights.parts import expected_shapes, quantizable
+from whisper_moe.weights.upcycle import upcycled_config
 
 _BY_CHOICE = ("weight", "fit.intercept", "fit.moments", "fit.reach")
 """The router's tensors that have a row for each choice."""
@@ -61,6 +63,8 @@ def with_expert(model: Loaded, base: Loaded, name: str, expert: Loaded, clips: S
             )
         for key, tensor in difference_of(base.state, expert.state, config).items():
             state[key] = torch.cat([state[key], tensor[None]])
+        grown = with_ttt(replace(model, config=config, state=state), place, expert)
+        config, state = grown.config, grown.state
     router = {key: state[f"{ROUTER}{key}"] for key in _BY_CHOICE}
     centre, scale = (state[f"{ROUTER}fit.{key}"].double() for key in ("centre", "scale"))
     features = (heard(decoder_of(model), clips) - centre) / scale
@@ -83,10 +87,17 @@ def without_expert(model: Loaded, name: str) -> Loaded:
         raise ValueError(f"{model.name}: cannot lose {name}: its experts are {', '.join(moe.names)}")
     place = moe.names.index(name)
     keep = [index for index in range(moe.n_experts) if index != place]
-    state = {key: tensor[keep] if ".experts." in key else tensor for key, tensor in model.state.items()}
+    config = _with_names(model.config, moe, tuple(moe.names[index] for index in keep))
+    if config.ttt:  # layers that it alone had go with it
+        layers = tuple(layer for layer, experts in open_ttt(model, keep).items() if experts)
+        ttt = config.ttt.model_copy(update={"encoder_layers": layers}) if layers else None
+        config = upcycled_config(config, ttt=ttt)
+    state: dict[str, Tensor] = {}
+    for key in expected_shapes(config):
+        tensor = model.state[re.sub(r"(?<=\.ttt\.)\d+", lambda number: str(keep[int(number[0])]), key)]
+        state[key] = tensor[keep] if ".experts." in key else tensor
     choices = [*keep, moe.n_experts]
     state |= {f"{ROUTER}{key}": state[f"{ROUTER}{key}"][choices] for key in _BY_CHOICE}
-    config = _with_names(model.config, moe, tuple(moe.names[index] for index in keep))
     experts = tuple(path for index, path in enumerate(model.experts) if index != place)
     return replace(told_of(model, name), config=config, state=state, experts=experts)
 

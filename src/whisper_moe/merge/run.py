@@ -290,7 +290,9 @@ def _accepted(
         if expert is None:
             raise ValueError(f"{diagnosis.name}: cannot be merged: {'; '.join(diagnosis.reasons)}")
         for reason in diagnosis.reasons:
-            logger.warning("%s: %s", diagnosis.name, reason)
+            logger.log(
+                logging.WARNING if diagnosis.verdict == "warn" else logging.INFO, "%s: %s", diagnosis.name, reason
+            )
         yield diagnosis, expert
 
 
