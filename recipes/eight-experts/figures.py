@@ -137,8 +137,8 @@ WER and CER in %. Capped: no clip has more errors than its reference has words o
 base, beyond the 95 % interval of the paired difference (bootstrap over clips); °: not surely more than the oracle. Greedy,
 temperature fallback {"on" if report["fallback"] else "off"}; language: {report["told"]}. Dispatch sends English to
 {report["english"]}, chosen on {report["chosen"]}. Left out of the soup: {left_out}. Speed: the base's processor time over the
-system's, {report["timed_clips"]} clips of every set on one thread, the best of rounds in turns; oracle and dispatch hold all
-their models.{failed}"""
+system's, {report["timed_clips"]} clips of every set on one thread, second tries included, the
+best of rounds in turns; oracle and dispatch hold all their models.{failed}"""
 
 
 def _cell(figure: Mapping[str, Any]) -> str:
@@ -163,7 +163,7 @@ def _with_interval(value: float, low: float, high: float) -> str:
 
 def routes(report: Report) -> str:
     said = "Who answered most of a clip, in % of the clips; right: the expert of the set did (95 % interval). Behind @: the"
-    parts = [f"{said} seconds of silence after a clip."]
+    parts = [f"{said} seconds of silence after a clip. Nobody: nothing was written."]
     for system, sets in report["routing"].items():
         names = [*next(iter(sets.values()))["shares"]]
         rows = [
