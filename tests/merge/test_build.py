@@ -13,9 +13,9 @@ from generate.tiny import tiny_whisper_moe
 from torch import Tensor
 from weights.whispers import tokenizer_json
 
-from whisper_moe.config import PRESETS, ModelConfig, TTTConfig
+from whisper_moe.config import PRESETS, ModelConfig, MoEConfig, TTTConfig
 from whisper_moe.evaluate.cost import active_parameters, parameters
-from whisper_moe.merge.build import ROUTER, _trainable, merged_delta, merged_feed_forwards
+from whisper_moe.merge.build import ROUTER, _trainable, fitted, merged_delta, merged_feed_forwards
 from whisper_moe.merge.grow import without_expert
 from whisper_moe.merge.router import fit
 from whisper_moe.model.router import NONE, Router, Routing
@@ -146,7 +146,7 @@ def test_a_fitted_router_chooses_the_same_when_it_can_be_trained() -> None:
     places = 3 * torch.randn(3, 16, generator=generator, dtype=torch.float64)
     clips = [30 + place + torch.randn(40, 2, 16, generator=generator, dtype=torch.float64) for place in places]
     raw = fit([*clips, clips[0][:0]])
-    router = Router(16, 3, 2, False, fitted=True)
+    router = Router(16, 3, 2, False, fitted=True, grows=False)
     tensors = _trainable(raw)
     router.load_state_dict({("" if name == "weight" else "fit.") + name: tensor for name, tensor in tensors.items()})
     features = torch.cat([part[:, 0] for part in clips]).float()
@@ -157,6 +157,39 @@ def test_a_fitted_router_chooses_the_same_when_it_can_be_trained() -> None:
     torch.testing.assert_close(found.softmax(1), logits.softmax(1), atol=1e-4, rtol=1e-3)
     assert found.logsumexp(1).abs().max() < 0.5 * logits.logsumexp(1).abs().min()
     assert not router.fit.moments.numel()
+
+
+def test_slim_experts_beside_a_shared_one_get_a_router_that_knows_the_unknown(monkeypatch: pytest.MonkeyPatch) -> None:
+    """It keeps of the moments what its choice needs: a further expert is not fitted beside feed-forwards."""
+    moe = MoEConfig(n_experts=2, expert_dim=4, router_layer=1, fitted_router=True)
+    config = ModelConfig.model_validate(DENSE.model_dump() | {"moe": moe})
+    slim = Loaded(config, tiny_whisper_moe(0, config).model.state_dict(), {}, tokenizer_json())
+    margins: list[float | None] = []
+
+    def heard(decoder: object, clips: Sequence[int], given: Sequence[float | None]) -> Tensor:
+        margins[:] = given
+        generator = torch.Generator().manual_seed(clips[0])
+        place = 3 * torch.randn(16, generator=generator, dtype=torch.float64)
+        return place + torch.randn(len(clips), 2, 16, generator=generator, dtype=torch.float64)
+
+    monkeypatch.setattr("whisper_moe.merge.build.heard", heard)
+    probes: Any = [[1] * 40, [2] * 40]
+    whole = fit([heard(None, clips, ()) for clips in (*probes, [3] * 40)])
+    found = fitted(slim, probes, [3] * 40, (0.5, 30.0))
+    assert margins == [0.5, 30.0]
+    network = empty_model(config)
+    network.load_state_dict(found.state, assign=True)
+    router, other = network.encoder.router, Router(16, 2, 2, True, fitted=True)
+    assert router is not None
+    assert router.fit is not None
+    assert router.fit.moments.shape == (3, 1, 17)
+    other.load_state_dict({("" if name == "weight" else "fit.") + name: tensor for name, tensor in whole.items()})
+    features = torch.cat([heard(None, clips, ())[:, 0] for clips in (*probes, [3] * 40, [4] * 40)]).float()
+    chosen = router(features)
+    assert chosen.choices == other(features).choices
+    assert {first for first, _ in chosen.choices[:40]} == {0}
+    assert {first for first, _ in chosen.choices[40:80]} == {1}
+    assert {first for first, _ in chosen.choices[80:]} == {NONE}
 
 
 @pytest.mark.parametrize("preset", PRESETS)

@@ -105,15 +105,18 @@ def decoder_of(model: Loaded) -> WindowDecoder:
     return WindowDecoder(network.eval(), model.tokenizer, model.generation)
 
 
-def fitted(model: Loaded, probes: Sequence[Clips], none: Clips = ()) -> Loaded:
-    """The model with its router fitted to some clips of each expert, and of what none of them is for."""
+def fitted(
+    model: Loaded, probes: Sequence[Clips], none: Clips = (), margins: Sequence[float | None] = (None,)
+) -> Loaded:
+    """The model with its router fitted to some clips of each expert, and of what none of them is for; see :func:`heard`."""
     decoder = decoder_of(model)
-    features = [heard(decoder, clips) for clips in (*probes, none) if len(clips)]
+    features = [heard(decoder, clips, margins) for clips in (*probes, none) if len(clips)]
     if not len(none):
         features.append(features[0][:0])
     tensors: dict[str, Tensor] = fit(features)
-    if model.config.moe and model.config.moe.granularity == "ffn":
-        tensors = _trainable(tensors)
+    moe = model.config.moe
+    if moe and moe.granularity == "ffn":
+        tensors = tensors | {"moments": tensors["moments"][:, :1]} if moe.none_choice else _trainable(tensors)
     names = {"weight": f"{ROUTER}weight"} | {name: f"{ROUTER}fit.{name}" for name in tensors if name != "weight"}
     return replace(model, state=model.state | {names[name]: tensor for name, tensor in tensors.items()})
 
@@ -127,5 +130,5 @@ def _trainable(fit: Mapping[str, Tensor]) -> dict[str, Tensor]:
     weight, intercept, temperature = fit["weight"][:-1], fit["intercept"][:-1], fit["temperature"]
     own = {"weight": weight / fit["scale"] / temperature, "intercept": (intercept - 1) / temperature}
     own |= {"scale": torch.ones_like(fit["scale"]), "temperature": torch.tensor(1.0), "reach": fit["reach"][:-1]}
-    own |= {"moments": fit["moments"][:0], "whitening": fit["whitening"][:0, :0]}
+    own |= {"moments": fit["moments"][:0, :1], "whitening": fit["whitening"][:0, :0]}
     return {**fit, **own}

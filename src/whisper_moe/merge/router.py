@@ -35,12 +35,15 @@ _TAIL = 2.05
 """Standard deviations beyond which 2 % lie: as many old clips may go to a new expert where they would not by themselves."""
 
 
-def heard(decoder: WindowDecoder, clips: Sequence[np.ndarray], seed: int = 0) -> Tensor:
-    """Features of clips and of their augmented copies, [N, 1 + COPIES, D]."""
+def heard(
+    decoder: WindowDecoder, clips: Sequence[np.ndarray], margins: Sequence[float | None] = (None,), seed: int = 0
+) -> Tensor:
+    """Features of clips and of their augmented copies, each with every margin of silence, [N, margins · (1 + COPIES), D]."""
     rng = np.random.default_rng(seed)
     every = [copy for clip in clips for copy in (clip, *(augmented(clip, rng) for _ in range(COPIES)))]
-    parts = [decoder.features(every[i : i + BATCH]) for i in range(0, len(every), BATCH)]
-    return torch.cat(parts).unflatten(0, (len(clips), -1)).double()
+    batches = [every[i : i + BATCH] for i in range(0, len(every), BATCH)]
+    parts = [torch.cat([decoder.features(batch, margin) for batch in batches]) for margin in margins]
+    return torch.cat([part.unflatten(0, (len(clips), -1)) for part in parts], 1).double()
 
 
 def fit(features: Sequence[Tensor]) -> dict[str, Tensor]:

@@ -114,16 +114,16 @@ class Fit(nn.Module):
     reach: Tensor
     """[C]: the greatest such distance of each expert's own clips; what is farther from it, it does not get."""
     moments: Tensor
-    """[C, D + 1, D + 1]: Σ [1, x]ᵀ[1, x] of each choice's clips, standardised; what a further expert is fitted beside.
-    None without *none*, where experts are feed-forwards and no further one can come."""
+    """[C, D + 1, D + 1]: Σ [1, x]ᵀ[1, x] of each choice's clips, standardised; what a further expert is fitted beside. The first
+    row alone (how many clips, and their sum) where experts are feed-forwards, and nothing of choices without *none*."""
 
-    def __init__(self, choices: int, d_model: int, *, grows: bool) -> None:
+    def __init__(self, choices: int, d_model: int, *, none: bool, grows: bool) -> None:
         super().__init__()
         start = {"centre": torch.zeros(d_model), "scale": torch.ones(d_model), "intercept": torch.zeros(choices)}
         start |= {"temperature": torch.tensor(1.0), "reach": torch.zeros(choices)}
-        kept = d_model if grows else 0
+        kept = d_model if none else 0
         start["whitening"] = torch.zeros(kept, kept)  # no eye: on the meta device that imports triton
-        start["moments"] = torch.zeros(choices if grows else 0, d_model + 1, d_model + 1)
+        start["moments"] = torch.zeros(choices if none else 0, d_model + 1 if grows else 1, d_model + 1)
         for name, value in start.items():
             self.register_buffer(name, value)
 
@@ -158,20 +158,27 @@ class Router(nn.Module):
     """[E] or, with a *none* choice, [E + 1]: added to the logits where the choice is made, not to the gates."""
 
     def __init__(
-        self, d_model: int, n_experts: int, top_k: int, none_choice: bool, *, biased: bool = False, fitted: bool = False
+        self,
+        d_model: int,
+        n_experts: int,
+        top_k: int,
+        none_choice: bool,
+        *,
+        biased: bool = False,
+        fitted: bool = False,
+        grows: bool = True,
     ) -> None:
         super().__init__()
         assert 1 <= top_k <= n_experts, (top_k, n_experts)
         self.n_experts, self.top_k, self.none_choice = n_experts, top_k, none_choice
         self.weight = nn.Parameter(torch.empty(n_experts + none_choice, d_model).normal_(std=0.02))
         self.register_buffer("bias", torch.zeros(n_experts + none_choice) if biased else None)
-        self.fit = Fit(n_experts + none_choice, d_model, grows=none_choice) if fitted else None
+        self.fit = Fit(n_experts + none_choice, d_model, none=none_choice, grows=grows) if fitted else None
 
     @classmethod
     def of(cls, d_model: int, moe: MoEConfig) -> Router:
-        return cls(
-            d_model, moe.n_experts, moe.top_k, moe.none_choice, biased=moe.balance_bias, fitted=moe.fitted_router
-        )
+        kind = {"biased": moe.balance_bias, "fitted": moe.fitted_router, "grows": moe.granularity != "ffn"}
+        return cls(d_model, moe.n_experts, moe.top_k, moe.none_choice, **kind)
 
     def forward(self, features_ND: Tensor, allowed: Sequence[int] | None = None) -> Routing:
         """Features [N, D] → the experts and gates of each row; ``allowed``: among these alone, -1 for *none*. Where fewer than

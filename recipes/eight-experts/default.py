@@ -1,0 +1,72 @@
+"""The bundled model: what the eight experts are trained beside, and what is made of the eight runs.
+
+    python recipes/eight-experts/default.py base CONTEXT OUT            the core and what a run of context.yaml learned beside it
+    python recipes/eight-experts/default.py join BASE RUNS TABLES OUT   the experts of eight runs of ``train.py --of BASE``
+
+``join`` also fits the router: to clips of each set, each with 0.5 s and 2.5 s of silence and padded to 30 s, and to clips that
+none of the experts is for (``none-train.tsv``). Only training tables are read.
+"""
+
+from __future__ import annotations
+
+import csv
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from whisper_moe.config import FULL_WINDOW, MoEConfig
+from whisper_moe.media.audio import load_audio
+from whisper_moe.merge.build import fitted, told_of
+from whisper_moe.model.model import WhisperMoEModel
+from whisper_moe.weights.checkpoint import load_checkpoint, save_checkpoint
+from whisper_moe.weights.parts import ADAPT, part_of
+from whisper_moe.weights.upcycle import upcycled_config
+
+LANGUAGES = {"malayalam": "ml", "swahili": "sw", "hindi": "hi"}
+"""Of the experts that answer in one."""
+NAMES = ("malayalam", "swahili", "spelled", "learners", "hindi", "telephone", "digits", "noisy")
+ROUTER_LAYER = 3
+MARGINS = (0.5, 2.5, FULL_WINDOW)
+CLIPS, NONE_CLIPS = 60, 200
+SEED = 14
+
+
+def base(context: Path, out: Path) -> None:
+    """Experts in place, with an output of 0. What adapts the core is rounded to half precision, once and for ever."""
+    model = load_checkpoint(context)
+    moe = MoEConfig(n_experts=len(NAMES), expert_names=NAMES, router_layer=ROUTER_LAYER)
+    config = upcycled_config(model.config, moe=moe, context_margin=MARGINS[0])
+    torch.manual_seed(SEED)
+    state = WhisperMoEModel(config).state_dict() | dict(model.state)
+    state |= {key: tensor.half().float() for key, tensor in model.state.items() if part_of(key, config) == ADAPT}
+    save_checkpoint(out, replace(model, config=config, state=state), quantize=True)
+
+
+def join(source: Path, runs: Path, tables: Path, out: Path) -> None:
+    model = load_checkpoint(source)
+    state = dict(model.state)
+    for number, name in enumerate(NAMES):
+        trained = load_checkpoint(runs / name / "model").state
+        for key in (key for key in state if ".experts." in key):
+            state[key][number] = trained[key][number]
+        model = told_of(model, name, LANGUAGES.get(name))
+    assert model.config.moe is not None
+    moe = model.config.moe.model_copy(update={"fitted_router": True})
+    model = replace(model, state=state, config=model.config.model_copy(update={"moe": moe}))
+    probes = [clips(tables / f"{name}-train.tsv", CLIPS) for name in NAMES]
+    model = fitted(model, probes, clips(tables / "none-train.tsv", NONE_CLIPS), MARGINS)
+    save_checkpoint(out, model, quantize=True)
+
+
+def clips(table: Path, most: int) -> list[np.ndarray]:
+    with open(table, encoding="utf-8", newline="") as file:
+        paths = [row["path"] for row in csv.DictReader(file, delimiter="\t", quoting=csv.QUOTE_NONE)]
+    order = torch.randperm(len(paths), generator=torch.Generator().manual_seed(SEED)).tolist()
+    return [load_audio(paths[index]) for index in order[:most]]
+
+
+if __name__ == "__main__":
+    {"base": base, "join": join}[sys.argv[1]](*map(Path, sys.argv[2:]))
