@@ -28,7 +28,7 @@ from whisper_moe.weights.upcycle import upcycled_config
 LANGUAGES = {"malayalam": "ml", "swahili": "sw", "hindi": "hi"}
 """Of the experts that answer in one."""
 NAMES = ("malayalam", "swahili", "spelled", "learners", "hindi", "telephone", "digits", "noisy")
-ROUTER_LAYER = 3
+ROUTER_LAYER = 2
 MARGINS = (0.5, 2.5, FULL_WINDOW)
 CLIPS, NONE_CLIPS = 60, 200
 SEED = 14
