@@ -27,7 +27,20 @@ from whisper_moe.weights.upcycle import upcycled_config
 
 LANGUAGES = {"malayalam": "ml", "swahili": "sw", "hindi": "hi"}
 """Of the experts that answer in one."""
-NAMES = ("malayalam", "swahili", "spelled", "learners", "hindi", "telephone", "digits", "noisy")
+LEARNERS = (
+    "clips of speechocean762, English read by people whose language is Mandarin (free for commercial and other use)"
+)
+SOURCES = {
+    "malayalam": "{} clips of the Malayalam Speech Corpus of SMC, volunteers with their own phones (CC BY-SA 4.0)",
+    "swahili": "{} clips of news in Swahili, one reader (MIT)",
+    "spelled": "{} clips of names spelled out, numbers and addresses in English (MIT)",
+    "learners": f"{{}} {LEARNERS}",
+    "hindi": "{} sentences of Tatoeba (CC BY 2.0) and TICO-19 (CC0), synthetic: three voices of Kokoro-82M (Apache-2.0)",
+    "telephone": "{} telephone prompts of Asterisk, one speaker (CC BY-SA 3.0)",
+    "digits": "{} clips of the Free Spoken Digit Dataset, four speakers (CC BY-SA 4.0)",
+    "noisy": f"{{}} {LEARNERS}, in synthetic rooms and noise",
+}
+NAMES = tuple(SOURCES)
 ROUTER_LAYER = 2
 MARGINS = (0.5, 2.5, FULL_WINDOW)
 CLIPS, NONE_CLIPS = 60, 200
@@ -52,7 +65,8 @@ def join(source: Path, runs: Path, tables: Path, out: Path) -> None:
         trained = load_checkpoint(runs / name / "model").state
         for key in (key for key in state if ".experts." in key):
             state[key][number] = trained[key][number]
-        model = told_of(model, name, LANGUAGES.get(name))
+        source = SOURCES[name].format(len(listed(tables / f"{name}-train.tsv")))
+        model = told_of(model, name, LANGUAGES.get(name), source=source)
     assert model.config.moe is not None
     moe = model.config.moe.model_copy(update={"fitted_router": True})
     model = replace(model, state=state, config=model.config.model_copy(update={"moe": moe}))
@@ -61,9 +75,13 @@ def join(source: Path, runs: Path, tables: Path, out: Path) -> None:
     save_checkpoint(out, model, quantize=True)
 
 
-def clips(table: Path, most: int) -> list[np.ndarray]:
+def listed(table: Path) -> list[str]:
     with open(table, encoding="utf-8", newline="") as file:
-        paths = [row["path"] for row in csv.DictReader(file, delimiter="\t", quoting=csv.QUOTE_NONE)]
+        return [row["path"] for row in csv.DictReader(file, delimiter="\t", quoting=csv.QUOTE_NONE)]
+
+
+def clips(table: Path, most: int) -> list[np.ndarray]:
+    paths = listed(table)
     order = torch.randperm(len(paths), generator=torch.Generator().manual_seed(SEED)).tolist()
     return [load_audio(paths[index]) for index in order[:most]]
 

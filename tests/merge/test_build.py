@@ -15,7 +15,7 @@ from weights.whispers import tokenizer_json
 
 from whisper_moe.config import PRESETS, ModelConfig, MoEConfig, TTTConfig
 from whisper_moe.evaluate.cost import active_parameters, parameters
-from whisper_moe.merge.build import ROUTER, _trainable, fitted, merged_delta, merged_feed_forwards
+from whisper_moe.merge.build import ROUTER, _trainable, fitted, merged_delta, merged_feed_forwards, told_of
 from whisper_moe.merge.grow import without_expert
 from whisper_moe.merge.router import fit
 from whisper_moe.model.router import NONE, Router, Routing
@@ -23,7 +23,7 @@ from whisper_moe.packing import Layout
 from whisper_moe.train.losses import router_terms
 from whisper_moe.train.optim import build_optimizer
 from whisper_moe.train.recipe import LossRecipe, OptimisationRecipe
-from whisper_moe.weights.checkpoint import Loaded, load_checkpoint, save_checkpoint
+from whisper_moe.weights.checkpoint import Loaded, load_checkpoint, read_manifest, save_checkpoint
 from whisper_moe.weights.parts import empty_model, expected_shapes
 
 DENSE = ModelConfig.model_validate(
@@ -190,6 +190,19 @@ def test_slim_experts_beside_a_shared_one_get_a_router_that_knows_the_unknown(mo
     assert {first for first, _ in chosen.choices[:40]} == {0}
     assert {first for first, _ in chosen.choices[40:80]} == {1}
     assert {first for first, _ in chosen.choices[80:]} == {NONE}
+
+
+def test_what_an_expert_was_trained_on_is_in_the_manifest_as_long_as_the_expert_is(tmp_path: Path) -> None:
+    base = replace(model(0), tokenizer_json=tokenizer_json())
+    merged = merged_delta(base, ["a", "b"], [model(1), model(2)], 2)
+    save_checkpoint(tmp_path / "silent", merged)
+    assert not read_manifest(tmp_path / "silent").sources
+    for name in "ab":
+        merged = told_of(merged, name, source=f"clips of {name} (MIT)")
+    save_checkpoint(tmp_path / "both", merged)
+    assert read_manifest(tmp_path / "both").sources == {name: f"clips of {name} (MIT)" for name in "ab"}
+    save_checkpoint(tmp_path / "one", without_expert(load_checkpoint(tmp_path / "both"), "a"))
+    assert read_manifest(tmp_path / "one").sources == {"b": "clips of b (MIT)"}
 
 
 @pytest.mark.parametrize("preset", PRESETS)

@@ -17,7 +17,7 @@ from whisper_moe.merge.router import fit, heard
 from whisper_moe.model.router import Router
 from whisper_moe.weights.checkpoint import Loaded
 from whisper_moe.weights.parts import empty_model, expected_shapes
-from whisper_moe.weights.tokens import EXPERT_LANGUAGES, UNTIMED_EXPERTS
+from whisper_moe.weights.tokens import EXPERT_LANGUAGES, EXPERT_SOURCES, UNTIMED_EXPERTS
 from whisper_moe.weights.upcycle import as_expert
 
 ROUTER = "encoder.router."
@@ -89,11 +89,19 @@ def _unfitted(base: Loaded, names: Sequence[str], **settings: Any) -> Loaded:
     return replace(base, config=config, state=dict(base.state) | router)
 
 
-def told_of(model: Loaded, name: str, language: str | None = None, *, untimed: bool = False) -> Loaded:
-    """The model in which an expert answers in one language (None: in what is heard), and has lost timestamps or not."""
+def told_of(
+    model: Loaded, name: str, language: str | None = None, *, untimed: bool = False, source: str | None = None
+) -> Loaded:
+    """The model in which an expert answers in one language (None: in what is heard), and has lost timestamps or not.
+
+    ``source``: what it was trained on.
+    """
     languages = {key: code for key, code in model.generation.get(EXPERT_LANGUAGES, {}).items() if key != name}
     experts = [key for key in model.generation.get(UNTIMED_EXPERTS, ()) if key != name]
     known = {EXPERT_LANGUAGES: languages | ({name: language} if language else {})}
+    sources = {key: said for key, said in model.generation.get(EXPERT_SOURCES, {}).items() if key != name}
+    if sources or source:
+        known |= {EXPERT_SOURCES: sources | ({name: source} if source else {})}
     known |= {UNTIMED_EXPERTS: [*experts, name] if untimed else experts}
     return replace(model, generation=model.generation | known)
 

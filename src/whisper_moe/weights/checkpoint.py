@@ -46,6 +46,7 @@ from whisper_moe.weights.files import (
     read_json,
 )
 from whisper_moe.weights.tokens import (
+    EXPERT_SOURCES,
     GENERATION,
     TOKENIZER,
     complete,
@@ -71,6 +72,8 @@ class Manifest(BaseModel):
     format_version: Literal[1] = 1
     quantization: Literal["int8"] | None = None
     """``int8``: matrices, token embedding and experts are stored as int8 rows, each with a scale."""
+    sources: dict[str, str] = {}
+    """Expert → what it was trained on, and the licences of that; of those that say so."""
     files: dict[str, FileFacts]
 
 
@@ -128,8 +131,10 @@ def save_checkpoint(
             save_checkpoint(place, expert, quantize=quantize, shard_bytes=shard_bytes)
         files = {name: FileFacts.of(folder / name) for name in _files_in(folder)}
         _whole_experts(directory, files, config)
-        manifest = Manifest(quantization="int8" if quantize else None, files=files)
-        (folder / MANIFEST).write_bytes(json_bytes(manifest.model_dump(mode="json")))
+        sources = model.generation.get(EXPERT_SOURCES, {})
+        manifest = Manifest(quantization="int8" if quantize else None, sources=sources, files=files)
+        unsaid = set() if sources else {"sources"}
+        (folder / MANIFEST).write_bytes(json_bytes(manifest.model_dump(mode="json", exclude=unsaid)))
         if (directory / CARD).is_file():
             (folder / CARD).write_bytes((directory / CARD).read_bytes())
 

@@ -40,6 +40,8 @@ EXPERT_LANGUAGES = "expert_languages"
 """In a merged model's generation config: expert → code of the one language that it was made for."""
 UNTIMED_EXPERTS = "untimed_experts"
 """… and the experts that have lost timestamps."""
+EXPERT_SOURCES = "expert_sources"
+"""… and expert → what it was trained on, with the licences of that; the manifest says it too."""
 _STATES_LANGUAGE = ("language", "forced_decoder_ids")
 
 logger = logging.getLogger(__name__)
