@@ -1,10 +1,11 @@
 """The bundled model: what the eight experts are trained beside, and what is made of the eight runs.
 
-    python recipes/eight-experts/default.py base CONTEXT OUT            the core and what a run of context.yaml learned beside it
-    python recipes/eight-experts/default.py join BASE RUNS TABLES OUT   the experts of eight runs of ``train.py --of BASE``
+    python recipes/eight-experts/default.py base CONTEXT OUT              the core, and a run of context.yaml beside it
+    python recipes/eight-experts/default.py router BASE TABLES OUT        the same with a router that is fitted
+    python recipes/eight-experts/default.py join ROUTER RUNS TABLES OUT   with the experts of eight runs of ``train.py --of BASE``
 
-``join`` also fits the router: to clips of each set, each with 0.5 s and 2.5 s of silence and padded to 30 s, and to clips that
-none of the experts is for (``none-train.tsv``). Only training tables are read.
+The router is fitted to clips of each set, each with 0.5 s and 2.5 s of silence and padded to 30 s, and to clips that none of the
+experts is for (``none-train.tsv``). Only training tables are read.
 """
 
 from __future__ import annotations
@@ -19,8 +20,9 @@ import torch
 
 from whisper_moe.config import FULL_WINDOW, MoEConfig
 from whisper_moe.media.audio import load_audio
-from whisper_moe.merge.build import fitted, told_of
+from whisper_moe.merge.build import ROUTER, fitted, told_of
 from whisper_moe.model.model import WhisperMoEModel
+from whisper_moe.model.router import Router
 from whisper_moe.weights.checkpoint import load_checkpoint, save_checkpoint
 from whisper_moe.weights.parts import ADAPT, part_of
 from whisper_moe.weights.upcycle import upcycled_config
@@ -43,7 +45,7 @@ SOURCES = {
 NAMES = tuple(SOURCES)
 ROUTER_LAYER = 2
 MARGINS = (0.5, 2.5, FULL_WINDOW)
-CLIPS, NONE_CLIPS = 60, 200
+CLIPS, NONE_CLIPS = 40, 160
 SEED = 14
 
 
@@ -58,6 +60,18 @@ def base(context: Path, out: Path) -> None:
     save_checkpoint(out, replace(model, config=config, state=state), quantize=True)
 
 
+def router(source: Path, tables: Path, out: Path) -> None:
+    """It reads what no expert has changed yet, so it can be fitted before, or while, they are trained."""
+    model = load_checkpoint(source)
+    assert model.config.moe is not None
+    moe = model.config.moe.model_copy(update={"fitted_router": True})
+    probes = [clips(tables / f"{name}-train.tsv", CLIPS) for name in NAMES]
+    fresh = {f"{ROUTER}{key}": tensor for key, tensor in Router.of(model.config.d_model, moe).state_dict().items()}
+    config = model.config.model_copy(update={"moe": moe})
+    unfitted = replace(model, config=config, state=dict(model.state) | fresh)
+    save_checkpoint(out, fitted(unfitted, probes, clips(tables / "none-train.tsv", NONE_CLIPS), MARGINS), quantize=True)
+
+
 def join(source: Path, runs: Path, tables: Path, out: Path) -> None:
     model = load_checkpoint(source)
     state = dict(model.state)
@@ -65,14 +79,9 @@ def join(source: Path, runs: Path, tables: Path, out: Path) -> None:
         trained = load_checkpoint(runs / name / "model").state
         for key in (key for key in state if ".experts." in key):
             state[key][number] = trained[key][number]
-        source = SOURCES[name].format(len(listed(tables / f"{name}-train.tsv")))
-        model = told_of(model, name, LANGUAGES.get(name), source=source)
-    assert model.config.moe is not None
-    moe = model.config.moe.model_copy(update={"fitted_router": True})
-    model = replace(model, state=state, config=model.config.model_copy(update={"moe": moe}))
-    probes = [clips(tables / f"{name}-train.tsv", CLIPS) for name in NAMES]
-    model = fitted(model, probes, clips(tables / "none-train.tsv", NONE_CLIPS), MARGINS)
-    save_checkpoint(out, model, quantize=True)
+        learned = SOURCES[name].format(len(listed(tables / f"{name}-train.tsv")))
+        model = told_of(model, name, LANGUAGES.get(name), source=learned)
+    save_checkpoint(out, replace(model, state=state), quantize=True)
 
 
 def listed(table: Path) -> list[str]:
@@ -87,4 +96,4 @@ def clips(table: Path, most: int) -> list[np.ndarray]:
 
 
 if __name__ == "__main__":
-    {"base": base, "join": join}[sys.argv[1]](*map(Path, sys.argv[2:]))
+    {"base": base, "router": router, "join": join}[sys.argv[1]](*map(Path, sys.argv[2:]))
