@@ -1,4 +1,4 @@
-# make demo         transcribe the bundled sample
+# make demo         transcribe the bundled samples
 # make test         the tests, without the slow ones
 # make check        lint, formatting, types, import order
 # make check-slow   the slow tests
@@ -16,7 +16,7 @@ INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check --co
 .PHONY: demo test check check-slow golden clean
 
 demo: $(VENV)/.runtime
-	$(BIN)/whisper-moe transcribe
+	$(BIN)/whisper-moe transcribe examples/sample.m4a examples/hindi.m4a
 
 test: $(VENV)/.dev
 	$(BIN)/python -m pytest $(PARALLEL) --dist loadfile

@@ -36,8 +36,8 @@ def test_as_many_threads_as_fit_give_the_same_numbers(default_model: WhisperMoE)
     assert len(set(found)) == 1
 
 
-def test_there_are_six_examples_each_with_its_transcript() -> None:
-    assert len(MEDIA) == 6
+def test_there_are_seven_examples_each_with_its_transcript() -> None:
+    assert len(MEDIA) == 7
     assert {path.name for path in (EXAMPLES / "expected").iterdir()} == {f"{path.name}.txt" for path in MEDIA}
 
 

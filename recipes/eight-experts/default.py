@@ -46,6 +46,8 @@ NAMES = tuple(SOURCES)
 ROUTER_LAYER = 2
 MARGINS = (0.5, 2.5, FULL_WINDOW)
 CLIPS, NONE_CLIPS = 40, 160
+LEAST = 0.6
+"""Two experts that were trained apart and are both half sure write neither's language."""
 SEED = 14
 
 
@@ -64,7 +66,7 @@ def router(source: Path, tables: Path, out: Path) -> None:
     """It reads what no expert has changed yet, so it can be fitted before, or while, they are trained."""
     model = load_checkpoint(source)
     assert model.config.moe is not None
-    moe = model.config.moe.model_copy(update={"fitted_router": True})
+    moe = model.config.moe.model_copy(update={"fitted_router": True, "least_probability": LEAST})
     probes = [clips(tables / f"{name}-train.tsv", CLIPS) for name in NAMES]
     fresh = {f"{ROUTER}{key}": tensor for key, tensor in Router.of(model.config.d_model, moe).state_dict().items()}
     config = model.config.model_copy(update={"moe": moe})

@@ -70,6 +70,8 @@ class MoEConfig(_Frozen):
     """``model``: where the second gate is below it, the first expert answers alone."""
     fitted_router: bool = False
     """The router was fitted to a few clips of each expert (:mod:`whisper_moe.merge.router`)."""
+    least_probability: float = Field(default=0.0, ge=0, le=1)
+    """Of a fitted router with *none*: an expert that it finds less probable than this does not answer."""
     n_experts: int = Field(default=8, ge=1)
     top_k: int = Field(default=2, ge=1)
     expert_dim: int = Field(default=256, ge=1)

@@ -167,10 +167,11 @@ class Router(nn.Module):
         biased: bool = False,
         fitted: bool = False,
         grows: bool = True,
+        least: float = 0.0,
     ) -> None:
         super().__init__()
         assert 1 <= top_k <= n_experts, (top_k, n_experts)
-        self.n_experts, self.top_k, self.none_choice = n_experts, top_k, none_choice
+        self.n_experts, self.top_k, self.none_choice, self.least = n_experts, top_k, none_choice, least
         self.weight = nn.Parameter(torch.empty(n_experts + none_choice, d_model).normal_(std=0.02))
         self.register_buffer("bias", torch.zeros(n_experts + none_choice) if biased else None)
         self.fit = Fit(n_experts + none_choice, d_model, none=none_choice, grows=grows) if fitted else None
@@ -178,6 +179,7 @@ class Router(nn.Module):
     @classmethod
     def of(cls, d_model: int, moe: MoEConfig) -> Router:
         kind = {"biased": moe.balance_bias, "fitted": moe.fitted_router, "grows": moe.granularity != "ffn"}
+        kind |= {"least": moe.least_probability}
         return cls(d_model, moe.n_experts, moe.top_k, moe.none_choice, **kind)
 
     def forward(self, features_ND: Tensor, allowed: Sequence[int] | None = None) -> Routing:
@@ -195,6 +197,7 @@ class Router(nn.Module):
                 logits = logits.index_fill(1, self._barred(allowed, logits.device), -torch.inf)
             if self.fit is not None and self.none_choice and (allowed is None or NONE in allowed):
                 unknown = self.fit.unknown(features_ND, self.n_experts)
+                unknown |= logits.softmax(1)[:, :-1] < self.least
                 logits = torch.cat([logits[:, :-1].masked_fill(unknown, -torch.inf), logits[:, -1:]], 1)
             candidates = self._with_none(logits)
             if self.bias is None:
