@@ -72,7 +72,8 @@ def search(
             values, tokens = logits_RV.log_softmax(-1).topk(width + 1)
         else:
             tokens = _draw(logits_RV, options.temperature, [streams[segment] for segment in active])
-            values = logits_RV.gather(1, tokens) - logits_RV.logsumexp(-1, keepdim=True)
+            # No logsumexp: threads share the sum of one long row, and its last bit says how many they were.
+            values = logits_RV.log_softmax(-1).gather(1, tokens)
         choices = [list(zip(*row, strict=True)) for row in zip(tokens.tolist(), values.tolist(), strict=True)]
         groups: list[list[_Row]] = []
         for place, segment in enumerate(active):
