@@ -8,7 +8,7 @@ from __future__ import annotations
 import math
 from collections import defaultdict
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import Any
 
@@ -51,7 +51,7 @@ class DecodingResult:
     """The fast weights after this window, where they are carried through the recording."""
     expert_probabilities: tuple[tuple[str, float], ...] | None = None
     """See :class:`~whisper_moe.generate.result.Segment`."""
-    routing: Routing | None = None
+    routing: Routing | None = field(default=None, compare=False)
     """The window's choice, one row, which another try at it may keep."""
 
 
