@@ -191,4 +191,4 @@ def test_without_arguments_the_sample_is_transcribed(default_model: WhisperMoE) 
     assert done.stdout.decode() == (
         "And Mr. John Dashwood had then leisure to consider how much there might be prudently in his power to do for them.\n"
     )
-    assert b"sample.m4a: 7.7 s, en; experts expert-" in done.stderr
+    assert b"sample.m4a: 7.7 s, en; experts none 1.00" in done.stderr
