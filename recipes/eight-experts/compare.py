@@ -89,7 +89,8 @@ def compare(asked: argparse.Namespace, apart: Callable[..., Any] = systems.apart
         cook(same, crew[base].path, soup)
     others = {"soup": str(soup)} | others if same else others
     rivals = [Model(name, source, told, asked.fallback) for name, source in others.items()]
-    texts, asks, failed = decoded([*crew.values(), *rivals], sets, asked, apart)
+    models = [*crew.values(), *rivals]
+    texts, asks, failed = decoded(models, sets, asked, apart)
     if lost := [f"{name}: {failed[name]}" for name in crew if name in failed]:
         raise ValueError("; ".join(lost))
 
@@ -108,7 +109,6 @@ def compare(asked: argparse.Namespace, apart: Callable[..., Any] = systems.apart
     jobs["oracle"] = Job(held, [own[place] for place, _ in few], clips)
     held = {name: model for name, model in crew.items() if name in (base, english, *EXPERT_OF.values())}
     jobs["dispatch"] = Job(held, [sent[place][i][1] for place, i in few], clips, detect=True)
-    models = [*crew.values(), *rivals]
     report = {
         "format": 1,
         "date": datetime.now(UTC).isoformat(timespec="seconds"),

@@ -10,13 +10,13 @@ experts is for (``none-train.tsv``). Only training tables are read.
 
 from __future__ import annotations
 
-import csv
 import sys
 from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import torch
+from split import rows
 
 from whisper_moe.config import FULL_WINDOW, MoEConfig
 from whisper_moe.media.audio import load_audio
@@ -81,18 +81,13 @@ def join(source: Path, runs: Path, tables: Path, out: Path) -> None:
         trained = load_checkpoint(runs / name / "model").state
         for key in (key for key in state if ".experts." in key):
             state[key][number] = trained[key][number]
-        learned = SOURCES[name].format(len(listed(tables / f"{name}-train.tsv")))
+        learned = SOURCES[name].format(sum(1 for _ in rows(tables / f"{name}-train.tsv")))
         model = told_of(model, name, LANGUAGES.get(name), source=learned)
     save_checkpoint(out, replace(model, state=state), quantize=True)
 
 
-def listed(table: Path) -> list[str]:
-    with open(table, encoding="utf-8", newline="") as file:
-        return [row["path"] for row in csv.DictReader(file, delimiter="\t", quoting=csv.QUOTE_NONE)]
-
-
 def clips(table: Path, most: int) -> list[np.ndarray]:
-    paths = listed(table)
+    paths = [row["path"] for row in rows(table)]
     order = torch.randperm(len(paths), generator=torch.Generator().manual_seed(SEED)).tolist()
     return [load_audio(paths[index]) for index in order[:most]]
 

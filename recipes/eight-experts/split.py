@@ -50,14 +50,21 @@ def shared_out(keys: Iterable[str]) -> dict[str, str]:
     return splits
 
 
-def rows(folder: Path) -> Iterator[dict[str, str]]:
-    with open(folder / "transcripts.tsv", encoding="utf-8", newline="") as file:
+def rows(table: Path) -> Iterator[dict[str, str]]:
+    with open(table, encoding="utf-8", newline="") as file:
         yield from csv.DictReader(file, delimiter="\t", quoting=csv.QUOTE_NONE)
+
+
+def write_table(path: Path, clips: Iterable[tuple[Path | str, str, str]]) -> None:
+    """``clips``: path, text and language of each."""
+    lines = ["path\ttext\tlanguage", *("\t".join(map(str, clip)) for clip in clips)]
+    path.write_text("\n".join(lines) + "\n", encoding="utf-8")
+    print(f"{path.stem}: {len(lines) - 1} clips")
 
 
 def malayalam(data: Path) -> Iterator[Clip]:
     """By speaker and by sentence; nobody's clip that listeners voted down."""
-    found = [row for row in rows(data / "malayalam-msc") if int(row["votes"]) > 0]
+    found = [row for row in rows(data / "malayalam-msc/transcripts.tsv") if int(row["votes"]) > 0]
     splits = shared_out(row["speaker"] for row in found)
     for row in found:
         split = splits[row["speaker"]]
@@ -67,35 +74,35 @@ def malayalam(data: Path) -> Iterator[Clip]:
 
 def swahili(data: Path) -> Iterator[Clip]:
     """One reader; the corpus's own split, of whose training part a share is for development."""
-    for row in rows(data / "swahili-news"):
+    for row in rows(data / "swahili-news/transcripts.tsv"):
         split = "test" if row["split"] != "train" else "dev" if place(row["text"]) < 2 * DEV else "train"
         yield Clip("swahili", split, f"swahili-news/{row['path']}", row["text"], "sw")
 
 
 def spelled(data: Path) -> Iterator[Clip]:
     """By speaker."""
-    splits = shared_out(row["speaker"] for row in rows(data / "english-alphanumeric"))
-    for row in rows(data / "english-alphanumeric"):
+    splits = shared_out(row["speaker"] for row in rows(data / "english-alphanumeric/transcripts.tsv"))
+    for row in rows(data / "english-alphanumeric/transcripts.tsv"):
         yield Clip("spelled", splits[row["speaker"]], f"english-alphanumeric/{row['path']}", row["text"], "en")
 
 
 def learners(data: Path) -> Iterator[Clip]:
     """The corpus's own split by speaker, of whose training part a share is for development."""
-    for row in rows(data / "english-learners"):
+    for row in rows(data / "english-learners/transcripts.tsv"):
         split = "test" if row["split"] != "train" else "dev" if place(row["speaker"]) < DEV else "train"
         yield Clip("learners", split, f"english-learners/{row['path']}", row["text"], "en")
 
 
 def telephone(data: Path) -> Iterator[Clip]:
     """One speaker; by text."""
-    splits = shared_out(row["text"].lower() for row in rows(data / "english-prompts"))
-    for row in rows(data / "english-prompts"):
+    splits = shared_out(row["text"].lower() for row in rows(data / "english-prompts/transcripts.tsv"))
+    for row in rows(data / "english-prompts/transcripts.tsv"):
         yield Clip("telephone", splits[row["text"].lower()], f"english-prompts/{row['path']}", row["text"], "en")
 
 
 def digits(data: Path) -> Iterator[Clip]:
     """By speaker."""
-    for row in rows(data / "english-digits"):
+    for row in rows(data / "english-digits/transcripts.tsv"):
         split = DIGIT_READERS.get(row["speaker"], "train")
         yield Clip("digits", split, f"english-digits/{row['path']}", row["text"], "en")
 
@@ -129,13 +136,11 @@ def checked(data: Path, clips: Iterable[Clip]) -> Iterator[Clip]:
 
 def write_tables(data: Path, tables: Path) -> None:
     tables.mkdir(parents=True, exist_ok=True)
-    found: dict[str, list[str]] = {}
+    found: dict[str, list[tuple[Path, str, str]]] = {}
     for clip in checked(data, (clip for each in SETS for clip in each(data))):
-        line = f"{data.resolve() / clip.path}\t{clip.text}\t{clip.language}"
-        found.setdefault(f"{clip.set}-{clip.split}", ["path\ttext\tlanguage"]).append(line)
-    for name, lines in found.items():
-        (tables / f"{name}.tsv").write_text("\n".join(lines) + "\n", encoding="utf-8")
-        print(f"{name}: {len(lines) - 1} clips")
+        found.setdefault(f"{clip.set}-{clip.split}", []).append((data.resolve() / clip.path, clip.text, clip.language))
+    for name, clips in found.items():
+        write_table(tables / f"{name}.tsv", clips)
 
 
 if __name__ == "__main__":

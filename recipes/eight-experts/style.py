@@ -8,19 +8,19 @@ at the end. Prompts that are no speech (``[ascending tones]``) are left out.
 
 from __future__ import annotations
 
-import csv
 import re
 import sys
 from collections import Counter, defaultdict
 from collections.abc import Iterable
 from pathlib import Path
 
+from split import rows, write_table
+
 from whisper_moe import WhisperMoE
 
 LOWER_CASE = ("learners", "noisy", "digits")
 """Sets whose texts have neither capitals nor stops."""
 WORD = re.compile(r"[\w']+")
-Row = dict[str, str]
 
 
 def cases(texts: Iterable[str]) -> dict[str, str]:
@@ -38,14 +38,8 @@ def styled(text: str, known: dict[str, str]) -> str:
     return text[:1].upper() + text[1:] + "."
 
 
-def rows(path: Path) -> list[Row]:
-    with open(path, encoding="utf-8", newline="") as file:
-        return list(csv.DictReader(file, delimiter="\t", quoting=csv.QUOTE_NONE))
-
-
-def rewrite(path: Path, lines: Iterable[Row]) -> None:
-    text = "\n".join("\t".join(row.values()) for row in lines)
-    path.write_text(f"path\ttext\tlanguage\n{text}\n", encoding="utf-8")
+def rewrite(path: Path, lines: Iterable[dict[str, str]]) -> None:
+    write_table(path, [(row["path"], row["text"], row["language"]) for row in lines])
 
 
 def main(tables: Path) -> None:
@@ -54,7 +48,7 @@ def main(tables: Path) -> None:
     for split in ("train", "dev"):
         for name in LOWER_CASE:
             path = tables / f"{name}-{split}.tsv"
-            if (tables / path.name).exists():
+            if path.exists():
                 rewrite(path, [row | {"text": styled(row["text"].rstrip("."), known)} for row in rows(path)])
         path = tables / f"telephone-{split}.tsv"
         prompts = [row | {"text": " ".join(row["text"].split())} for row in rows(path)]

@@ -11,22 +11,22 @@ VOICE is a Python file with a class ``Teacher(folder)``, called with text, langu
 
 from __future__ import annotations
 
-import csv
 import os
 import re
 import sys
 import wave
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from hashlib import sha256
 from importlib.util import module_from_spec, spec_from_file_location
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+from split import place, rows, write_table
 
 from whisper_moe.config import SAMPLE_RATE
 from whisper_moe.media.audio import load_audio
-from whisper_moe.merge.augment import in_room, noise
+from whisper_moe.merge.augment import below, in_room, noise
 
 SENTENCES, TEST, DEV = 840, 0.15, 0.07
 TEST_VOICE, VOICES = "hf_beta", ("hf_alpha", "hm_omega", "hm_psi")
@@ -39,17 +39,6 @@ Row = Mapping[str, str]
 
 def random_of(key: str) -> np.random.Generator:
     return np.random.default_rng(int.from_bytes(sha256(key.encode()).digest()[:8]))
-
-
-def rows(table: Path) -> list[Row]:
-    with open(table, encoding="utf-8", newline="") as file:
-        return list(csv.DictReader(file, delimiter="\t", quoting=csv.QUOTE_NONE))
-
-
-def write_table(path: Path, clips: Iterable[tuple[Path, str, str]]) -> None:
-    lines = ["path\ttext\tlanguage", *("\t".join(map(str, clip)) for clip in clips)]
-    path.write_text("\n".join(lines) + "\n", encoding="utf-8")
-    print(f"{path.stem}: {len(lines) - 1} clips")
 
 
 def write_sound(path: Path, samples: np.ndarray, rate: int) -> None:
@@ -71,15 +60,14 @@ def in_noise(row: Row, others: list[Row]) -> np.ndarray:
     else:
         voices = [load_audio(others[index]["path"]) for index in rng.integers(len(others), size=BABBLE)]
         babble = sum(np.resize(voice / max(float(voice.std()), 1e-9), len(sound)) for voice in voices)
-        behind = in_room(np.asarray(babble), 0.6, rng)
-        behind *= sound.std() / max(float(behind.std()), 1e-9) * 10 ** (-decibels / 20)
+        behind = below(sound, in_room(np.asarray(babble), 0.6, rng), decibels)
     mixed = sound + behind
     return 0.7 * mixed / max(float(np.abs(mixed).max()), 1e-9)
 
 
 def noisy(tables: Path, audio: Path) -> None:
     for split in ("train", "dev", "test"):
-        clips, made = rows(tables / f"learners-{split}.tsv"), []
+        clips, made = list(rows(tables / f"learners-{split}.tsv")), []
         for row in clips:
             path = audio / f"{sha256(row['path'].encode()).hexdigest()[:16]}.wav"
             if not path.exists():
@@ -93,10 +81,9 @@ def sentences(data: Path) -> Iterator[tuple[str, str]]:
     parallel = [data / "parallel/tatoeba-en-hi/hin.txt", data / "parallel/tico19/en-hi.tsv"]
     found = {line.split("\t")[1].strip() for path in parallel for line in path.read_text("utf-8").splitlines()}
     fit = [text for text in found if DEVANAGARI.fullmatch(text) and 3 <= len(text.split()) <= 14]
-    digest = lambda text: int.from_bytes(sha256(text.encode()).digest()[:8])  # noqa: E731
-    fit = sorted(fit, key=digest)[:SENTENCES]
+    fit = sorted(fit, key=place)[:SENTENCES]
     for text in fit:
-        share = digest(text) / digest(fit[-1])
+        share = place(text) / place(fit[-1])
         yield "test" if share < TEST else "dev" if share < TEST + DEV else "train", text
 
 

@@ -53,6 +53,24 @@ def test_what_is_beyond_the_reach_of_every_expert_is_for_none_though_nothing_was
         assert (router(clips(3, 50, 53)[:, 0].float(), allowed=range(experts)).experts != NONE).all()
 
 
+def test_an_expert_that_is_less_probable_than_asked_for_leaves_the_clip_to_the_base() -> None:
+    """Two that are both half sure would answer together, each in its own language."""
+    tensors = fit([clips(kind, 30, kind) for kind in range(4)])
+    bold, careful = router_of(tensors, experts=3), router_of(tensors, experts=3)
+    careful.least = 0.6
+    between = [0.5 * (clips(0, 50, 1) + clips(1, 50, 2)), clips(0, 50, 3)]
+    for features in (part[:, 0].float() for part in between):
+        found, kept = bold(features), careful(features)
+        probable = bold.fit.logits(features, bold.weight).softmax(1)[:, :3] >= 0.6
+        for row, (first, *_) in enumerate(kept.choices):
+            assert first == (found.choices[row][0] if probable[row].any() else NONE)
+        assert (careful(features, allowed=[0, 1]).experts[:, 0] != NONE).all()
+    unsure, sure = (part[:, 0].float() for part in between)
+    left = [(router(unsure).experts[:, 0] == NONE).sum() for router in (bold, careful)]
+    assert left[1] > left[0]
+    assert (careful(sure).experts[:, 0] == 0).float().mean() > 0.9
+
+
 def test_distances_are_those_of_mahalanobis() -> None:
     part = clips(0, 40, 1).flatten(0, 1)
     covariance = part.T.cov(correction=0)

@@ -58,7 +58,12 @@ def noise(x: np.ndarray, decibels: float, rng: np.random.Generator) -> np.ndarra
     if rng.random() < 0.5:
         spectrum = np.fft.rfft(drawn) / np.sqrt(np.maximum(np.fft.rfftfreq(len(x), 1 / SAMPLE_RATE), 20))
         drawn = np.fft.irfft(spectrum, len(x))
-    return drawn * (x.std() / max(float(drawn.std()), 1e-9) * 10 ** (-decibels / 20))
+    return below(x, drawn, decibels)
+
+
+def below(x: np.ndarray, other: np.ndarray, decibels: float) -> np.ndarray:
+    """The other sound, so many decibels under ``x``."""
+    return other * (x.std() / max(float(other.std()), 1e-9) * 10 ** (-decibels / 20))
 
 
 def _companded(x: np.ndarray) -> np.ndarray:

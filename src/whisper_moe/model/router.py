@@ -178,8 +178,16 @@ class Router(nn.Module):
 
     @classmethod
     def of(cls, d_model: int, moe: MoEConfig) -> Router:
-        kind = {"biased": moe.balance_bias, "fitted": moe.fitted_router, "grows": moe.granularity != "ffn"}
-        return cls(d_model, moe.n_experts, moe.top_k, moe.none_choice, least=moe.least_probability, **kind)
+        return cls(
+            d_model,
+            moe.n_experts,
+            moe.top_k,
+            moe.none_choice,
+            biased=moe.balance_bias,
+            fitted=moe.fitted_router,
+            grows=moe.granularity != "ffn",
+            least=moe.least_probability,
+        )
 
     def forward(self, features_ND: Tensor, allowed: Sequence[int] | None = None) -> Routing:
         """Features [N, D] → the experts and gates of each row; ``allowed``: among these alone, -1 for *none*. Where fewer than
