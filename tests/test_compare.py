@@ -100,9 +100,10 @@ def compared(tmp_path: Path) -> Callable[..., dict[str, Any]]:
         flags.append(f"--set={name}={table(folder, [f'{text} {i}' for i in range(3)], [language] * 3)}")
     flags += [f"--expert={name}={tmp_path / name}" for name in ("cats", "hindi", "ttt")]
 
-    def run(*more: str) -> dict[str, Any]:
+    def run(*more: str, experts: bool = True) -> dict[str, Any]:
         DECODED.clear(), HELD.clear()
-        asked = compare.arguments([str(tmp_path / "out"), *flags, "--limit=1", "--no-fallback", *more])
+        given = [flag for flag in flags if experts or "--expert" not in flag]
+        asked = compare.arguments([str(tmp_path / "out"), *given, "--limit=1", "--no-fallback", *more])
         assert compare.compare(asked, apart=here) == 0
         return json.loads((tmp_path / "out" / "report.json").read_text(encoding="utf-8"))
 
@@ -145,6 +146,16 @@ def test_everything_is_decoded_once_until_a_model_is_trained_anew(tmp_path: Path
     assert [sent for _, sent in later["dispatch"]["cats"]] == [
         "hindi" if language in ("en", "hi", "ur") else "base" for language, _ in report["dispatch"]["cats"]
     ]
+
+
+def test_one_model_can_be_compared_with_the_base_alone(compared: Callable[..., Any]) -> None:
+    report = compared(experts=False)
+    assert DECODED == ["base", "merged"]
+    assert {*report["figures"]} == {"base", "oracle", "dispatch", "merged"} == {*report["costs"]}
+    found = report["figures"]["base"]
+    own = [found[place]["cer"]["value"] for place in ("cats", "hindi", "ttt")]
+    assert found["mean"]["cer"]["value"] == pytest.approx(np.mean(own))
+    assert found["for none"]["cer"]["value"] == found["none:fr"]["cer"]["value"]
 
 
 def test_the_soup_is_the_mean_of_what_all_have(tmp_path: Path) -> None:

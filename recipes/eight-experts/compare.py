@@ -9,7 +9,8 @@ clip's language (but with ``--tell``); an expert alone is told its own, as withi
 
 ``base``, and every expert everywhere; ``oracle``: the expert of each set on it, all loaded at once and the right one named;
 ``dispatch``: the language that the base hears says which expert answers (``EXPERT_OF``), English goes to the expert that was best
-on the dev sets; ``soup``: the mean of the experts' weights. Oracle and dispatch decode nothing of their own.
+on the dev sets; ``soup``: the mean of the experts' weights. Oracle and dispatch decode nothing of their own. Without ``--expert``
+the base alone is beside the systems given, and the oracle is the base.
 
 OUT/transcripts has a file for each system and set, named by what it depends on (weights, clips, margin, what is told; not this
 program's own version): what is there is not decoded again. Speed and memory are of a run of their own, all systems in turn.
@@ -94,6 +95,7 @@ def compare(asked: argparse.Namespace, apart: Callable[..., Any] = systems.apart
     if lost := [f"{name}: {failed[name]}" for name in crew if name in failed]:
         raise ValueError("; ".join(lost))
 
+    kinds = names or [place for place in sets if family(place) == place]
     own = {place: family(place) if family(place) in names else base for place in sets}
     english = json.loads((Path(asked.dev) / REPORT).read_text())["english"] if asked.dev else None
     english = english or best_english(sets, texts, names)
@@ -125,7 +127,7 @@ def compare(asked: argparse.Namespace, apart: Callable[..., Any] = systems.apart
         "not_in_soup": [name for name in names if name not in same],
         "failed": failed,
         "dispatch": sent,
-        "figures": figures(sets, texts, names),
+        "figures": figures(sets, texts, kinds),
         "routing": {name: routing(known, texts[name]) for name, known in asks.items()},
         "timed_clips": asked.speed_clips,
         "costs": costs(jobs, asked.rounds, out / "speed.json", apart) if clips else {},

@@ -4,8 +4,8 @@
     python recipes/eight-experts/default.py router BASE TABLES OUT        the same with a router that is fitted
     python recipes/eight-experts/default.py join ROUTER RUNS TABLES OUT   with the experts of eight runs of ``train.py --of BASE``
 
-The router is fitted to clips of each set, each with 0.5 s and 2.5 s of silence and padded to 30 s, and to clips that none of the
-experts is for (``none-train.tsv``). Only training tables are read.
+The router is fitted to clips of each set and of some second sources, each with 0.5 s and 2.5 s of silence and
+padded to 30 s, and to clips that none of the experts is for (``none-train.tsv``). Only training tables are read.
 """
 
 from __future__ import annotations
@@ -46,6 +46,9 @@ NAMES = tuple(SOURCES)
 ROUTER_LAYER = 2
 MARGINS = (0.5, 2.5, FULL_WINDOW)
 CLIPS, NONE_CLIPS = 40, 160
+TWO_SOURCES = ("malayalam", "swahili", "digits")
+"""Of these the router hears a second source. Names spelled out and prompts by a synthesiser are to it what English read by it is,
+and that is for none."""
 LEAST = 0.6
 """Two experts that were trained apart and are both half sure write neither's language."""
 SEED = 14
@@ -67,7 +70,8 @@ def router(source: Path, tables: Path, out: Path) -> None:
     model = load_checkpoint(source)
     assert model.config.moe is not None
     moe = model.config.moe.model_copy(update={"fitted_router": True, "least_probability": LEAST})
-    probes = [clips(tables / f"{name}-train.tsv", CLIPS) for name in NAMES]
+    heard = [[f"{name}-train", *([f"{name}-second-train"] if name in TWO_SOURCES else [])] for name in NAMES]
+    probes = [[clip for table in each for clip in clips(tables / f"{table}.tsv", CLIPS)] for each in heard]
     fresh = {f"{ROUTER}{key}": tensor for key, tensor in Router.of(model.config.d_model, moe).state_dict().items()}
     config = model.config.model_copy(update={"moe": moe})
     unfitted = replace(model, config=config, state=dict(model.state) | fresh)

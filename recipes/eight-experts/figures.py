@@ -58,7 +58,10 @@ def compared(mine: ErrorCounts, base: ErrorCounts, oracle: ErrorCounts) -> dict[
 
 
 def figures(sets: Sets, texts: Texts, experts: Sequence[str]) -> dict[str, dict[str, Any]]:
-    """System → set, or group of sets of which it is the mean → metric → value, interval, and less the base and the oracle."""
+    """System → set, or group of sets of which it is the mean → metric → value, interval, and less the base and the oracle.
+
+    ``experts``: those whose sets are the ones to be good at.
+    """
     groups = {MEAN: [name for name in sets if name in experts]}
     groups["other sources"] = [name for name in sets if name not in experts and family(name) in experts]
     groups["for none"] = [name for name in sets if family(name) not in experts]

@@ -1,10 +1,12 @@
-"""The two sets that are made rather than recorded, after ``split.py``: tables for ``whisper-moe train`` beside the others.
+"""What is made rather than recorded, after ``split.py``: tables for ``whisper-moe train`` beside the others.
 
     python recipes/eight-experts/synthetic.py noisy TABLES AUDIO              learners' clips in rooms and noise
     python recipes/eight-experts/synthetic.py hindi DATA TABLES AUDIO VOICE   the parallel texts, read by a synthesiser
+    python recipes/eight-experts/synthetic.py second TABLES AUDIO VOICE       a second source of five sets: synthesisers read them
 
-Both are synthetic, and called so wherever a figure of theirs stands. *noisy* keeps the split of the recordings that it is made
+All is synthetic, and called so wherever a figure of it stands. *noisy* keeps the split of the recordings that it is made
 of; the babble behind a clip is of clips of the same split. *hindi*: a sentence is in one split, a voice of the test in no other.
+*second* is for routers, which would know a set by its microphone; texts keep their split, voices of the test are in no other.
 VOICE is a Python file with a class ``Teacher(folder)``, called with text, language, voice and speed, that gives samples at its
 ``rate``; its weights are in the folder that the environment's ``TEACHER`` names. What is there already is not made again.
 """
@@ -13,11 +15,13 @@ from __future__ import annotations
 
 import os
 import re
+import subprocess
 import sys
 import wave
 from collections.abc import Iterator, Mapping
 from hashlib import sha256
 from importlib.util import module_from_spec, spec_from_file_location
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -34,6 +38,14 @@ DEVANAGARI = re.compile(r"[\u0900-\u0963\s,।?!.\-\u2019]+")
 DECIBELS = (0.0, 12.0)
 BABBLE = 3
 """Voices behind every other clip; steady noise behind the rest."""
+SECOND = {"malayalam": "ml", "swahili": "sw", "spelled": "en", "telephone": "en", "digits": "en"}
+SECOND_CLIPS = 24
+ESPEAK = {"train": ("m1", "f1", "m3", "f4"), "test": ("m2", "f2")}
+"""Variants of espeak-ng's voice, for languages that the synthesiser does not speak."""
+ENGLISH = {
+    "train": ("af_heart", "af_bella", "am_adam", "am_michael", "bf_emma", "bm_george", "am_puck", "af_sarah"),
+    "test": ("bf_isabella", "bm_lewis", "af_sky", "am_onyx"),
+}
 Row = Mapping[str, str]
 
 
@@ -87,12 +99,16 @@ def sentences(data: Path) -> Iterator[tuple[str, str]]:
         yield "test" if share < TEST else "dev" if share < TEST + DEV else "train", text
 
 
-def hindi(data: Path, tables: Path, audio: Path, voice: Path) -> None:
+def teacher_of(voice: Path) -> Any:
     spec = spec_from_file_location("voice", voice)
     assert spec is not None and spec.loader is not None
     module: Any = module_from_spec(spec)
     spec.loader.exec_module(module)
-    teacher = module.Teacher(os.environ["TEACHER"])
+    return module.Teacher(os.environ["TEACHER"])
+
+
+def hindi(data: Path, tables: Path, audio: Path, voice: Path) -> None:
+    teacher = teacher_of(voice)
     made: dict[str, list[tuple[Path, str, str]]] = {}
     for split, text in sentences(data):
         digest = sha256(text.encode()).digest()
@@ -105,5 +121,27 @@ def hindi(data: Path, tables: Path, audio: Path, voice: Path) -> None:
         write_table(tables / f"hindi-{split}.tsv", clips)
 
 
+def second(tables: Path, audio: Path, voice: Path) -> None:
+    teacher = teacher_of(voice)
+    for (name, language), split in product(SECOND.items(), ENGLISH):
+        made: list[tuple[Path, str, str]] = []
+        for row in sorted(rows(tables / f"{name}-{split}.tsv"), key=lambda row: place(row["path"]))[:SECOND_CLIPS]:
+            key, text = f"{split} {row['path']}", row["text"]
+            path, rng = audio / f"{sha256(key.encode()).hexdigest()[:16]}.wav", random_of(key)
+            speed = rng.uniform(0.85, 1.2)
+            if not path.exists() and language == "en":
+                sound = teacher(text, language, str(rng.choice(ENGLISH[split])), speed=speed)
+                loud = np.flatnonzero(np.abs(sound) > 0.02 * np.abs(sound).max())
+                write_sound(
+                    path, sound[loud[0] : loud[-1]], teacher.rate
+                )  # digits of the first source are cut out, too
+            elif not path.exists():
+                speaker = f"{language}+{rng.choice(ESPEAK[split])}"
+                command = ["espeak-ng", "-v", speaker, "-s", str(round(160 * speed)), "-w", str(path), "--", text]
+                subprocess.run(command, check=True)
+            made.append((path.resolve(), text, language))
+        write_table(tables / f"{name}-second-{split}.tsv", made)
+
+
 if __name__ == "__main__":
-    {"noisy": noisy, "hindi": hindi}[sys.argv[1]](*map(Path, sys.argv[2:]))
+    {"noisy": noisy, "hindi": hindi, "second": second}[sys.argv[1]](*map(Path, sys.argv[2:]))

@@ -53,6 +53,22 @@ def test_what_is_beyond_the_reach_of_every_expert_is_for_none_though_nothing_was
         assert (router(clips(3, 50, 53)[:, 0].float(), allowed=range(experts)).experts != NONE).all()
 
 
+def test_an_expert_of_wider_spread_reaches_as_far_as_its_own_clips_and_the_others_no_less() -> None:
+    """Means of a few frames, of words alone, are scattered more than those of sentences."""
+    centre = clips(2, 400, 7).mean((0, 1), keepdim=True)
+
+    def wide(count: int, seed: int) -> Tensor:
+        return centre + 4 * (clips(2, count, seed) - centre)
+
+    tensors = fit([clips(0, 300, 0), clips(1, 300, 1), wide(8, 2), clips(3, 0, 3)])
+    assert tensors["reach"][2] > 1.5 * tensors["reach"][0]
+    assert tensors["reach"][0] == tensors["reach"][1]  # of all clips together
+    router = router_of(tensors, experts=3)
+    held_out = wide(60, 9)[:, 0].float()
+    beyond = router.fit.unknown(held_out, 3)[:, 2]  # pyright: ignore[reportOptionalMemberAccess]
+    assert beyond.float().mean() < 0.2
+
+
 def test_an_expert_that_is_less_probable_than_asked_for_leaves_the_clip_to_the_base() -> None:
     """Two that are both half sure would answer together, each in its own language."""
     tensors = fit([clips(kind, 30, kind) for kind in range(4)])

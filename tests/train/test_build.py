@@ -30,7 +30,7 @@ from whisper_moe.train.parallel import Parallel
 from whisper_moe.train.reading import RecipeError, apply
 from whisper_moe.train.recipe import ContextRecipe, Recipe, recipe_of
 from whisper_moe.train.run import RECORD, check_same, run
-from whisper_moe.weights.checkpoint import Loaded
+from whisper_moe.weights.checkpoint import Loaded, save_checkpoint
 from whisper_moe.weights.load import load_model
 
 Tree = dict[str, Any]
@@ -226,6 +226,20 @@ def test_a_run_for_one_expert_changes_that_expert_alone(material: Path, tmp_path
     for key in changed:
         same = [torch.equal(*pair) for pair in zip(after[key], before[key], strict=True)]
         assert same == [True, False, True], key
+
+
+def test_an_expert_is_trained_on_what_a_teacher_would_say(material: Path, tmp_path: Path) -> None:
+    def of(teacher: Path) -> Recipe:
+        taught = {"losses": {"teacher": str(teacher)}}
+        return recipe_with(material, lambda tree: (tree["model"].update(expert="tamil"), tree.update(taught)))
+
+    assert run(of(material / "model"), tmp_path / "run") == 0
+    [line, *_] = (tmp_path / "run/metrics.jsonl").read_text("utf-8").splitlines()
+    assert json.loads(line)["divergence"] > 0  # the teacher chooses its experts itself
+    other = load_model(str(material / "model"))
+    save_checkpoint(tmp_path / "other", replace(other, tokenizer_json=other.tokenizer_json + b"\n"))
+    with pytest.raises(RecipeError, match=r"losses\.teacher: .*other does not have the model's tokens"):
+        run(of(tmp_path / "other"), tmp_path / "refused")
 
 
 def test_the_expert_that_is_trained_answers_alone() -> None:

@@ -110,6 +110,7 @@ CONTEXT = "losses.context={padded: 0.1}"
         ("evaluation.patience=2", "needs corpora in data.evaluation"),
         ("data.train=[]", "data.train"),
         ("losses={context: {}, balancing: bias}", "losses.context: nothing is balanced on the way"),
+        ("losses={context: {}, teacher: other}", "losses.context: the model is its own teacher there"),
         ("model.adapt={full_windows: false}", "losses.context.padded: full windows teach nothing"),
     ],
 )

@@ -26,7 +26,8 @@ BATCH = 32
 COOLEST = 0.05
 """The least temperature: of few clips that are all told apart, none would make them sure enough."""
 KNOWN = 0.98
-"""Share of the clips that were held out that lie within their expert's reach; beyond it a clip is unknown, and for none."""
+"""Share of the clips that were held out, of all experts and of each, that lie within its reach; beyond it a clip is unknown, and
+for none."""
 PREFERRED = 0.99
 """Share of a new expert's clips that are to prefer it."""
 SHRINKAGE = 0.3
@@ -57,12 +58,13 @@ def fit(features: Sequence[Tensor]) -> dict[str, Tensor]:
     solved = columns(whole)
     fitted = {"weight": solved[:, 1:], "intercept": solved[:, 0], "moments": whole, "centre": centre, "scale": scale}
     fitted |= {"temperature": _temperature(columns(even), halves[1]), "whitening": whitening(whole[:-1])}
-    far: list[Tensor] = []
-    for seen, held_out in ((even, halves[1]), (odd, halves[0])):
-        white = whitening(seen[:-1])
-        far += [distances(held_out[c], seen[c], white) for c in range(len(features) - 1)]
-    reach = torch.cat(far).quantile(KNOWN).expand(len(features) - 1)
-    fitted["reach"] = torch.cat([reach, reach.new_zeros(1)])
+    pairs = [(seen, whitening(seen[:-1]), held_out) for seen, held_out in ((even, halves[1]), (odd, halves[0]))]
+    far = [
+        torch.cat([distances(held[c], seen[c], white) for seen, white, held in pairs]) for c in range(len(whole) - 1)
+    ]
+    pooled = torch.cat(far).quantile(KNOWN)
+    own = torch.stack([each.quantile(KNOWN) for each in far])  # of very short clips much farther: means of few frames
+    fitted["reach"] = torch.cat([own.clamp_min(pooled), own.new_zeros(1)])
     return {name: tensor.float() for name, tensor in fitted.items()}
 
 

@@ -26,7 +26,6 @@ from typing import Any
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from numpy.typing import NDArray
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
@@ -42,7 +41,7 @@ from whisper_moe.media.tokenizer import Tokenizer
 from whisper_moe.model.inference import prepare_for_inference
 from whisper_moe.model.model import Output
 from whisper_moe.packing import Layout
-from whisper_moe.train.losses import Terms, Totals, run_packs
+from whisper_moe.train.losses import Terms, Totals, divergence, run_packs
 from whisper_moe.train.parallel import Parallel
 from whisper_moe.train.recipe import ContextRecipe
 from whisper_moe.weights.files import atomic_file
@@ -258,8 +257,3 @@ def relative_error(found: Tensor, wanted: Tensor) -> Tensor:
     """[depths, T, D] twice → the sum over tokens of the mean over depths of |found − wanted|² / mean |wanted|²."""
     power = wanted.square().mean(dim=(1, 2), keepdim=True)
     return ((found - wanted).square() / power).mean(dim=(0, 2)).sum()
-
-
-def divergence(logits_TV: Tensor, wanted_TV: Tensor) -> Tensor:
-    """The sum over tokens of KL(wanted ‖ found)."""
-    return F.kl_div(logits_TV.float().log_softmax(-1), wanted_TV.log_softmax(-1), reduction="sum", log_target=True)

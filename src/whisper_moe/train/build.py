@@ -183,7 +183,20 @@ class Sources:
             each.name: given.weight for each, given in zip(corpora, data.train, strict=True) if given.weight != 1
         }
         mixing = data.loader.mixing.model_copy(update={"weights": weights | dict(data.loader.mixing.weights)})
-        return self._loader(corpora, mixing), SpeechObjective(self.recipe.losses)
+        return self._loader(corpora, mixing), SpeechObjective(self.recipe.losses, self._teacher())
+
+    def _teacher(self) -> WhisperMoEModel | None:
+        source, config = self.recipe.losses.teacher, self.initial.config
+        if source is None:
+            return None
+        loaded = load_model(source)
+        if loaded.experts:
+            raise RecipeError(f"losses.teacher: {source}: its experts are whole models; name one of them")
+        if loaded.tokenizer_json != self.initial.tokenizer_json or loaded.config.n_mels != config.n_mels:
+            raise RecipeError(f"losses.teacher: {source} does not have the model's tokens and mel bands")
+        model = empty_model(loaded.config)
+        model.load_state_dict(loaded.state, assign=True)
+        return model.eval().requires_grad_(False).to(self.parallel.device)
 
     def context(
         self, context: ContextRecipe, directory: Path, model: WhisperMoEModel

@@ -1,6 +1,7 @@
 """Losses of one pass, each a sum that is divided by a whole step's totals: passes and processes simply add up.
 
-- Cross-entropy over the label tokens (-100 is ignored), divided by all label tokens of the step.
+- Cross-entropy over the label tokens (-100 is ignored), divided by all label tokens of the step; and, where there is a
+  teacher, the divergence from its next token's probabilities there (Distil-Whisper, arXiv 2311.00430, section 3).
 - Router: balance loss (Switch, arXiv 2101.03961, section 2.2, for top-k) and z-loss (ST-MoE, arXiv 2202.08906, section 4)
   per layer; or no loss but a bias on the choice (arXiv 2408.15664).
 
@@ -58,6 +59,12 @@ def cross_entropy(logits_TV: Tensor, labels_T: Tensor, *, smoothing: float = 0.0
     return F.cross_entropy(
         at_least_float32(logits_TV), labels_T, ignore_index=IGNORED, reduction="sum", label_smoothing=smoothing
     )
+
+
+def divergence(logits_TV: Tensor, wanted_TV: Tensor) -> Tensor:
+    """The sum over tokens of KL(wanted ‖ found)."""
+    wanted = at_least_float32(wanted_TV).log_softmax(-1)
+    return F.kl_div(at_least_float32(logits_TV).log_softmax(-1), wanted, reduction="sum", log_target=True)
 
 
 def choice_counts(routing: Routing) -> Tensor:
@@ -129,9 +136,11 @@ def balance_biases(model: nn.Module, counts: Tensor, rate: float) -> None:
 
 @dataclass(frozen=True)
 class SpeechObjective:
-    """Cross-entropy of what is said, and the routers' losses."""
+    """Cross-entropy of what is said, what a teacher would say, and the routers' losses."""
 
     given: LossRecipe
+    teacher: nn.Module | None = None
+    """Frozen, with the model's own tokens; it hears what the model hears."""
 
     def totals(self, packs: Sequence[Pack]) -> Totals:
         labelled = sum(int((pack.labels_T != IGNORED).sum()) for pack in packs)
@@ -145,15 +154,20 @@ class SpeechObjective:
         own = self.totals(packs).segments
         here = [pack.to(parallel.device) for pack in packs] or [_placeholder(model, parallel.device)]
         output = run_packs(model, here)
-        cross = cross_entropy(
-            output.logits, torch.cat([p.labels_T for p in here]), smoothing=self.given.label_smoothing
-        )
-        cross = cross / totals.tokens
+        labels = torch.cat([pack.labels_T for pack in here])
+        cross = cross_entropy(output.logits, labels, smoothing=self.given.label_smoothing) / totals.tokens
         segments = float(parallel.sum(torch.tensor(float(own), device=parallel.device)))
         loss, parts, counts = router_terms(
             output.routings, segments / totals.segments, self.given, parallel.sum, real=own > 0
         )
-        return Terms(cross + loss, {"cross_entropy": cross.detach(), **parts}, counts)
+        parts = {"cross_entropy": cross.detach(), **parts}
+        if self.teacher is not None:
+            with torch.no_grad():
+                wanted = run_packs(self.teacher, here).logits
+            said = labels != IGNORED
+            apart = divergence(output.logits[said], wanted[said]) / totals.tokens
+            loss, parts["divergence"] = loss + self.given.distillation * apart, apart.detach()
+        return Terms(cross + loss, parts, counts)
 
 
 def run_packs(model: nn.Module, packs: Sequence[Pack]) -> Output:

@@ -198,6 +198,10 @@ class LossRecipe(_Frozen):
     """Instead of the cross-entropy: transcripts are not needed, and only what ``freeze`` and ``train`` leave learns."""
     label_smoothing: float = Field(default=0.0, ge=0, lt=1)
     """Weight of a uniform target in the cross-entropy."""
+    teacher: str | None = None
+    """A model with the same tokens, whose probabilities are learned beside what is said (distillation): a folder or a Hub id."""
+    distillation: float = Field(default=0.8, ge=0)
+    """Factor of the divergence from the teacher's probabilities."""
     balancing: Literal["loss", "bias", "none"] = "loss"
     """How experts are kept in balance: a loss for each router, a bias on the choice (arXiv 2408.15664), or not at all."""
     balance: float = Field(default=0.01, ge=0)
@@ -328,6 +332,8 @@ class Recipe(_Frozen):
             raise ValueError(
                 "losses.context: nothing is balanced on the way, so losses.balancing cannot be bias; take none"
             )
+        if context and self.losses.teacher:
+            raise ValueError("losses.context: the model is its own teacher there, so losses.teacher cannot be another")
         if context and context.padded and adapt and not adapt.full_windows:
             raise ValueError(NOTHING_TO_TEACH)
         layout = self.parallel
