@@ -58,6 +58,17 @@ def test_fewer_clips_are_some_of_more_and_the_order_of_the_table_does_not_matter
     assert [clip.sample.text for clip in decoding.sample(str(file), 3)] == drawn[:3]
 
 
+def test_every_clip_that_is_for_no_expert_and_changed_is_listed(tmp_path: Path) -> None:
+    four = clips(table(tmp_path, ["a b", "c d", "e f", "g h"], ["en"] * 4))
+    base, new = ([Heard(text) for text in texts] for texts in (["A b.", "c", "e f", "g"], ["a b", "c d", "e f", "h"]))
+    texts = {name: {"cats": each, "none:fr": each} for name, each in {"base": base, "new": new}.items()}
+    shown = figures.transcripts({"cats": four, "none:fr": four}, texts, ["new"], ["cats"])
+    cats, other = shown.split("## ")[1:]
+    assert cats.startswith("cats: 2 of 4") and cats.count("- said") == 2
+    assert other.startswith("none:fr: 2 of 4")
+    assert "- said: c d\n- base: c\n- new: c d" in other and "- said: g h\n- base: g\n- new: h" in other
+
+
 @pytest.mark.parametrize(
     ("language", "expert"),
     [("ml", "malayalam"), ("ur", "hindi"), ("en", "digits"), ("sw", "base"), ("fr", "base"), (None, "base")],

@@ -28,7 +28,7 @@ from pathlib import Path
 from typing import Any
 
 from decoding import THE_CLIPS, Job, Model, costs, digest, heard_by, sample
-from figures import Sets, Texts, best_english, family, figures, routing, write
+from figures import Sets, Texts, best_english, family, figures, routing, transcripts, write
 from soup import alike, cook
 
 from whisper_moe.evaluate import systems
@@ -133,6 +133,8 @@ def compare(asked: argparse.Namespace, apart: Callable[..., Any] = systems.apart
         "costs": costs(jobs, asked.rounds, out / "speed.json", apart) if clips else {},
     }
     write(out, report)
+    ran = [model.name for model in rivals if model.name not in failed]
+    (out / "transcripts.md").write_text(transcripts(sets, texts, ran, kinds), encoding="utf-8")
     return int(bool(failed))
 
 

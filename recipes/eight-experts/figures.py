@@ -17,8 +17,10 @@ from whisper_moe.evaluate.measure import Clip
 from whisper_moe.evaluate.metrics import ErrorCounts, character_counts, clip_counts, interval, paired_difference
 from whisper_moe.evaluate.report import heat_map, markdown_table
 from whisper_moe.evaluate.systems import Heard
+from whisper_moe.media.normalize import normalize
 
 METRICS = {"wer_capped": "WER, capped", "cer_capped": "CER, capped", "wer": "WER", "cer": "CER"}
+SHOWN = 2
 MEAN = "mean"
 """Of the sets that are named after an expert."""
 Sets: TypeAlias = Mapping[str, list[Clip]]
@@ -98,6 +100,23 @@ def routing(names: Sequence[str], heard: Mapping[str, Sequence[Heard]]) -> dict[
             "right": [right.value, *interval(right)] if family(place) in names else None,
         }
     return found
+
+
+def transcripts(sets: Sets, texts: Texts, systems: Sequence[str], experts: Sequence[str]) -> str:
+    """The first clips of each set; of those that are for no expert, all where a system's words are not the base's."""
+    parts = [
+        "Said and written. Of sets that are for no expert: every clip of which a system's words are not the base's."
+    ]
+    for place, clips in sets.items():
+        blocks = list[str]()
+        for i, clip in enumerate(clips):
+            found = {name: texts[name][place][i].text for name in ("base", *systems)}
+            words = {normalize(text, clip.sample.target_language) for text in found.values()}
+            if len(blocks) < SHOWN if family(place) in experts else len(words) > 1:
+                lines = {"said": clip.sample.text, **found}.items()
+                blocks.append("\n".join(f"- {name}: {' '.join(text.split())}" for name, text in lines))
+        parts += [f"## {place}: {len(blocks)} of {len(clips)}", *blocks]
+    return "\n\n".join(parts) + "\n"
 
 
 def write(out: Path, report: Report) -> None:
