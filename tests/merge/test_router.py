@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from whisper_moe.merge.router import RIDGE, SHRINKAGE, columns, distances, fit, moments_of, whitening
+from whisper_moe.merge.router import RIDGE, SHRINKAGE, columns, distances, fit, moments_of, reach_of, whitening
 from whisper_moe.model.router import NONE, Router
 
 WIDTH = 16
@@ -67,6 +67,9 @@ def test_an_expert_of_wider_spread_reaches_as_far_as_its_own_clips_and_the_other
     held_out = wide(60, 9)[:, 0].float()
     beyond = router.fit.unknown(held_out, 3)[:, 2]  # pyright: ignore[reportOptionalMemberAccess]
     assert beyond.float().mean() < 0.2
+    further = (clips(3, 30, 30) - tensors["centre"]) / tensors["scale"]
+    reach = reach_of(further, tensors["whitening"].double(), tensors["reach"][:-1])
+    assert tensors["reach"][0] <= reach < 1.2 * tensors["reach"][0]  # not as far as the scattered one
 
 
 def test_an_expert_that_is_less_probable_than_asked_for_leaves_the_clip_to_the_base() -> None:

@@ -75,8 +75,8 @@ def with_expert(model: Loaded, base: Loaded, name: str, expert: Loaded, clips: S
     solved = lifted(column, old, features.flatten(0, 1), before).float()
     router["weight"] = _inserted(router["weight"], place, solved[1:])
     router["fit.intercept"] = _inserted(router["fit.intercept"], place, solved[0])
-    reach = reach_of(features, state[f"{ROUTER}fit.whitening"].double()).float()
-    router["fit.reach"] = _inserted(router["fit.reach"], place, torch.maximum(reach, router["fit.reach"].amax()))
+    reach = reach_of(features, state[f"{ROUTER}fit.whitening"].double(), router["fit.reach"][:place])
+    router["fit.reach"] = _inserted(router["fit.reach"], place, reach)
     return replace(model, config=config, state=state | {f"{ROUTER}{key}": tensor for key, tensor in router.items()})
 
 

@@ -91,11 +91,14 @@ def distances(x_ND: Tensor, moments: Tensor, whitening_DD: Tensor) -> Tensor:
     return ((x_ND - moments[0, 1:] / moments[0, 0]) @ whitening_DD).norm(dim=1)
 
 
-def reach_of(x_NCD: Tensor, whitening_DD: Tensor) -> Tensor:
-    """A new expert's: what most of one half of its clips (standardised, with their copies) keep from the mean of the other."""
+def reach_of(x_NCD: Tensor, whitening_DD: Tensor, others: Tensor) -> Tensor:
+    """A new expert's: what most of one half of its clips (standardised, with their copies) keep from the mean of the other.
+
+    At least what all experts have (the least of the ``others``), not what one of scattered clips has of its own.
+    """
     halves = [x_NCD[i::2].flatten(0, 1) for i in (0, 1)]
     far = [distances(halves[i], moments_of(halves[1 - i]), whitening_DD) for i in (0, 1)]
-    return torch.cat(far).quantile(KNOWN)
+    return torch.maximum(torch.cat(far).quantile(KNOWN).float(), others.amin())
 
 
 def columns(moments: Tensor, which: Sequence[int] | None = None) -> Tensor:
