@@ -326,9 +326,12 @@ def whole(folder: Path, parallel: Any) -> dict[str, Any]:
         trainer, again = make_trainer(case, within(case), directory=run), make_trainer(case, within(case))
         trainer.step()
         tensors = whole_tensors(trainer)
+        assert trainer.model.encoder.router is not None
+        trainer.model.encoder.router.only = (1,)
         with trainer.parallel.whole(trainer.model) as model:
             assert (model is None) == (parallel.rank > 0)
             logits = None if model is None else model(list(pack((9, 30), 5).mels), random_texts([4, 5])).detach()
+        trainer.model.encoder.router.only = None
         trainer.save()
         again.load(saved(run))
         came_back = whole_tensors(again)

@@ -237,7 +237,11 @@ def test_an_expert_is_trained_on_what_a_teacher_would_say(material: Path, tmp_pa
     [line, *_] = (tmp_path / "run/metrics.jsonl").read_text("utf-8").splitlines()
     assert json.loads(line)["divergence"] > 0  # the teacher chooses its experts itself
     other = load_model(str(material / "model"))
-    save_checkpoint(tmp_path / "other", replace(other, tokenizer_json=other.tokenizer_json + b"\n"))
+    save_checkpoint(tmp_path / "laid out", replace(other, tokenizer_json=other.tokenizer_json + b"\n"))
+    assert run(of(tmp_path / "laid out"), tmp_path / "the same tokens") == 0
+    tokens = json.loads(other.tokenizer_json)
+    tokens["model"]["vocab"] |= {"!": tokens["model"]["vocab"]["?"], "?": tokens["model"]["vocab"]["!"]}
+    save_checkpoint(tmp_path / "other", replace(other, tokenizer_json=json.dumps(tokens).encode()))
     with pytest.raises(RecipeError, match=r"losses\.teacher: .*other does not have the model's tokens"):
         run(of(tmp_path / "other"), tmp_path / "refused")
 
@@ -251,10 +255,13 @@ def test_the_expert_that_is_trained_answers_alone() -> None:
     assert alone is not None
     assert alone.choices == ((2, NONE),) * 3
     assert alone.gates.tolist() == [[1.0, 0.0]] * 3
-    with pytest.raises(RecipeError, match="weight_decay would wear away the other experts"):
-        recipe_of(
-            {"model": {"expert": "x"}, "data": {"train": [table(Path())]}, "optimisation": {"weight_decay": 0.1}},
-            "test",
-        )
+    group = {"pattern": "*.experts.*", "lr": 0.1, "weight_decay": 0.1}
+    for part, given, said in (
+        ("optimisation", {"weight_decay": 0.1}, "weight_decay would wear away the other experts"),
+        ("optimisation", {"groups": [group]}, "weight_decay would wear away the other experts"),
+        ("losses", {"balancing": "bias"}, "losses.balancing cannot be bias"),
+    ):
+        with pytest.raises(RecipeError, match=said):
+            recipe_of({"model": {"expert": "x"}, "data": {"train": [table(Path())]}, part: given}, "test")
     with pytest.raises(RecipeError, match="no expert is called 'odia'; there are hindi, tamil, english"):
         build.only_expert(decoder.model, "odia")

@@ -192,7 +192,8 @@ class Sources:
         loaded = load_model(source)
         if loaded.experts:
             raise RecipeError(f"losses.teacher: {source}: its experts are whole models; name one of them")
-        if loaded.tokenizer_json != self.initial.tokenizer_json or loaded.config.n_mels != config.n_mels:
+        theirs, ours = loaded.tokenizer.vocabulary, self.initial.tokenizer.vocabulary
+        if theirs != ours or loaded.config.n_mels != config.n_mels:
             raise RecipeError(f"losses.teacher: {source} does not have the model's tokens and mel bands")
         model = empty_model(loaded.config)
         model.load_state_dict(loaded.state, assign=True)

@@ -220,6 +220,8 @@ class Parallel:
             if self.rank == 0:
                 copy = empty_model(model.config).train(model.training)
                 copy.load_state_dict(state, assign=True)
+                if copy.encoder.router is not None and model.encoder.router is not None:
+                    copy.encoder.router.only = model.encoder.router.only  # judged as it is trained
         yield copy if self.rank == 0 else None
 
     def sum(self, values: Tensor) -> Tensor:

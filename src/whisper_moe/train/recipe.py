@@ -323,9 +323,15 @@ class Recipe(_Frozen):
     def _check(self) -> Self:
         if self.evaluation.patience is not None and not self.data.evaluation:
             raise ValueError("evaluation.patience needs corpora in data.evaluation")
-        if self.model.expert is not None and self.optimisation.weight_decay:
+        decays = [self.optimisation.weight_decay, *(group.weight_decay for group in self.optimisation.groups)]
+        if self.model.expert is not None and any(decays):
             raise ValueError(
                 "model.expert: optimisation.weight_decay would wear away the other experts too; it has to be 0"
+            )
+        if self.model.expert is not None and self.losses.balancing == "bias":
+            raise ValueError(
+                "model.expert: it answers alone, and a bias would turn the router to the others: losses.balancing cannot "
+                "be bias; take none"
             )
         adapt, context = self.model.adapt, self.losses.context
         if context and self.losses.balancing == "bias":
