@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import json
 import sys
-from collections.abc import Callable
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import replace
 from importlib import import_module
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -111,11 +114,11 @@ def compared(tmp_path: Path) -> Callable[..., dict[str, Any]]:
         flags.append(f"--set={name}={table(folder, [f'{text} {i}' for i in range(3)], [language] * 3)}")
     flags += [f"--expert={name}={tmp_path / name}" for name in ("cats", "hindi", "ttt")]
 
-    def run(*more: str, experts: bool = True) -> dict[str, Any]:
+    def run(*more: str, experts: bool = True, status: int = 0) -> dict[str, Any]:
         DECODED.clear(), HELD.clear()
         given = [flag for flag in flags if experts or "--expert" not in flag]
         asked = compare.arguments([str(tmp_path / "out"), *given, "--limit=1", "--no-fallback", *more])
-        assert compare.compare(asked, apart=here) == 0
+        assert compare.compare(asked, apart=here) == status
         return json.loads((tmp_path / "out" / "report.json").read_text(encoding="utf-8"))
 
     return run
@@ -186,3 +189,77 @@ def test_names_that_would_be_mixed_up_are_refused(tmp_path: Path) -> None:
         compare.compare(compare.arguments([str(tmp_path), "--expert=oracle=x"]))
     with pytest.raises(ValueError, match="experts without a set of their own: cats"):
         compare.compare(compare.arguments([str(tmp_path), "--expert=cats=x"]))
+    for names, said in ((["mean"], "names that are taken: mean"), (["a:b", "a-b"], "files of one name: a:b, a-b")):
+        with pytest.raises(ValueError, match=said):
+            compare.compare(compare.arguments([str(tmp_path), *(f"--set={name}=x" for name in names)]))
+
+
+def test_what_would_fail_at_the_end_is_refused_at_the_beginning(tmp_path: Path) -> None:
+    tiny_whisper_moe(0, DENSE).save_pretrained(tmp_path / "base")
+    given = [str(tmp_path / "out"), f"--base={tmp_path / 'base'}"]
+    DECODED.clear()
+    with pytest.raises(ValueError, match="no set is named after an expert, only none:fr: name one, as in french="):
+        compare.compare(compare.arguments([*given, f"--set=none:fr={table(tmp_path)}"]), apart=here)
+    given += [f"--set=cats={table(tmp_path)}", f"--system=merged={tmp_path / 'nowhere'}"]
+    with pytest.raises(ValueError, match="nowhere"):
+        compare.compare(compare.arguments(given), apart=here)
+    assert DECODED == []
+
+
+def test_who_is_chosen_on_these_very_clips_is_said_to_be(tmp_path: Path, compared: Callable[..., Any]) -> None:
+    """An earlier comparison may have had no English expert, or one that is not there now."""
+    for chosen in (None, "gone"):
+        (tmp_path / "report.json").write_text(json.dumps({"english": chosen}))
+        report = compared(f"--dev={tmp_path}", "--speed-clips=0")
+        assert (report["english"] in ("cats", "ttt"), report["chosen"]) == (True, "these very clips")
+
+
+def test_clips_that_break_count_as_empty_and_are_told(tmp_path: Path, compared: Callable[..., Any]) -> None:
+    compared("--speed-clips=0", experts=False)
+    (file,) = (tmp_path / "out/transcripts/merged").glob("cats.*")
+    head, row = file.read_text(encoding="utf-8").splitlines()
+    cells = row.split("\t")
+    file.write_text("\n".join([head, "\t".join([*cells[:4], "it broke", cells[5], ""])]) + "\n", encoding="utf-8")
+    report = compared("--speed-clips=0", experts=False, status=1)
+    assert report["broken"] == {"merged": {"cats": 1}}
+    assert "Broken, so counted as empty: merged: 1 of cats." in (tmp_path / "out/table.md").read_text(encoding="utf-8")
+
+
+def test_a_clip_of_another_language_is_told_anew(tmp_path: Path) -> None:
+    tiny_whisper_moe(0, DENSE).save_pretrained(tmp_path / "base")
+    told = decoding.Model("base", str(tmp_path / "base"), decoding.THE_CLIPS)
+    english = clips(table(tmp_path, ["a b"], ["en"]))
+    relabelled = [replace(each, sample=replace(each.sample, language="hi")) for each in english]
+    assert told.key(english) != told.key(relabelled)
+    assert told._replace(language=None).key(english) == told._replace(language=None).key(relabelled)
+
+
+def test_every_model_is_warm_before_the_clock_starts_and_the_base_hears_a_language_once(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    heard, detected = list[str](), list[Any]()
+
+    class Slow:
+        """Its first clip costs as much as loading."""
+
+        tokenizer = generation = context_margin = None
+
+        def __init__(self, name: str) -> None:
+            self.name, self.model = name, self
+
+        def load(self) -> Slow:
+            return self
+
+        def hear(self, adapter: Slow, clips: Sequence[Any]) -> None:
+            heard.append(self.name)
+            end = time.process_time() + 0.2 * (heard.count(self.name) == 1)
+            while time.process_time() < end:
+                pass
+
+    crew = {name: Slow(name) for name in ("base", "cats", "hindi")}
+    chosen, three = ["base", "cats", "hindi"], [SimpleNamespace(sound=number) for number in range(3)]
+    assert decoding.timed(decoding.Job(crew, chosen, three))["cpu"] < 0.1
+    detecting = SimpleNamespace(detect_language=lambda sound, *_: detected.append(sound))
+    monkeypatch.setattr(decoding, "WindowDecoder", lambda *_: detecting)
+    decoding.timed(decoding.Job(crew, chosen, three, detect=True))
+    assert detected == [1, 2]  # of its own clip the base hears it as it answers

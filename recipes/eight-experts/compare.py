@@ -27,8 +27,21 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-from decoding import THE_CLIPS, Job, Model, costs, digest, heard_by, sample
-from figures import Sets, Texts, best_english, family, figures, routing, transcripts, write
+from decoding import THE_CLIPS, Job, Model, costs, digest, heard_by, sample, stem
+from figures import (
+    MEAN,
+    NOBODYS,
+    SECOND,
+    Sets,
+    Texts,
+    best_english,
+    broken,
+    family,
+    figures,
+    routing,
+    transcripts,
+    write,
+)
 from soup import alike, cook
 
 from whisper_moe.evaluate import systems
@@ -71,15 +84,28 @@ def decoded(
     return texts, asks, failed
 
 
+def named(asked: argparse.Namespace) -> list[dict[str, str]]:
+    """Sets, experts and other systems. Raises ``ValueError`` for names that would be mixed up, or leave nothing to be told."""
+    tables, experts, others = map(named_experts, (asked.set, asked.expert, asked.system))
+    twice = experts.keys() & others.keys() | OWN & (experts.keys() | others.keys())
+    if twice := twice | {MEAN, SECOND, NOBODYS} & tables.keys():
+        raise ValueError(f"names that are taken: {', '.join(sorted(twice))}")
+    stems = [*map(stem, tables)]
+    if mixed := [name for name in tables if stems.count(stem(name)) > 1]:
+        raise ValueError(f"sets that would have files of one name: {', '.join(mixed)}")
+    if lacking := experts.keys() - tables.keys():
+        raise ValueError(f"experts without a set of their own: {', '.join(sorted(lacking))}")
+    if not any(family(name) == name for name in tables):
+        said = ", ".join(tables) or "none"
+        raise ValueError(f"no set is named after an expert, only {said}: name one, as in french=TABLE")
+    return [tables, experts, others]
+
+
 def compare(asked: argparse.Namespace, apart: Callable[..., Any] = systems.apart) -> int:
     """Everything; the exit status. Raises ``ValueError`` where the base or an expert cannot be run: what was heard stays."""
     out, told = Path(asked.out), THE_CLIPS if asked.tell else None
-    tables, experts, others = map(named_experts, (asked.set, asked.expert, asked.system))
-    if twice := experts.keys() & others.keys() | OWN & (experts.keys() | others.keys()):
-        raise ValueError(f"names that are taken: {', '.join(sorted(twice))}")
+    tables, experts, others = named(asked)
     sets = {name: sample(file, asked.limit) for name, file in tables.items()}
-    if lacking := experts.keys() - sets.keys():
-        raise ValueError(f"experts without a set of their own: {', '.join(sorted(lacking))}")
     crew = {"base": Model("base", asked.base, told, asked.fallback)}
     for name, source in experts.items():
         crew[name] = Model(name, source, told or sets[name][0].sample.language, asked.fallback)
@@ -91,14 +117,16 @@ def compare(asked: argparse.Namespace, apart: Callable[..., Any] = systems.apart
     others = {"soup": str(soup)} | others if same else others
     rivals = [Model(name, source, told, asked.fallback) for name, source in others.items()]
     models = [*crew.values(), *rivals]
+    margins = {model.name: config_of(resolve(model.path)).margin for model in models}
     texts, asks, failed = decoded(models, sets, asked, apart)
     if lost := [f"{name}: {failed[name]}" for name in crew if name in failed]:
         raise ValueError("; ".join(lost))
 
     kinds = names or [place for place in sets if family(place) == place]
     own = {place: family(place) if family(place) in names else base for place in sets}
-    english = json.loads((Path(asked.dev) / REPORT).read_text())["english"] if asked.dev else None
-    english = english or best_english(sets, texts, names)
+    elsewhere = json.loads((Path(asked.dev) / REPORT).read_text())["english"] if asked.dev else None
+    english = elsewhere if elsewhere in names else best_english(sets, texts, names)
+    broke = broken(texts)
     sent = {place: [(h.language, sent_to(h.language, english, names)) for h in texts[base][place]] for place in sets}
     texts["oracle"] = {place: texts[own[place]][place] for place in sets}
     texts["dispatch"] = {place: [texts[to][place][i] for i, (_, to) in enumerate(sent[place])] for place in sets}
@@ -118,14 +146,15 @@ def compare(asked: argparse.Namespace, apart: Callable[..., Any] = systems.apart
         "versions": versions(["whisper-moe", "torch", "numpy", "jiwer"]),
         "sets": {name: {"source": shown(tables[name]), "clips": len(each)} for name, each in sets.items()},
         "models": {model.name: {"source": shown(model.source), "key": model.key()} for model in models},
-        "margins": {model.name: config_of(resolve(model.path)).margin for model in models},
+        "margins": margins,
         "disk_bytes": {model.name: disk_bytes(model.path) for model in models},
         "told": "the clip's is told" if told else "not told; an expert alone is told its own",
         "fallback": asked.fallback,
         "english": english,
-        "chosen": "other clips" if asked.dev else "these very clips",
+        "chosen": "other clips" if elsewhere in names else "these very clips",
         "not_in_soup": [name for name in names if name not in same],
         "failed": failed,
+        "broken": broke,
         "dispatch": sent,
         "figures": figures(sets, texts, kinds),
         "routing": {name: routing(known, texts[name]) for name, known in asks.items()},
@@ -135,7 +164,7 @@ def compare(asked: argparse.Namespace, apart: Callable[..., Any] = systems.apart
     write(out, report)
     ran = [model.name for model in rivals if model.name not in failed]
     (out / "transcripts.md").write_text(transcripts(sets, texts, ran, kinds), encoding="utf-8")
-    return int(bool(failed))
+    return int(bool(failed or broke))
 
 
 def arguments(given: Sequence[str] | None = None) -> argparse.Namespace:

@@ -28,6 +28,7 @@ from whisper_moe.weights.files import atomic_file
 
 logger = logging.getLogger("compare")
 THE_CLIPS = "the clip's"
+KEY_LETTERS = 12
 COLUMNS = ("clip", "language", "experts", "fallbacks", "error", "reference", "text")
 
 
@@ -51,7 +52,8 @@ class Model(NamedTuple):
         if (manifest := self.path / MANIFEST).exists():
             state = manifest.read_bytes()
         sounds = [(clip.sample.id, clip.sample.audio and clip.sample.audio.fingerprint()) for clip in clips]
-        return digest((state, sounds, *self[2:]))
+        told = [[clip.sample.language for clip in clips]] if self.language == THE_CLIPS else []
+        return digest((state, sounds, *self[2:], *told))
 
     def load(self) -> Adapter:
         model = WhisperMoE.from_pretrained(systems.System("ours", self.source).source, threads=1)
@@ -64,7 +66,7 @@ class Model(NamedTuple):
 
 
 def digest(facts: Any) -> str:
-    return hashlib.sha256(repr(facts).encode()).hexdigest()[:12]
+    return hashlib.sha256(repr(facts).encode()).hexdigest()[:KEY_LETTERS]
 
 
 def sample(table: str, limit: int | None) -> list[Clip]:
@@ -73,13 +75,21 @@ def sample(table: str, limit: int | None) -> list[Clip]:
     def place(clip: Clip) -> str:
         return digest((clip.sample.text, Path(clip.sample.audio.name).name if clip.sample.audio else clip.sample.id))
 
-    return sorted(gather([named_corpus(table)])[0], key=place)[:limit]
+    clips, broken = gather([named_corpus(table)])
+    for name, cause in broken:
+        logger.warning("%s: %s is left out: %s", table, name, cause)
+    return sorted(clips, key=place)[:limit]
+
+
+def stem(place: str) -> str:
+    """What the files of a set are called."""
+    return place.replace(":", "-")
 
 
 def heard_by(model: Model, sets: Sets, out: Path, apart: Callable[..., Any]) -> dict[str, list[Heard]]:
     """What it wrote of every set; one process decodes those that are not there yet."""
     folder = out / "transcripts" / model.name
-    files = {name: folder / f"{name.replace(':', '-')}.{model.key(clips)}.tsv" for name, clips in sets.items()}
+    files = {name: folder / f"{stem(name)}.{model.key(clips)}.tsv" for name, clips in sets.items()}
     if missing := {file: sets[name] for name, file in files.items() if not file.exists()}:
         logger.info("%s: decoding %d clips", model.name, sum(map(len, missing.values())))
         apart(decode, model, missing, threads=1)
@@ -96,7 +106,7 @@ def decode(model: Model, jobs: Mapping[Path, list[Clip]]) -> None:
             said = (heard.language or "", gates, str(heard.fallbacks), heard.error or "", clip.sample.text, heard.text)
             rows.append((shown(clip.sample.audio.name) if clip.sample.audio else clip.sample.id, *said))
         file.parent.mkdir(parents=True, exist_ok=True)
-        for old in file.parent.glob(f"{file.name.rsplit('.', 2)[0]}.*.tsv"):
+        for old in file.parent.glob(f"{file.name.rsplit('.', 2)[0]}.{'?' * KEY_LETTERS}.tsv"):
             old.unlink()
         with atomic_file(file) as fresh:
             lines = ("\t".join(" ".join(cell.split()) for cell in row) + "\n" for row in rows)
@@ -121,18 +131,18 @@ class Job(NamedTuple):
     chosen: Sequence[str]
     clips: Sequence[Clip]
     detect: bool = False
-    """Whether the base first tells the language."""
+    """Whether the base first tells the language of what another answers; of its own clips it hears it anyway."""
 
 
 def timed(job: Job) -> dict[str, Any]:
     loaded = {name: model.load() for name, model in job.crew.items()}
-    first = job.chosen[0]
-    job.crew[first].hear(loaded[first], job.clips[:1])
+    for name in dict.fromkeys(job.chosen):  # each warm, as the only model of another system is
+        job.crew[name].hear(loaded[name], job.clips[:1])
     wall, cpu = time.perf_counter(), time.process_time()
     if job.detect:
         base = loaded["base"].model
         decoder = WindowDecoder(base.model, base.tokenizer, base.generation)
-        for clip in job.clips:
+        for clip in (clip for clip, name in zip(job.clips, job.chosen, strict=True) if name != "base"):
             decoder.detect_language(clip.sound, TranscribeOptions(), base.context_margin)
     for name in dict.fromkeys(job.chosen):
         own = [clip for clip, other in zip(job.clips, job.chosen, strict=True) if other == name]

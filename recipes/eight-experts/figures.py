@@ -23,6 +23,8 @@ METRICS = {"wer_capped": "WER, capped", "cer_capped": "CER, capped", "wer": "WER
 SHOWN = 2
 MEAN = "mean"
 """Of the sets that are named after an expert."""
+SECOND, NOBODYS = "other sources", "for none"
+"""Means of the other sets."""
 Sets: TypeAlias = Mapping[str, list[Clip]]
 Texts: TypeAlias = dict[str, dict[str, list[Heard]]]
 """System → set → what each clip became."""
@@ -65,8 +67,8 @@ def figures(sets: Sets, texts: Texts, experts: Sequence[str]) -> dict[str, dict[
     ``experts``: those whose sets are the ones to be good at.
     """
     groups = {MEAN: [name for name in sets if name in experts]}
-    groups["other sources"] = [name for name in sets if name not in experts and family(name) in experts]
-    groups["for none"] = [name for name in sets if family(name) not in experts]
+    groups[SECOND] = [name for name in sets if name not in experts and family(name) in experts]
+    groups[NOBODYS] = [name for name in sets if family(name) not in experts]
     counted = {system: {name: counts(sets[name], each[name]) for name in sets} for system, each in texts.items()}
     for each in counted.values():
         for group, names in groups.items():
@@ -119,6 +121,17 @@ def transcripts(sets: Sets, texts: Texts, systems: Sequence[str], experts: Seque
     return "\n\n".join(parts) + "\n"
 
 
+def broken(texts: Texts) -> dict[str, dict[str, int]]:
+    """System → set → clips that broke in it."""
+    counted = {
+        system: {place: sum(bool(each.error) for each in heard) for place, heard in places.items()}
+        for system, places in texts.items()
+    }
+    return {
+        system: {place: n for place, n in each.items() if n} for system, each in counted.items() if any(each.values())
+    }
+
+
 def write(out: Path, report: Report) -> None:
     """``report.json``, ``table.md``, ``routing.md``, and a heat map of the errors and of who answered in each system."""
     (out / "report.json").write_text(json.dumps(report, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
@@ -154,13 +167,18 @@ def table(report: Report) -> str:
 def notes(report: Report) -> str:
     left_out = ", ".join(report["not_in_soup"]) or "nobody"
     failed = "".join(f"\nNot measured: {name}: {cause}." for name, cause in report["failed"].items())
+    for system, places in report["broken"].items():
+        failed += (
+            f"\nBroken, so counted as empty: {system}: {', '.join(f'{n} of {place}' for place, n in places.items())}."
+        )
     return f"""\
 WER and CER in %. Capped: no clip has more errors than its reference has words or characters. ↓, ↑: fewer or more errors than the
 base, beyond the 95 % interval of the paired difference (bootstrap over clips); °: not surely more than the oracle. Greedy,
 temperature fallback {"on" if report["fallback"] else "off"}; language: {report["told"]}. Dispatch sends English to
 {report["english"]}, chosen on {report["chosen"]}. Left out of the soup: {left_out}. Speed: the base's processor time over the
 system's, {report["timed_clips"]} clips of every set on one thread, second tries included, the
-best of rounds in turns; oracle and dispatch hold all their models.{failed}"""
+best of rounds in turns; oracle and dispatch hold all their models, each of which hears its own clips
+in a smaller batch.{failed}"""
 
 
 def _cell(figure: Mapping[str, Any]) -> str:
