@@ -209,6 +209,18 @@ def test_a_run_that_is_older_than_a_key_can_go_on(material: Path, tmp_path: Path
         check_same(recipe, tmp_path)
 
 
+def test_a_teacher_may_be_moved_and_not_be_another(material: Path, tmp_path: Path) -> None:
+    def of(teacher: Path) -> Recipe:
+        return recipe_with(material, lambda tree: tree.update(losses={"teacher": str(teacher)}))
+
+    (tmp_path / "a/large").mkdir(parents=True), (tmp_path / "a/other").mkdir(), (tmp_path / "b").mkdir()
+    (tmp_path / RECORD).write_text(json.dumps({"recipe": of(tmp_path / "a/large").model_dump(mode="json")}), "utf-8")
+    with pytest.raises(RecipeError, match=r"losses\.teacher was .*large.*, is .*other"):
+        check_same(of(tmp_path / "a/other"), tmp_path)
+    (tmp_path / "a/large").rename(tmp_path / "b/large")
+    check_same(of(tmp_path / "b/large"), tmp_path)
+
+
 # One expert alone.
 
 
