@@ -9,8 +9,8 @@ clip's language (but with ``--tell``); an expert alone is told its own, as withi
 
 ``base``, and every expert everywhere; ``oracle``: the expert of each set on it, all loaded at once and the right one named;
 ``dispatch``: the language that the base hears says which expert answers (``EXPERT_OF``), English goes to the expert that was best
-on the dev sets; ``soup``: the mean of the experts' weights. Oracle and dispatch decode nothing of their own. Without ``--expert``
-the base alone is beside the systems given, and the oracle is the base.
+on the dev sets, or, in a row of its own, to the base; ``soup``: the mean of the experts' weights. Oracle and dispatch decode
+nothing of their own. Without ``--expert`` the base alone is beside the systems given, and the oracle is the base.
 
 OUT/transcripts has a file for each system and set, named by what it depends on (weights, clips, margin, what is told; not this
 program's own version): what is there is not decoded again. Speed and memory are of a run of their own, all systems in turn.
@@ -22,10 +22,10 @@ import argparse
 import json
 import logging
 import sys
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeAlias
 
 from decoding import THE_CLIPS, Job, Model, costs, digest, heard_by, sample, stem
 from figures import (
@@ -56,7 +56,10 @@ logger = logging.getLogger("compare")
 EXPERT_OF = {"ml": "malayalam", "sw": "swahili", "hi": "hindi", "ur": "hindi"}
 """Where dispatch sends a language that the base hears; ``en`` to the best English expert, any other to the base."""
 REPORT = "report.json"
-OWN = {"base", "oracle", "dispatch", "soup"}
+CHOSEN = ("oracle", "dispatch", "dispatch, English to the base")
+OWN = {"base", *CHOSEN, "soup"}
+Sent: TypeAlias = dict[str, dict[str, list[tuple[str | None, str]]]]
+"""Rival that decodes nothing itself → set → of each clip: what language the base hears, and who answers."""
 
 
 def sent_to(language: str | None, english: str | None, known: Sequence[str]) -> str:
@@ -101,44 +104,62 @@ def named(asked: argparse.Namespace) -> list[dict[str, str]]:
     return [tables, experts, others]
 
 
-def compare(asked: argparse.Namespace, apart: Callable[..., Any] = systems.apart) -> int:
-    """Everything; the exit status. Raises ``ValueError`` where the base or an expert cannot be run: what was heard stays."""
-    out, told = Path(asked.out), THE_CLIPS if asked.tell else None
-    tables, experts, others = named(asked)
-    sets = {name: sample(file, asked.limit) for name, file in tables.items()}
+def cast(
+    asked: argparse.Namespace, sets: Sets, experts: Mapping[str, str], others: Mapping[str, str]
+) -> tuple[dict[str, Model], list[Model], list[str]]:
+    """The base with the experts, and their rivals, a soup of those experts among them that can be averaged."""
+    told = THE_CLIPS if asked.tell else None
     crew = {"base": Model("base", asked.base, told, asked.fallback)}
     for name, source in experts.items():
         crew[name] = Model(name, source, told or sets[name][0].sample.language, asked.fallback)
-    base, *names = crew
-    same = alike({name: crew[name].path for name in names}, crew[base].path)
-    soup = out / "models" / f"soup-{digest([crew[name].key() for name in same])}"
+    same = alike({name: crew[name].path for name in experts}, crew["base"].path)
+    soup = Path(asked.out) / "models" / f"soup-{digest([crew[name].key() for name in ('base', *same)])}"
     if same and not soup.exists():
-        cook(same, crew[base].path, soup)
-    others = {"soup": str(soup)} | others if same else others
-    rivals = [Model(name, source, told, asked.fallback) for name, source in others.items()]
+        cook(same, crew["base"].path, soup)
+    others = {"soup": str(soup)} | dict(others) if same else others
+    return crew, [Model(name, source, told, asked.fallback) for name, source in others.items()], [*same]
+
+
+def timings(sets: Sets, most: int, crew: Mapping[str, Model], alone: Sequence[Model], sent: Sent) -> dict[str, Job]:
+    """Of the first clips of each set: models alone, and those that answer by another's choice, all in memory."""
+    few = [(place, i) for place in sets for i in range(len(sets[place][:most]))]
+    clips = [sets[place][i] for place, i in few]
+    jobs = {model.name: Job({model.name: model}, [model.name] * len(clips), clips) for model in alone} if clips else {}
+    for rival, places in sent.items() if clips else ():
+        asked = {who for place in sets for _, who in places[place]}
+        able = asked | ({*crew} - {"base"} if rival == "oracle" else {"base", *EXPERT_OF.values()})
+        held = {name: model for name, model in crew.items() if name in able}
+        jobs[rival] = Job(held, [places[place][i][1] for place, i in few], clips, detect=rival != "oracle")
+    return jobs
+
+
+def compare(asked: argparse.Namespace, apart: Callable[..., Any] = systems.apart) -> int:
+    """Everything; the exit status. Raises ``ValueError`` where the base or an expert cannot be run: what was heard stays."""
+    out, (tables, experts, others) = Path(asked.out), named(asked)
+    sets, names = {name: sample(file, asked.limit) for name, file in tables.items()}, [*experts]
+    crew, rivals, same = cast(asked, sets, experts, others)
     models = [*crew.values(), *rivals]
     margins = {model.name: config_of(resolve(model.path)).margin for model in models}
     texts, asks, failed = decoded(models, sets, asked, apart)
     if lost := [f"{name}: {failed[name]}" for name in crew if name in failed]:
         raise ValueError("; ".join(lost))
-
     kinds = names or [place for place in sets if family(place) == place]
-    own = {place: family(place) if family(place) in names else base for place in sets}
     elsewhere = json.loads((Path(asked.dev) / REPORT).read_text())["english"] if asked.dev else None
     english = elsewhere if elsewhere in names else best_english(sets, texts, names)
     broke = broken(texts)
-    sent = {place: [(h.language, sent_to(h.language, english, names)) for h in texts[base][place]] for place in sets}
-    texts["oracle"] = {place: texts[own[place]][place] for place in sets}
-    texts["dispatch"] = {place: [texts[to][place][i] for i, (_, to) in enumerate(sent[place])] for place in sets}
-
-    few = [(place, i) for place in sets for i in range(len(sets[place][: asked.speed_clips]))]
-    clips = [sets[place][i] for place, i in few]
-    alone = [model for model in (crew[base], *rivals) if model.name not in failed]
-    jobs = {model.name: Job({model.name: model}, [model.name] * len(clips), clips) for model in alone}
-    held = {name: crew[name] for name in (*names, *own.values())}
-    jobs["oracle"] = Job(held, [own[place] for place, _ in few], clips)
-    held = {name: model for name, model in crew.items() if name in (base, english, *EXPERT_OF.values())}
-    jobs["dispatch"] = Job(held, [sent[place][i][1] for place, i in few], clips, detect=True)
+    heard = {place: [each.language for each in texts["base"][place]] for place in sets}
+    own = {place: family(place) if family(place) in names else "base" for place in sets}
+    sent: Sent = {
+        "oracle": {place: [(language, own[place]) for language in heard[place]] for place in sets},
+        "dispatch": {place: [(one, sent_to(one, english, names)) for one in heard[place]] for place in sets},
+        "dispatch, English to the base": {
+            place: [(one, sent_to(one, None, names)) for one in heard[place]] for place in sets
+        },
+    }
+    for rival, places in sent.items():
+        texts[rival] = {place: [texts[who][place][i] for i, (_, who) in enumerate(places[place])] for place in sets}
+    ran = [model for model in rivals if model.name not in failed]
+    jobs = timings(sets, asked.speed_clips, crew, [crew["base"], *ran], sent)
     report = {
         "format": 1,
         "date": datetime.now(UTC).isoformat(timespec="seconds"),
@@ -148,22 +169,22 @@ def compare(asked: argparse.Namespace, apart: Callable[..., Any] = systems.apart
         "models": {model.name: {"source": shown(model.source), "key": model.key()} for model in models},
         "margins": margins,
         "disk_bytes": {model.name: disk_bytes(model.path) for model in models},
-        "told": "the clip's is told" if told else "not told; an expert alone is told its own",
+        "told": "the clip's is told" if asked.tell else "not told; an expert alone is told its own",
         "fallback": asked.fallback,
         "english": english,
         "chosen": "other clips" if elsewhere in names else "these very clips",
         "not_in_soup": [name for name in names if name not in same],
         "failed": failed,
         "broken": broke,
-        "dispatch": sent,
+        "dispatch": sent["dispatch"],
         "figures": figures(sets, texts, kinds),
         "routing": {name: routing(known, texts[name]) for name, known in asks.items()},
         "timed_clips": asked.speed_clips,
-        "costs": costs(jobs, asked.rounds, out / "speed.json", apart) if clips else {},
+        "costs": costs(jobs, asked.rounds, out / "speed.json", apart) if jobs else {},
     }
     write(out, report)
-    ran = [model.name for model in rivals if model.name not in failed]
-    (out / "transcripts.md").write_text(transcripts(sets, texts, ran, kinds), encoding="utf-8")
+    shown_of = transcripts(sets, texts, [model.name for model in ran], kinds)
+    (out / "transcripts.md").write_text(shown_of, encoding="utf-8")
     return int(bool(failed or broke))
 
 

@@ -123,6 +123,7 @@ def hindi(data: Path, tables: Path, audio: Path, voice: Path) -> None:
 
 def second(tables: Path, audio: Path, voice: Path) -> None:
     teacher = teacher_of(voice)
+    audio.mkdir(parents=True, exist_ok=True)  # espeak-ng says nothing in its exit status
     for (name, language), split in product(SECOND.items(), ENGLISH):
         made: list[tuple[Path, str, str]] = []
         for row in sorted(rows(tables / f"{name}-{split}.tsv"), key=lambda row: place(row["path"]))[:SECOND_CLIPS]:
