@@ -120,14 +120,18 @@ def cast(
     return crew, [Model(name, source, told, asked.fallback) for name, source in others.items()], [*same]
 
 
-def timings(sets: Sets, most: int, crew: Mapping[str, Model], alone: Sequence[Model], sent: Sent) -> dict[str, Job]:
+def timings(
+    sets: Sets, most: int, crew: Mapping[str, Model], alone: Sequence[Model], sent: Sent, english: str | None
+) -> dict[str, Job]:
     """Of the first clips of each set: models alone, and those that answer by another's choice, all in memory."""
     few = [(place, i) for place in sets for i in range(len(sets[place][:most]))]
     clips = [sets[place][i] for place, i in few]
-    jobs = {model.name: Job({model.name: model}, [model.name] * len(clips), clips) for model in alone} if clips else {}
-    for rival, places in sent.items() if clips else ():
-        asked = {who for place in sets for _, who in places[place]}
-        able = asked | ({*crew} - {"base"} if rival == "oracle" else {"base", *EXPERT_OF.values()})
+    if not clips:
+        return {}
+    jobs = {model.name: Job({model.name: model}, [model.name] * len(clips), clips) for model in alone}
+    for rival, places in sent.items():
+        able = {who for place in sets for _, who in places[place]} | ({english} if rival == CHOSEN[1] else set())
+        able |= {*crew} - {"base"} if rival == CHOSEN[0] else {"base", *EXPERT_OF.values()}
         held = {name: model for name, model in crew.items() if name in able}
         jobs[rival] = Job(held, [places[place][i][1] for place, i in few], clips, detect=rival != "oracle")
     return jobs
@@ -159,7 +163,7 @@ def compare(asked: argparse.Namespace, apart: Callable[..., Any] = systems.apart
     for rival, places in sent.items():
         texts[rival] = {place: [texts[who][place][i] for i, (_, who) in enumerate(places[place])] for place in sets}
     ran = [model for model in rivals if model.name not in failed]
-    jobs = timings(sets, asked.speed_clips, crew, [crew["base"], *ran], sent)
+    jobs = timings(sets, asked.speed_clips, crew, [crew["base"], *ran], sent, english)
     report = {
         "format": 1,
         "date": datetime.now(UTC).isoformat(timespec="seconds"),
