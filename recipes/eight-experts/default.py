@@ -83,6 +83,12 @@ def join(source: Path, runs: Path, tables: Path, out: Path) -> None:
     state = dict(model.state)
     for number, name in enumerate(NAMES):
         trained = load_checkpoint(runs / name / "model").state
+        if other := [
+            key
+            for key in state
+            if ".experts." not in key and ROUTER not in key and not torch.equal(state[key], trained[key])
+        ]:
+            raise ValueError(f"{runs / name}: trained beside something else than {source}: {other[0]} differs")
         for key in (key for key in state if ".experts." in key):
             state[key][number] = trained[key][number]
         learned = SOURCES[name].format(sum(1 for _ in rows(tables / f"{name}-train.tsv")))

@@ -80,6 +80,8 @@ def test_an_expert_that_is_less_probable_than_asked_for_leaves_the_clip_to_the_b
     between = [0.5 * (clips(0, 50, 1) + clips(1, 50, 2)), clips(0, 50, 3)]
     for features in (part[:, 0].float() for part in between):
         found, kept = bold(features), careful(features)
+        assert found.logits is not None and kept.logits is not None
+        assert torch.equal(found.logits, kept.logits)  # what is said of each is not what may answer
         probable = bold.fit.logits(features, bold.weight).softmax(1)[:, :3] >= 0.6
         for row, (first, *_) in enumerate(kept.choices):
             assert first == (found.choices[row][0] if probable[row].any() else NONE)

@@ -202,15 +202,16 @@ class Router(nn.Module):
             logits = features_ND @ weight.T if self.fit is None else self.fit.logits(features_ND, weight)
             if allowed is not None:
                 logits = logits.index_fill(1, self._barred(allowed, logits.device), -torch.inf)
+            known = logits
             if self.fit is not None and self.none_choice and (allowed is None or NONE in allowed):
                 unknown = self.fit.unknown(features_ND, self.n_experts)
                 unknown |= logits.softmax(1)[:, :-1] < self.least
-                logits = torch.cat([logits[:, :-1].masked_fill(unknown, -torch.inf), logits[:, -1:]], 1)
-            candidates = self._with_none(logits)
+                known = torch.cat([logits[:, :-1].masked_fill(unknown, -torch.inf), logits[:, -1:]], 1)
+            candidates = self._with_none(known)
             if self.bias is None:
                 best, index = _strongest(candidates, self.top_k)
             else:
-                _, chosen = _strongest(self._with_none(logits + self.bias), self.top_k)
+                _, chosen = _strongest(self._with_none(known + self.bias), self.top_k)
                 best, order = _strongest(candidates.gather(1, chosen), self.top_k)
                 index = chosen.gather(1, order)
             nobody = (index >= self.n_experts) | (best == -torch.inf)
