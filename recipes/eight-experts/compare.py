@@ -70,12 +70,13 @@ def sent_to(language: str | None, english: str | None, known: Sequence[str]) -> 
 def decoded(
     models: Iterable[Model], sets: Sets, asked: argparse.Namespace, apart: Callable[..., Any]
 ) -> tuple[Texts, dict[str, list[str]], dict[str, str]]:
-    """What each model wrote, one with experts at each margin; whom those can ask; which could not be run, and why."""
+    """What each model wrote, the base and what has experts at each margin; whom it can ask; which could not be run, and why."""
     texts: Texts = {}
     asks, failed = dict[str, list[str]](), dict[str, str]()
     for model in models:
         config = config_of(resolve(model.path))
-        margins = [margin for margin in asked.margins if config.moe and margin != config.margin]
+        heard = config.moe or model.name == "base"
+        margins = [margin for margin in asked.margins if heard and margin != config.margin]
         try:
             for one in (model, *(model._replace(name=f"{model.name}@{m:g}", margin=m) for m in margins)):
                 texts[one.name] = heard_by(one, sets, Path(asked.out), apart)
@@ -163,6 +164,9 @@ def compare(asked: argparse.Namespace, apart: Callable[..., Any] = systems.apart
     for rival, places in sent.items():
         texts[rival] = {place: [texts[who][place][i] for i, (_, who) in enumerate(places[place])] for place in sets}
     ran = [model for model in rivals if model.name not in failed]
+    found = figures(sets, texts, kinds)
+    if not names:  # all three are the base
+        found, sent = {system: each for system, each in found.items() if system not in CHOSEN}, {}
     jobs = timings(sets, asked.speed_clips, crew, [crew["base"], *ran], sent, english)
     report = {
         "format": 1,
@@ -180,8 +184,8 @@ def compare(asked: argparse.Namespace, apart: Callable[..., Any] = systems.apart
         "not_in_soup": [name for name in names if name not in same],
         "failed": failed,
         "broken": broke,
-        "dispatch": sent["dispatch"],
-        "figures": figures(sets, texts, kinds),
+        "dispatch": sent.get("dispatch", {}),
+        "figures": found,
         "routing": {name: routing(known, texts[name]) for name, known in asks.items()},
         "timed_clips": asked.speed_clips,
         "costs": costs(jobs, asked.rounds, out / "speed.json", apart) if jobs else {},

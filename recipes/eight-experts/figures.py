@@ -151,7 +151,10 @@ def table(report: Report) -> str:
     places = {name: f"{name} ({sizes[name]['clips']})" if name in sizes else name for name in found["base"]}
     parts = [notes(report)]
     for metric in ("wer_capped", "cer_capped", "wer"):
-        rows = [[system, *(_cell(each[place][metric]) for place in places)] for system, each in found.items()]
+        rows = [
+            [system, *(_cell(each[place][metric], "oracle" in found) for place in places)]
+            for system, each in found.items()
+        ]
         parts.append(markdown_table([METRICS[metric], *places.values()], rows))
     head = ["mean of the sets", "WER, capped", "less the base", "less the oracle", "CER, capped"]
     head += ["speed, × base", "peak memory, MiB", "on disk, MB"]
@@ -160,30 +163,46 @@ def table(report: Report) -> str:
         [place, ", ".join(f"{code} → {to}: {n}" for (code, to), n in Counter(map(tuple, pairs)).most_common())]
         for place, pairs in report["dispatch"].items()
     ]
-    parts.append(markdown_table(["dispatch", "language that the base hears → who answers: clips"], sent))
+    if sent:
+        parts.append(markdown_table(["dispatch", "language that the base hears → who answers: clips"], sent))
     return "\n\n".join(parts) + "\n"
 
 
 def notes(report: Report) -> str:
-    left_out = ", ".join(report["not_in_soup"]) or "nobody"
-    failed = "".join(f"\nNot measured: {name}: {cause}." for name, cause in report["failed"].items())
+    silence = ", ".join(f"{name} {margin:g}" for name, margin in report["margins"].items())
+    parts = [
+        "WER and CER in %. Capped: no clip has more errors than its reference has words or characters. ↓, ↑: fewer, more errors",
+        "than the base, beyond the 95 % interval of the paired difference (bootstrap over clips, whoever spoke them). Greedy,",
+        f"temperature fallback {'on' if report['fallback'] else 'off'}; language: {report['told']}.",
+        f"Seconds of silence after a clip: {silence}.",
+    ]
+    if report["dispatch"]:
+        parts += [
+            f"°: not surely more than the oracle. Dispatch sends English to {report['english']}, chosen on {report['chosen']}.",
+            f"Left out of the soup: {', '.join(report['not_in_soup']) or 'nobody'}.",
+        ]
+    if report["costs"]:
+        parts += [
+            f"Speed: the base's processor time over the system's, {report['timed_clips']} clips of each set on one thread, second",
+            "tries included, the best of rounds in turns; oracle and dispatch hold all their models, each of which hears its own",
+            "clips in a smaller batch, and dispatch hears one clip after the other for its language.",
+        ]
+    parts += [f"Not measured: {name}: {cause}." for name, cause in report["failed"].items()]
     for system, places in report["broken"].items():
-        failed += (
-            f"\nBroken, so counted as empty: {system}: {', '.join(f'{n} of {place}' for place, n in places.items())}."
+        parts.append(
+            f"Broken, so counted as empty: {system}: {', '.join(f'{n} of {place}' for place, n in places.items())}."
         )
-    return f"""\
-WER and CER in %. Capped: no clip has more errors than its reference has words or characters. ↓, ↑: fewer or more errors than the
-base, beyond the 95 % interval of the paired difference (bootstrap over clips); °: not surely more than the oracle. Greedy,
-temperature fallback {"on" if report["fallback"] else "off"}; language: {report["told"]}. Dispatch sends English to
-{report["english"]}, chosen on {report["chosen"]}. Left out of the soup: {left_out}. Speed: the base's processor time over the
-system's, {report["timed_clips"]} clips of every set on one thread, second tries included, the
-best of rounds in turns; oracle and dispatch hold all their models, each of which hears its own clips
-in a smaller batch.{failed}"""
+    return "\n".join(parts)
 
 
-def _cell(figure: Mapping[str, Any]) -> str:
+def _cell(figure: Mapping[str, Any], oracle: bool) -> str:
     better, worse = figure["less_base"]["high"] < 0, figure["less_base"]["low"] > 0
-    return f"{100 * figure['value']:.1f}" + "↓" * better + "↑" * worse + "°" * (figure["less_oracle"]["low"] <= 0)
+    return (
+        f"{100 * figure['value']:.1f}"
+        + "↓" * better
+        + "↑" * worse
+        + "°" * (oracle and figure["less_oracle"]["low"] <= 0)
+    )
 
 
 def _whole(report: Report, system: str) -> list[str]:
