@@ -30,7 +30,7 @@ SLIM = (
 """256 hidden units in every routed layer of the default; also on windows that are full."""
 EXPERTS: dict[str, tuple[int, int, int, tuple[str, ...]]] = {
     "malayalam": (120, 120, 16, (*FULL, "optimisation.lr=6e-5")),
-    "swahili": (64, 64, 8, (*FULL, "optimisation.lr=6e-5")),
+    "swahili": (128, 64, 8, (*FULL, "optimisation.lr=6e-5")),
     "spelled": (60, 50, 16, FULL),
     "learners": (72, 90, 16, FULL),
     "hindi": (200, 140, 16, LORA),
