@@ -184,8 +184,8 @@ def notes(report: Report) -> str:
     if report["costs"]:
         parts += [
             f"Speed: the base's processor time over the system's, {report['timed_clips']} clips of each set on one thread,",
-            "second tries included, the best of rounds in turns; oracle and dispatch hold all their models, each of which hears its own",
-            "clips in a smaller batch, and dispatch hears one clip after the other for its language.",
+            "the best of rounds in turns, second tries included; oracle and dispatch hold all their models, each of which",
+            "hears its own clips in a smaller batch, and dispatch hears one clip after the other for its language.",
         ]
     parts += [f"Not measured: {name}: {cause}." for name, cause in report["failed"].items()]
     for system, places in report["broken"].items():
