@@ -134,7 +134,7 @@ def timings(
         able = {who for place in sets for _, who in places[place]} | ({english} if rival == CHOSEN[1] else set())
         able |= {*crew} - {"base"} if rival == CHOSEN[0] else {"base", *EXPERT_OF.values()}
         held = {name: model for name, model in crew.items() if name in able}
-        jobs[rival] = Job(held, [places[place][i][1] for place, i in few], clips, detect=rival != "oracle")
+        jobs[rival] = Job(held, [places[place][i][1] for place, i in few], clips, detect=rival != CHOSEN[0])
     return jobs
 
 
@@ -154,19 +154,14 @@ def compare(asked: argparse.Namespace, apart: Callable[..., Any] = systems.apart
     broke = broken(texts)
     heard = {place: [each.language for each in texts["base"][place]] for place in sets}
     own = {place: family(place) if family(place) in names else "base" for place in sets}
-    sent: Sent = {
-        "oracle": {place: [(language, own[place]) for language in heard[place]] for place in sets},
-        "dispatch": {place: [(one, sent_to(one, english, names)) for one in heard[place]] for place in sets},
-        "dispatch, English to the base": {
-            place: [(one, sent_to(one, None, names)) for one in heard[place]] for place in sets
-        },
-    }
+    sent: Sent = {rival: {} for rival in CHOSEN if names}  # without experts all three are the base
+    for place, languages in heard.items() if names else ():
+        who = [(own[place], sent_to(one, english, names), sent_to(one, None, names)) for one in languages]
+        for rival, answers in zip(CHOSEN, zip(*who, strict=True), strict=True):
+            sent[rival][place] = [*zip(languages, answers, strict=True)]
     for rival, places in sent.items():
         texts[rival] = {place: [texts[who][place][i] for i, (_, who) in enumerate(places[place])] for place in sets}
     ran = [model for model in rivals if model.name not in failed]
-    found = figures(sets, texts, kinds)
-    if not names:  # all three are the base
-        found, sent = {system: each for system, each in found.items() if system not in CHOSEN}, {}
     jobs = timings(sets, asked.speed_clips, crew, [crew["base"], *ran], sent, english)
     report = {
         "format": 1,
@@ -185,7 +180,7 @@ def compare(asked: argparse.Namespace, apart: Callable[..., Any] = systems.apart
         "failed": failed,
         "broken": broke,
         "dispatch": sent.get("dispatch", {}),
-        "figures": found,
+        "figures": figures(sets, texts, kinds),
         "routing": {name: routing(known, texts[name]) for name, known in asks.items()},
         "timed_clips": asked.speed_clips,
         "costs": costs(jobs, asked.rounds, out / "speed.json", apart) if jobs else {},

@@ -74,7 +74,8 @@ def figures(sets: Sets, texts: Texts, experts: Sequence[str]) -> dict[str, dict[
         for group, names in groups.items():
             if names:
                 each[group] = {metric: mean([each[name][metric] for name in names]) for metric in METRICS}
-    base, oracle = counted["base"], counted["oracle"]
+    base = counted["base"]
+    oracle = counted.get("oracle", base)
     return {
         system: {
             place: {metric: compared(part[metric], base[place][metric], oracle[place][metric]) for metric in METRICS}

@@ -130,17 +130,19 @@ def second(tables: Path, audio: Path, voice: Path) -> None:
             key, text = f"{split} {row['path']}", row["text"]
             path, rng = audio / f"{sha256(key.encode()).hexdigest()[:16]}.wav", random_of(key)
             speed = rng.uniform(0.85, 1.2)
-            if not path.exists() and language == "en":
+            made.append((path.resolve(), text, language))
+            if path.exists():
+                continue
+            if language == "en":
                 sound = teacher(text, language, str(rng.choice(ENGLISH[split])), speed=speed)
                 loud = np.flatnonzero(np.abs(sound) > 0.02 * np.abs(sound).max())
                 write_sound(
                     path, sound[loud[0] : loud[-1]], teacher.rate
-                )  # digits of the first source are cut out, too
-            elif not path.exists():
+                )  # digits are cut out in the first source, too
+            else:
                 speaker = f"{language}+{rng.choice(ESPEAK[split])}"
                 command = ["espeak-ng", "-v", speaker, "-s", str(round(160 * speed)), "-w", str(path), "--", text]
                 subprocess.run(command, check=True)
-            made.append((path.resolve(), text, language))
         write_table(tables / f"{name}-second-{split}.tsv", made)
 
 
