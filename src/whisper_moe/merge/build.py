@@ -16,7 +16,7 @@ from whisper_moe.merge.differences import difference_of, with_ttt
 from whisper_moe.merge.router import fit, heard
 from whisper_moe.model.router import Router
 from whisper_moe.weights.checkpoint import Loaded
-from whisper_moe.weights.parts import empty_model, expected_shapes
+from whisper_moe.weights.parts import expected_shapes, frozen_model
 from whisper_moe.weights.tokens import EXPERT_LANGUAGES, EXPERT_SOURCES, UNTIMED_EXPERTS
 from whisper_moe.weights.upcycle import as_expert
 
@@ -108,9 +108,7 @@ def told_of(
 
 def decoder_of(model: Loaded) -> WindowDecoder:
     """A model in float32, to listen with."""
-    network = empty_model(model.config)
-    network.load_state_dict(model.state, assign=True)
-    return WindowDecoder(network.eval(), model.tokenizer, model.generation)
+    return WindowDecoder(frozen_model(model.config, model.state), model.tokenizer, model.generation)
 
 
 def fitted(

@@ -46,7 +46,7 @@ from whisper_moe.train.parallel import Parallel
 from whisper_moe.train.recipe import ContextRecipe
 from whisper_moe.weights.files import atomic_file
 from whisper_moe.weights.load import load_model
-from whisper_moe.weights.parts import empty_model
+from whisper_moe.weights.parts import frozen_model
 
 MODES = ("plain", "timestamps")
 CLIPS_AT_ONCE = 5
@@ -142,9 +142,7 @@ class Teacher:
         """A model as it is loaded, frozen; in float32, on a CPU laid out for it."""
         loaded = load_model(source)
         digest = teacher_digest(loaded.config, loaded.state, loaded.generation)
-        model = empty_model(loaded.config)
-        model.load_state_dict(loaded.state, assign=True)
-        model.eval().requires_grad_(False)
+        model = frozen_model(loaded.config, loaded.state)
         network = prepare_for_inference(model) if device.type == "cpu" else model.to(device)
         return cls(WindowDecoder(network, loaded.tokenizer, loaded.generation), Lessons(folder, digest))
 

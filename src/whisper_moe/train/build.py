@@ -37,7 +37,7 @@ from whisper_moe.train.recipe import NOTHING_TO_TEACH, ContextRecipe, Recipe
 from whisper_moe.weights.checkpoint import CONFIG, Loaded, read_config
 from whisper_moe.weights.files import atomic_folder, json_bytes, read_bytes, read_json
 from whisper_moe.weights.load import load_model
-from whisper_moe.weights.parts import empty_model, expected_shapes
+from whisper_moe.weights.parts import empty_model, expected_shapes, frozen_model
 from whisper_moe.weights.tokens import GENERATION, TOKENIZER, of_any_language
 from whisper_moe.weights.upcycle import add_languages, add_parts, upcycle
 
@@ -195,9 +195,7 @@ class Sources:
         theirs, ours = loaded.tokenizer.vocabulary, self.initial.tokenizer.vocabulary
         if theirs != ours or loaded.config.n_mels != config.n_mels:
             raise RecipeError(f"losses.teacher: {source} does not have the model's tokens and mel bands")
-        model = empty_model(loaded.config)
-        model.load_state_dict(loaded.state, assign=True)
-        return model.eval().requires_grad_(False).to(self.parallel.device)
+        return frozen_model(loaded.config, loaded.state).to(self.parallel.device)
 
     def context(
         self, context: ContextRecipe, directory: Path, model: WhisperMoEModel

@@ -62,6 +62,13 @@ def empty_model(config: ModelConfig) -> WhisperMoEModel:
         return WhisperMoEModel(config)
 
 
+def frozen_model(config: ModelConfig, state: Mapping[str, Tensor]) -> WhisperMoEModel:
+    """A model that learns nothing, of these very tensors."""
+    model = empty_model(config)
+    model.load_state_dict(state, assign=True)
+    return model.eval().requires_grad_(False)
+
+
 def expected_shapes(config: ModelConfig) -> dict[str, tuple[int, ...]]:
     """Every tensor of the model, in its order: the model itself is asked."""
     return {key: tuple(tensor.shape) for key, tensor in empty_model(config).state_dict().items()}
