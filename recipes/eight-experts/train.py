@@ -39,8 +39,8 @@ EXPERTS: dict[str, tuple[int, int, int, tuple[str, ...]]] = {
     "noisy": (80, 90, 16, LORA),
 }
 """Steps of a fine-tune and of a routed expert, clips in each, and what a fine-tune trains."""
-UNION, UNION_STEPS = "union", 300
-"""Fewer than half of what all eight have together."""
+UNION, UNION_RUN = "union", (300, 0, 16, ("optimisation.lr=6e-5", "evaluation.every=150", "evaluation.limit=20"))
+"""Fewer than half of the steps that all eight have together."""
 
 
 def corpora(names: Sequence[str], tables: Path, split: str) -> str:
@@ -55,7 +55,7 @@ def corpora(names: Sequence[str], tables: Path, split: str) -> str:
 
 
 def train(name: str, asked: argparse.Namespace) -> int:
-    whole, slim, clips, kind = EXPERTS.get(name, (UNION_STEPS, 0, 16, ("optimisation.lr=6e-5",)))
+    whole, slim, clips, kind = EXPERTS.get(name, UNION_RUN)
     settings = [setting.format(name=name) for setting in SLIM] if asked.of else list(kind)
     settings += [f"model.source={asked.of}"] if asked.of else []
     settings += [f"losses.teacher={asked.taught}/{name}/model"] if asked.taught else []
