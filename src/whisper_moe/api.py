@@ -6,7 +6,7 @@ import os
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, replace
-from functools import lru_cache, partial
+from functools import cached_property, lru_cache, partial
 from pathlib import Path
 from typing import Any, BinaryIO, Self, TypeAlias, overload
 
@@ -21,14 +21,16 @@ from whisper_moe.generate.longform import Recording, Transcriber
 from whisper_moe.generate.mixture import Mixture
 from whisper_moe.generate.options import TranscribeOptions
 from whisper_moe.generate.result import Transcription
+from whisper_moe.generate.speech import Speaker, Speech
 from whisper_moe.machine import check_arithmetic, pick_device, take_threads, weights_apart
 from whisper_moe.media.audio import MediaError, stream_audio
+from whisper_moe.media.languages import language_code
 from whisper_moe.media.tokenizer import Tokenizer
 from whisper_moe.media.windows import cut_clips, drop_silence, is_silent, speech_spans, speech_spans_silero
 from whisper_moe.model.inference import prepare_for_inference
 from whisper_moe.model.int8 import suits_fbgemm
 from whisper_moe.model.model import TextHead, WhisperMoEModel
-from whisper_moe.weights.checkpoint import Loaded, load_checkpoint, save_checkpoint
+from whisper_moe.weights.checkpoint import CONFIG, Loaded, load_checkpoint, load_speech, read_config, save_checkpoint
 from whisper_moe.weights.load import load_model
 from whisper_moe.weights.parts import empty_model
 from whisper_moe.weights.tokens import stated_language
@@ -70,11 +72,13 @@ class WhisperMoE:
         device: str = "cpu",
         dtype: str = "float32",
         experts: Sequence[Callable[[], WindowDecoder]] = (),
+        folder: Path | None = None,
     ) -> None:
-        """``experts``: whole models, which are then asked in place of this one."""
+        """``experts``: whole models, which are then asked in place of this one. ``folder``: its checkpoint, of which what speaks
+        is read when it is needed."""
         self.name, self.device, self.dtype = name, device, dtype
         self.tokenizer, self.generation = tokenizer, generation
-        self._tokenizer_json = tokenizer_json
+        self._tokenizer_json, self._folder = tokenizer_json, folder
         self.model = model.eval()
         self._decoder = WindowDecoder(model, tokenizer, generation)
         if experts:
@@ -118,17 +122,18 @@ class WhisperMoE:
         @lru_cache(maxsize=2 if lazy else None)
         def expert(folder: Path) -> WindowDecoder:
             with weights_apart() if for_cpu else nullcontext():
-                loaded = load_checkpoint(folder, keep_int8=for_cpu)
+                loaded = load_checkpoint(folder, keep_int8=for_cpu, speech=False)
                 return WindowDecoder(network(loaded), loaded.tokenizer, loaded.generation)
 
         with weights_apart() if for_cpu else nullcontext():
-            loaded = load_model(model, keep_int8=for_cpu, model_dir=model_dir)
+            loaded = load_model(model, keep_int8=for_cpu, speech=not for_inference, model_dir=model_dir)
             own = network(loaded)
         experts = [partial(expert, folder) for folder in loaded.experts]
         if not lazy:
             for fetch in experts:
                 fetch()
         parts: dict[str, Any] = {"name": loaded.name, "tokenizer_json": loaded.tokenizer_json, "experts": experts}
+        parts["folder"] = loaded.folder
         return cls(own, loaded.tokenizer, loaded.generation, device=device, dtype=dtype, **parts)
 
     @property
@@ -147,9 +152,10 @@ class WhisperMoE:
 
     def save_pretrained(self, directory: str | os.PathLike[str], *, quantize: bool = False) -> None:
         """Write a checkpoint directory; ``quantize`` stores matrices as int8. Raises ``ValueError`` for a model
-        whose weights were rounded or laid out for this machine when it was loaded.
+        whose weights were rounded, laid out for this machine, or not all read when it was loaded.
         """
-        if self.dtype != "float32" or not isinstance(self.model.decoder.head, TextHead):
+        left = self._folder is not None and self.model.speech is None and read_config(self._folder / CONFIG).speech
+        if self.dtype != "float32" or not isinstance(self.model.decoder.head, TextHead) or left:
             raise ValueError("load the model with for_inference=False to save it")
         state: dict[str, Tensor] = {key: value.float().cpu() for key, value in self.model.state_dict().items()}
         model = Loaded(self.config, state, self.generation, self._tokenizer_json)
@@ -212,6 +218,32 @@ class WhisperMoE:
             raise MediaError(recording.name, "; ".join(["no sound in it", *recording.notes]))
         next(windows, None)  # damage right behind it is an error too
         return self._decoder.detect_language(window.samples, options, margin=FULL_WINDOW)
+
+    def speak(
+        self,
+        text: str,
+        *,
+        voice: str | None = None,
+        language: str | None = None,
+        rate: float = 1.0,
+        progress: Callable[[float], None] = lambda seconds: None,
+    ) -> Speech:
+        """``text`` read aloud. ``voice``: by name, default one of the text's language; ``rate``: times the voice's own speed.
+
+        Raises ``ValueError`` for a model that does not speak, for a voice or language that it has not, and for a text with
+        nothing to read.
+        """
+        said = language and language_code(language)
+        return self.speaker.speak(text, voice=voice, language=said, rate=rate, progress=progress)
+
+    @cached_property
+    def speaker(self) -> Speaker:
+        """What speaks: a part of its own, read when it is first asked for."""
+        if self.model.speech is not None:
+            return Speaker(self.model.speech)
+        if self._folder is None:
+            raise ValueError(f"{self.name}: this model does not speak: it has no part for that")
+        return Speaker(load_speech(self._folder).to(self.device))
 
     def _asked(self, options: TranscribeOptions, **changes: Any) -> TranscribeOptions:
         """The options for this model: languages by code, its own language and margin where nothing is said of them."""

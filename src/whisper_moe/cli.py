@@ -79,6 +79,17 @@ transcribe: Write down what is said, in its language or in English.
   --logprob-threshold       float? = -1.0        Below it a text is unsure.
   --no-speech-threshold     float? = 0.6         Above it an unsure text is silence.
 
+speak: Read a text aloud.
+  text                      str                  A text, a text file, or - for standard input.
+  --output -o               path!                The file of the sound: m4a, wav, mp3, flac, ogg.
+  --voice                   str                  By name. Default: the first of the language.
+  --language -l             str                  en or hi, by code or name. Default: the voice's, or that of most letters.
+  --rate                    float = 1.0          Times the voice's own speed, 0.5 to 2.
+  --model                   str                  A whisper-moe folder or training run that speaks. Default: the one that comes along.
+  --model-dir               path                 Look for the model here first, and download it to here.
+  --threads                 int?>=0              CPU threads; 0 for PyTorch's default.
+  --json                    switch               Print voice, language, duration, and each sentence with its phonemes and its time.
+
 detect-language: Say which language is spoken at the start of each file, and how surely.
   files                     [str]                Audio or video files.
   --model                   str                  A whisper-moe folder or training run, or any Whisper: base, turbo …, Hub id, folder, .pt file, LoRA adapter. Default: the one that comes along.

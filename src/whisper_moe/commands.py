@@ -7,8 +7,10 @@ from __future__ import annotations
 
 import json
 import logging
+import sys
 import time
 from collections.abc import Iterable, Sequence
+from contextlib import suppress
 from dataclasses import fields, replace
 from importlib.util import find_spec
 from pathlib import Path
@@ -18,7 +20,7 @@ from typing import TYPE_CHECKING, Any
 from whisper_moe.config import EMBEDDED, MoEConfig, TTTConfig, model_folder
 from whisper_moe.generate.options import SubtitleOptions, TranscribeOptions
 from whisper_moe.jobs import Job, Outputs, UsageError, expand, named, put, readable, usage
-from whisper_moe.machine import check_arithmetic, pick_device, usable_cores
+from whisper_moe.machine import check_arithmetic, pick_device, take_threads, usable_cores
 from whisper_moe.media.languages import NewLanguage, language_code, spoken_code
 from whisper_moe.weights.files import read_json
 
@@ -165,6 +167,50 @@ def _check_languages(names: Sequence[str], flags: SimpleNamespace) -> None:
 
             said = read_json(generation) if generation.is_file() else None
             Tokenizer.from_file(tokenizer, said).sot_sequence(name)
+
+
+def speak(flags: SimpleNamespace) -> int:
+    """The sound to a file; facts to standard error, or as JSON to standard output."""
+    from whisper_moe.media.audio import WRITTEN
+
+    if flags.output.suffix.lower() not in WRITTEN:
+        raise UsageError(f"{flags.output}: sound is written as {' '.join(WRITTEN)}")
+    if not flags.output.parent.is_dir():
+        raise UsageError(f"{flags.output}: there is no folder {flags.output.parent}")
+    with usage():
+        text = _text(flags.text)
+        asked = {"voice": flags.voice, "language": flags.language and language_code(flags.language), "rate": flags.rate}
+    if flags.threads:
+        take_threads(flags.threads)
+    from whisper_moe.generate.speech import Speaker
+
+    speaker, started = Speaker.from_pretrained(flags.model, model_dir=flags.model_dir), time.perf_counter()
+    with _progress() as bar:
+        task = bar.add_task("", total=None)
+        speech = speaker.speak(text, **asked, progress=lambda seconds: bar.advance(task, seconds))
+    seconds = time.perf_counter() - started
+    speech.save(flags.output)
+    said = "%s: %.1f s in the voice %s in %.1f s: %.1f times real time"
+    logger.info(said, flags.output, speech.duration, speech.voice, seconds, speech.duration / seconds)
+    if flags.json:
+        put(json.dumps(speech.facts(), ensure_ascii=False) + "\n")
+    return 0
+
+
+def _text(given: str) -> str:
+    """What is to be read: a file's content, standard input, or the words themselves."""
+    path = Path(given) if len(given) < 4_096 and "\0" not in given else None
+    try:
+        if given == "-":
+            return sys.stdin.buffer.read().decode("utf-8-sig")
+        with suppress(OSError):  # too long a name is a text
+            if path and path.is_file():
+                return path.read_text("utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise UsageError(f"{given}: not a text in UTF-8: {error.reason} at byte {error.start}") from error
+    if path and path.suffix.lower() in (".txt", ".text", ".md") and len(given.split()) == 1:
+        raise UsageError(f"{given}: no such file")
+    return given
 
 
 def detect_language(flags: SimpleNamespace) -> int:

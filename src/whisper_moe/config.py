@@ -8,9 +8,17 @@ from __future__ import annotations
 
 import re
 from pathlib import Path
-from typing import Literal, Self
+from typing import Any, Literal, Self
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    Field,
+    SerializerFunctionWrapHandler,
+    ValidationError,
+    model_serializer,
+    model_validator,
+)
 from pydantic_core import ErrorDetails
 
 SAMPLE_RATE = 16_000
@@ -160,6 +168,60 @@ class AdaptConfig(_Frozen):
         return self
 
 
+class VoiceConfig(_Frozen):
+    """A voice that can be asked for."""
+
+    name: str
+    language: str
+    """Code of what it reads where nothing is said of the language."""
+
+
+class SpeechConfig(_Frozen):
+    """Text in, speech out: letters → phonemes → mel frames → samples (:mod:`whisper_moe.model.speech`)."""
+
+    letters: str
+    """What text is read by, a character each; others are passed over."""
+    phonemes: str
+    """A character each; the first stands for the pauses at both ends."""
+    languages: tuple[Literal["en", "hi"], ...]
+    voices: tuple[VoiceConfig, ...]
+    d_model: int = Field(default=256, ge=4, multiple_of=2)
+    heads: int = Field(default=4, ge=1)
+    ffn_dim: int = Field(default=768, ge=1)
+    reader_layers: int = Field(default=3, ge=1)
+    """Blocks from letters to phonemes."""
+    encoder_layers: int = Field(default=4, ge=1)
+    """Blocks that read the phonemes."""
+    decoder_layers: int = Field(default=4, ge=1)
+    """Blocks that make mel frames of them."""
+    decoder: Literal["parallel", "autoregressive"] = "parallel"
+    reduction: int = Field(default=2, ge=1)
+    """``autoregressive``: positions of 20 ms that are said in one step."""
+    kernel_size: int = Field(default=9, ge=1, le=255)
+    """Of convolutions: symbols, or positions of 20 ms."""
+    vocoder_dim: int = Field(default=256, ge=1)
+    vocoder_hidden: int = Field(default=768, ge=1)
+    vocoder_layers: int = Field(default=8, ge=1)
+
+    @model_validator(mode="after")
+    def _check(self) -> Self:
+        if self.d_model % self.heads or self.d_model % 2:
+            raise ValueError(f"d_model ({self.d_model}) must be even and a multiple of heads ({self.heads})")
+        for name in ("letters", "phonemes", "languages"):
+            values: tuple[str, ...] = tuple(getattr(self, name))
+            if not values or len(set(values)) < len(values):
+                raise ValueError(f"{name} must be different ones, got {values}")
+        if " " not in self.phonemes[1:]:
+            raise ValueError("phonemes need a space, after the one for the pauses at both ends")
+        names = [voice.name for voice in self.voices]
+        strangers = [voice.name for voice in self.voices if voice.language not in self.languages]
+        if not names or len(set(names)) < len(names) or strangers:
+            raise ValueError(
+                f"voices must be different ones, each of a language that is spoken, got {strangers or names}"
+            )
+        return self
+
+
 class ModelConfig(_Frozen):
     """The whole encoder-decoder. The defaults are the shape of ``openai/whisper-base``."""
 
@@ -186,6 +248,12 @@ class ModelConfig(_Frozen):
     ttt: TTTConfig | None = None
     adapt: AdaptConfig | None = None
     conformer: ConformerConfig | None = None
+    speech: SpeechConfig | None = None
+
+    @model_serializer(mode="wrap")
+    def _written(self, plain: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        """Nothing of speech where a model does not speak: its files stay what they were before there was such a part."""
+        return {name: value for name, value in plain(self).items() if name != "speech" or value is not None}
 
     @model_validator(mode="after")
     def _check(self) -> Self:

@@ -31,7 +31,7 @@ from whisper_moe.config import (
     SAMPLES_PER_POSITION,
     ModelConfig,
 )
-from whisper_moe.data.sample import AudioRef, DataError, Sample, TooLong
+from whisper_moe.data.sample import AudioRef, DataError, Sample, TooLong, share_of
 from whisper_moe.media.audio import MediaError
 from whisper_moe.media.tokenizer import UNSPACED_LANGUAGES, Tokenizer, split_timestamps
 from whisper_moe.packing import Layout, first_fit_decreasing
@@ -220,8 +220,7 @@ class ExampleReader:
 
     def margin_of(self, id: str, seed: int, epoch: int) -> float:
         """Seconds of silence after this sample in this epoch: the same on every machine and in every order."""
-        digest = blake2b(f"{seed}/{epoch}/{id}".encode(), digest_size=8).digest()
-        share = (int.from_bytes(digest, "big") / 2**64 - self.padded) / (1 - self.padded or 1)
+        share = (share_of(id, seed, epoch) - self.padded) / (1 - self.padded or 1)
         return FULL_WINDOW if share < 0 else drawn_margin(self.margins, share)
 
     def tokens(self, sample: Sample) -> tuple[list[int], list[int]]:

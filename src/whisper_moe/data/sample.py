@@ -7,7 +7,7 @@ import os
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
-from hashlib import sha256
+from hashlib import blake2b, sha256
 from itertools import count
 from pathlib import Path
 from typing import Literal, Protocol, TypeAlias, get_args
@@ -164,6 +164,11 @@ class Sample:
         if self.audio is not None:
             return self.audio.seconds()
         return header_seconds(Path(self.video)) if self.video is not None else 0.0
+
+
+def share_of(id: str, seed: int, epoch: int) -> float:
+    """A sample's draw in an epoch, from 0 up to 1: the same on every machine."""
+    return int.from_bytes(blake2b(f"{seed}/{epoch}/{id}".encode(), digest_size=8).digest(), "big") / 2**64
 
 
 class AnyCorpus(Protocol):

@@ -17,7 +17,7 @@ from whisper_moe.evaluate.measure import Clip, Measured, disk_bytes
 from whisper_moe.generate.options import TranscribeOptions
 from whisper_moe.weights.checkpoint import describe
 from whisper_moe.weights.load import DEFAULT_MOE, DEFAULT_TTT, config_of, default, resolve
-from whisper_moe.weights.parts import expected_shapes, expert_part, part_of, spelled_alone
+from whisper_moe.weights.parts import SPEECH_PARTS, expected_shapes, expert_part, part_of, spelled_alone
 from whisper_moe.weights.upcycle import upcycled_config
 
 TYPICAL_TOKENS = 100
@@ -40,8 +40,8 @@ def parameters(config: ModelConfig) -> dict[str, int]:
 
 
 def active_parameters(config: ModelConfig) -> int:
-    """Parameters that one segment is computed with: all but the experts that it did not choose."""
-    counts = parameters(config)
+    """Parameters that one segment of sound is computed with: all but the experts that it did not choose, and what speaks."""
+    counts = {part: count for part, count in parameters(config).items() if part not in SPEECH_PARTS}
     experts = sorted(count for part, count in counts.items() if part.startswith("experts/"))
     return sum(counts.values()) - sum(experts[: len(experts) - config.moe.top_k] if config.moe else [])
 

@@ -17,6 +17,7 @@ from itertools import chain, groupby
 from pathlib import Path
 from typing import Any, BinaryIO, TypeVar
 
+import av
 import numpy as np
 from av import AudioFifo, AudioFrame, AudioResampler, AudioStream
 from numpy.typing import NDArray
@@ -283,3 +284,32 @@ def _resampled(groups: Iterable[tuple[Samples, int]]) -> Iterator[Samples]:
             if frame is not None:
                 frame.sample_rate = rate
             yield from (np.clip(output.to_ndarray()[0], -1.0, 1.0) for output in resampler.resample(frame))
+
+
+# Sound out
+
+WRITTEN = {
+    ".m4a": ("ipod", "aac"),
+    ".mp4": ("mp4", "aac"),
+    ".mp3": ("mp3", "mp3"),
+    ".wav": ("wav", "pcm_s16le"),
+    ".flac": ("flac", "flac"),
+    ".ogg": ("ogg", "libopus"),
+    ".opus": ("ogg", "libopus"),
+}
+"""Extension → FFmpeg's container and codec."""
+
+
+def write_audio(file: BinaryIO, samples: Samples, kind: str) -> None:
+    """Mono float32 samples at 16 kHz as a file of this ``kind``, an extension. Raises ``ValueError`` for another one."""
+    if kind.lower() not in WRITTEN:
+        raise ValueError(f"sound is written as {' '.join(WRITTEN)}, not as {kind!r}")
+    container, codec = WRITTEN[kind.lower()]
+    with av.open(file, "w", format=container) as output:
+        track: Any = output.add_stream(codec, rate=SAMPLE_RATE, layout="mono")
+        whole = AudioFrame.from_ndarray(np.clip(samples, -1, 1)[None].astype(np.float32), format="flt", layout="mono")
+        whole.sample_rate, whole.pts = SAMPLE_RATE, 0
+        fitted = AudioResampler(track.format.name, "mono", track.rate, track.frame_size or None)
+        for frame in (*fitted.resample(whole), *fitted.resample(None)):
+            output.mux(track.encode(frame))
+        output.mux(track.encode(None))

@@ -51,7 +51,7 @@ def log_mel(audio: Tensor, n_mels: int = 80, *, samples: int | None = None) -> T
         audio = F.pad(audio, (0, samples - audio.shape[-1]))
     if audio.shape[-1] < MIN_SAMPLES:
         raise ValueError(f"a spectrogram needs {MIN_SAMPLES} samples, got {audio.shape[-1]}: pad the sound (samples=…)")
-    power = _mel_power(audio if audio.dim() == 2 else audio[None], n_mels)
+    power = mel_power(audio if audio.dim() == 2 else audio[None], n_mels)
     log = power.clamp(min=_POWER_FLOOR).log10()
     log = torch.maximum(log, log.amax(dim=(-2, -1), keepdim=True) - _DYNAMIC_RANGE)
     mel = (log + 4.0) / 4.0
@@ -64,7 +64,7 @@ def window_mel(clip: NDArray[np.float32], n_mels: int, positions: int) -> Tensor
     return log_mel(torch.from_numpy(clip[:samples]), n_mels, samples=samples)
 
 
-def _mel_power(audio: Tensor, n_mels: int) -> Tensor:
+def mel_power(audio: Tensor, n_mels: int) -> Tensor:
     """[B, n] -> [B, n_mels, n // 160]. Like the references, the window centred beyond the last sample is left out."""
     filters = mel_filters(n_mels, audio.device, audio.dtype)
     hann = _hann(audio.device, audio.dtype)

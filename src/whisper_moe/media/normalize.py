@@ -151,13 +151,13 @@ def letters_in_script(text: str, language: str) -> tuple[int, int]:
     Digits, marks and punctuation belong to no script here. A transcript in the wrong script has none: the usual failure of
     a multilingual model in a language that it has heard little of.
     """
-    found = [script for char in unicodedata.normalize("NFKC", spoken(text)) if (script := _script(char))]
+    found = [name for char in unicodedata.normalize("NFKC", spoken(text)) if (name := script(char))]
     wanted = scripts_of(language)
-    return sum(script in wanted for script in found), len(found)
+    return sum(name in wanted for name in found), len(found)
 
 
 @lru_cache(maxsize=4096)
-def _script(char: str) -> str | None:
+def script(char: str) -> str | None:
     """The script of a letter; None for what is not one, or is of no script in particular (ʰ)."""
     if not unicodedata.category(char).startswith("L"):
         return None

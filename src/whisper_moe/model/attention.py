@@ -56,6 +56,8 @@ class CrossAttentionCache:
 
     keys: tuple[Tensor, ...]
     values: tuple[Tensor, ...]
+    biases: tuple[Tensor | None, ...] = ()
+    """[tokens, positions] a segment, added before the softmax: where its tokens are expected to look."""
 
     def select(self, segments: list[int]) -> CrossAttentionCache:
         return CrossAttentionCache(tuple(self.keys[i] for i in segments), tuple(self.values[i] for i in segments))
@@ -119,9 +121,10 @@ class CrossAttention(nn.Module):
     def forward(self, x_TD: Tensor, layout: Layout, cache: CrossAttentionCache) -> Tensor:
         """``layout`` gives each segment's tokens in x_TD: one teacher-forced text, or the new tokens of all its beams."""
         q_THd = self.q(x_TD).unflatten(-1, (self.heads, -1))
+        biases = cache.biases or (None,) * len(layout)
         mixed = [
-            F.scaled_dot_product_attention(q_THd[rows].transpose(0, 1)[None], k, v)[0].transpose(0, 1)
-            for rows, k, v in zip(layout.slices(), cache.keys, cache.values, strict=True)
+            F.scaled_dot_product_attention(q_THd[rows].transpose(0, 1)[None], k, v, attn_mask=bias)[0].transpose(0, 1)
+            for rows, k, v, bias in zip(layout.slices(), cache.keys, cache.values, biases, strict=True)
         ]
         return self.out(torch.cat(mixed).flatten(1))
 

@@ -7,11 +7,11 @@ or both (the dense one is then the shared expert), and a slim adapter beside the
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
 from itertools import groupby
-from typing import Literal, NamedTuple, TypeAlias
+from typing import Literal, NamedTuple, TypeAlias, cast
 
 import torch
 from torch import Tensor, nn
@@ -58,21 +58,26 @@ class BlockOutput(NamedTuple):
 
 
 class Block(nn.Module):
-    """A block of the encoder or the decoder at depth ``layer``; the configuration says which parts it carries."""
+    """A block of the encoder or the decoder at depth ``layer``; the configuration says which parts it carries.
+
+    ``parallel``: a decoder's, of tokens that are all there at once: they attend both ways, and may carry convolutions.
+    """
 
     recompute = False
     """Activation checkpointing (arXiv 1604.06174): a training pass keeps the block's input only, and computes it again."""
 
-    def __init__(self, config: ModelConfig, side: Literal["encoder", "decoder"], layer: int) -> None:
+    def __init__(
+        self, config: ModelConfig, side: Literal["encoder", "decoder"], layer: int, *, parallel: bool = False
+    ) -> None:
         super().__init__()
         self.layer = layer
         d, decoder = config.d_model, side == "decoder"
         heads = config.decoder_heads if decoder else config.encoder_heads
         hidden = config.decoder_ffn_dim if decoder else config.encoder_ffn_dim
-        adapt, conformer = config.adapted(side, layer), None if decoder else config.conformer
+        adapt, conformer = config.adapted(side, layer), config.conformer if parallel or not decoder else None
         adapted_norms = adapt is not None and adapt.norms
         self.attn_norm = Norm(d, adapted=adapted_norms)
-        self.attn = SelfAttention(d, heads, causal=decoder)
+        self.attn = SelfAttention(d, heads, causal=decoder and not parallel)
         self.cross_norm = Norm(d, adapted=adapted_norms) if decoder else None
         self.cross_attn = CrossAttention(d, heads) if decoder else None
         self.ttt = _ttt(config, layer, heads, decoder=decoder)
@@ -196,6 +201,11 @@ class Block(nn.Module):
             return BlockOutput(x_TD + self.experts(normed_TD, chosen), chosen)
         assert routing is not None, "experts that are chosen per segment need the router's choice"
         return BlockOutput(x_TD + self.experts(normed_TD, routing, layout), None)
+
+
+def listed(blocks: Iterable[Block]) -> Sequence[Block]:
+    """A ``ModuleList``, by the type that it would have if it could say what it holds."""
+    return cast("Sequence[Block]", nn.ModuleList(blocks))
 
 
 def _ttt(config: ModelConfig, layer: int, heads: int, *, decoder: bool) -> TTTMLP | ExpertTTT | None:

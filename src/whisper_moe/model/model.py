@@ -6,10 +6,10 @@ side, all rows equally long; n new tokens a row.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from itertools import groupby
-from typing import NamedTuple, cast
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -17,9 +17,10 @@ from torch import Tensor, nn
 
 from whisper_moe.config import POSITIONS_PER_SECOND, ModelConfig
 from whisper_moe.embed import AudioStem, sinusoids
-from whisper_moe.model.block import Block, BlockState, Carry
+from whisper_moe.model.block import Block, BlockState, Carry, listed
 from whisper_moe.model.delta import DeltaEmbedding, LowRank, add_differences, assigned
 from whisper_moe.model.router import Router, Routing, pool_segments
+from whisper_moe.model.speech import SpeechModel, Spoken
 from whisper_moe.packing import Layout
 
 _FIRST_CAPACITY = 64
@@ -127,7 +128,7 @@ class Encoder(nn.Module):
         super().__init__()
         self.stem = AudioStem(config.n_mels, config.d_model)
         self.register_buffer("positions", sinusoids(config.max_source_positions, config.d_model))
-        self.blocks = _blocks(Block(config, "encoder", i) for i in range(config.encoder_layers))
+        self.blocks = listed(Block(config, "encoder", i) for i in range(config.encoder_layers))
         self.norm = nn.LayerNorm(config.d_model)
         self.core_alone = config.core_alone_on_full_windows
         moe = config.moe if config.moe and config.moe.scope == "segment" else None
@@ -219,7 +220,7 @@ class Decoder(nn.Module):
         super().__init__()
         self.token_embedding = nn.Embedding(config.source_vocab_size, config.d_model)
         self.positions = nn.Parameter(torch.randn(config.max_target_positions, config.d_model) * 0.02)
-        self.blocks = _blocks(Block(config, "decoder", i) for i in range(config.decoder_layers))
+        self.blocks = listed(Block(config, "decoder", i) for i in range(config.decoder_layers))
         self.norm = nn.LayerNorm(config.d_model)
         self.new_tokens = nn.Embedding(len(config.new_tokens), config.d_model) if config.new_tokens else None
         self.deltas = _differences(config)
@@ -312,11 +313,6 @@ def _differences(config: ModelConfig) -> int:
     return config.moe.n_experts if config.moe and config.moe.granularity == "delta" else 0
 
 
-def _blocks(blocks: Iterable[Block]) -> Sequence[Block]:
-    """A ``ModuleList``, by the type that it would have if it could say what it holds."""
-    return cast("Sequence[Block]", nn.ModuleList(blocks))
-
-
 class WhisperMoEModel(nn.Module):
     """Whisper with packed segments, test-time training and experts, as far as ``config`` names them."""
 
@@ -327,6 +323,7 @@ class WhisperMoEModel(nn.Module):
         self.decoder = Decoder(config)
         if config.moe and (experts := _differences(config)):
             add_differences(self, experts, config.moe.delta_rank)
+        self.speech = SpeechModel(config.speech, config.n_mels) if config.speech else None
 
     def forward(
         self,
@@ -335,12 +332,19 @@ class WhisperMoEModel(nn.Module):
         *,
         valid_lengths: Sequence[int] | None = None,
         detailed: bool = False,
-    ) -> Tensor | Output:
+        spoken: tuple[Any, ...] | None = None,
+        heard: Tensor | None = None,
+    ) -> Tensor | Output | Spoken:
         """Teacher forcing over packed pairs: a mel [n_mels, frames] and token ids [n] a segment → logits [T, vocab].
 
         ``valid_lengths``: the positions of each segment that a router of segments reads (:meth:`Encoder.forward`).
-        ``detailed``: everything that losses are computed from, as :class:`Output`.
+        ``detailed``: everything that losses are computed from, as :class:`Output`. ``spoken``: what :class:`SpeechModel` takes,
+        or ``heard``, mels for its vocoder: then these alone are asked.
         """
+        if self.speech is not None and spoken is not None:
+            return self.speech(*spoken)
+        if self.speech is not None and heard is not None:
+            return self.speech.vocoder(heard)
         encoded = self.encoder(mels, valid_lengths=valid_lengths)
         layout = Layout(len(text) for text in texts)
         states_TD, depths, choices = self.decoder(torch.cat(list(texts)), layout, encoded)

@@ -33,7 +33,10 @@ from whisper_moe.train.monitor import SKIPPED, Monitor
 from whisper_moe.train.optim import freeze, unmatched
 from whisper_moe.train.parallel import Parallel
 from whisper_moe.train.reading import RecipeError
-from whisper_moe.train.recipe import NOTHING_TO_TEACH, ContextRecipe, Recipe
+from whisper_moe.train.recipe import NOTHING_TO_TEACH, ContextRecipe, Recipe, SpeechRecipe
+from whisper_moe.train.speech import FACTORS, MelObjective, Pronounced, SpokenReader
+from whisper_moe.train.vocoder import FACTORS as VOCODER_FACTORS
+from whisper_moe.train.vocoder import Critics, SoundReader, VocoderObjective
 from whisper_moe.weights.checkpoint import CONFIG, Loaded, read_config
 from whisper_moe.weights.files import atomic_folder, json_bytes, read_bytes, read_json
 from whisper_moe.weights.load import load_model
@@ -60,13 +63,17 @@ def initial_model(recipe: Recipe) -> Loaded:
     Raises ``ValueError`` for a source that cannot be had or cannot take the parts.
     """
     given, seed, margin = recipe.model, recipe.run.seed, recipe.least_margin
-    loaded = load_model(given.source)
+    loaded = load_model(given.source, speech=True)
     config, state = loaded.config, dict(loaded.state)
     if loaded.experts:
         raise RecipeError(f"{given.source}: its experts are whole models: train them one by one, and merge again")
     if given.moe is not None or given.ttt is not None:
         config, state = upcycle(config, state, moe=given.moe, ttt=given.ttt, seed=seed)
-    parts = {name: part for name in ("adapt", "conformer") if (part := getattr(given, name)) != getattr(config, name)}
+    parts = {
+        name: part
+        for name in ("adapt", "conformer", "speech")
+        if (part := getattr(given, name)) != getattr(config, name)
+    }
     if any(parts.values()):
         config, state = add_parts(config, state, **parts, seed=seed)
     config = config.model_copy(update={"context_margin": config.margin if margin is None else margin})
@@ -120,11 +127,33 @@ def build_model(initial: Loaded, recipe: Recipe) -> WhisperMoEModel:
     elif given.expert is not None:
         only_expert(model, given.expert)
         frozen, trained = ("*",), ("*.experts.*", *trained)
+    elif recipe.losses.speech is not None:
+        if recipe.losses.speech.critics:
+            model.critics = Critics()
+        frozen, trained = ("*",), trained or _speaking(recipe.losses.speech)
+    elif model.speech is not None:
+        frozen = (*frozen, "speech.*")
     try:
         freeze(model, frozen, trained)
     except ValueError as error:
         raise RecipeError(f"model.freeze: {error}") from error
     return model
+
+
+def _speaking(given: SpeechRecipe) -> tuple[str, ...]:
+    """The parameters that learn to speak, or to sound."""
+    if given.part == "vocoder":
+        return ("speech.vocoder.*", *["critics.*"] * given.critics)
+    parts = [
+        "phonemes",
+        "voices",
+        "encoder",
+        "planner",
+        "plan",
+        "decoder",
+        *["reader"] * (given.pronounced is not None),
+    ]
+    return tuple(f"speech.{part}.*" for part in parts)
 
 
 def only_expert(model: WhisperMoEModel, name: str) -> None:
@@ -143,7 +172,9 @@ def build_trainer(
     """The trainer that a recipe describes. Raises ``ValueError`` for what cannot be had or does not fit together."""
     given, model = recipe.optimisation, build_model(initial, recipe).to(parallel.device)
     sources = Sources(recipe, initial, parallel, monitor.left_out if monitor else lambda skipped: None)
-    if recipe.losses.context is None:
+    if recipe.losses.speech is not None:
+        batches, objective = sources.spoken(recipe.losses.speech)
+    elif recipe.losses.context is None:
         batches, objective = sources.speech()
     else:
         batches, objective = sources.context(recipe.losses.context, directory, model)
@@ -174,6 +205,25 @@ class Sources:
 
     def speech(self) -> tuple[PackedLoader, SpeechObjective]:
         """Batches of this process's share of the data, and the losses."""
+        return self._mixed(), SpeechObjective(self.recipe.losses, self._teacher())
+
+    def spoken(self, given: SpeechRecipe) -> tuple[PackedLoader, MelObjective | VocoderObjective]:
+        """Of learning to speak, or to sound."""
+        config, recipe = self.initial.config, self.recipe
+        if config.speech is None:
+            raise RecipeError("losses.speech: the model has no part that speaks; model.speech adds one")
+        if self.parallel.world_size > 1 or recipe.data.evaluation:
+            raise RecipeError("losses.speech: learning to speak runs in one process, and is not evaluated on the way")
+        whole = given.part == "speech"
+        if unknown := sorted(given.factors.keys() - (FACTORS if whole else VOCODER_FACTORS)):
+            raise RecipeError(f"losses.speech.factors: no loss of the part {given.part} is called {', '.join(unknown)}")
+        if not whole:
+            reader = SoundReader(self.initial.tokenizer, config, given.positions)
+            return self._mixed(reader), VocoderObjective(given, config.n_mels)
+        table = Pronounced(Path(given.pronounced), config.speech) if given.pronounced else None
+        return self._mixed(SpokenReader(self.initial.tokenizer, config)), MelObjective(given, table)
+
+    def _mixed(self, reader: ExampleReader | None = None) -> PackedLoader:
         data = self.recipe.data
         corpora = list(self.opened(data.train))
         if any(corpus.streaming for corpus in corpora):  # else the loader counts them with what its survey finds
@@ -183,7 +233,7 @@ class Sources:
             each.name: given.weight for each, given in zip(corpora, data.train, strict=True) if given.weight != 1
         }
         mixing = data.loader.mixing.model_copy(update={"weights": weights | dict(data.loader.mixing.weights)})
-        return self._loader(corpora, mixing), SpeechObjective(self.recipe.losses, self._teacher())
+        return self._loader(corpora, mixing, reader)
 
     def _teacher(self) -> WhisperMoEModel | None:
         source, config = self.recipe.losses.teacher, self.initial.config

@@ -20,14 +20,14 @@ from pathlib import Path
 from typing import Any, Literal, Protocol
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
+from whisper_moe.data.examples import Pack
 from whisper_moe.data.loader import Batch
 from whisper_moe.machine import give_back_memory
 from whisper_moe.model.model import WhisperMoEModel
 from whisper_moe.train import checkpoint
-from whisper_moe.train.adapt_context import ContextObjective
-from whisper_moe.train.losses import SpeechObjective, Terms, Totals, balance_biases
+from whisper_moe.train.losses import Terms, Totals, balance_biases
 from whisper_moe.train.monitor import Monitor, StepReport
 from whisper_moe.train.optim import LossScale, build_optimizer, precision_on, set_rates
 from whisper_moe.train.parallel import Parallel
@@ -57,6 +57,13 @@ class Batches(Protocol):
     def load_state_dict(self, state: dict[str, Any]) -> None: ...
 
 
+class Objective(Protocol):
+    """What is minimised: what a step's sums are divided by, and the losses of a pass."""
+
+    def totals(self, packs: Sequence[Pack]) -> Totals: ...
+    def __call__(self, model: nn.Module, packs: Sequence[Pack], totals: Totals, parallel: Parallel) -> Terms: ...
+
+
 @dataclass
 class Progress:
     """Counters of a run."""
@@ -81,7 +88,7 @@ class Trainer:
         self,
         recipe: Recipe,
         model: WhisperMoEModel,
-        objective: SpeechObjective | ContextObjective,
+        objective: Objective,
         batches: Batches,
         parallel: Parallel,
         *,

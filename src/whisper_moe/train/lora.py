@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from whisper_moe.train.recipe import LoRARecipe
 from whisper_moe.weights.files import listed
+from whisper_moe.weights.parts import SPEECH
 
 TRAINED = ("*.lora_a", "*.lora_b")
 
@@ -36,10 +37,11 @@ class LoRALinear(nn.Linear):
 def add_lora(model: nn.Module, given: LoRARecipe) -> None:
     """Give the targets among the linear layers A, at random, and B, of zeros, in place: the model computes what it did.
 
-    TTT layers are no targets: they are new, and small enough to be trained whole. Raises ``ValueError`` for a pattern that
-    matches nothing.
+    TTT layers are no targets: they are new, and small enough to be trained whole; what speaks is none either. Raises
+    ``ValueError`` for a pattern that matches nothing.
     """
-    layers = {path: each for path, each in model.named_modules() if type(each) is nn.Linear and ".ttt." not in path}
+    layers = {path: each for path, each in model.named_modules() if type(each) is nn.Linear}
+    layers = {path: each for path, each in layers.items() if ".ttt." not in path and not path.startswith(SPEECH)}
     for pattern in given.targets:
         if not any(fnmatchcase(path, pattern) for path in layers):
             raise ValueError(f"no linear layer is called {pattern!r}; there are {listed(layers, 3)}")

@@ -15,7 +15,7 @@ N rows (segments, or one layer's tokens), C choices (experts, and *none* last), 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -52,6 +52,13 @@ class Terms:
     def __add__(self, other: Terms) -> Terms:
         parts = {name: self.parts.get(name, 0) + other.parts.get(name, 0) for name in self.parts | other.parts}
         return Terms(self.loss + other.loss, parts, self.counts + other.counts)  # pyright: ignore[reportArgumentType]
+
+
+def weighed(parts: dict[str, Tensor], factors: Mapping[str, float], model: nn.Module) -> Terms:
+    """The parts with their factors; without any, a loss that moves nothing."""
+    idle = [0.0 * parameter.sum() for parameter in model.parameters() if parameter.requires_grad] if not parts else []
+    loss = torch.stack([*idle, *(factors[name] * part for name, part in parts.items())]).sum()
+    return Terms(loss, {name: part.detach() for name, part in parts.items()}, torch.zeros(0, 0))
 
 
 def cross_entropy(logits_TV: Tensor, labels_T: Tensor, *, smoothing: float = 0.0) -> Tensor:

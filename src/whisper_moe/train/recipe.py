@@ -12,7 +12,7 @@ from typing import Annotated, Any, Literal, Self
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
-from whisper_moe.config import FULL_WINDOW, AdaptConfig, ConformerConfig, MoEConfig, TTTConfig
+from whisper_moe.config import FULL_WINDOW, AdaptConfig, ConformerConfig, MoEConfig, SpeechConfig, TTTConfig
 from whisper_moe.data.corpus import CorpusConfig
 from whisper_moe.data.sampler import LoaderConfig
 from whisper_moe.train.reading import checked, read_tree
@@ -57,6 +57,8 @@ class ModelRecipe(_Frozen):
     """Norms with differences and adapters to put beside the core, if it has none."""
     conformer: ConformerConfig | None = None
     """Convolution modules to put into encoder blocks, if there are none."""
+    speech: SpeechConfig | None = None
+    """What speaks, to put beside the rest, if there is none."""
     expert: str | None = None
     """Of a model with routed experts, the one that this run trains: it answers alone, and all else is frozen."""
     context_margin: float | None = Field(default=None, ge=0, le=FULL_WINDOW)
@@ -191,8 +193,28 @@ class ContextRecipe(_Frozen):
         return self
 
 
+class SpeechRecipe(_Frozen):
+    """Learning to speak (:mod:`whisper_moe.train.speech`, :mod:`whisper_moe.train.vocoder`)."""
+
+    part: Literal["speech", "vocoder"] = "speech"
+    """What learns: all that makes mel frames of letters, or what makes sound of those."""
+    pronounced: str | None = None
+    """A table of texts and their phonemes, of which the reader of letters learns."""
+    words: int = Field(default=64, ge=1)
+    """Of them, in each step."""
+    positions: int = Field(default=32, ge=8)
+    """The vocoder's: positions of 20 ms in each stretch of sound."""
+    critics: bool = False
+    """Whether the vocoder also has to fool critics, which learn beside it and stay in the run."""
+    factors: dict[str, float] = {}
+    """Of the losses, by name, where they are others than the usual ones."""
+
+
 class LossRecipe(_Frozen):
     """What is minimised."""
+
+    speech: SpeechRecipe | None = None
+    """Instead of all else: text in, speech out; only that part learns."""
 
     context: ContextRecipe | None = None
     """Instead of the cross-entropy: transcripts are not needed, and only what ``freeze`` and ``train`` leave learns."""

@@ -234,6 +234,7 @@ def export(directory: Path, start: Loaded, lora: LoRARecipe | None = None) -> No
     path = checkpoint.best(directory) or checkpoint.latest(directory)
     assert path is not None, "a run that has ended has a checkpoint"
     state = {name.removeprefix("model/"): tensor.float() for name, tensor in checkpoint.read(path, "model/").items()}
+    state = {name: tensor for name, tensor in state.items() if not name.startswith("critics.")}
     state = folded(state, lora) if lora else state
     save_checkpoint(directory / MODEL, replace(start, state=state), overwrite=True)
     logger.info("%s: the model of step %d", directory / MODEL, checkpoint.step_of(path))

@@ -32,6 +32,7 @@ from torch import Tensor
 from whisper_moe.config import ModelConfig, model_name, problems
 from whisper_moe.media.tokenizer import Tokenizer
 from whisper_moe.model.int8 import LEVELS, Int8Rows
+from whisper_moe.model.speech import SpeechModel
 from whisper_moe.weights import parts
 from whisper_moe.weights.files import (
     CheckpointError,
@@ -91,6 +92,8 @@ class Loaded:
     """Checkpoints of whole models, where those are its experts."""
     quantized: dict[str, Int8Rows] = field(default_factory=dict)
     """Empty unless asked for: matrices that are still int8; ``state`` lacks them."""
+    folder: Path | None = None
+    """The checkpoint that it was read from."""
 
     @cached_property
     def tokenizer(self) -> Tokenizer:
@@ -259,15 +262,49 @@ def describe(directory: str | Path) -> tuple[ModelConfig, dict[str, int]]:
     return config, sizes
 
 
-def load_checkpoint(directory: str | Path, *, keep_int8: bool = False) -> Loaded:
+def load_checkpoint(directory: str | Path, *, keep_int8: bool = False, speech: bool = True) -> Loaded:
     """Read and check everything: sha256 of every file, keys, shapes, types, finite values, tokens.
 
-    ``keep_int8``: matrices that are int8 on disk stay so.
+    ``keep_int8``: matrices that are int8 on disk stay so. ``speech``: False leaves alone what only speaking needs.
     Raises ``CheckpointError`` that names the file at fault.
     """
     directory = Path(directory)
     facts, config, index = _read_header(directory)
-    shapes = parts.expected_shapes(config)
+    if not speech:
+        config = config.model_copy(update={"speech": None})
+        index = {key: name for key, name in index.items() if not key.startswith(parts.SPEECH)}
+    stated = read_json(directory / GENERATION)
+    with ThreadPoolExecutor(1) as pool:  # while the weights are read
+        texts = pool.submit(read_tokenizer, directory / TOKENIZER, stated)
+        state, quantized = _read_tensors(directory, facts, index, parts.expected_shapes(config), keep_int8)
+    tokenizer_json, tokenizer = texts.result()
+    generation = complete(stated, tokenizer, config, origin=directory / GENERATION)
+    experts, name = _whole_experts(directory, facts, config), model_name(directory)
+    return Loaded(config, state, generation, tokenizer_json, name, experts, quantized, directory)
+
+
+def load_speech(directory: str | Path) -> SpeechModel:
+    """What speaks, alone. Raises ``CheckpointError`` for a model that does not, and as :func:`load_checkpoint` does."""
+    facts, config, index = _read_header(Path(directory))
+    if config.speech is None:
+        raise CheckpointError(f"{directory}: this model does not speak: it has no part for that")
+    shapes = {key: shape for key, shape in parts.expected_shapes(config).items() if key.startswith(parts.SPEECH)}
+    index = {key: name for key, name in index.items() if key.startswith(parts.SPEECH)}
+    state, _ = _read_tensors(Path(directory), facts, index, shapes, keep_int8=False)
+    with parts.without_memory():
+        model = SpeechModel(config.speech, config.n_mels)
+    model.load_state_dict({key.removeprefix(parts.SPEECH): tensor for key, tensor in state.items()}, assign=True)
+    return model.eval().requires_grad_(False)
+
+
+def _read_tensors(
+    directory: Path,
+    facts: Mapping[str, FileFacts],
+    index: Mapping[str, str],
+    shapes: Mapping[str, tuple[int, ...]],
+    keep_int8: bool,
+) -> tuple[dict[str, Tensor], dict[str, Int8Rows]]:
+    """The tensors of these shapes, and those that stay int8, from their files, whose checksums are compared meanwhile."""
     _check_size(shapes, {name: facts[name] for name in sorted(set(index.values()))}, directory)
     kept = {key for key, shape in shapes.items() if keep_int8 and _is_int8(key, shape, index)}
     state = {key: torch.empty(shape, dtype=torch.float32) for key, shape in shapes.items() if key not in kept}
@@ -276,14 +313,9 @@ def load_checkpoint(directory: str | Path, *, keep_int8: bool = False) -> Loaded
     files = _plan(index, views.keys(), directory / INDEX)
     with ThreadPoolExecutor(min(4, os.cpu_count() or 1)) as pool:
         checked = pool.map(lambda name: facts[name].check(directory / name, MANIFEST), files)
-        # While the threads compute checksums:
-        stated = read_json(directory / GENERATION)
-        tokenizer_json, tokenizer = read_tokenizer(directory / TOKENIZER, stated)
-        generation = complete(stated, tokenizer, config, origin=directory / GENERATION)
         for (name, keys), _ in zip(files.items(), checked, strict=True):
             _fill(directory / name, {key: views.get(key) for key in keys})
-    experts = _whole_experts(directory, facts, config)
-    return Loaded(config, state, generation, tokenizer_json, model_name(directory), experts, quantized)
+    return state, quantized
 
 
 def _whole_experts(directory: Path, files: Iterable[str], config: ModelConfig) -> tuple[Path, ...]:

@@ -10,6 +10,7 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence, Set
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -26,6 +27,8 @@ Weight = TypeVar("Weight", Tensor, Int8Rows)
 CORE, ADAPT = "core", "adapt"
 EMBEDDING, NEW_TOKENS = "decoder.token_embedding.weight", "decoder.new_tokens.weight"
 """[V, D] of the source's own tokens, and [N, D] of those that it lacks."""
+SPEECH, SPEECH_PARTS = "speech.", ("vocoder", "reader", "speech")
+"""How tensors begin that only speaking needs, and the files that they are in."""
 _MOST_IN_TABLE, _MOST_IN_MATRIX = 16 * 1_500 * 1_280, 16 * 51_866 * 1_280
 """Numbers in a table of positions, which takes memory when shapes are asked for, and in any other matrix: sixteen times
 what the largest Whisper has."""
@@ -36,6 +39,7 @@ _INT8 = re.compile(
     r"decoder\.token_embedding\.weight"
     r"|(encoder|decoder)\.blocks\.\d+\.((cross_)?attn\.(qkv|q|kv|out)|ffn\.(up|down))\.weight"
     r"|(encoder|decoder)\.blocks\.\d+\.experts\.(\d+\.)?(up|down)_weight"
+    r"|speech\..+\.(qkv|q|kv|out|up|down|expand|head)\.weight"
 )
 _ADAPTING = (".ttt.", ".ttt_norm.", ".adapter.", "norm.delta_", ".conv.", ".conv_norm.")
 _OF_EXPERT = re.compile(r"(?P<head>.+\.(?:experts|ttt))\.(?P<expert>\d+)\.(?P<tail>.+)")
@@ -56,9 +60,16 @@ class _NoInitialisation(TorchFunctionMode):
         return func(*args, **kwargs)
 
 
-def empty_model(config: ModelConfig) -> WhisperMoEModel:
-    """The model on the meta device, without memory: ``load_state_dict(state, assign=True)`` gives it some."""
+@contextmanager
+def without_memory() -> Iterator[None]:
+    """Modules that are made in here are on the meta device: ``load_state_dict(state, assign=True)`` gives them memory."""
     with torch.device("meta"), _NoInitialisation():
+        yield
+
+
+def empty_model(config: ModelConfig) -> WhisperMoEModel:
+    """The model on the meta device."""
+    with without_memory():
         return WhisperMoEModel(config)
 
 
@@ -120,6 +131,8 @@ def part_of(key: str, config: ModelConfig) -> str:
     """
     if match := _OF_EXPERT.fullmatch(key):
         return expert_part(int(match["expert"]), config)
+    if key.startswith(SPEECH):
+        return next((part for part in SPEECH_PARTS if key.startswith(f"{SPEECH}{part}.")), "speech")
     if key == NEW_TOKENS:
         return "tokens"
     if ".router." in key:

@@ -1,0 +1,109 @@
+"""Learning to speak: letters that are tones, texts that were never heard, and a core that stays as it is."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+import yaml
+from media.recordings import hz_of
+from model.speaking import TINY
+from train.tiny import LETTERS, recipe_tree, tones
+
+from whisper_moe.generate.speech import by_griffin_lim
+from whisper_moe.train.recipe import recipe_of
+from whisper_moe.train.run import run as train
+from whisper_moe.weights.checkpoint import load_checkpoint, load_speech
+
+TONE = 0.2
+PAUSE = 0.04
+
+
+@pytest.fixture(scope="module")
+def spoken(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Tones with what is known of them beside them, and how their letters are pronounced: as they are written."""
+    folder = tones(tmp_path_factory.mktemp("spoken"), clips=48)
+    head, *lines = (folder / "transcripts.tsv").read_text("utf-8").splitlines()
+    said = []
+    for number, line in enumerate(lines):
+        path, text = line.split("\t")
+        plan = {"phonemes": text, "seconds": [0.0, *[TONE] * len(text), 0.0]}
+        plan |= {name: [0.0] * (len(text) + 2) for name in ("pitch", "loudness")}  # only its letter says what sounds
+        (folder / path).with_suffix(".json").write_text(json.dumps(plan))
+        lines[number] = f"{line}\ten\tann"
+        said.append(f"en\t{text}\t{text}")
+    (folder / "transcripts.tsv").write_text("\n".join([f"{head}\tlanguage\tspeaker", *lines]) + "\n", "utf-8")
+    (folder / "said.tsv").write_text("\n".join(said) + "\n", "utf-8")
+    return folder
+
+
+def recipe(material: Path, spoken: Path, **optimisation: Any) -> dict[str, Any]:
+    tree = recipe_tree(material / "model", spoken / "transcripts.tsv", **optimisation)
+    tree["model"]["speech"] = TINY.model_dump(mode="json") | {"d_model": 48, "ffn_dim": 96}
+    tree["losses"] = {
+        "speech": {"pronounced": str(spoken / "said.tsv"), "words": 8, "factors": {"mel": 4.0, "letters": 1.0}}
+    }
+    tree["data"]["loader"] = {"batch_size": 8}
+    return tree
+
+
+def test_it_says_what_it_never_heard_and_the_core_stays(material: Path, spoken: Path, tmp_path: Path) -> None:
+    tree = recipe(material, spoken, steps=240, lr=2e-2, warmup=20, schedule="cosine", clip=None)
+    assert train(recipe_of(tree | {"run": {"threads": 1, "checkpoint_every": None}}, "tones"), tmp_path / "run") == 0
+    before, after = load_checkpoint(material / "model"), load_checkpoint(tmp_path / "run/model", speech=False)
+    assert before.config == after.config.model_copy(update={"context_margin": before.config.context_margin})
+    assert all(torch.equal(before.state[key], after.state[key]) for key in before.state)
+    text = "hcafbd"
+    assert text not in (spoken / "said.tsv").read_text()
+    speech = by_griffin_lim(load_speech(tmp_path / "run/model")).speak(text, voice="ann")
+    assert speech.sentences[0][1] == text and speech.duration == pytest.approx(TONE * len(text), rel=0.15)
+    pieces = np.array_split(speech.samples, len(text))
+    heard = [hz_of(piece[len(piece) // 4 : -len(piece) // 4]) for piece in pieces]
+    nearest = [LETTERS[min(7, max(0, round((hz - 300) / 150)))] for hz in heard]
+    assert sum(a == b for a, b in zip(nearest, text, strict=True)) >= 4, heard
+
+
+def test_a_run_goes_on_as_if_it_had_not_stopped(material: Path, spoken: Path, tmp_path: Path) -> None:
+    for name, steps in (("whole", (6,)), ("parts", (3, 6))):
+        for most in steps:
+            tree = recipe(material, spoken, steps=most)
+            assert train(recipe_of(tree, "tones"), tmp_path / name, resume=True) == 0
+    whole, parts = (load_checkpoint(tmp_path / name / "model").state for name in ("whole", "parts"))
+    assert all(torch.equal(whole[key], parts[key]) for key in whole)
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        ({"seconds": [0.1]}, "must be of each phoneme"),
+        ({"seconds": [-1.0, 0.1, 0.1]}, "must be of each phoneme"),
+        ({"pitch": "high"}, "says nothing of what each phoneme sounds like"),
+        (None, "says nothing of what each phoneme sounds like"),
+        ({"speaker": "eve"}, "its speaker 'eve' is none of ann, bob, uma"),
+    ],
+)
+def test_a_sound_without_a_plan_is_named(
+    material: Path, spoken: Path, tmp_path: Path, change: dict[str, Any] | None, said: str
+) -> None:
+    plan = {"phonemes": "a", "seconds": [0.1, 0.1, 0.1], "pitch": [0, 0, 0], "loudness": [0, 0, 0]} | (change or {})
+    (tmp_path / "0.wav").write_bytes((spoken / "0.wav").read_bytes())
+    if change is not None:
+        (tmp_path / "0.json").write_text(json.dumps(plan))
+    table = tmp_path / "table.tsv"
+    table.write_text(f"path\ttext\tlanguage\tspeaker\n0.wav\ta\ten\t{plan.get('speaker', 'ann')}\n")
+    tree = recipe(material, tmp_path)
+    tree["data"]["train"][0]["source"], tree["losses"]["speech"]["pronounced"] = str(table), None
+    with pytest.raises(ValueError, match=said):
+        train(recipe_of(tree, "broken"), tmp_path / "run")
+
+
+def test_the_recipe_that_comes_along_is_one(material: Path) -> None:
+    path = Path(__file__).parents[2] / "recipes/speech/speech.yaml"
+    given = recipe_of(yaml.safe_load(path.read_text("utf-8")), "speech")
+    assert given.model.speech is not None and given.losses.speech is not None
+    assert len(set(given.model.speech.phonemes)) == len(given.model.speech.phonemes)
+    assert len(set(given.model.speech.letters)) == len(given.model.speech.letters)
