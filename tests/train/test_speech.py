@@ -17,6 +17,7 @@ from train.tiny import LETTERS, recipe_tree, tones
 from whisper_moe.generate.speech import by_griffin_lim
 from whisper_moe.train.recipe import recipe_of
 from whisper_moe.train.run import run as train
+from whisper_moe.train.speech import Pronounced
 from whisper_moe.weights.checkpoint import load_checkpoint, load_speech
 
 TONE = 0.2
@@ -99,6 +100,20 @@ def test_a_sound_without_a_plan_is_named(
     tree["data"]["train"][0]["source"], tree["losses"]["speech"]["pronounced"] = str(table), None
     with pytest.raises(ValueError, match=said):
         train(recipe_of(tree, "broken"), tmp_path / "run")
+
+
+def test_longer_texts_are_read_oftener_and_lines_that_are_none_are_named(tmp_path: Path) -> None:
+    table = tmp_path / "said.tsv"
+    table.write_text("en\tab\tab\nhi\tabcdefgh abcdefgh ab\tabc\nfr\tx\tx\nen\ta\tabcdefg\n")
+    letters, phonemes = Pronounced(table, TINY).drawn(400, 5, torch.device("cpu"))
+    assert {*map(len, phonemes)} == {2, 3} and letters[1].lengths.count(20) > 5 * letters[1].lengths.count(2) > 0
+    assert all(
+        (length == 20) == bool(language) for length, language in zip(letters[1].lengths, letters[2], strict=True)
+    )
+    for content, said in (("en\tab\n", "line 1: needs a language"), ("fr\tx\tx\n", "no row is of en or hi")):
+        table.write_text(content)
+        with pytest.raises(ValueError, match=said):
+            Pronounced(table, TINY)
 
 
 def test_the_recipe_that_comes_along_is_one(material: Path) -> None:

@@ -117,11 +117,13 @@ class Pronounced:
                 self.rows.append((config.languages.index(language), letters, phonemes))
         if not self.rows:
             raise ValueError(f"{path}: no row is of {' or '.join(config.languages)}")
+        self._ends = torch.tensor([len(letters) for _, letters, _ in self.rows]).cumsum(0)
 
     def drawn(self, many: int, seed: int, device: torch.device) -> tuple[Letters, tuple[list[int], ...]]:
-        """Some texts, for the reader, and their phonemes."""
+        """Some texts, for the reader, and their phonemes; longer ones oftener, by their letters."""
         random = torch.Generator().manual_seed(seed)
-        rows = [self.rows[i] for i in torch.randint(len(self.rows), (many,), generator=random).tolist()]
+        places = torch.randint(int(self._ends[-1]), (many,), generator=random)
+        rows = [self.rows[i] for i in torch.searchsorted(self._ends, places, right=True).tolist()]
         languages, letters, phonemes = zip(*rows, strict=True)
         flat = torch.tensor([id for text in letters for id in text], device=device)
         return (flat, Layout(map(len, letters)), torch.tensor(languages, device=device)), phonemes
