@@ -3,14 +3,18 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Iterable
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 from commandline import Run
 from generate.tiny import tiny_whisper_moe
+from media.recordings import encode, tone
 from model.speaking import TINY
 
+from whisper_moe import Outcome, TranscribeOptions, Transcription, WhisperMoE
 from whisper_moe.media.audio import load_audio
 from whisper_moe.weights.checkpoint import load_checkpoint, save_checkpoint
 from whisper_moe.weights.upcycle import add_parts
@@ -82,3 +86,27 @@ def test_what_is_no_text_is_named(run: Run, tmp_path: Path) -> None:
     (tmp_path / "sound.m4a").write_bytes(b"\xff\xfe\x00abc")
     done = run("speak", str(tmp_path / "sound.m4a"), "-o", str(tmp_path / "a.wav"), *NO_MODEL)
     assert done.status == 2 and "sound.m4a: not a text in UTF-8" in done.err
+
+
+def test_a_transcript_is_read_aloud(
+    run: Run, speaks: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    heard = {"one": "abc def", "two": "", "three": "你好"}
+
+    def transcribe_each(
+        self: WhisperMoE, sources: Iterable[str], options: TranscribeOptions, **_: Any
+    ) -> list[Outcome]:
+        texts = [heard[Path(source).stem] for source in sources]
+        made = [Transcription(text=text, segments=(), language="en", duration=1.0) for text in texts]
+        return [Outcome("", each, None, index=index) for index, each in enumerate(made)]
+
+    monkeypatch.setattr(WhisperMoE, "transcribe_each", transcribe_each)
+    files = [encode(tmp_path / f"{name}.wav", tone(0.1), 16_000, "pcm_s16le") for name in heard]
+    done = run("transcribe", *files, *speaks, "-f", "txt", "--speak", str(tmp_path / "aloud"))
+    assert done.status == 1 and "three.m4a: not read aloud: nothing in it can be read aloud" in done.err
+    assert [file.name for file in (tmp_path / "aloud").iterdir()] == ["one.m4a"]
+    assert len(load_audio(tmp_path / "aloud/one.m4a")) > 1_000
+    silent = run(
+        "transcribe", files[0], "--model", speaks[1].replace("speaks", "plain"), "--speak", str(tmp_path / "aloud")
+    )
+    assert silent.status == 1 and "this model does not speak" in silent.err

@@ -34,6 +34,7 @@ transcribe: Write down what is said, in its language or in English.
   --detect-language-once    switch               Each file is in one language: that of its first window where it is sure.
   --output-format -f        str                  txt, srt, vtt, tsv, json or all. Without -o it is printed: of several files txt, or json with a line for each.
   --output-dir -o           path                 Write a file for each input here.
+  --speak                   path                 Also read each transcript aloud, into a file NAME.m4a in this folder; needs a model that speaks.
   --skip-existing           switch               Leave out what has all its files in the output folder.
   --device                  str = auto           cpu, cuda, cuda:1, mps; auto takes a GPU if there is one.
   --dtype --compute-type    str = auto           auto (int8 on a CPU that is fast at it, else float32), float32, int8, bfloat16 or float16.

@@ -7,10 +7,8 @@ from __future__ import annotations
 
 import json
 import logging
-import sys
 import time
 from collections.abc import Iterable, Sequence
-from contextlib import suppress
 from dataclasses import fields, replace
 from importlib.util import find_spec
 from pathlib import Path
@@ -19,7 +17,19 @@ from typing import TYPE_CHECKING, Any
 
 from whisper_moe.config import EMBEDDED, MoEConfig, TTTConfig, model_folder
 from whisper_moe.generate.options import SubtitleOptions, TranscribeOptions
-from whisper_moe.jobs import Job, Outputs, UsageError, expand, named, put, readable, usage
+from whisper_moe.jobs import (
+    Job,
+    Outputs,
+    UsageError,
+    expand,
+    given_text,
+    named,
+    put,
+    readable,
+    sentence,
+    try_folder,
+    usage,
+)
 from whisper_moe.machine import check_arithmetic, pick_device, take_threads, usable_cores
 from whisper_moe.media.languages import NewLanguage, language_code, spoken_code
 from whisper_moe.weights.files import read_json
@@ -27,7 +37,7 @@ from whisper_moe.weights.files import read_json
 if TYPE_CHECKING:
     from rich.progress import Progress
 
-    from whisper_moe.api import WhisperMoE
+    from whisper_moe.api import Outcome, WhisperMoE
 
 logger = logging.getLogger(__name__)
 
@@ -46,6 +56,8 @@ def transcribe(flags: SimpleNamespace) -> int:
         if flags.skip_existing and flags.output_dir is None:
             raise UsageError("--skip-existing goes by the files of a folder: add -o DIR")
         check_arithmetic(flags.device, flags.dtype)
+        if flags.speak:
+            try_folder(flags.speak)
     if flags.fp16:
         _take_half_precision(flags)
     asked = [job for job in jobs if not (flags.skip_existing and outputs.has(job))]
@@ -55,7 +67,8 @@ def transcribe(flags: SimpleNamespace) -> int:
     there = readable(asked)
     failed = len(asked) - len(there)
     if there:
-        failed += _transcribe(_load(flags, languages, options.task, lazy=flags.lazy), there, outputs, options)
+        loaded = _load(flags, languages, options.task, lazy=flags.lazy)
+        failed += _transcribe(loaded, there, outputs, options, flags.speak)
     if failed and len(asked) > 1:
         logger.error("whisper-moe: %d of %d files failed", failed, len(asked))
     return int(failed > 0)
@@ -90,8 +103,15 @@ def _names(languages: str | None) -> tuple[str, ...]:
     return tuple(name.strip() for name in languages.split(",")) if languages else ()
 
 
-def _transcribe(loaded: WhisperMoE, jobs: list[Job], outputs: Outputs, options: TranscribeOptions) -> int:
-    """Each transcript is written as soon as it is there, on standard output in the order given; how many failed."""
+def _transcribe(
+    loaded: WhisperMoE, jobs: list[Job], outputs: Outputs, options: TranscribeOptions, aloud: Path | None
+) -> int:
+    """Each transcript is written as soon as it is there, on standard output in the order given; how many failed.
+
+    ``aloud``: the folder of what is also read aloud.
+    """
+    if aloud is not None:
+        _ = loaded.speaker  # says now, not after the first file, if it does not speak
     if loaded.stated_language and options.language is None and not options.allowed_languages:
         said = "taken to be in %s, the language that the model states; --language auto detects it"
         logger.info(said, loaded.stated_language)
@@ -103,7 +123,11 @@ def _transcribe(loaded: WhisperMoE, jobs: list[Job], outputs: Outputs, options: 
         for outcome in loaded.transcribe_each(sources, options, in_order=in_order, progress=progress):
             bar.stop()
             heard += outcome.transcription.duration if outcome.transcription else 0.0
-            failed += not outputs.deliver(outcome, jobs[outcome.index])
+            job = jobs[outcome.index]
+            there = outputs.deliver(outcome, job)
+            failed += not (
+                there and (aloud is None or _read_aloud(loaded, outcome, aloud / f"{job.name}.m4a", options))
+            )
             bar.start()
     seconds = time.perf_counter() - started
     logger.info("%.1f s of audio in %.1f s: %.1f times real time", heard, seconds, heard / seconds)
@@ -123,6 +147,19 @@ def _progress() -> Progress:
     how: dict[str, Any] = {"redirect_stdout": False, "redirect_stderr": False, "transient": True}
     how["disable"] = console.quiet
     return Progress(SpinnerColumn(), text, TimeElapsedColumn(), console=console, **how)
+
+
+def _read_aloud(loaded: WhisperMoE, outcome: Outcome, path: Path, options: TranscribeOptions) -> bool:
+    """Whether all that was said could be."""
+    heard = outcome.transcription
+    if heard is None or not heard.text.strip():
+        return True
+    try:
+        loaded.speak(heard.text, language="en" if options.task == "translate" else heard.language).save(path)
+    except (ValueError, OSError) as error:
+        logger.error("whisper-moe: %s: not read aloud: %s", path, sentence(error))
+        return False
+    return True
 
 
 def _load(
@@ -173,12 +210,12 @@ def speak(flags: SimpleNamespace) -> int:
     """The sound to a file; facts to standard error, or as JSON to standard output."""
     from whisper_moe.media.audio import WRITTEN
 
-    if flags.output.suffix.lower() not in WRITTEN:
-        raise UsageError(f"{flags.output}: sound is written as {' '.join(WRITTEN)}")
-    if not flags.output.parent.is_dir():
-        raise UsageError(f"{flags.output}: there is no folder {flags.output.parent}")
+    kind, folder = flags.output.suffix.lower(), flags.output.parent
+    if kind not in WRITTEN or not folder.is_dir():
+        cause = f"there is no folder {folder}" if kind in WRITTEN else f"sound is written as {' '.join(WRITTEN)}"
+        raise UsageError(f"{flags.output}: {cause}")
     with usage():
-        text = _text(flags.text)
+        text = given_text(flags.text)
         asked = {"voice": flags.voice, "language": flags.language and language_code(flags.language), "rate": flags.rate}
     if flags.threads:
         take_threads(flags.threads)
@@ -188,29 +225,12 @@ def speak(flags: SimpleNamespace) -> int:
     with _progress() as bar:
         task = bar.add_task("", total=None)
         speech = speaker.speak(text, **asked, progress=lambda seconds: bar.advance(task, seconds))
-    seconds = time.perf_counter() - started
+    seconds, facts = time.perf_counter() - started, (flags.output, speech.duration, speech.voice)
     speech.save(flags.output)
-    said = "%s: %.1f s in the voice %s in %.1f s: %.1f times real time"
-    logger.info(said, flags.output, speech.duration, speech.voice, seconds, speech.duration / seconds)
+    logger.info("%s: %.1f s in the voice %s: %.1f times real time", *facts, speech.duration / seconds)
     if flags.json:
         put(json.dumps(speech.facts(), ensure_ascii=False) + "\n")
     return 0
-
-
-def _text(given: str) -> str:
-    """What is to be read: a file's content, standard input, or the words themselves."""
-    path = Path(given) if len(given) < 4_096 and "\0" not in given else None
-    try:
-        if given == "-":
-            return sys.stdin.buffer.read().decode("utf-8-sig")
-        with suppress(OSError):  # too long a name is a text
-            if path and path.is_file():
-                return path.read_text("utf-8-sig")
-    except UnicodeDecodeError as error:
-        raise UsageError(f"{given}: not a text in UTF-8: {error.reason} at byte {error.start}") from error
-    if path and path.suffix.lower() in (".txt", ".text", ".md") and len(given.split()) == 1:
-        raise UsageError(f"{given}: no such file")
-    return given
 
 
 def detect_language(flags: SimpleNamespace) -> int:

@@ -14,7 +14,7 @@ import tempfile
 import unicodedata
 from collections import defaultdict
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -76,6 +76,22 @@ class Job:
     @property
     def source(self) -> Any:
         return sys.stdin.buffer if self.path == "-" else self.path
+
+
+def given_text(given: str) -> str:
+    """What is to be read: a file's content, standard input, or the words themselves."""
+    path = Path(given) if len(given) < 4_096 and "\0" not in given else None
+    try:
+        if given == "-":
+            return sys.stdin.buffer.read().decode("utf-8-sig")
+        with suppress(OSError):  # too long a name is a text
+            if path and path.is_file():
+                return path.read_text("utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise UsageError(f"{given}: not a text in UTF-8: {error.reason} at byte {error.start}") from error
+    if path and path.suffix.lower() in (".txt", ".text", ".md") and len(given.split()) == 1:
+        raise UsageError(f"{given}: no such file")
+    return given
 
 
 def named(paths: Sequence[str]) -> list[Job]:
@@ -211,7 +227,7 @@ class Outputs:
         if unknown := [name for name in self.formats if name not in FORMATS]:
             raise UsageError(f"unknown output format {unknown[0]!r}: one of {', '.join(FORMATS)}, all")
         if directory is not None:
-            _try_folder(directory)
+            try_folder(directory)
         elif len(self.formats) > 1:
             raise UsageError("several formats need a folder to be written to: add -o DIR")
         elif self._several and self.formats[0] not in ("txt", "json"):
@@ -291,7 +307,7 @@ def _facts_in(file: Path) -> dict[str, Any]:
     return said if isinstance(said, dict) else {}
 
 
-def _try_folder(directory: Path) -> None:
+def try_folder(directory: Path) -> None:
     """The folder is made, and tried: a disk that refuses is better known before all the work than after it."""
     if directory.exists() and not directory.is_dir():
         raise UsageError(f"{directory}: is a file; -o needs a folder")
