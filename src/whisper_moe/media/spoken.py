@@ -53,7 +53,7 @@ def _table(entries: str) -> dict[str, dict[str, str]]:
     }
 
 
-_SIGNS, _UNITS, _CASED, _SHORT, _BEFORE, _MANY = map(
+_SIGNS, _UNITS, _CASED, _SHORT, _BEFORE, _MANY, _PARTS = map(
     _table,
     (
         _SIGNS_TABLE,
@@ -62,6 +62,7 @@ _SIGNS, _UNITS, _CASED, _SHORT, _BEFORE, _MANY = map(
         _SHORT_TABLE,
         "no number नंबर, nos numbers नंबर, vol volume खंड, fig figure चित्र, p page पृष्ठ, pp pages पृष्ठ",
         "k thousand हज़ार, m million मिलियन, mn million मिलियन, b billion अरब, bn billion अरब",
+        "½ half आधा, ¼ quarter चौथाई, ¾ three_quarters पौन",
     ),
 )
 _ADDRESS = re.compile(
@@ -79,7 +80,7 @@ _NUMBER = re.compile(rf"(?:(?<![\w.,])([-−]))?({_WHOLE})(?:\.(\d+)(?!\.\d))?(s
 _DOTTED = re.compile(r"\d+(?:\.\d+){2,}")
 _DECADE = re.compile(r"\b(1[1-9]\d0|20\d0)s\b")
 _FRACTION = re.compile(r"(\d?)\s?([½¼¾])")
-_PARTS = {"½": "half आधा", "¼": "quarter चौथाई", "¾": "three_quarters पौन"}
+_POINT = {"en": "point", "hi": "दशमलव"}
 _ROMAN = {
     "II": 2,
     "III": 3,
@@ -121,11 +122,15 @@ def cardinal(number: float | str, language: str) -> str:
     """``12`` → twelve. What begins with 0, or has more digits than anybody says as one number, digit by digit."""
     whole, _, rest = str(number).partition(".")
     if len(whole) > _SAID_WHOLE or (len(whole) > 1 and whole[0] == "0"):
-        return " ".join(cardinal(digit, language) for digit in whole + rest)
+        return _digits(whole + rest, language)
     said = _engine(language).format_number(int(whole)).text
     if not rest:
         return said
-    return " ".join([said, {"en": "point", "hi": "दशमलव"}[language], *(cardinal(digit, language) for digit in rest)])
+    return f"{said} {_POINT[language]} {_digits(rest, language)}"
+
+
+def _digits(digits: str, language: str) -> str:
+    return " ".join(cardinal(digit, language) for digit in digits)
 
 
 def _ordinal(number: int, language: str) -> str:
@@ -168,7 +173,7 @@ def spoken(text: str, language: str) -> str:
     text = _replaced(text, _SHORT[language], r"(?<!\w){}\.(?=[\s,]|$)", re.IGNORECASE)
     text = _replaced(text, _UNITS[language], r"(?<=\d)\s?{}(?!\w)", re.IGNORECASE)
     text = _replaced(text, _CASED[language], r"(?<=\d)\s?{}(?!\w)")
-    text = _DOTTED.sub(lambda found: found[0].replace(".", {"en": " point ", "hi": " दशमलव "}[language]), text)
+    text = _DOTTED.sub(lambda found: found[0].replace(".", f" {_POINT[language]} "), text)
     text = _NUMBER.sub(lambda found: _number(found, language), _APART.sub(" ", text))
     text = _INITIALS.sub(_letter_names, text)
     return " ".join("".join(f" {signs[char]} " if char in signs else char for char in text).split())
@@ -186,11 +191,11 @@ def _known(char: str) -> str:
 
 def _part(found: re.Match[str], language: str) -> str:
     """3½ → 3 and a half."""
-    english, hindi = (said.replace("_", " ") for said in _PARTS[found[2]].split())
-    if language == "hi":
-        return f"{found[1]} {hindi} "
-    article = "" if english.startswith("three") else "a "
-    return f"{found[1]} and {article}{english} " if found[1] else f" {english} "
+    said = _PARTS[language][found[2]]
+    if language == "hi" or not found[1]:
+        return f"{found[1]} {said} "
+    article = "" if said.startswith("three") else "a "
+    return f"{found[1]} and {article}{said} "
 
 
 def _address(text: str, language: str) -> str:
@@ -227,7 +232,7 @@ def _number(found: re.Match[str], language: str) -> str:
     sign, whole, rest, ordinal = found.groups()
     minus, digits = {"en": "minus ", "hi": "ऋण "}[language] if sign else "", whole.replace(",", "")
     if len(digits) > _SAID_WHOLE or (whole == digits and len(whole) >= _TELEPHONE):
-        said = " ".join(cardinal(digit, language) for digit in digits)
+        said = _digits(digits, language)
     elif ordinal:
         said = _ordinal(int(digits), language)
     else:

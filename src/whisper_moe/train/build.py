@@ -144,16 +144,8 @@ def _speaking(given: SpeechRecipe) -> tuple[str, ...]:
     """The parameters that learn to speak, or to sound."""
     if given.part == "vocoder":
         return ("speech.vocoder.*", *["critics.*"] * given.critics)
-    parts = [
-        "phonemes",
-        "voices",
-        "encoder",
-        "planner",
-        "plan",
-        "decoder",
-        *["reader"] * (given.pronounced is not None),
-    ]
-    return tuple(f"speech.{part}.*" for part in parts)
+    parts = "phonemes voices encoder planner plan decoder" + " reader" * (given.pronounced is not None)
+    return tuple(f"speech.{part}.*" for part in parts.split())
 
 
 def only_expert(model: WhisperMoEModel, name: str) -> None:

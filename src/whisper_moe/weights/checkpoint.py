@@ -288,13 +288,12 @@ def load_speech(directory: str | Path) -> SpeechModel:
     facts, config, index = _read_header(Path(directory))
     if config.speech is None:
         raise CheckpointError(f"{directory}: this model does not speak: it has no part for that")
-    shapes = {key: shape for key, shape in parts.expected_shapes(config).items() if key.startswith(parts.SPEECH)}
-    index = {key: name for key, name in index.items() if key.startswith(parts.SPEECH)}
-    state, _ = _read_tensors(Path(directory), facts, index, shapes, keep_int8=False)
     with parts.without_memory():
         model = SpeechModel(config.speech, config.n_mels)
-    model.load_state_dict({key.removeprefix(parts.SPEECH): tensor for key, tensor in state.items()}, assign=True)
-    return model.eval().requires_grad_(False)
+    shapes = {parts.SPEECH + key: tuple(tensor.shape) for key, tensor in model.state_dict().items()}
+    index = {key: name for key, name in index.items() if key.startswith(parts.SPEECH)}
+    state, _ = _read_tensors(Path(directory), facts, index, shapes, keep_int8=False)
+    return parts.frozen(model, {key.removeprefix(parts.SPEECH): tensor for key, tensor in state.items()})
 
 
 def _read_tensors(

@@ -24,6 +24,7 @@ from whisper_moe.model.model import WhisperMoEModel
 from whisper_moe.weights.files import CheckpointError, listed
 
 Weight = TypeVar("Weight", Tensor, Int8Rows)
+Module = TypeVar("Module", bound=nn.Module)
 CORE, ADAPT = "core", "adapt"
 EMBEDDING, NEW_TOKENS = "decoder.token_embedding.weight", "decoder.new_tokens.weight"
 """[V, D] of the source's own tokens, and [N, D] of those that it lacks."""
@@ -73,11 +74,15 @@ def empty_model(config: ModelConfig) -> WhisperMoEModel:
         return WhisperMoEModel(config)
 
 
+def frozen(module: Module, state: Mapping[str, Tensor]) -> Module:
+    """A module that learns nothing, of these very tensors."""
+    module.load_state_dict(state, assign=True)
+    return module.eval().requires_grad_(False)
+
+
 def frozen_model(config: ModelConfig, state: Mapping[str, Tensor]) -> WhisperMoEModel:
     """A model that learns nothing, of these very tensors."""
-    model = empty_model(config)
-    model.load_state_dict(state, assign=True)
-    return model.eval().requires_grad_(False)
+    return frozen(empty_model(config), state)
 
 
 def expected_shapes(config: ModelConfig) -> dict[str, tuple[int, ...]]:
