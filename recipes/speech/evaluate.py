@@ -6,7 +6,7 @@ TEST.tsv is ``teacher.py table``'s: the synthesiser's own reading of each senten
 stand this model's with its vocoder, and with Griffin-Lim (1984); and the vocoder alone, on mel frames of the synthesiser's
 sound. whisper-base hears them padded to 30 s and is told the language. English is compared by words, Hindi by characters after
 both are romanised (package ``uroman``), for whisper-base writes this Hindi in Urdu's letters. Capped: no sentence has more
-errors than its reference has words or characters.
+errors than its reference has words or characters. OUT keeps the sounds, for `quality.py`.
 """
 
 from __future__ import annotations
@@ -22,6 +22,7 @@ from typing import Any
 import numpy as np
 import torch
 from numpy.typing import NDArray
+from teacher import write_sound
 
 from whisper_moe import WhisperMoE
 from whisper_moe.config import FULL_WINDOW, SAMPLE_RATE
@@ -101,6 +102,10 @@ def main(asked: argparse.Namespace) -> None:
                 continue
             begun, sounds = time.perf_counter(), [say(row) for row in own]
             seconds = time.perf_counter() - begun
+            kept = asked.out / "sounds" / name.replace(", ", "-").lower()
+            kept.mkdir(parents=True, exist_ok=True)
+            for index, sound in enumerate(sounds):
+                write_sound(kept / f"{voice}-{index:03d}.wav", sound)
             options = {"language": own[0]["language"], "context_margin": FULL_WINDOW, "timestamps": False}
             texts = [each.text for each in listener.transcribe(sounds, **options)]
             wanted = [counted(row["text"]) for row in own]
@@ -116,7 +121,6 @@ def main(asked: argparse.Namespace) -> None:
                 for row, text, w in zip(own, texts, wrong, strict=True)
             ]
             report.setdefault(voice, {})[name] = {"rate": rate, "lengths": lengths, "sentences": heard}
-    asked.out.mkdir(parents=True, exist_ok=True)
     (asked.out / "table.md").write_text("\n".join(lines) + "\n", "utf-8")
     (asked.out / "report.json").write_text(json.dumps(report, ensure_ascii=False, indent=1) + "\n", "utf-8")
 

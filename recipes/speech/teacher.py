@@ -23,6 +23,7 @@ from hashlib import sha256
 from importlib.util import module_from_spec, spec_from_file_location
 from itertools import pairwise
 from pathlib import Path
+from string import ascii_uppercase
 from typing import Any
 
 import numpy as np
@@ -183,6 +184,12 @@ def words(language: str) -> list[str]:
     return [*found, *(word.upper() for word in found if len(word) == 1)]
 
 
+def initials(many: int = 6_000) -> list[str]:
+    """Letters that are read by their names, in no order that a word has."""
+    random = np.random.default_rng(15)
+    return [" ".join(random.choice([*ascii_uppercase], random.integers(1, 12))) for _ in range(many)]
+
+
 def pronounce(data: Path, out: Path, code: Path) -> None:
     front, known = synthesiser(code), vocabulary()
     with out.open("a+", encoding="utf-8") as file:
@@ -201,6 +208,9 @@ def pronounce(data: Path, out: Path, code: Path) -> None:
                 said = said if len(said) == len(part) else [front.phonemes(word, language) for word in part]
                 for word, each in zip(part, said, strict=True):
                     write(language, word, each)
+            for letters in initials() if language == "en" else ():
+                if (language, letters) not in done:
+                    write(language, letters, front.phonemes(letters, language))
             texts = {text for _, own, text in lines_of(data, PRONOUNCED) if own == language and 0 < len(text) < 160}
             for text in sorted(texts, key=place):
                 plain = not re.search(r"[\d_<>{}\\/$%@#&*=+|^~`\[\]]", text)

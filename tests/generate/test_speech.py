@@ -76,6 +76,13 @@ def test_what_cannot_be_read_is_refused(speaker: Speaker, text: str) -> None:
         speaker.speak(text)
 
 
+def test_a_text_of_which_only_spaces_are_known_is_refused(speaker: Speaker, monkeypatch: pytest.MonkeyPatch) -> None:
+    space = speaker.config.phonemes.index(" ")
+    monkeypatch.setattr(speaker, "phonemes", lambda texts, language: [[0, space, 0] for _ in texts])
+    with pytest.raises(ValueError, match="nothing in it can be read aloud"):
+        speaker.speak("a text")
+
+
 def test_voice_language_and_rate(speaker: Speaker) -> None:
     assert speaker.speak("hello").voice == "ann" and speaker.speak("नमस्ते").voice == "uma"
     assert speaker.speak("नमस्ते", voice="bob").language == "en"

@@ -25,8 +25,8 @@ from whisper_moe.media.spoken import letters_of, number, runs, spoken
         ("50% of 3 km", "fifty percent of three kilometers"),
         ("Dr. Who vs. Mr. X", "doctor Who versus mister X"),
         ("the USA, U.K. and UNESCO", "the U S A, U K and UNESCO"),
-        ("see www.example.org/a_b.", "see www dot example dot org slash a underscore b"),
-        ("a+b@x.io", "a plus b at x dot io"),
+        ("see www.example.org/a_b.", "see www dot example dot org slash a underscore B"),
+        ("a+b@x.io", "a plus b at X dot io"),
         ("😀", "grinning face"),
         ("<|endoftext|>", "less than bar endoftext bar greater than"),
         ("3D and A4, H2O", "three D and A four, H two O"),
@@ -40,8 +40,10 @@ from whisper_moe.media.spoken import letters_of, number, runs, spoken
         ("DO NOT TOUCH THIS", "do not touch this"),
         ("it came.In we go", "it came.In we go"),
         ("9" * 30 + "th", " ".join(["nine"] * 30)),
-        ("a\x00b\ud800c\u202e", "a b c"),
+        ("a\x00b\ud800c\u202e", "a B C"),
         ("x" * 3, "xxx"),
+        ("x = 2, don't, f(y), 5 p.m. now", "X equals two, don't, F(Y), five P M now"),
+        ("www.x.org", "W W W dot X dot org"),
     ],
 )
 def test_english(written: str, said: str) -> None:

@@ -13,7 +13,7 @@ from media.recordings import encode
 from model.speaking import TINY, tiny_speech
 from train.tiny import recipe_tree
 
-from whisper_moe.data.sample import AudioRef, Sample
+from whisper_moe.data.sample import AudioRef, DataError, Sample
 from whisper_moe.media.mel import HOP, window_mel
 from whisper_moe.train.recipe import recipe_of
 from whisper_moe.train.run import run as train
@@ -46,6 +46,21 @@ def test_a_stretch_is_of_one_place_in_the_sound_and_its_mels(tmp_path: Path, mar
     np.testing.assert_array_equal(samples, whole[begin * HOP : (begin + 2 * POSITIONS) * HOP])
     short = reader.read(sample_of(tmp_path, 0.05), margin).mel
     assert short.shape == both.shape and short[80:].T.flatten()[801:].abs().max() == 0
+
+
+def test_a_model_s_own_frames_stand_in_for_the_sound_s(tmp_path: Path) -> None:
+    reader = SoundReader(SPEAKS.tokenizer, SPEAKS.config, POSITIONS)
+    sample = sample_of(tmp_path, 1.0)
+    made = np.random.default_rng(1).normal(size=(80, 98)).astype(np.float16)
+    np.save(tmp_path / "1.0.npy", made)
+    both = reader.read(sample, 1.0).mel
+    np.testing.assert_array_equal(both[:80, :18], made[:, 80:].astype(np.float32))
+    assert (both[:80, 18:] == float(made.min())).all()
+    np.testing.assert_array_equal(both[80:].T.flatten(), sound(1.0)[80 * HOP :])
+    for wrong in (made[:, :50], made[:40], np.array(["x"])):
+        np.save(tmp_path / "1.0.npy", wrong)
+        with pytest.raises(DataError, match=r"1\.0\.npy"):
+            reader.read(sample, 1.0)
 
 
 def test_a_sound_is_at_no_distance_from_itself_and_nearer_to_a_softer_one_than_to_noise() -> None:

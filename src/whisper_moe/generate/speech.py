@@ -144,7 +144,8 @@ class Speaker:
         own = self.voice(voice, said)
         written = sentences_of(text, said)
         phonemes = self.phonemes([piece for piece, _ in written], said)
-        pieces = [(*piece, ids) for piece, ids in zip(written, phonemes, strict=True) if len(ids) > 2]
+        heard = {place for place, each in enumerate(self.config.phonemes) if place and each.isalpha()}
+        pieces = [(*piece, ids) for piece, ids in zip(written, phonemes, strict=True) if heard.intersection(ids)]
         if not pieces:
             raise ValueError(f"nothing in it can be read aloud: {text[:40]!r}")
         sounds = self._sounds([ids for *_, ids in pieces], own, rate, progress)

@@ -101,7 +101,9 @@ _YEAR = re.compile(
     r"(?<=\b(?:in|of|by)\s)(1[1-9]\d\d|20\d\d)(?!\d|[.,]\d)|(?<=\b(?:since|until|after)\s)(1[1-9]\d\d|20\d\d)(?!\d|[.,]\d)",
     re.IGNORECASE,
 )
-_INITIALS = re.compile(r"(?<![^\W\d_])(?:[A-Z]{2,5}|(?:[A-Z]\.){2,})(?![^\W\d_])")
+_INITIALS = re.compile(r"(?<![^\W\d_])(?:[A-Z]{2,5}|(?:[A-Za-z]\.){2,})(?![^\W\d_])")
+_ALONE = re.compile(r"(?<![^\W_]['.])(?<![^\W_])[b-hj-z](?![^\W_]|['.][^\W_])")
+"""A letter that is no word, and no end of one: it is read by its name, as capitals are."""
 _MARKS = str.maketrans("।॥…\u2019\u2018–—()[]-", "...'',,,,,, ")
 _ACCENTS = re.compile(r"([A-Za-z])[\u0300-\u036f]+")
 _W = re.compile(r"(?<!\w)W(?!\w)")
@@ -175,8 +177,8 @@ def spoken(text: str, language: str) -> str:
     text = _replaced(text, _CASED[language], r"(?<=\d)\s?{}(?!\w)")
     text = _DOTTED.sub(lambda found: found[0].replace(".", f" {_POINT[language]} "), text)
     text = _NUMBER.sub(lambda found: _number(found, language), _APART.sub(" ", text))
-    text = _INITIALS.sub(_letter_names, text)
-    return " ".join("".join(f" {signs[char]} " if char in signs else char for char in text).split())
+    text = "".join(f" {signs[char]} " if char in signs else char for char in _INITIALS.sub(_letter_names, text))
+    return " ".join(_ALONE.sub(lambda found: found[0].upper(), text).split())
 
 
 def _known(char: str) -> str:
@@ -202,6 +204,7 @@ def _address(text: str, language: str) -> str:
     """A URL or an e-mail address, part by part."""
     dot, signs = {"en": "dot", "hi": "डॉट"}[language], _SIGNS[language]
     said = re.sub(r"^https?://", "", text, flags=re.IGNORECASE).rstrip(".,;:!?)/")
+    said = re.sub(r"^www(?=\.)", "W W W", said, flags=re.IGNORECASE)
     return re.sub(r"[^\w\s]|_", lambda found: f" {dot if found[0] == '.' else signs.get(found[0], '')} ", said)
 
 
@@ -242,7 +245,7 @@ def _number(found: re.Match[str], language: str) -> str:
 
 def _letter_names(found: re.Match[str]) -> str:
     """UK → U K; what can be said as a word, and is as long as one, stays: NASA, UNESCO."""
-    letters = found[0].replace(".", "")
+    letters = found[0].replace(".", "").upper()
     if "." not in found[0] and len(letters) > 3 and len(_VOWELS.findall(letters)) >= 2:
         return found[0]
     return " ".join(letters)

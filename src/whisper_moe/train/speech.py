@@ -40,7 +40,7 @@ FACTORS = {
     "coarse": 1.0,
     "stop": 0.1,
     "guide": 1.0,
-    "seconds": 0.1,
+    "durations": 0.1,
     "pitch": 0.1,
     "loudness": 0.1,
     "letters": 0.1,
@@ -170,7 +170,7 @@ class MelObjective:
         parts, own = {name: part / totals.tokens for name, part in parts.items()}, found.own
         logs = wanted.seconds_T.clamp_min(1 / MILLI).log()
         pairs = (
-            ("seconds", own.seconds_T, logs),
+            ("durations", own.seconds_T, logs),
             ("pitch", own.pitch_T, wanted.pitch_T),
             ("loudness", own.loudness_T, wanted.loudness_T),
         )

@@ -10,7 +10,9 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -18,7 +20,7 @@ from torch.func import functional_call
 
 from whisper_moe.config import ModelConfig
 from whisper_moe.data.examples import Example, ExampleConfig, ExampleReader, Pack
-from whisper_moe.data.sample import Sample, share_of
+from whisper_moe.data.sample import DataError, Sample, share_of
 from whisper_moe.media.mel import HOP, mel_power, window_mel
 from whisper_moe.media.tokenizer import Tokenizer
 from whisper_moe.train.losses import Terms, Totals, weighed
@@ -29,10 +31,15 @@ FACTORS = {"spectra": 1.0, "mel": 5.0, "critics": 1.0, "fooling": 0.5, "seen": 1
 RESOLUTIONS = ((256, 64), (512, 128), (1_024, 256))
 """Windows and hops, in samples."""
 PERIODS = (2, 3, 5, 7)
+MOST_APART = 10
+"""Frames that a model may make more or less than a sound has."""
 
 
 class SoundReader(ExampleReader):
-    """Another stretch of each sound in every epoch: its mel frames, and below them the 160 samples of each, [n_mels + 160, F]."""
+    """Another stretch of each sound in every epoch: its mel frames, and below them the 160 samples of each, [n_mels + 160, F].
+
+    Where an array [n_mels, F] of the sound's name is beside it (``.npy``), those are the frames: what a model makes of its text.
+    """
 
     def __init__(self, tokenizer: Tokenizer, model: ModelConfig, positions: int) -> None:
         super().__init__(tokenizer, model, ExampleConfig(margin=(0.0, 1.0), empty_text=True))
@@ -52,11 +59,26 @@ class SoundReader(ExampleReader):
     def read(self, sample: Sample, margin: float) -> Example:
         sound = torch.from_numpy(self._sound(sample))
         positions = max(self._positions, -(-len(sound) // (2 * HOP)))
-        mel = window_mel(sound.numpy(), self._n_mels, positions)
+        mel = self._made(sample, 2 * positions)
+        mel = window_mel(sound.numpy(), self._n_mels, positions) if mel is None else mel
         both = torch.cat([mel, F.pad(sound, (0, positions * 2 * HOP - len(sound))).view(-1, HOP).T])
         begin = 2 * round(margin * (positions - self._positions))
         part = both[:, begin : begin + 2 * self._positions].clone()
         return Example(id=sample.id, mel=part, valid_length=self._positions, tokens=(0,), labels=(0,))
+
+    def _made(self, sample: Sample, frames: int) -> Tensor | None:
+        path = Path(sample.audio.name if sample.audio else "").with_suffix(".npy")
+        if not path.is_file():
+            return None
+        try:
+            made = torch.from_numpy(np.load(path).astype(np.float32))
+        except (OSError, ValueError, TypeError) as error:
+            raise DataError(path, f"is no array of mel frames: {error}") from error
+        if made.ndim != 2 or len(made) != self._n_mels or abs(made.shape[1] - frames) > MOST_APART:
+            raise DataError(
+                path, f"its shape {tuple(made.shape)} is not that of {frames} frames of {self._n_mels} bands"
+            )
+        return F.pad(made[:, :frames], (0, max(0, frames - made.shape[1])), value=float(made.min()))
 
 
 @dataclass(frozen=True)
