@@ -21,9 +21,11 @@ HARD = [
     *("<|endoftext|>", "<|hi|><|transcribe|>", "<b>bold</b>", "{{ template }}", "print('hello')", "x = y ** 2", "a&b;c"),
     *("NASA", "U.S.A.", "UNESCO and the UK", "Dr. Smith vs. Mr. Jones", "e.g. this", "iPhone15", "COVID-19", "B2B", "O'Brien's"),
     *("मेरा email test@x.in है", "यह iPhone 15 है।", "hello दुनिया hello", "நன்றி", "ধন্যবাদ friend", "ਧੰਨਵਾਦ", "ధన్యవాదాలు"),
-    *("naïve café Zürich", "Ŵ ĝ ş", "ﬁne ﬂow", "Ｆｕｌｌ　ｗｉｄｔｈ", "Привет and hello", "hello 世界", "a\u0301\u0302\u0303\u0304", "h\u200be\u200bllo"),
-    *("\x00a\ud800b", "\ufeffहैलो", "a\r\nb\tc", "tab\tand\x0bmore", "\u202eright to left", "a" * 300, "A" * 300, "क" * 300, "a " * 300),
-    *("no stop at all " * 30, "Stop. " * 60, "!" * 200 + "now", "one,,,,two", "wait..... what", "\n".join("line" for _ in range(40))),
+    *("naïve café Zürich", "Ŵ ĝ ş", "ﬁne ﬂow", "\uff26\uff55ll", "Привет and hello", "hello 世界"),
+    *("a\u0301\u0302\u0303\u0304", "h\u200be\u200bllo"),
+    *("\x00a\ud800b", "\ufeffहैलो", "a\r\nb\tc", "tab\tand\x0bmore", "\u202eright to left"),
+    *("a" * 300, "A" * 300, "क" * 300, "a " * 300, "one,,,,two", "wait..... what"),
+    *("no stop at all " * 30, "Stop. " * 60, "!" * 200 + "now", "\n".join("line" for _ in range(40))),
     *(WORDS * 240, "जल जीवन है। " * 40, "9" * 400, "x" * 1_000),
 ]  # fmt: skip
 
