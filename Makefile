@@ -1,4 +1,4 @@
-# make demo         transcribe the bundled samples
+# make demo         transcribe the bundled samples, and read a sentence aloud
 # make test         the tests, without the slow ones
 # make check        lint, formatting, types, import order
 # make check-slow   the slow tests
@@ -17,6 +17,7 @@ INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check --co
 
 demo: $(VENV)/.runtime
 	$(BIN)/whisper-moe transcribe examples/sample.m4a examples/hindi.m4a
+	$(BIN)/whisper-moe speak "Good morning. This is a small model, and it reads aloud." -o demo.m4a
 
 test: $(VENV)/.dev
 	$(BIN)/python -m pytest $(PARALLEL) --dist loadfile

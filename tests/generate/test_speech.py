@@ -92,9 +92,10 @@ def test_voice_language_and_rate(speaker: Speaker) -> None:
         ({"voice": "eve"}, "no voice is called 'eve'; there are ann"),
         ({"language": "ta"}, "'ta' cannot be spoken; there are en, hi"),
         ({"rate": 3.0}, "rate must be 0.5 to 2"),
+        ({"text": "word " * 200_000}, "has 1,000,000 characters; at most 250,000"),
     ):
         with pytest.raises(ValueError, match=said):
-            speaker.speak("hello", **wrong)
+            speaker.speak(**{"text": "hello"} | wrong)
 
 
 @pytest.mark.parametrize("kind", [".m4a", ".wav", ".mp3", ".flac", ".ogg", ".OPUS"])

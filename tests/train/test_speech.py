@@ -72,9 +72,27 @@ def test_a_run_goes_on_as_if_it_had_not_stopped(material: Path, spoken: Path, tm
     for name, steps in (("whole", (6,)), ("parts", (3, 6))):
         for most in steps:
             tree = recipe(material, spoken, steps=most)
+            tree["data"]["evaluation"] = tree["data"]["train"]
+            tree["evaluation"] = {"every": 3, "metric": "loss"}
             assert train(recipe_of(tree, "tones"), tmp_path / name, resume=True) == 0
     whole, parts = (load_checkpoint(tmp_path / name / "model").state for name in ("whole", "parts"))
     assert all(torch.equal(whole[key], parts[key]) for key in whole)
+    judged = [rows_of(tmp_path / name / "metrics.jsonl") for name in ("whole", "parts")]
+    assert judged[0] == judged[1] and [row["step"] for row in judged[0]] == [3, 6]
+    first, last = (row["evaluation"] for row in judged[0])
+    assert 0 < last["mel"] < first["mel"] and "letters" not in last and last["durations"] > 0
+
+
+def test_only_the_loss_tells_how_speaking_goes(material: Path, spoken: Path, tmp_path: Path) -> None:
+    tree = recipe(material, spoken, steps=2)
+    tree["data"]["evaluation"] = tree["data"]["train"]
+    with pytest.raises(ValueError, match=r"evaluation\.metric: where speaking is learned"):
+        train(recipe_of(tree, "tones"), tmp_path / "run")
+
+
+def rows_of(metrics: Path) -> list[dict[str, Any]]:
+    rows = [json.loads(line) for line in metrics.read_text("utf-8").splitlines()]
+    return [row for row in rows if "evaluation" in row]
 
 
 @pytest.mark.parametrize(

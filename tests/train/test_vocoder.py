@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -93,7 +94,8 @@ def test_only_the_vocoder_learns_and_a_run_goes_on_as_if_it_had_not_stopped(
     tree = recipe_tree(material / "model", material / "data")
     tree["model"]["speech"] = TINY.model_dump(mode="json")
     tree["losses"] = {"speech": {"part": "vocoder", "positions": POSITIONS, "critics": critics}}
-    tree["data"]["loader"] = {"batch_size": 4}
+    tree["data"] |= {"loader": {"batch_size": 4}, "evaluation": tree["data"]["train"]}
+    tree["evaluation"] = {"every": 2, "metric": "loss"}
     for name, steps in (("whole", (4,)), ("parts", (2, 4))):
         for most in steps:
             tree["optimisation"] |= {"steps": most}
@@ -106,3 +108,6 @@ def test_only_the_vocoder_learns_and_a_run_goes_on_as_if_it_had_not_stopped(
     moved = {key for key in start if (start[key] - whole.state[key]).abs().max() > 1e-6}
     assert moved and all(key.startswith("speech.vocoder.") for key in moved)
     assert whole.config.speech == TINY
+    judged = [json.loads(line) for line in (tmp_path / "whole/metrics.jsonl").read_text("utf-8").splitlines()]
+    losses = [row["evaluation"] for row in judged if "evaluation" in row]
+    assert len(losses) == 2 and losses[1]["loss"] < losses[0]["loss"] and {*losses[0]} == {"loss", "spectra", "mel"}

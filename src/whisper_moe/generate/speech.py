@@ -36,6 +36,8 @@ RATES = (0.5, 2.0)
 """Times the voice's own speed."""
 LONGEST = 220
 """Letters that are said in one breath; longer sentences are cut at a comma, or between words."""
+MOST = 250_000
+"""Characters of one text: four hours, which are kept in memory."""
 POSITIONS_A_PHONEME = 6
 """At the slowest usual speed: what is planned for a sentence in a pack."""
 PAUSE, PARAGRAPH = 0.12, 0.45
@@ -132,8 +134,11 @@ class Speaker:
     ) -> Speech:
         """``language``: default the voice's, or that of most letters. ``progress`` is told of the seconds just finished.
 
-        Raises ``ValueError`` for a voice, a language or a rate that there is not, and for a text with nothing to say.
+        Raises ``ValueError`` for a voice, a language or a rate that there is not, for a text with nothing to say, and for one
+        of more than :data:`MOST` characters.
         """
+        if len(text) > MOST:
+            raise ValueError(f"the text has {len(text):,} characters; at most {MOST:,} are read aloud at a time")
         if not RATES[0] <= rate <= RATES[1]:
             raise ValueError(f"rate must be {RATES[0]:g} to {RATES[1]:g} times the voice's own, got {rate:g}")
         said = language or (self.voice(voice, "").language if voice else self._language_of(text))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import random
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from importlib.util import find_spec
@@ -165,7 +166,7 @@ def build_trainer(
     given, model = recipe.optimisation, build_model(initial, recipe).to(parallel.device)
     sources = Sources(recipe, initial, parallel, monitor.left_out if monitor else lambda skipped: None)
     if recipe.losses.speech is not None:
-        batches, objective = sources.spoken(recipe.losses.speech)
+        batches, objective = sources.spoken(recipe.losses.speech, recipe.data.train)
     elif recipe.losses.context is None:
         batches, objective = sources.speech()
     else:
@@ -197,33 +198,56 @@ class Sources:
 
     def speech(self) -> tuple[PackedLoader, SpeechObjective]:
         """Batches of this process's share of the data, and the losses."""
-        return self._mixed(), SpeechObjective(self.recipe.losses, self._teacher())
+        return self._mixed(self.recipe.data.train), SpeechObjective(self.recipe.losses, self._teacher())
 
-    def spoken(self, given: SpeechRecipe) -> tuple[PackedLoader, MelObjective | VocoderObjective]:
+    def spoken(
+        self, given: SpeechRecipe, data: Sequence[CorpusConfig]
+    ) -> tuple[PackedLoader, MelObjective | VocoderObjective]:
         """Of learning to speak, or to sound."""
-        config, recipe = self.initial.config, self.recipe
+        config = self.initial.config
         if config.speech is None:
             raise RecipeError("losses.speech: the model has no part that speaks; model.speech adds one")
-        if self.parallel.world_size > 1 or recipe.data.evaluation:
-            raise RecipeError("losses.speech: learning to speak runs in one process, and is not evaluated on the way")
+        if self.parallel.world_size > 1:
+            raise RecipeError("losses.speech: learning to speak runs in one process")
         whole = given.part == "speech"
         if unknown := sorted(given.factors.keys() - (FACTORS if whole else VOCODER_FACTORS)):
             raise RecipeError(f"losses.speech.factors: no loss of the part {given.part} is called {', '.join(unknown)}")
         if not whole:
             reader = SoundReader(self.initial.tokenizer, config, given.positions)
-            return self._mixed(reader), VocoderObjective(given, config.n_mels)
+            return self._mixed(data, reader), VocoderObjective(given, config.n_mels)
         table = Pronounced(Path(given.pronounced), config.speech) if given.pronounced else None
-        return self._mixed(SpokenReader(self.initial.tokenizer, config)), MelObjective(given, table)
+        return self._mixed(data, SpokenReader(self.initial.tokenizer, config)), MelObjective(given, table)
 
-    def _mixed(self, reader: ExampleReader | None = None) -> PackedLoader:
-        data = self.recipe.data
-        corpora = list(self.opened(data.train))
+    def _spoken_figures(self, given: SpeechRecipe) -> Figures:
+        """The losses of speech that is held out, on the same stretches of it every time."""
+        if self.recipe.evaluation.metric != "loss":
+            raise RecipeError("evaluation.metric: where speaking is learned, the loss is all there is")
+        alone = given.model_copy(update={"pronounced": None, "critics": False})
+        loader, objective = self.spoken(alone, self.recipe.data.evaluation)
+        start = loader.state_dict()
+
+        @torch.inference_mode()
+        def figures(model: WhisperMoEModel, stop: Callable[[], bool]) -> dict[str, float] | None:
+            loader.load_state_dict(start)
+            found, whole = Counter[str](), 0.0
+            for batch in loader:
+                if stop():
+                    return None
+                totals = objective.totals(batch.packs)
+                terms = objective(model, batch.packs, totals, self.parallel)
+                for name, value in {"loss": terms.loss, **terms.parts}.items():
+                    found[name] += totals.tokens * float(value)  # pyright: ignore[reportArgumentType]
+                whole += totals.tokens
+            return {name: value / whole for name, value in found.items()}
+
+        return figures
+
+    def _mixed(self, configs: Sequence[CorpusConfig], reader: ExampleReader | None = None) -> PackedLoader:
+        data, corpora = self.recipe.data, list(self.opened(configs))
         if any(corpus.streaming for corpus in corpora):  # else the loader counts them with what its survey finds
-            self._check_missing(corpora, data.train)
+            self._check_missing(corpora, configs)
         # Weights of the corpora are those of the mixture, unless it has its own.
-        weights = {
-            each.name: given.weight for each, given in zip(corpora, data.train, strict=True) if given.weight != 1
-        }
+        weights = {each.name: given.weight for each, given in zip(corpora, configs, strict=True) if given.weight != 1}
         mixing = data.loader.mixing.model_copy(update={"weights": weights | dict(data.loader.mixing.weights)})
         return self._loader(corpora, mixing, reader)
 
@@ -307,6 +331,8 @@ class Sources:
     def figures(self) -> Figures:
         """What it is judged by. What would end the run at its first evaluation ends it now."""
         settings, data, initial = self.recipe.evaluation, self.recipe.data, self.initial
+        if self.recipe.losses.speech is not None:
+            return self._spoken_figures(self.recipe.losses.speech)
         decode = settings.metric != "loss"
         missing = [name for name in ("jiwer", "whisper_normalizer") if decode and find_spec(name) is None]
         if missing:
