@@ -110,3 +110,15 @@ def test_a_transcript_is_read_aloud(
         "transcribe", files[0], "--model", speaks[1].replace("speaks", "plain"), "--speak", str(tmp_path / "aloud")
     )
     assert silent.status == 1 and "this model does not speak" in silent.err
+
+
+def test_reading_aloud_never_overwrites_what_is_heard(
+    run: Run, speaks: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    recording = Path(encode(tmp_path / "talk.m4a", tone(0.5), 16_000, "aac"))
+    before = recording.read_bytes()
+    for folder in (".", str(tmp_path)):
+        done = run("transcribe", "talk.m4a", *speaks, "--speak", folder)
+        assert done.status == 2 and "talk.m4a: an input, which reading aloud would overwrite" in done.err
+    assert recording.read_bytes() == before

@@ -2,7 +2,7 @@
 
     python mels.py MODEL TABLE.tsv OUT
 
-OUT gets a link to each sound of the table, its frames [n_mels, F] beside it (``.npy``), and a table of its own: ``sounds.tsv``.
+OUT gets a link to each sound of the table, its frames [n_mels, F] beside it (``.mel.npy``), and a table: ``sounds.tsv``.
 """
 
 from __future__ import annotations
@@ -27,13 +27,13 @@ def main(source: Path, table: Path, out: Path) -> None:
     voices = [voice.name for voice in model.config.voices]
     out.mkdir(parents=True, exist_ok=True)
     for row in csv.DictReader(table.open(encoding="utf-8"), delimiter="\t", quoting=csv.QUOTE_NONE):
-        sound = Path(row["path"])
+        sound = (table.parent / row["path"]).absolute()
         plan = json.loads(sound.with_suffix(".json").read_text("utf-8"))
         phonemes = torch.tensor([0, *number(model.config.phonemes, plan["phonemes"]), 0])
         layout, voice = Layout([len(phonemes)]), torch.tensor([voices.index(row["speaker"])])
         prosody = Prosody(*(torch.tensor(plan[name]) for name in ("seconds", "pitch", "loudness")))
         frames = model.decoder(model.encode(phonemes, layout, voice)[0], layout, prosody).frames_PF
-        np.save(out / f"{sound.stem}.npy", frames.unflatten(-1, (2, -1)).flatten(0, 1).T.numpy().astype(np.float16))
+        np.save(out / f"{sound.stem}.mel.npy", frames.unflatten(-1, (2, -1)).flatten(0, 1).T.numpy().astype(np.float16))
         link = out / sound.name
         link.unlink(missing_ok=True)
         link.symlink_to(sound)

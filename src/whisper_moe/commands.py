@@ -27,7 +27,7 @@ from whisper_moe.jobs import (
     put,
     readable,
     sentence,
-    try_folder,
+    try_aloud,
     usage,
 )
 from whisper_moe.machine import check_arithmetic, pick_device, take_threads, usable_cores
@@ -57,7 +57,7 @@ def transcribe(flags: SimpleNamespace) -> int:
             raise UsageError("--skip-existing goes by the files of a folder: add -o DIR")
         check_arithmetic(flags.device, flags.dtype)
         if flags.speak:
-            try_folder(flags.speak)
+            try_aloud(flags.speak, jobs)
     if flags.fp16:
         _take_half_precision(flags)
     asked = [job for job in jobs if not (flags.skip_existing and outputs.has(job))]

@@ -318,6 +318,14 @@ def try_folder(directory: Path) -> None:
         raise UsageError(f"{directory}: cannot be written to: {error.strerror}") from error
 
 
+def try_aloud(directory: Path, jobs: Sequence[Job]) -> None:
+    """:func:`try_folder` of what is read aloud. Raises ``UsageError`` where that would overwrite what is to be heard."""
+    inputs = {Path(job.path).resolve() for job in jobs}
+    if lost := [path for job in jobs if (path := directory / f"{job.name}.m4a").resolve() in inputs]:
+        raise UsageError(f"{lost[0]}: an input, which reading aloud would overwrite: give --speak another folder")
+    try_folder(directory)
+
+
 def _routing(result: Transcription) -> Iterator[str]:
     """Stretches of one language and one choice: from, to, and who answered them."""
     alike = itertools.groupby(result.segments, lambda segment: (segment.language or result.language, segment.experts))

@@ -30,6 +30,8 @@ def test_a_text_is_cut_at_sentences_and_long_ones_between_words() -> None:
         ("Why?", PARAGRAPH),
         ("New, here", PARAGRAPH),
     ]
+    listed = sentences_of("Buy:\n1. milk\n- two eggs. J. K. Rowling came.", "en")
+    assert [said for said, _ in listed] == ["Buy:", "one.", "milk", "- two eggs.", "J. K. Rowling came."]
     pieces = [piece for piece, _ in sentences_of("word " * 200 + "x" * 500, "en")]
     assert max(map(len, pieces)) <= LONGEST and "".join(pieces).replace(" ", "") == "word" * 200 + "x" * 500
 
@@ -85,6 +87,7 @@ def test_a_text_of_which_only_spaces_are_known_is_refused(speaker: Speaker, monk
 
 def test_voice_language_and_rate(speaker: Speaker) -> None:
     assert speaker.speak("hello").voice == "ann" and speaker.speak("नमस्ते").voice == "uma"
+    assert speaker.speak("10:30 बजे").voice == "uma" and speaker.speak("10:30").voice == "ann"
     assert speaker.speak("नमस्ते", voice="bob").language == "en"
     slow, fast = (speaker.speak("a longer text than this", rate=rate).duration for rate in (0.5, 2.0))
     assert slow > 3 * fast

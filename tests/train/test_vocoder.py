@@ -53,15 +53,21 @@ def test_a_model_s_own_frames_stand_in_for_the_sound_s(tmp_path: Path) -> None:
     reader = SoundReader(SPEAKS.tokenizer, SPEAKS.config, POSITIONS)
     sample = sample_of(tmp_path, 1.0)
     made = np.random.default_rng(1).normal(size=(80, 98)).astype(np.float16)
-    np.save(tmp_path / "1.0.npy", made)
+    np.save(tmp_path / "1.0.mel.npy", made)
     both = reader.read(sample, 1.0).mel
     np.testing.assert_array_equal(both[:80, :18], made[:, 80:].astype(np.float32))
     assert (both[:80, 18:] == float(made.min())).all()
     np.testing.assert_array_equal(both[80:].T.flatten(), sound(1.0)[80 * HOP :])
     for wrong in (made[:, :50], made[:40], np.array(["x"])):
-        np.save(tmp_path / "1.0.npy", wrong)
-        with pytest.raises(DataError, match=r"1\.0\.npy"):
+        np.save(tmp_path / "1.0.mel.npy", wrong)
+        with pytest.raises(DataError, match=r"1\.0\.mel\.npy"):
             reader.read(sample, 1.0)
+    (tmp_path / "1.0.mel.npy").write_bytes(b"")
+    with pytest.raises(DataError, match=r"1\.0\.mel\.npy"):
+        reader.read(sample, 1.0)
+    short = sample_of(tmp_path, 0.1)
+    np.save(tmp_path / "0.1.mel.npy", made[:, :10])
+    assert reader.read(short, 0.0).mel.shape == both.shape
 
 
 def test_a_sound_is_at_no_distance_from_itself_and_nearer_to_a_softer_one_than_to_noise() -> None:

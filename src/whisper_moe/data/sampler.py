@@ -63,8 +63,9 @@ class MixingConfig(BaseModel):
 
     def check(self, corpora: Iterable[str]) -> None:
         """Raise ``ValueError`` for a weight that is negative or belongs to no corpus."""
-        if unknown := sorted(self.weights.keys() - set(corpora)):
-            raise ValueError(f"mixing.weights names {unknown}; the corpora are {sorted(set(corpora))}")
+        known = set(corpora)
+        if unknown := sorted(self.weights.keys() - known):
+            raise ValueError(f"mixing.weights names {unknown}; the corpora are {sorted(known)}")
         if negative := {name: weight for name, weight in self.weights.items() if weight < 0}:
             raise ValueError(f"mixing.weights must not be negative, got {negative}")
 

@@ -15,6 +15,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Self
+from unicodedata import category
 
 import numpy as np
 import torch
@@ -42,7 +43,9 @@ POSITIONS_A_PHONEME = 6
 """At the slowest usual speed: what is planned for a sentence in a pack."""
 PAUSE, PARAGRAPH = 0.12, 0.45
 """Seconds between sentences, besides what they begin and end with."""
-_SENTENCE = re.compile(r"(?<=[.!?।])[\"'”\u2019)]*\s+")
+_PARAGRAPH = re.compile(r"\n\s*(?:\n|(?=(?:\d{1,3}[.)]|[-*•])\s))")
+"""A blank line, or the next of a list."""
+_SENTENCE = re.compile(r"(?<=[.!?।])(?<!\b[A-Z]\.)[\"'”\u2019)]*\s+")
 _WORDS_END = re.compile(r".*[\s,;:]", re.DOTALL)
 
 
@@ -77,7 +80,7 @@ class Speech:
 def sentences_of(text: str, language: str) -> list[tuple[str, float]]:
     """Pieces of a text as they are read, none longer than a breath, with the pause behind each. Blank lines end paragraphs."""
     found: list[tuple[str, float]] = []
-    for paragraph in re.split(r"\n\s*\n", text):
+    for paragraph in _PARAGRAPH.split(text):
         before = len(found)
         for sentence in _SENTENCE.split(spoken(paragraph, language)):
             pieces = _breaths(sentence)
@@ -138,7 +141,9 @@ class Speaker:
         of more than :data:`MOST` characters.
         """
         if len(text) > MOST:
-            raise ValueError(f"the text has {len(text):,} characters; at most {MOST:,} are read aloud at a time")
+            raise ValueError(
+                f"the text has {len(text):,} characters; at most {MOST:,} are read aloud at a time: cut it"
+            )
         if not RATES[0] <= rate <= RATES[1]:
             raise ValueError(f"rate must be {RATES[0]:g} to {RATES[1]:g} times the voice's own, got {rate:g}")
         said = language or (self.voice(voice, "").language if voice else self._language_of(text))
@@ -149,7 +154,11 @@ class Speaker:
         own = self.voice(voice, said)
         written = sentences_of(text, said)
         phonemes = self.phonemes([piece for piece, _ in written], said)
-        heard = {place for place, each in enumerate(self.config.phonemes) if place and each.isalpha()}
+        heard = {
+            place
+            for place, each in enumerate(self.config.phonemes)
+            if place and category(each) != "Lm" and each.isalpha()
+        }
         pieces = [(*piece, ids) for piece, ids in zip(written, phonemes, strict=True) if heard.intersection(ids)]
         if not pieces:
             raise ValueError(f"nothing in it can be read aloud: {text[:40]!r}")
@@ -164,7 +173,7 @@ class Speaker:
     def _language_of(self, text: str) -> str:
         counts = Counter[str]()
         for language, stretch in runs(text, self.config.languages[0]):
-            counts[language] += len(stretch)
+            counts[language] += sum(map(str.isalpha, stretch))
         return max(self.config.languages, key=lambda language: counts[language])
 
     @torch.inference_mode()

@@ -219,11 +219,16 @@ class Sources:
         return self._mixed(data, SpokenReader(self.initial.tokenizer, config)), MelObjective(given, table)
 
     def _spoken_figures(self, given: SpeechRecipe) -> Figures:
-        """The losses of speech that is held out, on the same stretches of it every time."""
-        if self.recipe.evaluation.metric != "loss":
+        """The losses of speech that is held out, on the same stretches of it every time; of the letters, on the same texts of the
+        table that the reader learns of: without it nothing would tell which step reads best."""
+        settings = self.recipe.evaluation
+        if settings.metric != "loss":
             raise RecipeError("evaluation.metric: where speaking is learned, the loss is all there is")
-        alone = given.model_copy(update={"pronounced": None, "critics": False})
-        loader, objective = self.spoken(alone, self.recipe.data.evaluation)
+        plain = self.recipe.data.loader.model_copy(update={"mixing": MixingConfig()})
+        data = self.recipe.data.model_copy(update={"loader": plain})
+        same = replace(self, recipe=self.recipe.model_copy(update={"data": data}))
+        configs = [each.model_copy(update={"limit": each.limit or settings.limit}) for each in data.evaluation]
+        loader, objective = same.spoken(given.model_copy(update={"critics": False}), configs)
         start = loader.state_dict()
 
         @torch.inference_mode()

@@ -38,7 +38,7 @@ MOST_APART = 10
 class SoundReader(ExampleReader):
     """Another stretch of each sound in every epoch: its mel frames, and below them the 160 samples of each, [n_mels + 160, F].
 
-    Where an array [n_mels, F] of the sound's name is beside it (``.npy``), those are the frames: what a model makes of its text.
+    Where an array [n_mels, F] is beside it under its name (``.mel.npy``), those are the frames: what a model makes of its text.
     """
 
     def __init__(self, tokenizer: Tokenizer, model: ModelConfig, positions: int) -> None:
@@ -59,26 +59,26 @@ class SoundReader(ExampleReader):
     def read(self, sample: Sample, margin: float) -> Example:
         sound = torch.from_numpy(self._sound(sample))
         positions = max(self._positions, -(-len(sound) // (2 * HOP)))
-        mel = self._made(sample, 2 * positions)
+        mel = self._made(sample, len(sound) // HOP, 2 * positions)
         mel = window_mel(sound.numpy(), self._n_mels, positions) if mel is None else mel
         both = torch.cat([mel, F.pad(sound, (0, positions * 2 * HOP - len(sound))).view(-1, HOP).T])
         begin = 2 * round(margin * (positions - self._positions))
         part = both[:, begin : begin + 2 * self._positions].clone()
         return Example(id=sample.id, mel=part, valid_length=self._positions, tokens=(0,), labels=(0,))
 
-    def _made(self, sample: Sample, frames: int) -> Tensor | None:
-        path = Path(sample.audio.name if sample.audio else "").with_suffix(".npy")
+    def _made(self, sample: Sample, frames: int, wanted: int) -> Tensor | None:
+        path = Path(sample.audio.name if sample.audio else "").with_suffix(".mel.npy")
         if not path.is_file():
             return None
         try:
             made = torch.from_numpy(np.load(path).astype(np.float32))
-        except (OSError, ValueError, TypeError) as error:
+        except (OSError, ValueError, TypeError, EOFError) as error:
             raise DataError(path, f"is no array of mel frames: {error}") from error
         if made.ndim != 2 or len(made) != self._n_mels or abs(made.shape[1] - frames) > MOST_APART:
             raise DataError(
                 path, f"its shape {tuple(made.shape)} is not that of {frames} frames of {self._n_mels} bands"
             )
-        return F.pad(made[:, :frames], (0, max(0, frames - made.shape[1])), value=float(made.min()))
+        return F.pad(made[:, :wanted], (0, max(0, wanted - made.shape[1])), value=float(made.min()))
 
 
 @dataclass(frozen=True)
