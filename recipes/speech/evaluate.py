@@ -2,7 +2,8 @@
 
     python recipes/speech/evaluate.py MODEL TEST.tsv OUT [--limit 50] [--voices af_heart,…]
 
-TEST.tsv is ``teacher.py table``'s: the synthesiser's own reading of each sentence, by every voice of its language. Beside it
+TEST.tsv is ``teacher.py table``'s: the synthesiser's own reading of each sentence, by every voice of its language; any other
+table of speech will do for the vocoder alone (``--voices`` are its speakers). Beside it
 stand this model's with its vocoder, and with Griffin-Lim (1984); and the vocoder alone, on mel frames of the synthesiser's
 sound. whisper-base hears them padded to 30 s and is told the language. English is compared by words, Hindi by characters after
 both are romanised (package ``uroman``), for whisper-base writes this Hindi in Urdu's letters. Capped: no sentence has more
@@ -28,11 +29,13 @@ from whisper_moe import WhisperMoE
 from whisper_moe.config import FULL_WINDOW, SAMPLE_RATE
 from whisper_moe.generate.speech import Speaker, by_griffin_lim
 from whisper_moe.media.audio import load_audio
-from whisper_moe.media.mel import log_mel
+from whisper_moe.media.mel import HOP, log_mel
 from whisper_moe.media.normalize import normalize
 from whisper_moe.model.vocoder import griffin_lim
 
 Sound = NDArray[np.float32]
+HEAD = """| voice | system | errors, % | length, x the synthesiser's | mel distance | x real time |
+|---|---|---:|---:|---:|---:|"""
 
 
 def errors(reference: Sequence[str], found: Sequence[str]) -> int:
@@ -87,13 +90,21 @@ def systems(speaker: Speaker) -> dict[str, Callable[[dict[str, str]], Sound]]:
     }
 
 
+def mel_distance(one: Sound, other: Sound) -> float:
+    """Mean absolute difference of log-mels of sounds that lie on each other; NaN for those that do not."""
+    if abs(len(one) - len(other)) > HOP:
+        return float("nan")
+    ours, theirs = (log_mel(torch.from_numpy(each[: min(len(one), len(other))])) for each in (one, other))
+    return float((ours - theirs).abs().mean())
+
+
 def main(asked: argparse.Namespace) -> None:
     speaker = Speaker.from_pretrained(asked.model)
     listener = WhisperMoE.from_pretrained("openai/whisper-base", dtype="float32")
     rows = list(csv.DictReader(asked.test.open(encoding="utf-8"), delimiter="\t", quoting=csv.QUOTE_NONE))
     voices = asked.voices.split(",") if asked.voices else [voice.name for voice in speaker.config.voices]
     report: dict[str, Any] = {}
-    lines = ["| voice | system | errors, % | length, x the synthesiser's | x real time |", "|---|---|---:|---:|---:|"]
+    lines = [HEAD]
     for voice in voices:
         own = [row for row in rows if row["speaker"] == voice][: asked.limit]
         counted = judge(own[0]["language"])
@@ -104,6 +115,8 @@ def main(asked: argparse.Namespace) -> None:
             seconds = time.perf_counter() - begun
             kept = asked.out / "sounds" / name.replace(", ", "-").lower()
             kept.mkdir(parents=True, exist_ok=True)
+            for old in kept.glob(f"{voice}-*.wav"):
+                old.unlink()
             for index, sound in enumerate(sounds):
                 write_sound(kept / f"{voice}-{index:03d}.wav", sound)
             options = {"language": own[0]["language"], "context_margin": FULL_WINDOW, "timestamps": False}
@@ -111,10 +124,14 @@ def main(asked: argparse.Namespace) -> None:
             wanted = [counted(row["text"]) for row in own]
             wrong = [min(len(r), errors(r, counted(text))) for r, text in zip(wanted, texts, strict=True)]
             rate, low, high = interval(wrong, [*map(len, wanted)])
-            lengths = [len(sound) / len(load_audio(row["path"])) for sound, row in zip(sounds, own, strict=True)]
+            theirs = [load_audio(row["path"]) for row in own]
+            lengths = [len(sound) / len(other) for sound, other in zip(sounds, theirs, strict=True)]
+            apart = float(np.mean([mel_distance(*both) for both in zip(sounds, theirs, strict=True)]))
             speed = sum(map(len, sounds)) / SAMPLE_RATE / seconds
-            spread = f"{np.mean(lengths):.2f} ({min(lengths):.2f} to {max(lengths):.2f})"
-            lines.append(f"| {voice} | {name} | {rate:.1f} ({low:.1f} to {high:.1f}) | {spread} | {speed:.1f} |")
+            cells = [f"{rate:.1f} ({low:.1f} to {high:.1f})"]
+            cells += [f"{np.mean(lengths):.2f} ({min(lengths):.2f} to {max(lengths):.2f})"]
+            cells += ["" if np.isnan(apart) else f"{apart:.3f}", f"{speed:.1f}"]
+            lines.append(f"| {voice} | {name} | {' | '.join(cells)} |")
             print(lines[-1], flush=True)
             heard = [
                 {"text": row["text"], "heard": text, "errors": w}

@@ -48,7 +48,7 @@ def test_it_is_heard_and_comes_to_an_end(bundled: Speaker, text: str) -> None:
     for (said, phonemes, _), begin, end in zip(speech.sentences, begins, [*begins[1:], None], strict=True):
         part = speech.samples[begin:end]
         assert part.std() > 3e-3, (said, "silence")
-        assert len(part) / 16_000 < 1.5 + 0.4 * len(phonemes), (said, "runs away")
+        assert len(part) / 16_000 < 1.0 + 0.2 * len(phonemes), (said, "runs away")
 
 
 @pytest.mark.parametrize("text", NOTHING, ids=range(len(NOTHING)))
