@@ -3,9 +3,9 @@
     python quality.py OUT
 
 Mel-cepstral distance (dB, 13 coefficients without the first, of log-mels from 24 bands, along the best alignment: DTW);
-correlation of log F0 where both are voiced (WORLD's Harvest, along the same alignment); and DNSMOS P.835's overall opinion with
-P.808's (arXiv 2110.01763): made for noisy calls, the one judge of naturalness whose weights come with a package. Needs librosa,
-pyworld and speechmos.
+correlation of log F0 where both are voiced (WORLD's Harvest, 60 to 400 Hz, along the same alignment); and DNSMOS P.835's overall
+opinion with P.808's (arXiv 2110.01763): made for noisy calls, the one judge of naturalness whose weights come with a package.
+Needs librosa, pyworld and speechmos.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ def features(path: Path) -> tuple[Array, Array]:
     sound = soundfile.read(path, dtype="float64")[0]
     power = librosa.feature.melspectrogram(y=sound, sr=RATE, n_fft=512, hop_length=HOP, n_mels=BANDS)
     cepstra = librosa.feature.mfcc(S=librosa.power_to_db(power, top_db=60.0), n_mfcc=13)[1:]
-    pitch = pyworld.harvest(sound, RATE, frame_period=1_000 * HOP / RATE)[0]
+    pitch = pyworld.harvest(sound, RATE, frame_period=1_000 * HOP / RATE, f0_floor=60.0, f0_ceil=400.0)[0]
     return cepstra, np.pad(pitch, (0, max(0, cepstra.shape[1] - len(pitch))))
 
 
