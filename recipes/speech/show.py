@@ -17,6 +17,7 @@ matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 import numpy as np
 import torch
+from PIL import Image
 
 from whisper_moe.generate.speech import Speech
 from whisper_moe.media.audio import load_audio
@@ -43,7 +44,9 @@ def main(out: Path, docs: Path, systems: tuple[str, ...]) -> None:
             said = load_audio(out / f"sounds/{systems[-1]}/{voice}-{number:03d}.wav")
             Speech(np.asarray(said, np.float32), voice, "", ()).save(docs / f"{voice}-{number}.m4a")
     figure.tight_layout()
-    figure.savefig(docs / "spectrograms.png", dpi=72)
+    figure.savefig(docs / "spectrograms.png", dpi=64)
+    with Image.open(docs / "spectrograms.png") as picture:
+        picture.quantize(48).save(docs / "spectrograms.png", optimize=True)
 
 
 if __name__ == "__main__":
