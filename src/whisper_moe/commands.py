@@ -125,9 +125,7 @@ def _transcribe(
             heard += outcome.transcription.duration if outcome.transcription else 0.0
             job = jobs[outcome.index]
             there = outputs.deliver(outcome, job)
-            failed += not (
-                there and (aloud is None or _read_aloud(loaded, outcome, aloud / f"{job.name}.m4a", options))
-            )
+            failed += not (there and (aloud is None or _read_aloud(loaded, outcome, job.aloud(aloud), options)))
             bar.start()
     seconds = time.perf_counter() - started
     logger.info("%.1f s of audio in %.1f s: %.1f times real time", heard, seconds, heard / seconds)

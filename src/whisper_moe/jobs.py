@@ -77,6 +77,10 @@ class Job:
     def source(self) -> Any:
         return sys.stdin.buffer if self.path == "-" else self.path
 
+    def aloud(self, directory: Path) -> Path:
+        """Its transcript, read aloud."""
+        return directory / f"{self.name}.m4a"
+
 
 def given_text(given: str) -> str:
     """What is to be read: a file's content, standard input, or the words themselves."""
@@ -321,7 +325,7 @@ def try_folder(directory: Path) -> None:
 def try_aloud(directory: Path, jobs: Sequence[Job]) -> None:
     """:func:`try_folder` of what is read aloud. Raises ``UsageError`` where that would overwrite what is to be heard."""
     inputs = {Path(job.path).resolve() for job in jobs}
-    if lost := [path for job in jobs if (path := directory / f"{job.name}.m4a").resolve() in inputs]:
+    if lost := [path for job in jobs if (path := job.aloud(directory)).resolve() in inputs]:
         raise UsageError(f"{lost[0]}: an input, which reading aloud would overwrite: give --speak another folder")
     try_folder(directory)
 

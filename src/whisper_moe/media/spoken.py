@@ -276,11 +276,10 @@ def _money(found: re.Match[str], language: str) -> str:
     """$5.50 → 5 dollars 50; $5M → 5 million dollars."""
     sign, whole, cents, many, word = found.groups()
     unit = _SIGNS[language][sign]
+    unit = unit.removesuffix("s") if whole == "1" and not (many or word) else unit
     if cents and len(cents) == 2 and not (many or word):
-        unit = unit.removesuffix("s") if whole == "1" else unit
         return f"{whole} {unit} {cents}" if int(cents) else f"{whole} {unit}"
     many = f" {_MANY[language][many.lower()]}" if many else word or ""
-    unit = unit.removesuffix("s") if whole == "1" and not many else unit
     return f"{whole}{'.' + cents if cents else ''}{many} {unit}"
 
 

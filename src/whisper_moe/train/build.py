@@ -166,7 +166,7 @@ def build_trainer(
     given, model = recipe.optimisation, build_model(initial, recipe).to(parallel.device)
     sources = Sources(recipe, initial, parallel, monitor.left_out if monitor else lambda skipped: None)
     if recipe.losses.speech is not None:
-        batches, objective = sources.spoken(recipe.losses.speech, recipe.data.train)
+        batches, objective = sources.spoken(recipe.losses.speech)
     elif recipe.losses.context is None:
         batches, objective = sources.speech()
     else:
@@ -198,12 +198,14 @@ class Sources:
 
     def speech(self) -> tuple[PackedLoader, SpeechObjective]:
         """Batches of this process's share of the data, and the losses."""
-        return self._mixed(self.recipe.data.train), SpeechObjective(self.recipe.losses, self._teacher())
+        return self._mixed(), SpeechObjective(self.recipe.losses, self._teacher())
 
-    def spoken(
-        self, given: SpeechRecipe, data: Sequence[CorpusConfig]
-    ) -> tuple[PackedLoader, MelObjective | VocoderObjective]:
+    def spoken(self, given: SpeechRecipe) -> tuple[PackedLoader, MelObjective | VocoderObjective]:
         """Of learning to speak, or to sound."""
+        reader, objective = self._speaking(given)
+        return self._mixed(reader), objective
+
+    def _speaking(self, given: SpeechRecipe) -> tuple[ExampleReader, MelObjective | VocoderObjective]:
         config = self.initial.config
         if config.speech is None:
             raise RecipeError("losses.speech: the model has no part that speaks; model.speech adds one")
@@ -213,22 +215,21 @@ class Sources:
         if unknown := sorted(given.factors.keys() - (FACTORS if whole else VOCODER_FACTORS)):
             raise RecipeError(f"losses.speech.factors: no loss of the part {given.part} is called {', '.join(unknown)}")
         if not whole:
-            reader = SoundReader(self.initial.tokenizer, config, given.positions)
-            return self._mixed(data, reader), VocoderObjective(given, config.n_mels)
+            return SoundReader(self.initial.tokenizer, config, given.positions), VocoderObjective(given, config.n_mels)
         table = Pronounced(Path(given.pronounced), config.speech) if given.pronounced else None
-        return self._mixed(data, SpokenReader(self.initial.tokenizer, config)), MelObjective(given, table)
+        return SpokenReader(self.initial.tokenizer, config), MelObjective(given, table)
 
     def _spoken_figures(self, given: SpeechRecipe) -> Figures:
         """The losses of speech that is held out, on the same stretches of it every time; of the letters, on the same texts of the
         table that the reader learns of: without it nothing would tell which step reads best."""
-        settings = self.recipe.evaluation
+        settings, data = self.recipe.evaluation, self.recipe.data.evaluation
         if settings.metric != "loss":
             raise RecipeError("evaluation.metric: where speaking is learned, the loss is all there is")
-        plain = self.recipe.data.loader.model_copy(update={"mixing": MixingConfig()})
-        data = self.recipe.data.model_copy(update={"loader": plain})
-        same = replace(self, recipe=self.recipe.model_copy(update={"data": data}))
-        configs = [each.model_copy(update={"limit": each.limit or settings.limit}) for each in data.evaluation]
-        loader, objective = same.spoken(given.model_copy(update={"critics": False}), configs)
+        reader, objective = self._speaking(given.model_copy(update={"critics": False}))
+        configs = [each.model_copy(update={"limit": each.limit or settings.limit}) for each in data]
+        corpora = list(self.opened(configs))
+        self._check_missing(corpora, configs)
+        loader = self._loader(corpora, MixingConfig(), reader)
         start = loader.state_dict()
 
         @torch.inference_mode()
@@ -247,12 +248,15 @@ class Sources:
 
         return figures
 
-    def _mixed(self, configs: Sequence[CorpusConfig], reader: ExampleReader | None = None) -> PackedLoader:
-        data, corpora = self.recipe.data, list(self.opened(configs))
+    def _mixed(self, reader: ExampleReader | None = None) -> PackedLoader:
+        data = self.recipe.data
+        corpora = list(self.opened(data.train))
         if any(corpus.streaming for corpus in corpora):  # else the loader counts them with what its survey finds
-            self._check_missing(corpora, configs)
+            self._check_missing(corpora, data.train)
         # Weights of the corpora are those of the mixture, unless it has its own.
-        weights = {each.name: given.weight for each, given in zip(corpora, configs, strict=True) if given.weight != 1}
+        weights = {
+            each.name: given.weight for each, given in zip(corpora, data.train, strict=True) if given.weight != 1
+        }
         mixing = data.loader.mixing.model_copy(update={"weights": weights | dict(data.loader.mixing.weights)})
         return self._loader(corpora, mixing, reader)
 
