@@ -14,7 +14,7 @@ PACKAGE = Path(__file__).parent.parent / "src" / "whisper_moe"
 ORDER = (
     {"config", "machine"},
     {"media"},
-    {"embed", "packing"},
+    {"packing"},
     {"model"},
     {"weights"},
     {"generate"},

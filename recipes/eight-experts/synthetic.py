@@ -30,7 +30,7 @@ from split import place, rows, write_table
 
 from whisper_moe.config import SAMPLE_RATE
 from whisper_moe.media.audio import load_audio
-from whisper_moe.merge.augment import below, in_room, noise
+from whisper_moe.merge.router import below, in_room, noise
 
 SENTENCES, TEST, DEV = 840, 0.15, 0.07
 TEST_VOICE, VOICES = "hf_beta", ("hf_alpha", "hm_omega", "hm_psi")

@@ -22,16 +22,16 @@ from typing import Any
 
 import numpy as np
 import torch
+from griffin_lim import griffin_lim
 from numpy.typing import NDArray
 from teacher import write_sound
 
 from whisper_moe import WhisperMoE
 from whisper_moe.config import FULL_WINDOW, SAMPLE_RATE
-from whisper_moe.generate.speech import Speaker, by_griffin_lim
+from whisper_moe.generate.speech import Speaker
 from whisper_moe.media.audio import load_audio
 from whisper_moe.media.mel import HOP, log_mel
 from whisper_moe.media.normalize import normalize
-from whisper_moe.model.vocoder import griffin_lim
 
 Sound = NDArray[np.float32]
 HEAD = """| voice | system | errors, % | length, x the synthesiser's | mel distance | x real time |
@@ -69,7 +69,7 @@ def interval(wrong: Sequence[int], sizes: Sequence[int], rounds: int = 2_000) ->
 
 def systems(speaker: Speaker) -> dict[str, Callable[[dict[str, str]], Sound]]:
     """What reads a row of the table aloud."""
-    by_phase = by_griffin_lim(speaker.model)
+    by_phase = Speaker(speaker.model, griffin_lim)
 
     def again(vocoder: Callable[[torch.Tensor], torch.Tensor]) -> Callable[[dict[str, str]], Sound]:
         def heard(row: dict[str, str]) -> Sound:

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from whisper_moe import WhisperMoE
 from whisper_moe.generate.options import TranscribeOptions
-from whisper_moe.generate.rules import Rules, Timestamps
+from whisper_moe.generate.search import Rules, Timestamps
 
 END_OF_TEXT, NO_TIMESTAMPS, BEGIN, END = 30, 39, 40, 59
 """Text is 0 to 29, 31 to 38 are control tokens: Whisper's order in small."""

@@ -14,8 +14,7 @@ from parity.openai_whisper import load_openai, openai_mel, read_samples
 from torch import Tensor
 
 from whisper_moe.generate.options import SearchOptions, TranscribeOptions
-from whisper_moe.generate.rules import Rules
-from whisper_moe.generate.search import Hypothesis, search
+from whisper_moe.generate.search import Hypothesis, Rules, search
 
 VOCABULARY, END = 40, 3
 """Tokens 0 to 2 are text; what is behind the end of text is never said, but there is room for many beams."""

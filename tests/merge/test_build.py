@@ -15,8 +15,15 @@ from weights.whispers import tokenizer_json
 
 from whisper_moe.config import PRESETS, ModelConfig, MoEConfig, TTTConfig
 from whisper_moe.evaluate.cost import active_parameters, parameters
-from whisper_moe.merge.build import ROUTER, _trainable, fitted, merged_delta, merged_feed_forwards, told_of
-from whisper_moe.merge.grow import without_expert
+from whisper_moe.merge.build import (
+    ROUTER,
+    _trainable,
+    fitted,
+    merged_delta,
+    merged_feed_forwards,
+    told_of,
+    without_expert,
+)
 from whisper_moe.merge.router import fit
 from whisper_moe.model.router import NONE, Router, Routing
 from whisper_moe.packing import Layout

@@ -6,8 +6,7 @@ import torch
 from model.speaking import TINY
 from model.test_speech import LENGTHS, utterances
 
-from whisper_moe.model.autoregressive import STEPS_A_PHONEME, Autoregressive, _off_diagonal
-from whisper_moe.model.speech import Prosody, SpeechModel, positions_of
+from whisper_moe.model.speech import STEPS_A_PHONEME, Autoregressive, Prosody, SpeechModel, _off_diagonal, positions_of
 from whisper_moe.packing import Layout
 
 CONFIG = TINY.model_copy(update={"decoder": "autoregressive", "reduction": 3})

@@ -12,8 +12,8 @@ from torch import Tensor
 from tests.model.masked_oracle import masked_cross_attention, masked_self_attention
 from tests.model.tiny import CONFIGS, fixed_routing, hold_choices, random_mels, random_texts, relative, tiny_model
 from whisper_moe import embed
-from whisper_moe.embed import positions_of
 from whisper_moe.model.attention import CrossAttention, SelfAttention
+from whisper_moe.model.layers import positions_of
 from whisper_moe.model.moe import Experts
 from whisper_moe.model.ttt import TTTMLP
 from whisper_moe.packing import Layout

@@ -7,9 +7,10 @@ import torch.nn.functional as F
 from commandline import SAMPLE
 from model.speaking import tiny_speech
 
+from recipes.speech.griffin_lim import griffin_lim
 from whisper_moe.media.audio import load_audio
 from whisper_moe.media.mel import HOP, N_FFT, log_mel
-from whisper_moe.model.vocoder import WINDOW, griffin_lim, inverse
+from whisper_moe.model.speech import WINDOW, inverse
 
 
 def sweep(samples: int = 16_000) -> torch.Tensor:

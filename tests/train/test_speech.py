@@ -14,7 +14,8 @@ from media.recordings import hz_of
 from model.speaking import TINY
 from train.tiny import LETTERS, recipe_tree, tones
 
-from whisper_moe.generate.speech import by_griffin_lim
+from recipes.speech.griffin_lim import griffin_lim
+from whisper_moe.generate.speech import Speaker
 from whisper_moe.train.recipe import recipe_of
 from whisper_moe.train.run import run as train
 from whisper_moe.train.speech import Pronounced
@@ -60,7 +61,7 @@ def test_it_says_what_it_never_heard_and_the_core_stays(material: Path, spoken: 
     assert all(torch.equal(before.state[key], after.state[key]) for key in before.state)
     text = "hcafbd"
     assert text not in (spoken / "said.tsv").read_text()
-    speech = by_griffin_lim(load_speech(tmp_path / "run/model")).speak(text, voice="ann")
+    speech = Speaker(load_speech(tmp_path / "run/model"), griffin_lim).speak(text, voice="ann")
     assert speech.sentences[0][1] == text and speech.duration == pytest.approx(TONE * len(text), rel=0.15)
     pieces = np.array_split(speech.samples, len(text))
     heard = [hz_of(piece[len(piece) // 4 : -len(piece) // 4]) for piece in pieces]

@@ -18,7 +18,7 @@ from whisper_moe.data.sample import AudioRef, DataError, Sample
 from whisper_moe.media.mel import HOP, window_mel
 from whisper_moe.train.recipe import recipe_of
 from whisper_moe.train.run import run as train
-from whisper_moe.train.vocoder import Critics, SoundReader, adversarial, mel_distance, spectral_distance
+from whisper_moe.train.speech import Critics, SoundReader, adversarial, mel_distance, spectral_distance
 from whisper_moe.weights.checkpoint import load_checkpoint
 
 POSITIONS = 10

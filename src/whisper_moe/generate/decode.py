@@ -19,8 +19,7 @@ from torch import Tensor
 from whisper_moe.config import FULL_WINDOW, POSITIONS_PER_SECOND, SAMPLE_RATE, SAMPLES_PER_POSITION
 from whisper_moe.generate.align import WordTiming, align, token_probabilities
 from whisper_moe.generate.options import TranscribeOptions
-from whisper_moe.generate.rules import Rules, Timestamps
-from whisper_moe.generate.search import Hypothesis, search
+from whisper_moe.generate.search import Hypothesis, Rules, Timestamps, search
 from whisper_moe.machine import SPARE, fitting_threads, give_back_memory
 from whisper_moe.media.mel import window_mel
 from whisper_moe.media.tokenizer import Tokenizer

@@ -26,7 +26,6 @@ from whisper_moe.config import MAX_PACK_TOKENS, SAMPLE_RATE, SpeechConfig, Voice
 from whisper_moe.media.audio import write_audio
 from whisper_moe.media.spoken import letters_of, number, runs, spoken
 from whisper_moe.model.speech import SpeechModel
-from whisper_moe.model.vocoder import griffin_lim
 from whisper_moe.packing import Layout, first_fit_decreasing
 from whisper_moe.weights.checkpoint import load_speech
 from whisper_moe.weights.files import atomic_file
@@ -218,8 +217,3 @@ class Speaker:
 
     def _tensor(self, values: Sequence[float]) -> Tensor:
         return torch.tensor(values, device=self.model.phonemes.weight.device)
-
-
-def by_griffin_lim(model: SpeechModel) -> Speaker:
-    """A speaker without a trained vocoder."""
-    return Speaker(model, griffin_lim)

@@ -21,10 +21,20 @@ from whisper_moe.data.sample import Sample, items
 from whisper_moe.evaluate.run import shown
 from whisper_moe.generate.decode import WindowDecoder
 from whisper_moe.media.audio import MediaError
-from whisper_moe.merge.build import decoder_of, fitted, merged_delta, merged_feed_forwards, merged_models, told_of
+from whisper_moe.merge.build import (
+    decoder_of,
+    fitted,
+    merged_config,
+    merged_delta,
+    merged_feed_forwards,
+    merged_models,
+    moved_choices,
+    told_of,
+    with_expert,
+    without_expert,
+)
 from whisper_moe.merge.card import Member, write_card
 from whisper_moe.merge.doctor import Diagnosis, examine
-from whisper_moe.merge.grow import merged_config, moved_choices, with_expert, without_expert
 from whisper_moe.weights.checkpoint import CARD, Loaded, check_place, load_checkpoint, read_manifest, save_checkpoint
 from whisper_moe.weights.files import CheckpointError, atomic_file, listed
 from whisper_moe.weights.load import config_of, load_model, resolve

@@ -16,9 +16,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from whisper_moe.config import POSITIONS_PER_SECOND, ModelConfig
-from whisper_moe.embed import AudioStem, sinusoids
 from whisper_moe.model.block import Block, BlockState, Carry, listed
 from whisper_moe.model.delta import DeltaEmbedding, LowRank, add_differences, assigned
+from whisper_moe.model.layers import AudioStem, sinusoids
 from whisper_moe.model.router import Router, Routing, pool_segments
 from whisper_moe.model.speech import SpeechModel, Spoken
 from whisper_moe.packing import Layout

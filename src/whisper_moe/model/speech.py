@@ -1,12 +1,14 @@
-"""Text to mel frames: letters → phonemes → how long, how high and how loud each sounds → all frames at once.
+"""Text to mel frames: letters → phonemes → how long, how high and how loud each sounds → all frames at once; and frames to sound.
 
 *Reader*: letters to phonemes, a label or several for each letter, by CTC (Graves et al. 2006). *Encoder*: what the phonemes are
 among their neighbours, in a voice. *Prosody*: duration, pitch and loudness of each phoneme (FastSpeech 2, arXiv 2006.04558;
 FastPitch, 2006.06873). *Decoder*: one query for each position of 20 ms, which knows its phoneme and its place in it, attends
 to all other positions, and to the phonemes around the place where it is expected to be. Nothing is computed one after the
-other, and nothing can run away.
+other, and nothing can run away. The other decoder says one group of frames after the other. *Vocoder*: a frame becomes the
+short-time spectrum around it, magnitudes and phases, and the inverse transform the sound (Vocos, arXiv 2306.00814).
 
-S utterances, T letters or phonemes of all of them, P positions of all of them, D width. A position is two mel frames.
+S utterances, T letters or phonemes of all of them, P positions of all of them, D width. A position is two mel frames,
+F = 2 · n_mels numbers. Of the other decoder N steps; of the vocoder B sounds, F frames.
 """
 
 from __future__ import annotations
@@ -14,13 +16,14 @@ from __future__ import annotations
 from typing import NamedTuple, TypeAlias
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from whisper_moe.config import POSITIONS_PER_SECOND, ConformerConfig, ModelConfig, SpeechConfig
-from whisper_moe.embed import sinusoids
+from whisper_moe.media.mel import HOP
 from whisper_moe.model.attention import CrossAttentionCache
 from whisper_moe.model.block import Block, listed
-from whisper_moe.model.vocoder import Vocoder
+from whisper_moe.model.layers import sinusoids
 from whisper_moe.packing import Layout
 
 LABELS_PER_LETTER = 4
@@ -33,6 +36,14 @@ _REACH = 3.0
 """Phonemes: the width of where a position is expected to look."""
 _LONGEST = 2.0
 """Seconds of one phoneme: a pause."""
+STEPS_A_PHONEME = 12
+"""What an utterance may take of the other decoder before it is ended."""
+_GUIDED, _DIAGONAL = [0, 1], 0.2
+"""Heads of its last block, and the width of the diagonal, as a share of the whole."""
+WINDOW = 4 * HOP
+"""Samples of the vocoder's own windows: 640, three quarters overlap."""
+_LOUDEST = 5.0
+"""Of a log-magnitude: keeps exp from overflowing where training has just begun."""
 
 
 Letters: TypeAlias = tuple[Tensor, Layout, Tensor]
@@ -168,13 +179,154 @@ class Parallel(nn.Module):
         return Frames(self.out(self.stack(x_PD, spoken, (states_TD, layout), tuple(biases))), spoken, {})
 
 
+class Autoregressive(nn.Module):
+    """Mel frames one group after the other (Transformer TTS, arXiv 1809.08895; Tacotron 2, 1712.05884), called as the one above.
+
+    Each step reads the last frames so far through a narrow pre-net, attends to the steps before and to the phonemes, and says the
+    next frames and whether they are the last; a post-net looks at all frames from both sides. Where it attends is guided along
+    the diagonal in training (arXiv 1710.08969, section 4.1). It finds durations by itself: those of the prosody only say in
+    training where an utterance ends, and a rate cannot be asked for.
+    """
+
+    def __init__(self, config: SpeechConfig, n_mels: int) -> None:
+        super().__init__()
+        d, self.width, self.reduction = config.d_model, 2 * n_mels, config.reduction
+        self.pre_in, self.pre_out = nn.Linear(self.width, d), nn.Linear(d, d)
+        self.blocks = listed(Block(stack_of(config), "decoder", i) for i in range(config.decoder_layers))
+        self.norm = nn.LayerNorm(d)
+        self.out, self.stop = nn.Linear(d, self.reduction * self.width), nn.Linear(d, 1)
+        self.post_in, self.post, self.post_out = nn.Linear(self.width, d), Stack(config, 1), nn.Linear(d, self.width)
+
+    def forward(self, states_TD: Tensor, layout: Layout, prosody: Prosody, frames_PF: Tensor | None = None) -> Frames:
+        if frames_PF is None:
+            return self._alone(states_TD, layout)
+        spoken = positions_of(prosody.seconds_T, layout)[1]
+        groups = [
+            F.pad(frames_PF[rows], (0, 0, 0, -n % self.reduction))
+            for rows, n in zip(spoken.slices(), spoken.lengths, strict=True)
+        ]
+        steps = Layout(len(group) // self.reduction for group in groups)
+        last = [F.pad(group[self.reduction - 1 :: self.reduction][:-1], (0, 0, 1, 0)) for group in groups]
+        x_ND = positioned(self._pre(torch.cat(last)).float(), steps)
+        guided = x_ND.new_zeros(())
+        for block in self.blocks:
+            assert block.cross_attn is not None
+            cache = block.cross_attn.cache(states_TD, layout)
+            if block is self.blocks[-1]:
+                guided = _off_diagonal(block.cross_logits(x_ND, steps, cache, _GUIDED))
+            x_ND = block(x_ND, steps, None, cache).x_TD
+        x_ND = self.norm(x_ND)
+        coarse = self._unpadded(self.out(x_ND), steps, spoken)
+        over = torch.zeros(steps.total, device=x_ND.device)
+        over[torch.tensor(steps.cu_seqlens[1:], device=x_ND.device) - 1] = 1.0
+        stops = F.binary_cross_entropy_with_logits(
+            self.stop(x_ND)[:, 0].float(), over, reduction="sum", pos_weight=over.new_tensor(5.0)
+        )
+        losses = {
+            "coarse": (coarse.float() - frames_PF).abs().mean(1).sum(),
+            "stop": self.reduction * stops,
+            "guide": self.reduction * guided,
+        }
+        return Frames(self._polished(coarse, spoken), spoken, losses)
+
+    def _pre(self, x: Tensor) -> Tensor:
+        x = F.dropout(F.relu(self.pre_in(x)), training=self.training)
+        return F.dropout(F.relu(self.pre_out(x)), training=self.training)
+
+    def _polished(self, coarse_PF: Tensor, layout: Layout) -> Tensor:
+        return coarse_PF + self.post_out(self.post(self.post_in(coarse_PF), layout))
+
+    def _unpadded(self, groups_NG: Tensor, steps: Layout, spoken: Layout) -> Tensor:
+        parts = zip(groups_NG.split(steps.lengths), spoken.lengths, strict=True)
+        return torch.cat([part.reshape(-1, self.width)[:n] for part, n in parts])
+
+    def _alone(self, states_TD: Tensor, layout: Layout) -> Frames:
+        """Step by step, all utterances side by side, until each has said that it is over or has taken too long."""
+        rows, limit = len(layout), STEPS_A_PHONEME * max(layout.lengths)
+        states = [block.start(rows, 64, (states_TD, layout)) for block in self.blocks]
+        each, places = Layout([1] * rows), sinusoids(limit, states_TD.shape[1]).to(states_TD)
+        last, made = states_TD.new_zeros(rows, self.width), list[Tensor]()
+        ends = torch.tensor([STEPS_A_PHONEME * n for n in layout.lengths], device=states_TD.device)
+        while len(made) < int(ends.max()):
+            x_SD = self._pre(last) + places[len(made)]
+            for block, state in zip(self.blocks, states, strict=True):
+                x_SD = block.extend(x_SD, each, None, state, each)
+            x_SD = self.norm(x_SD)
+            made.append(self.out(x_SD).view(rows, self.reduction, self.width))
+            last = made[-1][:, -1]
+            ends = torch.where(self.stop(x_SD)[:, 0] > 0, ends.clamp_max(len(made)), ends)
+        spoken = Layout((ends * self.reduction).tolist())
+        whole = torch.cat(made, 1)
+        coarse = torch.cat([part[:n] for part, n in zip(whole, spoken.lengths, strict=True)])
+        return Frames(self._polished(coarse, spoken), spoken, {})
+
+
+def _off_diagonal(logits: list[Tensor]) -> Tensor:
+    """[heads, steps, phonemes] of each utterance → the sum over steps of the attention that is off the diagonal."""
+    found = []
+    for each in logits:
+        steps, phonemes = (torch.linspace(0, 1, n, device=each.device) for n in each.shape[1:])
+        apart = 1 - torch.exp(-(steps[:, None] - phonemes).square() / (2 * _DIAGONAL**2))
+        found.append((each.float().softmax(-1) * apart).sum(-1).mean(0).sum())
+    return torch.stack(found).sum()
+
+
+class _Mix(nn.Module):
+    """ConvNeXt's block (arXiv 2201.03545) in one dimension: depthwise convolution → LayerNorm → feed-forward, scaled."""
+
+    def __init__(self, width: int, hidden: int, scale: float) -> None:
+        super().__init__()
+        self.depthwise = nn.Conv1d(width, width, 7, padding=3, groups=width)
+        self.norm = nn.LayerNorm(width)
+        self.up, self.down = nn.Linear(width, hidden), nn.Linear(hidden, width)
+        self.scale = nn.Parameter(torch.full((width,), scale))
+
+    def forward(self, x_BDF: Tensor) -> Tensor:
+        mixed_BFD = self.norm(self.depthwise(x_BDF).transpose(1, 2))
+        return x_BDF + (self.scale * self.down(F.gelu(self.up(mixed_BFD)))).transpose(1, 2)
+
+
+class Vocoder(nn.Module):
+    """[B, n_mels, F] → [B, F · 160] samples at 16 kHz."""
+
+    def __init__(self, n_mels: int, width: int, hidden: int, layers: int) -> None:
+        super().__init__()
+        self.stem = nn.Conv1d(n_mels, width, 7, padding=3)
+        self.stem_norm = nn.LayerNorm(width)
+        self.blocks = nn.ModuleList(_Mix(width, hidden, 1 / layers) for _ in range(layers))
+        self.norm = nn.LayerNorm(width)
+        self.head = nn.Linear(width, WINDOW + 2)
+
+    def forward(self, mel_BMF: Tensor) -> Tensor:
+        x_BDF = self.stem_norm(self.stem(mel_BMF).transpose(1, 2)).transpose(1, 2)
+        for block in self.blocks:
+            x_BDF = block(x_BDF)
+        with torch.autocast(mel_BMF.device.type, enabled=False):  # phases and logarithms need all digits
+            loudness, phase = self.head(self.norm(x_BDF.float().transpose(1, 2))).transpose(1, 2).chunk(2, dim=1)
+        magnitude = loudness.clamp_max(_LOUDEST).exp()
+        window = torch.hann_window(WINDOW, device=mel_BMF.device)
+        return inverse(torch.complex(magnitude * phase.cos(), magnitude * phase.sin()), window)
+
+
+def inverse(spectrum_BKF: Tensor, window: Tensor) -> Tensor:
+    """Overlap-add of F windows centred on samples 0, 160, …: [B, F · 160] samples. As frames of log-mels lie."""
+    size, frames = len(window), spectrum_BKF.shape[-1]
+    pieces = torch.fft.irfft(spectrum_BKF, n=size, dim=1) * window[:, None]
+    length = (frames - 1) * HOP + size
+
+    def added(columns: Tensor) -> Tensor:
+        return F.fold(columns, (1, length), (1, size), stride=(1, HOP))[:, 0, 0]
+
+    weight = added(window.square()[None, :, None].expand(1, size, frames))
+    begin = size // 2
+    return (added(pieces) / weight.clamp_min(1e-8))[:, begin : begin + frames * HOP]
+
+
 class SpeechModel(nn.Module):
     """Phonemes to mel frames in a voice."""
 
     def __init__(self, config: SpeechConfig, n_mels: int = 80) -> None:
         super().__init__()
-        from whisper_moe.model.autoregressive import Autoregressive  # built of what is here
-
         self.config, d = config, config.d_model
         self.reader = Reader(config)
         self.phonemes, self.voices = nn.Embedding(len(config.phonemes), d), nn.Embedding(len(config.voices), d)

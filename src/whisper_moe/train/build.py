@@ -28,16 +28,21 @@ from whisper_moe.model.block import Block
 from whisper_moe.model.model import WhisperMoEModel
 from whisper_moe.train.adapt_context import ContextObjective, LessonReader, Teacher
 from whisper_moe.train.loop import Figures, Trainer
-from whisper_moe.train.lora import TRAINED, add_lora
 from whisper_moe.train.losses import SpeechObjective
 from whisper_moe.train.monitor import SKIPPED, Monitor
-from whisper_moe.train.optim import freeze, unmatched
+from whisper_moe.train.optim import TRAINED, add_lora, freeze, unmatched
 from whisper_moe.train.parallel import Parallel
 from whisper_moe.train.reading import RecipeError
 from whisper_moe.train.recipe import NOTHING_TO_TEACH, ContextRecipe, Recipe, SpeechRecipe
-from whisper_moe.train.speech import FACTORS, MelObjective, Pronounced, SpokenReader
-from whisper_moe.train.vocoder import FACTORS as VOCODER_FACTORS
-from whisper_moe.train.vocoder import Critics, SoundReader, VocoderObjective
+from whisper_moe.train.speech import (
+    FACTORS,
+    Critics,
+    MelObjective,
+    Pronounced,
+    SoundReader,
+    SpokenReader,
+    VocoderObjective,
+)
 from whisper_moe.weights.checkpoint import CONFIG, Loaded, read_config
 from whisper_moe.weights.files import atomic_folder, json_bytes, read_bytes, read_json
 from whisper_moe.weights.load import load_model
@@ -211,10 +216,9 @@ class Sources:
             raise RecipeError("losses.speech: the model has no part that speaks; model.speech adds one")
         if self.parallel.world_size > 1:
             raise RecipeError("losses.speech: learning to speak runs in one process")
-        whole = given.part == "speech"
-        if unknown := sorted(given.factors.keys() - (FACTORS if whole else VOCODER_FACTORS)):
+        if unknown := sorted(given.factors.keys() - FACTORS[given.part]):
             raise RecipeError(f"losses.speech.factors: no loss of the part {given.part} is called {', '.join(unknown)}")
-        if not whole:
+        if given.part == "vocoder":
             return SoundReader(self.initial.tokenizer, config, given.positions), VocoderObjective(given, config.n_mels)
         table = Pronounced(Path(given.pronounced), config.speech) if given.pronounced else None
         return SpokenReader(self.initial.tokenizer, config), MelObjective(given, table)

@@ -194,7 +194,7 @@ class ContextRecipe(_Frozen):
 
 
 class SpeechRecipe(_Frozen):
-    """Learning to speak (:mod:`whisper_moe.train.speech`, :mod:`whisper_moe.train.vocoder`)."""
+    """Learning to speak (:mod:`whisper_moe.train.speech`)."""
 
     part: Literal["speech", "vocoder"] = "speech"
     """What learns: all that makes mel frames of letters, or what makes sound of those."""

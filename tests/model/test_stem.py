@@ -9,8 +9,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from whisper_moe import embed
-from whisper_moe.embed import AudioStem, positions_of, sinusoids
+from whisper_moe.model import layers
+from whisper_moe.model.layers import AudioStem, positions_of, sinusoids
 
 MELS, WIDTH = 5, 8
 FRAMES = st.lists(st.integers(1, 23), min_size=1, max_size=8)
@@ -57,7 +57,7 @@ def test_without_silence_between_them_neighbours_would_touch(monkeypatch: pytest
     """The first convolution's bias and reach make its gap loud; it is silenced, or the second would hear it."""
     stem, mels = make_stem(), mels_of([6, 7, 5])
     expected, _ = stem(mels)
-    monkeypatch.setattr(embed, "_inside", lambda frames, stride, like: like.new_ones(stride))
+    monkeypatch.setattr(layers, "_inside", lambda frames, stride, like: like.new_ones(stride))
     assert (stem(mels)[0] - expected).abs().max() > 1e-2
 
 
