@@ -132,9 +132,8 @@ class WhisperMoE:
         if not lazy:
             for fetch in experts:
                 fetch()
-        parts: dict[str, Any] = {"name": loaded.name, "tokenizer_json": loaded.tokenizer_json, "experts": experts}
-        parts["folder"] = loaded.folder
-        return cls(own, loaded.tokenizer, loaded.generation, device=device, dtype=dtype, **parts)
+        whole = {name: getattr(loaded, name) for name in ("name", "tokenizer_json", "folder")}
+        return cls(own, loaded.tokenizer, loaded.generation, device=device, dtype=dtype, experts=experts, **whole)
 
     @property
     def config(self) -> ModelConfig:

@@ -60,13 +60,19 @@ def _problem(found: ErrorDetails) -> str:
     return found["msg"].removeprefix("Value error, ") + value
 
 
-class _Frozen(BaseModel):
+class Frozen(BaseModel):
     """Keyword-only, immutable, and strict about unknown keys: a typing mistake in a file is an error."""
 
     model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
 
 
-class MoEConfig(_Frozen):
+class Strict(Frozen):
+    """Values are of the very type that is asked for."""
+
+    model_config = ConfigDict(strict=True)
+
+
+class MoEConfig(Frozen):
     """A mixture-of-experts feed-forward (Mixtral arXiv 2401.04088; shared expert as in DeepSeekMoE 2401.06066)."""
 
     granularity: Literal["ffn", "delta", "model"] = "ffn"
@@ -116,7 +122,7 @@ class MoEConfig(_Frozen):
         return self.expert_names or tuple(f"expert-{i}" for i in range(self.n_experts))
 
 
-class TTTConfig(_Frozen):
+class TTTConfig(Frozen):
     """TTT-MLP layers: test-time training, arXiv 2407.04620 section 2."""
 
     encoder_layers: tuple[int, ...] = ()
@@ -131,7 +137,7 @@ class TTTConfig(_Frozen):
     """One TTT layer for each routed expert (segment scope only) instead of one for all."""
 
 
-class ConformerConfig(_Frozen):
+class ConformerConfig(Frozen):
     """The Conformer's convolution module in encoder blocks (arXiv 2005.08100, section 2.2), behind a gate that starts at 0."""
 
     encoder_layers: tuple[int, ...] = ()
@@ -146,7 +152,7 @@ class ConformerConfig(_Frozen):
         return self
 
 
-class AdaptConfig(_Frozen):
+class AdaptConfig(Frozen):
     """What is always on beside a frozen core: it starts as the identity and learns what the core was not trained for."""
 
     encoder_layers: tuple[int, ...] = ()
@@ -168,7 +174,7 @@ class AdaptConfig(_Frozen):
         return self
 
 
-class VoiceConfig(_Frozen):
+class VoiceConfig(Frozen):
     """A voice that can be asked for."""
 
     name: str
@@ -176,7 +182,7 @@ class VoiceConfig(_Frozen):
     """Code of what it reads where nothing is said of the language."""
 
 
-class SpeechConfig(_Frozen):
+class SpeechConfig(Frozen):
     """Text in, speech out: letters → phonemes → mel frames → samples (:mod:`whisper_moe.model.speech`)."""
 
     letters: str
@@ -222,7 +228,7 @@ class SpeechConfig(_Frozen):
         return self
 
 
-class ModelConfig(_Frozen):
+class ModelConfig(Frozen):
     """The whole encoder-decoder. The defaults are the shape of ``openai/whisper-base``."""
 
     model_type: Literal["whisper_moe"] = "whisper_moe"
@@ -265,12 +271,10 @@ class ModelConfig(_Frozen):
             raise ValueError(
                 f"router_layer ({self.moe.router_layer}) is beyond the encoder's {self.encoder_layers} layers"
             )
-        if self.adapt:
-            self._check_depths("adapt", self.adapt)
-        if self.conformer:
-            self._check_depths("conformer", self.conformer)
+        for name in ("adapt", "conformer", "ttt"):
+            if part := getattr(self, name):
+                self._check_depths(name, part)
         if self.ttt:
-            self._check_depths("ttt", self.ttt)
             self._check_ttt(self.ttt)
         self._check_new_tokens()
         return self
@@ -319,10 +323,7 @@ class ModelConfig(_Frozen):
 
     def adapted(self, side: Literal["encoder", "decoder"], layer: int) -> AdaptConfig | None:
         """How this block is adapted, if it is."""
-        if self.adapt is None:
-            return None
-        layers = self.adapt.encoder_layers if side == "encoder" else self.adapt.decoder_layers
-        return self.adapt if layer in layers else None
+        return self.adapt if self.adapt and layer in getattr(self.adapt, f"{side}_layers") else None
 
     @property
     def core_alone_on_full_windows(self) -> bool:
@@ -340,17 +341,9 @@ def _sized(d_model: int, layers: int, heads: int) -> ModelConfig:
     """Whisper's shape at this width; eight full-size experts without a shared one (``ffn`` granularity), TTT everywhere."""
     moe = MoEConfig(expert_dim=4 * d_model, shared=False, none_choice=False, router_layer=0)
     ttt = TTTConfig(encoder_layers=tuple(range(layers)), per_expert=True)
-    return ModelConfig(
-        d_model=d_model,
-        encoder_layers=layers,
-        encoder_heads=heads,
-        encoder_ffn_dim=4 * d_model,
-        decoder_layers=layers,
-        decoder_heads=heads,
-        decoder_ffn_dim=4 * d_model,
-        moe=moe,
-        ttt=ttt,
-    )
+    side = {"layers": layers, "heads": heads, "ffn_dim": 4 * d_model}
+    sides: dict[str, Any] = {f"{name}_{key}": value for name in ("encoder", "decoder") for key, value in side.items()}
+    return ModelConfig(d_model=d_model, moe=moe, ttt=ttt, **sides)
 
 
 PRESETS: dict[str, ModelConfig] = {

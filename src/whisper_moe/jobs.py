@@ -275,10 +275,8 @@ class Outputs:
             logger.warning("%s: what was said before, up to %.1f s, is %s", job.path, result.duration, place)
             return False
         logger.info("%s%s", _facts(outcome.name, result), f"; {place}" if self.directory else "")
-        for line in (
-            *(f"{outcome.name}: {note}" for note in result.notes),
-            *(_routing(result) if self._show_routing else ()),
-        ):
+        notes = [f"{outcome.name}: {note}" for note in result.notes]
+        for line in [*notes, *(_routing(result) if self._show_routing else ())]:
             logger.info("%s", line)
         return True
 

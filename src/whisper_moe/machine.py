@@ -300,12 +300,7 @@ def machine() -> dict[str, Any]:
 
 def versions(packages: Iterable[str]) -> dict[str, str]:
     """The installed version of each package."""
-    from importlib.metadata import PackageNotFoundError, version
+    from importlib.metadata import distributions
 
-    found = {}
-    for package in sorted(set(packages)):
-        try:
-            found[package] = version(package)
-        except PackageNotFoundError:
-            found[package] = "from the source tree"
-    return found
+    found = {name: next((each.version for each in distributions(name=name)), None) for name in sorted(set(packages))}
+    return {name: version or "from the source tree" for name, version in found.items()}

@@ -55,9 +55,7 @@ class Layout:
         import torch
 
         starts = torch.tensor(self.cu_seqlens[:-1], device=device)
-        return torch.arange(self.total, device=device) - torch.repeat_interleave(
-            starts, torch.tensor(self.lengths, device=device)
-        )
+        return torch.arange(self.total, device=device) - starts[self.segment_ids(device)]
 
 
 def first_fit_decreasing(lengths: Sequence[int], capacity: int = MAX_PACK_TOKENS) -> list[list[int]]:

@@ -130,8 +130,7 @@ def test_one_step_of_training_moves_every_expert_that_was_chosen_and_the_router(
     mels = [torch.randn(DENSE.n_mels, frames, generator=torch.Generator().manual_seed(frames)) for frames in (40, 70)]
 
     def loss() -> Tensor:
-        output = network(mels, TOKENS, detailed=True)
-        assert not isinstance(output, Tensor)
+        output = network(mels, TOKENS)
         said = torch.nn.functional.cross_entropy(output.logits, torch.cat(TOKENS))
         found.append({expert for choice in output.routings[0].choices for expert in choice})
         return said + router_terms(output.routings, 1.0, LossRecipe(), lambda counts: counts)[0]
@@ -153,7 +152,7 @@ def test_a_fitted_router_chooses_the_same_when_it_can_be_trained() -> None:
     places = 3 * torch.randn(3, 16, generator=generator, dtype=torch.float64)
     clips = [30 + place + torch.randn(40, 2, 16, generator=generator, dtype=torch.float64) for place in places]
     raw = fit([*clips, clips[0][:0]])
-    router = Router(16, 3, 2, False, fitted=True, grows=False)
+    router = Router(16, MoEConfig(n_experts=3, none_choice=False, fitted_router=True))
     tensors = _trainable(raw)
     router.load_state_dict({("" if name == "weight" else "fit.") + name: tensor for name, tensor in tensors.items()})
     features = torch.cat([part[:, 0] for part in clips]).float()
@@ -186,7 +185,7 @@ def test_slim_experts_beside_a_shared_one_get_a_router_that_knows_the_unknown(mo
     assert margins == [0.5, 30.0]
     network = empty_model(config)
     network.load_state_dict(found.state, assign=True)
-    router, other = network.encoder.router, Router(16, 2, 2, True, fitted=True)
+    router, other = network.encoder.router, Router(16, MoEConfig(n_experts=2, fitted_router=True, granularity="delta"))
     assert router is not None
     assert router.fit is not None
     assert router.fit.moments.shape == (3, 1, 17)

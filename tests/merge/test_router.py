@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from whisper_moe.config import MoEConfig
 from whisper_moe.merge.router import RIDGE, SHRINKAGE, columns, distances, fit, moments_of, reach_of, whitening
 from whisper_moe.model.router import NONE, Router
 
@@ -19,7 +20,7 @@ def clips(kind: int, count: int, seed: int) -> Tensor:
 
 
 def router_of(tensors: dict[str, Tensor], experts: int) -> Router:
-    router = Router(WIDTH, experts, 1, True, fitted=True)
+    router = Router(WIDTH, MoEConfig(n_experts=experts, top_k=1, fitted_router=True, granularity="delta"))
     router.load_state_dict({("" if name == "weight" else "fit.") + name: tensor for name, tensor in tensors.items()})
     return router
 

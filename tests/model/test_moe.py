@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 from torch.nn import functional as F
 
+from whisper_moe.config import MoEConfig
 from whisper_moe.model.moe import Experts
 from whisper_moe.model.router import NONE, Router, Routing
 from whisper_moe.packing import Layout
@@ -124,7 +125,7 @@ def dense_feed_forward(dtype: torch.dtype) -> tuple[Experts, Tensor, Tensor]:
 @pytest.mark.parametrize("layout", [None, Layout([150, 3, 47])], ids=["token", "segment"])
 def test_eight_identical_experts_are_the_dense_feed_forward(dtype: torch.dtype, layout: Layout | None) -> None:
     experts, x, dense = dense_feed_forward(dtype)
-    router = Router(64, N_EXPERTS, 2, none_choice=False).to(dtype)
+    router = Router(64, MoEConfig(n_experts=N_EXPERTS, none_choice=False)).to(dtype)
     routing = router(x if layout is None else x[:3])
     assert len(routing.experts.unique()) > 2 and dense.abs().max() > 0.5
     for name, y in every_path(experts, x, routing, layout).items():
@@ -133,7 +134,7 @@ def test_eight_identical_experts_are_the_dense_feed_forward(dtype: torch.dtype, 
 
 def test_identical_experts_are_not_the_dense_layer_without_renormalising() -> None:
     experts, x, dense = dense_feed_forward(torch.float64)
-    routing = Router(64, N_EXPERTS, 2, none_choice=False).double()(x)
+    routing = Router(64, MoEConfig(n_experts=N_EXPERTS, none_choice=False)).double()(x)
     assert routing.logits is not None
     shares = routing.logits.softmax(1).gather(1, routing.experts)
     assert relative_error(experts(x, Routing(routing.experts, shares)), dense) > 0.1

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from tests.model.masked_oracle import masked_cross_attention, masked_self_attention
 from tests.model.tiny import CONFIGS, fixed_routing, hold_choices, random_mels, random_texts, relative, tiny_model
-from whisper_moe import embed
+from whisper_moe.model import layers
 from whisper_moe.model.attention import CrossAttention, SelfAttention
 from whisper_moe.model.layers import positions_of
 from whisper_moe.model.moe import Experts
@@ -144,7 +144,7 @@ def _leak_attention(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def _leak_stem(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(embed, "_inside", lambda frames, stride, like: like.new_ones(stride))
+    monkeypatch.setattr(layers, "_inside", lambda frames, stride, like: like.new_ones(stride))
 
 
 def _leak_ttt(monkeypatch: pytest.MonkeyPatch) -> None:

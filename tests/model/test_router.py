@@ -7,6 +7,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from whisper_moe.config import MoEConfig
 from whisper_moe.model.router import NONE, Router, Routing, pool_segments
 from whisper_moe.packing import Layout
 
@@ -17,14 +18,14 @@ N_EXPERTS = 6
 def make_router(top_k: int = 2, none_choice: bool = True, seed: int = 0) -> Router:
     """In float64, with weights large enough that the gates differ."""
     torch.manual_seed(seed)
-    router = Router(D_MODEL, N_EXPERTS, top_k, none_choice).double()
+    router = Router(D_MODEL, MoEConfig(n_experts=N_EXPERTS, top_k=top_k, none_choice=none_choice)).double()
     torch.nn.init.normal_(router.weight, std=0.5)
     return router
 
 
 def router_with_logits(*logits: float, top_k: int = 2, none_choice: bool = True) -> Routing:
     """The routing of one row that is given these logits; *none* is the last."""
-    router = Router(1, len(logits) - none_choice, top_k, none_choice).double()
+    router = Router(1, MoEConfig(n_experts=len(logits) - none_choice, top_k=top_k, none_choice=none_choice)).double()
     router.weight.data = torch.tensor(logits, dtype=torch.float64)[:, None]
     return router(torch.ones(1, 1, dtype=torch.float64))
 
@@ -73,7 +74,7 @@ def test_none_takes_the_slots_that_no_expert_is_above_it_for(
 
 
 def test_a_tie_of_many_goes_to_the_lowest() -> None:
-    many = Router(D_MODEL, 300, 4, none_choice=True)  # enough columns that a sort which is not stable shows
+    many = Router(D_MODEL, MoEConfig(n_experts=300, top_k=4))  # enough columns that a sort which is not stable shows
     many.weight.data.zero_()
     assert set(many(torch.randn(200, D_MODEL)).choices) == {(0, 1, 2, 3)}
 
@@ -81,7 +82,7 @@ def test_a_tie_of_many_goes_to_the_lowest() -> None:
 @pytest.mark.parametrize("top_k", [1, 2, 3])
 def test_none_is_top_k_identical_experts_of_its_own(top_k: int) -> None:
     router = make_router(top_k)
-    explicit = Router(D_MODEL, N_EXPERTS + top_k, top_k, none_choice=False).double()
+    explicit = Router(D_MODEL, MoEConfig(n_experts=N_EXPERTS + top_k, top_k=top_k, none_choice=False)).double()
     explicit.weight.data = torch.cat([router.weight.data[:-1], router.weight.data[-1:].expand(top_k, -1)])
     features = torch.randn(200, D_MODEL, dtype=torch.float64)
     ours, theirs = router(features), explicit(features)
@@ -93,7 +94,7 @@ def test_none_is_top_k_identical_experts_of_its_own(top_k: int) -> None:
 
 def test_logits_are_float32_under_bfloat16_autocast() -> None:
     # In float32 expert 1 is ahead by 1e-4; in bfloat16 the two are equal, and the tie would go to expert 0.
-    router = Router(1, 2, 1, none_choice=False)
+    router = Router(1, MoEConfig(n_experts=2, top_k=1, none_choice=False))
     router.weight.data = torch.tensor([[1.0], [1.0001]])
     features = torch.ones(1, 1)
     with torch.autocast("cpu", torch.bfloat16):
@@ -106,7 +107,7 @@ def test_logits_are_float32_under_bfloat16_autocast() -> None:
 
 
 def test_half_precision_is_raised_and_float64_kept() -> None:
-    router = Router(D_MODEL, N_EXPERTS, 2, none_choice=True)
+    router = Router(D_MODEL, MoEConfig(n_experts=N_EXPERTS))
     features = torch.randn(5, D_MODEL)
     assert router.bfloat16()(features.bfloat16()).gates.dtype == torch.float32
     assert router.double()(features.double()).gates.dtype == torch.float64
@@ -148,7 +149,7 @@ def test_runs_join_neighbours_of_one_choice() -> None:
 
 
 def test_router_starts_small_and_random() -> None:
-    weight = Router(512, 63, 2, none_choice=True).weight
+    weight = Router(512, MoEConfig(n_experts=63)).weight
     assert weight.shape == (64, 512)
     assert weight.std().item() == pytest.approx(0.02, rel=0.05)
 

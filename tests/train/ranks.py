@@ -330,7 +330,7 @@ def whole(folder: Path, parallel: Any) -> dict[str, Any]:
         trainer.model.encoder.router.only = (1,)
         with trainer.parallel.whole(trainer.model) as model:
             assert (model is None) == (parallel.rank > 0)
-            logits = None if model is None else model(list(pack((9, 30), 5).mels), random_texts([4, 5])).detach()
+            logits = None if model is None else model(list(pack((9, 30), 5).mels), random_texts([4, 5])).logits.detach()
         trainer.model.encoder.router.only = None
         trainer.save()
         again.load(saved(run))

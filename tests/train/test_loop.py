@@ -255,7 +255,7 @@ def test_half_precision_leaves_routers_fast_weights_and_parameters_alone() -> No
     assert first.loss != second.loss and second.loss == pytest.approx(first.loss, rel=0.02)
     assert all(parameter.dtype == torch.float32 for parameter in half.model.parameters())
     with torch.autocast("cpu", torch.bfloat16):
-        output = half.model([packs()[0].mels[0]], [packs()[0].tokens_T[:4]], detailed=True)
+        output = half.model([packs()[0].mels[0]], [packs()[0].tokens_T[:4]])
     assert output.logits.dtype == torch.bfloat16 and output.routings[0].logits.dtype == torch.float32
 
 

@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from model.tiny import CONFIGS, tiny_model
 from train.tiny import random_pack
 
+from whisper_moe.config import MoEConfig
 from whisper_moe.model.router import NONE, Router, Routing
 from whisper_moe.train.losses import (
     IGNORED,
@@ -33,8 +34,7 @@ def routed(experts: list[list[int]], logits: torch.Tensor) -> Routing:
 
 def random_routing(rows: int, seed: int = 0, **router: int | bool) -> tuple[Router, Routing]:
     torch.manual_seed(seed)
-    options = {"d_model": 8, "n_experts": 4, "top_k": 2, "none_choice": True} | router
-    made = Router(**options)  # pyright: ignore[reportArgumentType]
+    made = Router(8, MoEConfig.model_validate({"n_experts": 4} | router))
     torch.nn.init.normal_(made.weight)
     return made, made(torch.randn(rows, 8))
 
@@ -103,7 +103,7 @@ def test_the_recipe_weighs_the_losses_of_routers(balancing: Any, balance: float)
 
 
 def test_a_router_that_always_takes_none_still_learns() -> None:
-    router = Router(8, 4, 2, none_choice=True)
+    router = Router(8, MoEConfig(n_experts=4))
     x = torch.randn(6, 8).abs()
     with torch.no_grad():
         router.weight.zero_()
@@ -120,7 +120,7 @@ def test_a_router_that_always_takes_none_still_learns() -> None:
 
 def test_a_bias_moves_the_choice_and_not_the_gates() -> None:
     torch.manual_seed(1)
-    router, plain = Router(8, 4, 2, True, biased=True), Router(8, 4, 2, True)
+    router, plain = Router(8, MoEConfig(n_experts=4, balance_bias=True)), Router(8, MoEConfig(n_experts=4))
     plain.weight = router.weight
     torch.nn.init.normal_(router.weight)
     x = torch.randn(50, 8)

@@ -132,7 +132,7 @@ def test_whole_tensors_leave_a_layout_and_come_back(quick: list[dict[str, Any]])
     model.load_state_dict({name.removeprefix("model/"): t for name, t in expected.items() if name.startswith("model/")})
     assert model.encoder.router is not None
     model.encoder.router.only = (1,)  # as where one expert is trained alone
-    logits = model(list(ranks.pack((9, 30), 5).mels), ranks.random_texts([4, 5])).detach()
+    logits = model(list(ranks.pack((9, 30), 5).mels), ranks.random_texts([4, 5])).logits.detach()
     for layout in ("fsdp2", "experts", "tensor"):
         for rank in found:
             own = rank[layout]

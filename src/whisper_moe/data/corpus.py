@@ -19,8 +19,9 @@ from typing import TYPE_CHECKING, Any, Literal, Self, TypeAlias
 
 import numpy as np
 from numpy.typing import NDArray
-from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
+from pydantic import Field, field_validator, model_validator
 
+from whisper_moe.config import Strict
 from whisper_moe.data.sample import AudioRef, DataError, Sample, Skipped, Task
 from whisper_moe.media.audio import MediaError
 from whisper_moe.media.languages import language_code
@@ -80,10 +81,8 @@ PROBES = 8
 """Files whose headers are read at the same time: the wait is for disks and networks."""
 
 
-class CorpusConfig(BaseModel):
+class CorpusConfig(Strict):
     """One corpus as a recipe names it. Languages are given by code or name and kept as codes."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False, strict=True)
 
     kind: Kind
     source: str = Field(min_length=1)
@@ -167,20 +166,9 @@ def sample_of(row: Row) -> Sample:
                 audio = AudioRef(path=f"{file}:{row['member']}", data=archive.read(row["size"]))
         except OSError as error:
             raise DataError(file, f"{row['member']} cannot be read: {error.strerror}") from error
-    return Sample(
-        id=row["id"],
-        task=row["task"],
-        text=row["text"],
-        language=row["language"],
-        target_language=row["target_language"],
-        audio=audio,
-        video=file if sign else None,
-        source_text=row.get("source_text"),
-        duration=row.get("seconds"),
-        speaker=row.get("speaker"),
-        domain=row.get("domain"),
-        row=row.get("row"),
-    )
+    said: Row = {name: row[name] for name in ("id", "task", "text", "language", "target_language")}
+    known: Row = {name: row.get(name) for name in ("source_text", "speaker", "domain", "row")}
+    return Sample(**said, **known, audio=audio, video=file if sign else None, duration=row.get("seconds"))
 
 
 @dataclass(frozen=True, eq=False)

@@ -21,7 +21,7 @@ from zipfile import BadZipFile
 
 import numpy as np
 from numpy.typing import NDArray
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import Field, model_validator
 
 from whisper_moe.config import (
     FULL_WINDOW,
@@ -29,6 +29,7 @@ from whisper_moe.config import (
     POSITIONS_PER_SECOND,
     SAMPLE_RATE,
     SAMPLES_PER_POSITION,
+    Frozen,
     ModelConfig,
 )
 from whisper_moe.data.sample import AudioRef, DataError, Sample, TooLong, share_of
@@ -54,10 +55,8 @@ _KEPT_SECONDS = 0.04
 """Silence that a spectrogram is computed with where margins differ: its last frame is silence, as are all that would follow."""
 
 
-class ExampleConfig(BaseModel):
+class ExampleConfig(Frozen):
     """How samples are read."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
 
     margin: float | tuple[float, float] | None = None
     """Seconds of silence kept after each clip, within the 30 s window; 30 pads as Whisper always did. Two numbers: each

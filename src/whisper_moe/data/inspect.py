@@ -246,13 +246,8 @@ def named_corpus(given: str, split: str | None = None, **settings: Any) -> Corpu
     """
     prefix, _, rest = given.partition(":")
     kind, source = (prefix, rest) if rest and prefix in corpus.KINDS else (kind_of(given), given)
-    where = {
-        "kind": kind,
-        "source": source,
-        "split": split or corpus.KINDS[kind][0],
-        "streaming": not Path(source).exists(),
-    }
-    return CorpusConfig(**where, **settings)
+    where: dict[str, Any] = {"kind": kind, "source": source, "split": split or corpus.KINDS[kind][0]}
+    return CorpusConfig(**where, streaming=not Path(source).exists(), **settings)
 
 
 def listed(given: str) -> Any:

@@ -29,9 +29,9 @@ from typing import Literal, NamedTuple, TypeAlias, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import Field
 
-from whisper_moe.config import FULL_WINDOW, MAX_PACK_TOKENS
+from whisper_moe.config import FULL_WINDOW, MAX_PACK_TOKENS, Frozen, Strict
 from whisper_moe.data.examples import ExampleConfig, ExampleReader, positions
 from whisper_moe.data.sample import AnyCorpus, DataError, Sample, Skipped, TooLong, items, left_out
 from whisper_moe.media.audio import MediaError
@@ -48,10 +48,8 @@ _CLIPS_A_PACK = 32
 _T = TypeVar("_T")
 
 
-class MixingConfig(BaseModel):
+class MixingConfig(Frozen):
     """How often each corpus, task and language is heard."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
 
     temperature: float = Field(default=1.0, gt=0)
     """T in p ∝ n^(1/T) over pairs of task and language. 1: as they are; 5: small ones come oftener; large: all alike."""
@@ -70,10 +68,8 @@ class MixingConfig(BaseModel):
             raise ValueError(f"mixing.weights must not be negative, got {negative}")
 
 
-class LoaderConfig(BaseModel):
+class LoaderConfig(Frozen):
     """From corpora to batches."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
 
     batch_size: int = Field(default=32, ge=1)
     """Of all ranks together: a batch is the same for any number of them, and each takes its share. Of examples it is a
@@ -126,10 +122,8 @@ class Draw:
 Packs: TypeAlias = tuple[tuple[Draw, ...], ...]
 
 
-class Position(BaseModel):
+class Position(Strict):
     """Where in the data the next batch is. Plain numbers, the same on every rank."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid", strict=True)
 
     epoch: int = Field(default=0, ge=0)
     cursor: int = Field(default=0, ge=0)

@@ -127,9 +127,8 @@ def _encoder_ttt(config: ModelConfig, layer: int, positions: int) -> int:
         return 0
     padded = -(-positions // ttt.mini_batch) * ttt.mini_batch
     inner = 2 * padded * _TTT_PRODUCTS * 2 * width * 4 * (width // heads)
-    outer = (
-        positions * 2 * width * (3 * width + heads + 2 * width)
-    )  # q, k, v; learning rates; an output for each direction
+    # q, k, v; learning rates; an output for each direction
+    outer = positions * 2 * width * (3 * width + heads + 2 * width)
     return (config.moe.top_k if ttt.per_expert and config.moe else 1) * (inner + outer)
 
 

@@ -177,10 +177,9 @@ def _hear(adapter: Adapter, clips: Sequence[Clip], detect: bool) -> list[Heard]:
     be to blame."""
     found: list[Heard] = []
     try:
-        for _, heard in zip(
-            clips, adapter.hear((clip.sound for clip in clips), **_told(clips[0], detect)), strict=True
-        ):
-            found.append(heard)
+        heard = adapter.hear((clip.sound for clip in clips), **_told(clips[0], detect))
+        for _, each in zip(clips, heard, strict=True):
+            found.append(each)
     except Exception as error:
         if len(clips) == 1:
             return [Heard("", error=f"{type(error).__name__}: {' '.join(str(error).split())}")]

@@ -369,7 +369,7 @@ def cross_entropy(model: WhisperMoEModel, examples: Sequence[Example]) -> list[t
     for group in first_fit_decreasing([example.size for example in examples]):
         (pack,) = (pack.to(like.device, like.dtype) for pack in pack_examples([examples[index] for index in group]))
         lengths = list(pack.texts.lengths)
-        logits_TV = model(pack.mels, pack.tokens_T.split(lengths), valid_lengths=pack.valid_lengths).float()
+        logits_TV = model(pack.mels, pack.tokens_T.split(lengths), valid_lengths=pack.valid_lengths).logits.float()
         lost_T = F.cross_entropy(logits_TV, pack.labels_T, ignore_index=IGNORED, reduction="none")
         for index, lost, labels in zip(group, lost_T.split(lengths), pack.labels_T.split(lengths), strict=True):
             found[index] = float(lost.sum()), int((labels != IGNORED).sum())

@@ -26,21 +26,11 @@ from whisper_moe.data.corpora import open_corpus
 from whisper_moe.data.corpus import CorpusConfig
 from whisper_moe.data.inspect import listed, named_corpus
 from whisper_moe.data.sample import Sample, Skipped, items
+from whisper_moe.evaluate import metrics
 from whisper_moe.evaluate import report as reports
 from whisper_moe.evaluate.cost import cost
 from whisper_moe.evaluate.measure import Clip, Measured, Options, measure
-from whisper_moe.evaluate.metrics import (
-    RESAMPLES,
-    ErrorCounts,
-    character_counts,
-    clip_counts,
-    interval,
-    label_accuracy,
-    longest_loop,
-    paired_difference,
-    script_fidelity,
-    translation_scores,
-)
+from whisper_moe.evaluate.metrics import ErrorCounts
 from whisper_moe.evaluate.systems import Heard, System, apart
 from whisper_moe.machine import machine, versions
 from whisper_moe.media.audio import MediaError
@@ -204,7 +194,7 @@ def _report(asked: Plan, clips: list[Clip], measured: dict[System, Measured]) ->
         "languages": sorted({clip.sample.language for clip in clips}),
         "tasks": list(dict.fromkeys(clip.sample.task for clip in clips)),
         "settings": {name: getattr(asked.options, name) for name in settings} | {"limit": asked.corpora[0].limit},
-        "resamples": RESAMPLES,
+        "resamples": metrics.RESAMPLES,
         "machine": machine(),
         "versions": versions(packages),
         "systems": {system.label: {"kind": system.kind} | _scored(clips, each) for system, each in measured.items()},
@@ -260,7 +250,7 @@ def _differences(
 ) -> dict[str, Any]:
     both = [name for name in counts if name in others and name != "cross_entropy"]
     pairs = {name: (counts[name].of_clips(chosen), others[name].of_clips(chosen)) for name in both}
-    return {name: _known(paired_difference(*pair)) for name, pair in pairs.items()}
+    return {name: _known(metrics.paired_difference(*pair)) for name, pair in pairs.items()}
 
 
 def _by_task(clips: Sequence[Clip], measured: Measured) -> dict[str, list[Result]]:
@@ -281,13 +271,15 @@ def _counts(results: Sequence[Result]) -> dict[str, ErrorCounts]:
     codes = [sample.target_language for sample in samples]
     sides = ([sample.text for sample in samples], [each.heard.text.strip() for each in results], codes)
     if samples[0].task == "transcribe":
-        counts = {"wer": clip_counts(*sides), "cer": character_counts(*sides)}
+        counts = {"wer": metrics.clip_counts(*sides), "cer": metrics.character_counts(*sides)}
+    elif samples[0].task == "sign":
+        counts = {"accuracy": metrics.label_accuracy(*sides)}
     else:
-        counts = {"accuracy": label_accuracy(*sides)} if samples[0].task == "sign" else translation_scores(*sides)
-    counts["script"] = script_fidelity(*sides[1:])
+        counts = metrics.translation_scores(*sides)
+    counts["script"] = metrics.script_fidelity(*sides[1:])
     if results[0].cross_entropy is not None:
-        sums = [each.cross_entropy for each in results]
-        counts["cross_entropy"] = ErrorCounts(np.array([(0.0, 0) if isinstance(each, str) else each for each in sums]))
+        sums = [(0.0, 0) if isinstance(each.cross_entropy, str) else each.cross_entropy for each in results]
+        counts["cross_entropy"] = ErrorCounts(np.array(sums))
     return counts
 
 
@@ -296,7 +288,7 @@ def _figures(counts: Mapping[str, ErrorCounts], chosen: Sequence[int]) -> dict[s
     found: dict[str, Any] = {}
     for name, each in counts.items():
         part = each.of_clips(chosen)
-        low, high = interval(part)
+        low, high = metrics.interval(part)
         found[name] = _known({"value": part.value, "low": low, "high": high})
         if name in ("wer", "cer", "cross_entropy"):
             found[name]["of"] = int(part.whole.sum())
@@ -342,7 +334,7 @@ def _quality(results: Sequence[Result]) -> dict[str, Any]:
         "empty_transcripts": sum(not normalize(each.text, code) for each, code in zip(heard, codes, strict=True)),
         "failed": sum(each.error is not None for each in heard),
         "decoded_again": sum(each.fallbacks for each in heard),
-        "longest_loop": max(longest_loop(each.text, code) for each, code in zip(heard, codes, strict=True)),
+        "longest_loop": max(metrics.longest_loop(each.text, code) for each, code in zip(heard, codes, strict=True)),
         "without_cross_entropy": {"clips": len(reasons), "why": sorted(set(reasons))},
         "signatures": {name: each.signature for name, each in counts.items() if each.signature},
         "by": {

@@ -255,15 +255,9 @@ class WindowDecoder:
             logits, state = self.step(torch.tensor(prefixes).repeat_interleave(choice.beams, 0), state)
         room = self.model.config.max_target_positions - len(opening) - len(prefixes[0])
         limits = [min(room, self._token_limit(n, margin)) for n in samples]
+        rules = self._rules(options)
         best = search(
-            self.step,
-            logits,
-            state,
-            self._rules(options),
-            choice,
-            end_of_text=tokenizer.eot,
-            limits=limits,
-            seed=options.seed,
+            self.step, logits, state, rules, choice, end_of_text=tokenizer.eot, limits=limits, seed=options.seed
         )
         timings = self.timings(encoded, samples, best, [language for language, _ in languages], options)
         found = [
@@ -337,9 +331,8 @@ class WindowDecoder:
         for experts, gates in zip(routing.experts.tolist(), routing.gates.tolist(), strict=True):
             sums: defaultdict[str, float] = defaultdict(float)
             for expert, gate in zip(experts, gates, strict=True):  # *none* may take several slots
-                if gate == 0:  # of an expert that may not answer, where fewer than two may
-                    continue
-                sums[names[expert]] += gate
+                if gate:  # 0 of an expert that may not answer, where fewer than two may
+                    sums[names[expert]] += gate
             named.append(tuple(sums.items()))
         return named
 

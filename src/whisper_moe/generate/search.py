@@ -176,9 +176,7 @@ def search(
         if sources != list(range(len(sources))):
             state = state.select(torch.tensor(sources, device=logits_RV.device))
         gone = len(active) - len(alive)
-        if gone and (
-            beams or 8 * gone >= len(active)
-        ):  # moving a cache costs as much as a step of an eighth of the rows
+        if gone and (beams or 8 * gone >= len(active)):  # to move a cache costs a step of an eighth of the rows
             state = state.keep(alive)
             active, groups = [active[place] for place in alive], [groups[place] for place in alive]
         rows = [row for group in groups for row in group]

@@ -153,11 +153,7 @@ class Speaker:
         own = self.voice(voice, said)
         written = sentences_of(text, said)
         phonemes = self.phonemes([piece for piece, _ in written], said)
-        heard = {
-            place
-            for place, each in enumerate(self.config.phonemes)
-            if place and category(each) != "Lm" and each.isalpha()
-        }
+        heard = {i for i, each in enumerate(self.config.phonemes) if i and category(each) != "Lm" and each.isalpha()}
         pieces = [(*piece, ids) for piece, ids in zip(written, phonemes, strict=True) if heard.intersection(ids)]
         if not pieces:
             raise ValueError(f"nothing in it can be read aloud: {text[:40]!r}")

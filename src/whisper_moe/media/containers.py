@@ -115,9 +115,8 @@ def _container(file: BinaryIO, codecs: Collection[str]) -> InputContainer:
     options = {"format_whitelist": CONTAINERS, "codec_whitelist": ",".join(codecs), "protocol_whitelist": "file"}
     if file.seek(0, os.SEEK_END) == 0:
         raise Damage("the file is empty")
-    nameless = SimpleNamespace(
-        read=file.read, seek=file.seek, tell=file.tell
-    )  # by a name FFmpeg would guess the format
+    # By a name FFmpeg would guess the format.
+    nameless = SimpleNamespace(read=file.read, seek=file.seek, tell=file.tell)
     try:
         for probe in ({}, PROBE):
             file.seek(0)

@@ -92,20 +92,9 @@ _FRACTION, _POWER = re.compile(r"(\d?)\s?([½¼¾⅓⅔])"), re.compile("[²³¹
 _POINT, _TO, _LESS = ({"en": en, "hi": hi} for en, hi in (("point", "दशमलव"), ("to", "से"), ("minus", "ऋण")))
 _FIRST, _GENDERS = {1: "पहल", 2: "दूसर", 3: "तीसर", 4: "चौथ", 6: "छठ"}, {"वाँ": "ा", "वां": "ा", "वीं": "ी", "वें": "े"}
 _HALVES = {"1½": "डेढ़", "2½": "ढाई"}
-_ROMAN = {
-    "II": 2,
-    "III": 3,
-    "IV": 4,
-    "VI": 6,
-    "VII": 7,
-    "VIII": 8,
-    "IX": 9,
-    "XI": 11,
-    "XII": 12,
-    "XIV": 14,
-    "XV": 15,
-    "XX": 20,
-}
+_ROMAN: dict[str, int] = dict(
+    zip("II III IV VI VII VIII IX XI XII XIV XV XX".split(), (2, 3, 4, 6, 7, 8, 9, 11, 12, 14, 15, 20), strict=True)
+)
 _NUMERAL = re.compile(rf"(?<=[A-Za-z]\s)({'|'.join(_ROMAN)})\b")
 _APART = re.compile(r"(?<=[^\W\d_])(?=\d)|(?<=\d)(?=[^\W\d_])(?!(?:st|nd|rd|th|वाँ|वां|वीं|वें)(?!\w))")
 _YEAR_OF = r"(?:1[1-9]\d\d|20\d\d)(?!\w|[.,]\d)"
@@ -148,9 +137,7 @@ def cardinal(number: float | str, language: str) -> str:
     if len(whole) > _SAID_WHOLE or (len(whole) > 1 and whole[0] == "0"):
         return _digits(whole + rest, language)
     said = _engine(language).format_number(int(whole)).text
-    if not rest:
-        return said
-    return f"{said} {_POINT[language]} {_digits(rest, language)}"
+    return f"{said} {_POINT[language]} {_digits(rest, language)}" if rest else said
 
 
 def _digits(digits: str, language: str) -> str:
@@ -176,10 +163,8 @@ def spoken(text: str, language: str) -> str:
     """``text`` with everything that is not read as it is written in words. ``language``: ``en`` or ``hi``."""
     signs = _SIGNS[language]
     text = re.sub(rf"\S{{{_TOKEN}}}", r"\g<0> ", text)
-    text, words = (
-        _SLASHED.sub(lambda found: _PARTS_AS_ONE[found[0]], text.translate(_QUOTES)),
-        re.findall(r"[^\W\d_]+", text),
-    )
+    words = re.findall(r"[^\W\d_]+", text)
+    text = _SLASHED.sub(lambda found: _PARTS_AS_ONE[found[0]], text.translate(_QUOTES))
     text = text.lower() if len(words) > 2 and all(map(str.isupper, words)) else text
     text = _FRACTION.sub(lambda found: _part(found, language), text)
     text = _POWER.sub(lambda found: _power(found[0], language), text)
@@ -226,10 +211,7 @@ def _part(found: re.Match[str], language: str) -> str:
     if language == "hi" and found[1]:
         over = {"½": f"साढ़े {found[1]}", "¼": f"सवा {found[1]}", "¾": f"पौने {int(found[1]) + 1}"}
         return f"{_HALVES.get(found[1] + found[2]) or over.get(found[2]) or f'{found[1]} {said}'} "
-    if not found[1]:
-        return f" {said} "
-    article = "" if " " in said else "a "
-    return f"{found[1]} and {article}{said} "
+    return f"{found[1]} and {'' if ' ' in said else 'a '}{said} " if found[1] else f" {said} "
 
 
 def _power(signs: str, language: str) -> str:

@@ -35,11 +35,7 @@ SLACK = Fraction(1, 1_000)
 
 
 def load_frames(
-    source: str | Path | BinaryIO,
-    *,
-    rate: float,
-    short_side: int | None = None,
-    name: str | None = None,
+    source: str | Path | BinaryIO, *, rate: float, short_side: int | None = None, name: str | None = None
 ) -> Frames:
     """RGB frames at ``rate`` a second, uint8 [frames, height, width, 3]; at least one.
 

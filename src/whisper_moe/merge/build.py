@@ -88,8 +88,8 @@ def _unfitted(base: Loaded, names: Sequence[str], **settings: Any) -> Loaded:
     """The base, configured for these experts, and a new router; by default it reads the last layer."""
     settings = {"router_layer": base.config.encoder_layers} | settings
     moe = MoEConfig(n_experts=len(names), fitted_router=True, expert_names=tuple(names), **settings)
-    config = ModelConfig.model_validate(base.config.model_dump() | {"moe": moe})
-    router = {f"{ROUTER}{key}": tensor for key, tensor in Router.of(config.d_model, moe).state_dict().items()}
+    config = upcycled_config(base.config, moe=moe)
+    router = {f"{ROUTER}{key}": tensor for key, tensor in Router(config.d_model, moe).state_dict().items()}
     return replace(base, config=config, state=dict(base.state) | router)
 
 
@@ -237,7 +237,7 @@ def moved_choices(before: Mapping[str, Tensor], after: Loaded, name: str) -> lis
 def _with_names(config: ModelConfig, moe: MoEConfig, names: tuple[str, ...]) -> ModelConfig:
     top_k = min(2, len(names)) if moe.granularity == "model" else 1
     changed = moe.model_dump() | {"n_experts": len(names), "expert_names": names, "top_k": top_k}
-    return ModelConfig.model_validate(config.model_dump() | {"moe": changed})
+    return upcycled_config(config, moe=changed)
 
 
 def _inserted(rows: Tensor, place: int, row: Tensor) -> Tensor:

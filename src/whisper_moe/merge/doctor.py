@@ -1,27 +1,36 @@
-"""Is a fine-tune worth merging? Facts about its weights and its answers, and a verdict with the reason.
+"""Is a fine-tune worth merging? Facts about its weights and its answers, a verdict with the reason; and the card that says it.
 
 People's fine-tunes are uneven: some were trained for ten steps, some lost timestamps or the sense of silence, some are another
 size. What cannot be merged is refused, what is doubtful is warned of.
+
+A merged model's card is its ``README.md``, as the Hub shows it, and no part of the checkpoint: people may edit it. What it says
+was read or measured while merging; a licence is named only where a source's own card names one.
 """
 
 from __future__ import annotations
 
+import json
 import math
+import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
-from typing import Any, Literal
+from pathlib import Path
+from typing import Any, Literal, NamedTuple
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 
-from whisper_moe.config import SAMPLE_RATE
+import whisper_moe
+from whisper_moe.config import SAMPLE_RATE, MoEConfig
+from whisper_moe.evaluate.report import markdown_table
+from whisper_moe.evaluate.run import shown
 from whisper_moe.media.mel import window_mel
 from whisper_moe.merge.build import decoder_of
 from whisper_moe.merge.differences import spectrum
-from whisper_moe.weights.checkpoint import Loaded
-from whisper_moe.weights.files import CheckpointError, listed
-from whisper_moe.weights.load import load_model, resolve, under
+from whisper_moe.weights.checkpoint import CARD, Loaded
+from whisper_moe.weights.files import CheckpointError, atomic_file, listed
+from whisper_moe.weights.load import hub_id, load_model, resolve, under
 from whisper_moe.weights.tokens import stated_language
 
 Verdict = Literal["use", "warn", "refuse"]
@@ -85,9 +94,8 @@ def examine(
         found = Diagnosis(name)
         try:
             if other := _another_base(source, base):
-                found.find(
-                    "warn", f"its adapter was made for {other}, not for this base: how they differ becomes part of it"
-                )
+                what = "not for this base: how they differ becomes part of it"
+                found.find("warn", f"its adapter was made for {other}, {what}")
             expert = load_model(source)
         except (CheckpointError, OSError) as error:
             found.find("refuse", str(error))
@@ -119,9 +127,8 @@ def _another_base(source: str, base: Loaded) -> str | None:
         return None
     own = under(at)
     state = load_model(own.path).state
-    return (
-        None if all(torch.equal(state.get(key, tensor[:0]), tensor) for key, tensor in base.state.items()) else own.name
-    )
+    same = all(torch.equal(state.get(key, tensor[:0]), tensor) for key, tensor in base.state.items())
+    return None if same else own.name
 
 
 def misfit(expert: Loaded, base: Loaded) -> str | None:
@@ -219,11 +226,97 @@ class _Ear:
         clips: list[np.ndarray] = [np.zeros_like(noise), noise, *(each[: 30 * SAMPLE_RATE] for each in speech)]
         first, last = [], []
         for clip in clips:
-            logits = network([window_mel(clip, model.config.n_mels, positions)], [prefix])
-            assert isinstance(logits, Tensor)
+            logits = network([window_mel(clip, model.config.n_mels, positions)], [prefix]).logits
             first.append(float(logits[0].softmax(-1)[tokenizer.no_speech]))
             last.append(float(logits[-1].softmax(-1)[times].sum()))
         self.no_speech, self.timestamps = first[0], last[2:]
 
     def _note(self, module: nn.Module, inputs: Any, output: Tensor) -> None:
         self.largest = max(self.largest, float(output.abs().max())) if output.isfinite().all() else math.inf
+
+
+# The card of a merged model
+
+SYSTEMS = ("base", "fine-tune", "merged")
+"""Whose WER is measured: the base's, the expert's as it was, and of the merged model where that expert alone may answer."""
+_CARD = """---
+{head}
+---
+
+# {name}
+
+Fine-tunes of {base} as the experts of one model, which chooses among them for each window of up to 30 s; {rest}.
+Made by `whisper-moe merge` {version}, granularity `{kind}`. Nothing was trained: the router was fitted to clips.
+
+{experts}
+
+{lost}## Use
+
+    whisper-moe transcribe talk.m4a --model {name} --show-routing
+"""
+_LOST = """## What is lost
+
+WER, %, on probe clips that have a text, greedily and in the language that they state: the base, the fine-tune alone,
+and this model where that expert alone may answer. The fine-tune may have been trained on these clips.
+
+{rates}
+
+"""
+
+
+class Member(NamedTuple):
+    """An expert, and what is known of it; the diagnosis' ``wer`` is of :data:`SYSTEMS`."""
+
+    source: str
+    probe: str
+    languages: Sequence[str]
+    """Of the probe's clips."""
+    measured: int
+    """Clips whose WER was measured."""
+    found: Diagnosis
+
+    @property
+    def rates(self) -> list[str]:
+        return [f"{100 * self.found.wer[system]:.1f}" for system in SYSTEMS]
+
+
+def write_card(folder: Path, base: str, moe: MoEConfig, members: Sequence[Member], none: Sequence[str]) -> None:
+    """``base``: its source, like the members'; ``none``: the probes that are for no expert."""
+    sources = [each for each in (base, *(member.source for member in members)) if not Path(each).exists()]
+    head: dict[str, str | list[str]] = {
+        "language": sorted({code for member in members for code in member.languages if code}),
+        "base_model": [known for each in sources if (known := hub_id(each))],
+        "base_model_relation": "merge",
+        "pipeline_tag": "automatic-speech-recognition",
+        "tags": ["whisper", "mixture-of-experts"],
+    }
+    rows = [
+        (each.found.name, each.source, ", ".join(each.languages), shown(each.probe), "; ".join(each.found.reasons))
+        for each in members
+    ]
+    rows += [("none" if moe.none_choice else "base", base, "", ", ".join(map(shown, none)), "")]
+    experts = [(name, shown(source), _licence(source), *rest) for name, source, *rest in rows]
+    measured = [(each.found.name, str(each.measured), *each.rates) for each in members if each.measured]
+    text = _CARD.format(
+        head="\n".join(f"{key}: {json.dumps(value, ensure_ascii=False)}" for key, value in head.items() if value),
+        name=folder.resolve().name,
+        base=shown(base),
+        rest="*none* is the base itself" if moe.none_choice else "all but their feed-forwards is their average",
+        version=whisper_moe.__version__,
+        kind=f"{moe.granularity}`, rank `{moe.delta_rank}" if moe.granularity == "delta" else moe.granularity,
+        experts=markdown_table(("expert", "source", "stated licence", "languages", "probe", "doctor"), experts),
+        lost=_LOST.format(rates=markdown_table(("expert", "clips", *SYSTEMS), measured)) if measured else "",
+    )
+    with atomic_file(folder / CARD) as file:
+        file.write_text(text, encoding="utf-8")
+
+
+def _licence(source: str) -> str:
+    """As the head of its card says, where there is one on this disk."""
+    try:
+        card = (resolve(source).path / CARD).read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError, CheckpointError):
+        return ""
+    head = re.match(r"---\n(.*?)\n---", card, re.DOTALL)
+    stated = re.search(r"^license:\s*(\S+)\s*$", head[1], re.MULTILINE) if head else None
+    return stated[1] if stated else ""

@@ -21,20 +21,9 @@ from whisper_moe.data.sample import Sample, items
 from whisper_moe.evaluate.run import shown
 from whisper_moe.generate.decode import WindowDecoder
 from whisper_moe.media.audio import MediaError
-from whisper_moe.merge.build import (
-    decoder_of,
-    fitted,
-    merged_config,
-    merged_delta,
-    merged_feed_forwards,
-    merged_models,
-    moved_choices,
-    told_of,
-    with_expert,
-    without_expert,
-)
-from whisper_moe.merge.card import Member, write_card
-from whisper_moe.merge.doctor import Diagnosis, examine
+from whisper_moe.merge import build
+from whisper_moe.merge.build import decoder_of, told_of
+from whisper_moe.merge.doctor import Diagnosis, Member, examine, write_card
 from whisper_moe.weights.checkpoint import CARD, Loaded, check_place, load_checkpoint, read_manifest, save_checkpoint
 from whisper_moe.weights.files import CheckpointError, atomic_file, listed
 from whisper_moe.weights.load import config_of, load_model, resolve
@@ -160,10 +149,8 @@ def _show(found: Sequence[Diagnosis]) -> None:
     for each in found:
         ranks = [rank for _, rank in each.layers.values() if rank]
         figures = (each.moved, sum(ranks) / len(ranks) if ranks else None, each.no_speech, each.timestamps)
-        shown = [
-            f"{value:.{digits}g}" if value is not None else ""
-            for value, digits in zip(figures, (2, 3, 2, 2), strict=True)
-        ]
+        pairs = zip(figures, (2, 3, 2, 2), strict=True)
+        shown = ["" if value is None else f"{value:.{digits}g}" for value, digits in pairs]
         rates = " ".join(f"{100 * rate:.1f}" for rate in each.wer.values())
         table.add_row(each.name, each.verdict, *shown, rates, "; ".join(each.reasons))
     Console().print(table)
@@ -213,12 +200,12 @@ def merge(
     accepted = _one_by_one(_heard(named, root, [own[0][1] for own in clips], judged, found))
     if whole:
         deque(accepted, maxlen=0)  # what is refused is refused before the router is fitted
-        merged = merged_models(root, list(named), gate_threshold)
+        merged = build.merged_models(root, list(named), gate_threshold)
     elif granularity == "ffn":
-        merged = merged_feed_forwards(root, list(named), accepted, router_layer, average_scale, shared=shared)
+        merged = build.merged_feed_forwards(root, list(named), accepted, router_layer, average_scale, shared=shared)
     else:
-        merged = merged_delta(root, list(named), accepted, delta_rank)
-    model = fitted(merged, [[samples for _, samples in own] for own in clips], others)
+        merged = build.merged_delta(root, list(named), accepted, delta_rank)
+    model = build.fitted(merged, [[samples for _, samples in own] for own in clips], others)
     for diagnosis, own in zip(found, clips, strict=True):
         model = told_of(model, diagnosis.name, _language(diagnosis, own), untimed=diagnosis.untimed)
     inside = _one_by_one(map(load_model, named.values())) if whole else ()
@@ -227,7 +214,7 @@ def merge(
         _hear_merged(load_checkpoint(output), judged, found)
     spoken = [sorted({sample.target_language for sample, _ in own}) for own in clips]
     members = list(map(Member, named.values(), probe, spoken, map(len, judged), found))
-    write_card(output, base or root.name, merged_config(model), members, none)
+    write_card(output, base or root.name, build.merged_config(model), members, none)
     return {name: own[0][1] for name, own in zip(named, clips, strict=True)}
 
 
@@ -265,10 +252,7 @@ def _heard(
     before = decoder_of(base)
     for (diagnosis, expert), clips in zip(_accepted(experts, base, speech), judged, strict=True):
         if clips:
-            diagnosis.wer = {
-                "base": _error_rate(before, clips),
-                "fine-tune": _error_rate(decoder_of(expert), clips),
-            }
+            diagnosis.wer = {"base": _error_rate(before, clips), "fine-tune": _error_rate(decoder_of(expert), clips)}
         found.append(diagnosis)
         yield expert
 
@@ -299,10 +283,9 @@ def _accepted(
     for diagnosis, expert in examine(experts, base, speech):
         if expert is None:
             raise ValueError(f"{diagnosis.name}: cannot be merged: {'; '.join(diagnosis.reasons)}")
+        level = logging.WARNING if diagnosis.verdict == "warn" else logging.INFO
         for reason in diagnosis.reasons:
-            logger.log(
-                logging.WARNING if diagnosis.verdict == "warn" else logging.INFO, "%s: %s", diagnosis.name, reason
-            )
+            logger.log(level, "%s: %s", diagnosis.name, reason)
         yield diagnosis, expert
 
 
@@ -314,23 +297,19 @@ def add_expert(directory: Path, expert: str, probe: str, base: str | None) -> No
     root = base_of({name: source}, base)
     _check_languages(probe, probed, root)
     ((diagnosis, found),) = _accepted({name: source}, root, clips[:1])
-    grown = with_expert(model, root, name, found, clips)
+    grown = build.with_expert(model, root, name, found, clips)
     grown = told_of(grown, name, _language(diagnosis, probed), untimed=diagnosis.untimed)
     whole = chain(_one_by_one(map(load_checkpoint, model.experts)), [found] if model.experts else ())
     remarks = "".join(f"; {reason}" for reason in diagnosis.reasons)
     _rewrite(directory, grown, whole, f"Added: {name}, {shown(source)}; probe {shown(probe)}{remarks}.")
-    moved = moved_choices(model.state, grown, name)
-    logger.info(
-        "%s: %s added; %s",
-        directory,
-        name,
-        f"takes over from {', '.join(moved)}" if moved else "the others keep theirs",
-    )
+    moved = build.moved_choices(model.state, grown, name)
+    others = f"takes over from {', '.join(moved)}" if moved else "the others keep theirs"
+    logger.info("%s: %s added; %s", directory, name, others)
 
 
 def remove_expert(directory: Path, name: str) -> None:
     """Write the merged model without one of its experts in its place."""
-    shrunk = without_expert(load_checkpoint(directory), name)
+    shrunk = build.without_expert(load_checkpoint(directory), name)
     _rewrite(directory, shrunk, _one_by_one(map(load_checkpoint, shrunk.experts)), f"Removed: {name}.")
     logger.info("%s: %s removed", directory, name)
 

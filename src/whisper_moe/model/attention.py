@@ -93,9 +93,7 @@ class SelfAttention(nn.Module):
         q, k, v = self.qkv(x_TD).view(rows, -1, 3, self.heads, cache.keys.shape[3]).permute(2, 0, 3, 1, 4)
         past, n = cache.length, q.shape[2]
         keys, values = cache.extended(k, v)
-        mask = None
-        if n > 1:
-            mask = torch.ones(n, past + n, dtype=torch.bool, device=x_TD.device).tril(past)
+        mask = torch.ones(n, past + n, dtype=torch.bool, device=x_TD.device).tril(past) if n > 1 else None
         mixed = F.scaled_dot_product_attention(q, keys, values, attn_mask=mask)
         return self.out(mixed.transpose(1, 2).reshape(x_TD.shape))
 

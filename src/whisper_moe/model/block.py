@@ -90,7 +90,7 @@ class Block(nn.Module):
         moe = config.moe if config.routed(side, layer) else None
         self.ffn = FeedForward(d, hidden) if moe is None or moe.shared else None
         self.experts = Experts(d, moe.expert_dim, moe.n_experts) if moe else None
-        self.router = Router.of(d, moe) if moe and moe.scope == "token" else None
+        self.router = Router(d, moe) if moe and moe.scope == "token" else None
 
     def forward(
         self,

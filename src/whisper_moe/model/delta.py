@@ -224,15 +224,11 @@ class DeltaEmbedding(nn.Embedding):
         return self.experts.rows(super().forward(input), input)
 
 
-class PreparedDeltaEmbedding(nn.Module):
+class PreparedDeltaEmbedding(PreparedDelta):
     """:class:`DeltaEmbedding` on a table that stays int8."""
 
-    def __init__(self, base: nn.Module, experts: LowRank) -> None:
-        super().__init__()
-        self.base, self.experts = base, experts
-
-    def forward(self, ids: Tensor) -> Tensor:
-        return self.experts.rows(self.base(ids), ids)
+    def forward(self, x: Tensor) -> Tensor:
+        return self.experts.rows(self.base(x), x)
 
 
 class DeltaConv1d(nn.Conv1d):
@@ -280,10 +276,8 @@ def add_differences(model: nn.Module, experts: int, rank: int) -> None:
             continue
         low_rank = partial(LowRank, experts, rank)
         if type(module) is nn.Linear:
-            kind, parts = (
-                DeltaLinear,
-                low_rank(module.in_features, module.out_features, source=path.endswith("cross_attn.kv")),
-            )
+            source = path.endswith("cross_attn.kv")
+            kind, parts = DeltaLinear, low_rank(module.in_features, module.out_features, source=source)
         elif type(module) is nn.Embedding and path.endswith("token_embedding"):  # new tokens have no difference
             fewer = min(rank, EMBEDDING_RANK)
             kind, parts = DeltaEmbedding, LowRank(experts, fewer, module.embedding_dim, module.num_embeddings)

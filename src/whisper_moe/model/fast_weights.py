@@ -199,9 +199,8 @@ def _affine(x: Tensor, w: Tensor, b: Tensor | None) -> Tensor:
     """x W + b for every row and head. Rows that share W become more tokens of one product, so W is never repeated."""
     rows, heads, n, _ = x.shape
     if w.shape[0] == rows:
-        x_flat, out_shape = x.flatten(0, 1), (rows, heads, n)
-        w, b = w.flatten(0, 1), b if b is None else b.flatten(0, 1)
-        return _batched(x_flat, w, b).view(*out_shape, -1)
+        b = None if b is None else b.flatten(0, 1)
+        return _batched(x.flatten(0, 1), w.flatten(0, 1), b).view(rows, heads, n, -1)
     assert w.shape[0] == 1
     merged = _batched(x.transpose(0, 1).flatten(1, 2), w[0], b if b is None else b[0])
     return merged.view(heads, rows, n, -1).transpose(0, 1)

@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from itertools import groupby
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -20,7 +20,7 @@ from whisper_moe.model.block import Block, BlockState, Carry, listed
 from whisper_moe.model.delta import DeltaEmbedding, LowRank, add_differences, assigned
 from whisper_moe.model.layers import AudioStem, sinusoids
 from whisper_moe.model.router import Router, Routing, pool_segments
-from whisper_moe.model.speech import SpeechModel, Spoken
+from whisper_moe.model.speech import SpeechModel
 from whisper_moe.packing import Layout
 
 _FIRST_CAPACITY = 64
@@ -53,7 +53,7 @@ class Decoded(NamedTuple):
 
 
 class Output(NamedTuple):
-    """What training reads of one pass."""
+    """What a pass of the whole model gives."""
 
     logits: Tensor
     """[T, vocab]"""
@@ -132,7 +132,7 @@ class Encoder(nn.Module):
         self.norm = nn.LayerNorm(config.d_model)
         self.core_alone = config.core_alone_on_full_windows
         moe = config.moe if config.moe and config.moe.scope == "segment" else None
-        self.router = Router.of(config.d_model, moe) if moe else None
+        self.router = Router(config.d_model, moe) if moe else None
         self.router_layer = moe.router_layer if moe else None
         self.routes_ahead = moe is not None and moe.granularity != "ffn"
         self.deltas = _differences(config)
@@ -286,8 +286,7 @@ class Decoder(nn.Module):
             for depth, block in enumerate(self.blocks):
                 assert block.cross_attn is not None
                 cache = block.cross_attn.cache(encoded.states_TD, encoded.layout)
-                wanted = [head for layer, head in heads if layer == depth]
-                if wanted:
+                if wanted := [head for layer, head in heads if layer == depth]:
                     for segment, logits in enumerate(block.cross_logits(x_TD, layout, cache, wanted)):
                         found[segment].append(logits)
                 x_TD = block(x_TD, layout, encoded.routing, cache).x_TD
@@ -326,27 +325,14 @@ class WhisperMoEModel(nn.Module):
         self.speech = SpeechModel(config.speech, config.n_mels) if config.speech else None
 
     def forward(
-        self,
-        mels: Sequence[Tensor],
-        texts: Sequence[Tensor],
-        *,
-        valid_lengths: Sequence[int] | None = None,
-        detailed: bool = False,
-        spoken: tuple[Any, ...] | None = None,
-        heard: Tensor | None = None,
-    ) -> Tensor | Output | Spoken:
-        """Teacher forcing over packed pairs: a mel [n_mels, frames] and token ids [n] a segment → logits [T, vocab].
+        self, mels: Sequence[Tensor], texts: Sequence[Tensor], *, valid_lengths: Sequence[int] | None = None
+    ) -> Output:
+        """Teacher forcing over packed pairs: a mel [n_mels, frames] and token ids [n] a segment.
 
         ``valid_lengths``: the positions of each segment that a router of segments reads (:meth:`Encoder.forward`).
-        ``detailed``: everything that losses are computed from, as :class:`Output`. ``spoken``: what :class:`SpeechModel` takes,
-        or ``heard``, mels for its vocoder: then these alone are asked.
         """
-        if self.speech is not None and spoken is not None:
-            return self.speech(*spoken)
-        if self.speech is not None and heard is not None:
-            return self.speech.vocoder(heard)
         encoded = self.encoder(mels, valid_lengths=valid_lengths)
         layout = Layout(len(text) for text in texts)
         states_TD, depths, choices = self.decoder(torch.cat(list(texts)), layout, encoded)
         logits = self.decoder.logits(states_TD, encoded.routing, layout)
-        return Output(logits, states_TD, encoded.choices + choices, depths) if detailed else logits
+        return Output(logits, states_TD, encoded.choices + choices, depths)

@@ -157,37 +157,14 @@ class Router(nn.Module):
     bias: Tensor | None
     """[E] or, with a *none* choice, [E + 1]: added to the logits where the choice is made, not to the gates."""
 
-    def __init__(
-        self,
-        d_model: int,
-        n_experts: int,
-        top_k: int,
-        none_choice: bool,
-        *,
-        biased: bool = False,
-        fitted: bool = False,
-        grows: bool = True,
-        least: float = 0.0,
-    ) -> None:
+    def __init__(self, d_model: int, moe: MoEConfig) -> None:
         super().__init__()
-        assert 1 <= top_k <= n_experts, (top_k, n_experts)
-        self.n_experts, self.top_k, self.none_choice, self.least = n_experts, top_k, none_choice, least
-        self.weight = nn.Parameter(torch.empty(n_experts + none_choice, d_model).normal_(std=0.02))
-        self.register_buffer("bias", torch.zeros(n_experts + none_choice) if biased else None)
-        self.fit = Fit(n_experts + none_choice, d_model, none=none_choice, grows=grows) if fitted else None
-
-    @classmethod
-    def of(cls, d_model: int, moe: MoEConfig) -> Router:
-        return cls(
-            d_model,
-            moe.n_experts,
-            moe.top_k,
-            moe.none_choice,
-            biased=moe.balance_bias,
-            fitted=moe.fitted_router,
-            grows=moe.granularity != "ffn",
-            least=moe.least_probability,
-        )
+        self.n_experts, self.top_k, self.none_choice = moe.n_experts, moe.top_k, moe.none_choice
+        self.least, choices = moe.least_probability, moe.n_experts + moe.none_choice
+        self.weight = nn.Parameter(torch.empty(choices, d_model).normal_(std=0.02))
+        self.register_buffer("bias", torch.zeros(choices) if moe.balance_bias else None)
+        grows = moe.granularity != "ffn"
+        self.fit = Fit(choices, d_model, none=moe.none_choice, grows=grows) if moe.fitted_router else None
 
     def forward(self, features_ND: Tensor, allowed: Sequence[int] | None = None) -> Routing:
         """Features [N, D] → the experts and gates of each row; ``allowed``: among these alone, -1 for *none*. Where fewer than

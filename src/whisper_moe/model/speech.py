@@ -110,11 +110,7 @@ class Stack(nn.Module):
         self.blocks, self.norm = listed(blocks), nn.LayerNorm(config.d_model)
 
     def forward(
-        self,
-        x_TD: Tensor,
-        layout: Layout,
-        source: tuple[Tensor, Layout] | None = None,
-        biases: tuple[Tensor, ...] = (),
+        self, x_TD: Tensor, layout: Layout, source: tuple[Tensor, Layout] | None = None, biases: tuple[Tensor, ...] = ()
     ) -> Tensor:
         for block in self.blocks:
             cache = None

@@ -26,6 +26,7 @@ from whisper_moe.media.audio import MediaError
 from whisper_moe.media.languages import NewLanguage
 from whisper_moe.model.block import Block
 from whisper_moe.model.model import WhisperMoEModel
+from whisper_moe.train import speech
 from whisper_moe.train.adapt_context import ContextObjective, LessonReader, Teacher
 from whisper_moe.train.loop import Figures, Trainer
 from whisper_moe.train.losses import SpeechObjective
@@ -34,15 +35,6 @@ from whisper_moe.train.optim import TRAINED, add_lora, freeze, unmatched
 from whisper_moe.train.parallel import Parallel
 from whisper_moe.train.reading import RecipeError
 from whisper_moe.train.recipe import NOTHING_TO_TEACH, ContextRecipe, Recipe, SpeechRecipe
-from whisper_moe.train.speech import (
-    FACTORS,
-    Critics,
-    MelObjective,
-    Pronounced,
-    SoundReader,
-    SpokenReader,
-    VocoderObjective,
-)
 from whisper_moe.weights.checkpoint import CONFIG, Loaded, read_config
 from whisper_moe.weights.files import atomic_folder, json_bytes, read_bytes, read_json
 from whisper_moe.weights.load import load_model
@@ -51,6 +43,7 @@ from whisper_moe.weights.tokens import GENERATION, TOKENIZER, of_any_language
 from whisper_moe.weights.upcycle import add_languages, add_parts, upcycle
 
 Note: TypeAlias = Callable[[Sequence[Skipped]], None]
+Speaking: TypeAlias = speech.MelObjective | speech.VocoderObjective
 START = "start"
 """The folder, within a run's, of all but the weights: so that it can go on and be exported when the source is gone."""
 logger = logging.getLogger(__name__)
@@ -135,7 +128,7 @@ def build_model(initial: Loaded, recipe: Recipe) -> WhisperMoEModel:
         frozen, trained = ("*",), ("*.experts.*", *trained)
     elif recipe.losses.speech is not None:
         if recipe.losses.speech.critics:
-            model.critics = Critics()
+            model.critics = speech.Critics()
         frozen, trained = ("*",), trained or _speaking(recipe.losses.speech)
     elif model.speech is not None:
         frozen = (*frozen, "speech.*")
@@ -205,23 +198,24 @@ class Sources:
         """Batches of this process's share of the data, and the losses."""
         return self._mixed(), SpeechObjective(self.recipe.losses, self._teacher())
 
-    def spoken(self, given: SpeechRecipe) -> tuple[PackedLoader, MelObjective | VocoderObjective]:
+    def spoken(self, given: SpeechRecipe) -> tuple[PackedLoader, Speaking]:
         """Of learning to speak, or to sound."""
         reader, objective = self._speaking(given)
         return self._mixed(reader), objective
 
-    def _speaking(self, given: SpeechRecipe) -> tuple[ExampleReader, MelObjective | VocoderObjective]:
+    def _speaking(self, given: SpeechRecipe) -> tuple[ExampleReader, Speaking]:
         config = self.initial.config
         if config.speech is None:
             raise RecipeError("losses.speech: the model has no part that speaks; model.speech adds one")
         if self.parallel.world_size > 1:
             raise RecipeError("losses.speech: learning to speak runs in one process")
-        if unknown := sorted(given.factors.keys() - FACTORS[given.part]):
+        if unknown := sorted(given.factors.keys() - speech.FACTORS[given.part]):
             raise RecipeError(f"losses.speech.factors: no loss of the part {given.part} is called {', '.join(unknown)}")
         if given.part == "vocoder":
-            return SoundReader(self.initial.tokenizer, config, given.positions), VocoderObjective(given, config.n_mels)
-        table = Pronounced(Path(given.pronounced), config.speech) if given.pronounced else None
-        return SpokenReader(self.initial.tokenizer, config), MelObjective(given, table)
+            reader = speech.SoundReader(self.initial.tokenizer, config, given.positions)
+            return reader, speech.VocoderObjective(given, config.n_mels)
+        table = speech.Pronounced(Path(given.pronounced), config.speech) if given.pronounced else None
+        return speech.SpokenReader(self.initial.tokenizer, config), speech.MelObjective(given, table)
 
     def _spoken_figures(self, given: SpeechRecipe) -> Figures:
         """The losses of speech that is held out, on the same stretches of it every time; of the letters, on the same texts of the

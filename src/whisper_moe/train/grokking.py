@@ -16,10 +16,10 @@ from pathlib import Path
 
 import torch
 import torch.nn.functional as F
-from pydantic import BaseModel, ConfigDict, Field, field_validator
+from pydantic import Field, field_validator
 from torch import Tensor, nn
 
-from whisper_moe.config import ModelConfig
+from whisper_moe.config import Frozen, ModelConfig
 from whisper_moe.model.block import Block
 from whisper_moe.packing import Layout
 from whisper_moe.train.monitor import METRICS, Plateau
@@ -31,10 +31,8 @@ PLOT = "curve.png"
 logger = logging.getLogger(__name__)
 
 
-class GrokkingRecipe(BaseModel):
+class GrokkingRecipe(Frozen):
     """``recipes/grokking.yaml``; the defaults are the paper's (appendix A.1.2), as far as it says."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
 
     prime: int = Field(default=97, ge=3, le=10_007)
     """p: there are p (p − 1) equations."""

@@ -181,7 +181,7 @@ def run_packs(model: nn.Module, packs: Sequence[Pack]) -> Output:
     """A training pass over packs."""
     texts = [text for pack in packs for text in pack.tokens_T.split(pack.texts.lengths)]
     mels = [mel for pack in packs for mel in pack.mels]
-    return model(mels, texts, valid_lengths=[n for pack in packs for n in pack.valid_lengths], detailed=True)
+    return model(mels, texts, valid_lengths=[n for pack in packs for n in pack.valid_lengths])
 
 
 def _placeholder(model: nn.Module, device: torch.device) -> Pack:

@@ -33,6 +33,7 @@ RECENT = 20
 """Steps whose mean training loss an evaluation is compared with."""
 SECONDS_BETWEEN_LINES = 10.0
 """Where there is no terminal for a bar."""
+_COUNTED = ("gradient_norm", "tokens", "label_tokens", "segments", "packs")
 logger = logging.getLogger(__name__)
 
 
@@ -135,11 +136,7 @@ class Monitor(ExitStack):
             "loss": report.loss,
             **report.parts,
             "lr": self._recipe.optimisation.lr * report.rate,
-            "gradient_norm": report.gradient_norm,
-            "tokens": report.tokens,
-            "label_tokens": report.label_tokens,
-            "segments": report.segments,
-            "packs": report.packs,
+            **{name: getattr(report, name) for name in _COUNTED},
             "fill": report.tokens / (report.packs * MAX_PACK_TOKENS) if report.packs else 0.0,
         }
         if "cross_entropy" in report.parts:  # what an evaluation's loss can be compared with

@@ -348,9 +348,8 @@ def device_of(wanted: str, world: int = 1) -> torch.device:
 def _lost_peer(error: BaseException) -> LostPeerError | None:
     """Whether an error only says that another process is gone: those of collectives are RuntimeErrors with a text."""
     said = str(error).strip()
-    if not isinstance(error, RuntimeError) or not re.search(
-        "closed by peer|Connection reset|Broken pipe|[Tt]imed out|timeout|NCCL", said
-    ):
+    gone = re.search("closed by peer|Connection reset|Broken pipe|[Tt]imed out|timeout|NCCL", said)
+    if not isinstance(error, RuntimeError) or not gone:
         return None
     first = said.splitlines()[0][:200]
     return LostPeerError(

@@ -10,9 +10,9 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import Field, model_validator
 
-from whisper_moe.config import FULL_WINDOW, AdaptConfig, ConformerConfig, MoEConfig, SpeechConfig, TTTConfig
+from whisper_moe.config import FULL_WINDOW, AdaptConfig, ConformerConfig, MoEConfig, SpeechConfig, Strict, TTTConfig
 from whisper_moe.data.corpus import CorpusConfig
 from whisper_moe.data.sampler import LoaderConfig
 from whisper_moe.train.reading import checked, read_tree
@@ -25,11 +25,7 @@ Decay = Annotated[float, Field(ge=0, lt=1)]
 Grokfast = tuple[Decay, Annotated[float, Field(ge=0)]]
 
 
-class _Frozen(BaseModel):
-    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False, strict=True)
-
-
-class LoRARecipe(_Frozen):
+class LoRARecipe(Strict):
     """Low-rank differences that are trained in place of matrices: W + alpha/rank · B A (arXiv 2106.09685)."""
 
     rank: int = Field(default=32, ge=1)
@@ -44,7 +40,7 @@ class LoRARecipe(_Frozen):
         return self.alpha / self.rank
 
 
-class ModelRecipe(_Frozen):
+class ModelRecipe(Strict):
     """What is trained."""
 
     source: str | None = None
@@ -85,7 +81,7 @@ class ModelRecipe(_Frozen):
         return self
 
 
-class DataRecipe(_Frozen):
+class DataRecipe(Strict):
     """What it is trained on."""
 
     train: tuple[CorpusConfig, ...] = Field(min_length=1)
@@ -96,7 +92,7 @@ class DataRecipe(_Frozen):
     """Batches, packing, mixing, reading."""
 
 
-class GroupRecipe(_Frozen):
+class GroupRecipe(Strict):
     """A group of parameters with a rate of their own."""
 
     pattern: str
@@ -107,7 +103,7 @@ class GroupRecipe(_Frozen):
     """Decoupled decay, as AdamW's."""
 
 
-class OptimisationRecipe(_Frozen):
+class OptimisationRecipe(Strict):
     """How it is trained. The defaults are the published hyperparameters, but for a warm-up that fits the run."""
 
     steps: int | None = Field(default=None, ge=1)
@@ -169,7 +165,7 @@ class OptimisationRecipe(_Frozen):
         return {"linear": 1 - done, "cosine": 0.5 * (1 + math.cos(math.pi * done)), "constant": 1.0}[self.schedule]
 
 
-class ContextRecipe(_Frozen):
+class ContextRecipe(Strict):
     """Context adaptation: the model learns from itself, padded to 30 s (:mod:`whisper_moe.train.adapt_context`)."""
 
     margins: tuple[float, float] = (0.0, 4.0)
@@ -193,7 +189,7 @@ class ContextRecipe(_Frozen):
         return self
 
 
-class SpeechRecipe(_Frozen):
+class SpeechRecipe(Strict):
     """Learning to speak (:mod:`whisper_moe.train.speech`)."""
 
     part: Literal["speech", "vocoder"] = "speech"
@@ -206,11 +202,11 @@ class SpeechRecipe(_Frozen):
     """The vocoder's: positions of 20 ms in each stretch of sound."""
     critics: bool = False
     """Whether the vocoder also has to fool critics, which learn beside it and stay in the run."""
-    factors: dict[str, float] = {}
+    factors: dict[str, float] = Field(default_factory=dict)
     """Of the losses, by name, where they are others than the usual ones."""
 
 
-class LossRecipe(_Frozen):
+class LossRecipe(Strict):
     """What is minimised."""
 
     speech: SpeechRecipe | None = None
@@ -234,7 +230,7 @@ class LossRecipe(_Frozen):
     """How far ``balancing: bias`` moves a bias in a step."""
 
 
-class EvaluationRecipe(_Frozen):
+class EvaluationRecipe(Strict):
     """How it is judged on the way."""
 
     every: int | None = Field(default=500, ge=1)
@@ -251,7 +247,7 @@ class EvaluationRecipe(_Frozen):
     """Evaluations in a row without a better figure, after which the run ends early."""
 
 
-class RunRecipe(_Frozen):
+class RunRecipe(Strict):
     """Where and how the run is kept."""
 
     directory: str | None = None
@@ -274,7 +270,7 @@ class RunRecipe(_Frozen):
     """Of the CPU; default: PyTorch's own choice."""
 
 
-class ParallelRecipe(_Frozen):
+class ParallelRecipe(Strict):
     """Who holds what. A process alone needs none of it."""
 
     data: Literal["none", "ddp", "fsdp2"] = "ddp"
@@ -321,7 +317,7 @@ class ParallelRecipe(_Frozen):
         return replicas
 
 
-class Recipe(_Frozen):
+class Recipe(Strict):
     """A training run."""
 
     name: str | None = None

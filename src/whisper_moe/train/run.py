@@ -41,22 +41,10 @@ if TYPE_CHECKING:
 MODEL, LOCK, RECORD = "model", "trainer.lock", "run.json"
 _PACKAGES = ("whisper-moe", "torch", "numpy", "datasets", "tokenizers", "safetensors", "av", "pydantic")
 _FREE = (
-    "run",
-    "evaluation.every",
-    "evaluation.batch_size",
-    "evaluation.padded",
-    "evaluation.patience",
-    "name",
-    "parallel",
-    "data.loader.workers",
-    "data.loader.prefetch",
-    "data.loader.cache_dir",
-    "data.loader.cache_limit_mb",
-    "optimisation.steps",
-    "optimisation.epochs",
-    "optimisation.recompute",
-    "losses.context.lessons",
-    "losses.context.limit_mb",
+    *("run", "name", "parallel", "losses.context.lessons", "losses.context.limit_mb"),
+    *(f"evaluation.{name}" for name in ("every", "batch_size", "padded", "patience")),
+    *(f"data.loader.{name}" for name in ("workers", "prefetch", "cache_dir", "cache_limit_mb")),
+    *(f"optimisation.{name}" for name in ("steps", "epochs", "recompute")),
 )
 """Parts of a recipe that may differ where a run goes on: they change neither what is learned from nor what the best checkpoint
 is. Of steps and epochs there cannot be fewer than are done; :func:`_go_on` sees to that."""

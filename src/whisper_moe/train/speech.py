@@ -37,7 +37,8 @@ from whisper_moe.data.sample import DataError, Sample, share_of
 from whisper_moe.media.mel import HOP, mel_power, window_mel
 from whisper_moe.media.spoken import letters_of, number
 from whisper_moe.media.tokenizer import Tokenizer
-from whisper_moe.model.speech import LABELS_PER_LETTER, Letters, Prosody, positions_of
+from whisper_moe.model.model import WhisperMoEModel
+from whisper_moe.model.speech import LABELS_PER_LETTER, Letters, Prosody, SpeechModel, positions_of
 from whisper_moe.packing import Layout
 from whisper_moe.train.losses import Terms, Totals, weighed
 from whisper_moe.train.parallel import Parallel
@@ -148,6 +149,11 @@ def ctc(logs: Tensor, layout: Layout, phonemes: Sequence[Sequence[int]]) -> Tens
     return lost / len(wanted)
 
 
+def _speaking(model: nn.Module) -> SpeechModel:
+    assert isinstance(model, WhisperMoEModel) and model.speech is not None
+    return model.speech
+
+
 @dataclass(frozen=True)
 class MelObjective:
     """The losses of all but the vocoder."""
@@ -173,7 +179,7 @@ class MelObjective:
             seed = int.from_bytes(blake2b(names.encode(), digest_size=7).digest())
             letters, said = self.pronounced.drawn(self.given.words, seed, parallel.device)
         mel = torch.cat([mel for pack in here for mel in pack.mels], 1).T.unflatten(0, (-1, 2)).flatten(1)
-        found = model((), (), spoken=(phonemes, layout, voices, wanted, mel, letters))
+        found = _speaking(model)(phonemes, layout, voices, wanted, mel, letters)
         frames = found.frames
         parts = {"mel": (frames.frames_PF.float() - mel).abs().mean(1).sum()} | frames.losses
         parts, own = {name: part / totals.tokens for name, part in parts.items()}, found.own
@@ -256,7 +262,7 @@ class VocoderObjective:
             return weighed({}, {}, model)
         both = torch.stack([each for pack in packs for each in pack.mels]).to(parallel.device)
         mel, wave = both[:, : self.n_mels], both[:, self.n_mels :].transpose(1, 2).flatten(1)
-        made = model((), (), heard=mel)
+        made = _speaking(model).vocoder(mel)
         with torch.autocast(parallel.device.type, enabled=False):
             parts = {"spectra": spectral_distance(made, wave), "mel": mel_distance(made, wave, self.n_mels)}
             if self.given.critics:

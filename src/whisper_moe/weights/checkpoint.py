@@ -25,15 +25,15 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
-from pydantic import BaseModel, ConfigDict, ValidationError
+from pydantic import Field, ValidationError
 from safetensors.torch import save
 from torch import Tensor
 
-from whisper_moe.config import ModelConfig, model_name, problems
+from whisper_moe.config import ModelConfig, Strict, model_name, problems
 from whisper_moe.media.tokenizer import Tokenizer
 from whisper_moe.model.int8 import LEVELS, Int8Rows
 from whisper_moe.model.speech import SpeechModel
-from whisper_moe.weights import parts
+from whisper_moe.weights import parts, tokens
 from whisper_moe.weights.files import (
     CheckpointError,
     FileFacts,
@@ -46,15 +46,7 @@ from whisper_moe.weights.files import (
     read_index,
     read_json,
 )
-from whisper_moe.weights.tokens import (
-    EXPERT_SOURCES,
-    GENERATION,
-    TOKENIZER,
-    complete,
-    detected_when_trained,
-    read_tokenizer,
-    shared_backend,
-)
+from whisper_moe.weights.tokens import GENERATION, TOKENIZER
 
 CONFIG, INDEX, MANIFEST = "config.json", "model.safetensors.index.json", "MANIFEST.json"
 CARD = "README.md"
@@ -64,16 +56,14 @@ SHARD_BYTES = 44_000_000
 _FLOATS = (torch.float32, torch.float16, torch.bfloat16)
 
 
-class Manifest(BaseModel):
+class Manifest(Strict):
     """MANIFEST.json."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid", strict=True)
 
     format: Literal["whisper_moe"] = "whisper_moe"
     format_version: Literal[1] = 1
     quantization: Literal["int8"] | None = None
     """``int8``: matrices, token embedding and experts are stored as int8 rows, each with a scale."""
-    sources: dict[str, str] = {}
+    sources: dict[str, str] = Field(default_factory=dict)
     """Expert → what it was trained on, and the licences of that; of those that say so."""
     files: dict[str, FileFacts]
 
@@ -97,7 +87,7 @@ class Loaded:
 
     @cached_property
     def tokenizer(self) -> Tokenizer:
-        return Tokenizer(shared_backend(self.tokenizer_json), self.generation)
+        return Tokenizer(tokens.shared_backend(self.tokenizer_json), self.generation)
 
 
 # Saving
@@ -126,7 +116,7 @@ def save_checkpoint(
         index = _write_tensors(folder, config, state, quantize, shard_bytes)
         (folder / TOKENIZER).write_bytes(model.tokenizer_json)
         (folder / CONFIG).write_bytes(json_bytes(config.model_dump(mode="json")))
-        (folder / GENERATION).write_bytes(json_bytes(detected_when_trained(model.generation, config, state)))
+        (folder / GENERATION).write_bytes(json_bytes(tokens.detected_when_trained(model.generation, config, state)))
         (folder / INDEX).write_bytes(json_bytes({"weight_map": index}))
         for number, expert in enumerate(experts):
             place = folder / parts.expert_part(number, config)
@@ -134,7 +124,7 @@ def save_checkpoint(
             save_checkpoint(place, expert, quantize=quantize, shard_bytes=shard_bytes)
         files = {name: FileFacts.of(folder / name) for name in _files_in(folder)}
         _whole_experts(directory, files, config)
-        sources = model.generation.get(EXPERT_SOURCES, {})
+        sources = model.generation.get(tokens.EXPERT_SOURCES, {})
         manifest = Manifest(quantization="int8" if quantize else None, sources=sources, files=files)
         unsaid = set() if sources else {"sources"}
         (folder / MANIFEST).write_bytes(json_bytes(manifest.model_dump(mode="json", exclude=unsaid)))
@@ -275,10 +265,10 @@ def load_checkpoint(directory: str | Path, *, keep_int8: bool = False, speech: b
         index = {key: name for key, name in index.items() if not key.startswith(parts.SPEECH)}
     stated = read_json(directory / GENERATION)
     with ThreadPoolExecutor(1) as pool:  # while the weights are read
-        texts = pool.submit(read_tokenizer, directory / TOKENIZER, stated)
+        texts = pool.submit(tokens.read_tokenizer, directory / TOKENIZER, stated)
         state, quantized = _read_tensors(directory, facts, index, parts.expected_shapes(config), keep_int8)
     tokenizer_json, tokenizer = texts.result()
-    generation = complete(stated, tokenizer, config, origin=directory / GENERATION)
+    generation = tokens.complete(stated, tokenizer, config, origin=directory / GENERATION)
     experts, name = _whole_experts(directory, facts, config), model_name(directory)
     return Loaded(config, state, generation, tokenizer_json, name, experts, quantized, directory)
 

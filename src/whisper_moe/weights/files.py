@@ -19,8 +19,10 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import Field
 from safetensors import SafetensorError, safe_open
+
+from whisper_moe.config import Strict
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -111,10 +113,8 @@ def read_index(path: Path) -> dict[str, str]:
     return weight_map
 
 
-class FileFacts(BaseModel):
+class FileFacts(Strict):
     """Size and checksum of a file, as a list of files has them."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid", strict=True)
 
     bytes: int = Field(ge=0)
     sha256: str = Field(pattern="^[0-9a-f]{64}$")

@@ -21,19 +21,11 @@ import torch
 from torch import Tensor
 
 from whisper_moe.config import EMBEDDED, ModelConfig, MoEConfig, TTTConfig, model_folder, model_name
+from whisper_moe.weights import whisper
 from whisper_moe.weights.checkpoint import CONFIG, MANIFEST, Loaded, load_checkpoint, read_config
 from whisper_moe.weights.files import CheckpointError, TensorFiles, listed, read_index, read_json, regular_size
 from whisper_moe.weights.tokens import GENERATION, OLD_TOKENIZER, PUBLISHED, TOKENIZER, complete, read_tokenizer
 from whisper_moe.weights.upcycle import upcycle
-from whisper_moe.weights.whisper import (
-    Adapter,
-    config_from_openai,
-    config_from_whisper,
-    merge_adapter,
-    state_from_openai,
-    state_from_whisper,
-    state_to_whisper,
-)
 
 DEFAULT_SOURCE = "openai/whisper-base"
 """What the default is made from; an installation without a checkout makes it from there."""
@@ -244,19 +236,20 @@ def config_of(at: Located) -> ModelConfig:
     if at.kind == "adapter":
         return config_of(under(at))
     if at.kind == "openai":
-        return config_from_openai(_unpickled(at.path).get("dims") or {}, origin=at.path)
-    return config_from_whisper(read_json(at.path / CONFIG), origin=at.path / CONFIG)
+        return whisper.config_from_openai(_unpickled(at.path).get("dims") or {}, origin=at.path)
+    return whisper.config_from_whisper(read_json(at.path / CONFIG), origin=at.path / CONFIG)
 
 
 def _load_folder(at: Located, base: str | None) -> Loaded:
     """As transformers writes it."""
     file, hf_config = at.path / GENERATION, read_json(at.path / CONFIG)
-    config = config_from_whisper(hf_config, origin=at.path / CONFIG)
+    config = whisper.config_from_whisper(hf_config, origin=at.path / CONFIG)
     stated = read_json(file) if file.exists() else None
     tokenizer_json, tokenizer = read_tokenizer(_tokenizer_of(at.path, config.vocab_size, base), stated)
     generation = complete(stated, tokenizer, config, legacy=hf_config, origin=file)
     weights, origin = read_weights(at.path)
-    return Loaded(config, state_from_whisper(weights, config, origin=origin), generation, tokenizer_json, at.name)
+    state = whisper.state_from_whisper(weights, config, origin=origin)
+    return Loaded(config, state, generation, tokenizer_json, at.name)
 
 
 def _load_openai(path: Path, base: str | None) -> Loaded:
@@ -265,10 +258,10 @@ def _load_openai(path: Path, base: str | None) -> Loaded:
     dims, weights = content.get("dims"), content.get("model_state_dict")
     if not isinstance(dims, dict) or not isinstance(weights, dict):
         raise CheckpointError(f"{path}: lacks dims or model_state_dict; not a file of openai/whisper")
-    config = config_from_openai(dims, origin=path)
+    config = whisper.config_from_openai(dims, origin=path)
     tokenizer_json, tokenizer = read_tokenizer(_tokenizer_of(path, config.vocab_size, base))
     generation = complete(None, tokenizer, config, origin=path)
-    state = state_from_openai(_tensors(weights, path), config, origin=path)
+    state = whisper.state_from_openai(_tensors(weights, path), config, origin=path)
     return Loaded(config, state, generation, tokenizer_json, path.stem)
 
 
@@ -276,15 +269,15 @@ def _load_adapter(at: Located, base: str | None, above: tuple[Path, ...]) -> Loa
     """A LoRA adapter as PEFT writes it, merged into its base."""
     below = _load_whisper(under(at, base), None, above)
     deltas, origin = read_weights(at.path)
-    adapter = Adapter.read(at.path / ADAPTER_CONFIG)
-    merged = merge_adapter(state_to_whisper(below.state, below.config), deltas, adapter, origin)
-    return replace(below, name=at.name, state=state_from_whisper(merged, below.config, origin=origin))
+    adapter = whisper.Adapter.read(at.path / ADAPTER_CONFIG)
+    merged = whisper.merge_adapter(whisper.state_to_whisper(below.state, below.config), deltas, adapter, origin)
+    return replace(below, name=at.name, state=whisper.state_from_whisper(merged, below.config, origin=origin))
 
 
 def under(at: Located, base: str | None = None) -> Located:
     """The model that an adapter is merged into: ``base``, else the one that it states."""
     settings = at.path / ADAPTER_CONFIG
-    adapter = Adapter.read(settings)
+    adapter = whisper.Adapter.read(settings)
     name, revision = base or adapter.base_model_name_or_path, None if base else adapter.revision
     if not name:
         raise CheckpointError(f"{settings}: names no base model; name it as the base")

@@ -98,9 +98,8 @@ def require_plausible(config: ModelConfig, tensors: int, origin: str | Path) -> 
     if layers + experts * (layers - unrouted) > tensors:
         raise CheckpointError(f"{origin}: {tensors} tensors cannot hold {layers} layers and {experts} experts")
     tables = ("max_source_positions", "max_target_positions")
-    sizes = {name: getattr(config, name) for name in (*tables, *_SIDES)} | (
-        {"moe.expert_dim": moe.expert_dim} if moe else {}
-    )
+    sizes = {name: getattr(config, name) for name in (*tables, *_SIDES)}
+    sizes |= {"moe.expert_dim": moe.expert_dim} if moe else {}
     for name, size in sizes.items():
         if size * width > (_MOST_IN_TABLE if name in tables else _MOST_IN_MATRIX):
             raise CheckpointError(f"{origin}: {name} {size} times d_model {width} is too many")

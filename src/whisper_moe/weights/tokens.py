@@ -154,9 +154,8 @@ def complete(
     except ValueError as error:
         raise CheckpointError(f"{origin}: {error}") from error
     if not _are_heads(result.get("alignment_heads", []), config):
-        logger.warning(
-            "%s: alignment_heads are not this model's; words are timed by the upper half of its decoder", origin
-        )
+        said = "alignment_heads are not this model's; words are timed by the upper half of its decoder"
+        logger.warning("%s: %s", origin, said)
         del result["alignment_heads"]
     return result
 

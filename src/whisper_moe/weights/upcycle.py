@@ -108,7 +108,7 @@ def answer(config: ModelConfig, state: Mapping[str, Tensor]) -> Tensor:
     frames = 2 * min(POSITIONS_PER_SECOND, config.max_source_positions)
     mel = torch.randn(config.n_mels, frames, generator=torch.Generator().manual_seed(0))
     with torch.inference_mode():
-        return model([mel], [torch.arange(4)])[:, : config.source_vocab_size]
+        return model([mel], [torch.arange(4)]).logits[:, : config.source_vocab_size]
 
 
 def read_back(directory: Path, expected: Tensor) -> float:
