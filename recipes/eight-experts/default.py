@@ -72,7 +72,7 @@ def router(source: Path, tables: Path, out: Path) -> None:
     moe = model.config.moe.model_copy(update={"fitted_router": True, "least_probability": LEAST})
     heard = [[f"{name}-train", *([f"{name}-second-train"] if name in TWO_SOURCES else [])] for name in NAMES]
     probes = [[clip for table in each for clip in clips(tables / f"{table}.tsv", CLIPS)] for each in heard]
-    fresh = {f"{ROUTER}{key}": tensor for key, tensor in Router.of(model.config.d_model, moe).state_dict().items()}
+    fresh = {f"{ROUTER}{key}": tensor for key, tensor in Router(model.config.d_model, moe).state_dict().items()}
     config = model.config.model_copy(update={"moe": moe})
     unfitted = replace(model, config=config, state=dict(model.state) | fresh)
     save_checkpoint(out, fitted(unfitted, probes, clips(tables / "none-train.tsv", NONE_CLIPS), MARGINS), quantize=True)

@@ -93,11 +93,9 @@ def _decoder_token(config: ModelConfig, positions: int, past: int) -> int:
     width = config.d_model
     own = 2 * 4 * width**2 + 2 * 2 * past * width
     cross = 2 * 2 * width**2 + 2 * 2 * positions * width
-    layers = (
-        own + cross + _feed_forward(config, "decoder", i) + _decoder_ttt(config, i, past)
-        for i in range(config.decoder_layers)
-    )
-    return sum(layers) + 2 * config.vocab_size * width
+    depths = range(config.decoder_layers)
+    inner = sum(_feed_forward(config, "decoder", i) + _decoder_ttt(config, i, past) for i in depths)
+    return len(depths) * (own + cross) + inner + 2 * config.vocab_size * width
 
 
 def _feed_forward(config: ModelConfig, side: Any, layer: int) -> int:

@@ -115,10 +115,9 @@ def _spread(segment: Segment, told: Segment) -> Segment:
 
 def _moved(segment: Segment, times: Sequence[tuple[float, float]]) -> Segment:
     """The segment with new times for its words, or for itself where it has none."""
-    words = segment.words and tuple(
-        replace(word, start=start, end=end) for word, (start, end) in zip(segment.words, times, strict=True)
-    )
-    return replace(segment, start=times[0][0], end=times[-1][1], words=words)
+    pairs = zip(segment.words, times, strict=True) if segment.words else ()
+    words = tuple(replace(word, start=start, end=end) for word, (start, end) in pairs)
+    return replace(segment, start=times[0][0], end=times[-1][1], words=words or segment.words)
 
 
 # What was made up.

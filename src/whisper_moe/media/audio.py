@@ -23,17 +23,8 @@ from av import AudioFifo, AudioFrame, AudioResampler, AudioStream
 from numpy.typing import NDArray
 
 from whisper_moe.config import SAMPLE_RATE
-from whisper_moe.media.containers import (
-    CAUSES,
-    CHECKSUMMED,
-    MICROSECONDS,
-    SOUND_CODECS,
-    STREAMS,
-    Damage,
-    Reader,
-    codec_of,
-    opened,
-)
+from whisper_moe.media import containers
+from whisper_moe.media.containers import SOUND_CODECS, STREAMS, Damage, Reader, codec_of, opened
 from whisper_moe.media.containers import MediaError as MediaError
 from whisper_moe.media.languages import spoken_code
 from whisper_moe.media.windows import SILENT_PEAK, is_silent
@@ -123,7 +114,7 @@ def sound_track(reader: Reader, wanted: int | str | None = None) -> AudioStream:
     context = track.codec_context
     if reader.format not in STREAMS:  # their frames say it, each for itself
         _check_shape(context.sample_rate, context.layout.nb_channels)
-    if context.name in CHECKSUMMED:
+    if context.name in containers.CHECKSUMMED:
         context.options = {"err_detect": "crccheck+explode"}
     return track
 
@@ -151,7 +142,7 @@ class Clock:
         self.reader, self.stream, self.format, self.note = reader, stream, reader.format, note
         # A track's own duration is a guess by the bit rate where the format, as Matroska, states only that of the whole.
         stated = 0 if self.format in ("flv", "matroska,webm") and stream.duration else reader.container.duration
-        self.end = reader.start + stated / MICROSECONDS if stated else math.inf
+        self.end = reader.start + stated / containers.MICROSECONDS if stated else math.inf
         self.shift = self.sound = self.silence = 0.0
         self.expected: float | None = None
         """Where the next frame is to start, by the file's timestamps."""
@@ -198,7 +189,7 @@ def _until(damage: list[Exception], items: Iterator[T]) -> Iterator[T]:
     """The items up to the first error, which is kept for later: what came before it gets out of the later stages first."""
     try:
         yield from items
-    except CAUSES as error:
+    except containers.CAUSES as error:
         damage.append(error)
 
 

@@ -320,11 +320,7 @@ def runs(text: str, language: str) -> Iterator[tuple[str, str]]:
         if own != current and stretch.strip():
             yield current, stretch
             stretch = ""
-        current, stretch = own, stretch + _in_devanagari(char)
+        place = ord(char)
+        current, stretch = own, stretch + (chr(0x900 + place % 0x80) if 0x980 <= place < 0xD80 else char)
     if stretch.strip():
         yield current, stretch
-
-
-def _in_devanagari(char: str) -> str:
-    place = ord(char)
-    return chr(0x900 + place % 0x80) if 0x980 <= place < 0xD80 else char

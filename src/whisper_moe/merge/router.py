@@ -156,7 +156,9 @@ def augmented(samples: np.ndarray, rng: np.random.Generator) -> np.ndarray:
     """
     x = samples.astype(np.float64)
     if rng.random() < 0.5:
-        x = _faster(x, rng.uniform(0.88, 1.12))
+        x = np.interp(
+            np.arange(0, len(x) - 1, rng.uniform(0.88, 1.12)), np.arange(len(x)), x
+        )  # speed and pitch together
     if rng.random() < 0.5:
         x = in_room(x, rng.uniform(0.1, 0.6), rng)
     x = _filtered(x, rng)
@@ -165,11 +167,6 @@ def augmented(samples: np.ndarray, rng: np.random.Generator) -> np.ndarray:
     if rng.random() < 0.3:
         x = _companded(x)
     return (x / max(float(np.abs(x).max()), 1e-9) * rng.uniform(0.1, 0.9)).astype(np.float32)
-
-
-def _faster(x: np.ndarray, factor: float) -> np.ndarray:
-    """Speed and pitch together."""
-    return np.interp(np.arange(0, len(x) - 1, factor), np.arange(len(x)), x)
 
 
 def in_room(x: np.ndarray, seconds: float, rng: np.random.Generator) -> np.ndarray:

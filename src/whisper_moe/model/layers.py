@@ -156,12 +156,9 @@ class AudioStem(nn.Module):
         layout = Layout(positions_of(mel.shape[-1]) for mel in mels)
         # Every segment begins at an even frame and is followed by at least one frame of zeros.
         strides = [2 * length + 2 for length in layout.lengths]
-        spread = torch.cat(
-            [F.pad(mel, (0, stride - mel.shape[-1])) for mel, stride in zip(mels, strides, strict=True)], dim=-1
-        )
-        inside = torch.cat(
-            [_inside(mel.shape[-1], stride, mel) for mel, stride in zip(mels, strides, strict=True)], dim=-1
-        )
+        pairs = list(zip(mels, strides, strict=True))
+        spread = torch.cat([F.pad(mel, (0, stride - mel.shape[-1])) for mel, stride in pairs], dim=-1)
+        inside = torch.cat([_inside(mel.shape[-1], stride, mel) for mel, stride in pairs], dim=-1)
         hidden = F.gelu(self.conv1(spread[None])) * inside
         x_TD = F.gelu(self.conv2(hidden))[0].T
         pieces = torch.split(x_TD, [stride // 2 for stride in strides])

@@ -197,10 +197,8 @@ class Autoregressive(nn.Module):
         if frames_PF is None:
             return self._alone(states_TD, layout)
         spoken = positions_of(prosody.seconds_T, layout)[1]
-        groups = [
-            F.pad(frames_PF[rows], (0, 0, 0, -n % self.reduction))
-            for rows, n in zip(spoken.slices(), spoken.lengths, strict=True)
-        ]
+        each = frames_PF.split(spoken.lengths)
+        groups = [F.pad(frames, (0, 0, 0, -len(frames) % self.reduction)) for frames in each]
         steps = Layout(len(group) // self.reduction for group in groups)
         last = [F.pad(group[self.reduction - 1 :: self.reduction][:-1], (0, 0, 1, 0)) for group in groups]
         x_ND = positioned(self._pre(torch.cat(last)).float(), steps)

@@ -19,17 +19,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from whisper_moe.model.fast_weights import (
-    LN_EPS,
-    FastWeights,
-    Gradients,
-    Norm,
-    Tokens,
-    bidirectional_step,
-    causal_step,
-    commit,
-    empty_gradients,
-)
+from whisper_moe.model import fast_weights
+from whisper_moe.model.fast_weights import FastWeights, Norm, Tokens, causal_step, commit, empty_gradients
 from whisper_moe.model.router import Routing
 from whisper_moe.packing import Layout
 
@@ -105,7 +96,7 @@ class TTTState:
     """
 
     weights: FastWeights
-    opened: Gradients
+    opened: fast_weights.Gradients
 
     @property
     def rows(self) -> int:
@@ -160,7 +151,7 @@ class TTTMLP(nn.Module):
         self.b2 = nn.Parameter(torch.empty(n_heads, 1, d))
         self.gamma = nn.Parameter(torch.empty(n_heads, 1, d))
         self.beta = nn.Parameter(torch.empty(n_heads, 1, d))
-        self.post_norm = nn.LayerNorm(d_model, eps=LN_EPS)
+        self.post_norm = nn.LayerNorm(d_model, eps=fast_weights.LN_EPS)
         self.out = nn.Linear(d_model, d_model, bias=False)
         self.gate_forward = nn.Parameter(torch.empty(d_model))
         self.gate_backward = None if causal else nn.Parameter(torch.empty(d_model))
@@ -280,7 +271,7 @@ class TTTMLP(nn.Module):
         norm, outputs = self._norm(), []
         for chunk, rows in zip(chunks, active, strict=True):
             own = bool(outputs) and not torch.is_grad_enabled()  # the first step's result is this loop's alone
-            weights, z = bidirectional_step(weights.first(rows), norm, chunk, in_place=own)
+            weights, z = fast_weights.bidirectional_step(weights.first(rows), norm, chunk, in_place=own)
             outputs.append(z)
         return torch.cat(outputs), weights
 

@@ -68,11 +68,8 @@ def initial_model(recipe: Recipe) -> Loaded:
         raise RecipeError(f"{given.source}: its experts are whole models: train them one by one, and merge again")
     if given.moe is not None or given.ttt is not None:
         config, state = upcycle(config, state, moe=given.moe, ttt=given.ttt, seed=seed)
-    parts = {
-        name: part
-        for name in ("adapt", "conformer", "speech")
-        if (part := getattr(given, name)) != getattr(config, name)
-    }
+    named = ("adapt", "conformer", "speech")
+    parts = {name: part for name in named if (part := getattr(given, name)) != getattr(config, name)}
     if any(parts.values()):
         config, state = add_parts(config, state, **parts, seed=seed)
     config = config.model_copy(update={"context_margin": config.margin if margin is None else margin})
@@ -252,9 +249,8 @@ class Sources:
         if any(corpus.streaming for corpus in corpora):  # else the loader counts them with what its survey finds
             self._check_missing(corpora, data.train)
         # Weights of the corpora are those of the mixture, unless it has its own.
-        weights = {
-            each.name: given.weight for each, given in zip(corpora, data.train, strict=True) if given.weight != 1
-        }
+        pairs = zip(corpora, data.train, strict=True)
+        weights = {each.name: given.weight for each, given in pairs if given.weight != 1}
         mixing = data.loader.mixing.model_copy(update={"weights": weights | dict(data.loader.mixing.weights)})
         return self._loader(corpora, mixing, reader)
 
@@ -354,14 +350,8 @@ class Sources:
         reader = ExampleReader(initial.tokenizer, initial.config, data.loader.reading)
         for corpus in corpora:
             check_rows(corpus, reader, settings.limit, decode=decode)
-        evaluator = Evaluator(
-            reader,
-            initial.tokenizer,
-            initial.generation,
-            margin=initial.config.margin,
-            decode=decode,
-            padded=settings.padded,
-        )
+        texts, margin = (initial.tokenizer, initial.generation), initial.config.margin
+        evaluator = Evaluator(reader, *texts, margin=margin, decode=decode, padded=settings.padded)
         asked = {"batch_size": settings.batch_size, "limit": settings.limit, "note": self.note}
         return lambda model, stop: evaluator.figures(model, corpora, stop_requested=stop, **asked)
 

@@ -242,6 +242,7 @@ def write_record(run: Path, recipe: Recipe, trainer: Trainer, parallel: Parallel
     """At the beginning of a session."""
     before = read_record(run).get("sessions", []) if (run / RECORD).exists() else []
     versions = {name: next((each.version for each in distributions(name=name)), None) for name in _PACKAGES}
+    groups = trainer.optimizer.param_groups
     record = {
         "recipe": recipe.model_dump(mode="json"),
         "folder": str(Path.cwd()),
@@ -253,9 +254,7 @@ def write_record(run: Path, recipe: Recipe, trainer: Trainer, parallel: Parallel
         "device": str(parallel.device),
         "precision": trainer.precision,
         "processes": parallel.world_size,
-        "trained_parameters": {
-            group["name"]: sum(p.numel() for p in group["params"]) for group in trainer.optimizer.param_groups
-        },
+        "trained_parameters": {group["name"]: sum(p.numel() for p in group["params"]) for group in groups},
         "sessions": [*before, {"begun": _now(), "resumed": resumed, "command": sys.argv[1:]}],
         "status": "running",
     }

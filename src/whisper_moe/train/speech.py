@@ -183,14 +183,9 @@ class MelObjective:
         frames = found.frames
         parts = {"mel": (frames.frames_PF.float() - mel).abs().mean(1).sum()} | frames.losses
         parts, own = {name: part / totals.tokens for name, part in parts.items()}, found.own
-        logs = wanted.seconds_T.clamp_min(1 / MILLI).log()
-        pairs = (
-            ("durations", own.seconds_T, logs),
-            ("pitch", own.pitch_T, wanted.pitch_T),
-            ("loudness", own.loudness_T, wanted.loudness_T),
-        )
-        for name, ours, theirs in pairs:
-            parts[name] = (ours.float() - theirs).abs().sum() / totals.segments
+        theirs = wanted._replace(seconds_T=wanted.seconds_T.clamp_min(1 / MILLI).log())
+        for name, mine, other in zip(("durations", "pitch", "loudness"), own, theirs, strict=True):
+            parts[name] = (mine.float() - other).abs().sum() / totals.segments
         if letters is not None:
             parts["letters"] = (
                 ctc(found.letters, letters[1], said) * sum(pack.encoder_tokens for pack in packs) / totals.tokens
