@@ -65,18 +65,11 @@ _POINTED = frozenset("ar fa he ps sd ur yi".split())
 _PERSIAN_LETTERS = str.maketrans("يىك", "ییک")
 _URDU_LETTERS = str.maketrans("يىكهة", "ییکہۃ")
 
-_JOINED = {
-    "\u0930\u094d\u200d": "\u0931\u094d",  # eyelash ra
-    "\u09a4\u09cd\u200d": "\u09ce",  # khanda ta
-    "\u0d23\u0d4d\u200d": "\u0d7a",
-    "\u0d28\u0d4d\u200d": "\u0d7b",
-    "\u0d30\u0d4d\u200d": "\u0d7c",
-    "\u0d31\u0d4d\u200d": "\u0d7c",
-    "\u0d32\u0d4d\u200d": "\u0d7d",
-    "\u0d33\u0d4d\u200d": "\u0d7e",
-    "\u0d15\u0d4d\u200d": "\u0d7f",  # chillus nn, n, rr, l, ll, k (Unicode 5.1)
-}
-"""Letters that were written as another with a virama and a zero-width joiner."""
+_JOINED_TABLE = """
+0930+094d+200d=0931+094d 09a4+09cd+200d=09ce 0d23+0d4d+200d=0d7a 0d28+0d4d+200d=0d7b 0d30+0d4d+200d=0d7c 0d31+0d4d+200d=0d7c
+0d32+0d4d+200d=0d7d 0d33+0d4d+200d=0d7e 0d15+0d4d+200d=0d7f
+"""
+"""Letters that were written as another with a virama and a zero-width joiner: eyelash ra, khanda ta, chillus (Unicode 5.1)."""
 _LOOK_ALIKES_TABLE = """
 0905+093e=0906 0905+0945=0972 0905+0946=0904 0905+0949=0911 0905+094a=0912 0905+094b=0913 0905+094c=0914 0905+093a=0973
 0905+093b=0974 0905+0956=0976 0905+0957=0977 0909+0941=090a 090f+0945=090d 090f+0946=090e 090f+0947=0910 0906+0945=0911
@@ -91,14 +84,18 @@ _LOOK_ALIKES_TABLE = """
 0c89+0cbe=0c8a 0c92+0ccc=0c94 0c8b+0cbe=0ce0
 0d07+0d57=0d08 0d09+0d57=0d0a 0d0e+0d46=0d10 0d12+0d3e=0d13 0d12+0d57=0d14 0d7b+0d31=0d28+0d4d+0d31 0d7b+0d4d+0d31=0d28+0d4d+0d31
 """
+"""The last two: the three ways to write the Malayalam cluster nta."""
 
 
 def _spelled(codes: str) -> str:
     return "".join(chr(int(code, 16)) for code in codes.split("+"))
 
 
-_LOOK_ALIKES = {_spelled(typed): _spelled(meant) for typed, meant in (p.split("=") for p in _LOOK_ALIKES_TABLE.split())}
-"""The last two: the three ways to write the Malayalam cluster nta."""
+def _letters(table: str) -> dict[str, str]:
+    """What is typed → what is meant."""
+    return {_spelled(typed): _spelled(meant) for typed, meant in (pair.split("=") for pair in table.split())}
+
+
 _MALAYALAM_AU = re.compile("(?<=[\u0d15-\u0d3a])\u0d57")
 """The reformed spelling of the vowel sign au."""
 _LATE_NUKTA = re.compile(
@@ -111,8 +108,8 @@ def _replacing(table: Mapping[str, str]) -> Callable[[str], str]:
     return lambda text: pattern.sub(lambda match: table[match[0]], text)
 
 
-_with_joined_letters = _replacing(_JOINED)
-_with_vowel_letters = _replacing(_LOOK_ALIKES)
+_with_joined_letters = _replacing(_letters(_JOINED_TABLE))
+_with_vowel_letters = _replacing(_letters(_LOOK_ALIKES_TABLE))
 
 
 def normalize(text: str, language: str) -> str:

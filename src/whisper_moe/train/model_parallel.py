@@ -230,12 +230,10 @@ def cut(model: WhisperMoEModel, mesh: DeviceMesh) -> None:
 
 def _check_even(model: WhisperMoEModel, ranks: int) -> None:
     config = model.config
-    counts = {
-        "encoder heads": config.encoder_heads,
-        "encoder hidden units": config.encoder_ffn_dim,
-        "decoder heads": config.decoder_heads,
-        "decoder hidden units": config.decoder_ffn_dim,
-    }
+    kinds = [
+        (side, *kind) for side in ("encoder", "decoder") for kind in (("heads", "heads"), ("hidden units", "ffn_dim"))
+    ]
+    counts = {f"{side} {words}": getattr(config, f"{side}_{name}") for side, words, name in kinds}
     if config.moe:
         counts["hidden units of an expert"] = config.moe.expert_dim
     for name, count in counts.items():

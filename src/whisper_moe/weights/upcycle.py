@@ -34,7 +34,7 @@ from whisper_moe.media.languages import NewLanguage
 from whisper_moe.model.model import WhisperMoEModel
 from whisper_moe.weights.checkpoint import Loaded, load_checkpoint, read_manifest
 from whisper_moe.weights.files import CheckpointError, listed
-from whisper_moe.weights.parts import ADAPT, EMBEDDING, NEW_TOKENS, SPEECH_PARTS, check_state, empty_model, part_of
+from whisper_moe.weights.parts import ADAPT, EMBEDDING, NEW_TOKENS, SPEECH_PARTS, check_state, frozen_model, part_of
 from whisper_moe.weights.tokens import TOKENIZER, UNTRAINED, digest, of_any_language, parsed
 
 if TYPE_CHECKING:
@@ -103,8 +103,7 @@ def as_expert(key: str, dense: Mapping[str, Tensor]) -> Tensor:
 
 def answer(config: ModelConfig, state: Mapping[str, Tensor]) -> Tensor:
     """[n, source's vocabulary]: what a model says of a second of noise, to compare it with another form of itself."""
-    model = empty_model(config).eval()
-    model.load_state_dict(state, assign=True)
+    model = frozen_model(config, state)
     frames = 2 * min(POSITIONS_PER_SECOND, config.max_source_positions)
     mel = torch.randn(config.n_mels, frames, generator=torch.Generator().manual_seed(0))
     with torch.inference_mode():
