@@ -190,7 +190,7 @@ def test_a_skipped_decoding_step_is_zero() -> None:
     layer = TTTMLP(D, H, mini_batch=B, causal=True).eval()
     with torch.inference_mode():
         y, state = layer.extend(tokens(2, dtype=torch.float32)[:, None], layer.initial_state(2))
-    assert torch.equal(y, torch.zeros(2, 1, D)) and state.rows == 2
+    assert torch.equal(y, torch.zeros(2, 1, D)) and state.opened.rows == 2
 
 
 def state_tensors(state: TTTState | FastWeights | Gradients) -> list[Tensor]:
@@ -231,7 +231,7 @@ def test_decoding_state_stays_in_float32_under_bfloat16() -> None:
     layer, x = make_layer(True, dtype=torch.float32), tokens(2 * (B + 1), dtype=torch.float32).view(2, B + 1, D)
     with torch.autocast("cpu", torch.bfloat16):
         _, state = layer.extend(x, layer.initial_state(2))
-    assert state.count == 1 and {t.dtype for t in state_tensors(state)} == {torch.float32}
+    assert state.opened.length == 1 and {t.dtype for t in state_tensors(state)} == {torch.float32}
 
 
 @pytest.mark.parametrize(

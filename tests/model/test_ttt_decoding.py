@@ -34,7 +34,7 @@ def test_states_are_values_and_fast_weights_are_copied_on_commit_only() -> None:
         again = step(layer, x[i].expand(3, D), state)
         assert torch.equal(first[0], again[0])
         state = again[1].select(torch.tensor([2, 0, 0]))  # beams that move copy none either
-    assert (state.weights.rows, state.count) == (3, 0)
+    assert (state.weights.rows, state.opened.length) == (3, 0)
 
 
 def test_a_bidirectional_layer_does_not_decode() -> None:

@@ -97,15 +97,7 @@ class TTTState:
 
     weights: FastWeights
     opened: fast_weights.Gradients
-
-    @property
-    def rows(self) -> int:
-        return self.opened.rows
-
-    @property
-    def count(self) -> int:
-        """Tokens in the open mini-batch, fewer than b."""
-        return self.opened.length
+    """Of fewer than b tokens."""
 
     def select(self, rows: Tensor) -> TTTState:
         """The state whose row i is this one's row ``rows[i]`` (int64, [R']): for beams and for rows that have ended."""
@@ -208,12 +200,12 @@ class TTTMLP(nn.Module):
         """
         if not self.causal:
             raise ValueError("a bidirectional TTT layer reads whole segments; only a causal one decodes step by step")
-        assert x_RTD.shape[0] == state.rows, (x_RTD.shape, state.rows)
+        assert x_RTD.shape[0] == state.opened.rows, (x_RTD.shape, state.opened.rows)
         if self.skippable():
             return torch.zeros_like(x_RTD), state
         outputs = []
         while x_RTD.shape[1]:
-            fitting, x_RTD = x_RTD.tensor_split([self.mini_batch - state.count], dim=1)
+            fitting, x_RTD = x_RTD.tensor_split([self.mini_batch - state.opened.length], dim=1)
             z, state = self._advance(fitting, state)
             outputs.append(z)
         return self._gated(torch.cat(outputs, dim=1), self.gate_forward), state
@@ -223,13 +215,13 @@ class TTTMLP(nn.Module):
         qkv, rate = self._project(x_RTD)
         with _no_autocast(x_RTD):
             heads = qkv.unflatten(-1, (3, self.n_heads, -1)).permute(2, 0, 3, 1, 4)
-            tokens = _tokens(heads, rate.mT[..., None], first=state.count)
+            tokens = _tokens(heads, rate.mT[..., None], first=state.opened.length)
             factors = self._factors()
-            now = factors[state.count : state.count + x_RTD.shape[1]]
+            now = factors[state.opened.length : state.opened.length + x_RTD.shape[1]]
             opened, z = causal_step(state.weights, self._norm(), state.opened, tokens, now)
             if opened.length == self.mini_batch:
                 weights = commit(state.weights, opened, factors[-1])
-                state = TTTState(weights, empty_gradients(state.rows, weights))
+                state = TTTState(weights, empty_gradients(state.opened.rows, weights))
             else:
                 state = TTTState(state.weights, opened)
         return z.transpose(1, 2).flatten(2).to(x_RTD.dtype), state
