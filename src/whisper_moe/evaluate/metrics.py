@@ -77,11 +77,6 @@ class ErrorCounts:
         """The figure of all clips; NaN where there is none."""
         return float(self.score(self.rows.sum(axis=0)))
 
-    @property
-    def capped(self) -> ErrorCounts:
-        """With no more errors in a clip than its reference has units: a loop of a hundred words costs what silence would."""
-        return replace(self, rows=np.minimum(self.rows, self.rows[:, 1:]))
-
     def of_clips(self, index: Sequence[int]) -> ErrorCounts:
         """The counts of some of the clips."""
         return replace(self, rows=self.rows[np.asarray(index, dtype=int)])
