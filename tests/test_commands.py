@@ -397,7 +397,7 @@ def test_a_whisper_becomes_a_mixture_and_a_dense_one_goes_back(run: Run, whisper
     features, ids = torch.randn(1, 80, 3000), torch.tensor([[257, 258, 261]])
     with torch.inference_mode():
         logits = [model(features, decoder_input_ids=ids).logits[..., : CONFIG.vocab_size] for model in (first, back)]
-    assert torch.equal(*logits)
+    torch.testing.assert_close(*logits, rtol=0, atol=1e-6)  # some CPUs' kernels go by where a tensor lies
 
 
 def no_torch(*arguments: str | Path) -> tuple[int, str]:
