@@ -115,7 +115,7 @@ except SystemExit as stop:
 else:
     raise AssertionError("--help did not end the program")
 """
-COMMANDS = ["transcribe", "detect-language", "upcycle", "export", "info", "evaluate", "train", "data", "grok"]
+COMMANDS = ["transcribe", "detect-language", "upcycle", "export", "info", "evaluate", "train", "data"]
 
 
 @pytest.mark.parametrize(

@@ -203,11 +203,6 @@ train: Train as a recipe says; under torchrun, with all of its processes. 130 an
   overrides                 [KEY=VALUE]?         Changes to it: optimisation.lr=1e-5 data.train.0.limit=100.
   --output -o               path                 The run's directory; default: the recipe's, or runs/ and its name.
   --resume                  switch               Go on from the newest checkpoint in the directory, if there is one: --resume runs/mine optimisation.steps=8000.
-
-grok: Watch a small model understand long after it has learned by heart.
-  recipe                    path                 A YAML file such as recipes/grokking.yaml.
-  overrides                 [KEY=VALUE]?         Changes to it: grokfast=[0.98,2.0].
-  --output -o               path = runs/grokking  A folder for curve, figures and plot.
 """
 """A block for each command, which is the function of its name in :mod:`~whisper_moe.commands`. A line for each argument and flag:
 its spellings, its kind and its help, two spaces between them; above those of another panel of the help, the panel's name.

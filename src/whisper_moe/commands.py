@@ -390,9 +390,3 @@ def train(flags: SimpleNamespace) -> int:
     from whisper_moe.train import run
 
     return run.train(flags.recipe, flags.overrides or [], flags.output, flags.resume)
-
-
-def grok(flags: SimpleNamespace) -> int:
-    from whisper_moe.train import grokking
-
-    return grokking.run(flags.recipe, flags.overrides or [], flags.output)

@@ -12,7 +12,7 @@ from model.tiny import CONFIGS
 from train.tiny import tiny_recipe
 
 from whisper_moe.data.sample import Skipped
-from whisper_moe.train.monitor import EVENTS, METRICS, RECENT, SKIPPED, Monitor, StepReport
+from whisper_moe.train.monitor import EVENTS, METRICS, RECENT, SKIPPED, Monitor, Plateau, StepReport
 
 
 def monitor_of(run: Path, **settings: Any) -> Monitor:
@@ -46,6 +46,18 @@ def test_the_plateau_is_told_of_the_mean_of_recent_steps(tmp_path: Path, caplog:
     told = [line for line in caplog.messages if "grokking" in line]
     assert len(told) == 1
     assert told[0].startswith(f"step {4 * RECENT}: the training loss is 0.05, the validation loss 4.2")
+
+
+def test_a_plateau_is_told_once_and_only_there(caplog: pytest.LogCaptureFixture) -> None:
+    plateau = Plateau()
+    said = [plateau.warn(step, loss, 5.0) for step, loss in enumerate([4.6, 2.0, 0.3, 0.2, 0.1, 0.05, 0.01])]
+    assert [index for index, warned in enumerate(said) if warned] == [4]
+    assert "training loss is 0.1, the validation loss 5" in caplog.text
+    both_fall = Plateau()
+    assert not any(both_fall.warn(step, loss, loss * 1.2) for step, loss in enumerate([4.6, 2.0, 0.3, 0.2, 0.1, 0.05]))
+    interrupted = Plateau()
+    losses = [(4.6, 5), (0.1, 5), (0.1, 5), (4.0, 5), (0.1, 5), (0.1, 5)]
+    assert not any(interrupted.warn(step, *pair) for step, pair in enumerate(losses))
 
 
 def test_what_came_after_the_checkpoint_or_is_torn_is_dropped(tmp_path: Path) -> None:

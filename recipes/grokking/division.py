@@ -1,5 +1,7 @@
 """Grokking: a small model that learns a table by heart, and long after that understands it (arXiv 2201.02177).
 
+    python recipes/grokking/division.py [KEY=VALUE ...] [-o runs/grokking]    a folder for curve, figures and plot
+
 Modular division a / b mod p as the tokens ``a / b =``, the loss on the answer alone, half of all equations for training. The
 model is this project's own decoder block, without cross-attention: what is seen here is seen of the code that speech is
 trained with. :class:`~whisper_moe.train.monitor.Plateau` tells any run when it looks like the time before.
@@ -7,9 +9,11 @@ trained with. :class:`~whisper_moe.train.monitor.Plateau` tells any run when it 
 
 from __future__ import annotations
 
+import argparse
 import json
 import logging
 import math
+import sys
 import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -20,6 +24,7 @@ from pydantic import Field, field_validator
 from torch import Tensor, nn
 
 from whisper_moe.config import Frozen, ModelConfig
+from whisper_moe.jobs import sentence
 from whisper_moe.model.block import Block
 from whisper_moe.packing import Layout
 from whisper_moe.train.monitor import METRICS, Plateau
@@ -27,12 +32,12 @@ from whisper_moe.train.optim import adamw
 from whisper_moe.train.reading import RecipeError, checked, read_tree
 from whisper_moe.train.recipe import Decay, Grokfast
 
-PLOT = "curve.png"
+RECIPE, PLOT = Path(__file__).with_name("division.yaml"), "curve.png"
 logger = logging.getLogger(__name__)
 
 
 class GrokkingRecipe(Frozen):
-    """``recipes/grokking.yaml``; the defaults are the paper's (appendix A.1.2), as far as it says."""
+    """``division.yaml``; the defaults are the paper's (appendix A.1.2), as far as it says."""
 
     prime: int = Field(default=97, ge=3, le=10_007)
     """p: there are p (p − 1) equations."""
@@ -138,11 +143,11 @@ def measured(model: nn.Module, name: str, tokens: Tensor, answers: Tensor) -> di
 
 
 def run(path: Path, overrides: Sequence[str], output: Path) -> int:
-    """What ``whisper-moe grok`` does: curve, figures and plot in a folder; returns the exit status."""
+    """Curve, figures and plot in a folder; returns the exit status: 2 for a recipe that cannot be used."""
     try:
         recipe = checked(GrokkingRecipe, read_tree(path, overrides), str(path))
     except RecipeError as error:
-        logger.error("whisper-moe: %s", error)
+        logger.error("division.py: %s", error)
         return 2
     torch.set_num_threads(recipe.threads)
     output.mkdir(parents=True, exist_ok=True)
@@ -171,3 +176,21 @@ def plot(name: str, curve: Sequence[dict[str, float]], path: Path) -> None:
     axes.set(xscale="log", xlabel="step", ylabel="accuracy", title="Division modulo a prime")
     axes.legend()
     figure.savefig(path, dpi=120)
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description="Watch a small model understand long after it has learned by heart.")
+    parser.add_argument("overrides", nargs="*", metavar="KEY=VALUE", help="changes to the recipe: grokfast=[0.98,2.0]")
+    parser.add_argument("-o", "--output", type=Path, default=Path("runs/grokking"), help="default: runs/grokking")
+    asked = parser.parse_intermixed_args()
+    logging.basicConfig(format="%(message)s")
+    logger.setLevel(logging.INFO)
+    try:
+        return run(RECIPE, asked.overrides, asked.output.expanduser())
+    except (ImportError, OSError) as error:
+        logger.error("division.py: %s", sentence(error))
+        return 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())
