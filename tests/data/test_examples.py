@@ -19,12 +19,12 @@ from whisper_moe.data.examples import (
     Example,
     ExampleConfig,
     ExampleReader,
-    MelCache,
     TooLong,
     drawn_margin,
     pack_examples,
     positions,
 )
+from whisper_moe.data.mel_cache import MelCache
 from whisper_moe.data.sample import AudioRef, DataError, Sample
 from whisper_moe.media.audio import MediaError
 from whisper_moe.media.languages import NewLanguage

@@ -18,7 +18,8 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, get_worker_info
 
 from whisper_moe.config import ModelConfig
-from whisper_moe.data.examples import Example, ExampleReader, MelCache, Pack, pack_examples
+from whisper_moe.data.examples import Example, ExampleReader, Pack, pack_examples
+from whisper_moe.data.mel_cache import MelCache
 from whisper_moe.data.sample import AnyCorpus, DataError, Sample, Skipped, TooLong, left_out
 from whisper_moe.data.sampler import Draw, LoaderConfig, Packs, PlannedBatch, Position, open_order, plan
 from whisper_moe.media.audio import MediaError
