@@ -16,7 +16,7 @@ from whisper_moe.weights.parts import SPEECH
 
 
 def main(listens: Path, speech: Path, reader: Path, vocoder: Path, out: Path) -> None:
-    model, given = load_checkpoint(listens, speech=False), load_checkpoint(speech)
+    model, given = load_checkpoint(listens, aside=False), load_checkpoint(speech)
     state = model.state | {key: tensor for key, tensor in given.state.items() if key.startswith(SPEECH)}
     for part, path in (("reader", reader), ("vocoder", vocoder)):
         other = load_checkpoint(path)

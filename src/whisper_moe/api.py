@@ -15,13 +15,14 @@ import torch
 from pydantic import ValidationError
 from torch import Tensor
 
-from whisper_moe.config import FULL_WINDOW, SAMPLE_RATE, ModelConfig, problems
+from whisper_moe.config import ASIDE, FULL_WINDOW, SAMPLE_RATE, ModelConfig, problems
 from whisper_moe.generate.decode import WindowDecoder
 from whisper_moe.generate.longform import Recording, Transcriber
 from whisper_moe.generate.mixture import Mixture
 from whisper_moe.generate.options import TranscribeOptions
 from whisper_moe.generate.result import Transcription
 from whisper_moe.generate.speech import Speaker, Speech
+from whisper_moe.generate.translate import Translation, Translator
 from whisper_moe.machine import check_arithmetic, pick_device, take_threads, weights_apart
 from whisper_moe.media.audio import MediaError, stream_audio
 from whisper_moe.media.languages import language_code
@@ -30,7 +31,15 @@ from whisper_moe.media.windows import cut_clips, drop_silence, is_silent, speech
 from whisper_moe.model.inference import prepare_for_inference
 from whisper_moe.model.int8 import suits_fbgemm
 from whisper_moe.model.model import TextHead, WhisperMoEModel
-from whisper_moe.weights.checkpoint import CONFIG, Loaded, load_checkpoint, load_speech, read_config, save_checkpoint
+from whisper_moe.weights.checkpoint import (
+    CONFIG,
+    Loaded,
+    load_checkpoint,
+    load_senses,
+    load_speech,
+    read_config,
+    save_checkpoint,
+)
 from whisper_moe.weights.load import load_model
 from whisper_moe.weights.parts import empty_model
 from whisper_moe.weights.tokens import stated_language
@@ -122,11 +131,11 @@ class WhisperMoE:
         @lru_cache(maxsize=2 if lazy else None)
         def expert(folder: Path) -> WindowDecoder:
             with weights_apart() if for_cpu else nullcontext():
-                loaded = load_checkpoint(folder, keep_int8=for_cpu, speech=False)
+                loaded = load_checkpoint(folder, keep_int8=for_cpu, aside=False)
                 return WindowDecoder(network(loaded), loaded.tokenizer, loaded.generation)
 
         with weights_apart() if for_cpu else nullcontext():
-            loaded = load_model(model, keep_int8=for_cpu, speech=not for_inference, model_dir=model_dir)
+            loaded = load_model(model, keep_int8=for_cpu, aside=not for_inference, model_dir=model_dir)
             own = network(loaded)
         experts = [partial(expert, folder) for folder in loaded.experts]
         if not lazy:
@@ -153,7 +162,8 @@ class WhisperMoE:
         """Write a checkpoint directory; ``quantize`` stores matrices as int8. Raises ``ValueError`` for a model
         whose weights were rounded, laid out for this machine, or not all read when it was loaded.
         """
-        left = self._folder is not None and self.model.speech is None and read_config(self._folder / CONFIG).speech
+        whole = read_config(self._folder / CONFIG) if self._folder is not None else self.config
+        left = any(getattr(whole, name) and getattr(self.model, name) is None for name in ASIDE)
         if self.dtype != "float32" or not isinstance(self.model.decoder.head, TextHead) or left:
             raise ValueError("load the model with for_inference=False to save it")
         state: dict[str, Tensor] = {key: value.float().cpu() for key, value in self.model.state_dict().items()}
@@ -243,6 +253,32 @@ class WhisperMoE:
         if self._folder is None:
             raise ValueError(f"{self.name}: this model does not speak: it has no part for that")
         return Speaker(load_speech(self._folder).to(self.device))
+
+    def translate(
+        self,
+        text: str,
+        *,
+        source: str | None = None,
+        target: str | None = None,
+        progress: Callable[[int], None] = lambda characters: None,
+    ) -> Translation:
+        """``text`` in another language. ``source``: by default that of most letters; ``target``: the only one there is for that.
+
+        Raises ``ValueError`` for a model that reads no texts, for a direction that it is not for, and for a text without a word.
+        """
+        source, target = (name and language_code(name) for name in (source, target))
+        return self.translator.translate(text, source=source, target=target, progress=progress)
+
+    @cached_property
+    def translator(self) -> Translator:
+        """What translates: the expert of texts, read when it is first asked for, beside what hears."""
+        senses = self.model.senses
+        if senses is None:
+            if self._folder is None:
+                raise ValueError(f"{self.name}: this model reads no texts: it has no part for that")
+            senses = load_senses(self._folder).to(self.device)
+            senses.attach(self.model)
+        return Translator(self.model, senses, self.tokenizer)
 
     def _asked(self, options: TranscribeOptions, **changes: Any) -> TranscribeOptions:
         """The options for this model: languages by code, its own language and margin where nothing is said of them."""

@@ -266,7 +266,7 @@ def upcycle(flags: SimpleNamespace) -> int:
     from whisper_moe.weights.tokens import stated_language
     from whisper_moe.weights.upcycle import add_languages, answer, read_back, upcycle
 
-    whisper = load_model(flags.source, base=flags.base, speech=True)
+    whisper = load_model(flags.source, base=flags.base, aside=True)
     said = answer(whisper.config, whisper.state)
     if moe is not None and not flags.shared and flags.expert_dim is None:
         moe = moe.model_copy(update={"expert_dim": whisper.config.encoder_ffn_dim})

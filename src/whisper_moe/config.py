@@ -228,6 +228,29 @@ class SpeechConfig(Frozen):
         return self
 
 
+class SensesConfig(Frozen):
+    """Senses beside hearing, by the shared encoder and decoder (:mod:`whisper_moe.model.senses`)."""
+
+    tokens: tuple[str, ...]
+    """Behind the model's own: control tokens such as ``<|text|>``, and pieces of text (:mod:`whisper_moe.media.pieces`)."""
+    directions: tuple[tuple[str, str], ...]
+    """Languages that texts are translated from and to."""
+    rank: int = Field(default=48, ge=1)
+    """Of the differences of each sense's expert from the core."""
+    experts: tuple[Literal["translate"], ...] = ("translate",)
+    """The senses' experts, behind those of sound."""
+
+    @model_validator(mode="after")
+    def _check(self) -> Self:
+        if len(set(self.tokens)) < len(self.tokens) or "" in self.tokens or "<|text|>" not in self.tokens:
+            raise ValueError("tokens must be different ones, <|text|> among them")
+        return self
+
+
+ASIDE = ("speech", "senses")
+"""Parts of a model that are read when they are first needed."""
+
+
 class ModelConfig(Frozen):
     """The whole encoder-decoder. The defaults are the shape of ``openai/whisper-base``."""
 
@@ -255,11 +278,12 @@ class ModelConfig(Frozen):
     adapt: AdaptConfig | None = None
     conformer: ConformerConfig | None = None
     speech: SpeechConfig | None = None
+    senses: SensesConfig | None = None
 
     @model_serializer(mode="wrap")
     def _written(self, plain: SerializerFunctionWrapHandler) -> dict[str, Any]:
-        """Nothing of speech where a model does not speak: its files stay what they were before there was such a part."""
-        return {name: value for name, value in plain(self).items() if name != "speech" or value is not None}
+        """Nothing of parts that are read when they are needed, where a model has none: its files stay what they were before."""
+        return {name: value for name, value in plain(self).items() if name not in ASIDE or value is not None}
 
     @model_validator(mode="after")
     def _check(self) -> Self:
@@ -296,6 +320,11 @@ class ModelConfig(Frozen):
     def source_vocab_size(self) -> int:
         """Tokens that the source came with; the ids of new ones begin here."""
         return self.vocab_size - len(self.new_tokens)
+
+    @property
+    def written_tokens(self) -> int:
+        """All tokens, the senses' own too."""
+        return self.vocab_size + (len(self.senses.tokens) if self.senses else 0)
 
     def _check_depths(self, name: str, part: TTTConfig | AdaptConfig | ConformerConfig) -> None:
         for side in ("encoder", "decoder"):

@@ -28,6 +28,7 @@ from whisper_moe.config import (
     ModelConfig,
 )
 from whisper_moe.data.mel_cache import MelCache
+from whisper_moe.data.pairs import PairReader
 from whisper_moe.data.sample import DataError, Sample, TooLong, share_of
 from whisper_moe.media.audio import MediaError
 from whisper_moe.media.tokenizer import UNSPACED_LANGUAGES, Tokenizer, split_timestamps
@@ -93,7 +94,7 @@ class Example:
 
     id: str
     mel: Tensor
-    """[n_mels, frames] float32, two frames a position."""
+    """[n_mels, frames] float32, two frames a position; of a text [n] int64."""
     valid_length: int
     """Positions of the sound, without the silence kept after it."""
     tokens: tuple[int, ...]
@@ -105,7 +106,12 @@ class Example:
     @property
     def size(self) -> int:
         """Positions of the encoder and tokens of the decoder together."""
-        return self.mel.shape[1] // 2 + len(self.tokens)
+        return encoder_positions(self.mel) + len(self.tokens)
+
+
+def encoder_positions(part: Tensor) -> int:
+    """Of a mel or a text."""
+    return len(part) if part.ndim == 1 else part.shape[1] // 2
 
 
 def positions(samples: int, margin: float, limit: int) -> int:
@@ -122,6 +128,7 @@ class ExampleReader:
     ) -> None:
         self._tokenizer, self._config, self._cache = tokenizer, config, cache
         self._n_mels = model.n_mels
+        self._pairs = PairReader(tokenizer, model) if model.senses else None
         self.margins = config.margins(model)
         """The least and the most silence after a clip."""
         self.padded = config.padded
@@ -144,8 +151,10 @@ class ExampleReader:
         Raises :class:`DataError` for a text that is none, :class:`TooLong` for one over the decoder's positions, and
         ``ValueError`` for what this model has no input or no token for, which is no fault of the sample.
         """
+        if sample.task == "translate-text" and self._pairs is not None:
+            return self._pairs.read(sample)[1:]
         if sample.audio is None or sample.task not in ("transcribe", "translate"):
-            raise ValueError(f"{sample.id}: the task {sample.task!r} needs an input that this model does not have yet")
+            raise ValueError(f"{sample.id}: the task {sample.task!r} needs an input that this model does not have")
         said = "en" if sample.task == "translate" else sample.language
         if sample.target_language != said:
             task = f"{sample.task} from {sample.language!r}"
@@ -188,10 +197,13 @@ class ExampleReader:
         return ids, bool(steps)
 
     def measure(self, sample: Sample, seconds: float) -> tuple[int, int]:
-        """Samples of sound and tokens of text, without decoding where the corpus or the file's header says how long it is.
+        """Samples of sound and tokens of text (both texts, of a translation), without decoding where the corpus or the file's
+        header says how long it is.
 
         ``seconds``: what is known of the sound, or NaN. Raises what :meth:`read` raises.
         """
+        if sample.task == "translate-text" and self._pairs is not None:
+            return 0, sum(map(len, self._pairs.read(sample)))
         prompt, text = self.tokens(sample)
         if math.isnan(seconds):
             with suppress(MediaError):  # of some files only decoding tells; what is wrong with others, it says better
@@ -206,8 +218,11 @@ class ExampleReader:
     def read(self, sample: Sample, margin: float) -> Example:
         """Decode and transform. Raises what :meth:`tokens` raises, and ``MediaError`` or :class:`TooLong` for the sound."""
         prompt, text = self.tokens(sample)
-        mel, samples = self._mel(sample, margin)
         tokens, labels = (*prompt, *text), tuple(self.labels(prompt, text))
+        if sample.task == "translate-text" and self._pairs is not None:
+            source = _flat([self._pairs.read(sample).source])
+            return Example(id=sample.id, mel=source, valid_length=len(source), tokens=tokens, labels=labels)
+        mel, samples = self._mel(sample, margin)
         valid = positions(samples, 0, self.max_positions)
         return Example(id=sample.id, mel=mel, valid_length=valid, tokens=tokens, labels=labels)
 
@@ -274,7 +289,7 @@ class Pack:
 
     @property
     def encoder_tokens(self) -> int:
-        return sum(mel.shape[1] // 2 for mel in self.mels)
+        return sum(map(encoder_positions, self.mels))
 
     @property
     def decoder_tokens(self) -> int:
@@ -284,7 +299,7 @@ class Pack:
         """The same pack elsewhere; ``dtype`` is that of the mels."""
         return replace(
             self,
-            mels=tuple(mel.to(device, dtype) for mel in self.mels),
+            mels=tuple(mel.to(device, dtype if mel.is_floating_point() else None) for mel in self.mels),
             tokens_T=self.tokens_T.to(device),
             labels_T=self.labels_T.to(device),
         )

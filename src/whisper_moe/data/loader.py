@@ -206,7 +206,8 @@ class PackedLoader:
     ) -> Batch:
         if mels is not None:
             parts = iter(mels.split([each.mel.numel() for group in groups for each in group]))
-            groups = [[replace(each, mel=next(parts).view(each.mel.shape)) for each in group] for group in groups]
+            own = lambda mel: next(parts).view(mel.shape).to(mel.dtype)  # noqa: E731
+            groups = [[replace(each, mel=own(each.mel)) for each in group] for group in groups]
         packs = tuple(pack for group in groups for pack in pack_examples(group))
         # Every rank draws from the same streams: each says its share of what was left out there.
         skipped = (*planned.skipped[self._rank :: self._world], *unread)

@@ -300,8 +300,9 @@ class Order:
         raise NotImplementedError
 
     def _draw(self, source: tuple[int, int] | Sample, id: str, samples: int, tokens: int, epoch: int) -> Draw:
-        margin = self._reader.margin_of(id, self._seed, epoch)
-        return Draw(source, margin, positions(samples, margin, self._reader.max_positions) + tokens)
+        margin = self._reader.margin_of(id, self._seed, epoch) if samples else 0.0
+        heard = positions(samples, margin, self._reader.max_positions) if samples else 0
+        return Draw(source, margin, heard + tokens)
 
     def _measured(self, item: Sample | Skipped, seconds: float) -> tuple[int, int] | Skipped:
         if isinstance(item, Skipped):

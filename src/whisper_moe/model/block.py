@@ -19,6 +19,7 @@ from torch.utils.checkpoint import checkpoint
 
 from whisper_moe.config import ModelConfig
 from whisper_moe.model.attention import CrossAttention, CrossAttentionCache, KeyValueCache, SelfAttention
+from whisper_moe.model.delta import narrowed
 from whisper_moe.model.fast_weights import FastWeights
 from whisper_moe.model.layers import Adapter, ConvolutionModule, FeedForward, Norm
 from whisper_moe.model.moe import Experts
@@ -122,7 +123,8 @@ class Block(nn.Module):
             part = Layout(layout.lengths[i] for i in segments)
             own = routing and routing.rows(torch.tensor(segments, device=x_TD.device))
             rows = slice(cu_seqlens[segments[0]], cu_seqlens[segments[-1] + 1])
-            outputs.append(compute(x_TD[rows], part, own, None, None, not core))
+            with narrowed(rows):
+                outputs.append(compute(x_TD[rows], part, own, None, None, not core))
         chosen = [output.chosen for output in outputs if output.chosen is not None]
         return BlockOutput(torch.cat([output.x_TD for output in outputs]), Routing.cat(chosen) if chosen else None)
 

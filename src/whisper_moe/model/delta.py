@@ -168,7 +168,8 @@ class LowRank(nn.Module):
             return y_TO
         for tokens, expert, gate in at.parts:
             hidden_Tr = F.pad(x_TI[tokens] @ self.down[expert].T, (0, 1), value=1.0)
-            own_TO[tokens].addmm_(hidden_Tr if gate is None else hidden_Tr * gate, self.up[expert])
+            hidden_Tr = (hidden_Tr if gate is None else hidden_Tr * gate).to(y_TO.dtype)
+            own_TO[tokens].addmm_(hidden_Tr, self.up[expert].to(y_TO.dtype))
         return y_TO
 
     def rows(self, x_TI: Tensor, ids_T: Tensor) -> Tensor:

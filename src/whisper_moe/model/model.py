@@ -7,8 +7,9 @@ side, all rows equally long; n new tokens a row.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, replace
-from itertools import groupby
+from itertools import groupby, zip_longest
 from typing import NamedTuple
 
 import torch
@@ -19,7 +20,8 @@ from whisper_moe.config import POSITIONS_PER_SECOND, ModelConfig
 from whisper_moe.model.block import Block, BlockState, Carry, listed
 from whisper_moe.model.delta import DeltaEmbedding, LowRank, add_differences, assigned
 from whisper_moe.model.layers import AudioStem, sinusoids
-from whisper_moe.model.router import Router, Routing, pool_segments
+from whisper_moe.model.router import NONE, Router, Routing, pool_segments
+from whisper_moe.model.senses import Embedded, Senses
 from whisper_moe.model.speech import SpeechModel
 from whisper_moe.packing import Layout
 
@@ -39,6 +41,8 @@ class Encoded(NamedTuple):
     """The experts of each segment; None without segment-scope experts."""
     choices: tuple[Routing, ...] = ()
     """Every choice that a router made or was given: one for the segments, or one for each routed layer's tokens."""
+    differences: Routing | None = None
+    """Whose differences from the core each segment adds: ``routing``, where experts are such; else its sense's."""
 
 
 class Decoded(NamedTuple):
@@ -67,10 +71,11 @@ class Output(NamedTuple):
 
 @dataclass
 class DecoderState:
-    """Everything that decoding remembers: one :class:`BlockState` a block, and each row's experts."""
+    """Everything that decoding remembers: one :class:`BlockState` a block, and each row's experts and differences."""
 
     blocks: list[BlockState]
     routing: Routing | None
+    differences: Routing | None
     segments: int
     beams: int
 
@@ -89,7 +94,8 @@ class DecoderState:
         rows = torch.tensor([s * self.beams + b for s in segments for b in range(self.beams)])
         rows = rows.to(self.blocks[0].cache.keys.device)
         blocks = [replace(b, cross=b.cross.select(segments)) for b in self.select(rows).blocks]
-        return DecoderState(blocks, self.routing.rows(rows) if self.routing else None, len(segments), self.beams)
+        routing, differences = (part and part.rows(rows) for part in (self.routing, self.differences))
+        return DecoderState(blocks, routing, differences, len(segments), self.beams)
 
 
 class TextHead(nn.Module):
@@ -123,6 +129,8 @@ class Encoder(nn.Module):
     """
 
     positions: Tensor
+    senses = 0
+    """How many other senses have an expert."""
 
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
@@ -139,14 +147,14 @@ class Encoder(nn.Module):
 
     def forward(
         self,
-        mels: Sequence[Tensor],
+        inputs: Sequence[Tensor | Embedded],
         *,
         valid_lengths: Sequence[int] | None = None,
         routing: Routing | None = None,
         carry: Carry | None = None,
         allowed: Sequence[int] | None = None,
     ) -> Encoded:
-        """``mels``: [n_mels, frames] a segment.
+        """``inputs``: a mel [n_mels, frames] a segment, or what another sense embedded.
 
         ``valid_lengths``: how many positions of each segment the router reads (those of the sound, not of the silence kept
         after it); default all. ``routing``: a choice made elsewhere, which the router then does not make. ``carry``: fast
@@ -155,21 +163,23 @@ class Encoder(nn.Module):
         """
         if routing is not None and self.router is None:
             raise ValueError("routing is given to a model whose segments are not routed")
+        mels = [each for each in inputs if not isinstance(each, Embedded)]
         if self.deltas and routing is None:
             routing = self.choose(mels, valid_lengths)
-        x_TD, layout = self._positioned(mels, routing)
-        alone = self._alone(layout)
+        x_TD, layout = self._positioned(inputs, routing)
+        alone, sensed = self._alone(layout, inputs), _sensed(inputs, x_TD)
+        differences = routing if self.deltas else sensed
         choices: list[Routing] = [routing] if routing is not None and self.routes_ahead else []
-        with assigned(routing, layout, self.deltas):
+        with assigned(differences, layout, self.deltas or self.senses):
             for depth in range(len(self.blocks) + 1):
                 if depth == self.router_layer and self.router is not None and not self.routes_ahead:
                     found = routing or self.router(pool_segments(x_TD, layout, valid_lengths), allowed)
-                    routing = found
+                    routing = found = found if sensed is None else found.excepting(sensed)
                     choices.append(found)
                 if depth < len(self.blocks):
                     x_TD, chosen = self.blocks[depth](x_TD, layout, routing, carry=carry, alone=alone)
                     choices += [chosen] if chosen else []
-            return Encoded(self.norm(x_TD), layout, routing, tuple(choices))
+            return Encoded(self.norm(x_TD), layout, routing, tuple(choices), differences)
 
     def choose(self, mels: Sequence[Tensor], valid_lengths: Sequence[int] | None = None) -> Routing:
         """The experts of each segment by the base alone, from the middle of its sound: where experts differ from the stem on,
@@ -189,12 +199,28 @@ class Encoder(nn.Module):
             x_TD = block(x_TD, layout, None, alone=self._alone(layout)).x_TD
         return pool_segments(x_TD, layout, valid_lengths)
 
-    def _alone(self, layout: Layout) -> list[bool]:
-        """The segments that the core answers for alone."""
-        return [self.core_alone and length == len(self.positions) for length in layout.lengths]
+    def _alone(self, layout: Layout, inputs: Sequence[Tensor | Embedded] = ()) -> list[bool]:
+        """The segments that the core answers for alone, without what adapts it: full windows, and those of other senses."""
+        full = [self.core_alone and length == len(self.positions) for length in layout.lengths]
+        return [alone or isinstance(each, Embedded) for alone, each in zip_longest(full, inputs)]
 
-    def _positioned(self, mels: Sequence[Tensor], routing: Routing | None) -> tuple[Tensor, Layout]:
-        """Stem and positions; kernels that differ by expert serve the segments of one choice together."""
+    def _positioned(self, inputs: Sequence[Tensor | Embedded], routing: Routing | None) -> tuple[Tensor, Layout]:
+        """Segments of all kinds in one pack, with positions."""
+        mels = [each for each in inputs if not isinstance(each, Embedded)]
+        if len(mels) == len(inputs):
+            x_TD, layout = self._heard(mels, routing)
+        else:
+            x, heard = self._heard(mels, routing) if mels else (None, None)
+            sounds = iter(x.split(heard.lengths) if x is not None and heard is not None else ())
+            parts = [each.x_ND if isinstance(each, Embedded) else next(sounds) for each in inputs]
+            x_TD, layout = torch.cat(parts), Layout(map(len, parts))
+        longest, limit = max(layout.lengths), self.positions.shape[0]
+        if longest > limit:
+            raise ValueError(f"a segment has {longest} positions; the encoder has {limit}")
+        return x_TD + self.positions[layout.positions(x_TD.device)], layout
+
+    def _heard(self, mels: Sequence[Tensor], routing: Routing | None) -> tuple[Tensor, Layout]:
+        """The stem; kernels that differ by expert serve the segments of one choice together."""
         if self.deltas and routing is not None:
             choices = routing.choices
             alone = routing.experts.shape[1] > 1  # its gates are its own
@@ -205,19 +231,31 @@ class Encoder(nn.Module):
                     parts.append(self.stem([mels[i] for i in run]))
             x_TD = torch.cat([x for x, _ in parts])
             layout = Layout(length for _, part in parts for length in part.lengths)
-        else:
-            x_TD, layout = self.stem(mels)
-        longest, limit = max(layout.lengths), self.positions.shape[0]
-        if longest > limit:
-            raise ValueError(f"a segment has {longest} positions; the encoder has {limit}")
-        return x_TD + self.positions[layout.positions(x_TD.device)], layout
+            return x_TD, layout
+        return self.stem(mels)
+
+
+def _sensed(inputs: Sequence[Tensor | Embedded], like: Tensor) -> Routing | None:
+    """The expert of each segment's sense; None where all are heard."""
+    experts = [each.expert if isinstance(each, Embedded) else NONE for each in inputs]
+    if {*experts} == {NONE}:
+        return None
+    column = torch.tensor(experts, device=like.device)[:, None]
+    return Routing(column, torch.ones_like(column, dtype=like.dtype))
 
 
 class Decoder(nn.Module):
-    """Token embedding, learned positions, blocks, tied head: teacher-forced, or token by token with a typed state."""
+    """Token embedding, learned positions, blocks, tied head: teacher-forced, or token by token with a typed state.
+
+    Tokens are ids, or rows that are embedded already.
+    """
+
+    senses = 0
+    """As the encoder's."""
 
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
+        self.vocabulary = config.vocab_size
         self.token_embedding = nn.Embedding(config.source_vocab_size, config.d_model)
         self.positions = nn.Parameter(torch.randn(config.max_target_positions, config.d_model) * 0.02)
         self.blocks = listed(Block(config, "decoder", i) for i in range(config.decoder_layers))
@@ -227,10 +265,10 @@ class Decoder(nn.Module):
         self.head: nn.Module = TextHead(self.token_embedding, self.new_tokens)
 
     def forward(self, tokens_T: Tensor, layout: Layout, encoded: Encoded) -> Decoded:
-        """Teacher forcing: flat tokens [T] of all segments, ``layout`` their texts."""
+        """Teacher forcing: flat tokens [T] (or [T, D]) of all segments, ``layout`` their texts."""
         depths: list[Tensor] = []
         choices: list[Routing] = []
-        with assigned(encoded.routing, layout, self.deltas, encoded.layout):
+        with self._assigned(encoded.differences, layout, encoded.layout):
             x_TD = self._embed(tokens_T, self._places(layout, tokens_T.device))
             for block in self.blocks:
                 x_TD, chosen = block(x_TD, layout, encoded.routing, (encoded.states_TD, encoded.layout))
@@ -240,14 +278,14 @@ class Decoder(nn.Module):
 
     def start(self, encoded: Encoded, beams: int = 1) -> DecoderState:
         """The state before the first token, ``beams`` rows for each segment."""
-        states_TD, layout, routing = encoded[:3]
+        states_TD, layout = encoded[:2]
         segments = len(layout)
-        if routing is not None:
-            routing = routing.rows(torch.arange(segments, device=states_TD.device).repeat_interleave(beams))
+        rows = torch.arange(segments, device=states_TD.device).repeat_interleave(beams)
+        routing, differences = (part and part.rows(rows) for part in (encoded.routing, encoded.differences))
         capacity = min(_FIRST_CAPACITY, self.positions.shape[0])
-        with assigned(encoded.routing, layout, self.deltas, layout):
+        with self._assigned(encoded.differences, layout, layout):
             blocks = [block.start(segments * beams, capacity, (states_TD, layout)) for block in self.blocks]
-        return DecoderState(blocks, routing, segments, beams)
+        return DecoderState(blocks, routing, differences, segments, beams)
 
     def restarted(self, state: DecoderState) -> DecoderState:
         """The state before the first token again; what was computed of the sound is kept."""
@@ -255,15 +293,15 @@ class Decoder(nn.Module):
         return replace(state, blocks=blocks)
 
     def extend(self, tokens_Rn: Tensor, state: DecoderState) -> Tensor:
-        """n more tokens for each row, [R, n]; advances ``state`` and returns states [R, n, D] before the head."""
-        rows, n = tokens_Rn.shape
+        """n more tokens for each row, [R, n] (or [R, n, D]); advances ``state`` and returns states [R, n, D] before the head."""
+        rows, n = tokens_Rn.shape[:2]
         end, limit = state.length + n, self.positions.shape[0]
         if end > limit:
             raise ValueError(f"{end} tokens; the decoder has {limit} positions")
         places = torch.arange(state.length, end, device=tokens_Rn.device).repeat(rows)
         layout, beams = Layout([n] * rows), Layout([n * state.beams] * state.segments)
-        with assigned(state.routing, layout, self.deltas):
-            x_TD = self._embed(tokens_Rn.flatten(), places)
+        with self._assigned(state.differences, layout):
+            x_TD = self._embed(tokens_Rn.flatten(0, 1), places)
             for block, own in zip(self.blocks, state.blocks, strict=True):
                 x_TD = block.extend(x_TD, layout, state.routing, own, beams)
             return self.norm(x_TD).view(rows, n, -1)
@@ -281,7 +319,7 @@ class Decoder(nn.Module):
         Pairs come out by ascending layer, those of one layer in the order given.
         """
         found: list[list[Tensor]] = [[] for _ in layout.lengths]
-        with assigned(encoded.routing, layout, self.deltas, encoded.layout):
+        with self._assigned(encoded.differences, layout, encoded.layout):
             x_TD = self._embed(tokens_T, self._places(layout, tokens_T.device))
             for depth, block in enumerate(self.blocks):
                 assert block.cross_attn is not None
@@ -298,13 +336,23 @@ class Decoder(nn.Module):
             raise ValueError(f"a text has {longest} tokens; the decoder has {limit} positions")
         return layout.positions(device)
 
-    def _embed(self, tokens_T: Tensor, places_T: Tensor) -> Tensor:
+    def embedded(self, tokens_T: Tensor) -> Tensor:
+        """Ids to rows, [T, D], without positions."""
         if self.new_tokens is None:
-            return self.token_embedding(tokens_T) + self.positions[places_T]
+            return self.token_embedding(tokens_T)
         own = self.token_embedding.num_embeddings
         own_TD = self.token_embedding(tokens_T.clamp_max(own - 1))
         new_TD = self.new_tokens((tokens_T - own).clamp_min(0))
-        return torch.where((tokens_T < own)[:, None], own_TD, new_TD) + self.positions[places_T]
+        return torch.where((tokens_T < own)[:, None], own_TD, new_TD)
+
+    def _embed(self, tokens_T: Tensor, places_T: Tensor) -> Tensor:
+        rows_TD = tokens_T if tokens_T.is_floating_point() else self.embedded(tokens_T)
+        return rows_TD + self.positions[places_T]
+
+    def _assigned(
+        self, differences: Routing | None, layout: Layout, source: Layout | None = None
+    ) -> AbstractContextManager[None]:
+        return assigned(differences, layout, self.deltas or self.senses, source)
 
 
 def _differences(config: ModelConfig) -> int:
@@ -323,16 +371,34 @@ class WhisperMoEModel(nn.Module):
         if config.moe and (experts := _differences(config)):
             add_differences(self, experts, config.moe.delta_rank)
         self.speech = SpeechModel(config.speech, config.n_mels) if config.speech else None
+        self.senses = Senses(config.senses, config) if config.senses else None
+        if self.senses is not None:
+            self.senses.attach(self)
 
     def forward(
-        self, mels: Sequence[Tensor], texts: Sequence[Tensor], *, valid_lengths: Sequence[int] | None = None
+        self,
+        inputs: Sequence[Tensor | Embedded],
+        texts: Sequence[Tensor],
+        *,
+        valid_lengths: Sequence[int] | None = None,
+        among: Tensor | None = None,
     ) -> Output:
-        """Teacher forcing over packed pairs: a mel [n_mels, frames] and token ids [n] a segment.
+        """Teacher forcing over packed pairs: an input and token ids [n] a segment.
 
-        ``valid_lengths``: the positions of each segment that a router of segments reads (:meth:`Encoder.forward`).
+        An input is a mel [n_mels, frames] or a text [n]. Where the model has senses, logits are of their tokens, too; ``among``:
+        of these tokens only. ``valid_lengths``: the positions of each segment that a router of segments reads
+        (:meth:`Encoder.forward`).
         """
-        encoded = self.encoder(mels, valid_lengths=valid_lengths)
-        layout = Layout(len(text) for text in texts)
-        states_TD, depths, choices = self.decoder(torch.cat(list(texts)), layout, encoded)
-        logits = self.decoder.logits(states_TD, encoded.routing, layout)
+        layout, tokens_T, senses = Layout(len(text) for text in texts), torch.cat(list(texts)), self.senses
+        if senses is not None:
+            inputs = [senses.embedded(each, self.decoder) for each in inputs]
+            tokens_T = senses.rows(tokens_T, self.decoder)
+        encoded = self.encoder(inputs, valid_lengths=valid_lengths)
+        states_TD, depths, choices = self.decoder(tokens_T, layout, encoded)
+        if among is not None:
+            rows = senses.rows(among, self.decoder) if senses else self.decoder.embedded(among)
+            logits = F.linear(states_TD, rows)
+        else:
+            logits = self.decoder.logits(states_TD, encoded.routing, layout)
+            logits = senses.logits(logits, states_TD) if senses else logits
         return Output(logits, states_TD, encoded.choices + choices, depths)

@@ -57,6 +57,11 @@ class Routing:
         """The same rows, where *none* takes every slot."""
         return Routing(torch.full_like(self.experts, NONE), self.gates, self.logits)
 
+    def excepting(self, other: Routing) -> Routing:
+        """The same rows, of which those that ``other`` has an expert for have none here."""
+        taken_N1 = (other.experts != NONE).any(1, keepdim=True)
+        return Routing(self.experts.masked_fill(taken_N1, NONE), self.gates, self.logits)
+
     def each(self) -> list[Routing]:
         """Every row by itself."""
         return [self.rows(torch.tensor([row], device=self.experts.device)) for row in range(len(self))]

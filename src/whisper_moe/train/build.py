@@ -15,6 +15,7 @@ from typing import TypeAlias
 import numpy as np
 import torch
 
+from whisper_moe.config import ASIDE
 from whisper_moe.data.corpora import open_corpus
 from whisper_moe.data.corpus import Corpus, CorpusConfig
 from whisper_moe.data.examples import ExampleReader
@@ -62,7 +63,7 @@ def initial_model(recipe: Recipe) -> Loaded:
     Raises ``ValueError`` for a source that cannot be had or cannot take the parts.
     """
     given, seed, margin = recipe.model, recipe.run.seed, recipe.least_margin
-    loaded = load_model(given.source, speech=True)
+    loaded = load_model(given.source, aside=True)
     config, state = loaded.config, dict(loaded.state)
     if loaded.experts:
         raise RecipeError(f"{given.source}: its experts are whole models: train them one by one, and merge again")
@@ -121,14 +122,13 @@ def build_model(initial: Loaded, recipe: Recipe) -> WhisperMoEModel:
             raise RecipeError(f"model.lora.targets: {error}") from error
         frozen, trained = ("*",), (*TRAINED, *trained)
     elif given.expert is not None:
-        only_expert(model, given.expert)
-        frozen, trained = ("*",), ("*.experts.*", *trained)
+        frozen, trained = ("*",), (*only_expert(model, given.expert), *trained)
     elif recipe.losses.speech is not None:
         if recipe.losses.speech.critics:
             model.critics = speech.Critics()
         frozen, trained = ("*",), trained or _speaking(recipe.losses.speech)
-    elif model.speech is not None:
-        frozen = (*frozen, "speech.*")
+    else:
+        frozen = (*frozen, *(f"{name}.*" for name in ASIDE if getattr(model, name) is not None))
     try:
         freeze(model, frozen, trained)
     except ValueError as error:
@@ -144,14 +144,18 @@ def _speaking(given: SpeechRecipe) -> tuple[str, ...]:
     return tuple(f"speech.{part}.*" for part in parts.split())
 
 
-def only_expert(model: WhisperMoEModel, name: str) -> None:
-    """Let one expert answer alone in every pass. Raises :class:`RecipeError` where there is none of that name."""
-    moe, router = model.config.moe, model.encoder.router
+def only_expert(model: WhisperMoEModel, name: str) -> tuple[str, ...]:
+    """Let one expert answer alone in every pass; which parameters are its. Raises :class:`RecipeError` where there is none of
+    that name."""
+    moe, router, senses = model.config.moe, model.encoder.router, model.config.senses
+    if senses is not None and name in senses.experts:
+        return ("senses.*",)
     names = moe.names if moe is not None and router is not None else ()
     if router is None or name not in names:
         known = f"there are {', '.join(names)}" if names else "the model has none that are chosen for a whole segment"
         raise RecipeError(f"model.expert: no expert is called {name!r}; {known}")
     router.only = (names.index(name),)
+    return ("encoder.*.experts.*", "decoder.*.experts.*")
 
 
 def build_trainer(

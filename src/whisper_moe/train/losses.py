@@ -15,13 +15,16 @@ N rows (segments, or one layer's tokens), C choices (experts, and *none* last), 
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from hashlib import blake2b
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from whisper_moe.config import ModelConfig
 from whisper_moe.data.examples import IGNORED, Pack
 from whisper_moe.model.model import Output, WhisperMoEModel
 from whisper_moe.model.router import NONE, Router, Routing, at_least_float32
@@ -66,6 +69,19 @@ def cross_entropy(logits_TV: Tensor, labels_T: Tensor, *, smoothing: float = 0.0
     return F.cross_entropy(
         at_least_float32(logits_TV), labels_T, ignore_index=IGNORED, reduction="sum", label_smoothing=smoothing
     )
+
+
+def sampled(labels_T: Tensor, vocabulary: int, many: int, seed: int) -> tuple[Tensor, Tensor, Tensor]:
+    """Some tokens that stand for all, [C]: those that are labels, and ``many`` of the others; the labels among them, [T]; and
+    what is added to their logits, [C], so that the few others count for all others (sampled softmax, arXiv 1412.2007).
+    """
+    device, said = labels_T.device, labels_T[labels_T != IGNORED].unique()
+    others = torch.ones(vocabulary, dtype=torch.bool, device=device).index_fill(0, said, False).nonzero()[:, 0]
+    order = torch.randperm(len(others), generator=torch.Generator().manual_seed(seed))[:many]
+    among, shift = torch.cat([said, others[order.to(device)]]), torch.zeros(len(said) + len(order), device=device)
+    shift[len(said) :] = math.log(len(others) / max(len(order), 1))
+    places = torch.searchsorted(said, labels_T).masked_fill(labels_T == IGNORED, IGNORED)
+    return among, places, shift
 
 
 def divergence(logits_TV: Tensor, wanted_TV: Tensor) -> Tensor:
@@ -160,9 +176,11 @@ class SpeechObjective:
         """
         own = self.totals(packs).segments
         here = [pack.to(parallel.device) for pack in packs] or [_placeholder(model, parallel.device)]
-        output = run_packs(model, here)
-        labels = torch.cat([pack.labels_T for pack in here])
-        cross = cross_entropy(output.logits, labels, smoothing=self.given.label_smoothing) / totals.tokens
+        labels, among, shift = torch.cat([pack.labels_T for pack in here]), None, 0.0
+        if self.given.sampled:
+            among, labels, shift = sampled(labels, _config(model).written_tokens, self.given.sampled, seed_of(packs))
+        output = run_packs(model, here, among)
+        cross = cross_entropy(output.logits + shift, labels, smoothing=self.given.label_smoothing) / totals.tokens
         segments = float(parallel.sum(torch.tensor(float(own), device=parallel.device)))
         loss, parts, counts = router_terms(
             output.routings, segments / totals.segments, self.given, parallel.sum, real=own > 0
@@ -177,16 +195,26 @@ class SpeechObjective:
         return Terms(cross + loss, parts, counts)
 
 
-def run_packs(model: nn.Module, packs: Sequence[Pack]) -> Output:
-    """A training pass over packs."""
+def seed_of(packs: Sequence[Pack]) -> int:
+    """Of what is drawn for these samples: the same wherever they come together."""
+    return int.from_bytes(blake2b("".join(id for pack in packs for id in pack.ids).encode(), digest_size=7).digest())
+
+
+def run_packs(model: nn.Module, packs: Sequence[Pack], among: Tensor | None = None) -> Output:
+    """A training pass over packs; ``among``: with logits of these tokens only."""
     texts = [text for pack in packs for text in pack.tokens_T.split(pack.texts.lengths)]
     mels = [mel for pack in packs for mel in pack.mels]
-    return model(mels, texts, valid_lengths=[n for pack in packs for n in pack.valid_lengths])
+    valid = [n for pack in packs for n in pack.valid_lengths]
+    return model(mels, texts, valid_lengths=valid, among=among)
+
+
+def _config(model: nn.Module) -> ModelConfig:
+    return next(module.config for module in model.modules() if isinstance(module, WhisperMoEModel))
 
 
 def _placeholder(model: nn.Module, device: torch.device) -> Pack:
     """One position of silence and one token without a label."""
-    config = next(module.config for module in model.modules() if isinstance(module, WhisperMoEModel))
+    config = _config(model)
     one = torch.zeros(1, dtype=torch.int64, device=device)
     return Pack(
         ids=("",),

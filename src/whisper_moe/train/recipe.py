@@ -216,6 +216,9 @@ class LossRecipe(Strict):
     """Instead of the cross-entropy: transcripts are not needed, and only what ``freeze`` and ``train`` leave learns."""
     label_smoothing: float = Field(default=0.0, ge=0, lt=1)
     """Weight of a uniform target in the cross-entropy."""
+    sampled: int = Field(default=0, ge=0)
+    """Tokens that a label is told from, besides those of the step (sampled softmax, arXiv 1412.2007); 0: all. Most of a step
+    of short texts is the head."""
     teacher: str | None = None
     """A model with the same tokens, whose probabilities are learned beside what is said (distillation): a folder or a Hub id."""
     distillation: float = Field(default=0.8, ge=0)

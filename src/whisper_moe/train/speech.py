@@ -21,7 +21,6 @@ from __future__ import annotations
 import json
 from collections.abc import Sequence
 from dataclasses import dataclass
-from hashlib import blake2b
 from itertools import pairwise
 from pathlib import Path
 
@@ -40,7 +39,7 @@ from whisper_moe.media.tokenizer import Tokenizer
 from whisper_moe.model.model import WhisperMoEModel
 from whisper_moe.model.speech import LABELS_PER_LETTER, Letters, Prosody, SpeechModel, positions_of
 from whisper_moe.packing import Layout
-from whisper_moe.train.losses import Terms, Totals, weighed
+from whisper_moe.train.losses import Terms, Totals, seed_of, weighed
 from whisper_moe.train.parallel import Parallel
 from whisper_moe.train.recipe import SpeechRecipe
 
@@ -175,9 +174,7 @@ class MelObjective:
         wanted = Prosody(*torch.cat([each[1:].unflatten(0, (3, -1)) for each in labels], 1).float() / MILLI)
         letters, said = None, ()
         if self.pronounced is not None:
-            names = "".join(id for pack in packs for id in pack.ids)
-            seed = int.from_bytes(blake2b(names.encode(), digest_size=7).digest())
-            letters, said = self.pronounced.drawn(self.given.words, seed, parallel.device)
+            letters, said = self.pronounced.drawn(self.given.words, seed_of(packs), parallel.device)
         mel = torch.cat([mel for pack in here for mel in pack.mels], 1).T.unflatten(0, (-1, 2)).flatten(1)
         found = _speaking(model)(phonemes, layout, voices, wanted, mel, letters)
         frames = found.frames

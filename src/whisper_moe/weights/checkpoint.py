@@ -2,7 +2,7 @@
 
     config.json  generation_config.json  tokenizer.json
     core.safetensors (or core-00001-of-0000N.safetensors)   router.safetensors   adapt.safetensors   tokens.safetensors
-    experts/00-name.safetensors …
+    experts/00-name.safetensors …   reader.safetensors   speech.safetensors   vocoder.safetensors   experts/translate.safetensors
     model.safetensors.index.json     which file each tensor is in
     MANIFEST.json                    size and sha256 of every file above, checked whenever the checkpoint is loaded
 
@@ -17,21 +17,22 @@ import json
 import math
 import os
 import re
-from collections.abc import Iterable, Mapping, Sequence, Set
+from collections.abc import Callable, Iterable, Mapping, Sequence, Set
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, TypeVar
 
 import torch
 from pydantic import Field, ValidationError
 from safetensors.torch import save
-from torch import Tensor
+from torch import Tensor, nn
 
-from whisper_moe.config import ModelConfig, Strict, model_name, problems
+from whisper_moe.config import ASIDE, ModelConfig, Strict, model_name, problems
 from whisper_moe.media.tokenizer import Tokenizer
 from whisper_moe.model.int8 import LEVELS, Int8Rows
+from whisper_moe.model.senses import Senses
 from whisper_moe.model.speech import SpeechModel
 from whisper_moe.weights import parts, tokens
 from whisper_moe.weights.files import (
@@ -53,6 +54,7 @@ CARD = "README.md"
 """For people, who may edit it: no part of the checkpoint, and kept where that is overwritten."""
 SHARD_BYTES = 44_000_000
 """Tensor bytes in one file, at most: below what hosts of git repositories refuse. A larger tensor is alone in one."""
+Module = TypeVar("Module", bound=nn.Module)
 _FLOATS = (torch.float32, torch.float16, torch.bfloat16)
 
 
@@ -252,17 +254,17 @@ def describe(directory: str | Path) -> tuple[ModelConfig, dict[str, int]]:
     return config, sizes
 
 
-def load_checkpoint(directory: str | Path, *, keep_int8: bool = False, speech: bool = True) -> Loaded:
+def load_checkpoint(directory: str | Path, *, keep_int8: bool = False, aside: bool = True) -> Loaded:
     """Read and check everything: sha256 of every file, keys, shapes, types, finite values, tokens.
 
-    ``keep_int8``: matrices that are int8 on disk stay so. ``speech``: False leaves alone what only speaking needs.
+    ``keep_int8``: matrices that are int8 on disk stay so. ``aside``: False leaves alone what hearing does not need.
     Raises ``CheckpointError`` that names the file at fault.
     """
     directory = Path(directory)
     facts, config, index = _read_header(directory)
-    if not speech:
-        config = config.model_copy(update={"speech": None})
-        index = {key: name for key, name in index.items() if not key.startswith(parts.SPEECH)}
+    if not aside:
+        config = config.model_copy(update=dict.fromkeys(ASIDE))
+        index = {key: name for key, name in index.items() if not key.startswith((parts.SPEECH, parts.SENSES))}
     stated = read_json(directory / GENERATION)
     with ThreadPoolExecutor(1) as pool:  # while the weights are read
         texts = pool.submit(tokens.read_tokenizer, directory / TOKENIZER, stated)
@@ -275,15 +277,25 @@ def load_checkpoint(directory: str | Path, *, keep_int8: bool = False, speech: b
 
 def load_speech(directory: str | Path) -> SpeechModel:
     """What speaks, alone. Raises ``CheckpointError`` for a model that does not, and as :func:`load_checkpoint` does."""
-    facts, config, index = _read_header(Path(directory))
-    if config.speech is None:
-        raise CheckpointError(f"{directory}: this model does not speak: it has no part for that")
+    said = f"{directory}: this model does not speak: it has no part for that"
+    return _load_aside(Path(directory), parts.SPEECH, lambda c: c.speech and SpeechModel(c.speech, c.n_mels), said)
+
+
+def load_senses(directory: str | Path) -> Senses:
+    """What other senses than hearing need, alone; likewise."""
+    said = f"{directory}: this model only hears: it has no part for texts"
+    return _load_aside(Path(directory), parts.SENSES, lambda c: c.senses and Senses(c.senses, c), said)
+
+
+def _load_aside(directory: Path, prefix: str, make: Callable[[ModelConfig], Module | None], missing: str) -> Module:
+    facts, config, index = _read_header(directory)
     with parts.without_memory():
-        model = SpeechModel(config.speech, config.n_mels)
-    shapes = {parts.SPEECH + key: tuple(tensor.shape) for key, tensor in model.state_dict().items()}
-    index = {key: name for key, name in index.items() if key.startswith(parts.SPEECH)}
-    state, _ = _read_tensors(Path(directory), facts, index, shapes, keep_int8=False)
-    return parts.frozen(model, {key.removeprefix(parts.SPEECH): tensor for key, tensor in state.items()})
+        if (model := make(config)) is None:
+            raise CheckpointError(missing)
+    shapes = {prefix + key: tuple(tensor.shape) for key, tensor in model.state_dict().items()}
+    index = {key: name for key, name in index.items() if key.startswith(prefix)}
+    state, _ = _read_tensors(directory, facts, index, shapes, keep_int8=False)
+    return parts.frozen(model, {key.removeprefix(prefix): tensor for key, tensor in state.items()})
 
 
 def _read_tensors(

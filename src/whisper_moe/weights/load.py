@@ -73,19 +73,19 @@ def load_model(
     model: str | os.PathLike[str] | None,
     *,
     keep_int8: bool = False,
-    speech: bool = False,
+    aside: bool = False,
     base: str | None = None,
     model_dir: str | os.PathLike[str] | None = None,
 ) -> Loaded:
     """Read a whisper-moe directory or training run, any Whisper, or the default (None).
 
     A Whisper stays the dense model that it is; only where the default has to be made from one is it upcycled. ``model_dir``:
-    see :func:`resolve`. ``keep_int8``, ``speech``: see :func:`~whisper_moe.weights.checkpoint.load_checkpoint`. ``base``: the
+    see :func:`resolve`. ``keep_int8``, ``aside``: see :func:`~whisper_moe.weights.checkpoint.load_checkpoint`. ``base``: the
     model under an adapter, or the one whose tokenizer any other Whisper takes.
     """
     located = resolve(model if model is not None else default(), model_dir=model_dir)
     if located.kind == "checkpoint":
-        return replace(load_checkpoint(located.path, keep_int8=keep_int8, speech=speech), name=located.name)
+        return replace(load_checkpoint(located.path, keep_int8=keep_int8, aside=aside), name=located.name)
     loaded = _load_whisper(located, base)
     if model is not None:
         return loaded

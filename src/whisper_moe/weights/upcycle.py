@@ -27,6 +27,7 @@ from whisper_moe.config import (
     ConformerConfig,
     ModelConfig,
     MoEConfig,
+    SensesConfig,
     SpeechConfig,
     TTTConfig,
 )
@@ -34,7 +35,7 @@ from whisper_moe.media.languages import NewLanguage
 from whisper_moe.model.model import WhisperMoEModel
 from whisper_moe.weights.checkpoint import Loaded, load_checkpoint, read_manifest
 from whisper_moe.weights.files import CheckpointError, listed
-from whisper_moe.weights.parts import ADAPT, EMBEDDING, NEW_TOKENS, SPEECH_PARTS, check_state, frozen_model, part_of
+from whisper_moe.weights.parts import ADAPT, EMBEDDING, NEW_TOKENS, SENSES, SPEECH, check_state, frozen_model, part_of
 from whisper_moe.weights.tokens import TOKENIZER, UNTRAINED, digest, of_any_language, parsed
 
 if TYPE_CHECKING:
@@ -137,20 +138,22 @@ def add_parts(
     adapt: AdaptConfig | None = None,
     conformer: ConformerConfig | None = None,
     speech: SpeechConfig | None = None,
+    senses: SensesConfig | None = None,
     seed: int = 0,
 ) -> tuple[ModelConfig, dict[str, Tensor]]:
     """Put parts beside a core, with experts or without, that are always on; the function stays the same, exactly.
 
     ``seed`` is of what starts at random behind a closed gate. Raises ``ValueError`` if the model has such a part already.
     """
-    given = (("adapt", adapt), ("conformer", conformer), ("speech", speech))
+    given = (("adapt", adapt), ("conformer", conformer), ("speech", speech), ("senses", senses))
     wanted = {name: part for name, part in given if part is not None}
     for name in wanted:
         if getattr(config, name) is not None:
             raise ValueError(f"the model has {name} already: what it has can be trained on, not added a second time")
     extended = upcycled_config(config, **wanted)
     fresh = _fresh_state(upcycled_config(extended, moe=None, ttt=None), seed)
-    added = {key: fresh[key] for key in fresh if part_of(key, extended) in (ADAPT, *SPEECH_PARTS) and key not in state}
+    own = [key for key in fresh if key.startswith((SPEECH, SENSES)) or part_of(key, extended) == ADAPT]
+    added = {key: fresh[key] for key in own if key not in state}
     return extended, dict(state) | added
 
 

@@ -1,0 +1,61 @@
+"""Subwords of scripts that Whisper spells in single characters: a Hindi word is five tokens to it, and one or two of these.
+
+A text is cut from left to right into the longest pieces that are known; what lies between them (Latin, digits) is the source's
+own tokens. So nothing but the pieces themselves has to be kept, and every text comes back as it was.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Sequence
+from itertools import groupby
+
+from whisper_moe.media.tokenizer import Tokenizer
+
+_CONTROL = re.compile(r"<\|[^\s<|>]+\|>")
+TEXT = "<|text|>"
+"""The task of writing what a text says in another language."""
+
+
+class Pieces:
+    """A tokenizer with more tokens behind its own: control tokens, such as ``<|text|>``, and pieces of text."""
+
+    def __init__(self, tokenizer: Tokenizer, tokens: Sequence[str], first: int) -> None:
+        """``first``: the id of the first of ``tokens``."""
+        self.tokenizer, self.tokens, self.first = tokenizer, tokens, first
+        self.ids = {token: first + place for place, token in enumerate(tokens)}
+        known = sorted((token for token in tokens if not _CONTROL.fullmatch(token)), key=len, reverse=True)
+        self._known = re.compile(f"({'|'.join(map(re.escape, known))})") if known else re.compile("((?!))")
+
+    @property
+    def control(self) -> set[int]:
+        """Ids that stand for no text."""
+        return {id for token, id in self.ids.items() if _CONTROL.fullmatch(token)}
+
+    def source(self, text: str, language: str) -> list[int]:
+        """What the encoder reads: language, text, end."""
+        return [self.tokenizer.language_id(language), *self.encode(f" {text.strip()}"), self.tokenizer.eot]
+
+    def prompt(self, language: str) -> list[int]:
+        """What the decoder begins with, to write a text in this language."""
+        tokenizer = self.tokenizer
+        return [tokenizer.sot, tokenizer.language_id(language), self.ids[TEXT], tokenizer.no_timestamps]
+
+    def encode(self, text: str) -> list[int]:
+        """Text to ids; control tokens are never read from it. Raises ``ValueError`` as :meth:`Tokenizer.encode` does."""
+        ids: list[int] = []
+        for place, part in enumerate(self._known.split(text)):
+            ids += [self.ids[part]] if place % 2 else self.tokenizer.encode(part)
+        return ids
+
+    def decode(self, ids: Iterable[int]) -> str:
+        """Ids to text, without control tokens."""
+        said: list[str] = []
+        for further, run in groupby(ids, lambda id: id >= self.first):
+            own = list(run)
+            said += (
+                [self.tokens[id - self.first] for id in own if id not in self.control]
+                if further
+                else [self.tokenizer.decode(own)]
+            )
+        return "".join(said)

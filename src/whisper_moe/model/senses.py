@@ -1,0 +1,97 @@
+"""Senses beside hearing: what a text becomes before the shared encoder, and the expert that each sense has.
+
+A sense's segments lie in the same packs. They go through the core as it is, without what adapts it to sound and without the
+experts of sound, and every matrix of it adds the low-rank difference of the sense's own expert (:mod:`whisper_moe.model.delta`).
+What is heard is computed as if there were no other sense, to the last bit.
+
+n tokens of a segment, T of all, D width, V tokens of the core.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from whisper_moe.config import ModelConfig, SensesConfig
+from whisper_moe.model.delta import DeltaLinear, LowRank, PreparedDelta
+
+if TYPE_CHECKING:
+    from whisper_moe.model.model import Decoder, WhisperMoEModel
+
+TEXT = 0
+"""The expert of texts, the first of the senses'."""
+
+
+class Embedded(NamedTuple):
+    """A segment that needs no stem: it is embedded already."""
+
+    x_ND: Tensor
+    expert: int
+    """Of the senses'."""
+
+
+def matrices(config: ModelConfig) -> Iterator[tuple[str, int, int]]:
+    """Path, inputs and outputs of every matrix of the core's blocks."""
+    d = config.d_model
+    for side, layers, hidden in (
+        ("encoder", config.encoder_layers, config.encoder_ffn_dim),
+        ("decoder", config.decoder_layers, config.decoder_ffn_dim),
+    ):
+        shapes = [("attn.qkv", d, 3 * d), ("attn.out", d, d), ("ffn.up", d, hidden), ("ffn.down", hidden, d)]
+        if side == "decoder":
+            shapes += [("cross_attn.q", d, d), ("cross_attn.kv", d, 2 * d), ("cross_attn.out", d, d)]
+        for layer in range(layers):
+            yield from ((f"{side}.blocks.{layer}.{name}", inputs, outputs) for name, inputs, outputs in shapes)
+
+
+class Senses(nn.Module):
+    """What all senses but hearing need beside the core."""
+
+    def __init__(self, senses: SensesConfig, config: ModelConfig) -> None:
+        super().__init__()
+        self.config = senses
+        self.tokens = nn.Embedding(len(senses.tokens), config.d_model)
+        nn.init.normal_(self.tokens.weight, std=0.02)
+        self.text_norm = nn.LayerNorm(config.d_model)
+        self.experts = nn.ModuleDict(
+            {
+                path.replace(".", "-"): LowRank(
+                    len(senses.experts), senses.rank, inputs, outputs, source=path.endswith("cross_attn.kv")
+                )
+                for path, inputs, outputs in matrices(config)
+            }
+        )
+
+    def attach(self, model: WhisperMoEModel) -> None:
+        """Let every matrix of ``model``, in training or laid out for inference, add the differences."""
+        for name, part in self.experts.items():
+            path = name.replace("-", ".")
+            layer: Any = model.get_submodule(path)
+            if type(layer) is nn.Linear:  # stays the same layer, whose parameters keep their names
+                layer.__class__ = DeltaLinear
+                layer.__dict__["experts"] = part
+            else:
+                parent, _, own = path.rpartition(".")
+                assert isinstance(part, LowRank)
+                setattr(model.get_submodule(parent), own, PreparedDelta(layer, part))
+        model.encoder.senses = model.decoder.senses = len(self.config.experts)
+
+    def rows(self, ids_T: Tensor, decoder: Decoder) -> Tensor:
+        """Embeddings of tokens, those beyond the core's too, [T, D]."""
+        own = decoder.vocabulary
+        core_TD = decoder.embedded(ids_T.clamp_max(own - 1))
+        return torch.where((ids_T < own)[:, None], core_TD, self.tokens((ids_T - own).clamp_min(0)))
+
+    def embedded(self, part: Tensor | Embedded, decoder: Decoder) -> Tensor | Embedded:
+        """A segment for the encoder: a text [n] is embedded, a mel is left to the stem."""
+        if isinstance(part, Embedded) or part.ndim != 1:
+            return part
+        return Embedded(self.text_norm(self.rows(part, decoder)), TEXT)
+
+    def logits(self, core_TV: Tensor, states_TD: Tensor) -> Tensor:
+        """The core's, and behind them those of the further tokens, tied to their rows."""
+        return torch.cat([core_TV, F.linear(states_TD, self.tokens.weight).to(core_TV.dtype)], -1)

@@ -1,0 +1,131 @@
+"""Senses beside hearing: what is heard stays as it was, and what is read does not depend on what shares its pack."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from whisper_moe.config import AdaptConfig, ModelConfig, MoEConfig, SensesConfig, TTTConfig
+from whisper_moe.model.model import Output, WhisperMoEModel
+from whisper_moe.model.router import NONE
+from whisper_moe.model.senses import Senses, matrices
+
+SENSES = SensesConfig(tokens=("<|text|>", "क", "ख"), directions=(("en", "hi"),), rank=3)
+CONFIG = ModelConfig(
+    vocab_size=100,
+    n_mels=8,
+    d_model=16,
+    encoder_layers=3,
+    encoder_heads=2,
+    encoder_ffn_dim=24,
+    decoder_layers=2,
+    decoder_heads=2,
+    decoder_ffn_dim=24,
+    moe=MoEConfig(n_experts=3, expert_dim=8, router_layer=1),
+    ttt=TTTConfig(encoder_layers=(1,), mini_batch=4),
+    adapt=AdaptConfig(encoder_layers=(0, 2), adapter_dim=4),
+    senses=SENSES,
+)
+TEXTS = [torch.tensor([3, 4, 101, 7]), torch.tensor([102, 5])]
+SAID = [torch.tensor([1, 102, 9]), torch.tensor([1, 2, 3, 4, 101]), torch.tensor([7, 8])]
+
+
+def model_of(config: ModelConfig = CONFIG, seed: int = 0) -> WhisperMoEModel:
+    torch.manual_seed(seed)
+    model = WhisperMoEModel(config).double().eval()
+    for parameter in model.parameters():
+        torch.nn.init.normal_(parameter, std=0.3)
+    return model
+
+
+@pytest.fixture(scope="module")
+def model() -> WhisperMoEModel:
+    return model_of()
+
+
+def mel(frames: int = 22) -> torch.Tensor:
+    return torch.randn(8, frames, generator=torch.Generator().manual_seed(frames), dtype=torch.float64)
+
+
+@torch.no_grad()
+def test_sound_and_texts_in_one_pack_are_what_each_is_alone(model: WhisperMoEModel) -> None:
+    together = model([TEXTS[0], mel(), TEXTS[1]], SAID)
+    parts = together.split([len(said) for said in SAID])
+    for part, segment, said in zip(parts, (TEXTS[0], mel(), TEXTS[1]), SAID, strict=True):
+        torch.testing.assert_close(part, model([segment], [said]), rtol=0, atol=1e-12)
+
+
+@torch.no_grad()
+def test_what_is_heard_is_to_the_last_bit_what_it_is_without_other_senses(model: WhisperMoEModel) -> None:
+    alone = WhisperMoEModel(CONFIG.model_copy(update={"senses": None})).double().eval()
+    alone.load_state_dict({key: value for key, value in model.state_dict().items() if not key.startswith("senses.")})
+    heard = [mel(), mel(30)], [torch.tensor([1, 2, 3]), torch.tensor([7, 8])]
+    assert torch.equal(model(*heard)[..., :100], alone(*heard))
+
+
+@torch.no_grad()
+def test_a_text_goes_through_the_core_and_its_own_expert_alone(model: WhisperMoEModel) -> None:
+    before = model([TEXTS[0]], SAID[:1])
+    changed = model_of()
+    for name, parameter in changed.named_parameters():
+        if ".ttt" in name or ".adapter." in name or "delta_" in name or ("senses" not in name and ".experts." in name):
+            parameter.zero_()
+    torch.testing.assert_close(changed([TEXTS[0]], SAID[:1]), before, rtol=0, atol=0)
+    for name, parameter in changed.named_parameters():
+        if name.startswith("senses.experts.") and name.endswith(".up"):
+            parameter.zero_()
+    assert not torch.allclose(changed([TEXTS[0]], SAID[:1]), before)
+
+
+@torch.no_grad()
+def test_experts_of_sound_have_no_part_in_a_text(model: WhisperMoEModel) -> None:
+    senses = model.senses
+    assert senses is not None
+    encoded = model.encoder([mel(), senses.embedded(TEXTS[0], model.decoder)])
+    assert encoded.routing is not None
+    assert encoded.routing.experts[1].tolist() == [NONE, NONE]
+    assert encoded.routing.experts[0].tolist() != [NONE, NONE]
+    assert encoded.differences is not None
+    assert encoded.differences.experts.tolist() == [[NONE], [0]]
+
+
+@torch.no_grad()
+def test_token_by_token_is_all_at_once(model: WhisperMoEModel) -> None:
+    senses, decoder = model.senses, model.decoder
+    assert senses is not None
+    whole = model(TEXTS, [SAID[1], SAID[1]])
+    state = decoder.start(model.encoder([senses.embedded(text, decoder) for text in TEXTS]))
+    for place, id in enumerate(SAID[1].tolist()):
+        rows = senses.rows(torch.tensor([id, id]), decoder)[:, None]
+        last = decoder.extend(rows, state)[:, -1]
+        logits = senses.logits(decoder.head(last), last)
+        torch.testing.assert_close(logits, whole.unflatten(0, (2, -1))[:, place], rtol=0, atol=1e-12)
+
+
+def test_logits_of_some_tokens_are_those_of_all(model: WhisperMoEModel) -> None:
+    among = torch.tensor([102, 0, 57])
+    found = model([mel(), TEXTS[0]], SAID[:2], detailed=True, among=among)
+    assert isinstance(found, Output)
+    torch.testing.assert_close(found.logits, model([mel(), TEXTS[0]], SAID[:2])[:, among], rtol=0, atol=1e-12)
+
+
+def test_every_part_of_the_sense_learns(model: WhisperMoEModel) -> None:
+    model([TEXTS[0]], SAID[:1]).square().sum().backward()
+    idle = [name for name, p in model.named_parameters() if name.startswith("senses.") and not p.grad.any()]  # type: ignore[union-attr]
+    assert idle == []
+    model.zero_grad()
+
+
+def test_every_matrix_of_the_blocks_has_a_difference(model: WhisperMoEModel) -> None:
+    blocks = {
+        (name, layer.in_features, layer.out_features)
+        for name, layer in model.named_modules()
+        if isinstance(layer, torch.nn.Linear)
+        and ".blocks." in name
+        and "ttt" not in name
+        and "adapter" not in name
+        and not name.startswith("senses")
+    }
+    assert blocks == set(matrices(CONFIG))
+    fresh = Senses(SENSES, CONFIG)
+    assert all(not part.up.any() for part in fresh.experts.values())  # pyright: ignore[reportCallIssue, reportAttributeAccessIssue]
