@@ -93,3 +93,23 @@ def test_keys_start_without_a_bias_as_in_whisper() -> None:
     alone, cross = SelfAttention(D, H, causal=True).qkv.bias.detach(), CrossAttention(D, H).kv.bias.detach()
     assert not alone[D : 2 * D].any() and alone[:D].any() and alone[2 * D :].any()
     assert not cross[:D].any() and cross[D:].any()
+
+
+@FORMS
+def test_short_segments_side_by_side_are_what_each_is_in_the_loop(causal: bool) -> None:
+    """Training pads short segments; inference, and training on longer ones, goes from one to the next."""
+    attention, cross = make_self(causal), make_cross()
+    x, states = normal(RAGGED.total, D), normal(RAGGED.total + 6, D, seed=2)
+    source = Layout(length + 1 for length in RAGGED.lengths)
+    padded = attention(x, RAGGED), cross(x, RAGGED, cross.cache(states, source))
+    with torch.no_grad():
+        looped = attention(x, RAGGED), cross(x, RAGGED, cross.cache(states, source))
+    for ours, theirs in zip(padded, looped, strict=True):
+        assert relative(ours, theirs) < 1e-12
+
+
+@FORMS
+def test_a_gradient_through_the_loop_is_that_of_the_masked_form(causal: bool) -> None:
+    attention, layout = make_self(causal), Layout([70, 3, 9])
+    x = normal(layout.total, D).requires_grad_()
+    agree(attention(x, layout), masked_self_attention(attention, x, layout), {"x": x}, 1e-10)

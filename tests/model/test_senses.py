@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from whisper_moe.config import AdaptConfig, ModelConfig, MoEConfig, SensesConfig, TTTConfig
-from whisper_moe.model.model import Output, WhisperMoEModel
+from whisper_moe.model.model import WhisperMoEModel
 from whisper_moe.model.router import NONE
 from whisper_moe.model.senses import Senses, matrices
 
@@ -30,6 +30,12 @@ TEXTS = [torch.tensor([3, 4, 101, 7]), torch.tensor([102, 5])]
 SAID = [torch.tensor([1, 102, 9]), torch.tensor([1, 2, 3, 4, 101]), torch.tensor([7, 8])]
 
 
+def said(
+    model: WhisperMoEModel, inputs: list[torch.Tensor], texts: list[torch.Tensor], **how: torch.Tensor
+) -> torch.Tensor:
+    return model(inputs, texts, **how).logits
+
+
 def model_of(config: ModelConfig = CONFIG, seed: int = 0) -> WhisperMoEModel:
     torch.manual_seed(seed)
     model = WhisperMoEModel(config).double().eval()
@@ -49,10 +55,10 @@ def mel(frames: int = 22) -> torch.Tensor:
 
 @torch.no_grad()
 def test_sound_and_texts_in_one_pack_are_what_each_is_alone(model: WhisperMoEModel) -> None:
-    together = model([TEXTS[0], mel(), TEXTS[1]], SAID)
-    parts = together.split([len(said) for said in SAID])
-    for part, segment, said in zip(parts, (TEXTS[0], mel(), TEXTS[1]), SAID, strict=True):
-        torch.testing.assert_close(part, model([segment], [said]), rtol=0, atol=1e-12)
+    together = said(model, [TEXTS[0], mel(), TEXTS[1]], SAID)
+    parts = together.split([len(text) for text in SAID])
+    for part, segment, text in zip(parts, (TEXTS[0], mel(), TEXTS[1]), SAID, strict=True):
+        torch.testing.assert_close(part, said(model, [segment], [text]), rtol=0, atol=1e-12)
 
 
 @torch.no_grad()
@@ -60,21 +66,21 @@ def test_what_is_heard_is_to_the_last_bit_what_it_is_without_other_senses(model:
     alone = WhisperMoEModel(CONFIG.model_copy(update={"senses": None})).double().eval()
     alone.load_state_dict({key: value for key, value in model.state_dict().items() if not key.startswith("senses.")})
     heard = [mel(), mel(30)], [torch.tensor([1, 2, 3]), torch.tensor([7, 8])]
-    assert torch.equal(model(*heard)[..., :100], alone(*heard))
+    assert torch.equal(said(model, *heard)[..., :100], said(alone, *heard))
 
 
 @torch.no_grad()
 def test_a_text_goes_through_the_core_and_its_own_expert_alone(model: WhisperMoEModel) -> None:
-    before = model([TEXTS[0]], SAID[:1])
+    before = said(model, [TEXTS[0]], SAID[:1])
     changed = model_of()
     for name, parameter in changed.named_parameters():
         if ".ttt" in name or ".adapter." in name or "delta_" in name or ("senses" not in name and ".experts." in name):
             parameter.zero_()
-    torch.testing.assert_close(changed([TEXTS[0]], SAID[:1]), before, rtol=0, atol=0)
+    torch.testing.assert_close(said(changed, [TEXTS[0]], SAID[:1]), before, rtol=0, atol=0)
     for name, parameter in changed.named_parameters():
         if name.startswith("senses.experts.") and name.endswith(".up"):
             parameter.zero_()
-    assert not torch.allclose(changed([TEXTS[0]], SAID[:1]), before)
+    assert not torch.allclose(said(changed, [TEXTS[0]], SAID[:1]), before)
 
 
 @torch.no_grad()
@@ -93,7 +99,7 @@ def test_experts_of_sound_have_no_part_in_a_text(model: WhisperMoEModel) -> None
 def test_token_by_token_is_all_at_once(model: WhisperMoEModel) -> None:
     senses, decoder = model.senses, model.decoder
     assert senses is not None
-    whole = model(TEXTS, [SAID[1], SAID[1]])
+    whole = said(model, TEXTS, [SAID[1], SAID[1]])
     state = decoder.start(model.encoder([senses.embedded(text, decoder) for text in TEXTS]))
     for place, id in enumerate(SAID[1].tolist()):
         rows = senses.rows(torch.tensor([id, id]), decoder)[:, None]
@@ -104,13 +110,13 @@ def test_token_by_token_is_all_at_once(model: WhisperMoEModel) -> None:
 
 def test_logits_of_some_tokens_are_those_of_all(model: WhisperMoEModel) -> None:
     among = torch.tensor([102, 0, 57])
-    found = model([mel(), TEXTS[0]], SAID[:2], detailed=True, among=among)
-    assert isinstance(found, Output)
-    torch.testing.assert_close(found.logits, model([mel(), TEXTS[0]], SAID[:2])[:, among], rtol=0, atol=1e-12)
+    inputs = [mel(), TEXTS[0]]
+    found = said(model, inputs, SAID[:2], among=among)
+    torch.testing.assert_close(found, said(model, inputs, SAID[:2])[:, among], rtol=0, atol=1e-12)
 
 
 def test_every_part_of_the_sense_learns(model: WhisperMoEModel) -> None:
-    model([TEXTS[0]], SAID[:1]).square().sum().backward()
+    said(model, [TEXTS[0]], SAID[:1]).square().sum().backward()
     idle = [name for name, p in model.named_parameters() if name.startswith("senses.") and not p.grad.any()]  # type: ignore[union-attr]
     assert idle == []
     model.zero_grad()

@@ -169,7 +169,11 @@ class LowRank(nn.Module):
         for tokens, expert, gate in at.parts:
             hidden_Tr = F.pad(x_TI[tokens] @ self.down[expert].T, (0, 1), value=1.0)
             hidden_Tr = (hidden_Tr if gate is None else hidden_Tr * gate).to(y_TO.dtype)
-            own_TO[tokens].addmm_(hidden_Tr, self.up[expert].to(y_TO.dtype))
+            if len(hidden_Tr) == len(y_TO) and own_TO.shape == y_TO.shape:  # in place, a gradient would be copied
+                y_TO = torch.addmm(y_TO, hidden_Tr, self.up[expert].to(y_TO.dtype))
+                own_TO = y_TO
+            else:
+                own_TO[tokens].addmm_(hidden_Tr, self.up[expert].to(y_TO.dtype))
         return y_TO
 
     def rows(self, x_TI: Tensor, ids_T: Tensor) -> Tensor:
