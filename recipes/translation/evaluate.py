@@ -1,10 +1,10 @@
 """Translations of held-out pairs beside what costs nothing: the source itself, a dictionary, the nearest sentence learned from.
 
-    python recipes/translation/evaluate.py MODEL TABLES DATA OUT [--limit 100] [--beams 4]
+    python recipes/translation/evaluate.py MODEL TABLES DATA OUT [--limit 100]
 
-TABLES are pairs.py's; DATA the parallel texts, for the dictionary (freedict-en-hi) and NTREX, of which nothing was learned. OUT gets
-table.md (chrF++ and BLEU, with 95 % intervals of a bootstrap over sentences, and the paired difference to the best of the rivals),
-samples.md (the first pairs of each source, as they came), and report.json. chrF++ and BLEU are sacrebleu's.
+TABLES are pairs.py's; DATA the parallel texts, for the dictionary (freedict-en-hi) and NTREX, of which nothing was learned. OUT
+gets table.md (chrF++ and BLEU, sacrebleu's, with 95 % intervals of a bootstrap over sentences, and the paired difference to the
+best of the rivals), samples.md (the first pairs of each source, as they came), and report.json.
 """
 
 from __future__ import annotations
@@ -14,9 +14,9 @@ import csv
 import json
 import re
 from collections import Counter
-from collections.abc import Callable
 from math import log
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from sacrebleu.metrics.bleu import BLEU
@@ -25,6 +25,8 @@ from sacrebleu.metrics.chrf import CHRF
 from whisper_moe import WhisperMoE
 
 ROUNDS, SAMPLES = 1_000, 3
+HEAD = """| source | direction | pairs | system | chrF++ | BLEU | chrF++, over the best rival |
+|---|---|---:|---|---:|---:|---:|"""
 _WORDS = re.compile(r"[\w\u0900-\u0963]+|\S")
 
 
@@ -67,10 +69,13 @@ def rows_of(path: Path) -> list[dict[str, str]]:
     return list(csv.DictReader(path.open(encoding="utf-8"), delimiter="\t", quoting=csv.QUOTE_NONE))
 
 
-def scores(metric: CHRF | BLEU, found: list[str], wanted: list[str], draws: np.ndarray) -> tuple[float, np.ndarray]:
+def scores(metric: Any, found: list[str], wanted: list[str], draws: np.ndarray) -> tuple[float, np.ndarray]:
     """Of the corpus, and of each drawn one."""
-    statistics = np.array(metric._extract_corpus_statistics(found, [wanted]))  # pyright: ignore[reportPrivateUsage]
-    of = lambda rows: metric._compute_score_from_stats(statistics[rows].sum(0).tolist()).score  # noqa: E731 # pyright: ignore[reportPrivateUsage]
+    statistics = np.array(metric._extract_corpus_statistics(found, [wanted]))
+
+    def of(rows: Any) -> float:
+        return metric._compute_score_from_stats(statistics[rows].sum(0).tolist()).score
+
     return of(slice(None)), np.array([of(rows) for rows in draws])
 
 
@@ -79,53 +84,53 @@ def interval(values: np.ndarray) -> str:
     return f"({low:.1f} to {high:.1f})"
 
 
+def sets_of(tables: Path, data: Path) -> dict[str, list[dict[str, str]]]:
+    """Held-out pairs of each source, both ways, and the news of NTREX."""
+    sets = {path.stem: rows_of(path) for path in sorted((tables / "test").glob("*.tsv"))}
+    news = [line.split("\t")[:2] for line in (data / "ntrex/en-hi.tsv").read_text("utf-8").splitlines()]
+    names = ("source_text", "text", "language", "target_language")
+    both = [
+        row for en, hi in news for row in ((en.strip(), hi.strip(), "en", "hi"), (hi.strip(), en.strip(), "hi", "en"))
+    ]
+    return sets | {"ntrex": [dict(zip(names, row, strict=True)) for row in both]}
+
+
+def judged(said: dict[str, list[str]], wanted: list[str]) -> dict[str, tuple[str, str, str]]:
+    """chrF++, BLEU, and the model's lead, of each system."""
+    draws = np.random.default_rng(0).integers(len(wanted), size=(ROUNDS, len(wanted)))
+    found = {name: scores(CHRF(word_order=2), texts, wanted, draws) for name, texts in said.items()}
+    best = max((name for name in said if name != "model"), key=lambda name: found[name][0])
+    lead = found["model"][1] - found[best][1]
+    cells: dict[str, tuple[str, str, str]] = {}
+    for name, (value, drawn) in found.items():
+        bleu, spread = scores(BLEU(), said[name], wanted, draws)
+        over = f"{lead.mean():+.1f} {interval(lead)}, {best}" if name == "model" else ""
+        cells[name] = f"{value:.1f} {interval(drawn)}", f"{bleu:.1f} {interval(spread)}", over
+    return cells
+
+
 def main(asked: argparse.Namespace) -> None:
     model = WhisperMoE.from_pretrained(asked.model)
     dictionary = Dictionary(asked.data / "freedict-en-hi/en-hi.tsv")
     learned = [row for name in ("train", "bible") for row in rows_of(asked.tables / f"{name}.tsv")]
-    sets = {path.stem: rows_of(path) for path in sorted((asked.tables / "test").glob("*.tsv"))}
-    news = [line.split("\t") for line in (asked.data / "ntrex/en-hi.tsv").read_text("utf-8").splitlines()]
-    sets["ntrex"] = [
-        {"source_text": a, "text": b, "language": x, "target_language": y}
-        for one, two in ([cells[0].strip(), cells[1].strip()] for cells in news)
-        for a, b, x, y in ((one, two, "en", "hi"), (two, one, "hi", "en"))
-    ]
-    lines = ["| source | direction | pairs | system | chrF++ | BLEU | chrF++, over the best rival |", "|---|---|---:|---|---:|---:|---:|"]
-    samples, report = list[str](), list[dict[str, object]]()
+    lines, samples, report = [HEAD], list[str](), list[dict[str, Any]]()
+    asked.out.mkdir(parents=True, exist_ok=True)
     for source, target in (("en", "hi"), ("hi", "en")):
         nearest = Nearest([(r["source_text"], r["text"]) for r in learned if r["language"] == source])
-        systems: dict[str, Callable[[str], str]] = {
-            "copy": lambda text: text,
-            "dictionary": lambda text, source=source: dictionary(text, source),
-            "nearest": nearest,
-            "model": lambda text, s=source, t=target: model.translate(text, source=s, target=t).text,
-        }
-        for name, rows in sets.items():
+        for name, rows in sets_of(asked.tables, asked.data).items():
             own = [row for row in rows if row["language"] == source][: asked.limit]
             texts, wanted = [row["source_text"] for row in own], [row["text"] for row in own]
-            draws = np.random.default_rng(0).integers(len(own), size=(ROUNDS, len(own)))
-            drawn: dict[str, np.ndarray] = {}
-            for system, say in systems.items():
-                if system == "model":  # side by side: a pack holds many
-                    found = model.translate("\n".join(texts), source=source, target=target).text.split("\n")
-                else:
-                    found = [say(text) for text in texts]
-                chrf, drawn[system] = scores(CHRF(word_order=2), found, wanted, draws)
-                bleu, spread = scores(BLEU(), found, wanted, draws)
-                over = ""
-                if system == "model":
-                    best = max(("copy", "dictionary", "nearest"), key=lambda each: drawn[each].mean())
-                    over = f"{(drawn['model'] - drawn[best]).mean():+.1f} {interval(drawn['model'] - drawn[best])}, {best}"
-                    samples += [f"**{name}**, {source} to {target}", ""]
-                    samples += [f"- {a}\n  - {b}\n  - *{c}*" for a, b, c in list(zip(texts, found, wanted, strict=True))[:SAMPLES]] + [""]
-                lines.append(
-                    f"| {name} | {source} to {target} | {len(own)} | {system} | {chrf:.1f} {interval(drawn[system])} | {bleu:.1f} {interval(spread)} | {over} |"
-                )
-                report.append({"set": name, "direction": f"{source}>{target}", "system": system, "chrf": chrf, "bleu": bleu, "found": found})
-            print(*lines[-4:], sep="\n", flush=True)
-    asked.out.mkdir(parents=True, exist_ok=True)
-    (asked.out / "table.md").write_text("\n".join(lines) + "\n", "utf-8")
-    (asked.out / "samples.md").write_text("\n".join(samples), "utf-8")
+            together = model.translate("\n".join(texts), source=source, target=target).text  # a pack holds many
+            said = {"copy": texts, "dictionary": [dictionary(text, source) for text in texts]}
+            said |= {"nearest": [nearest(text) for text in texts], "model": together.split("\n")}
+            where = f"| {name} | {source} to {target} | {len(own)} |"
+            lines += [f"{where} {system} | {' | '.join(cells)} |" for system, cells in judged(said, wanted).items()]
+            print(lines[-1], flush=True)
+            three = list(zip(texts, said["model"], wanted, strict=True))[:SAMPLES]
+            samples += [f"**{name}**, {source} to {target}\n", *(f"- {a}\n  - {b}\n  - *{c}*" for a, b, c in three), ""]
+            report += [{"set": name, "to": target, "system": system, "said": each} for system, each in said.items()]
+            (asked.out / "table.md").write_text("\n".join(lines) + "\n", "utf-8")
+            (asked.out / "samples.md").write_text("\n".join(samples), "utf-8")
     (asked.out / "report.json").write_text(json.dumps(report, ensure_ascii=False, indent=1) + "\n", "utf-8")
 
 

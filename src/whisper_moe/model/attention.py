@@ -108,7 +108,8 @@ class SelfAttention(nn.Module):
             mixed_SHnd = F.scaled_dot_product_attention(q, k, v, is_causal=self.causal)
             return self.out(mixed_SHnd.transpose(1, 2).reshape(x_TD.shape))
         if _training_on_short(layout):
-            mixed_THd = attended_together(*qkv.unbind(1), layout, layout, causal=self.causal)
+            q_THd, k_THd, v_THd = qkv.unbind(1)
+            mixed_THd = attended_together(q_THd, k_THd, v_THd, layout, layout, causal=self.causal)
             return self.out(mixed_THd.flatten(1))
         mixed = []
         for rows in layout.slices():
