@@ -7,7 +7,6 @@ side, all rows equally long; n new tokens a row.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from contextlib import AbstractContextManager
 from dataclasses import dataclass, replace
 from itertools import groupby, zip_longest
 from typing import NamedTuple
@@ -268,7 +267,7 @@ class Decoder(nn.Module):
         """Teacher forcing: flat tokens [T] (or [T, D]) of all segments, ``layout`` their texts."""
         depths: list[Tensor] = []
         choices: list[Routing] = []
-        with self._assigned(encoded.differences, layout, encoded.layout):
+        with assigned(encoded.differences, layout, self.deltas or self.senses, encoded.layout):
             x_TD = self._embed(tokens_T, self._places(layout, tokens_T.device))
             for block in self.blocks:
                 x_TD, chosen = block(x_TD, layout, encoded.routing, (encoded.states_TD, encoded.layout))
@@ -283,7 +282,7 @@ class Decoder(nn.Module):
         rows = torch.arange(segments, device=states_TD.device).repeat_interleave(beams)
         routing, differences = (part and part.rows(rows) for part in (encoded.routing, encoded.differences))
         capacity = min(_FIRST_CAPACITY, self.positions.shape[0])
-        with self._assigned(encoded.differences, layout, layout):
+        with assigned(encoded.differences, layout, self.deltas or self.senses, layout):
             blocks = [block.start(segments * beams, capacity, (states_TD, layout)) for block in self.blocks]
         return DecoderState(blocks, routing, differences, segments, beams)
 
@@ -300,7 +299,7 @@ class Decoder(nn.Module):
             raise ValueError(f"{end} tokens; the decoder has {limit} positions")
         places = torch.arange(state.length, end, device=tokens_Rn.device).repeat(rows)
         layout, beams = Layout([n] * rows), Layout([n * state.beams] * state.segments)
-        with self._assigned(state.differences, layout):
+        with assigned(state.differences, layout, self.deltas or self.senses):
             x_TD = self._embed(tokens_Rn.flatten(0, 1), places)
             for block, own in zip(self.blocks, state.blocks, strict=True):
                 x_TD = block.extend(x_TD, layout, state.routing, own, beams)
@@ -319,7 +318,7 @@ class Decoder(nn.Module):
         Pairs come out by ascending layer, those of one layer in the order given.
         """
         found: list[list[Tensor]] = [[] for _ in layout.lengths]
-        with self._assigned(encoded.differences, layout, encoded.layout):
+        with assigned(encoded.differences, layout, self.deltas or self.senses, encoded.layout):
             x_TD = self._embed(tokens_T, self._places(layout, tokens_T.device))
             for depth, block in enumerate(self.blocks):
                 assert block.cross_attn is not None
@@ -348,11 +347,6 @@ class Decoder(nn.Module):
     def _embed(self, tokens_T: Tensor, places_T: Tensor) -> Tensor:
         rows_TD = tokens_T if tokens_T.is_floating_point() else self.embedded(tokens_T)
         return rows_TD + self.positions[places_T]
-
-    def _assigned(
-        self, differences: Routing | None, layout: Layout, source: Layout | None = None
-    ) -> AbstractContextManager[None]:
-        return assigned(differences, layout, self.deltas or self.senses, source)
 
 
 def _differences(config: ModelConfig) -> int:
