@@ -24,6 +24,7 @@ ORDER = (
     {"merge"},
     {"api"},
     {"jobs"},
+    {"texts"},
     {"commands"},
     {"cli"},
     {"__main__"},

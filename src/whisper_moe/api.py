@@ -30,7 +30,8 @@ from whisper_moe.media.tokenizer import Tokenizer
 from whisper_moe.media.windows import cut_clips, drop_silence, is_silent, speech_spans, speech_spans_silero
 from whisper_moe.model.inference import prepare_for_inference
 from whisper_moe.model.int8 import suits_fbgemm
-from whisper_moe.model.model import TextHead, WhisperMoEModel
+from whisper_moe.model.layers import TextHead
+from whisper_moe.model.model import WhisperMoEModel
 from whisper_moe.weights.checkpoint import (
     CONFIG,
     Loaded,

@@ -18,7 +18,7 @@ from typing import Any
 import typer
 from typer.core import TyperCommand
 
-from whisper_moe import commands
+from whisper_moe import commands, texts
 from whisper_moe.jobs import UsageError, give_up_output, sentence
 
 logger = logging.getLogger(__name__)
@@ -90,6 +90,19 @@ speak: Read a text aloud.
   --model-dir               path                 Look for the model here first, and download it to here.
   --threads                 int?>=0              CPU threads; 0 for PyTorch's default.
   --json                    switch               Print voice, language, duration, and each sentence with its phonemes and its time.
+
+translate: Translate a text, a text file, or what is said in a recording.
+  text                      str                  A text, a text file, a recording, or - for standard input.
+  --source --from           str                  Its language, by code or name. Default: that of most letters, or the one that is heard.
+  --to                      str                  The language wanted. Default: the only one there is for that; of a recording English.
+  --output -o               path                 Write to this file instead of standard output.
+  --speak                   path                 Also read the translation aloud, into this file: m4a, wav, mp3, flac, ogg.
+  --model                   str                  A whisper-moe folder or training run that reads texts. Default: the one that comes along.
+  --model-dir               path                 Look for the model here first, and download it to here.
+  --device                  str = auto           cpu, cuda, cuda:1, mps; auto takes a GPU if there is one.
+  --dtype --compute-type    str = auto           auto (int8 on a CPU that is fast at it, else float32), float32, int8, bfloat16 or float16.
+  --threads                 int?>=0              CPU threads; 0 for PyTorch's default.
+  --json                    switch               Print languages, and each sentence with its translation and how sure it is.
 
 detect-language: Say which language is spoken at the start of each file, and how surely.
   files                     [str]                Audio or video files.
@@ -204,7 +217,7 @@ train: Train as a recipe says; under torchrun, with all of its processes. 130 an
   --output -o               path                 The run's directory; default: the recipe's, or runs/ and its name.
   --resume                  switch               Go on from the newest checkpoint in the directory, if there is one: --resume runs/mine optimisation.steps=8000.
 """
-"""A block for each command, which is the function of its name in :mod:`~whisper_moe.commands`. A line for each argument and flag:
+"""A block for each command, the function of its name in :mod:`~whisper_moe.commands` or :mod:`~whisper_moe.texts`. A line for each argument and flag:
 its spellings, its kind and its help, two spaces between them; above those of another panel of the help, the panel's name.
 
 Of the kinds, ``[str]`` is a list, ``!`` marks a flag that must be given, ``?`` an argument that need not, or a number that may be
@@ -293,7 +306,7 @@ def _built() -> typer.Typer:
                 panel = line.strip(" :")
 
         def call(run: str = re.sub(r"\W", "_", words), **flags: Any) -> None:
-            raise typer.Exit(_status(getattr(commands, run), flags))
+            raise typer.Exit(_status(getattr(commands, run, None) or getattr(texts, run), flags))
 
         vars(call)["__signature__"] = inspect.Signature(parameters)
         groups[group].command(name, cls=_Command, help=about)(call)

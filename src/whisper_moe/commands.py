@@ -8,7 +8,7 @@ from __future__ import annotations
 import json
 import logging
 import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import fields, replace
 from importlib.util import find_spec
 from pathlib import Path
@@ -22,21 +22,20 @@ from whisper_moe.jobs import (
     Outputs,
     UsageError,
     expand,
-    given_text,
+    load,
     named,
+    progress_bar,
     put,
     readable,
     sentence,
     try_aloud,
     usage,
 )
-from whisper_moe.machine import check_arithmetic, pick_device, take_threads, usable_cores
+from whisper_moe.machine import check_arithmetic, pick_device, usable_cores
 from whisper_moe.media.languages import NewLanguage, language_code, spoken_code
 from whisper_moe.weights.files import read_json
 
 if TYPE_CHECKING:
-    from rich.progress import Progress
-
     from whisper_moe.api import Outcome, WhisperMoE
 
 logger = logging.getLogger(__name__)
@@ -67,7 +66,7 @@ def transcribe(flags: SimpleNamespace) -> int:
     there = readable(asked)
     failed = len(asked) - len(there)
     if there:
-        loaded = _load(flags, languages, options.task, lazy=flags.lazy)
+        loaded = load(flags, languages, options.task, lazy=flags.lazy)
         failed += _transcribe(loaded, there, outputs, options, flags.speak)
     if failed and len(asked) > 1:
         logger.error("whisper-moe: %d of %d files failed", failed, len(asked))
@@ -116,7 +115,7 @@ def _transcribe(
         said = "taken to be in %s, the language that the model states; --language auto detects it"
         logger.info(said, loaded.stated_language)
     failed, heard, started = 0, 0.0, time.perf_counter()
-    with _progress() as bar:
+    with progress_bar() as bar:
         task = bar.add_task("", total=None)
         sources, in_order = (job.source for job in jobs), outputs.directory is None
         progress = lambda seconds: bar.advance(task, seconds)  # noqa: E731
@@ -132,21 +131,6 @@ def _transcribe(
     return failed
 
 
-def _progress() -> Progress:
-    """A bar of the seconds finished, where standard error is a terminal; how many there will be is not known before.
-
-    Rich would redirect standard output to the terminal of the bar, even where it is a file: that is turned off.
-    """
-    from rich.console import Console
-    from rich.progress import Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
-
-    console, text = Console(stderr=True), TextColumn("{task.completed:.0f} s of audio done")
-    console.quiet = not (console.is_interactive and logger.isEnabledFor(logging.INFO))  # older ones write an empty line
-    how: dict[str, Any] = {"redirect_stdout": False, "redirect_stderr": False, "transient": True}
-    how["disable"] = console.quiet
-    return Progress(SpinnerColumn(), text, TimeElapsedColumn(), console=console, **how)
-
-
 def _read_aloud(loaded: WhisperMoE, outcome: Outcome, path: Path, options: TranscribeOptions) -> bool:
     """Whether all that was said could be."""
     heard = outcome.transcription
@@ -158,22 +142,6 @@ def _read_aloud(loaded: WhisperMoE, outcome: Outcome, path: Path, options: Trans
         logger.error("whisper-moe: %s: not read aloud: %s", path, sentence(error))
         return False
     return True
-
-
-def _load(
-    flags: SimpleNamespace, languages: Iterable[str], task: str = "transcribe", *, lazy: bool = False
-) -> WhisperMoE:
-    started = time.perf_counter()
-    from whisper_moe.api import WhisperMoE
-
-    how = {"device": flags.device, "dtype": flags.dtype, "threads": flags.threads or None}
-    loaded = WhisperMoE.from_pretrained(flags.model, model_dir=flags.model_dir, lazy=lazy, **how)
-    seconds = time.perf_counter() - started
-    logger.info("%s on %s (%s), loaded in %.1f s", loaded.name, loaded.device, loaded.dtype, seconds)
-    with usage():
-        for name in languages:
-            loaded.tokenizer.sot_sequence(name, task)
-    return loaded
 
 
 def _take_half_precision(flags: SimpleNamespace) -> None:
@@ -204,33 +172,6 @@ def _check_languages(names: Sequence[str], flags: SimpleNamespace) -> None:
             Tokenizer.from_file(tokenizer, said).sot_sequence(name)
 
 
-def speak(flags: SimpleNamespace) -> int:
-    """The sound to a file; facts to standard error, or as JSON to standard output."""
-    from whisper_moe.media.audio import WRITTEN
-
-    kind, folder = flags.output.suffix.lower(), flags.output.parent
-    if kind not in WRITTEN or not folder.is_dir():
-        cause = f"there is no folder {folder}" if kind in WRITTEN else f"sound is written as {' '.join(WRITTEN)}"
-        raise UsageError(f"{flags.output}: {cause}")
-    with usage():
-        text = given_text(flags.text)
-        asked = {"voice": flags.voice, "language": flags.language and language_code(flags.language), "rate": flags.rate}
-    if flags.threads:
-        take_threads(flags.threads)
-    from whisper_moe.generate.speech import Speaker
-
-    speaker, started = Speaker.from_pretrained(flags.model, model_dir=flags.model_dir), time.perf_counter()
-    with _progress() as bar:
-        task = bar.add_task("", total=None)
-        speech = speaker.speak(text, **asked, progress=lambda seconds: bar.advance(task, seconds))
-    seconds, facts = time.perf_counter() - started, (flags.output, speech.duration, speech.voice)
-    speech.save(flags.output)
-    logger.info("%s: %.1f s in the voice %s: %.1f times real time", *facts, speech.duration / seconds)
-    if flags.json:
-        put(json.dumps(speech.facts(), ensure_ascii=False) + "\n")
-    return 0
-
-
 def detect_language(flags: SimpleNamespace) -> int:
     """One line a file: language, probability, file name."""
     with usage():
@@ -241,7 +182,7 @@ def detect_language(flags: SimpleNamespace) -> int:
     there = readable(jobs)
     if not there:
         return 1
-    loaded, failed = _load(flags, allowed), len(jobs) - len(there)
+    loaded, failed = load(flags, allowed), len(jobs) - len(there)
     from whisper_moe.media.audio import MediaError
 
     for job in there:

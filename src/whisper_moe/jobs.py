@@ -11,12 +11,14 @@ import os
 import re
 import sys
 import tempfile
+import time
 import unicodedata
 from collections import defaultdict
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
+from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any
 
 from pydantic import ValidationError
@@ -27,7 +29,9 @@ from whisper_moe.generate.result import FORMATS, Transcription, as_text, mean_ga
 from whisper_moe.weights.files import atomic_file
 
 if TYPE_CHECKING:
-    from whisper_moe.api import Outcome
+    from rich.progress import Progress
+
+    from whisper_moe.api import Outcome, WhisperMoE
 
 logger = logging.getLogger(__name__)
 
@@ -346,3 +350,35 @@ def _facts(name: str, result: Transcription) -> str:
     if result.fallbacks:
         facts.append(f"{result.fallbacks} of its windows decoded again")
     return "; ".join(facts)
+
+
+def progress_bar() -> Progress:
+    """A bar of the seconds finished, where standard error is a terminal; how many there will be is not known before.
+
+    Rich would redirect standard output to the terminal of the bar, even where it is a file: that is turned off.
+    """
+    from rich.console import Console
+    from rich.progress import Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
+
+    console, text = Console(stderr=True), TextColumn("{task.completed:.0f} s of audio done")
+    console.quiet = not (console.is_interactive and logger.isEnabledFor(logging.INFO))  # older ones write an empty line
+    how: dict[str, Any] = {"redirect_stdout": False, "redirect_stderr": False, "transient": True}
+    how["disable"] = console.quiet
+    return Progress(SpinnerColumn(), text, TimeElapsedColumn(), console=console, **how)
+
+
+def load(
+    flags: SimpleNamespace, languages: Iterable[str], task: str = "transcribe", *, lazy: bool = False
+) -> WhisperMoE:
+    """The model that the flags name, which has these languages for this task."""
+    started = time.perf_counter()
+    from whisper_moe.api import WhisperMoE
+
+    how = {"device": flags.device, "dtype": flags.dtype, "threads": flags.threads or None}
+    loaded = WhisperMoE.from_pretrained(flags.model, model_dir=flags.model_dir, lazy=lazy, **how)
+    seconds = time.perf_counter() - started
+    logger.info("%s on %s (%s), loaded in %.1f s", loaded.name, loaded.device, loaded.dtype, seconds)
+    with usage():
+        for name in languages:
+            loaded.tokenizer.sot_sequence(name, task)
+    return loaded

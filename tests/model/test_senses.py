@@ -91,8 +91,8 @@ def test_experts_of_sound_have_no_part_in_a_text(model: WhisperMoEModel) -> None
     assert encoded.routing is not None
     assert encoded.routing.experts[1].tolist() == [NONE, NONE]
     assert encoded.routing.experts[0].tolist() != [NONE, NONE]
-    assert encoded.differences is not None
-    assert encoded.differences.experts.tolist() == [[NONE], [0]]
+    assert encoded.senses is not None
+    assert encoded.senses.experts.tolist() == [[NONE], [0]]
 
 
 @torch.no_grad()

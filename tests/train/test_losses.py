@@ -168,7 +168,8 @@ def test_a_teacher_is_followed_where_there_are_labels_and_is_not_changed() -> No
     speech, own, taught = (SpeechObjective(LossRecipe(distillation=0.5), each) for each in (None, model, teacher))
     totals = speech.totals(packs)
     alone, same, terms = (each(model, packs, totals, Parallel()) for each in (speech, own, taught))
-    assert same.parts["divergence"] == 0 and torch.equal(same.loss, alone.loss)
+    assert same.parts["divergence"] < 1e-7  # training pads short segments, a teacher goes from one to the next
+    torch.testing.assert_close(same.loss, alone.loss, rtol=0, atol=1e-6)
     wanted, found = run_packs(teacher, packs).logits.softmax(-1), run_packs(model, packs).logits.softmax(-1)
     apart = (wanted * (wanted / found).log()).sum(-1)[packs[0].labels_T != IGNORED].sum() / totals.tokens
     assert torch.allclose(terms.parts["divergence"], apart.detach(), atol=1e-5) and apart > 0.01

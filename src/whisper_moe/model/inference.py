@@ -22,8 +22,8 @@ from torch import Tensor, nn
 
 from whisper_moe.model.delta import DeltaEmbedding, DeltaLinear, PreparedDelta, PreparedDeltaEmbedding
 from whisper_moe.model.int8 import FbgemmLinear, Int8Embedding, Int8Linear, Int8Rows, fbgemm_packing, suits_fbgemm
-from whisper_moe.model.layers import Norm
-from whisper_moe.model.model import Decoder, TextHead, WhisperMoEModel
+from whisper_moe.model.layers import Norm, TextHead
+from whisper_moe.model.model import Decoder, WhisperMoEModel
 from whisper_moe.model.moe import Experts, Int8Experts, SeparateExperts
 
 Arithmetic = Literal["float32", "int8"]

@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from whisper_moe.model.delta import narrowed
+from whisper_moe.model.delta import DeltaEmbedding, LowRank, narrowed
 from whisper_moe.packing import Layout
 
 CHUNK = 512
@@ -170,3 +170,27 @@ def _inside(frames: int, stride: int, like: Tensor) -> Tensor:
     inside = torch.zeros(stride, dtype=like.dtype, device=like.device)
     inside[:frames] = 1
     return inside
+
+
+class TextHead(nn.Module):
+    """Logits over the vocabulary by the token embedding itself (tied; the head owns no parameter), those of new tokens last."""
+
+    def __init__(self, embedding: nn.Embedding, new_tokens: nn.Embedding | None = None) -> None:
+        super().__init__()
+        self._tied = (embedding, new_tokens)  # in a tuple, so that they are not registered a second time
+
+    @property
+    def weight(self) -> Tensor:
+        return self._tied[0].weight
+
+    @property
+    def experts(self) -> LowRank | None:
+        """The differences of its experts, in a model that has such."""
+        embedding = self._tied[0]
+        return embedding.experts if isinstance(embedding, DeltaEmbedding) else None
+
+    def forward(self, x_TD: Tensor) -> Tensor:
+        logits = [F.linear(x_TD, embedding.weight) for embedding in self._tied if embedding is not None]
+        if self.experts is not None:
+            logits[0] = self.experts.add_to(logits[0], x_TD)
+        return logits[0] if len(logits) == 1 else torch.cat(logits, -1)

@@ -17,8 +17,8 @@ from torch import Tensor, nn
 
 from whisper_moe.config import POSITIONS_PER_SECOND, ModelConfig
 from whisper_moe.model.block import Block, BlockState, Carry, listed
-from whisper_moe.model.delta import DeltaEmbedding, LowRank, add_differences, assigned
-from whisper_moe.model.layers import AudioStem, sinusoids
+from whisper_moe.model.delta import add_differences, assigned
+from whisper_moe.model.layers import AudioStem, TextHead, sinusoids
 from whisper_moe.model.router import NONE, Router, Routing, pool_segments
 from whisper_moe.model.senses import Embedded, Senses
 from whisper_moe.model.speech import SpeechModel
@@ -40,8 +40,8 @@ class Encoded(NamedTuple):
     """The experts of each segment; None without segment-scope experts."""
     choices: tuple[Routing, ...] = ()
     """Every choice that a router made or was given: one for the segments, or one for each routed layer's tokens."""
-    differences: Routing | None = None
-    """Whose differences from the core each segment adds: ``routing``, where experts are such; else its sense's."""
+    senses: Routing | None = None
+    """The expert of each segment's sense, where not all are heard."""
 
 
 class Decoded(NamedTuple):
@@ -70,11 +70,11 @@ class Output(NamedTuple):
 
 @dataclass
 class DecoderState:
-    """Everything that decoding remembers: one :class:`BlockState` a block, and each row's experts and differences."""
+    """Everything that decoding remembers: one :class:`BlockState` a block, and each row's experts."""
 
     blocks: list[BlockState]
     routing: Routing | None
-    differences: Routing | None
+    senses: Routing | None
     segments: int
     beams: int
 
@@ -93,32 +93,8 @@ class DecoderState:
         rows = torch.tensor([s * self.beams + b for s in segments for b in range(self.beams)])
         rows = rows.to(self.blocks[0].cache.keys.device)
         blocks = [replace(b, cross=b.cross.select(segments)) for b in self.select(rows).blocks]
-        routing, differences = (part and part.rows(rows) for part in (self.routing, self.differences))
-        return DecoderState(blocks, routing, differences, len(segments), self.beams)
-
-
-class TextHead(nn.Module):
-    """Logits over the vocabulary by the token embedding itself (tied; the head owns no parameter), those of new tokens last."""
-
-    def __init__(self, embedding: nn.Embedding, new_tokens: nn.Embedding | None = None) -> None:
-        super().__init__()
-        self._tied = (embedding, new_tokens)  # in a tuple, so that they are not registered a second time
-
-    @property
-    def weight(self) -> Tensor:
-        return self._tied[0].weight
-
-    @property
-    def experts(self) -> LowRank | None:
-        """The differences of its experts, in a model that has such."""
-        embedding = self._tied[0]
-        return embedding.experts if isinstance(embedding, DeltaEmbedding) else None
-
-    def forward(self, x_TD: Tensor) -> Tensor:
-        logits = [F.linear(x_TD, embedding.weight) for embedding in self._tied if embedding is not None]
-        if self.experts is not None:
-            logits[0] = self.experts.add_to(logits[0], x_TD)
-        return logits[0] if len(logits) == 1 else torch.cat(logits, -1)
+        routing, senses = (part and part.rows(rows) for part in (self.routing, self.senses))
+        return DecoderState(blocks, routing, senses, len(segments), self.beams)
 
 
 class Encoder(nn.Module):
@@ -128,7 +104,7 @@ class Encoder(nn.Module):
     """
 
     positions: Tensor
-    senses = 0
+    sense_experts = 0
     """How many other senses have an expert."""
 
     def __init__(self, config: ModelConfig) -> None:
@@ -167,18 +143,17 @@ class Encoder(nn.Module):
             routing = self.choose(mels, valid_lengths)
         x_TD, layout = self._positioned(inputs, routing)
         alone, sensed = self._alone(layout, inputs), _sensed(inputs, x_TD)
-        differences = routing if self.deltas else sensed
         choices: list[Routing] = [routing] if routing is not None and self.routes_ahead else []
-        with assigned(differences, layout, self.deltas or self.senses):
+        with assigned(routing if self.deltas else sensed, layout, self.deltas or self.sense_experts):
             for depth in range(len(self.blocks) + 1):
                 if depth == self.router_layer and self.router is not None and not self.routes_ahead:
                     found = routing or self.router(pool_segments(x_TD, layout, valid_lengths), allowed)
-                    routing = found = found if sensed is None else found.excepting(sensed)
-                    choices.append(found)
+                    routing = found if sensed is None else found.excepting(sensed)
+                    choices += [found.rows(heard)] if len(heard := _heard(inputs, x_TD.device)) else []
                 if depth < len(self.blocks):
                     x_TD, chosen = self.blocks[depth](x_TD, layout, routing, carry=carry, alone=alone)
                     choices += [chosen] if chosen else []
-            return Encoded(self.norm(x_TD), layout, routing, tuple(choices), differences)
+            return Encoded(self.norm(x_TD), layout, routing, tuple(choices), sensed)
 
     def choose(self, mels: Sequence[Tensor], valid_lengths: Sequence[int] | None = None) -> Routing:
         """The experts of each segment by the base alone, from the middle of its sound: where experts differ from the stem on,
@@ -207,9 +182,9 @@ class Encoder(nn.Module):
         """Segments of all kinds in one pack, with positions."""
         mels = [each for each in inputs if not isinstance(each, Embedded)]
         if len(mels) == len(inputs):
-            x_TD, layout = self._heard(mels, routing)
+            x_TD, layout = self._stem(mels, routing)
         else:
-            x, heard = self._heard(mels, routing) if mels else (None, None)
+            x, heard = self._stem(mels, routing) if mels else (None, None)
             sounds = iter(x.split(heard.lengths) if x is not None and heard is not None else ())
             parts = [each.x_ND if isinstance(each, Embedded) else next(sounds) for each in inputs]
             x_TD, layout = torch.cat(parts), Layout(map(len, parts))
@@ -218,7 +193,7 @@ class Encoder(nn.Module):
             raise ValueError(f"a segment has {longest} positions; the encoder has {limit}")
         return x_TD + self.positions[layout.positions(x_TD.device)], layout
 
-    def _heard(self, mels: Sequence[Tensor], routing: Routing | None) -> tuple[Tensor, Layout]:
+    def _stem(self, mels: Sequence[Tensor], routing: Routing | None) -> tuple[Tensor, Layout]:
         """The stem; kernels that differ by expert serve the segments of one choice together."""
         if self.deltas and routing is not None:
             choices = routing.choices
@@ -232,6 +207,11 @@ class Encoder(nn.Module):
             layout = Layout(length for _, part in parts for length in part.lengths)
             return x_TD, layout
         return self.stem(mels)
+
+
+def _heard(inputs: Sequence[Tensor | Embedded], device: torch.device) -> Tensor:
+    """The places of segments that are sound: of others a router learns nothing."""
+    return torch.tensor([i for i, each in enumerate(inputs) if not isinstance(each, Embedded)], device=device)
 
 
 def _sensed(inputs: Sequence[Tensor | Embedded], like: Tensor) -> Routing | None:
@@ -249,7 +229,7 @@ class Decoder(nn.Module):
     Tokens are ids, or rows that are embedded already.
     """
 
-    senses = 0
+    sense_experts = 0
     """As the encoder's."""
 
     def __init__(self, config: ModelConfig) -> None:
@@ -267,7 +247,7 @@ class Decoder(nn.Module):
         """Teacher forcing: flat tokens [T] (or [T, D]) of all segments, ``layout`` their texts."""
         depths: list[Tensor] = []
         choices: list[Routing] = []
-        with assigned(encoded.differences, layout, self.deltas or self.senses, encoded.layout):
+        with assigned(self._of(encoded), layout, self.deltas or self.sense_experts, encoded.layout):
             x_TD = self._embed(tokens_T, self._places(layout, tokens_T.device))
             for block in self.blocks:
                 x_TD, chosen = block(x_TD, layout, encoded.routing, (encoded.states_TD, encoded.layout))
@@ -280,11 +260,11 @@ class Decoder(nn.Module):
         states_TD, layout = encoded[:2]
         segments = len(layout)
         rows = torch.arange(segments, device=states_TD.device).repeat_interleave(beams)
-        routing, differences = (part and part.rows(rows) for part in (encoded.routing, encoded.differences))
+        routing, senses = (part and part.rows(rows) for part in (encoded.routing, encoded.senses))
         capacity = min(_FIRST_CAPACITY, self.positions.shape[0])
-        with assigned(encoded.differences, layout, self.deltas or self.senses, layout):
+        with assigned(self._of(encoded), layout, self.deltas or self.sense_experts, layout):
             blocks = [block.start(segments * beams, capacity, (states_TD, layout)) for block in self.blocks]
-        return DecoderState(blocks, routing, differences, segments, beams)
+        return DecoderState(blocks, routing, senses, segments, beams)
 
     def restarted(self, state: DecoderState) -> DecoderState:
         """The state before the first token again; what was computed of the sound is kept."""
@@ -299,7 +279,7 @@ class Decoder(nn.Module):
             raise ValueError(f"{end} tokens; the decoder has {limit} positions")
         places = torch.arange(state.length, end, device=tokens_Rn.device).repeat(rows)
         layout, beams = Layout([n] * rows), Layout([n * state.beams] * state.segments)
-        with assigned(state.differences, layout, self.deltas or self.senses):
+        with assigned(self._of(state), layout, self.deltas or self.sense_experts):
             x_TD = self._embed(tokens_Rn.flatten(0, 1), places)
             for block, own in zip(self.blocks, state.blocks, strict=True):
                 x_TD = block.extend(x_TD, layout, state.routing, own, beams)
@@ -318,7 +298,7 @@ class Decoder(nn.Module):
         Pairs come out by ascending layer, those of one layer in the order given.
         """
         found: list[list[Tensor]] = [[] for _ in layout.lengths]
-        with assigned(encoded.differences, layout, self.deltas or self.senses, encoded.layout):
+        with assigned(self._of(encoded), layout, self.deltas or self.sense_experts, encoded.layout):
             x_TD = self._embed(tokens_T, self._places(layout, tokens_T.device))
             for depth, block in enumerate(self.blocks):
                 assert block.cross_attn is not None
@@ -343,6 +323,10 @@ class Decoder(nn.Module):
         own_TD = self.token_embedding(tokens_T.clamp_max(own - 1))
         new_TD = self.new_tokens((tokens_T - own).clamp_min(0))
         return torch.where((tokens_T < own)[:, None], own_TD, new_TD)
+
+    def _of(self, which: Encoded | DecoderState) -> Routing | None:
+        """Whose differences from the core are added."""
+        return which.routing if self.deltas else which.senses
 
     def _embed(self, tokens_T: Tensor, places_T: Tensor) -> Tensor:
         rows_TD = tokens_T if tokens_T.is_floating_point() else self.embedded(tokens_T)

@@ -78,7 +78,7 @@ class Senses(nn.Module):
                 parent, _, own = path.rpartition(".")
                 assert isinstance(part, LowRank)
                 setattr(model.get_submodule(parent), own, PreparedDelta(layer, part))
-        model.encoder.senses = model.decoder.senses = len(self.config.experts)
+        model.encoder.sense_experts = model.decoder.sense_experts = len(self.config.experts)
 
     def rows(self, ids_T: Tensor, decoder: Decoder) -> Tensor:
         """Embeddings of tokens, those beyond the core's too, [T, D]."""

@@ -1,0 +1,109 @@
+"""What the commands of texts do: read aloud, translate; each returns the exit status.
+
+Torch is imported only after everything that can be checked without it has been.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import time
+from pathlib import Path
+from types import SimpleNamespace
+from typing import TYPE_CHECKING
+
+from whisper_moe.jobs import UsageError, given_text, load, progress_bar, put, usage
+from whisper_moe.machine import check_arithmetic, take_threads
+from whisper_moe.media.languages import language_code
+from whisper_moe.weights.files import atomic_file
+
+if TYPE_CHECKING:
+    from whisper_moe.api import WhisperMoE
+
+logger = logging.getLogger(__name__)
+_RECORDED = 4_096
+"""Bytes of a file, of which none is 0 in a text."""
+
+
+def speak(flags: SimpleNamespace) -> int:
+    """The sound to a file; facts to standard error, or as JSON to standard output."""
+    _check_sound(flags.output)
+    with usage():
+        text = given_text(flags.text)
+        asked = {"voice": flags.voice, "language": flags.language and language_code(flags.language), "rate": flags.rate}
+    if flags.threads:
+        take_threads(flags.threads)
+    from whisper_moe.generate.speech import Speaker
+
+    speaker, started = Speaker.from_pretrained(flags.model, model_dir=flags.model_dir), time.perf_counter()
+    with progress_bar() as bar:
+        task = bar.add_task("", total=None)
+        speech = speaker.speak(text, **asked, progress=lambda seconds: bar.advance(task, seconds))
+    seconds, facts = time.perf_counter() - started, (flags.output, speech.duration, speech.voice)
+    speech.save(flags.output)
+    logger.info("%s: %.1f s in the voice %s: %.1f times real time", *facts, speech.duration / seconds)
+    if flags.json:
+        put(json.dumps(speech.facts(), ensure_ascii=False) + "\n")
+    return 0
+
+
+def translate(flags: SimpleNamespace) -> int:
+    """The translation to standard output or a file."""
+    if flags.speak:
+        _check_sound(flags.speak)
+    if flags.output and not flags.output.parent.is_dir():
+        raise UsageError(f"{flags.output}: there is no folder {flags.output.parent}")
+    with usage():
+        source, target = (name and language_code(name) for name in (flags.source, flags.to))
+        check_arithmetic(flags.device, flags.dtype)
+        recorded = _is_recording(flags.text)
+        text = "" if recorded else given_text(flags.text)
+    loaded = load(flags, ())
+    _ = loaded.translator, loaded.speaker if flags.speak else None  # says now, not after the text, if it cannot
+    if recorded:
+        text, source, target = _heard(loaded, flags.text, source, target)
+    if recorded and source == target:
+        found, facts = text, {"source": source, "target": target, "text": text}
+    else:
+        translation = loaded.translate(text, source=source, target=target)
+        found, facts, target = translation.text, translation.facts(), translation.target
+    said = json.dumps(facts, ensure_ascii=False) if flags.json else found
+    if flags.output:
+        with atomic_file(flags.output) as scratch:
+            scratch.write_text(f"{said}\n", "utf-8")
+    else:
+        put(f"{said}\n")
+    if flags.speak:
+        loaded.speak(found, language=target).save(flags.speak)
+    return 0
+
+
+def _is_recording(given: str) -> bool:
+    """Whether it is a file of something else than text."""
+    try:
+        with Path(given).open("rb") as file:
+            return b"\0" in file.read(_RECORDED)
+    except (OSError, ValueError):
+        return False
+
+
+def _heard(loaded: WhisperMoE, path: str, source: str | None, target: str | None) -> tuple[str, str, str | None]:
+    """What is said in a recording, its language, and the target. Into English Whisper translates by itself; from a language that
+    no text is translated from, its English goes on.
+    """
+    directions, target = loaded.translator.directions, target or ("en" if source != "en" else None)
+    if target != "en":
+        heard = loaded.transcribe(path, language=source)
+        if heard.language and (target is None or (heard.language, target) in directions):
+            return "\n".join(part.text.strip() for part in heard.segments), heard.language, target
+    heard = loaded.transcribe(path, language=source, task="translate")
+    return "\n".join(part.text.strip() for part in heard.segments), "en", target
+
+
+def _check_sound(path: Path) -> None:
+    from whisper_moe.media.audio import WRITTEN
+
+    kind, folder = path.suffix.lower(), path.parent
+    if kind not in WRITTEN or not folder.is_dir():
+        cause = f"there is no folder {folder}" if kind in WRITTEN else f"sound is written as {' '.join(WRITTEN)}"
+        raise UsageError(f"{path}: {cause}")
