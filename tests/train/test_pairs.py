@@ -1,0 +1,124 @@
+"""Learning to translate: pairs of texts share packs with sound, one expert learns, a few tokens stand for all."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from data.memory import tiny_reader
+from generate.test_translate import PIECES, SENSES
+from generate.tiny import CONFIG, tiny_tokenizer, tiny_whisper_moe
+from train.tiny import recipe_tree, tones
+
+pytest.importorskip("datasets")
+
+from whisper_moe.data.examples import IGNORED, pack_examples
+from whisper_moe.data.sample import DataError, Sample, TooLong
+from whisper_moe.media.pieces import Pieces
+from whisper_moe.train.losses import SpeechObjective, cross_entropy, sampled
+from whisper_moe.train.parallel import Parallel
+from whisper_moe.train.recipe import LossRecipe, recipe_of
+from whisper_moe.train.run import run
+from whisper_moe.weights.load import load_model
+
+READS = CONFIG.model_copy(update={"senses": SENSES})
+ROWS = [("A dog.", "काम है"), ("A cat, a hat", "मेरा है"), ("to see", "हम में"), ("one more", "में हम")]
+
+
+def pair(source: str = "A dog.", text: str = "काम है", **more: Any) -> Sample:
+    both = {"language": "en", "target_language": "hi"} | more
+    return Sample(id="pair", task="translate-text", source_text=source, text=text, **both)
+
+
+@pytest.fixture(scope="module")
+def material(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("pairs")
+    tiny_whisper_moe(config=READS).save_pretrained(folder / "model")
+    tones(folder / "tones")
+    rows = [f"{a}\t{b}\ten\thi\ttranslate-text\n{b}\t{a}\thi\ten\ttranslate-text\n" for a, b in ROWS]
+    (folder / "pairs.tsv").write_text("source_text\ttext\tlanguage\ttarget_language\ttask\n" + "".join(rows), "utf-8")
+    return folder
+
+
+def tree_of(material: Path, **optimisation: Any) -> dict[str, Any]:
+    tree = recipe_tree(material / "model", material / "tones", **optimisation)
+    tree["model"]["expert"] = "translate"
+    tree["data"]["train"] = [{"kind": "table", "source": str(material / "pairs.tsv")}]
+    return tree
+
+
+def test_a_pair_is_a_source_for_the_encoder_and_a_text_for_the_decoder() -> None:
+    pieces, reader = Pieces(tiny_tokenizer(), PIECES, READS.vocab_size), tiny_reader(READS)
+    example = reader.read(pair("  A   dog. "), 5.0)
+    assert example.mel.tolist() == pieces.source("A dog.", "en")
+    assert list(example.tokens) == [*pieces.prompt("hi"), *pieces.encode(" काम है")]
+    assert list(example.labels) == [IGNORED] * 3 + [*pieces.encode(" काम है"), pieces.tokenizer.eot]
+    assert reader.measure(pair(), float("nan")) == (0, example.size)
+
+
+@pytest.mark.parametrize(
+    ("sample", "error", "said"),
+    [
+        (pair(text=" "), DataError, "no text"),
+        (pair(source=""), DataError, "no text"),
+        (pair(text="a\0"), DataError, "U\\+0000"),
+        (pair(text="कख" * 40), TooLong, "its text has 85 tokens; there are 64"),
+        (pair(language="hi", target_language="hi"), ValueError, "translates en>hi, hi>en, not hi>hi"),
+    ],
+)
+def test_what_is_no_pair_is_named(sample: Sample, error: type[Exception], said: str) -> None:
+    with pytest.raises(error, match=said):
+        tiny_reader(READS).tokens(sample)
+
+
+def test_a_model_that_only_hears_takes_no_pairs() -> None:
+    with pytest.raises(ValueError, match="needs an input that this model does not have"):
+        tiny_reader(CONFIG).tokens(pair())
+
+
+def test_a_run_for_the_expert_of_texts_changes_nothing_of_what_is_heard(material: Path, tmp_path: Path) -> None:
+    before = load_model(str(material / "model"), aside=True).state
+    assert run(recipe_of(tree_of(material, steps=4), "here"), tmp_path / "run") == 0
+    after = load_model(str(tmp_path / "run/model"), aside=True).state
+    changed = {key for key, tensor in after.items() if not torch.equal(tensor, before[key])}
+    assert changed == {key for key in after if key.startswith("senses.")}
+    lines = [json.loads(line) for line in (tmp_path / "run/metrics.jsonl").read_text("utf-8").splitlines()]
+    assert lines[0]["segments"] and not any(lines[0].get("load", {}).values())
+
+
+def test_pairs_and_sound_are_learned_from_in_one_pack(material: Path, tmp_path: Path) -> None:
+    tree = tree_of(material, steps=3)
+    tree["model"] = {"source": str(material / "model"), "train": ["senses.*"]}
+    tree["data"]["train"].append({"kind": "table", "source": str(material / "tones"), "languages": ["en"]})
+    assert run(recipe_of(tree, "here"), tmp_path / "run") == 0
+    lines = [json.loads(line) for line in (tmp_path / "run/metrics.jsonl").read_text("utf-8").splitlines()]
+    assert any(sum(line["load"].values()) > 0 for line in lines)
+    before, after = (load_model(str(path), aside=True).state for path in (material / "model", tmp_path / "run/model"))
+    changed = {key for key, tensor in after.items() if not torch.equal(tensor, before[key])}
+    assert {"senses.tokens.weight", "encoder.stem.conv1.weight", "encoder.blocks.1.experts.up_weight"} <= changed
+
+
+def test_a_few_tokens_stand_for_all() -> None:
+    torch.manual_seed(0)
+    logits, labels = torch.randn(9, 400).double(), torch.tensor([3, 8, IGNORED, 399, 8, 0, 17, 5, IGNORED])
+    among, places, shift = sampled(labels, 400, 10_000, seed=1)
+    whole = cross_entropy(logits, labels)
+    torch.testing.assert_close(cross_entropy(logits[:, among] + shift, places), whole)
+    found = []
+    for seed in range(300):
+        among, places, shift = sampled(labels, 400, 60, seed)
+        assert len(among) == 66 and len(set(among.tolist())) == 66
+        found.append(float(cross_entropy(logits[:, among] + shift, places)))
+    assert sum(found) / len(found) == pytest.approx(float(whole), rel=0.01)
+
+
+def test_the_loss_among_some_tokens_is_that_of_all_where_all_are_drawn() -> None:
+    model = tiny_whisper_moe(config=READS).model.requires_grad_(True)
+    packs = pack_examples([tiny_reader(READS).read(pair(), 0.0)])
+    whole, some = (SpeechObjective(LossRecipe(sampled=many)) for many in (0, 10_000))
+    totals = whole.totals(packs)
+    losses = [each(model, packs, totals, Parallel()).loss.item() for each in (whole, some)]
+    assert losses[0] == pytest.approx(losses[1], rel=1e-5)
