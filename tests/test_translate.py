@@ -43,12 +43,16 @@ def test_facts_go_to_a_file(run: Run, reads: list[str], tmp_path: Path) -> None:
 
 def test_what_is_said_in_a_recording_is_translated(run: Run, reads: list[str], tmp_path: Path) -> None:
     sound = noise(tmp_path / "a.wav", 1.0)
-    english = run("translate", sound, "--from", "hi", *reads)
-    heard = run("transcribe", sound, "--language", "hi", "--task", "translate", "--model", reads[1], "-f", "txt")
-    assert english.status == heard.status == 0
-    assert english.out.split() == heard.out.split()
+    english = run("translate", sound, "--from", "hi", "--json", *reads)
+    model = ["--model", reads[1], "-f", "txt", "--dtype", "float32"]
+    heard = [
+        run("transcribe", sound, "--language", "hi", "--task", task, *model).out for task in ("translate", "transcribe")
+    ]
+    facts = json.loads(english.out)
+    assert (facts["source"], facts["target"], facts["text"].split()) == ("hi", "en", heard[0].split())
     hindi = run("translate", sound, "--from", "en", "--to", "hi", "--json", *reads)
     assert json.loads(hindi.out)["target"] == "hi"
+    assert run("translate", sound, "--from", "hi", "--to", "hi", *reads).out.split() == heard[1].split()
 
 
 @pytest.mark.parametrize(

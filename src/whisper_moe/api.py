@@ -255,20 +255,13 @@ class WhisperMoE:
             raise ValueError(f"{self.name}: this model does not speak: it has no part for that")
         return Speaker(load_speech(self._folder).to(self.device))
 
-    def translate(
-        self,
-        text: str,
-        *,
-        source: str | None = None,
-        target: str | None = None,
-        progress: Callable[[int], None] = lambda characters: None,
-    ) -> Translation:
+    def translate(self, text: str, *, source: str | None = None, target: str | None = None) -> Translation:
         """``text`` in another language. ``source``: by default that of most letters; ``target``: the only one there is for that.
 
         Raises ``ValueError`` for a model that reads no texts, for a direction that it is not for, and for a text without a word.
         """
         source, target = (name and language_code(name) for name in (source, target))
-        return self.translator.translate(text, source=source, target=target, progress=progress)
+        return self.translator.translate(text, source=source, target=target)
 
     @cached_property
     def translator(self) -> Translator:
@@ -277,7 +270,8 @@ class WhisperMoE:
         if senses is None:
             if self._folder is None:
                 raise ValueError(f"{self.name}: this model reads no texts: it has no part for that")
-            senses = load_senses(self._folder).to(self.device)
+            like = self.model.encoder.positions  # rounded as the rest is
+            senses = load_senses(self._folder).to(like.device, like.dtype)
             senses.attach(self.model)
         return Translator(self.model, senses, self.tokenizer)
 

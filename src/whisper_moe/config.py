@@ -301,7 +301,17 @@ class ModelConfig(Frozen):
         if self.ttt:
             self._check_ttt(self.ttt)
         self._check_new_tokens()
+        self._check_senses()
         return self
+
+    def _check_senses(self) -> None:
+        moe, adapt, ttt = self.moe, self.adapt, self.ttt
+        if self.senses and moe and (moe.granularity != "ffn" or not moe.shared or moe.scope != "segment"):
+            raise ValueError("senses need a dense core: experts that are chosen for segments, beside a shared one")
+        if self.senses and ((adapt and adapt.decoder_layers) or (ttt and ttt.decoder_layers)):
+            raise ValueError(
+                "senses need a decoder's core as it is: without adapt.decoder_layers and ttt.decoder_layers"
+            )
 
     def _check_new_tokens(self) -> None:
         names = self.new_tokens
@@ -320,11 +330,6 @@ class ModelConfig(Frozen):
     def source_vocab_size(self) -> int:
         """Tokens that the source came with; the ids of new ones begin here."""
         return self.vocab_size - len(self.new_tokens)
-
-    @property
-    def written_tokens(self) -> int:
-        """All tokens, the senses' own too."""
-        return self.vocab_size + (len(self.senses.tokens) if self.senses else 0)
 
     def _check_depths(self, name: str, part: TTTConfig | AdaptConfig | ConformerConfig) -> None:
         for side in ("encoder", "decoder"):

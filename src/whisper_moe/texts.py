@@ -10,7 +10,7 @@ import logging
 import time
 from pathlib import Path
 from types import SimpleNamespace
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from whisper_moe.jobs import UsageError, given_text, load, progress_bar, put, usage
 from whisper_moe.machine import check_arithmetic, take_threads
@@ -59,11 +59,10 @@ def translate(flags: SimpleNamespace) -> int:
         recorded = _is_recording(flags.text)
         text = "" if recorded else given_text(flags.text)
     loaded = load(flags, ())
-    _ = loaded.translator, loaded.speaker if flags.speak else None  # says now, not after the text, if it cannot
+    _ = loaded.speaker if flags.speak else None  # says now, not after the text, if it cannot
     if recorded:
-        text, source, target = _heard(loaded, flags.text, source, target)
-    if recorded and source == target:
-        found, facts = text, {"source": source, "target": target, "text": text}
+        found, source, target = _heard(loaded, flags.text, source, target)
+        facts: dict[str, Any] = {"source": source, "target": target, "text": found}
     else:
         translation = loaded.translate(text, source=source, target=target)
         found, facts, target = translation.text, translation.facts(), translation.target
@@ -87,17 +86,24 @@ def _is_recording(given: str) -> bool:
         return False
 
 
-def _heard(loaded: WhisperMoE, path: str, source: str | None, target: str | None) -> tuple[str, str, str | None]:
-    """What is said in a recording, its language, and the target. Into English Whisper translates by itself; from a language that
-    no text is translated from, its English goes on.
+def _heard(loaded: WhisperMoE, path: str, source: str | None, target: str | None) -> tuple[str, str | None, str | None]:
+    """What is said in a recording, in the target language (by default English; of English the only one there is), and both
+    languages. Into English Whisper translates by itself; from a language that no text is translated from, its English goes on.
     """
-    directions, target = loaded.translator.directions, target or ("en" if source != "en" else None)
+    lines = lambda heard: "\n".join(part.text.strip() for part in heard.segments)  # noqa: E731
     if target != "en":
         heard = loaded.transcribe(path, language=source)
-        if heard.language and (target is None or (heard.language, target) in directions):
-            return "\n".join(part.text.strip() for part in heard.segments), heard.language, target
+        source = heard.language
+        if source == target:
+            return lines(heard), source, target
+        directions = loaded.translator.directions if target or source == "en" else ()
+        if source == "en" or (source, target) in directions:
+            found = loaded.translate(lines(heard), source=source, target=target)
+            return found.text, source, found.target
     heard = loaded.transcribe(path, language=source, task="translate")
-    return "\n".join(part.text.strip() for part in heard.segments), "en", target
+    if target in (None, "en"):
+        return lines(heard), source or heard.language, "en"
+    return loaded.translate(lines(heard), source="en", target=target).text, source, target
 
 
 def _check_sound(path: Path) -> None:

@@ -85,13 +85,18 @@ def test_long_sentences_are_cut_and_lose_no_word(model: WhisperMoE) -> None:
     assert "".join(s for s, *_ in model.translate("x" * 900).sentences) == "x" * 900
 
 
+def test_titles_and_numbers_end_no_sentence(model: WhisperMoE) -> None:
+    said = model.translate("Mr. Smith, e.g. Dr. Who, is here. So are you. No")
+    assert [source for source, *_ in said.sentences] == ["Mr. Smith, e.g. Dr. Who, is here.", "So are you.", "No"]
+
+
 def test_control_tokens_are_text(model: WhisperMoE) -> None:
     said = model.translate("<|hi|> <|endoftext|> a <|text|>")
     assert "<|" not in said.text
     assert said.sentences[0][0] == "<|hi|> <|endoftext|> a <|text|>"
 
 
-@pytest.mark.parametrize("dtype", ["float32", "int8"])
+@pytest.mark.parametrize("dtype", ["float32", "int8", "bfloat16"])
 def test_what_is_read_aside_translates_as_the_whole_model_and_hears_as_before(
     model: WhisperMoE, folder: Path, dtype: str
 ) -> None:

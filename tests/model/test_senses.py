@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 
@@ -27,7 +29,7 @@ CONFIG = ModelConfig(
     senses=SENSES,
 )
 TEXTS = [torch.tensor([3, 4, 101, 7]), torch.tensor([102, 5])]
-SAID = [torch.tensor([1, 102, 9]), torch.tensor([1, 2, 3, 4, 101]), torch.tensor([7, 8])]
+SAID = [torch.tensor([1, 102, 9]), torch.tensor([1, 2, 3, 4, 99]), torch.tensor([7, 8])]
 
 
 def said(
@@ -120,6 +122,48 @@ def test_every_part_of_the_sense_learns(model: WhisperMoEModel) -> None:
     idle = [name for name, p in model.named_parameters() if name.startswith("senses.") and not p.grad.any()]  # type: ignore[union-attr]
     assert idle == []
     model.zero_grad()
+
+
+def test_activation_checkpointing_changes_nothing(model: WhisperMoEModel) -> None:
+    def gradients() -> list[torch.Tensor]:
+        model.zero_grad()
+        said(model, [mel(), TEXTS[0]], SAID[:2]).square().sum().backward()
+        return [
+            p.grad.clone() for name, p in model.named_parameters() if name.startswith("senses.") and p.grad is not None
+        ]
+
+    before = gradients()
+    try:
+        for block in (*model.encoder.blocks, *model.decoder.blocks):
+            block.recompute = True
+        after = gradients()
+    finally:
+        for block in (*model.encoder.blocks, *model.decoder.blocks):
+            block.recompute = False
+        model.zero_grad()
+    assert len(before) == len(after) > 10
+    for one, other in zip(before, after, strict=True):
+        torch.testing.assert_close(one, other)
+
+
+@pytest.mark.parametrize(
+    "parts",
+    [
+        {"moe": MoEConfig(granularity="delta", router_layer=1)},
+        {"moe": MoEConfig(shared=False, none_choice=False)},
+        {"moe": MoEConfig(scope="token")},
+        {"ttt": TTTConfig(decoder_layers=(0,))},
+        {"adapt": AdaptConfig(decoder_layers=(0,))},
+    ],
+)
+def test_a_core_that_is_not_there_as_it_was_is_refused(parts: dict[str, Any]) -> None:
+    with pytest.raises(ValueError, match="senses need"):
+        ModelConfig.model_validate(CONFIG.model_dump() | parts)
+
+
+def test_a_pack_without_sound_has_no_choice_of_a_router(model: WhisperMoEModel) -> None:
+    found = [model(inputs, SAID[2:]).routings for inputs in ([TEXTS[0]], [mel()])]
+    assert [[len(each) for each in routings] for routings in found] == [[0], [1]]
 
 
 def test_every_matrix_of_the_blocks_has_a_difference(model: WhisperMoEModel) -> None:

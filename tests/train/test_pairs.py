@@ -18,7 +18,7 @@ pytest.importorskip("datasets")
 from whisper_moe.data.examples import IGNORED, pack_examples
 from whisper_moe.data.sample import DataError, Sample, TooLong
 from whisper_moe.media.pieces import Pieces
-from whisper_moe.train.losses import SpeechObjective, cross_entropy, sampled
+from whisper_moe.train.losses import SpeechObjective, cross_entropy, sampled, sampled_cross_entropy
 from whisper_moe.train.parallel import Parallel
 from whisper_moe.train.recipe import LossRecipe, recipe_of
 from whisper_moe.train.run import run
@@ -89,6 +89,30 @@ def test_a_run_for_the_expert_of_texts_changes_nothing_of_what_is_heard(material
     assert lines[0]["segments"] and not any(lines[0].get("load", {}).values())
 
 
+@pytest.mark.parametrize("losses", [{}, {"balancing": "bias"}])
+def test_batches_with_and_without_sound_make_one_step(material: Path, tmp_path: Path, losses: dict[str, Any]) -> None:
+    tree = tree_of(material, steps=4, accumulate=2) | {"losses": losses}
+    tree["model"] = {"source": str(material / "model"), "train": ["senses.*"]}
+    tree["data"]["train"].append({"kind": "table", "source": str(material / "tones"), "languages": ["en"]})
+    tree["data"]["loader"] |= {"batch_size": 1, "planning_buffer": 2}
+    assert run(recipe_of(tree, "here"), tmp_path / "run") == 0
+
+
+def test_low_rank_fine_tuning_is_for_what_is_heard(material: Path, tmp_path: Path) -> None:
+    tree = recipe_tree(material / "model", material / "tones", steps=2)
+    tree["model"]["lora"] = {"rank": 2}
+    assert run(recipe_of(tree, "here"), tmp_path / "run") == 0
+    before, after = (load_model(str(path), aside=True).state for path in (material / "model", tmp_path / "run/model"))
+    assert all(torch.equal(after[key], before[key]) for key in before if key.startswith("senses."))
+
+
+def test_words_of_translations_are_not_counted_in_training(material: Path, tmp_path: Path) -> None:
+    tree = tree_of(material, steps=2)
+    tree["data"]["evaluation"] = tree["data"]["train"]
+    with pytest.raises(ValueError, match="texts are judged by"):
+        run(recipe_of(tree, "here"), tmp_path / "run")
+
+
 def test_pairs_and_sound_are_learned_from_in_one_pack(material: Path, tmp_path: Path) -> None:
     tree = tree_of(material, steps=3)
     tree["model"] = {"source": str(material / "model"), "train": ["senses.*"]}
@@ -101,17 +125,19 @@ def test_pairs_and_sound_are_learned_from_in_one_pack(material: Path, tmp_path: 
     assert {"senses.tokens.weight", "encoder.stem.conv1.weight", "encoder.blocks.1.experts.up_weight"} <= changed
 
 
-def test_a_few_tokens_stand_for_all() -> None:
+@pytest.mark.parametrize("smoothing", [0.0, 0.1])
+def test_a_few_tokens_stand_for_all(smoothing: float) -> None:
     torch.manual_seed(0)
     logits, labels = torch.randn(9, 400).double(), torch.tensor([3, 8, IGNORED, 399, 8, 0, 17, 5, IGNORED])
-    among, places, shift = sampled(labels, 400, 10_000, seed=1)
-    whole = cross_entropy(logits, labels)
-    torch.testing.assert_close(cross_entropy(logits[:, among] + shift, places), whole)
-    found = []
-    for seed in range(300):
-        among, places, shift = sampled(labels, 400, 60, seed)
-        assert len(among) == 66 and len(set(among.tolist())) == 66
-        found.append(float(cross_entropy(logits[:, among] + shift, places)))
+    whole = cross_entropy(logits, labels, smoothing=smoothing)
+
+    def loss(many: int, seed: int) -> float:
+        among, places, shift = sampled(labels, 400, many, seed)
+        assert len(among) == len(set(among.tolist())) == min(400, 6 + many)
+        return float(sampled_cross_entropy(logits[:, among], places, shift, smoothing=smoothing))
+
+    assert loss(10_000, seed=1) == pytest.approx(float(whole))
+    found = [loss(60, seed) for seed in range(300)]
     assert sum(found) / len(found) == pytest.approx(float(whole), rel=0.01)
 
 

@@ -56,7 +56,7 @@ def recipe(material: Path, spoken: Path, **optimisation: Any) -> dict[str, Any]:
 def test_it_says_what_it_never_heard_and_the_core_stays(material: Path, spoken: Path, tmp_path: Path) -> None:
     tree = recipe(material, spoken, steps=240, lr=2e-2, warmup=20, schedule="cosine", clip=None)
     assert train(recipe_of(tree | {"run": {"threads": 1, "checkpoint_every": None}}, "tones"), tmp_path / "run") == 0
-    before, after = load_checkpoint(material / "model"), load_checkpoint(tmp_path / "run/model", speech=False)
+    before, after = load_checkpoint(material / "model"), load_checkpoint(tmp_path / "run/model", aside=False)
     assert before.config == after.config.model_copy(update={"context_margin": before.config.context_margin})
     assert all(torch.equal(before.state[key], after.state[key]) for key in before.state)
     text = "hcafbd"

@@ -33,7 +33,7 @@ def both(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
 
 
 def test_who_only_listens_reads_what_was_there_before(both: tuple[Path, Path]) -> None:
-    before, after = load_checkpoint(both[0]), load_checkpoint(both[1], speech=False)
+    before, after = load_checkpoint(both[0]), load_checkpoint(both[1], aside=False)
     assert before.config == after.config and before.state.keys() == after.state.keys()
     assert all(torch.equal(before.state[key], after.state[key]) for key in before.state)
     for name in ("router.safetensors", "experts/00-hindi.safetensors", "core.safetensors"):

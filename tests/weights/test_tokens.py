@@ -468,7 +468,7 @@ def test_odia_leaves_whisper_base_as_it_is(whisper_base: Path, shared_data: Path
 
     if not EMBEDDED.is_dir():
         pytest.skip("the default model is not in this checkout")
-    save(tmp_path / "m", add_languages(load_model(EMBEDDED, speech=True), [ODIA]), quantize=True)
+    save(tmp_path / "m", add_languages(load_model(EMBEDDED, aside=True), [ODIA]), quantize=True)
     before, after = content(EMBEDDED), content(tmp_path / "m")
     weights = {name for name in before if name.endswith(".safetensors")}
     assert {name for name in after if name.endswith(".safetensors")} == weights | {"tokens.safetensors"}

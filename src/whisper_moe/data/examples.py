@@ -217,12 +217,13 @@ class ExampleReader:
 
     def read(self, sample: Sample, margin: float) -> Example:
         """Decode and transform. Raises what :meth:`tokens` raises, and ``MediaError`` or :class:`TooLong` for the sound."""
-        prompt, text = self.tokens(sample)
-        tokens, labels = (*prompt, *text), tuple(self.labels(prompt, text))
         if sample.task == "translate-text" and self._pairs is not None:
-            source = _flat([self._pairs.read(sample).source])
-            return Example(id=sample.id, mel=source, valid_length=len(source), tokens=tokens, labels=labels)
+            source, prompt, text = self._pairs.read(sample)
+            tokens, labels = (*prompt, *text), tuple(self.labels(prompt, text))
+            return Example(id=sample.id, mel=_flat([source]), valid_length=len(source), tokens=tokens, labels=labels)
+        prompt, text = self.tokens(sample)
         mel, samples = self._mel(sample, margin)
+        tokens, labels = (*prompt, *text), tuple(self.labels(prompt, text))
         valid = positions(samples, 0, self.max_positions)
         return Example(id=sample.id, mel=mel, valid_length=valid, tokens=tokens, labels=labels)
 
@@ -277,7 +278,7 @@ class Pack:
 
     ids: tuple[str, ...]
     mels: tuple[Tensor, ...]
-    """[n_mels, frames] float32 each."""
+    """[n_mels, frames] float32 each, or a text's tokens [n]."""
     valid_lengths: tuple[int, ...]
     """Positions of each sound, without the silence kept after it."""
     tokens_T: Tensor

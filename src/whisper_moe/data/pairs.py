@@ -49,9 +49,8 @@ class PairReader:
         except ValueError as error:
             raise DataError(sample.id, str(error), column="text") from error
         pair = Pair(source, self._pieces.prompt(sample.target_language), text)
-        for name, length, most in zip(
-            ("source", "text"), (len(source), len(pair.prompt) + len(text)), self._limits, strict=True
-        ):
+        sizes = (len(source), len(pair.prompt) + len(text))
+        for name, length, most in zip(("source", "text"), sizes, self._limits, strict=True):
             if length > most:
                 raise TooLong(sample.id, f"its {name} has {length} tokens; there are {most} positions")
         return pair

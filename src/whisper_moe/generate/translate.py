@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import re
 import unicodedata
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -26,9 +26,13 @@ from whisper_moe.packing import Layout, first_fit_decreasing
 BEAMS = 4
 LONGEST = 120
 """Tokens of a source that are translated as one; longer sentences are cut at a comma, or between words."""
+TOGETHER = 64
+"""Sentences that are decoded side by side: a pack may hold hundreds, and each has four beams."""
 MOST = 250_000
 """Characters of one text."""
-_SENTENCE = re.compile(r"(?<=[.!?।])(?<!\b[A-Z]\.)([\"'”\u2019)]*\s+)")
+_SENTENCE = re.compile(
+    r"(?<=[.!?।])(?<!\b[A-Z]\.)(?<!\b(?:Mr|Ms|Dr|St|vs)\.)(?<!\bMrs\.)(?<!\b(?:e\.g|i\.e)\.)(?<!^\d\.)([\"'”\u2019)]*\s+)"
+)
 _PLACES_TO_CUT = (re.compile(r"(?<=[,;:])\s+"), re.compile(r"\s+"))
 
 
@@ -61,18 +65,12 @@ class Translator:
         self._rules = Rules(tuple(sorted({*never, tokenizer.no_timestamps})), (tokenizer.eot,))
 
     def translate(
-        self,
-        text: str,
-        *,
-        source: str | None = None,
-        target: str | None = None,
-        beams: int = BEAMS,
-        progress: Callable[[int], None] = lambda characters: None,
+        self, text: str, *, source: str | None = None, target: str | None = None, beams: int = BEAMS
     ) -> Translation:
         """``text`` in ``target``. Languages by code; by default the source is that of most letters, and the target the only one.
 
-        ``progress`` is told of the characters just finished. Raises ``ValueError`` for a direction that the model is not for,
-        for a text without a word, and for one of more than :data:`MOST` characters.
+        Raises ``ValueError`` for a direction that the model is not for, for a text without a word, and for one of more than
+        :data:`MOST` characters.
         """
         if len(text) > MOST:
             raise ValueError(
@@ -80,12 +78,12 @@ class Translator:
             )
         source, target = self._direction(text, source, target)
         lines = [self._cut(" ".join(unicodedata.normalize("NFC", line).split()), source) for line in text.splitlines()]
-        wanted = [piece for line in lines for piece in line if any(map(str.isalnum, piece))]
+        wanted = [*dict.fromkeys(piece for line in lines for piece in line if any(map(str.isalnum, piece)))]
         if not wanted:
             raise ValueError(f"nothing in it can be translated: {text[:40]!r}")
-        found = dict(zip(wanted, self._written(wanted, source, target, beams, progress), strict=True))
+        found = dict(zip(wanted, self._written(wanted, source, target, beams), strict=True))
         said = [" ".join(found[piece][0] if piece in found else piece for piece in line) for line in lines]
-        sentences = tuple((piece, *found[piece]) for piece in wanted)
+        sentences = tuple((piece, *found[piece]) for line in lines for piece in line if piece in found)
         return Translation("\n".join(said), source, target, sentences)
 
     def _direction(self, text: str, source: str | None, target: str | None) -> tuple[str, str]:
@@ -117,16 +115,14 @@ class Translator:
         return [*self._short(sentence[:middle].strip(), language), *self._short(sentence[middle:].strip(), language)]
 
     @torch.inference_mode()
-    def _written(
-        self, texts: Sequence[str], source: str, target: str, beams: int, progress: Callable[[int], None]
-    ) -> list[tuple[str, float]]:
+    def _written(self, texts: Sequence[str], source: str, target: str, beams: int) -> list[tuple[str, float]]:
         """Each text's translation, and how sure it is."""
         ids = [self._pieces.source(text, source) for text in texts]
         found: dict[int, tuple[str, float]] = {}
-        for pack in first_fit_decreasing(list(map(len, ids))):
+        packs = first_fit_decreasing(list(map(len, ids)))
+        for pack in (whole[i : i + TOGETHER] for whole in packs for i in range(0, len(whole), TOGETHER)):
             for index, best in zip(pack, self._decoded([ids[i] for i in pack], target, beams), strict=True):
                 found[index] = self._pieces.decode(best.tokens).strip(), best.avg_logprob
-            progress(sum(len(texts[i]) for i in pack))
         return [found[index] for index in range(len(texts))]
 
     def _decoded(self, sources: Sequence[list[int]], target: str, beams: int) -> list[Hypothesis]:

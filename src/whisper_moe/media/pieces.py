@@ -24,13 +24,10 @@ class Pieces:
         """``first``: the id of the first of ``tokens``."""
         self.tokenizer, self.tokens, self.first = tokenizer, tokens, first
         self.ids = {token: first + place for place, token in enumerate(tokens)}
-        known = sorted((token for token in tokens if not _CONTROL.fullmatch(token)), key=len, reverse=True)
-        self._known = re.compile(f"({'|'.join(map(re.escape, known))})") if known else re.compile("((?!))")
-
-    @property
-    def control(self) -> set[int]:
+        self.control = {id for token, id in self.ids.items() if _CONTROL.fullmatch(token)}
         """Ids that stand for no text."""
-        return {id for token, id in self.ids.items() if _CONTROL.fullmatch(token)}
+        known = sorted((token for token, id in self.ids.items() if id not in self.control), key=len, reverse=True)
+        self._known = re.compile(f"({'|'.join(map(re.escape, known))})") if known else re.compile("((?!))")
 
     def source(self, text: str, language: str) -> list[int]:
         """What the encoder reads: language, text, end."""

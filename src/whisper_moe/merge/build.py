@@ -18,7 +18,7 @@ from whisper_moe.merge.router import columns, fit, heard, lifted, moments_of, re
 from whisper_moe.model.router import Router
 from whisper_moe.weights.checkpoint import Loaded
 from whisper_moe.weights.files import listed
-from whisper_moe.weights.parts import expected_shapes, frozen_model, quantizable
+from whisper_moe.weights.parts import SENSES, expected_shapes, frozen_model, quantizable
 from whisper_moe.weights.tokens import EXPERT_LANGUAGES, EXPERT_SOURCES, UNTIMED_EXPERTS
 from whisper_moe.weights.upcycle import as_expert, upcycled_config
 
@@ -217,7 +217,7 @@ def without_expert(model: Loaded, name: str) -> Loaded:
     state: dict[str, Tensor] = {}
     for key in expected_shapes(config):
         tensor = model.state[re.sub(r"(?<=\.ttt\.)\d+", lambda number: str(keep[int(number[0])]), key)]
-        state[key] = tensor[keep] if ".experts." in key else tensor
+        state[key] = tensor[keep] if ".experts." in key and not key.startswith(SENSES) else tensor
     choices = [*keep, moe.n_experts]
     state |= {f"{ROUTER}{key}": state[f"{ROUTER}{key}"][choices] for key in _BY_CHOICE}
     experts = tuple(path for index, path in enumerate(model.experts) if index != place)

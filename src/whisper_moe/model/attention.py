@@ -20,6 +20,9 @@ SHORT = 64
 """Segments of one length up to here are attended to in one product; of longer ones each call is work enough. In training, where
 a call costs more, those of all lengths up to here are, padded."""
 
+MOST_PADDED = 4
+"""Times the products that are needed."""
+
 
 def attended_together(
     q_THd: Tensor, k_THd: Tensor, v_THd: Tensor, queries: Layout, keys: Layout, *, causal: bool
@@ -42,8 +45,12 @@ def attended_together(
     return (logits_SHqk.softmax(-1).to(v.dtype) @ v).transpose(1, 2).flatten(0, 1)[places_q]
 
 
-def _training_on_short(*layouts: Layout) -> bool:
-    return torch.is_grad_enabled() and all(max(layout.lengths) <= SHORT for layout in layouts)
+def _training_on_short(queries: Layout, keys: Layout) -> bool:
+    """Whether padding costs less than a call for each segment would."""
+    longest, pairs = max(queries.lengths), zip(queries.lengths, keys.lengths, strict=True)
+    if not torch.is_grad_enabled() or max(longest, *keys.lengths) > SHORT:
+        return False
+    return len(queries) * longest * max(keys.lengths) <= MOST_PADDED * sum(q * k for q, k in pairs)
 
 
 @dataclass
@@ -107,7 +114,7 @@ class SelfAttention(nn.Module):
             q, k, v = qkv.unflatten(0, (len(layout), -1)).permute(2, 0, 3, 1, 4)
             mixed_SHnd = F.scaled_dot_product_attention(q, k, v, is_causal=self.causal)
             return self.out(mixed_SHnd.transpose(1, 2).reshape(x_TD.shape))
-        if _training_on_short(layout):
+        if _training_on_short(layout, layout):
             q_THd, k_THd, v_THd = qkv.unbind(1)
             mixed_THd = attended_together(q_THd, k_THd, v_THd, layout, layout, causal=self.causal)
             return self.out(mixed_THd.flatten(1))

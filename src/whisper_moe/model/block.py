@@ -7,7 +7,7 @@ or both (the dense one is then the shared expert), and a slim adapter beside the
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
 from itertools import groupby
@@ -19,7 +19,7 @@ from torch.utils.checkpoint import checkpoint
 
 from whisper_moe.config import ModelConfig
 from whisper_moe.model.attention import CrossAttention, CrossAttentionCache, KeyValueCache, SelfAttention
-from whisper_moe.model.delta import narrowed
+from whisper_moe.model.delta import keeping, narrowed
 from whisper_moe.model.fast_weights import FastWeights
 from whisper_moe.model.layers import Adapter, ConvolutionModule, FeedForward, Norm
 from whisper_moe.model.moe import Experts
@@ -107,9 +107,10 @@ class Block(nn.Module):
         ``carry``: the one segment goes on where the recording's window before left the fast weights; it is advanced.
         ``alone``: the segments that the core answers for alone, without what adapts it; they are computed apart.
         """
-        compute = self._compute
+        compute: Callable[..., BlockOutput] = self._compute
         if self.recompute and torch.is_grad_enabled():
-            compute = partial(checkpoint, self._compute, use_reentrant=False, preserve_rng_state=False)
+            apart = partial(checkpoint, use_reentrant=False, preserve_rng_state=False)
+            compute = lambda *args: apart(keeping(self._compute), *args)  # noqa: E731
         if len(set(alone)) < 2:
             output = compute(x_TD, layout, routing, source, carry, not any(alone))
             if any(alone) and torch.is_grad_enabled() and not output.x_TD.requires_grad:

@@ -12,11 +12,11 @@ T tokens, S segments, E experts, r rank, I inputs, O outputs, P tokens of the bu
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
 from functools import cached_property, lru_cache, partial
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 import torch
 import torch.nn.functional as F
@@ -25,6 +25,7 @@ from torch import Tensor, nn
 from whisper_moe.model.router import NONE, Routing
 from whisper_moe.packing import Layout
 
+Result = TypeVar("Result")
 FEW_TOKENS = 128
 """Up to here (a decoding step) one batched product for all experts is faster than one for each."""
 
@@ -128,6 +129,20 @@ def narrowed(rows: slice) -> Iterator[None]:
         yield
     finally:
         _ASSIGNED.reset(token)
+
+
+def keeping(function: Callable[..., Result]) -> Callable[..., Result]:
+    """The function, with the assignment of now whenever it is called: activation checkpointing calls it again later."""
+    now = _ASSIGNED.get()
+
+    def call(*args: Any) -> Result:
+        token = _ASSIGNED.set(now)
+        try:
+            return function(*args)
+        finally:
+            _ASSIGNED.reset(token)
+
+    return call
 
 
 class _Cut(Assignment):

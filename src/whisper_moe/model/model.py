@@ -149,7 +149,7 @@ class Encoder(nn.Module):
                 if depth == self.router_layer and self.router is not None and not self.routes_ahead:
                     found = routing or self.router(pool_segments(x_TD, layout, valid_lengths), allowed)
                     routing = found if sensed is None else found.excepting(sensed)
-                    choices += [found.rows(heard)] if len(heard := _heard(inputs, x_TD.device)) else []
+                    choices.append(found if sensed is None else found.rows(_heard(inputs, x_TD.device)))
                 if depth < len(self.blocks):
                     x_TD, chosen = self.blocks[depth](x_TD, layout, routing, carry=carry, alone=alone)
                     choices += [chosen] if chosen else []
@@ -211,7 +211,8 @@ class Encoder(nn.Module):
 
 def _heard(inputs: Sequence[Tensor | Embedded], device: torch.device) -> Tensor:
     """The places of segments that are sound: of others a router learns nothing."""
-    return torch.tensor([i for i, each in enumerate(inputs) if not isinstance(each, Embedded)], device=device)
+    places = [i for i, each in enumerate(inputs) if not isinstance(each, Embedded)]
+    return torch.tensor(places, dtype=torch.int64, device=device)
 
 
 def _sensed(inputs: Sequence[Tensor | Embedded], like: Tensor) -> Routing | None:
@@ -363,18 +364,19 @@ class WhisperMoEModel(nn.Module):
     ) -> Output:
         """Teacher forcing over packed pairs: an input and token ids [n] a segment.
 
-        An input is a mel [n_mels, frames] or a text [n]. Where the model has senses, logits are of their tokens, too; ``among``:
+        An input is a mel [n_mels, frames] or a text [n]; where there is a text, logits are of the senses' tokens, too; ``among``:
         of these tokens only. ``valid_lengths``: the positions of each segment that a router of segments reads
         (:meth:`Encoder.forward`).
         """
-        layout, tokens_T, senses = Layout(len(text) for text in texts), torch.cat(list(texts)), self.senses
+        layout, tokens_T = Layout(len(text) for text in texts), torch.cat(list(texts))
+        senses = self.senses if any(isinstance(each, Embedded) or each.ndim == 1 for each in inputs) else None
         if senses is not None:
             inputs = [senses.embedded(each, self.decoder) for each in inputs]
             tokens_T = senses.rows(tokens_T, self.decoder)
         encoded = self.encoder(inputs, valid_lengths=valid_lengths)
         states_TD, depths, choices = self.decoder(tokens_T, layout, encoded)
         if among is not None:
-            rows = senses.rows(among, self.decoder) if senses else self.decoder.embedded(among)
+            rows = self.senses.rows(among, self.decoder) if self.senses else self.decoder.embedded(among)
             logits = F.linear(states_TD, rows)
         else:
             logits = self.decoder.logits(states_TD, encoded.routing, layout)

@@ -155,7 +155,8 @@ def only_expert(model: WhisperMoEModel, name: str) -> tuple[str, ...]:
         known = f"there are {', '.join(names)}" if names else "the model has none that are chosen for a whole segment"
         raise RecipeError(f"model.expert: no expert is called {name!r}; {known}")
     router.only = (names.index(name),)
-    return ("encoder.*.experts.*", "decoder.*.experts.*")
+    patterns = ("encoder.*.experts.*", "decoder.*.experts.*")
+    return tuple(each for each in patterns if not list(unmatched(model, [each])))
 
 
 def build_trainer(
@@ -262,6 +263,8 @@ class Sources:
         source, config = self.recipe.losses.teacher, self.initial.config
         if source is None:
             return None
+        if self.recipe.losses.sampled:
+            raise RecipeError("losses.sampled: a teacher tells of all tokens; it goes without")
         loaded = load_model(source)
         if loaded.experts:
             raise RecipeError(f"losses.teacher: {source}: its experts are whole models; name one of them")
@@ -370,6 +373,8 @@ def check_rows(corpus: AnyCorpus, reader: ExampleReader, limit: int | None, *, d
         if isinstance(sample, Skipped):
             causes.append(str(sample))
             continue
+        if decode and sample.task == "translate-text":
+            raise RecipeError(f"data.evaluation: {corpus.name}: texts are judged by evaluation.metric: loss")
         try:
             reader.read(sample, 0.0)
         except (DataError, MediaError, TooLong) as error:

@@ -73,7 +73,7 @@ def cross_entropy(logits_TV: Tensor, labels_T: Tensor, *, smoothing: float = 0.0
 
 def sampled(labels_T: Tensor, vocabulary: int, many: int, seed: int) -> tuple[Tensor, Tensor, Tensor]:
     """Some tokens that stand for all, [C]: those that are labels, and ``many`` of the others; the labels among them, [T]; and
-    what is added to their logits, [C], so that the few others count for all others (sampled softmax, arXiv 1412.2007).
+    the logarithm of how many tokens each stands for, [C] (sampled softmax, arXiv 1412.2007).
     """
     device, said = labels_T.device, labels_T[labels_T != IGNORED].unique()
     others = torch.ones(vocabulary, dtype=torch.bool, device=device).index_fill(0, said, False).nonzero()[:, 0]
@@ -82,6 +82,16 @@ def sampled(labels_T: Tensor, vocabulary: int, many: int, seed: int) -> tuple[Te
     shift[len(said) :] = math.log(len(others) / max(len(order), 1))
     places = torch.searchsorted(said, labels_T).masked_fill(labels_T == IGNORED, IGNORED)
     return among, places, shift
+
+
+def sampled_cross_entropy(logits_TC: Tensor, labels_T: Tensor, shift_C: Tensor, *, smoothing: float = 0.0) -> Tensor:
+    """:func:`cross_entropy` of all tokens, by those that :func:`sampled` drew."""
+    said = labels_T != IGNORED
+    logits_TC, labels_T = at_least_float32(logits_TC[said]), labels_T[said]
+    whole_T = (logits_TC + shift_C).logsumexp(-1)
+    own_T, counts_C = logits_TC.gather(1, labels_T[:, None])[:, 0], shift_C.exp().to(logits_TC.dtype)
+    mean_T = logits_TC @ counts_C / counts_C.sum()
+    return (whole_T - (1 - smoothing) * own_T - smoothing * mean_T).sum()
 
 
 def divergence(logits_TV: Tensor, wanted_TV: Tensor) -> Tensor:
@@ -176,11 +186,16 @@ class SpeechObjective:
         """
         own = self.totals(packs).segments
         here = [pack.to(parallel.device) for pack in packs] or [_placeholder(model, parallel.device)]
-        labels, among, shift = torch.cat([pack.labels_T for pack in here]), None, 0.0
+        labels, smoothing = torch.cat([pack.labels_T for pack in here]), self.given.label_smoothing
         if self.given.sampled:
-            among, labels, shift = sampled(labels, _config(model).written_tokens, self.given.sampled, seed_of(packs))
-        output = run_packs(model, here, among)
-        cross = cross_entropy(output.logits + shift, labels, smoothing=self.given.label_smoothing) / totals.tokens
+            config = _config(model)
+            tokens = config.vocab_size + len(config.senses.tokens if config.senses else ())
+            among, places, shift = sampled(labels, tokens, self.given.sampled, seed_of(packs))
+            output = run_packs(model, here, among)
+            cross = sampled_cross_entropy(output.logits, places, shift, smoothing=smoothing) / totals.tokens
+        else:
+            output = run_packs(model, here)
+            cross = cross_entropy(output.logits, labels, smoothing=smoothing) / totals.tokens
         segments = float(parallel.sum(torch.tensor(float(own), device=parallel.device)))
         loss, parts, counts = router_terms(
             output.routings, segments / totals.segments, self.given, parallel.sum, real=own > 0

@@ -230,6 +230,8 @@ def cut(model: WhisperMoEModel, mesh: DeviceMesh) -> None:
 
 def _check_even(model: WhisperMoEModel, ranks: int) -> None:
     config = model.config
+    if config.senses is not None:
+        raise ValueError("parallel.tensor: a model with senses beside hearing is not cut")
     kinds = [
         (side, *kind) for side in ("encoder", "decoder") for kind in (("heads", "heads"), ("hidden units", "ffn_dim"))
     ]

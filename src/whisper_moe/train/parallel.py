@@ -109,8 +109,10 @@ class Parallel:
             process_group=self._data.get_group(),
             forward_sync_buffers=False,  # what moves a router's bias moves it alike on all ranks
             gradient_as_bucket_view=True,
-            # An expert's own TTT layer, if nobody chose it; what adapts the core, if all windows are full.
-            find_unused_parameters=model.config.moe is not None or model.config.core_alone_on_full_windows,
+            # An expert's own TTT layer, if nobody chose it; what adapts the core, if all windows are full; a sense without input.
+            find_unused_parameters=model.config.moe is not None
+            or model.config.core_alone_on_full_windows
+            or model.senses is not None,
         )
         return network, [*parts.values()]
 
