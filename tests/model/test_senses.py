@@ -60,7 +60,8 @@ def test_sound_and_texts_in_one_pack_are_what_each_is_alone(model: WhisperMoEMod
     together = said(model, [TEXTS[0], mel(), TEXTS[1]], SAID)
     parts = together.split([len(text) for text in SAID])
     for part, segment, text in zip(parts, (TEXTS[0], mel(), TEXTS[1]), SAID, strict=True):
-        torch.testing.assert_close(part, said(model, [segment], [text]), rtol=0, atol=1e-12)
+        alone = said(model, [segment], [text])  # of sound without the senses' tokens
+        torch.testing.assert_close(part[:, : alone.shape[1]], alone, rtol=0, atol=1e-12)
 
 
 @torch.no_grad()
