@@ -31,10 +31,14 @@ ROUNDING = {"losses": {"rel_tol": 1e-5}, "transcripts": {"abs_tol": 2e-4}}
 
 
 def cpu() -> str:
-    """Which results this CPU computes: its vector instructions, and whether it multiplies int8 in one of them."""
-    facts = Path("/proc/cpuinfo")
-    vnni = facts.exists() and "vnni" in facts.read_text()
-    return torch.backends.cpu.get_cpu_capability().lower() + "-vnni" * vnni
+    """Which results this CPU computes: its vector instructions, whether it multiplies int8 in one of them, and AMD's order."""
+    path = Path("/proc/cpuinfo")
+    facts = path.read_text() if path.exists() else ""
+    return (
+        torch.backends.cpu.get_cpu_capability().lower()
+        + "-vnni" * ("vnni" in facts)
+        + "-amd" * ("AuthenticAMD" in facts)
+    )
 
 
 def home(part: str, root: Path = HERE) -> Path:
