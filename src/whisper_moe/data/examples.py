@@ -28,7 +28,7 @@ from whisper_moe.config import (
     ModelConfig,
 )
 from whisper_moe.data.mel_cache import MelCache
-from whisper_moe.data.pairs import PairReader
+from whisper_moe.data.pairs import Pair, PairReader
 from whisper_moe.data.sample import DataError, Sample, TooLong, share_of
 from whisper_moe.media.audio import MediaError
 from whisper_moe.media.tokenizer import UNSPACED_LANGUAGES, Tokenizer, split_timestamps
@@ -151,8 +151,8 @@ class ExampleReader:
         Raises :class:`DataError` for a text that is none, :class:`TooLong` for one over the decoder's positions, and
         ``ValueError`` for what this model has no input or no token for, which is no fault of the sample.
         """
-        if sample.task == "translate-text" and self._pairs is not None:
-            return self._pairs.read(sample)[1:]
+        if pair := self._pair(sample):
+            return pair.prompt, pair.text
         if sample.audio is None or sample.task not in ("transcribe", "translate"):
             raise ValueError(f"{sample.id}: the task {sample.task!r} needs an input that this model does not have")
         said = "en" if sample.task == "translate" else sample.language
@@ -166,6 +166,10 @@ class ExampleReader:
         if (length := len(prompt) + len(text)) > self.max_tokens:
             raise TooLong(sample.id, f"its text has {length} tokens; the decoder has {self.max_tokens} positions")
         return prompt, text
+
+    def _pair(self, sample: Sample) -> Pair | None:
+        """A translation's tokens; None of another task, and in a model that reads no texts."""
+        return self._pairs.read(sample) if self._pairs and sample.task == "translate-text" else None
 
     def labels(self, prompt: Sequence[int], text: Sequence[int]) -> list[int]:
         """What is to be said after each token of prompt and text; nothing within the prompt.
@@ -202,8 +206,8 @@ class ExampleReader:
 
         ``seconds``: what is known of the sound, or NaN. Raises what :meth:`read` raises.
         """
-        if sample.task == "translate-text" and self._pairs is not None:
-            return 0, sum(map(len, self._pairs.read(sample)))
+        if pair := self._pair(sample):
+            return 0, sum(map(len, pair))
         prompt, text = self.tokens(sample)
         if math.isnan(seconds):
             with suppress(MediaError):  # of some files only decoding tells; what is wrong with others, it says better
@@ -217,8 +221,8 @@ class ExampleReader:
 
     def read(self, sample: Sample, margin: float) -> Example:
         """Decode and transform. Raises what :meth:`tokens` raises, and ``MediaError`` or :class:`TooLong` for the sound."""
-        if sample.task == "translate-text" and self._pairs is not None:
-            source, prompt, text = self._pairs.read(sample)
+        if pair := self._pair(sample):
+            source, prompt, text = pair
             tokens, labels = (*prompt, *text), tuple(self.labels(prompt, text))
             return Example(id=sample.id, mel=_flat([source]), valid_length=len(source), tokens=tokens, labels=labels)
         prompt, text = self.tokens(sample)

@@ -184,9 +184,9 @@ class LowRank(nn.Module):
         for tokens, expert, gate in at.parts:
             hidden_Tr = F.pad(x_TI[tokens] @ self.down[expert].T, (0, 1), value=1.0)
             hidden_Tr = (hidden_Tr if gate is None else hidden_Tr * gate).to(y_TO.dtype)
-            if len(hidden_Tr) == len(y_TO) and own_TO.shape == y_TO.shape:  # in place, a gradient would be copied
-                y_TO = torch.addmm(y_TO, hidden_Tr, self.up[expert].to(y_TO.dtype))
-                own_TO = y_TO
+            whole = len(hidden_Tr) == len(y_TO) and own_TO.shape == y_TO.shape
+            if whole and torch.is_grad_enabled():  # in place, a gradient would be copied
+                y_TO = own_TO = torch.addmm(y_TO, hidden_Tr, self.up[expert].to(y_TO.dtype))
             else:
                 own_TO[tokens].addmm_(hidden_Tr, self.up[expert].to(y_TO.dtype))
         return y_TO

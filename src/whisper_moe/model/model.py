@@ -7,6 +7,7 @@ side, all rows equally long; n new tokens a row.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, replace
 from itertools import groupby, zip_longest
 from typing import NamedTuple
@@ -248,7 +249,7 @@ class Decoder(nn.Module):
         """Teacher forcing: flat tokens [T] (or [T, D]) of all segments, ``layout`` their texts."""
         depths: list[Tensor] = []
         choices: list[Routing] = []
-        with assigned(self._of(encoded), layout, self.deltas or self.sense_experts, encoded.layout):
+        with self._assigned(encoded, layout, encoded.layout):
             x_TD = self._embed(tokens_T, self._places(layout, tokens_T.device))
             for block in self.blocks:
                 x_TD, chosen = block(x_TD, layout, encoded.routing, (encoded.states_TD, encoded.layout))
@@ -263,7 +264,7 @@ class Decoder(nn.Module):
         rows = torch.arange(segments, device=states_TD.device).repeat_interleave(beams)
         routing, senses = (part and part.rows(rows) for part in (encoded.routing, encoded.senses))
         capacity = min(_FIRST_CAPACITY, self.positions.shape[0])
-        with assigned(self._of(encoded), layout, self.deltas or self.sense_experts, layout):
+        with self._assigned(encoded, layout, layout):
             blocks = [block.start(segments * beams, capacity, (states_TD, layout)) for block in self.blocks]
         return DecoderState(blocks, routing, senses, segments, beams)
 
@@ -280,7 +281,7 @@ class Decoder(nn.Module):
             raise ValueError(f"{end} tokens; the decoder has {limit} positions")
         places = torch.arange(state.length, end, device=tokens_Rn.device).repeat(rows)
         layout, beams = Layout([n] * rows), Layout([n * state.beams] * state.segments)
-        with assigned(self._of(state), layout, self.deltas or self.sense_experts):
+        with self._assigned(state, layout):
             x_TD = self._embed(tokens_Rn.flatten(0, 1), places)
             for block, own in zip(self.blocks, state.blocks, strict=True):
                 x_TD = block.extend(x_TD, layout, state.routing, own, beams)
@@ -299,7 +300,7 @@ class Decoder(nn.Module):
         Pairs come out by ascending layer, those of one layer in the order given.
         """
         found: list[list[Tensor]] = [[] for _ in layout.lengths]
-        with assigned(self._of(encoded), layout, self.deltas or self.sense_experts, encoded.layout):
+        with self._assigned(encoded, layout, encoded.layout):
             x_TD = self._embed(tokens_T, self._places(layout, tokens_T.device))
             for depth, block in enumerate(self.blocks):
                 assert block.cross_attn is not None
@@ -325,9 +326,11 @@ class Decoder(nn.Module):
         new_TD = self.new_tokens((tokens_T - own).clamp_min(0))
         return torch.where((tokens_T < own)[:, None], own_TD, new_TD)
 
-    def _of(self, which: Encoded | DecoderState) -> Routing | None:
+    def _assigned(
+        self, of: Encoded | DecoderState, layout: Layout, source: Layout | None = None
+    ) -> AbstractContextManager[None]:
         """Whose differences from the core are added."""
-        return which.routing if self.deltas else which.senses
+        return assigned(of.routing if self.deltas else of.senses, layout, self.deltas or self.sense_experts, source)
 
     def _embed(self, tokens_T: Tensor, places_T: Tensor) -> Tensor:
         rows_TD = tokens_T if tokens_T.is_floating_point() else self.embedded(tokens_T)
