@@ -21,6 +21,8 @@ from whisper_moe.generate.longform import Recording, Transcriber
 from whisper_moe.generate.mixture import Mixture
 from whisper_moe.generate.options import TranscribeOptions
 from whisper_moe.generate.result import Transcription
+from whisper_moe.generate.senses import SensesDecoder
+from whisper_moe.generate.sign import Film, Signed, Signer
 from whisper_moe.generate.speech import Speaker, Speech
 from whisper_moe.generate.translate import Translation, Translator
 from whisper_moe.machine import check_arithmetic, pick_device, take_threads, weights_apart
@@ -265,15 +267,40 @@ class WhisperMoE:
 
     @cached_property
     def translator(self) -> Translator:
-        """What translates: the expert of texts, read when it is first asked for, beside what hears."""
+        """What translates: the expert of texts, beside what hears."""
+        return Translator(self._senses)
+
+    @overload
+    def sign(self, films: Film, *, language: str | None = None) -> Signed: ...
+    @overload
+    def sign(self, films: Sequence[Film], *, language: str | None = None) -> list[Signed]: ...
+    def sign(self, films: Film | Sequence[Film], *, language: str | None = None) -> Signed | list[Signed]:
+        """What is signed in a film, or in each of several, which share packs. ``language``: of the signs (``isl``, ``asl``).
+
+        Raises ``ValueError`` for a model that sees no films, and for a language that it has not learned; ``MediaError`` naming
+        the first film that cannot be read.
+        """
+        alone = isinstance(films, (str, os.PathLike)) or hasattr(films, "read")
+        sources: list[Any] = [films] if alone else list(films)  # pyright: ignore[reportArgumentType]
+        said = self.signer.sign(sources, language=language)
+        return said[0] if alone else said
+
+    @cached_property
+    def signer(self) -> Signer:
+        """What reads signs: the expert of films, beside what hears."""
+        return Signer(self._senses)
+
+    @cached_property
+    def _senses(self) -> SensesDecoder:
+        """The senses beside hearing, read when they are first asked for."""
         senses = self.model.senses
         if senses is None:
             if self._folder is None:
-                raise ValueError(f"{self.name}: this model reads no texts: it has no part for that")
+                raise ValueError(f"{self.name}: this model only hears: it has no part for texts or films")
             like = self.model.encoder.positions  # rounded as the rest is
             senses = load_senses(self._folder).to(like.device, like.dtype)
             senses.attach(self.model)
-        return Translator(self.model, senses, self.tokenizer)
+        return SensesDecoder(self.model, senses, self.tokenizer)
 
     def _asked(self, options: TranscribeOptions, **changes: Any) -> TranscribeOptions:
         """The options for this model: languages by code, its own language and margin where nothing is said of them."""

@@ -104,6 +104,17 @@ translate: Translate a text, a text file, or what is said in a recording.
   --threads                 int?>=0              CPU threads; 0 for PyTorch's default.
   --json                    switch               Print languages, and each sentence with its translation and how sure it is.
 
+sign: Read signs: films of signing in, a line of text for each out.
+  files                     [str]                Video files, or globs.
+  --language -l             str                  The sign language: isl, asl. Default: what the model has learned.
+  --output -o               path                 Write to this file instead of standard output.
+  --model                   str                  A whisper-moe folder or training run that sees films. Default: the one that comes along.
+  --model-dir               path                 Look for the model here first, and download it to here.
+  --device                  str = auto           cpu, cuda, cuda:1, mps; auto takes a GPU if there is one.
+  --dtype --compute-type    str = auto           auto (int8 on a CPU that is fast at it, else float32), float32, int8, bfloat16 or float16.
+  --threads                 int?>=0              CPU threads; 0 for PyTorch's default.
+  --json                    switch               Print a line of JSON for each: source, text, language, and how sure it is.
+
 detect-language: Say which language is spoken at the start of each file, and how surely.
   files                     [str]                Audio or video files.
   --model                   str                  A whisper-moe folder or training run, or any Whisper: base, turbo …, Hub id, folder, .pt file, LoRA adapter. Default: the one that comes along.

@@ -228,22 +228,49 @@ class SpeechConfig(Frozen):
         return self
 
 
+class FilmConfig(Frozen):
+    """How a film becomes tokens: tubelets (ViViT, arXiv 2103.15691) of pictures in their own proportions (NaViT, 2307.06304)."""
+
+    rate: float = Field(default=8.0, gt=0, le=60)
+    """Pictures a second; fewer of a film that has more than ``tokens``."""
+    frames: int = Field(default=2, ge=1, le=16)
+    """Pictures in a tubelet."""
+    patch: int = Field(default=24, ge=1, le=256)
+    """Pixels of its side."""
+    patches: int = Field(default=40, ge=1)
+    """The most that a picture is cut into."""
+    tokens: int = Field(default=1_000, ge=1)
+    """The most of a film, whatever it lasts."""
+
+    @property
+    def slots(self) -> int:
+        """The most tubelets one after another."""
+        return max(1, self.tokens // self.patches)
+
+
 class SensesConfig(Frozen):
     """Senses beside hearing, by the shared encoder and decoder (:mod:`whisper_moe.model.senses`)."""
 
     tokens: tuple[str, ...]
     """Behind the model's own: control tokens such as ``<|text|>``, and pieces of text (:mod:`whisper_moe.media.pieces`)."""
-    directions: tuple[tuple[str, str], ...]
+    directions: tuple[tuple[str, str], ...] = ()
     """Languages that texts are translated from and to."""
+    signs: tuple[str, ...] = ()
+    """Sign languages that films were learned in, by code (``ins``, ``ase``); ``sgn`` where the data does not say which."""
+    film: FilmConfig | None = None
     rank: int = Field(default=48, ge=1)
     """Of the differences of each sense's expert from the core."""
-    experts: tuple[Literal["translate"], ...] = ("translate",)
+    experts: tuple[Literal["translate", "sign"], ...] = ("translate",)
     """The senses' experts, behind those of sound."""
 
     @model_validator(mode="after")
     def _check(self) -> Self:
-        if len(set(self.tokens)) < len(self.tokens) or "" in self.tokens or "<|text|>" not in self.tokens:
-            raise ValueError("tokens must be different ones, <|text|> among them")
+        tasks = {"translate": (self.directions, "<|text|>"), "sign": (self.signs and self.film, "<|sign|>")}
+        if len(set(self.tokens)) < len(self.tokens) or "" in self.tokens or not self.experts:
+            raise ValueError("tokens must be different ones, and for experts")
+        for expert, (given, token) in tasks.items():
+            if (expert in self.experts) != bool(given) or (given and token not in self.tokens):
+                raise ValueError(f"the expert {expert!r} needs what it reads, and the token {token}")
         return self
 
 

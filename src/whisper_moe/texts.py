@@ -1,4 +1,4 @@
-"""What the commands of texts do: read aloud, translate; each returns the exit status.
+"""What the commands of texts and signs do: read aloud, translate, read signs; each returns the exit status.
 
 Torch is imported only after everything that can be checked without it has been.
 """
@@ -12,8 +12,9 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any
 
-from whisper_moe.jobs import UsageError, given_text, load, progress_bar, put, usage
+from whisper_moe.jobs import UsageError, expand, given_text, load, progress_bar, put, usage
 from whisper_moe.machine import check_arithmetic, take_threads
+from whisper_moe.media.audio import MediaError
 from whisper_moe.media.languages import language_code
 from whisper_moe.weights.files import atomic_file
 
@@ -51,8 +52,7 @@ def translate(flags: SimpleNamespace) -> int:
     """The translation to standard output or a file."""
     if flags.speak:
         _check_sound(flags.speak)
-    if flags.output and not flags.output.parent.is_dir():
-        raise UsageError(f"{flags.output}: there is no folder {flags.output.parent}")
+    _check_folder(flags.output)
     with usage():
         source, target = (name and language_code(name) for name in (flags.source, flags.to))
         check_arithmetic(flags.device, flags.dtype)
@@ -66,15 +66,46 @@ def translate(flags: SimpleNamespace) -> int:
     else:
         translation = loaded.translate(text, source=source, target=target)
         found, facts, target = translation.text, translation.facts(), translation.target
-    said = json.dumps(facts, ensure_ascii=False) if flags.json else found
-    if flags.output:
-        with atomic_file(flags.output) as scratch:
-            scratch.write_text(f"{said}\n", "utf-8")
-    else:
-        put(f"{said}\n")
+    _write(json.dumps(facts, ensure_ascii=False) if flags.json else found, flags.output)
     if flags.speak:
         loaded.speak(found, language=target).save(flags.speak)
     return 0
+
+
+def sign(flags: SimpleNamespace) -> int:
+    """A line for each film; one that cannot be read costs that film alone, and the status is 1 then."""
+    _check_folder(flags.output)
+    with usage():
+        check_arithmetic(flags.device, flags.dtype)
+        films = expand(flags.files)
+    signer = load(flags, ()).signer
+    with usage():
+        language = signer.language(flags.language)
+    jobs = list[Any]()
+    for film in films:
+        try:
+            jobs.append(signer.job(film, language))
+        except MediaError as error:
+            logger.error("whisper-moe: %s", error)
+    said = signer.run(jobs)
+    lines = [json.dumps(each.facts(), ensure_ascii=False) if flags.json else each.text for each in said]
+    if len(films) > 1 and not flags.json:
+        lines = [f"{each.source}\t{each.text}" for each in said]
+    _write("\n".join(lines), flags.output)
+    return int(len(jobs) < len(films))
+
+
+def _check_folder(path: Path | None) -> None:
+    if path and not path.parent.is_dir():
+        raise UsageError(f"{path}: there is no folder {path.parent}")
+
+
+def _write(said: str, path: Path | None) -> None:
+    if path:
+        with atomic_file(path) as scratch:
+            scratch.write_text(f"{said}\n", "utf-8")
+    elif said:
+        put(f"{said}\n")
 
 
 def _is_recording(given: str) -> bool:

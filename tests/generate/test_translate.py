@@ -133,7 +133,7 @@ def test_a_checkpoint_keeps_senses_in_files_of_their_own(model: WhisperMoE, fold
 
 
 def test_a_model_that_only_hears_says_so(tiny_model: WhisperMoE) -> None:
-    with pytest.raises(ValueError, match="tiny: this model reads no texts"):
+    with pytest.raises(ValueError, match="tiny: this model only hears"):
         tiny_model.translate("A dog")
 
 

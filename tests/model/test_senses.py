@@ -90,7 +90,7 @@ def test_a_text_goes_through_the_core_and_its_own_expert_alone(model: WhisperMoE
 def test_experts_of_sound_have_no_part_in_a_text(model: WhisperMoEModel) -> None:
     senses = model.senses
     assert senses is not None
-    encoded = model.encoder([mel(), senses.embedded(TEXTS[0], model.decoder)])
+    encoded = model.encoder([mel(), senses.embedded(TEXTS[0], model)])
     assert encoded.routing is not None
     assert encoded.routing.experts[1].tolist() == [NONE, NONE]
     assert encoded.routing.experts[0].tolist() != [NONE, NONE]
@@ -103,7 +103,7 @@ def test_token_by_token_is_all_at_once(model: WhisperMoEModel) -> None:
     senses, decoder = model.senses, model.decoder
     assert senses is not None
     whole = said(model, TEXTS, [SAID[1], SAID[1]])
-    state = decoder.start(model.encoder([senses.embedded(text, decoder) for text in TEXTS]))
+    state = decoder.start(model.encoder([senses.embedded(text, model) for text in TEXTS]))
     for place, id in enumerate(SAID[1].tolist()):
         rows = senses.rows(torch.tensor([id, id]), decoder)[:, None]
         last = decoder.extend(rows, state)[:, -1]

@@ -27,8 +27,9 @@ from whisper_moe.config import (
     Frozen,
     ModelConfig,
 )
+from whisper_moe.data.films import FilmAugmentation, FilmReader
 from whisper_moe.data.mel_cache import MelCache
-from whisper_moe.data.pairs import Pair, PairReader
+from whisper_moe.data.pairs import PairReader
 from whisper_moe.data.sample import DataError, Sample, TooLong, share_of
 from whisper_moe.media.audio import MediaError
 from whisper_moe.media.tokenizer import UNSPACED_LANGUAGES, Tokenizer, split_timestamps
@@ -63,6 +64,8 @@ class ExampleConfig(Frozen):
     """What happens to clips over the window and to texts over the decoder's positions."""
     leading_space: bool = True
     """Begin the text with a space, as Whisper's own transcripts do in languages that put spaces between words."""
+    films: FilmAugmentation | None = None
+    """How films are changed in training."""
     empty_text: bool = False
     """Take samples without text (for a teacher to transcribe, or silence); otherwise such a sample counts as corrupt."""
 
@@ -94,7 +97,7 @@ class Example:
 
     id: str
     mel: Tensor
-    """[n_mels, frames] float32, two frames a position; of a text [n] int64."""
+    """[n_mels, frames] float32, two frames a position; of a text int64 [n]; of a film uint8 [t, h, w, P]."""
     valid_length: int
     """Positions of the sound, without the silence kept after it."""
     tokens: tuple[int, ...]
@@ -110,8 +113,8 @@ class Example:
 
 
 def encoder_positions(part: Tensor) -> int:
-    """Of a mel or a text."""
-    return len(part) if part.ndim == 1 else part.shape[1] // 2
+    """Of a mel, a text or a film."""
+    return part.shape[1] // 2 if part.ndim == 2 else part.shape[:3].numel()
 
 
 def positions(samples: int, margin: float, limit: int) -> int:
@@ -128,7 +131,11 @@ class ExampleReader:
     ) -> None:
         self._tokenizer, self._config, self._cache = tokenizer, config, cache
         self._n_mels = model.n_mels
-        self._pairs = PairReader(tokenizer, model) if model.senses else None
+        self._senses: dict[str, PairReader | FilmReader] = {}
+        if model.senses and model.senses.directions:
+            self._senses["translate-text"] = PairReader(tokenizer, model)
+        if model.senses and model.senses.film:
+            self._senses["sign"] = FilmReader(tokenizer, model, config.films)
         self.margins = config.margins(model)
         """The least and the most silence after a clip."""
         self.padded = config.padded
@@ -151,8 +158,8 @@ class ExampleReader:
         Raises :class:`DataError` for a text that is none, :class:`TooLong` for one over the decoder's positions, and
         ``ValueError`` for what this model has no input or no token for, which is no fault of the sample.
         """
-        if pair := self._pair(sample):
-            return pair.prompt, pair.text
+        if sense := self._senses.get(sample.task):
+            return sense.tokens(sample)
         if sample.audio is None or sample.task not in ("transcribe", "translate"):
             raise ValueError(f"{sample.id}: the task {sample.task!r} needs an input that this model does not have")
         said = "en" if sample.task == "translate" else sample.language
@@ -166,10 +173,6 @@ class ExampleReader:
         if (length := len(prompt) + len(text)) > self.max_tokens:
             raise TooLong(sample.id, f"its text has {length} tokens; the decoder has {self.max_tokens} positions")
         return prompt, text
-
-    def _pair(self, sample: Sample) -> Pair | None:
-        """A translation's tokens; None of another task, and in a model that reads no texts."""
-        return self._pairs.read(sample) if self._pairs and sample.task == "translate-text" else None
 
     def labels(self, prompt: Sequence[int], text: Sequence[int]) -> list[int]:
         """What is to be said after each token of prompt and text; nothing within the prompt.
@@ -201,14 +204,14 @@ class ExampleReader:
         return ids, bool(steps)
 
     def measure(self, sample: Sample, seconds: float) -> tuple[int, int]:
-        """Samples of sound and tokens of text (both texts, of a translation), without decoding where the corpus or the file's
-        header says how long it is.
+        """Samples of sound and tokens of text (and those of a film, or a text that is read), without decoding where the corpus or
+        the file's header says how long it is.
 
         ``seconds``: what is known of the sound, or NaN. Raises what :meth:`read` raises.
         """
-        if pair := self._pair(sample):
-            return 0, sum(map(len, pair))
         prompt, text = self.tokens(sample)
+        if sense := self._senses.get(sample.task):
+            return 0, sense.size(sample) + len(prompt) + len(text)
         if math.isnan(seconds):
             with suppress(MediaError):  # of some files only decoding tells; what is wrong with others, it says better
                 seconds = sample.seconds()
@@ -220,15 +223,16 @@ class ExampleReader:
         return samples, len(prompt) + len(text)
 
     def read(self, sample: Sample, margin: float) -> Example:
-        """Decode and transform. Raises what :meth:`tokens` raises, and ``MediaError`` or :class:`TooLong` for the sound."""
-        if pair := self._pair(sample):
-            source, prompt, text = pair
-            tokens, labels = (*prompt, *text), tuple(self.labels(prompt, text))
-            return Example(id=sample.id, mel=_flat([source]), valid_length=len(source), tokens=tokens, labels=labels)
+        """Decode and transform; ``margin``: of what has none, its draw. Raises what :meth:`tokens` raises, and ``MediaError`` or
+        :class:`TooLong` for the sound."""
         prompt, text = self.tokens(sample)
-        mel, samples = self._mel(sample, margin)
         tokens, labels = (*prompt, *text), tuple(self.labels(prompt, text))
-        valid = positions(samples, 0, self.max_positions)
+        if sense := self._senses.get(sample.task):
+            mel = sense.read(sample, margin)
+            valid = encoder_positions(mel)
+        else:
+            mel, samples = self._mel(sample, margin)
+            valid = positions(samples, 0, self.max_positions)
         return Example(id=sample.id, mel=mel, valid_length=valid, tokens=tokens, labels=labels)
 
     def _mel(self, sample: Sample, margin: float) -> tuple[Tensor, int]:
@@ -282,7 +286,7 @@ class Pack:
 
     ids: tuple[str, ...]
     mels: tuple[Tensor, ...]
-    """[n_mels, frames] float32 each, or a text's tokens [n]."""
+    """As :attr:`Example.mel`."""
     valid_lengths: tuple[int, ...]
     """Positions of each sound, without the silence kept after it."""
     tokens_T: Tensor

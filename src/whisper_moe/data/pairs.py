@@ -3,21 +3,16 @@
 from __future__ import annotations
 
 import unicodedata
-from typing import NamedTuple
+from collections.abc import Callable
+from typing import TYPE_CHECKING
 
 from whisper_moe.config import ModelConfig
 from whisper_moe.data.sample import DataError, Sample, TooLong
 from whisper_moe.media.pieces import Pieces
 from whisper_moe.media.tokenizer import Tokenizer
 
-
-class Pair(NamedTuple):
-    """Token ids."""
-
-    source: list[int]
-    prompt: list[int]
-    text: list[int]
-    """Without the end of text."""
+if TYPE_CHECKING:
+    from torch import Tensor
 
 
 class PairReader:
@@ -29,8 +24,8 @@ class PairReader:
         self._directions = model.senses.directions
         self._limits = model.max_source_positions, model.max_target_positions
 
-    def read(self, sample: Sample) -> Pair:
-        """Texts in NFC, with single spaces.
+    def tokens(self, sample: Sample) -> tuple[list[int], list[int]]:
+        """The prompt, and the tokens of the text, in NFC with single spaces.
 
         Raises :class:`DataError` for one that is none, :class:`TooLong` for one over the model's positions, and ``ValueError``
         for a direction that the model is not for.
@@ -39,18 +34,35 @@ class PairReader:
         if direction not in self._directions:
             known = ", ".join(">".join(each) for each in self._directions)
             raise ValueError(f"{sample.id}: the model translates {known}, not {'>'.join(direction)}")
-        texts = [
-            " ".join(unicodedata.normalize("NFC", each or "").split()) for each in (sample.source_text, sample.text)
-        ]
-        if not all(texts):
-            raise DataError(sample.id, "it has no text", column="source_text" if texts[1] else "text")
-        try:
-            source, text = self._pieces.source(texts[0], sample.language), self._pieces.encode(f" {texts[1]}")
-        except ValueError as error:
-            raise DataError(sample.id, str(error), column="text") from error
-        pair = Pair(source, self._pieces.prompt(sample.target_language), text)
-        sizes = (len(source), len(pair.prompt) + len(text))
-        for name, length, most in zip(("source", "text"), sizes, self._limits, strict=True):
+        source, prompt = self._source(sample), self._pieces.prompt(sample.target_language)
+        text = self._encoded(sample, sample.text, "text", lambda said: self._pieces.encode(f" {said}"))
+        for name, length, most in zip(
+            ("source", "text"), (len(source), len(prompt) + len(text)), self._limits, strict=True
+        ):
             if length > most:
                 raise TooLong(sample.id, f"its {name} has {length} tokens; there are {most} positions")
-        return pair
+        return prompt, text
+
+    def size(self, sample: Sample) -> int:
+        """Tokens that the encoder reads."""
+        return len(self._source(sample))
+
+    def read(self, sample: Sample, draw: float) -> Tensor:
+        """What the encoder reads, int64 [n]."""
+        import torch
+
+        return torch.tensor(self._source(sample))
+
+    def _source(self, sample: Sample) -> list[int]:
+        return self._encoded(
+            sample, sample.source_text or "", "source_text", lambda said: self._pieces.source(said, sample.language)
+        )
+
+    def _encoded(self, sample: Sample, text: str, column: str, encode: Callable[[str], list[int]]) -> list[int]:
+        said = " ".join(unicodedata.normalize("NFC", text).split())
+        if not said:
+            raise DataError(sample.id, "it has no text", column=column)
+        try:
+            return encode(said)
+        except ValueError as error:
+            raise DataError(sample.id, str(error), column=column) from error

@@ -33,7 +33,7 @@ from pydantic import Field
 
 from whisper_moe.config import FULL_WINDOW, MAX_PACK_TOKENS, Frozen, Strict
 from whisper_moe.data.examples import ExampleConfig, ExampleReader, positions
-from whisper_moe.data.sample import AnyCorpus, DataError, Sample, Skipped, TooLong, items, left_out
+from whisper_moe.data.sample import AnyCorpus, DataError, Sample, Skipped, TooLong, items, left_out, share_of
 from whisper_moe.media.audio import MediaError
 from whisper_moe.packing import first_fit_decreasing
 
@@ -115,6 +115,7 @@ class Draw:
     source: tuple[int, int] | Sample
     """(corpus, row) where that says it, else the sample."""
     margin: float
+    """Seconds of silence behind a sound; of anything else, what is drawn for it, from 0 up to 1."""
     size: int
     """Positions and tokens."""
 
@@ -300,7 +301,7 @@ class Order:
         raise NotImplementedError
 
     def _draw(self, source: tuple[int, int] | Sample, id: str, samples: int, tokens: int, epoch: int) -> Draw:
-        margin = self._reader.margin_of(id, self._seed, epoch) if samples else 0.0
+        margin = self._reader.margin_of(id, self._seed, epoch) if samples else share_of(id, self._seed, epoch)
         heard = positions(samples, margin, self._reader.max_positions) if samples else 0
         return Draw(source, margin, heard + tokens)
 

@@ -52,7 +52,7 @@ _ISO_CODES = {other: code for code, others in _pairs(_ISO_TABLE).items() for oth
 
 FURTHER_LANGUAGES: dict[str, str] = _pairs("""
 ase american sign language, brx bodo, doi dogri, ins indian sign language, kok konkani, ks kashmiri, mai maithili,
-mni manipuri, or odia, sat santali
+mni manipuri, or odia, sat santali, sgn sign language
 """)
 """Languages that Whisper has no token for (ISO 639-1, else 639-3), each with its English name."""
 _FURTHER_CODES = {name: code for code, name in FURTHER_LANGUAGES.items()} | _pairs("meitei mni, oriya or")

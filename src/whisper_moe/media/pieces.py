@@ -15,6 +15,8 @@ from whisper_moe.media.tokenizer import Tokenizer
 _CONTROL = re.compile(r"<\|[^\s<|>]+\|>")
 TEXT = "<|text|>"
 """The task of writing what a text says in another language."""
+SIGNS = {"sgn": "<|sign|>", "ins": "<|isl|>", "ase": "<|asl|>"}
+"""… and what signs say: of a language that nobody has stated, of Indian and of American Sign Language (ISO 639-3)."""
 
 
 class Pieces:
@@ -35,8 +37,15 @@ class Pieces:
 
     def prompt(self, language: str) -> list[int]:
         """What the decoder begins with, to write a text in this language."""
+        return self._opening(language, TEXT)
+
+    def sign_prompt(self, signs: str) -> list[int]:
+        """What the decoder begins with, to write in English what is signed in this sign language."""
+        return self._opening("en", SIGNS[signs])
+
+    def _opening(self, language: str, task: str) -> list[int]:
         tokenizer = self.tokenizer
-        return [tokenizer.sot, tokenizer.language_id(language), self.ids[TEXT], tokenizer.no_timestamps]
+        return [tokenizer.sot, tokenizer.language_id(language), self.ids[task], tokenizer.no_timestamps]
 
     def encode(self, text: str) -> list[int]:
         """Text to ids; control tokens are never read from it. Raises ``ValueError`` as :meth:`Tokenizer.encode` does."""

@@ -7,17 +7,17 @@ numbers are limited while decoding, since a kilobyte may hold a gigabyte. Every 
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from fractions import Fraction
-from math import ceil, prod
+from math import ceil, prod, sqrt
 from pathlib import Path
-from typing import BinaryIO
+from typing import BinaryIO, TypeAlias
 
 import numpy as np
 from av import VideoFrame, VideoStream
 from numpy.typing import NDArray
 
-from whisper_moe.config import SAMPLE_RATE
+from whisper_moe.config import SAMPLE_RATE, FilmConfig
 from whisper_moe.media.audio import load_audio
 from whisper_moe.media.containers import FILM_CODECS, MICROSECONDS, SOUND_CODECS, Damage, Reader, codec_of, opened
 
@@ -32,6 +32,10 @@ MAX_BYTES = 1 << 30
 MAX_RATE = 1_000.0
 SLACK = Fraction(1, 1_000)
 """Containers round timestamps (Matroska to milliseconds): a frame that comes this much late, in seconds, is on time."""
+
+
+Fit: TypeAlias = "Callable[[int, int], tuple[int, int]]"
+"""Width and height of an upright picture to those that it is kept with."""
 
 
 def load_frames(
@@ -52,16 +56,69 @@ def load_frames(
         raise ValueError(f"rate must be above 0 and at most {MAX_RATE:g} frames a second, got {rate}")
     if short_side is not None and short_side < 1:
         raise ValueError(f"short_side must be at least one pixel, got {short_side}")
+    with opened(source, name, FILM_CODECS) as reader:
+        return _kept(_film_track(reader), reader, rate, _reduced(short_side))
+
+
+def load_film(source: str | Path | BinaryIO, film: FilmConfig, *, name: str | None = None) -> Frames:
+    """RGB pictures for :func:`tubelets`, uint8 [frames, height, width, 3], both sides multiples of the patch.
+
+    Of a film that is longer than its tokens reach, fewer a second, so that memory does not grow with its length. Raises as
+    :func:`load_frames` does.
+    """
+
+    def fit(width: int, height: int) -> tuple[int, int]:
+        rows, columns = grid(width, height, film.patches)
+        return columns * film.patch, rows * film.patch
+
+    with opened(source, name, FILM_CODECS) as reader:
+        track = _film_track(reader)
+        rate = film.rate
+        if track.duration and track.time_base:
+            rate = min(rate, film.slots * film.frames / float(track.duration * track.time_base))
+        return _kept(track, reader, rate, fit)
+
+
+def grid(width: int, height: int, patches: int) -> tuple[int, int]:
+    """Rows and columns of at most so many patches, in about the proportions of a picture; turned, the same ones turned."""
+    if width < height:
+        return grid(height, width, patches)[::-1]
+    rows = max(1, round(sqrt(patches * height / width)))
+    return rows, max(rows, min(patches // rows, round(rows * width / height)))
+
+
+def film_tokens(source: str | Path | BinaryIO, film: FilmConfig, *, name: str | None = None) -> int:
+    """How many tubelets a film becomes, as its header states. Raises ``MediaError`` as :func:`header_seconds` does."""
+    with opened(source, name, FILM_CODECS) as reader:
+        track = _film_track(reader)
+        rows, columns = grid(track.codec_context.width or 1, track.codec_context.height or 1, film.patches)
+    frames = ceil(header_seconds(source, name=name) * film.rate)
+    return rows * columns * min(film.slots, max(1, ceil(frames / film.frames)))
+
+
+def tubelets(frames: Frames, film: FilmConfig) -> Frames:
+    """Pictures [frames, height, width, 3] cut into [time, rows, columns, values]; of too many, some at even distances. The last
+    tubelet is filled up with the last picture."""
+    most, deep, side = film.slots * film.frames, film.frames, film.patch
+    if len(frames) > most:
+        frames = frames[np.arange(most) * len(frames) // most]
+    frames = np.concatenate([frames, frames[-1:].repeat(-len(frames) % deep, 0)])
+    count, height, width, _ = frames.shape
+    cut = frames.reshape(count // deep, deep, height // side, side, width // side, side, 3)
+    return np.ascontiguousarray(cut.transpose(0, 2, 4, 1, 3, 5, 6)).reshape(*cut.shape[::2][:3], -1)
+
+
+def _kept(film: VideoStream, reader: Reader, rate: float, fit: Fit) -> Frames:
+    """The pictures that stand at the sample times. Raises ``Damage`` where there is none, or too much of them."""
     kept: list[Frames] = []
     size = 0
-    with opened(source, name, FILM_CODECS) as reader:
-        for frame, copies in _sampled(_film_track(reader), reader, rate):
-            size += copies * 3 * prod(_size(frame, short_side))
-            if size > MAX_BYTES:
-                raise Damage(f"more than the limit of {MAX_BYTES:,} bytes of pictures")
-            kept += [_picture(frame, short_side)] * copies
-        if not kept:
-            raise Damage("it has a film track, and no frame in it")
+    for frame, copies in _sampled(film, reader, rate):
+        size += copies * 3 * prod(_size(frame, fit))
+        if size > MAX_BYTES:
+            raise Damage(f"more than the limit of {MAX_BYTES:,} bytes of pictures")
+        kept += [_picture(frame, fit)] * copies
+    if not kept:
+        raise Damage("it has a film track, and no frame in it")
     return np.stack(kept)
 
 
@@ -144,16 +201,27 @@ def _sampled(film: VideoStream, reader: Reader, rate: float) -> Iterator[tuple[V
             yield standing, until - taken
 
 
-def _size(frame: VideoFrame, short_side: int | None) -> tuple[int, int]:
-    """Width and height that a frame is reduced to, before it is turned."""
-    scale = min(1.0, short_side / min(frame.width, frame.height)) if short_side else 1.0
-    return max(1, round(frame.width * scale)), max(1, round(frame.height * scale))
+def _reduced(short_side: int | None) -> Fit:
+    """The shorter side to so many pixels, where it has more."""
+
+    def fit(width: int, height: int) -> tuple[int, int]:
+        scale = min(1.0, short_side / min(width, height)) if short_side else 1.0
+        return max(1, round(width * scale)), max(1, round(height * scale))
+
+    return fit
 
 
-def _picture(frame: VideoFrame, short_side: int | None) -> Frames:
+def _size(frame: VideoFrame, fit: Fit) -> tuple[int, int]:
+    """Width and height that a frame is brought to, before it is turned."""
+    lying = frame.rotation % 180 != 0
+    width, height = fit(*(frame.height, frame.width) if lying else (frame.width, frame.height))
+    return (height, width) if lying else (width, height)
+
+
+def _picture(frame: VideoFrame, fit: Fit) -> Frames:
     """RGB [height, width, 3], the way up that the file says."""
     if frame.rotation % 90:
         raise Damage(f"its pictures are turned by {frame.rotation}°, which is no quarter turn")
-    width, height = _size(frame, short_side)
+    width, height = _size(frame, fit)
     upright = frame.reformat(width, height, format="rgb24").to_ndarray().astype(np.uint8, copy=False)
     return np.rot90(upright, frame.rotation // 90)

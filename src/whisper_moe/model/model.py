@@ -21,7 +21,7 @@ from whisper_moe.model.block import Block, BlockState, Carry, listed
 from whisper_moe.model.delta import add_differences, assigned
 from whisper_moe.model.layers import AudioStem, TextHead, sinusoids
 from whisper_moe.model.router import NONE, Router, Routing, pool_segments
-from whisper_moe.model.senses import Embedded, Senses
+from whisper_moe.model.senses import Embedded, Senses, is_sensed
 from whisper_moe.model.speech import SpeechModel
 from whisper_moe.packing import Layout
 
@@ -182,17 +182,24 @@ class Encoder(nn.Module):
     def _positioned(self, inputs: Sequence[Tensor | Embedded], routing: Routing | None) -> tuple[Tensor, Layout]:
         """Segments of all kinds in one pack, with positions."""
         mels = [each for each in inputs if not isinstance(each, Embedded)]
-        if len(mels) == len(inputs):
+        sounds: Sequence[Tensor] = ()
+        if mels:
             x_TD, layout = self._stem(mels, routing)
-        else:
-            x, heard = self._stem(mels, routing) if mels else (None, None)
-            sounds = iter(x.split(heard.lengths) if x is not None and heard is not None else ())
-            parts = [each.x_ND if isinstance(each, Embedded) else next(sounds) for each in inputs]
-            x_TD, layout = torch.cat(parts), Layout(map(len, parts))
+            x_TD = self.placed(x_TD, layout)
+            if len(mels) == len(inputs):
+                return x_TD, layout
+            sounds = x_TD.split(layout.lengths)
+        heard = iter(sounds)
+        parts = [each.x_ND if isinstance(each, Embedded) else next(heard) for each in inputs]
+        return torch.cat(parts), Layout(map(len, parts))
+
+    def placed(self, x_TD: Tensor, layout: Layout | None = None) -> Tensor:
+        """Segments, by default one, with the positions of sound. Raises ``ValueError`` for one that is too long."""
+        layout = layout or Layout([len(x_TD)])
         longest, limit = max(layout.lengths), self.positions.shape[0]
         if longest > limit:
             raise ValueError(f"a segment has {longest} positions; the encoder has {limit}")
-        return x_TD + self.positions[layout.positions(x_TD.device)], layout
+        return x_TD + self.positions[layout.positions(x_TD.device)]
 
     def _stem(self, mels: Sequence[Tensor], routing: Routing | None) -> tuple[Tensor, Layout]:
         """The stem; kernels that differ by expert serve the segments of one choice together."""
@@ -367,14 +374,14 @@ class WhisperMoEModel(nn.Module):
     ) -> Output:
         """Teacher forcing over packed pairs: an input and token ids [n] a segment.
 
-        An input is a mel [n_mels, frames] or a text [n]; where there is a text, logits are of the senses' tokens, too; ``among``:
-        of these tokens only. ``valid_lengths``: the positions of each segment that a router of segments reads
-        (:meth:`Encoder.forward`).
+        An input is a mel [n_mels, frames], a text [n] or a film [t, h, w, P]; beside the last two, logits are of the senses'
+        tokens, too; ``among``: of these tokens only. ``valid_lengths``: the positions of each segment that a router of segments
+        reads (:meth:`Encoder.forward`).
         """
         layout, tokens_T = Layout(len(text) for text in texts), torch.cat(list(texts))
-        senses = self.senses if any(isinstance(each, Embedded) or each.ndim == 1 for each in inputs) else None
+        senses = self.senses if any(isinstance(each, Embedded) or is_sensed(each) for each in inputs) else None
         if senses is not None:
-            inputs = [senses.embedded(each, self.decoder) for each in inputs]
+            inputs = [senses.embedded(each, self) for each in inputs]
             tokens_T = senses.rows(tokens_T, self.decoder)
         encoded = self.encoder(inputs, valid_lengths=valid_lengths)
         states_TD, depths, choices = self.decoder(tokens_T, layout, encoded)

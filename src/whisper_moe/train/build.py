@@ -149,7 +149,8 @@ def only_expert(model: WhisperMoEModel, name: str) -> tuple[str, ...]:
     that name."""
     moe, router, senses = model.config.moe, model.encoder.router, model.config.senses
     if senses is not None and name in senses.experts:
-        return ("senses.*",)
+        own = {"translate": "senses.text_norm.*", "sign": "senses.film.*"}[name]
+        return ("senses.experts.*", "senses.tokens.*", own)
     names = moe.names if moe is not None and router is not None else ()
     if router is None or name not in names:
         known = f"there are {', '.join(names)}" if names else "the model has none that are chosen for a whole segment"
@@ -354,7 +355,8 @@ class Sources:
             raise RecipeError(
                 f"data.evaluation: several corpora are called {doubled[0]!r}; give each a `name` in the recipe"
             )
-        reader = ExampleReader(initial.tokenizer, initial.config, data.loader.reading)
+        reading = data.loader.reading.model_copy(update={"films": None})
+        reader = ExampleReader(initial.tokenizer, initial.config, reading)
         for corpus in corpora:
             check_rows(corpus, reader, settings.limit, decode=decode)
         texts, margin = (initial.tokenizer, initial.generation), initial.config.margin

@@ -3,6 +3,7 @@
     config.json  generation_config.json  tokenizer.json
     core.safetensors (or core-00001-of-0000N.safetensors)   router.safetensors   adapt.safetensors   tokens.safetensors
     experts/00-name.safetensors …   reader.safetensors   speech.safetensors   vocoder.safetensors   experts/translate.safetensors
+    experts/sign.safetensors   video.safetensors
     model.safetensors.index.json     which file each tensor is in
     MANIFEST.json                    size and sha256 of every file above, checked whenever the checkpoint is loaded
 
@@ -283,7 +284,7 @@ def load_speech(directory: str | Path) -> SpeechModel:
 
 def load_senses(directory: str | Path) -> Senses:
     """What other senses than hearing need, alone; likewise."""
-    said = f"{directory}: this model only hears: it has no part for texts"
+    said = f"{directory}: this model only hears: it has no part for texts or films"
     return _load_aside(Path(directory), parts.SENSES, lambda c: c.senses and Senses(c.senses, c), said)
 
 

@@ -30,8 +30,9 @@ EMBEDDING, NEW_TOKENS = "decoder.token_embedding.weight", "decoder.new_tokens.we
 """[V, D] of the source's own tokens, and [N, D] of those that it lacks."""
 SPEECH, SPEECH_PARTS = "speech.", ("vocoder", "reader", "speech")
 """How tensors begin that only speaking needs, and the files that they are in."""
-SENSES, TOKENS = "senses.", "tokens"
-"""How tensors begin that only other senses than hearing need; the file of what is no expert's, and of new tokens."""
+SENSES, FILM, TOKENS = "senses.", "senses.film.", "tokens"
+"""How tensors begin that only other senses than hearing need, and of them what only films need, in the file ``video``; the file
+of what is no expert's otherwise, and of new tokens."""
 _MOST_IN_TABLE, _MOST_IN_MATRIX = 16 * 1_500 * 1_280, 16 * 51_866 * 1_280
 """Numbers in a table of positions, which takes memory when shapes are asked for, and in any other matrix: sixteen times
 what the largest Whisper has."""
@@ -43,7 +44,7 @@ _INT8 = re.compile(
     r"|(encoder|decoder)\.blocks\.\d+\.((cross_)?attn\.(qkv|q|kv|out)|ffn\.(up|down))\.weight"
     r"|(encoder|decoder)\.blocks\.\d+\.experts\.(\d+\.)?(up|down)_weight"
     r"|speech\..+\.(qkv|q|kv|out|up|down|expand|head)\.weight"
-    r"|senses\.(tokens\.weight|experts\.(\d+\.)?[\w-]+\.(up|down))"
+    r"|senses\.((tokens|film\.patches)\.weight|experts\.(\d+\.)?[\w-]+\.(up|down))"
 )
 _ADAPTING = (".ttt.", ".ttt_norm.", ".adapter.", "norm.delta_", ".conv.", ".conv_norm.")
 _OF_EXPERT = re.compile(r"(?P<head>.+\.(?:experts|ttt))\.(?P<expert>\d+)\.(?P<tail>.+)")
@@ -143,6 +144,8 @@ def part_of(key: str, config: ModelConfig) -> str:
         return expert_part(number, config)
     if key.startswith(SPEECH):
         return next((part for part in SPEECH_PARTS if key.startswith(f"{SPEECH}{part}.")), "speech")
+    if key.startswith(FILM):
+        return "video"
     if key == NEW_TOKENS or key.startswith(SENSES):
         return TOKENS
     if ".router." in key:

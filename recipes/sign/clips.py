@@ -1,0 +1,86 @@
+"""Films and photos of signing to tables: an avatar's clips as they are, photos of hands made into short clips.
+
+    python recipes/sign/clips.py AVATAR DIGITS.tar OUT
+
+AVATAR is a folder of clips that are called by their gloss. Of DIGITS.tar, photos in a folder for each digit, those of every fifth
+block of twenty in the order of their names are held out: neighbours are often of one person. A still becomes a second of film in
+which it is slowly moved, and every other one is mirrored, for either hand may show a number. OUT gets avatar.tsv, digits.tsv,
+test-digits.tsv, and the clips.
+"""
+
+from __future__ import annotations
+
+import io
+import sys
+import tarfile
+from fractions import Fraction
+from pathlib import Path
+
+import av
+import numpy as np
+from PIL import Image
+
+RATE, FRAMES, SIDE, BLOCK, FOLDS = 8, 8, 144, 20, 5
+DRIFT = 0.06
+"""How far a still is moved while it is shown, as a share of it."""
+HEAD = "id\tvideo\ttext\tlanguage\ttarget_language\ttask\n"
+
+
+def write(path: Path, frames: list[np.ndarray]) -> None:
+    with av.open(str(path), "w") as container:
+        stream = container.add_stream("libx264", rate=RATE, options={"crf": "14"})
+        stream.width, stream.height, stream.pix_fmt = SIDE, SIDE, "yuv420p"
+        for number, frame in enumerate(frames):
+            picture = av.VideoFrame.from_ndarray(frame, format="rgb24")
+            picture.pts, picture.time_base = number, Fraction(1, RATE)
+            container.mux(stream.encode(picture))
+        container.mux(stream.encode())
+
+
+def moved(photo: Image.Image, random: np.random.Generator) -> list[np.ndarray]:
+    """A still that drifts, and comes a little closer or goes farther."""
+    side = min(photo.size)
+    begin, end = random.uniform(0, DRIFT, (2, 3)) * side
+    frames: list[np.ndarray] = []
+    for share in np.linspace(0, 1, FRAMES):
+        left, top, less = begin + share * (end - begin)
+        box = (left, top, left + side - DRIFT * side - less, top + side - DRIFT * side - less)
+        frames.append(np.asarray(photo.resize((SIDE, SIDE), Image.Resampling.BICUBIC, box=box)))
+    return frames
+
+
+def digits(archive: Path, out: Path) -> dict[str, list[str]]:
+    rows: dict[str, list[str]] = {"digits": [], "test-digits": []}
+    (out / "digits").mkdir(parents=True, exist_ok=True)
+    with tarfile.open(archive) as tar:
+        members = sorted((m for m in tar.getmembers() if m.isfile()), key=lambda m: m.name)
+        counts: dict[str, int] = {}
+        for member in members:
+            digit, stem = Path(member.name).parent.name, Path(member.name).stem
+            place = counts[digit] = counts.get(digit, -1) + 1
+            file = tar.extractfile(member)
+            assert file is not None
+            photo = Image.open(io.BytesIO(file.read())).convert("RGB")
+            photo = photo.transpose(Image.Transpose.FLIP_LEFT_RIGHT) if place % 2 else photo
+            path = out / "digits" / f"{digit}-{stem}.mp4"
+            write(path, moved(photo, np.random.default_rng([int(digit), place])))
+            held = place // BLOCK % FOLDS == FOLDS - 1
+            rows["test-digits" if held else "digits"].append(
+                f"digit-{digit}-{stem}\t{path.resolve()}\t{digit}\tsgn\ten\tsign\n"
+            )
+    return rows
+
+
+def main(avatar: Path, archive: Path, out: Path) -> None:
+    rows = digits(archive, out)
+    rows["avatar"] = [
+        f"avatar-{path.stem}\t{path.resolve()}\t{path.stem.lower()}\tsgn\ten\tsign\n"
+        for path in sorted(avatar.rglob("*.mp4"))
+    ]
+    for name, own in rows.items():
+        (out / f"{name}.tsv").write_text(HEAD + "".join(own), "utf-8")
+        print(f"{name}: {len(own)} clips")
+
+
+if __name__ == "__main__":
+    main(*map(Path, sys.argv[1:]))

@@ -1,0 +1,89 @@
+"""Films of signing to texts: each a segment of its own, several in a pack."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, BinaryIO, TypeAlias
+
+import torch
+
+from whisper_moe.generate.senses import BEAMS, Asked, Job, SensesDecoder
+from whisper_moe.media.pieces import SIGNS
+from whisper_moe.media.video import load_film, tubelets
+
+LONGEST = 64
+"""Tokens that are written of a film at most."""
+NAMES = {
+    "sgn": "signs of no stated language",
+    "ins": "Indian Sign Language (isl)",
+    "ase": "American Sign Language (asl)",
+}
+_CODES = {"isl": "ins", "asl": "ase", "indian sign language": "ins", "american sign language": "ase"}
+
+Film: TypeAlias = "str | os.PathLike[str] | BinaryIO"
+"""A path, or an open binary file."""
+
+
+@dataclass(frozen=True)
+class Signed:
+    """What is signed in a film."""
+
+    source: str
+    text: str
+    language: str
+    """Of the signs: ``ins``, ``ase``, or ``sgn`` where what was learned from did not say which."""
+    avg_logprob: float
+
+    def facts(self) -> dict[str, Any]:
+        """For JSON."""
+        return {**vars(self), "avg_logprob": round(self.avg_logprob, 4)}
+
+
+class Signer:
+    """Reads signs, with a model that sees films."""
+
+    def __init__(self, decoder: SensesDecoder) -> None:
+        """Raises ``ValueError`` for a model that sees none."""
+        self._decoder, self._config = decoder, decoder.senses.config
+        if self._config.film is None:
+            raise ValueError("this model sees no films: it has no part for that")
+
+    def sign(self, films: Sequence[Film], *, language: str | None = None, beams: int = BEAMS) -> list[Signed]:
+        """What is signed in each film. ``language``: of the signs, by code or name; by default the first that was learned.
+
+        Raises ``ValueError`` for a language that was not, ``MediaError`` naming a film that cannot be read.
+        """
+        code = self.language(language)
+        return self.run([self.job(film, code) for film in films], beams)
+
+    def run(self, jobs: Sequence[Job], beams: int = BEAMS) -> list[Signed]:
+        """What is signed in films that are read already."""
+        return self._decoder.run(jobs, beams)
+
+    def language(self, language: str | None) -> str:
+        """The code of a sign language that was learned. Raises ``ValueError`` for any other."""
+        learned = self._config.signs
+        code = _CODES.get((language or learned[0]).strip().lower(), (language or learned[0]).strip().lower())
+        if code not in learned:
+            known = ", ".join(NAMES[each] for each in learned)
+            said = NAMES.get(code, f"{language!r}, which is none of isl, asl")
+            raise ValueError(f"the model was not trained in {said}; what it has learned: {known}")
+        return code
+
+    def job(self, film: Film, code: str) -> Job:
+        """The segment of a film, and what becomes of it. Raises ``MediaError``."""
+        assert self._config.film is not None
+        given: Any = film if hasattr(film, "read") else Path(film)  # pyright: ignore[reportArgumentType]
+        name, prompt = name_of(film), self._decoder.pieces.sign_prompt(code)
+        part = torch.from_numpy(tubelets(load_film(given, self._config.film, name=name), self._config.film))
+        return Job([Asked(part, prompt, LONGEST)], lambda said: Signed(name, said[0].text, code, said[0].avg_logprob))
+
+
+def name_of(film: Film) -> str:
+    return str(getattr(film, "name", "<stream>") if hasattr(film, "read") else film)
+
+
+assert NAMES.keys() == SIGNS.keys()
