@@ -7,9 +7,10 @@ from typing import TYPE_CHECKING, Any
 from whisper_moe.machine import share_cores
 
 if TYPE_CHECKING:
-    from whisper_moe.api import Outcome as Outcome
     from whisper_moe.api import WhisperMoE as WhisperMoE
+    from whisper_moe.generate.mixed import Request as Request
     from whisper_moe.generate.options import TranscribeOptions as TranscribeOptions
+    from whisper_moe.generate.result import Outcome as Outcome
     from whisper_moe.generate.result import Segment as Segment
     from whisper_moe.generate.result import Transcription as Transcription
     from whisper_moe.generate.result import Word as Word
@@ -19,6 +20,7 @@ __version__ = "0.1.0"
 __all__ = [
     "MediaError",
     "Outcome",
+    "Request",
     "Segment",
     "TranscribeOptions",
     "Transcription",
@@ -28,7 +30,8 @@ __all__ = [
 ]
 
 _HOMES = {
-    "Outcome": "whisper_moe.api",
+    "Outcome": "whisper_moe.generate.result",
+    "Request": "whisper_moe.generate.mixed",
     "WhisperMoE": "whisper_moe.api",
     "TranscribeOptions": "whisper_moe.generate.options",
     "Segment": "whisper_moe.generate.result",

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import nullcontext
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from functools import cached_property, lru_cache, partial
 from pathlib import Path
 from typing import Any, BinaryIO, Self, TypeAlias, overload
@@ -18,9 +18,10 @@ from torch import Tensor
 from whisper_moe.config import ASIDE, FULL_WINDOW, SAMPLE_RATE, ModelConfig, problems
 from whisper_moe.generate.decode import WindowDecoder
 from whisper_moe.generate.longform import Recording, Transcriber
+from whisper_moe.generate.mixed import Answer, Request, answer
 from whisper_moe.generate.mixture import Mixture
 from whisper_moe.generate.options import TranscribeOptions
-from whisper_moe.generate.result import Transcription
+from whisper_moe.generate.result import Outcome, Transcription, by_index
 from whisper_moe.generate.senses import SensesDecoder
 from whisper_moe.generate.sign import Film, Signed, Signer
 from whisper_moe.generate.speech import Speaker, Speech
@@ -51,19 +52,6 @@ Audio: TypeAlias = "str | os.PathLike[str] | BinaryIO | np.ndarray"
 """A path, an open binary file, or float32 samples at 16 kHz, mono."""
 
 _DETECTORS = {"energy": speech_spans, "silero": speech_spans_silero}
-
-
-@dataclass(frozen=True)
-class Outcome:
-    """What became of one recording: a transcription, or the error that its file made."""
-
-    name: str
-    transcription: Transcription | None
-    error: MediaError | None
-    partial: Transcription | None = None
-    """Beside an error: what was said before the damage."""
-    index: int = 0
-    """The recording's place among those given."""
 
 
 class WhisperMoE:
@@ -199,17 +187,20 @@ class WhisperMoE:
         *,
         in_order: bool = True,
         progress: Callable[[float], None] | None = None,
+        decoder: WindowDecoder | None = None,
         **changes: Any,
     ) -> Iterator[Outcome]:
         """Outcomes in the order given; a file that cannot be read costs that file and no other.
 
         ``in_order=False``: each as soon as it is there; :attr:`Outcome.index` says whose it is. ``progress`` is told how many
-        seconds of audio have just been finished. ``changes``: fields of the options.
+        seconds of audio have just been finished. ``decoder``: another one than the model's own. ``changes``: fields of the
+        options.
         """
         asked = self._asked(options or TranscribeOptions(), **changes)
         recordings = (self._recording(source, asked, index) for index, source in enumerate(audio))
-        outcomes = map(_outcome, Transcriber(self._decoder, asked, progress=progress).run(recordings))
-        yield from _in_order(outcomes) if in_order else outcomes
+        heard = Transcriber(decoder or self._decoder, asked, progress=progress).run(recordings)
+        outcomes = (recording.outcome() for recording in heard)
+        yield from by_index(outcomes) if in_order else outcomes
 
     def detect_language(
         self, audio: Audio, *, languages: Sequence[str] = (), track: int | str | None = None
@@ -268,7 +259,7 @@ class WhisperMoE:
     @cached_property
     def translator(self) -> Translator:
         """What translates: the expert of texts, beside what hears."""
-        return Translator(self._senses)
+        return Translator(self.senses)
 
     @overload
     def sign(self, films: Film, *, language: str | None = None) -> Signed: ...
@@ -288,10 +279,17 @@ class WhisperMoE:
     @cached_property
     def signer(self) -> Signer:
         """What reads signs: the expert of films, beside what hears."""
-        return Signer(self._senses)
+        return Signer(self.senses)
+
+    def answer(self, requests: Sequence[Request]) -> list[Answer]:
+        """What each request asks for, of sound, texts and films alike; what waits to be encoded shares packs.
+
+        A request that cannot be answered has its error, a ``ValueError``, for an answer, and costs no other one.
+        """
+        return answer(self, self._decoder, requests)
 
     @cached_property
-    def _senses(self) -> SensesDecoder:
+    def senses(self) -> SensesDecoder:
         """The senses beside hearing, read when they are first asked for."""
         senses = self.model.senses
         if senses is None:
@@ -384,22 +382,3 @@ def _name_of(source: Audio) -> str:
     if isinstance(source, np.ndarray):
         return "samples"
     return str(getattr(source, "name", "<stream>") if hasattr(source, "read") else source)
-
-
-def _outcome(done: Recording) -> Outcome:
-    if done.error is None:
-        return Outcome(done.name, done.result(), None, index=done.index)
-    error = done.error if isinstance(done.error, MediaError) else MediaError(done.name, str(done.error))
-    partial = replace(done.result(), damage=str(error)) if done.segments else None
-    return Outcome(done.name, None, error, partial, done.index)
-
-
-def _in_order(outcomes: Iterable[Outcome]) -> Iterator[Outcome]:
-    """Each outcome behind all those of the recordings before it."""
-    early: dict[int, Outcome] = {}
-    due = 0
-    for outcome in outcomes:
-        early[outcome.index] = outcome
-        while due in early:
-            yield early.pop(due)
-            due += 1

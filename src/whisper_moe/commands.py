@@ -36,7 +36,8 @@ from whisper_moe.media.languages import NewLanguage, language_code, spoken_code
 from whisper_moe.weights.files import read_json
 
 if TYPE_CHECKING:
-    from whisper_moe.api import Outcome, WhisperMoE
+    from whisper_moe.api import WhisperMoE
+    from whisper_moe.generate.result import Outcome
 
 logger = logging.getLogger(__name__)
 

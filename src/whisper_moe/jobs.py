@@ -31,7 +31,8 @@ from whisper_moe.weights.files import atomic_file
 if TYPE_CHECKING:
     from rich.progress import Progress
 
-    from whisper_moe.api import Outcome, WhisperMoE
+    from whisper_moe.api import WhisperMoE
+    from whisper_moe.generate.result import Outcome
 
 logger = logging.getLogger(__name__)
 

@@ -15,9 +15,10 @@ from hypothesis import strategies as st
 from media.recordings import encode, sample, sound_track, tone
 from media.recordings import film as sound_film
 
+from whisper_moe.config import FilmConfig
 from whisper_moe.media import video
 from whisper_moe.media.audio import MediaError
-from whisper_moe.media.video import header_seconds, load_frames
+from whisper_moe.media.video import film_tokens, grid, header_seconds, load_film, load_frames, tubelets
 
 EVEN = [0.04 * number for number in range(20)]
 
@@ -252,3 +253,49 @@ def test_a_real_film_is_read(shared_data: Path) -> None:
     frames = load_frames(file, rate=10, short_side=90)
     assert frames.shape == (15, 90, 160, 3) and header_seconds(file) == pytest.approx(1.458, abs=0.001)
     assert frames.std() > 10 and np.abs(np.diff(frames.astype(int), axis=0)).mean() > 0.1
+
+
+# Tubelets.
+
+FILM = FilmConfig(rate=25, frames=2, patch=8, patches=24, tokens=240)
+
+
+@given(width=st.integers(1, 5_000), height=st.integers(1, 5_000), patches=st.integers(1, 64))
+def test_a_picture_keeps_its_proportions_as_far_as_patches_go(width: int, height: int, patches: int) -> None:
+    rows, columns = grid(width, height, patches)
+    assert 1 <= rows * columns <= patches and grid(height, width, patches) == (columns, rows)
+    if max(width, height) <= 2 * min(width, height) and patches >= 16:
+        assert 0.6 < (columns / rows) / (width / height) < 1.7
+        assert rows * columns > 0.55 * patches
+
+
+def test_pictures_become_tubelets(even: Path) -> None:
+    frames = load_film(even, FILM)
+    assert frames.shape == (20, 32, 48, 3)
+    cut = tubelets(frames, FILM)
+    assert cut.shape == (10, 4, 6, 2 * 8 * 8 * 3) and film_tokens(even, FILM) == 240
+    assert np.array_equal(cut[3, 1, 5].reshape(2, 8, 8, 3), frames[6:8, 8:16, 40:48])
+    odd = tubelets(frames[:3], FILM)
+    assert np.array_equal(odd[1, 0, 0].reshape(2, 8, 8, 3), frames[[2, 2], :8, :8]), (
+        "the last picture fills the tubelet"
+    )
+
+
+def test_any_film_fits_its_tokens(even: Path) -> None:
+    few = FILM.model_copy(update={"tokens": 100})
+    frames = load_film(even, few)
+    assert len(frames) == few.slots * few.frames == 8
+    assert [number_of(frame) for frame in load_frames(even, rate=10)] == [0, 2, 5, 7, 10, 12, 15, 17]
+    seen = [number_of(np.kron(frame, np.ones((2, 2, 1), np.uint8))) for frame in frames]
+    assert seen == [0, 2, 5, 7, 10, 12, 15, 17], "at even distances"
+    long = np.arange(50, dtype=np.uint8)[:, None, None, None] * np.ones((32, 48, 3), np.uint8)
+    kept = tubelets(long, few)
+    assert kept[:, 0, 0].reshape(8, -1)[:, 0].tolist() == [0, 6, 12, 18, 25, 31, 37, 43]
+
+
+@pytest.mark.parametrize("degrees", [90, 180, 270])
+def test_a_phones_film_is_that_of_the_upright_one(even: Path, tmp_path: Path, degrees: int) -> None:
+    upright, lying = (
+        load_film(each, FILM).astype(int) for each in (even, turned(even, tmp_path / "phone.mov", degrees))
+    )
+    assert np.abs(np.rot90(upright, -degrees // 90, axes=(1, 2)) - lying).max() <= 2

@@ -7,12 +7,19 @@ from typing import Any
 import pytest
 import torch
 
-from whisper_moe.config import AdaptConfig, ModelConfig, MoEConfig, SensesConfig, TTTConfig
+from whisper_moe.config import AdaptConfig, FilmConfig, ModelConfig, MoEConfig, SensesConfig, TTTConfig
 from whisper_moe.model.model import WhisperMoEModel
 from whisper_moe.model.router import NONE
 from whisper_moe.model.senses import Senses, matrices
 
-SENSES = SensesConfig(tokens=("<|text|>", "क", "ख"), directions=(("en", "hi"),), rank=3)
+SENSES = SensesConfig(
+    tokens=("<|text|>", "<|sign|>", "क", "ख"),
+    directions=(("en", "hi"),),
+    rank=3,
+    experts=("translate", "sign"),
+    signs=("sgn",),
+    film=FilmConfig(frames=2, patch=2, patches=6, tokens=30),
+)
 CONFIG = ModelConfig(
     vocab_size=100,
     n_mels=8,
@@ -28,8 +35,13 @@ CONFIG = ModelConfig(
     adapt=AdaptConfig(encoder_layers=(0, 2), adapter_dim=4),
     senses=SENSES,
 )
-TEXTS = [torch.tensor([3, 4, 101, 7]), torch.tensor([102, 5])]
-SAID = [torch.tensor([1, 102, 9]), torch.tensor([1, 2, 3, 4, 99]), torch.tensor([7, 8])]
+FILMS = [
+    torch.randint(256, shape, generator=torch.Generator().manual_seed(shape[0]), dtype=torch.uint8)
+    for shape in ((3, 2, 3, 24), (2, 1, 6, 24))
+]
+"""Three tubelets after one another of two rows and three columns; two of one row and six columns."""
+TEXTS = [torch.tensor([3, 4, 102, 7]), torch.tensor([103, 5])]
+SAID = [torch.tensor([1, 103, 9]), torch.tensor([1, 2, 3, 4, 99]), torch.tensor([7, 8])]
 
 
 def said(
@@ -62,6 +74,36 @@ def test_sound_and_texts_in_one_pack_are_what_each_is_alone(model: WhisperMoEMod
     for part, segment, text in zip(parts, (TEXTS[0], mel(), TEXTS[1]), SAID, strict=True):
         alone = said(model, [segment], [text])  # of sound without the senses' tokens
         torch.testing.assert_close(part[:, : alone.shape[1]], alone, rtol=0, atol=1e-12)
+
+
+@torch.no_grad()
+def test_sound_a_text_and_two_films_in_one_pack_are_what_each_is_alone(model: WhisperMoEModel) -> None:
+    segments = [FILMS[0], TEXTS[0], mel(), FILMS[1]]
+    texts = [*SAID, SAID[0]]
+    parts = said(model, segments, texts).split([len(text) for text in texts])
+    for part, segment, text in zip(parts, segments, texts, strict=True):
+        alone = said(model, [segment], [text])
+        torch.testing.assert_close(part[:, : alone.shape[1]], alone, rtol=0, atol=1e-12)
+
+
+@torch.no_grad()
+def test_a_films_positions_are_its_times_rows_and_columns(model: WhisperMoEModel) -> None:
+    """Nothing else tells equal tubelets apart: tables of zeros leave them equal, and each table tells along its own axis."""
+    stem = model.senses and model.senses.film
+    assert stem is not None
+    film = FILMS[0][:1, :1, :1].expand(3, 2, 3, -1)
+    for axis, table in enumerate((stem.times, stem.rows, stem.columns)):
+        kept = [each.clone() for each in (stem.times, stem.rows, stem.columns)]
+        for other in (stem.times, stem.rows, stem.columns):
+            if other is not table:
+                other.zero_()
+        rows = stem(film).view(3, 2, 3, -1)
+        for other in range(3):
+            assert torch.allclose(rows, rows.roll(1, other), atol=1e-9) == (other != axis)
+        for each, before in zip((stem.times, stem.rows, stem.columns), kept, strict=True):
+            each.copy_(before)
+    with pytest.raises(ValueError, match=r"a film of \[6, 2, 3\] tubelets; there are positions for 5"):
+        stem(FILMS[0].repeat(2, 1, 1, 1))
 
 
 @torch.no_grad()
@@ -112,14 +154,14 @@ def test_token_by_token_is_all_at_once(model: WhisperMoEModel) -> None:
 
 
 def test_logits_of_some_tokens_are_those_of_all(model: WhisperMoEModel) -> None:
-    among = torch.tensor([102, 0, 57])
+    among = torch.tensor([103, 0, 57])
     inputs = [mel(), TEXTS[0]]
     found = said(model, inputs, SAID[:2], among=among)
     torch.testing.assert_close(found, said(model, inputs, SAID[:2])[:, among], rtol=0, atol=1e-12)
 
 
 def test_every_part_of_the_sense_learns(model: WhisperMoEModel) -> None:
-    said(model, [TEXTS[0]], SAID[:1]).square().sum().backward()
+    said(model, [TEXTS[0], FILMS[0]], SAID[:2]).square().sum().backward()
     idle = [name for name, p in model.named_parameters() if name.startswith("senses.") and not p.grad.any()]  # type: ignore[union-attr]
     assert idle == []
     model.zero_grad()

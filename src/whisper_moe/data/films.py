@@ -97,4 +97,4 @@ def augmented(frames: Frames, given: FilmAugmentation, random: np.random.Generat
     gain = torch.from_numpy(np.exp(random.uniform(-1, 1, 3) * log(1 + given.colour))).float()
     light = 128 * random.uniform(-1, 1) * given.colour
     pictures = pictures * gain[:, None, None] + light
-    return pictures.clamp(0, 255).byte().permute(0, 2, 3, 1).numpy()
+    return pictures.round().clamp(0, 255).byte().permute(0, 2, 3, 1).numpy()

@@ -184,13 +184,17 @@ class WindowDecoder:
         for pack, mels in packs:
             heard = [self.positions(len(clips[i]), 0) for i in pack]
             own = None if routing is None else routing.rows(torch.tensor(pack, device=self._like.device))
-            parts.append(self.model.encoder(mels, valid_lengths=heard, routing=own, carry=carry, allowed=allowed))
+            parts.append(self.heard(mels, valid_lengths=heard, routing=own, carry=carry, allowed=allowed))
         pieces = [piece for part in parts for piece in part.states_TD.split(part.layout.lengths)]
         pieces = [pieces[place] for place in places]
         routings = [part.routing for part in parts if part.routing is not None]
         if routings:
             routing = Routing.cat(routings).rows(torch.tensor(places, device=self._like.device))
         return Encoded(torch.cat(pieces), Layout(map(len, pieces)), routing)
+
+    def heard(self, mels: Sequence[Tensor], **how: Any) -> Encoded:
+        """A pack, as :meth:`Encoder.forward` encodes it."""
+        return self.model.encoder(mels, **how)
 
     def stated_languages(self, routing: Routing | None, segments: int, options: TranscribeOptions) -> list[str | None]:
         """Of each window, the one language that its expert was made for, where it is known and allowed."""

@@ -13,12 +13,12 @@ from __future__ import annotations
 
 from collections import Counter, defaultdict
 from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 from whisper_moe.config import FULL_WINDOW, MAX_PACK_TOKENS, SAMPLE_RATE
 from whisper_moe.generate.decode import TOKENS_PER_SECOND, DecodingResult, WindowDecoder, prompt_ids
 from whisper_moe.generate.options import TranscribeOptions
-from whisper_moe.generate.result import Segment, Transcription, compression_ratio
+from whisper_moe.generate.result import Outcome, Segment, Transcription, compression_ratio
 from whisper_moe.generate.segments import (
     LEAST_ADVANCE,
     goes_on,
@@ -29,6 +29,7 @@ from whisper_moe.generate.segments import (
     too_much,
     without_inventions,
 )
+from whisper_moe.media.audio import MediaError
 from whisper_moe.media.tokenizer import Tokenizer
 from whisper_moe.media.windows import Window, halved, sounding, speech_spans
 from whisper_moe.model.block import Carry
@@ -127,6 +128,13 @@ class Recording:
             notes=tuple(self.notes),
             source=self.name,
         )
+
+    def outcome(self) -> Outcome:
+        if self.error is None:
+            return Outcome(self.name, self.result(), None, index=self.index)
+        error = self.error if isinstance(self.error, MediaError) else MediaError(self.name, str(self.error))
+        partial = replace(self.result(), damage=str(error)) if self.segments else None
+        return Outcome(self.name, None, error, partial, self.index)
 
 
 @dataclass(eq=False)

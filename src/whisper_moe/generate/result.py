@@ -10,11 +10,12 @@ from __future__ import annotations
 import json
 import re
 import zlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, fields
 from typing import Any, TypeAlias
 
 from whisper_moe.generate.options import SubtitleOptions
+from whisper_moe.media.audio import MediaError
 
 FORMATS = ("txt", "vtt", "srt", "tsv", "json")
 _LONG_PAUSE = 3.0
@@ -202,3 +203,27 @@ def _highlighted(words: Sequence[Word]) -> Iterator[_Cue]:
         underlined = re.sub(r"^(\s*)(.*)$", r"\1<u>\2</u>", word.word)  # the white space before it is left outside
         yield word.start, word.end, "".join([*texts[:i], underlined, *texts[i + 1 :]])
         shown = word.end
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What became of one recording: a transcription, or the error that its file made."""
+
+    name: str
+    transcription: Transcription | None
+    error: MediaError | None
+    partial: Transcription | None = None
+    """Beside an error: what was said before the damage."""
+    index: int = 0
+    """The recording's place among those given."""
+
+
+def by_index(outcomes: Iterable[Outcome]) -> Iterator[Outcome]:
+    """Each outcome behind all those of the recordings before it."""
+    early: dict[int, Outcome] = {}
+    due = 0
+    for outcome in outcomes:
+        early[outcome.index] = outcome
+        while due in early:
+            yield early.pop(due)
+            due += 1

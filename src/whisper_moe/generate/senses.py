@@ -31,6 +31,11 @@ class Asked(NamedTuple):
     limit: int
     """Tokens that are written at most."""
 
+    @property
+    def size(self) -> int:
+        """Positions of the encoder."""
+        return self.part.shape[:3].numel()
+
 
 class Written(NamedTuple):
     text: str
@@ -64,7 +69,7 @@ class SensesDecoder:
     def write(self, asked: Sequence[Asked], beams: int = BEAMS) -> list[Written]:
         """What each segment says."""
         found: dict[int, Written] = {}
-        packs = first_fit_decreasing([each.part.shape[:3].numel() for each in asked])
+        packs = first_fit_decreasing([each.size for each in asked])
         for pack in (whole[i : i + TOGETHER] for whole in packs for i in range(0, len(whole), TOGETHER)):
             own = [asked[i] for i in pack]
             encoded = self.model.encoder([self.embedded(each) for each in own])

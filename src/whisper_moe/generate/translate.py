@@ -73,7 +73,12 @@ class Translator:
         def finish(written: list[Written]) -> Translation:
             found = dict(zip(wanted, written, strict=True))
             said = [" ".join(found[piece].text if piece in found else piece for piece in line) for line in lines]
-            sentences = tuple((piece, *found[piece]) for line in lines for piece in line if piece in found)
+            sentences = tuple(
+                (piece, found[piece].text, found[piece].avg_logprob)
+                for line in lines
+                for piece in line
+                if piece in found
+            )
             return Translation("\n".join(said), source, target, sentences)
 
         return Job([self._asked(piece, source, target) for piece in wanted], finish)

@@ -82,7 +82,8 @@ def load_film(source: str | Path | BinaryIO, film: FilmConfig, *, name: str | No
 def grid(width: int, height: int, patches: int) -> tuple[int, int]:
     """Rows and columns of at most so many patches, in about the proportions of a picture; turned, the same ones turned."""
     if width < height:
-        return grid(height, width, patches)[::-1]
+        columns, rows = grid(height, width, patches)
+        return rows, columns
     rows = max(1, round(sqrt(patches * height / width)))
     return rows, max(rows, min(patches // rows, round(rows * width / height)))
 
