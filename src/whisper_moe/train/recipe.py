@@ -22,7 +22,6 @@ NOTHING_TO_TEACH = "losses.context.padded: full windows teach nothing where mode
 
 Decay = Annotated[float, Field(ge=0, lt=1)]
 """Of a moving average: the weight of what was before."""
-Grokfast = tuple[Decay, Annotated[float, Field(ge=0)]]
 
 
 class LoRARecipe(Strict):
@@ -131,8 +130,6 @@ class OptimisationRecipe(Strict):
     """Of new tokens' embeddings; default ``lr``."""
     groups: tuple[GroupRecipe, ...] = ()
     """Parameters with rates of their own; the first pattern that matches, before all other groups."""
-    grokfast: Grokfast | None = None
-    """(α, λ): the slow part of gradients is amplified (Grokfast-EMA, arXiv 2405.20233); (0.98, 2) are the paper's."""
     accumulate: int = Field(default=1, ge=1)
     """Batches for one update."""
     clip: float | None = Field(default=1.0, gt=0)
