@@ -200,9 +200,10 @@ class SpeechConfig(Frozen):
     """Blocks that read the phonemes."""
     decoder_layers: int = Field(default=4, ge=1)
     """Blocks that make mel frames of them."""
-    decoder: Literal["parallel", "autoregressive"] = "parallel"
-    reduction: int = Field(default=2, ge=1)
-    """``autoregressive``: positions of 20 ms that are said in one step."""
+    decoder: Literal["parallel"] = "parallel"
+    """Files say which; there was another, which did not learn to speak."""
+    reduction: Literal[2] = 2
+    """Of that other one."""
     kernel_size: int = Field(default=9, ge=1, le=255)
     """Of convolutions: symbols, or positions of 20 ms."""
     vocoder_dim: int = Field(default=256, ge=1)

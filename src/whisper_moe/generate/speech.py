@@ -148,8 +148,6 @@ class Speaker:
         said = language or (self.voice(voice, "").language if voice else self._language_of(text))
         if said not in self.config.languages:
             raise ValueError(f"language {said!r} cannot be spoken; there are {', '.join(self.config.languages)}")
-        if rate != 1 and self.config.decoder == "autoregressive":
-            raise ValueError("this model speaks at its own rate: its decoder finds durations by itself")
         own = self.voice(voice, said)
         written = sentences_of(text, said)
         phonemes = self.phonemes([piece for piece, _ in written], said)
