@@ -17,7 +17,7 @@ from torch import Tensor
 from whisper_moe.generate.options import SearchOptions
 from whisper_moe.generate.search import Hypothesis, Rules, search
 from whisper_moe.media.normalize import letters_in_script
-from whisper_moe.media.pieces import Pieces
+from whisper_moe.media.pieces import Pieces, sentences
 from whisper_moe.media.tokenizer import Tokenizer
 from whisper_moe.model.model import DecoderState, WhisperMoEModel
 from whisper_moe.model.senses import Senses
@@ -30,9 +30,6 @@ TOGETHER = 64
 """Sentences that are decoded side by side: a pack may hold hundreds, and each has four beams."""
 MOST = 250_000
 """Characters of one text."""
-_SENTENCE = re.compile(
-    r"(?<=[.!?।])(?<!\b[A-Z]\.)(?<!\b(?:Mr|Ms|Dr|St|vs)\.)(?<!\bMrs\.)(?<!\b(?:e\.g|i\.e)\.)(?<!^\d\.)([\"'”\u2019)]*\s+)"
-)
 _PLACES_TO_CUT = (re.compile(r"(?<=[,;:])\s+"), re.compile(r"\s+"))
 
 
@@ -97,10 +94,7 @@ class Translator:
 
     def _cut(self, line: str, language: str) -> list[str]:
         """Sentences, none longer than the model is good at."""
-        parts, pieces = _SENTENCE.split(line), list[str]()
-        for sentence in (a + b for a, b in zip(parts[::2], [*parts[1::2], ""], strict=True)):
-            pieces += self._short(sentence.strip(), language)
-        return pieces
+        return [piece for sentence in sentences(line) for piece in self._short(sentence, language)]
 
     def _short(self, sentence: str, language: str) -> list[str]:
         if len(self._pieces.source(sentence, language)) <= LONGEST:
