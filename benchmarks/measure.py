@@ -14,10 +14,10 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from peers import Adapter, Heard, Job, systems
+from peers import Adapter, Heard, Job, systems, unshare_cores
 
 from whisper_moe.evaluate.measure import disk_bytes
-from whisper_moe.machine import peak_bytes, unshare_cores
+from whisper_moe.machine import peak_bytes
 
 
 def run_pass(adapter: Adapter, job: Job) -> dict[str, Any]:

@@ -1,6 +1,7 @@
-"""The systems of the benchmark: :mod:`whisper_moe.evaluate.systems`, with more forms and settings, and more peers.
+"""The systems of the benchmark: this project's models, and their peers.
 
-Torch and the peers' packages are only imported when a system is chosen.
+Each decodes as its users would, greedily or with the same beam, with the same fallback temperatures where it has any. Torch and
+the peers' packages are only imported when a system is chosen.
 """
 
 # The peers are optional: type checking must pass without them.
@@ -8,34 +9,25 @@ Torch and the peers' packages are only imported when a system is chosen.
 
 from __future__ import annotations
 
+import os
 import shutil
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, MutableMapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from functools import partial
+from hashlib import sha256
 from importlib.util import find_spec
-from itertools import pairwise
+from itertools import islice, pairwise
 from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
 
 from whisper_moe.config import FULL_WINDOW, SAMPLE_RATE
-from whisper_moe.evaluate.systems import (
-    Adapter,
-    Heard,
-    Source,
-    converted,
-    faster_whisper,
-    hub_folder,
-    openai_whisper,
-    ours,
-    samples_of,
-    to_ctranslate2,
-    to_openai,
-    transformers,
-)
+from whisper_moe.evaluate.systems import Adapter, Heard, Source, apart, ours
 from whisper_moe.generate.options import TEMPERATURES
+from whisper_moe.machine import SPINS
+from whisper_moe.media.audio import load_audio
 
 CHECKPOINTS = Path(__file__).parent.parent / "checkpoints"
 
@@ -77,6 +69,73 @@ def own(job: Job, *, margin: float | None = None, dtype: Literal["float32", "int
 
     model = WhisperMoE.from_pretrained(job.weights, device="cpu", dtype=dtype, threads=job.threads)
     return ours(model, beam=job.beam, temperatures=job.temperatures, margin=margin)
+
+
+def faster_whisper(
+    weights: str, *, threads: int, beam: int, temperatures: tuple[float, ...], dtype: str, **more: Any
+) -> Adapter:
+    """faster-whisper, one clip at a time."""
+    from faster_whisper import WhisperModel
+
+    model = WhisperModel(weights, device="cpu", compute_type=dtype, cpu_threads=threads, **more)
+    options = {"beam_size": beam, "temperature": list(temperatures), "condition_on_previous_text": False}
+
+    def hear(sources: Iterable[Source], *, long: bool, **told: Any) -> Iterator[Heard]:
+        for source in sources:
+            segments = list(model.transcribe(source, without_timestamps=not long, **told, **options)[0])
+            yield Heard("".join(each.text for each in segments), sum(len(each.tokens) for each in segments))
+
+    return Adapter(hear, options)
+
+
+def openai_whisper(weights: str, *, threads: int, beam: int, temperatures: tuple[float, ...]) -> Adapter:
+    """openai-whisper, one clip at a time; files it decodes with the ``ffmpeg`` program."""
+    import torch
+    import whisper
+
+    torch.set_num_threads(threads)
+    model = whisper.load_model(weights, device="cpu")
+    options = {"beam_size": beam if beam > 1 else None, "temperature": temperatures}
+    options |= {"condition_on_previous_text": False, "fp16": False}
+
+    def hear(sources: Iterable[Source], *, long: bool, **told: Any) -> Iterator[Heard]:
+        for source in sources:
+            result: dict[str, Any] = model.transcribe(source, without_timestamps=not long, **told, **options)
+            yield Heard(str(result["text"]), sum(len(segment["tokens"]) for segment in result["segments"]))
+
+    return Adapter(hear, options)
+
+
+def transformers(weights: str, *, threads: int, beam: int, temperatures: tuple[float, ...], batch: int = 8) -> Adapter:
+    """transformers' ``generate`` in float32 on batches of clips, as its pipeline calls it."""
+    import torch
+    from transformers import AutoProcessor, WhisperForConditionalGeneration
+
+    torch.set_num_threads(threads)
+    processor: Any = AutoProcessor.from_pretrained(weights)
+    model: Any = WhisperForConditionalGeneration.from_pretrained(weights, dtype=torch.float32).eval()
+    options: dict[str, Any] = {"num_beams": beam, "temperature": 0.0, "condition_on_prev_tokens": False}
+    if len(temperatures) > 1:
+        options |= {"temperature": temperatures, "compression_ratio_threshold": 1.35, "logprob_threshold": -1.0}
+    special = set(processor.tokenizer.all_special_ids)
+
+    def hear(sources: Iterable[Source], *, long: bool, **told: Any) -> Iterator[Heard]:
+        waiting = map(samples_of, sources)
+        padding = {"truncation": False, "padding": "longest"} if long else {}
+        form = {"sampling_rate": SAMPLE_RATE, "return_tensors": "pt", "return_attention_mask": True}
+        while clips := list(islice(waiting, batch)):
+            with torch.inference_mode():
+                inputs = processor(clips, **form, **padding)
+                rows = model.generate(**inputs, return_timestamps=long, **told, **options)
+            for text, row in zip(processor.batch_decode(rows, skip_special_tokens=True), rows.tolist(), strict=True):
+                yield Heard(text, sum(token not in special for token in row))
+
+    return Adapter(hear, options, batched=True)
+
+
+def samples_of(source: Source) -> np.ndarray:
+    """Mono float32 samples at 16 kHz, for peers that bring no decoder."""
+    return load_audio(Path(source)) if isinstance(source, str) else source
 
 
 def faster_whisper_workers(job: Job, dtype: str, workers: int = 2) -> Adapter:
@@ -174,6 +233,68 @@ def weights_of(form: str, model: str, cache: Path) -> str:
 
         return converted(model, form, to_ggml, cache)
     return converted(model, form, to_openai if form == "openai" else partial(to_ctranslate2, form[4:]), cache)
+
+
+def hub_folder(model: str) -> str:
+    """A Whisper's folder, downloaded unless it is in the cache."""
+    from huggingface_hub import snapshot_download
+
+    from whisper_moe.weights.load import hub_id
+
+    others = ["*.h5", "*.msgpack"]  # weights of other frameworks
+    return model if Path(model).is_dir() else snapshot_download(hub_id(model) or model, ignore_patterns=others)
+
+
+def converted(model: str, form: str, write: Callable[[str, Path], None], cache: Path) -> str:
+    """A Whisper in a format that ``write`` writes, in ``cache`` unless it lies there. What is known of a local one is its path
+    and its files' sizes and times: one that was written anew is converted anew.
+    """
+    path, state = Path(model), ""
+    if path.exists():
+        files = sorted(path.iterdir()) if path.is_dir() else [path]
+        facts = [(file.name, file.stat().st_size, file.stat().st_mtime_ns) for file in files]
+        state = "-" + sha256(f"{path.resolve()} {facts}".encode()).hexdigest()[:16]
+    target = cache / f"{model.strip('/').replace('/', '--')}{state}-{form}"
+    if not target.exists():
+        cache.mkdir(parents=True, exist_ok=True)
+        apart(_convert, write, model, target)
+    return str(target)
+
+
+def _convert(write: Callable[[str, Path], None], model: str, target: Path) -> None:
+    """The target appears only when it is complete."""
+    scratch = target.with_name(f"{target.name}.{os.getpid()}")
+    try:
+        write(model, scratch)
+        scratch.rename(target)
+    finally:
+        shutil.rmtree(scratch) if scratch.is_dir() else scratch.unlink(missing_ok=True)
+
+
+def to_ctranslate2(quantization: str, model: str, target: Path) -> None:
+    from ctranslate2.converters import TransformersConverter
+
+    copied = ["tokenizer.json", "preprocessor_config.json"]
+    TransformersConverter(model, copy_files=copied).convert(str(target), quantization=quantization, force=True)
+
+
+def to_openai(model: str, target: Path) -> None:
+    import torch
+
+    from whisper_moe.weights.load import load_model
+    from whisper_moe.weights.whisper import OPENAI, config_to_openai, state_to_whisper
+
+    source = load_model(model)
+    state = state_to_whisper(source.state, source.config, OPENAI)
+    if all(torch.equal(tensor.half().float(), tensor) for tensor in state.values()):  # as most are published
+        state = {name: tensor.half() for name, tensor in state.items()}
+    torch.save({"dims": config_to_openai(source.config), "model_state_dict": state}, target)
+
+
+def unshare_cores(environment: MutableMapping[str, str] = os.environ) -> None:
+    """Take back how long this project's waiting threads spin: other programs are measured as they are."""
+    if environment.get("GOMP_SPINCOUNT") == str(SPINS):
+        del environment["GOMP_SPINCOUNT"]
 
 
 def peer(load: Callable[..., Adapter], job: Job, **more: Any) -> Adapter:

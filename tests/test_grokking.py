@@ -6,8 +6,9 @@ import json
 from pathlib import Path
 
 import pytest
+import torch
 
-from recipes.grokking.division import PLOT, RECIPE, GrokkingRecipe, equations, main, run, train
+from recipes.grokking.division import PLOT, RECIPE, GrokfastAdamW, GrokkingRecipe, equations, main, run, train
 from whisper_moe.train.monitor import METRICS
 from whisper_moe.train.reading import checked, read_tree
 
@@ -63,3 +64,31 @@ def test_a_seed_gives_the_same_curve() -> None:
     recipe = GrokkingRecipe(prime=7, steps=6, width=16, evaluate_every=3)
     first, second = ([point["train_loss"] for point in train(recipe)] for _ in range(2))
     assert first == second != [p["train_loss"] for p in train(recipe.model_copy(update={"seed": 1}))]
+
+
+def test_grokfast_amplifies_the_slow_part() -> None:
+    """A parameter whose optimizer is plain descent in disguise: the gradients that AdamW sees are what the paper says."""
+    gradients = [torch.tensor([1.0, -2.0]), torch.tensor([0.5, 1.0]), torch.tensor([-1.0, 0.0])]
+    parameter = torch.nn.Parameter(torch.zeros(2))
+    optimizer = GrokfastAdamW([parameter], alpha=0.9, amplification=2.0, lr=1e-3, weight_decay=0.0)
+    slow, twin = None, torch.nn.Parameter(torch.zeros(2))
+    reference = torch.optim.AdamW([twin], lr=1e-3, weight_decay=0.0)
+    for gradient in gradients:
+        slow = gradient.clone() if slow is None else 0.9 * slow + 0.1 * gradient
+        parameter.grad, twin.grad = gradient.clone(), gradient + 2.0 * slow
+        optimizer.step()
+        reference.step()
+        assert torch.allclose(parameter, twin, atol=1e-7)
+    assert torch.allclose(optimizer.state[parameter]["slow_gradient"], slow)
+
+
+def test_grokfast_without_amplification_is_adamw() -> None:
+    torch.manual_seed(0)
+    ours, theirs = (torch.nn.Parameter(torch.ones(3)) for _ in range(2))
+    pair = GrokfastAdamW([ours], amplification=0.0, lr=0.1), torch.optim.AdamW([theirs], lr=0.1)
+    for _ in range(5):
+        ours.grad = torch.randn(3)
+        theirs.grad = ours.grad.clone()
+        for optimizer in pair:
+            optimizer.step()
+    assert torch.equal(ours, theirs)

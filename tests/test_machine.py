@@ -16,7 +16,6 @@ from whisper_moe.machine import (
     Load,
     heap_info,
     share_cores,
-    unshare_cores,
     usable_cores,
     weights_apart,
 )
@@ -48,17 +47,6 @@ def test_waiting_threads_sleep_soon_whatever_is_imported(code: str) -> None:
 def test_what_a_user_has_set_wins() -> None:
     assert imported_with(GOMP_SPINCOUNT="77") == "77"
     assert imported_with(OMP_WAIT_POLICY="passive") is None
-
-
-def test_peers_are_measured_as_they_are() -> None:
-    ours: dict[str, str] = {}
-    share_cores(ours)
-    assert ours["GOMP_SPINCOUNT"] == str(SPINS)
-    unshare_cores(ours)
-    assert "GOMP_SPINCOUNT" not in ours
-    own = {"GOMP_SPINCOUNT": "77"}
-    unshare_cores(own)
-    assert own == {"GOMP_SPINCOUNT": "77"}
 
 
 def cgroup(tmp_path: Path, line: str, files: dict[str, str]) -> dict[str, Path]:

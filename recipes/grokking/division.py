@@ -17,20 +17,21 @@ import sys
 import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
+from typing import Annotated, Any
 
 import torch
 import torch.nn.functional as F
 from pydantic import Field, field_validator
 from torch import Tensor, nn
 
-from whisper_moe.config import Frozen, ModelConfig
+from whisper_moe.config import ModelConfig
+from whisper_moe.frozen import Frozen
 from whisper_moe.jobs import sentence
 from whisper_moe.model.block import Block
 from whisper_moe.packing import Layout
 from whisper_moe.train.monitor import METRICS, Plateau
-from whisper_moe.train.optim import adamw
 from whisper_moe.train.reading import RecipeError, checked, read_tree
-from whisper_moe.train.recipe import Decay, Grokfast
+from whisper_moe.train.recipe import Decay
 
 RECIPE, PLOT = Path(__file__).with_name("division.yaml"), "curve.png"
 logger = logging.getLogger(__name__)
@@ -51,7 +52,7 @@ class GrokkingRecipe(Frozen):
     warmup: int = Field(default=10, ge=0)
     weight_decay: float = Field(default=1.0, ge=0)
     betas: tuple[Decay, Decay] = (0.9, 0.98)
-    grokfast: Grokfast | None = None
+    grokfast: tuple[Decay, Annotated[float, Field(ge=0)]] | None = None
     """(α, λ) of Grokfast-EMA; None trains with AdamW alone."""
     seed: int = Field(default=0, ge=0)
     evaluate_every: int = Field(default=100, ge=1)
@@ -106,6 +107,32 @@ class Divider(nn.Module):
         return self.head(self.norm(x_TD.view(rows, n, -1)[:, -1]))
 
 
+class GrokfastAdamW(torch.optim.AdamW):
+    """AdamW on gradients whose slow part is amplified: g ← g + λ · EMA_α(g) (Grokfast-EMA, arXiv 2405.20233, algorithm 1).
+
+    The average is part of the optimizer's state, so a run goes on with it. Clip before, not after.
+    """
+
+    def __init__(self, params: Any, *, alpha: float = 0.98, amplification: float = 2.0, **options: Any) -> None:
+        """``alpha`` of the moving average, ``amplification`` λ; ``options`` are AdamW's."""
+        super().__init__(params, **options)
+        self.alpha, self.amplification = alpha, amplification
+
+    @torch.no_grad()
+    def step(self, closure: Any = None) -> Any:  # pyright: ignore[reportIncompatibleMethodOverride]
+        assert closure is None, "gradients are changed before the step; a closure would make them anew"
+        slow: dict[Tensor, Tensor] = {}
+        for parameter in (p for group in self.param_groups for p in group["params"] if p.grad is not None):
+            before = self.state[parameter].get("slow_gradient")
+            now = parameter.grad.clone() if before is None else before.lerp_(parameter.grad, 1 - self.alpha)
+            parameter.grad.add_(now, alpha=self.amplification)
+            slow[parameter] = now
+        done = super().step()
+        for parameter, gradient in slow.items():  # only now: AdamW begins with parameters that have no state at all
+            self.state[parameter]["slow_gradient"] = gradient
+        return done
+
+
 def train(recipe: GrokkingRecipe) -> Iterator[dict[str, float]]:
     """The curve, from before the first step to the last; a plateau that is seen there is logged."""
     torch.manual_seed(recipe.seed)
@@ -115,7 +142,11 @@ def train(recipe: GrokkingRecipe) -> Iterator[dict[str, float]]:
     training, validation = order[:half], order[half:]
     model = Divider(recipe)
     options = {"lr": recipe.lr, "betas": recipe.betas, "weight_decay": recipe.weight_decay}
-    optimizer = adamw(model.parameters(), recipe.grokfast, **options)
+    if recipe.grokfast is None:
+        optimizer = torch.optim.AdamW(model.parameters(), **options)
+    else:
+        alpha, amplification = recipe.grokfast
+        optimizer = GrokfastAdamW(model.parameters(), alpha=alpha, amplification=amplification, **options)
     batches, plateau, began = iter(()), Plateau(), time.perf_counter()
     for step in range(recipe.steps + 1):
         if step % recipe.evaluate_every == 0 or step == recipe.steps:

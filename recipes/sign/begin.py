@@ -13,7 +13,7 @@ from pathlib import Path
 
 import torch
 
-from whisper_moe.config import FilmConfig, SensesConfig
+from whisper_moe.config_aside import FilmConfig, SensesConfig
 from whisper_moe.media.pieces import SIGNS
 from whisper_moe.weights.checkpoint import save_checkpoint
 from whisper_moe.weights.load import load_model

@@ -15,7 +15,9 @@ import torch
 from pydantic import ValidationError
 from torch import Tensor
 
-from whisper_moe.config import ASIDE, FULL_WINDOW, SAMPLE_RATE, ModelConfig, problems
+from whisper_moe.config import FULL_WINDOW, SAMPLE_RATE, ModelConfig
+from whisper_moe.config_aside import ASIDE
+from whisper_moe.frozen import problems
 from whisper_moe.generate.decode import WindowDecoder
 from whisper_moe.generate.longform import Recording, Transcriber
 from whisper_moe.generate.mixed import Answer, Request, answer

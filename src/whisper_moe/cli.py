@@ -182,10 +182,10 @@ info: Parameters, total and active, bytes, FLOPs for 30 s, and the experts by na
   model                     str?                 A model or preset (8x241m); default: the one that comes along.
   --json                    switch               As JSON.
 
-evaluate: Measure a model on corpora: errors by language, with intervals, speed, memory, cost; and peers beside it.
-  model                     str                  A whisper-moe folder or training run, any Whisper, a peer (see --compare), or default.
+evaluate: Measure a model on corpora: errors by language, with intervals, speed, memory, cost; and others beside it.
+  model                     str                  A whisper-moe folder or training run, any Whisper, or default.
   data                      [str]                Tables (path, text …), folders or Hub ids; a kind may come first: kathbath:FOLDER.
-  --compare                 [str]                Another model or a peer: faster-whisper:NAME, faster-whisper-float32:NAME, openai:NAME, transformers:NAME, transcripts:FILE.tsv. Once for each.
+  --compare                 [str]                Another model, or transcripts:FILE.tsv, what any system wrote (id, text). Once for each.
   --output-dir -o           path                 Write report.json, report.md, report.html and transcripts.tsv here. Without, tables are printed.
   --device                  str = auto           cpu, cuda, cuda:1, mps; auto takes a GPU if there is one.
   --dtype --compute-type    str = auto           auto (int8 on a CPU that is fast at it, else float32), float32, int8, bfloat16 or float16.

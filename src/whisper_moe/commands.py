@@ -280,7 +280,7 @@ def evaluate(flags: SimpleNamespace) -> int:
 
 
 def _from_pretrained(model: str | None, **options: Any) -> WhisperMoE:
-    """For processes that measure: torch is imported in those of this project's models, within their time, and in no peer's."""
+    """For processes that measure: torch is imported there, within their time."""
     from whisper_moe.api import WhisperMoE
 
     return WhisperMoE.from_pretrained(model, **options)

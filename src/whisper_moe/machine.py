@@ -58,12 +58,6 @@ def share_cores(environment: MutableMapping[str, str] = os.environ) -> None:
         environment["OMP_NUM_THREADS"] = str(cores)
 
 
-def unshare_cores(environment: MutableMapping[str, str] = os.environ) -> None:
-    """Take the spin count back: other programs are measured as they are."""
-    if environment.get("GOMP_SPINCOUNT") == str(SPINS):
-        del environment["GOMP_SPINCOUNT"]
-
-
 def usable_cores(root: Path = _CGROUPS, membership: Path = _MEMBERSHIP) -> int:
     """Cores that this process may keep busy: those it is allowed on, or fewer where its cgroup has a quota of their time."""
     return math.ceil(min(len(_allowed()), max(_quota(root, membership), 1)))

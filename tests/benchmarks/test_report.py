@@ -2,15 +2,11 @@
 
 from __future__ import annotations
 
-import importlib.util
 import json
-import sys
 from collections.abc import Sequence
 from pathlib import Path
-from types import ModuleType
 from typing import Any
 
-import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -18,19 +14,9 @@ from hypothesis import strategies as st
 for needed in ("jiwer", "whisper_normalizer", "matplotlib"):
     pytest.importorskip(needed, reason="the benchmark's packages are an extra")
 
+from benchmarks.scripts import script
 
-def load(name: str) -> ModuleType:
-    """A script of ``benchmarks/``, which is not a package."""
-    path = Path(__file__).parents[2] / "benchmarks" / f"{name}.py"
-    spec = importlib.util.spec_from_file_location(f"benchmarks_{name}", path)
-    assert spec is not None and spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[spec.name] = module  # dataclasses look their module up
-    spec.loader.exec_module(module)
-    return module
-
-
-report, peers = load("report"), load("peers")
+report, peers = script("report"), script("peers")
 
 REFERENCES: tuple[str, ...] = ("the cat sat on the mat", "a dog barked", "birds sing in spring")
 
@@ -164,13 +150,3 @@ def test_the_written_files_hold_the_figures(tmp_path: Path, joined: bool) -> Non
     assert {len(row) for row in rows} == {5}
     assert len(rows) == (2 if joined else 4)
     assert (tmp_path / "plot.png").read_bytes().startswith(b"\x89PNG")
-
-
-def test_clips_that_a_pipeline_mixes_up_are_an_error_and_not_a_wrong_transcript() -> None:
-    class Pipeline:
-        def transcribe(self, *_: Any, **__: Any) -> tuple[list[Any], None]:
-            return [], None
-
-    clips = [np.zeros(16_000, np.float32)] * 2
-    with pytest.raises(RuntimeError, match="2 clips gave 0 segments"):
-        list(peers.hear_in_batches(Pipeline(), {}, clips, language="en", task="transcribe", long=False))

@@ -16,16 +16,15 @@ pytest.importorskip("datasets", reason="corpora need an extra")
 from evaluate.corpora import TEXTS, clips, table, written
 
 from whisper_moe import WhisperMoE, machine
-from whisper_moe.evaluate import measure as module
-from whisper_moe.evaluate.measure import Clip, Measured, Options, measure
+from whisper_moe.evaluate.measure import Clip, Measured, Options, measure, take_times
 from whisper_moe.evaluate.systems import Adapter, Heard, System, apart
 
 
 class Echo:
     """A system that says how long a clip is, and breaks on one of a second."""
 
-    def __init__(self, breaks_on: int = 16_000) -> None:
-        self.breaks_on = breaks_on
+    def __init__(self, *, batched: bool, breaks_on: int = 16_000) -> None:
+        self.batched, self.breaks_on = batched, breaks_on
         self.told: list[dict[str, Any]] = []
         self.calls: list[int] = []
 
@@ -39,38 +38,28 @@ class Echo:
             yield Heard(f"{len(samples) / 16_000:g} {told['language']}", tokens=2)
 
 
-def measured(all_clips: list[Clip], **options: Any) -> Measured:
-    return measure(System("openai", "echo"), "nowhere", all_clips, Options(**options), never)
+def measured(system: Echo, all_clips: list[Clip], **options: Any) -> Measured:
+    load = lambda: Adapter(system.hear, {}, system.batched)  # noqa: E731
+    return take_times(load, "nowhere", all_clips, Options(**options))[1]
 
 
 def never(*_: Any, **__: Any) -> Any:
     raise AssertionError("nothing is to be loaded")
 
 
-@pytest.fixture
-def echo(monkeypatch: pytest.MonkeyPatch) -> Any:
-    def use(batched: bool, **settings: Any) -> Echo:
-        system = Echo(**settings)
-        monkeypatch.setattr(module, "_loaded", lambda *_: Adapter(system.hear, {}, batched))
-        return system
-
-    return use
-
-
 @pytest.mark.parametrize("batched", [False, True])
-def test_a_clip_that_breaks_a_system_costs_that_clip(tmp_path: Path, echo: Any, batched: bool):
-    echo(batched)
-    found = measured(clips(table(tmp_path)))
+def test_a_clip_that_breaks_a_system_costs_that_clip(tmp_path: Path, batched: bool):
+    found = measured(Echo(batched=batched), clips(table(tmp_path)))
     assert [heard.text for heard in found.heard] == ["0.5 en", "", "1.5 hi", "2 en"]
     assert [heard.error for heard in found.heard] == [None, "RuntimeError: a clip of a second", None, None]
 
 
 @pytest.mark.parametrize("detect", [False, True])
-def test_a_batch_is_told_one_language_and_the_order_is_that_of_the_clips(tmp_path: Path, echo: Any, detect: bool):
+def test_a_batch_is_told_one_language_and_the_order_is_that_of_the_clips(tmp_path: Path, detect: bool):
     """A clip over 30 s does not change how the others are heard."""
-    system = echo(True, breaks_on=-1)
+    system = Echo(batched=True, breaks_on=-1)
     *others, last = clips(table(tmp_path))
-    found = measured([*others, replace(last, seconds=31.0)], latency_clips=0, detect=detect)
+    found = measured(system, [*others, replace(last, seconds=31.0)], latency_clips=0, detect=detect)
     told = [(told["language"], told["long"]) for told in system.told[1:]]  # the first of them warms up
     if detect:
         assert (told, system.calls) == ([(None, False), (None, True)], [1, 3, 1])
@@ -79,19 +68,18 @@ def test_a_batch_is_told_one_language_and_the_order_is_that_of_the_clips(tmp_pat
         assert [heard.text for heard in found.heard] == ["0.5 en", "1 en", "1.5 hi", "2 en"]
 
 
-def test_what_windows_does_not_know_is_left_open(tmp_path: Path, echo: Any, monkeypatch: pytest.MonkeyPatch):
-    echo(False)
+def test_what_windows_does_not_know_is_left_open(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.delattr(os, "getloadavg")
     monkeypatch.setitem(sys.modules, "resource", None)
     monkeypatch.setattr(machine, "_read", lambda _: "")
-    found = measured(clips(table(tmp_path)))
+    found = measured(Echo(batched=False), clips(table(tmp_path)))
     assert found.wall_seconds and found.peak_bytes is None and found.machine_load_before is None
 
 
 @pytest.mark.parametrize("batched", [False, True])
-def test_latency_is_of_single_clips_and_apart_only_where_the_system_batches(tmp_path: Path, echo: Any, batched: bool):
-    system = echo(batched, breaks_on=-1)
-    found = measured(clips(table(tmp_path)), latency_clips=3)
+def test_latency_is_of_single_clips_and_apart_only_where_the_system_batches(tmp_path: Path, batched: bool):
+    system = Echo(batched=batched, breaks_on=-1)
+    found = measured(system, clips(table(tmp_path)), latency_clips=3)
     assert (len(found.latencies), found.latencies_apart) == (3, batched)
     assert set(system.calls[-3:]) == {1}
 

@@ -26,7 +26,7 @@ def speaker() -> Speaker:
 def test_a_text_is_cut_at_sentences_and_long_ones_between_words() -> None:
     assert sentences_of("Dr. Who came. He said “no.” Why?\n\nNew, here", "en") == [
         ("doctor Who came.", PAUSE),
-        ("He said “no.", PAUSE),
+        ("He said “no.”", PAUSE),
         ("Why?", PARAGRAPH),
         ("New, here", PARAGRAPH),
     ]

@@ -11,7 +11,7 @@ import torch
 from generate.tiny import CONFIG, tiny_tokenizer, tiny_whisper_moe
 
 from whisper_moe import WhisperMoE
-from whisper_moe.config import SensesConfig
+from whisper_moe.config_aside import SensesConfig
 from whisper_moe.media.pieces import Pieces
 from whisper_moe.weights.checkpoint import load_checkpoint
 

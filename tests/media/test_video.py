@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 from media.recordings import encode, sample, sound_track, tone
 from media.recordings import film as sound_film
 
-from whisper_moe.config import FilmConfig
+from whisper_moe.config_aside import FilmConfig
 from whisper_moe.media import video
 from whisper_moe.media.audio import MediaError
 from whisper_moe.media.video import film_tokens, grid, header_seconds, load_film, load_frames, tubelets

@@ -17,11 +17,10 @@ from weights.whispers import random_state
 
 from whisper_moe.cli import app
 from whisper_moe.config import ModelConfig, TTTConfig
-from whisper_moe.evaluate.systems import to_openai
 from whisper_moe.merge.doctor import examine
 from whisper_moe.weights.checkpoint import Loaded, load_checkpoint, save_checkpoint
 from whisper_moe.weights.load import load_model
-from whisper_moe.weights.whisper import save_whisper
+from whisper_moe.weights.whisper import OPENAI, config_to_openai, save_whisper, state_to_whisper
 
 WIDE = {"encoder_ffn_dim": 64, "decoder_ffn_dim": 64}
 """OpenAI's files know no other."""
@@ -53,7 +52,8 @@ def as_transformers(folder: Path, model: Loaded) -> Path:
 
 
 def as_openai(folder: Path, model: Loaded) -> Path:
-    to_openai(str(as_checkpoint(folder, model)), folder / "small.pt")
+    state = state_to_whisper(model.state, model.config, OPENAI)
+    torch.save({"dims": config_to_openai(model.config), "model_state_dict": state}, folder / "small.pt")
     (folder / "tokenizer.json").write_bytes(model.tokenizer_json)
     return folder / "small.pt"
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from whisper_moe.config import SpeechConfig, VoiceConfig
+from whisper_moe.config_aside import SpeechConfig, VoiceConfig
 from whisper_moe.model.speech import SpeechModel
 
 LETTERS = "abcdefghijklmnopqrstuvwxyzABCDEFGHIJKLMNOPQRSTUVWXYZ' ,.?!;:" + "".join(map(chr, range(0x900, 0x964)))

@@ -7,7 +7,8 @@ from typing import Any
 import pytest
 import torch
 
-from whisper_moe.config import AdaptConfig, FilmConfig, ModelConfig, MoEConfig, SensesConfig, TTTConfig
+from whisper_moe.config import AdaptConfig, ModelConfig, MoEConfig, TTTConfig
+from whisper_moe.config_aside import FilmConfig, SensesConfig
 from whisper_moe.model.model import WhisperMoEModel
 from whisper_moe.model.router import NONE
 from whisper_moe.model.senses import Senses, matrices

@@ -10,7 +10,7 @@ import torch
 from model.tiny import CONFIGS
 
 from whisper_moe.model.model import WhisperMoEModel
-from whisper_moe.train.optim import GrokfastAdamW, build_optimizer, freeze, precision_on, set_rates, unmatched
+from whisper_moe.train.optim import build_optimizer, freeze, precision_on, set_rates, unmatched
 from whisper_moe.train.recipe import OptimisationRecipe, load_recipe
 
 RECIPES = Path(__file__).parents[2] / "recipes"
@@ -119,31 +119,3 @@ def test_a_pattern_that_does_nothing_is_an_error(frozen: list[str], trained: lis
     with pytest.raises(ValueError, match=r"no parameter|nothing is left") as raised:
         freeze(WhisperMoEModel(CONFIGS["dense"]), frozen, trained)
     assert said in str(raised.value)
-
-
-def test_grokfast_amplifies_the_slow_part() -> None:
-    """A parameter whose optimizer is plain descent in disguise: the gradients that AdamW sees are what the paper says."""
-    gradients = [torch.tensor([1.0, -2.0]), torch.tensor([0.5, 1.0]), torch.tensor([-1.0, 0.0])]
-    parameter = torch.nn.Parameter(torch.zeros(2))
-    optimizer = GrokfastAdamW([parameter], alpha=0.9, amplification=2.0, lr=1e-3, weight_decay=0.0)
-    slow, twin = None, torch.nn.Parameter(torch.zeros(2))
-    reference = torch.optim.AdamW([twin], lr=1e-3, weight_decay=0.0)
-    for gradient in gradients:
-        slow = gradient.clone() if slow is None else 0.9 * slow + 0.1 * gradient
-        parameter.grad, twin.grad = gradient.clone(), gradient + 2.0 * slow
-        optimizer.step()
-        reference.step()
-        assert torch.allclose(parameter, twin, atol=1e-7)
-    assert torch.allclose(optimizer.state[parameter]["slow_gradient"], slow)
-
-
-def test_grokfast_without_amplification_is_adamw() -> None:
-    torch.manual_seed(0)
-    ours, theirs = (torch.nn.Parameter(torch.ones(3)) for _ in range(2))
-    pair = GrokfastAdamW([ours], amplification=0.0, lr=0.1), torch.optim.AdamW([theirs], lr=0.1)
-    for _ in range(5):
-        ours.grad = torch.randn(3)
-        theirs.grad = ours.grad.clone()
-        for optimizer in pair:
-            optimizer.step()
-    assert torch.equal(ours, theirs)

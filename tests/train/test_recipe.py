@@ -66,7 +66,6 @@ def test_a_recipe_has_the_name_of_its_file_and_is_frozen(small: Path) -> None:
     ("override", "value"),
     [
         ("optimisation.lr=1e-4", 1e-4),
-        ("optimisation.grokfast=[0.98, 2]", (0.98, 2.0)),
         ("data.train.0.limit=7", 7),
         ("data.train.0.source=a=b.tsv", "a=b.tsv"),
         ("data.train.0.name=no", "no"),
@@ -100,7 +99,6 @@ CONTEXT = "losses.context={padded: 0.1}"
         ("optimisation.lr=-1", "optimisation.lr: Input should be greater than 0, got -1"),
         ("optimisation.steps=1.5", "optimisation.steps: "),
         ("optimisation.betas=[0.9, 1.0]", "optimisation.betas.1: Input should be less than 1, got 1.0"),
-        ("optimisation.grokfast=[0.98, -2.0]", "optimisation.grokfast.1: Input should be greater than or equal to 0"),
         ("model.moe={n_experts: 2, top_k: 3}", "top_k (3) is greater than n_experts (2)"),
         ("optimisation.lr", "an override is written key=value"),
         ("data.train.3.limit=1", "data.train has the places 0 to 0"),

@@ -31,9 +31,10 @@ import numpy as np
 from numpy.typing import NDArray
 from pydantic import Field
 
-from whisper_moe.config import FULL_WINDOW, MAX_PACK_TOKENS, Frozen, Strict
+from whisper_moe.config import FULL_WINDOW, MAX_PACK_TOKENS
 from whisper_moe.data.examples import ExampleConfig, ExampleReader, positions
 from whisper_moe.data.sample import AnyCorpus, DataError, Sample, Skipped, TooLong, items, left_out, share_of
+from whisper_moe.frozen import Frozen, Strict
 from whisper_moe.media.audio import MediaError
 from whisper_moe.packing import first_fit_decreasing
 

@@ -10,6 +10,7 @@ import os
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +20,7 @@ from whisper_moe.config import FULL_WINDOW, ModelConfig
 from whisper_moe.data.sample import Sample
 from whisper_moe.evaluate.systems import Adapter, Heard, System, ours
 from whisper_moe.generate.options import TEMPERATURES
-from whisper_moe.machine import peak_bytes, unshare_cores
+from whisper_moe.machine import peak_bytes
 
 CLIPS_AT_ONCE = 32
 """Clips whose sound is held at a time for the cross-entropy."""
@@ -87,13 +88,21 @@ class Measured:
 def measure(system: System, weights: str, clips: Sequence[Clip], asked: Options, load: Callable[..., Any]) -> Measured:
     """Everything about one system, in this process: its peak memory is that of all the process has done.
 
-    ``weights``: where a peer's are. ``load`` is ``WhisperMoE.from_pretrained``.
+    ``load`` is ``WhisperMoE.from_pretrained``.
     """
     if system.kind == "transcripts":
         return Measured(heard=_written(Path(weights), clips))
+    adapter, measured = take_times(partial(_loaded, system, asked, load), weights, clips, asked)
+    return _ours(adapter, clips, asked.detect, measured)
+
+
+def take_times(
+    load: Callable[[], Adapter], weights: str, clips: Sequence[Clip], asked: Options
+) -> tuple[Adapter, Measured]:
+    """What any system writes, its times and its memory. ``weights``: where they lie."""
     busy = os.getloadavg()[0] if hasattr(os, "getloadavg") else None  # Windows has none
     begun = time.perf_counter()
-    adapter = _loaded(system, weights, asked, load)
+    adapter = load()
     ready = time.perf_counter()
     _hear(adapter, clips[:1], asked.detect)
     cpu, start = time.process_time(), time.perf_counter()
@@ -110,22 +119,18 @@ def measure(system: System, weights: str, clips: Sequence[Clip], asked: Options,
         latencies_apart=adapter.batched,
         peak_bytes=peak_bytes(),
         disk_bytes=disk_bytes(Path(weights)) or None,
-        dtype=system.needs.dtype,
         margin=adapter.margin,
         threads=asked.threads,
         options=adapter.options,
         machine_load_before=busy,
     )
-    return measured if adapter.model is None else _ours(adapter, clips, asked.detect, measured)
+    return adapter, measured
 
 
-def _loaded(system: System, weights: str, asked: Options, load: Callable[..., Any]) -> Adapter:
-    decoding: dict[str, Any] = {"beam": asked.beam, "temperatures": TEMPERATURES if asked.fallback else (0.0,)}
-    if system.needs.load is None:
-        model = load(system.source, device=asked.device, dtype=asked.dtype, threads=asked.threads)
-        return ours(model, margin=FULL_WINDOW if system.padded else asked.margin, **decoding)
-    unshare_cores()
-    return system.needs.load(weights, threads=asked.threads, **decoding)
+def _loaded(system: System, asked: Options, load: Callable[..., Any]) -> Adapter:
+    model = load(system.source, device=asked.device, dtype=asked.dtype, threads=asked.threads)
+    margin = FULL_WINDOW if system.padded else asked.margin
+    return ours(model, beam=asked.beam, temperatures=TEMPERATURES if asked.fallback else (0.0,), margin=margin)
 
 
 def _ours(adapter: Adapter, clips: Sequence[Clip], detect: bool, measured: Measured) -> Measured:

@@ -181,7 +181,7 @@ def evaluate(asked: Plan, load: Callable[..., Any], *, measure: Callable[..., Me
 
 def _report(asked: Plan, clips: list[Clip], measured: dict[System, Measured]) -> dict[str, Any]:
     """Everything that the report says, as plain data."""
-    packages = {package for system in measured for package in system.needs.packages} | {*_NEEDED, "numpy"}
+    packages = {package for system in measured for package in system.packages} | {*_NEEDED, "numpy"}
     (first, mine), *others = measured.items()
     settings = ("detect", "beam", "fallback", "margin", "threads", "latency_clips")
     return {

@@ -22,8 +22,10 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from whisper_moe.config import MAX_PACK_TOKENS, SAMPLE_RATE, SpeechConfig, VoiceConfig
+from whisper_moe.config import MAX_PACK_TOKENS, SAMPLE_RATE
+from whisper_moe.config_aside import SpeechConfig, VoiceConfig
 from whisper_moe.media.audio import write_audio
+from whisper_moe.media.pieces import sentences
 from whisper_moe.media.spoken import letters_of, number, runs, spoken
 from whisper_moe.model.speech import SpeechModel
 from whisper_moe.packing import Layout, first_fit_decreasing
@@ -44,7 +46,6 @@ PAUSE, PARAGRAPH = 0.12, 0.45
 """Seconds between sentences, besides what they begin and end with."""
 _PARAGRAPH = re.compile(r"\n\s*(?:\n|(?=(?:\d{1,3}[.)]|[-*•])\s))")
 """A blank line, or the next of a list."""
-_SENTENCE = re.compile(r"(?<=[.!?।])(?<!\b[A-Z]\.)[\"'”\u2019)]*\s+")
 _WORDS_END = re.compile(r".*[\s,;:]", re.DOTALL)
 
 
@@ -81,7 +82,7 @@ def sentences_of(text: str, language: str) -> list[tuple[str, float]]:
     found: list[tuple[str, float]] = []
     for paragraph in _PARAGRAPH.split(text):
         before = len(found)
-        for sentence in _SENTENCE.split(spoken(paragraph, language)):
+        for sentence in sentences(spoken(paragraph, language)):
             pieces = _breaths(sentence)
             said = [(piece, PAUSE if piece is pieces[-1] else 0.0) for piece in pieces]
             found += [(piece, pause) for piece, pause in said if any(map(str.isalnum, piece))]
@@ -91,7 +92,7 @@ def sentences_of(text: str, language: str) -> list[tuple[str, float]]:
 
 
 def _breaths(sentence: str) -> list[str]:
-    pieces = [sentence.strip()]
+    pieces = [sentence]
     while len(pieces[-1]) > LONGEST:
         last = pieces.pop()
         end = found.end() if (found := _WORDS_END.match(last[:LONGEST])) else LONGEST
@@ -148,8 +149,6 @@ class Speaker:
         said = language or (self.voice(voice, "").language if voice else self._language_of(text))
         if said not in self.config.languages:
             raise ValueError(f"language {said!r} cannot be spoken; there are {', '.join(self.config.languages)}")
-        if rate != 1 and self.config.decoder == "autoregressive":
-            raise ValueError("this model speaks at its own rate: its decoder finds durations by itself")
         own = self.voice(voice, said)
         written = sentences_of(text, said)
         phonemes = self.phonemes([piece for piece, _ in written], said)

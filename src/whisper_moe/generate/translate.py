@@ -11,14 +11,12 @@ import torch
 
 from whisper_moe.generate.senses import BEAMS, Asked, Job, SensesDecoder, Written
 from whisper_moe.media.normalize import letters_in_script
+from whisper_moe.media.pieces import sentences
 
 LONGEST = 120
 """Tokens of a source that are translated as one; longer sentences are cut at a comma, or between words."""
 MOST = 250_000
 """Characters of one text."""
-_SENTENCE = re.compile(
-    r"(?<=[.!?।])(?<!\b[A-Z]\.)(?<!\b(?:Mr|Ms|Dr|St|vs)\.)(?<!\bMrs\.)(?<!\b(?:e\.g|i\.e)\.)(?<!^\d\.)([\"'”\u2019)]*\s+)"
-)
 _PLACES_TO_CUT = (re.compile(r"(?<=[,;:])\s+"), re.compile(r"\s+"))
 
 
@@ -94,10 +92,7 @@ class Translator:
 
     def _cut(self, line: str, language: str) -> list[str]:
         """Sentences, none longer than the model is good at."""
-        parts, pieces = _SENTENCE.split(line), list[str]()
-        for sentence in (a + b for a, b in zip(parts[::2], [*parts[1::2], ""], strict=True)):
-            pieces += self._short(sentence.strip(), language)
-        return pieces
+        return [piece for sentence in sentences(line) for piece in self._short(sentence, language)]
 
     def _short(self, sentence: str, language: str) -> list[str]:
         if len(self._decoder.pieces.source(sentence, language)) <= LONGEST:

@@ -17,7 +17,8 @@ import numpy as np
 from av import VideoFrame, VideoStream
 from numpy.typing import NDArray
 
-from whisper_moe.config import SAMPLE_RATE, FilmConfig
+from whisper_moe.config import SAMPLE_RATE
+from whisper_moe.config_aside import FilmConfig
 from whisper_moe.media.audio import load_audio
 from whisper_moe.media.containers import FILM_CODECS, MICROSECONDS, SOUND_CODECS, Damage, Reader, codec_of, opened
 

@@ -16,7 +16,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from whisper_moe.config import FilmConfig, ModelConfig, SensesConfig
+from whisper_moe.config import ModelConfig
+from whisper_moe.config_aside import FilmConfig, SensesConfig
 from whisper_moe.model.delta import DeltaLinear, LowRank, PreparedDelta
 
 if TYPE_CHECKING:

@@ -4,11 +4,11 @@
 among their neighbours, in a voice. *Prosody*: duration, pitch and loudness of each phoneme (FastSpeech 2, arXiv 2006.04558;
 FastPitch, 2006.06873). *Decoder*: one query for each position of 20 ms, which knows its phoneme and its place in it, attends
 to all other positions, and to the phonemes around the place where it is expected to be. Nothing is computed one after the
-other, and nothing can run away. The other decoder says one group of frames after the other. *Vocoder*: a frame becomes the
-short-time spectrum around it, magnitudes and phases, and the inverse transform the sound (Vocos, arXiv 2306.00814).
+other, and nothing can run away. *Vocoder*: a frame becomes the short-time spectrum around it, magnitudes and phases, and the
+inverse transform the sound (Vocos, arXiv 2306.00814).
 
 S utterances, T letters or phonemes of all of them, P positions of all of them, D width. A position is two mel frames,
-F = 2 · n_mels numbers. Of the other decoder N steps; of the vocoder B sounds, F frames.
+F = 2 · n_mels numbers. Of the vocoder B sounds, F frames.
 """
 
 from __future__ import annotations
@@ -19,7 +19,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from whisper_moe.config import POSITIONS_PER_SECOND, ConformerConfig, ModelConfig, SpeechConfig
+from whisper_moe.config import POSITIONS_PER_SECOND, ConformerConfig, ModelConfig
+from whisper_moe.config_aside import SpeechConfig
 from whisper_moe.media.mel import HOP
 from whisper_moe.model.attention import CrossAttentionCache
 from whisper_moe.model.block import Block, listed
@@ -36,10 +37,6 @@ _REACH = 3.0
 """Phonemes: the width of where a position is expected to look."""
 _LONGEST = 2.0
 """Seconds of one phoneme: a pause."""
-STEPS_A_PHONEME = 12
-"""What an utterance may take of the other decoder before it is ended."""
-_GUIDED, _DIAGONAL = [0, 1], 0.2
-"""Heads of its last block, and the width of the diagonal, as a share of the whole."""
 WINDOW = 4 * HOP
 """Samples of the vocoder's own windows: 640, three quarters overlap."""
 _LOUDEST = 5.0
@@ -61,14 +58,12 @@ class Prosody(NamedTuple):
 
 
 class Frames(NamedTuple):
-    """What a decoder makes."""
+    """What the decoder makes."""
 
     frames_PF: Tensor
     """[P, 2 · n_mels]"""
     layout: Layout
     """Where the utterances lie in them."""
-    losses: dict[str, Tensor]
-    """In training, besides that of the frames; sums over positions."""
 
 
 class Spoken(NamedTuple):
@@ -158,7 +153,7 @@ class Parallel(nn.Module):
         self.out = nn.Linear(d, 2 * n_mels)
         nn.init.constant_(self.out.bias, -0.5)  # about the mean of a log-mel
 
-    def forward(self, states_TD: Tensor, layout: Layout, prosody: Prosody, _: Tensor | None = None) -> Frames:
+    def forward(self, states_TD: Tensor, layout: Layout, prosody: Prosody) -> Frames:
         counts_T, spoken = positions_of(prosody.seconds_T, layout)
         states_TD = states_TD + self.prosody(torch.stack([prosody.pitch_T, prosody.loudness_T], -1))
         device = states_TD.device
@@ -172,97 +167,7 @@ class Parallel(nn.Module):
             for rows, own, n in zip(spoken.slices(), layout.slices(), layout.lengths, strict=True)
         ]
         x_PD = positioned(states_TD[owner_P] + within_PD, spoken)
-        return Frames(self.out(self.stack(x_PD, spoken, (states_TD, layout), tuple(biases))), spoken, {})
-
-
-class Autoregressive(nn.Module):
-    """Mel frames one group after the other (Transformer TTS, arXiv 1809.08895; Tacotron 2, 1712.05884), called as the one above.
-
-    Each step reads the last frames so far through a narrow pre-net, attends to the steps before and to the phonemes, and says the
-    next frames and whether they are the last; a post-net looks at all frames from both sides. Where it attends is guided along
-    the diagonal in training (arXiv 1710.08969, section 4.1). It finds durations by itself: those of the prosody only say in
-    training where an utterance ends, and a rate cannot be asked for.
-    """
-
-    def __init__(self, config: SpeechConfig, n_mels: int) -> None:
-        super().__init__()
-        d, self.width, self.reduction = config.d_model, 2 * n_mels, config.reduction
-        self.pre_in, self.pre_out = nn.Linear(self.width, d), nn.Linear(d, d)
-        self.blocks = listed(Block(stack_of(config), "decoder", i) for i in range(config.decoder_layers))
-        self.norm = nn.LayerNorm(d)
-        self.out, self.stop = nn.Linear(d, self.reduction * self.width), nn.Linear(d, 1)
-        self.post_in, self.post, self.post_out = nn.Linear(self.width, d), Stack(config, 1), nn.Linear(d, self.width)
-
-    def forward(self, states_TD: Tensor, layout: Layout, prosody: Prosody, frames_PF: Tensor | None = None) -> Frames:
-        if frames_PF is None:
-            return self._alone(states_TD, layout)
-        spoken = positions_of(prosody.seconds_T, layout)[1]
-        each = frames_PF.split(spoken.lengths)
-        groups = [F.pad(frames, (0, 0, 0, -len(frames) % self.reduction)) for frames in each]
-        steps = Layout(len(group) // self.reduction for group in groups)
-        last = [F.pad(group[self.reduction - 1 :: self.reduction][:-1], (0, 0, 1, 0)) for group in groups]
-        x_ND = positioned(self._pre(torch.cat(last)).float(), steps)
-        guided = x_ND.new_zeros(())
-        for block in self.blocks:
-            assert block.cross_attn is not None
-            cache = block.cross_attn.cache(states_TD, layout)
-            if block is self.blocks[-1]:
-                guided = _off_diagonal(block.cross_logits(x_ND, steps, cache, _GUIDED))
-            x_ND = block(x_ND, steps, None, cache).x_TD
-        x_ND = self.norm(x_ND)
-        coarse = self._unpadded(self.out(x_ND), steps, spoken)
-        over = torch.zeros(steps.total, device=x_ND.device)
-        over[torch.tensor(steps.cu_seqlens[1:], device=x_ND.device) - 1] = 1.0
-        stops = F.binary_cross_entropy_with_logits(
-            self.stop(x_ND)[:, 0].float(), over, reduction="sum", pos_weight=over.new_tensor(5.0)
-        )
-        losses = {
-            "coarse": (coarse.float() - frames_PF).abs().mean(1).sum(),
-            "stop": self.reduction * stops,
-            "guide": self.reduction * guided,
-        }
-        return Frames(self._polished(coarse, spoken), spoken, losses)
-
-    def _pre(self, x: Tensor) -> Tensor:
-        x = F.dropout(F.relu(self.pre_in(x)), training=self.training)
-        return F.dropout(F.relu(self.pre_out(x)), training=self.training)
-
-    def _polished(self, coarse_PF: Tensor, layout: Layout) -> Tensor:
-        return coarse_PF + self.post_out(self.post(self.post_in(coarse_PF), layout))
-
-    def _unpadded(self, groups_NG: Tensor, steps: Layout, spoken: Layout) -> Tensor:
-        parts = zip(groups_NG.split(steps.lengths), spoken.lengths, strict=True)
-        return torch.cat([part.reshape(-1, self.width)[:n] for part, n in parts])
-
-    def _alone(self, states_TD: Tensor, layout: Layout) -> Frames:
-        """Step by step, all utterances side by side, until each has said that it is over or has taken too long."""
-        rows, limit = len(layout), STEPS_A_PHONEME * max(layout.lengths)
-        states = [block.start(rows, 64, (states_TD, layout)) for block in self.blocks]
-        each, places = Layout([1] * rows), sinusoids(limit, states_TD.shape[1]).to(states_TD)
-        last, made = states_TD.new_zeros(rows, self.width), list[Tensor]()
-        ends = torch.tensor([STEPS_A_PHONEME * n for n in layout.lengths], device=states_TD.device)
-        while len(made) < int(ends.max()):
-            x_SD = self._pre(last) + places[len(made)]
-            for block, state in zip(self.blocks, states, strict=True):
-                x_SD = block.extend(x_SD, each, None, state, each)
-            x_SD = self.norm(x_SD)
-            made.append(self.out(x_SD).view(rows, self.reduction, self.width))
-            last = made[-1][:, -1]
-            ends = torch.where(self.stop(x_SD)[:, 0] > 0, ends.clamp_max(len(made)), ends)
-        spoken = Layout((ends * self.reduction).tolist())
-        whole = torch.cat(made, 1)
-        coarse = torch.cat([part[:n] for part, n in zip(whole, spoken.lengths, strict=True)])
-        return Frames(self._polished(coarse, spoken), spoken, {})
-
-
-def _off_diagonal(logits: list[Tensor]) -> Tensor:
-    """[heads, steps, phonemes] of each utterance → the sum over steps of the attention that is off the diagonal."""
-    found = []
-    for each in logits:
-        steps, phonemes = (torch.linspace(0, 1, n, device=each.device) for n in each.shape[1:])
-        apart = 1 - torch.exp(-(steps[:, None] - phonemes).square() / (2 * _DIAGONAL**2))
-        found.append((each.float().softmax(-1) * apart).sum(-1).mean(0).sum())
-    return torch.stack(found).sum()
+        return Frames(self.out(self.stack(x_PD, spoken, (states_TD, layout), tuple(biases))), spoken)
 
 
 class _Mix(nn.Module):
@@ -328,7 +233,7 @@ class SpeechModel(nn.Module):
         self.planner = Stack(config, 1)
         self.plan = nn.Linear(d, len(Prosody._fields))
         nn.init.constant_(self.plan.bias[0], _LOG_SECONDS)
-        self.decoder = (Parallel if config.decoder == "parallel" else Autoregressive)(config, n_mels)
+        self.decoder = Parallel(config, n_mels)
         self.vocoder = Vocoder(n_mels, config.vocoder_dim, config.vocoder_hidden, config.vocoder_layers)
 
     def encode(self, phonemes_T: Tensor, layout: Layout, voices_S: Tensor) -> tuple[Tensor, Prosody]:
@@ -344,13 +249,11 @@ class SpeechModel(nn.Module):
         layout: Layout,
         voices_S: Tensor,
         prosody: Prosody,
-        frames_PF: Tensor | None = None,
         letters: Letters | None = None,
     ) -> Spoken:
-        """In training: frames by a given prosody, after ``frames_PF`` where they follow one another; the model's own prosody; and
-        other texts read."""
+        """In training: frames by a given prosody; the model's own prosody; and other texts read."""
         states_TD, own = self.encode(phonemes_T, layout, voices_S)
-        frames = self.decoder(states_TD, layout, prosody, frames_PF)
+        frames = self.decoder(states_TD, layout, prosody)
         return Spoken(frames, own, self.reader(*letters) if letters else None)
 
     @torch.inference_mode()
@@ -358,7 +261,7 @@ class SpeechModel(nn.Module):
         """Mels [n_mels, frames] of packed texts."""
         states_TD, own = self.encode(phonemes_T, layout, voices_S)
         seconds_T = own.seconds_T.exp().clamp_max(_LONGEST) / rate_S[layout.segment_ids(phonemes_T.device)]
-        frames, spoken, _ = self.decoder(states_TD, layout, own._replace(seconds_T=seconds_T))
+        frames, spoken = self.decoder(states_TD, layout, own._replace(seconds_T=seconds_T))
         return [frames[rows].unflatten(-1, (2, -1)).flatten(0, 1).T for rows in spoken.slices()]
 
 

@@ -15,7 +15,7 @@ from typing import TypeAlias
 import numpy as np
 import torch
 
-from whisper_moe.config import ASIDE
+from whisper_moe.config_aside import ASIDE
 from whisper_moe.data.corpora import open_corpus
 from whisper_moe.data.corpus import Corpus, CorpusConfig
 from whisper_moe.data.examples import ExampleReader

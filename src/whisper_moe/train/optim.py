@@ -1,5 +1,5 @@
 """What of a model is trained (freezing, low-rank differences), and from gradients to an update: AdamW with a group of its own for
-everything that needs another rate; Grokfast; float16's loss scale.
+everything that needs another rate; float16's loss scale.
 
 A rate is a function of the step (:meth:`whisper_moe.train.recipe.OptimisationRecipe.factor`), so that a run goes on
 exactly where it stopped.
@@ -106,7 +106,7 @@ def build_optimizer(model: nn.Module, given: OptimisationRecipe, *, fused: bool 
             kind, rate, decay = _group(name, parameter, given)
             group = {"params": [], "name": kind, "lr": rate, "peak": rate, "weight_decay": decay}
             groups.setdefault(kind, group)["params"].append(parameter)
-    return adamw([*groups.values()], given.grokfast, betas=given.betas, eps=given.eps, fused=fused)
+    return torch.optim.AdamW([*groups.values()], betas=given.betas, eps=given.eps, fused=fused)
 
 
 def _group(name: str, parameter: Tensor, given: OptimisationRecipe) -> tuple[str, float, float]:
@@ -127,44 +127,10 @@ def _group(name: str, parameter: Tensor, given: OptimisationRecipe) -> tuple[str
     return "decay", given.lr, given.weight_decay
 
 
-def adamw(parameters: Any, grokfast: tuple[float, float] | None, **options: Any) -> torch.optim.AdamW:
-    """AdamW; with ``grokfast`` (α, λ), :class:`GrokfastAdamW`."""
-    if grokfast is None:
-        return torch.optim.AdamW(parameters, **options)
-    alpha, amplification = grokfast
-    return GrokfastAdamW(parameters, alpha=alpha, amplification=amplification, **options)
-
-
 def set_rates(optimizer: torch.optim.Optimizer, factor: float) -> None:
     """Each group's rate is its peak times ``factor``."""
     for group in optimizer.param_groups:
         group["lr"] = group["peak"] * factor
-
-
-class GrokfastAdamW(torch.optim.AdamW):
-    """AdamW on gradients whose slow part is amplified: g ← g + λ · EMA_α(g) (Grokfast-EMA, arXiv 2405.20233, algorithm 1).
-
-    The average is part of the optimizer's state, so a run goes on with it. Clip before, not after.
-    """
-
-    def __init__(self, params: Any, *, alpha: float = 0.98, amplification: float = 2.0, **options: Any) -> None:
-        """``alpha`` of the moving average, ``amplification`` λ; ``options`` are AdamW's."""
-        super().__init__(params, **options)
-        self.alpha, self.amplification = alpha, amplification
-
-    @torch.no_grad()
-    def step(self, closure: Any = None) -> Any:  # pyright: ignore[reportIncompatibleMethodOverride]
-        assert closure is None, "gradients are changed before the step; a closure would make them anew"
-        slow: dict[Tensor, Tensor] = {}
-        for parameter in (p for group in self.param_groups for p in group["params"] if p.grad is not None):
-            before = self.state[parameter].get("slow_gradient")
-            now = parameter.grad.clone() if before is None else before.lerp_(parameter.grad, 1 - self.alpha)
-            parameter.grad.add_(now, alpha=self.amplification)
-            slow[parameter] = now
-        done = super().step()
-        for parameter, gradient in slow.items():  # only now: AdamW begins with parameters that have no state at all
-            self.state[parameter]["slow_gradient"] = gradient
-        return done
 
 
 def precision_on(wanted: str, device: torch.device) -> str:

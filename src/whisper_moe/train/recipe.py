@@ -12,9 +12,11 @@ from typing import Annotated, Any, Literal, Self
 
 from pydantic import Field, model_validator
 
-from whisper_moe.config import FULL_WINDOW, AdaptConfig, ConformerConfig, MoEConfig, SpeechConfig, Strict, TTTConfig
+from whisper_moe.config import FULL_WINDOW, AdaptConfig, ConformerConfig, MoEConfig, TTTConfig
+from whisper_moe.config_aside import SpeechConfig
 from whisper_moe.data.corpus import CorpusConfig
 from whisper_moe.data.sampler import LoaderConfig
+from whisper_moe.frozen import Strict
 from whisper_moe.train.reading import checked, read_tree
 
 Precision = Literal["auto", "float32", "bfloat16", "float16"]
@@ -22,7 +24,6 @@ NOTHING_TO_TEACH = "losses.context.padded: full windows teach nothing where mode
 
 Decay = Annotated[float, Field(ge=0, lt=1)]
 """Of a moving average: the weight of what was before."""
-Grokfast = tuple[Decay, Annotated[float, Field(ge=0)]]
 
 
 class LoRARecipe(Strict):
@@ -131,8 +132,6 @@ class OptimisationRecipe(Strict):
     """Of new tokens' embeddings; default ``lr``."""
     groups: tuple[GroupRecipe, ...] = ()
     """Parameters with rates of their own; the first pattern that matches, before all other groups."""
-    grokfast: Grokfast | None = None
-    """(α, λ): the slow part of gradients is amplified (Grokfast-EMA, arXiv 2405.20233); (0.98, 2) are the paper's."""
     accumulate: int = Field(default=1, ge=1)
     """Batches for one update."""
     clip: float | None = Field(default=1.0, gt=0)

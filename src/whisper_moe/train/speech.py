@@ -30,7 +30,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.func import functional_call
 
-from whisper_moe.config import SAMPLE_RATE, ModelConfig, SpeechConfig
+from whisper_moe.config import SAMPLE_RATE, ModelConfig
+from whisper_moe.config_aside import SpeechConfig
 from whisper_moe.data.examples import Example, ExampleConfig, ExampleReader, Pack
 from whisper_moe.data.sample import DataError, Sample, share_of
 from whisper_moe.media.mel import HOP, mel_power, window_mel
@@ -44,8 +45,7 @@ from whisper_moe.train.parallel import Parallel
 from whisper_moe.train.recipe import SpeechRecipe
 
 FACTORS = {
-    "speech": {"mel": 1.0, "coarse": 1.0, "stop": 0.1, "guide": 1.0, "letters": 0.1}
-    | dict.fromkeys(("durations", "pitch", "loudness"), 0.1),
+    "speech": {"mel": 1.0} | dict.fromkeys(("durations", "pitch", "loudness", "letters"), 0.1),
     "vocoder": {"spectra": 1.0, "mel": 5.0, "critics": 1.0, "fooling": 0.5, "seen": 1.0},
 }
 """The usual ones of the losses of each part, by name."""
@@ -176,12 +176,10 @@ class MelObjective:
         if self.pronounced is not None:
             letters, said = self.pronounced.drawn(self.given.words, seed_of(packs), parallel.device)
         mel = torch.cat([mel for pack in here for mel in pack.mels], 1).T.unflatten(0, (-1, 2)).flatten(1)
-        found = _speaking(model)(phonemes, layout, voices, wanted, mel, letters)
-        frames = found.frames
-        parts = {"mel": (frames.frames_PF.float() - mel).abs().mean(1).sum()} | frames.losses
-        parts, own = {name: part / totals.tokens for name, part in parts.items()}, found.own
+        found = _speaking(model)(phonemes, layout, voices, wanted, letters)
+        parts = {"mel": (found.frames.frames_PF.float() - mel).abs().mean(1).sum() / totals.tokens}
         theirs = wanted._replace(seconds_T=wanted.seconds_T.clamp_min(1 / MILLI).log())
-        for name, mine, other in zip(("durations", "pitch", "loudness"), own, theirs, strict=True):
+        for name, mine, other in zip(("durations", "pitch", "loudness"), found.own, theirs, strict=True):
             parts[name] = (mine.float() - other).abs().sum() / totals.segments
         if letters is not None:
             parts["letters"] = (

@@ -22,7 +22,7 @@ from typing import TYPE_CHECKING, Any
 from pydantic import Field
 from safetensors import SafetensorError, safe_open
 
-from whisper_moe.config import Strict
+from whisper_moe.frozen import Strict
 
 if TYPE_CHECKING:
     from torch import Tensor

@@ -21,16 +21,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from whisper_moe.config import (
-    POSITIONS_PER_SECOND,
-    AdaptConfig,
-    ConformerConfig,
-    ModelConfig,
-    MoEConfig,
-    SensesConfig,
-    SpeechConfig,
-    TTTConfig,
-)
+from whisper_moe.config import POSITIONS_PER_SECOND, AdaptConfig, ConformerConfig, ModelConfig, MoEConfig, TTTConfig
+from whisper_moe.config_aside import SensesConfig, SpeechConfig
 from whisper_moe.media.languages import NewLanguage
 from whisper_moe.model.model import WhisperMoEModel
 from whisper_moe.weights.checkpoint import Loaded, load_checkpoint, read_manifest
