@@ -1,11 +1,12 @@
 """Films and photos of signing to tables: an avatar's clips as they are, photos of hands made into short clips.
 
-    python recipes/sign/clips.py AVATAR DIGITS.tar OUT
+    python recipes/sign/clips.py OUT AVATAR DIGITS.tar
+    python recipes/sign/clips.py OUT                            # drawn hands alone, of which anybody has as many as are wanted
 
 AVATAR is a folder of clips that are called by their gloss. Of DIGITS.tar, photos in a folder for each digit, those of every fifth
 block of twenty in the order of their names are held out: neighbours are often of one person. A still becomes a second of film in
-which it is slowly moved, and every other one is mirrored, for either hand may show a number. OUT gets avatar.tsv, digits.tsv,
-test-digits.tsv, and the clips.
+which it is slowly moved, and every other one is mirrored, for either hand may show a number. Drawn hands (hands.py) show 0 to 5.
+OUT gets avatar.tsv, digits.tsv, test-digits.tsv, drawn.tsv, test-drawn.tsv, and the clips.
 """
 
 from __future__ import annotations
@@ -18,9 +19,12 @@ from pathlib import Path
 
 import av
 import numpy as np
+from hands import shown
 from PIL import Image
 
 RATE, FRAMES, SIDE, BLOCK, FOLDS = 8, 8, 144, 20, 5
+DRAWN, HELD = 100, 20
+"""Clips of drawn hands of each number, and how many of them are held out."""
 DRIFT = 0.06
 """How far a still is moved while it is shown, as a share of it."""
 HEAD = "id\tvideo\ttext\tlanguage\ttarget_language\ttask\n"
@@ -65,18 +69,29 @@ def digits(archive: Path, out: Path) -> dict[str, list[str]]:
             path = out / "digits" / f"{digit}-{stem}.mp4"
             write(path, moved(photo, np.random.default_rng([int(digit), place])))
             held = place // BLOCK % FOLDS == FOLDS - 1
-            rows["test-digits" if held else "digits"].append(
-                f"digit-{digit}-{stem}\t{path.resolve()}\t{digit}\tsgn\ten\tsign\n"
-            )
+            rows["test-digits" if held else "digits"].append(row(f"digit-{digit}-{stem}", path, digit))
     return rows
 
 
-def main(avatar: Path, archive: Path, out: Path) -> None:
-    rows = digits(archive, out)
-    rows["avatar"] = [
-        f"avatar-{path.stem}\t{path.resolve()}\t{path.stem.lower()}\tsgn\ten\tsign\n"
-        for path in sorted(avatar.rglob("*.mp4"))
-    ]
+def drawn(out: Path) -> dict[str, list[str]]:
+    rows: dict[str, list[str]] = {"drawn": [], "test-drawn": []}
+    (out / "drawn").mkdir(parents=True, exist_ok=True)
+    for count in range(6):
+        for seed in range(DRAWN):
+            path = out / "drawn" / f"{count}-{seed}.mp4"
+            write(path, shown(count, seed))
+            rows["test-drawn" if seed < HELD else "drawn"].append(row(f"drawn-{count}-{seed}", path, str(count)))
+    return rows
+
+
+def row(id: str, path: Path, text: str) -> str:
+    return f"{id}\t{path.resolve()}\t{text}\tsgn\ten\tsign\n"
+
+
+def main(out: Path, avatar: Path | None = None, archive: Path | None = None) -> None:
+    rows = drawn(out) | (digits(archive, out) if archive else {})
+    if avatar:
+        rows["avatar"] = [row(f"avatar-{path.stem}", path, path.stem.lower()) for path in sorted(avatar.rglob("*.mp4"))]
     for name, own in rows.items():
         (out / f"{name}.tsv").write_text(HEAD + "".join(own), "utf-8")
         print(f"{name}: {len(own)} clips")

@@ -128,9 +128,9 @@ def sets_of(tables: Path, scratch: Path, film: FilmConfig) -> Iterator[tuple[str
             for place, row in enumerate(avatar)
         ]
         yield "avatar", kind, clips, texts, nearest
-    held = rows_of(tables / "test-digits.tsv")
-    learned = Nearest(rows_of(tables / "digits.tsv"), film)
-    yield "digits (stills)", "held out", [row["video"] for row in held], [row["text"] for row in held], learned
+    for name, kind in (("digits", "stills of hands"), ("drawn", "drawn hands")):
+        held, learned = rows_of(tables / f"test-{name}.tsv"), Nearest(rows_of(tables / f"{name}.tsv"), film)
+        yield name, kind, [row["video"] for row in held], [row["text"] for row in held], learned
 
 
 def interval(right: int, many: int) -> str:

@@ -71,11 +71,11 @@ class FilmConfig(Frozen):
     """Pictures a second; fewer of a film that has more than ``tokens``."""
     frames: int = Field(default=2, ge=1, le=16)
     """Pictures in a tubelet."""
-    patch: int = Field(default=24, ge=1, le=256)
+    patch: int = Field(default=32, ge=1, le=256)
     """Pixels of its side."""
-    patches: int = Field(default=40, ge=1)
+    patches: int = Field(default=24, ge=1)
     """The most that a picture is cut into."""
-    tokens: int = Field(default=1_000, ge=1)
+    tokens: int = Field(default=960, ge=1)
     """The most of a film, whatever it lasts."""
 
     @property
