@@ -5,8 +5,6 @@
 - Router: balance loss (Switch, arXiv 2101.03961, section 2.2, for top-k) and z-loss (ST-MoE, arXiv 2202.08906, section 4)
   per layer; or no loss but a bias on the choice (arXiv 2408.15664).
 
-Those of context adaptation are in :mod:`whisper_moe.train.adapt_context`.
-
 *None* is a choice like an expert here. A router whose rows all take *none* therefore still gets a gradient, although
 gates that are all *none*'s give it none: no other loss would ever bring it back.
 
