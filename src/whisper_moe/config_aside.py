@@ -98,6 +98,8 @@ class SensesConfig(Frozen):
     """Of the differences of each sense's expert from the core."""
     experts: tuple[Literal["translate", "sign"], ...] = ("translate",)
     """The senses' experts, behind those of sound."""
+    routed: bool = False
+    """A joint model: the router also chooses for texts and films, among the experts of sound, which then learn from them all."""
 
     @model_validator(mode="after")
     def _check(self) -> Self:

@@ -142,6 +142,22 @@ def test_experts_of_sound_have_no_part_in_a_text(model: WhisperMoEModel) -> None
 
 
 @torch.no_grad()
+def test_a_joint_models_router_chooses_for_all_senses() -> None:
+    joint = model_of(CONFIG.model_copy(update={"senses": SENSES.model_copy(update={"routed": True})}))
+    assert joint.senses is not None
+    segments = [joint.senses.embedded(each, joint) for each in (TEXTS[0], mel(), FILMS[0])]
+    together = joint.encoder(segments)
+    assert together.routing is not None and len(together.choices[0]) == 3
+    assert (together.routing.experts[0] != NONE).any(), "of a text; a film may take none"
+    for place, (segment, states) in enumerate(
+        zip(segments, together.states_TD.split(together.layout.lengths), strict=True)
+    ):
+        alone = joint.encoder([segment])
+        assert alone.routing is not None and torch.equal(alone.routing.experts[0], together.routing.experts[place])
+        torch.testing.assert_close(states, alone.states_TD, rtol=0, atol=1e-12)
+
+
+@torch.no_grad()
 def test_token_by_token_is_all_at_once(model: WhisperMoEModel) -> None:
     senses, decoder = model.senses, model.decoder
     assert senses is not None

@@ -141,6 +141,19 @@ def test_a_few_tokens_stand_for_all(smoothing: float) -> None:
     assert sum(found) / len(found) == pytest.approx(float(whole), rel=0.01)
 
 
+@pytest.mark.parametrize("many", [0, 10_000])
+def test_labels_count_by_what_the_input_is(many: int) -> None:
+    model = tiny_whisper_moe(config=READS).model
+    packs = pack_examples([tiny_reader(READS).read(pair(), 0.0), tiny_reader(READS).read(pair("to see", "में हम"), 0.0)])
+    losses = [
+        SpeechObjective(LossRecipe(sampled=many, weights=weights))(
+            model, packs, SpeechObjective(LossRecipe()).totals(packs), Parallel()
+        ).loss.item()
+        for weights in ({}, {"text": 0.5}, {"film": 3.0})
+    ]
+    assert losses[1] == pytest.approx(losses[0] / 2, rel=1e-6) and losses[2] == pytest.approx(losses[0], rel=1e-6)
+
+
 def test_the_loss_among_some_tokens_is_that_of_all_where_all_are_drawn() -> None:
     model = tiny_whisper_moe(config=READS).model.requires_grad_(True)
     packs = pack_examples([tiny_reader(READS).read(pair(), 0.0)])

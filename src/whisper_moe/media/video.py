@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from fractions import Fraction
-from math import ceil, prod, sqrt
+from math import ceil, isqrt, prod, sqrt
 from pathlib import Path
 from typing import BinaryIO, TypeAlias
 
@@ -85,8 +85,8 @@ def grid(width: int, height: int, patches: int) -> tuple[int, int]:
     if width < height:
         columns, rows = grid(height, width, patches)
         return rows, columns
-    rows = max(1, round(sqrt(patches * height / width)))
-    return rows, max(rows, min(patches // rows, round(rows * width / height)))
+    rows = max(1, min(isqrt(patches), round(sqrt(patches * height / width))))
+    return rows, min(patches // rows, round(rows * width / height))
 
 
 def film_tokens(source: str | Path | BinaryIO, film: FilmConfig, *, name: str | None = None) -> int:

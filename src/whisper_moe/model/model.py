@@ -107,6 +107,8 @@ class Encoder(nn.Module):
     positions: Tensor
     sense_experts = 0
     """How many other senses have an expert."""
+    routes_senses = False
+    """Whether the router chooses for their segments, too."""
 
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
@@ -149,8 +151,9 @@ class Encoder(nn.Module):
             for depth in range(len(self.blocks) + 1):
                 if depth == self.router_layer and self.router is not None and not self.routes_ahead:
                     found = routing or self.router(pool_segments(x_TD, layout, valid_lengths), allowed)
-                    routing = found if sensed is None else found.excepting(sensed)
-                    choices.append(found if sensed is None else found.rows(_heard(inputs, x_TD.device)))
+                    apart = None if self.routes_senses else sensed
+                    routing = found if apart is None else found.excepting(apart)
+                    choices.append(found if apart is None else found.rows(_heard(inputs, x_TD.device)))
                 if depth < len(self.blocks):
                     x_TD, chosen = self.blocks[depth](x_TD, layout, routing, carry=carry, alone=alone)
                     choices += [chosen] if chosen else []

@@ -108,6 +108,7 @@ class Senses(nn.Module):
                 assert isinstance(part, LowRank)
                 setattr(model.get_submodule(parent), own, PreparedDelta(layer, part))
         model.encoder.sense_experts = model.decoder.sense_experts = len(self.config.experts)
+        model.encoder.routes_senses = self.config.routed
 
     def rows(self, ids_T: Tensor, decoder: Decoder) -> Tensor:
         """Embeddings of tokens, those beyond the core's too, [T, D]."""

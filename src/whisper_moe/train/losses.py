@@ -62,11 +62,14 @@ def weighed(parts: dict[str, Tensor], factors: Mapping[str, float], model: nn.Mo
     return Terms(loss, {name: part.detach() for name, part in parts.items()}, torch.zeros(0, 0))
 
 
-def cross_entropy(logits_TV: Tensor, labels_T: Tensor, *, smoothing: float = 0.0) -> Tensor:
+def cross_entropy(
+    logits_TV: Tensor, labels_T: Tensor, *, smoothing: float = 0.0, weights_T: Tensor | None = None
+) -> Tensor:
     """The sum over all tokens that have a label, in at least float32. ``smoothing``: weight of a uniform target."""
-    return F.cross_entropy(
-        at_least_float32(logits_TV), labels_T, ignore_index=IGNORED, reduction="sum", label_smoothing=smoothing
-    )
+    given = {"ignore_index": IGNORED, "label_smoothing": smoothing}
+    if weights_T is None:
+        return F.cross_entropy(at_least_float32(logits_TV), labels_T, reduction="sum", **given)
+    return (F.cross_entropy(at_least_float32(logits_TV), labels_T, reduction="none", **given) * weights_T).sum()
 
 
 def sampled(labels_T: Tensor, vocabulary: int, many: int, seed: int) -> tuple[Tensor, Tensor, Tensor]:
@@ -82,14 +85,22 @@ def sampled(labels_T: Tensor, vocabulary: int, many: int, seed: int) -> tuple[Te
     return among, places, shift
 
 
-def sampled_cross_entropy(logits_TC: Tensor, labels_T: Tensor, shift_C: Tensor, *, smoothing: float = 0.0) -> Tensor:
+def sampled_cross_entropy(
+    logits_TC: Tensor,
+    labels_T: Tensor,
+    shift_C: Tensor,
+    *,
+    smoothing: float = 0.0,
+    weights_T: Tensor | None = None,
+) -> Tensor:
     """:func:`cross_entropy` of all tokens, by those that :func:`sampled` drew."""
     said = labels_T != IGNORED
     logits_TC, labels_T = at_least_float32(logits_TC[said]), labels_T[said]
     whole_T = (logits_TC + shift_C).logsumexp(-1)
     own_T, counts_C = logits_TC.gather(1, labels_T[:, None])[:, 0], shift_C.exp().to(logits_TC.dtype)
     mean_T = logits_TC @ counts_C / counts_C.sum()
-    return (whole_T - (1 - smoothing) * own_T - smoothing * mean_T).sum()
+    loss_T = whole_T - (1 - smoothing) * own_T - smoothing * mean_T
+    return (loss_T if weights_T is None else loss_T * weights_T[said]).sum()
 
 
 def divergence(logits_TV: Tensor, wanted_TV: Tensor) -> Tensor:
@@ -184,16 +195,17 @@ class SpeechObjective:
         """
         own = self.totals(packs).segments
         here = [pack.to(parallel.device) for pack in packs] or [_placeholder(model, parallel.device)]
-        labels, smoothing = torch.cat([pack.labels_T for pack in here]), self.given.label_smoothing
+        labels = torch.cat([pack.labels_T for pack in here])
+        how = {"smoothing": self.given.label_smoothing, "weights_T": token_weights(here, self.given.weights)}
         if self.given.sampled:
             config = _config(model)
             tokens = config.vocab_size + len(config.senses.tokens if config.senses else ())
             among, places, shift = sampled(labels, tokens, self.given.sampled, seed_of(packs))
             output = run_packs(model, here, among)
-            cross = sampled_cross_entropy(output.logits, places, shift, smoothing=smoothing) / totals.tokens
+            cross = sampled_cross_entropy(output.logits, places, shift, **how) / totals.tokens
         else:
             output = run_packs(model, here)
-            cross = cross_entropy(output.logits, labels, smoothing=smoothing) / totals.tokens
+            cross = cross_entropy(output.logits, labels, **how) / totals.tokens
         segments = float(parallel.sum(torch.tensor(float(own), device=parallel.device)))
         loss, parts, counts = router_terms(
             output.routings, segments / totals.segments, self.given, parallel.sum, real=own > 0
@@ -206,6 +218,17 @@ class SpeechObjective:
             apart = divergence(output.logits[said], wanted[said]) / totals.tokens
             loss, parts["divergence"] = loss + self.given.distillation * apart, apart.detach()
         return Terms(cross + loss, parts, counts)
+
+
+def token_weights(packs: Sequence[Pack], weights: Mapping[str, float]) -> Tensor | None:
+    """[T]: each label's factor, by the sense of its segment's input; None where all are 1."""
+    if not weights:
+        return None
+    names = {1: "text", 2: "sound", 4: "film"}
+    factors = [weights.get(names[mel.ndim], 1.0) for pack in packs for mel in pack.mels]
+    lengths = [length for pack in packs for length in pack.texts.lengths]
+    device = packs[0].labels_T.device
+    return torch.tensor(factors, device=device).repeat_interleave(torch.tensor(lengths, device=device))
 
 
 def seed_of(packs: Sequence[Pack]) -> int:
