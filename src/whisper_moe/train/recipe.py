@@ -22,6 +22,7 @@ from whisper_moe.train.reading import checked, read_tree
 if TYPE_CHECKING:
     from whisper_moe.train.build import Task
 
+Sense = Literal["sound", "text", "film"]
 Precision = Literal["auto", "float32", "bfloat16", "float16"]
 
 Decay = Annotated[float, Field(ge=0, lt=1)]
@@ -171,7 +172,7 @@ class LossRecipe(Strict):
 
     label_smoothing: float = Field(default=0.0, ge=0, lt=1)
     """Weight of a uniform target in the cross-entropy."""
-    weights: dict[Literal["sound", "text", "film"], float] = Field(default_factory=dict)
+    weights: dict[Sense, float] = Field(default_factory=dict)
     """Factors of the cross-entropy, by what a sample's input is; 1 where nothing is said."""
     sampled: int = Field(default=0, ge=0)
     """Tokens that a label is told from, besides those of the step (sampled softmax, arXiv 1412.2007); 0: all. Most of a step
