@@ -1,4 +1,4 @@
-"""Writes ``docs/recipe.md``, the reference of recipes, from their schema: ``python docs/recipe.py``."""
+"""Writes ``docs/recipe.md``, the reference of recipes, from their schemas: ``python docs/recipe.py``."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import ast
 import inspect
 import json
 import re
+import sys
 import textwrap
 from collections.abc import Iterator
 from pathlib import Path
@@ -30,7 +31,21 @@ What has no default must be given.
 
 def page() -> str:
     """The whole reference."""
-    return "\n".join([_HEAD, *_sections(Recipe, "", {})])
+    return "\n".join([_HEAD, *_sections(Recipe, "", {}), *_tasks()])
+
+
+def _tasks() -> Iterator[str]:
+    """The keys that scripts have besides."""
+    from recipes.context.adapt import ContextRecipe
+    from recipes.speech.speech import SpeechRecipe
+    from recipes.speech.vocoder import VocoderRecipe
+
+    yield "# Keys of recipes for other tasks\n"
+    yield "Recipes of these scripts have all keys above, and one more.\n"
+    for kind in (ContextRecipe, SpeechRecipe, VocoderRecipe):
+        yield f"`{kind.__module__.replace('.', '/')}.py`: {_prose(inspect.getdoc(kind) or '')}\n"
+        for name in kind.model_fields.keys() - Recipe.model_fields.keys():
+            yield from _sections(next(inner_models(kind.model_fields[name].annotation)), name, {})
 
 
 def _sections(model: type[BaseModel], key: str, shown: dict[type[BaseModel], str]) -> Iterator[str]:
@@ -108,4 +123,5 @@ def _default(field: FieldInfo) -> str:
 
 
 if __name__ == "__main__":
+    sys.path.append(str(Path(__file__).parents[1]))
     (Path(__file__).parent / "recipe.md").write_text(page(), encoding="utf-8")

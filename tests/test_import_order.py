@@ -12,6 +12,8 @@ import pytest
 
 PACKAGE = Path(__file__).parent.parent / "src" / "whisper_moe"
 ORDER = (
+    {"frozen"},
+    {"config_aside"},
     {"config", "machine"},
     {"media"},
     {"packing"},

@@ -1,6 +1,6 @@
 """The bundled model: what the eight experts are trained beside, and what is made of the eight runs.
 
-    python recipes/eight-experts/default.py base CONTEXT OUT              the core, and a run of context.yaml beside it
+    python recipes/eight-experts/default.py base CONTEXT OUT              the core, and a run of context/adapt.py beside it
     python recipes/eight-experts/default.py router BASE TABLES OUT        the same with a router that is fitted
     python recipes/eight-experts/default.py join ROUTER RUNS TABLES OUT   with the experts of eight runs of ``train.py --of BASE``
 

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import json
 import math
 import os
 from collections.abc import Iterable
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -14,8 +16,21 @@ import torch
 import torch.nn.functional as F
 from generate.tiny import tiny_whisper_moe
 from media.recordings import encode
-from train.tiny import tiny_recipe
+from train.tiny import recipe_tree, tiny_recipe
 
+from recipes.context.adapt import (
+    MODES,
+    Adapting,
+    ContextObjective,
+    ContextRecipe,
+    ContextSettings,
+    LessonReader,
+    Lessons,
+    Teacher,
+    divergence,
+    relative_error,
+    teacher_digest,
+)
 from whisper_moe.config import FULL_WINDOW, AdaptConfig
 from whisper_moe.data.examples import Pack
 from whisper_moe.data.loader import PackedLoader
@@ -25,28 +40,22 @@ from whisper_moe.generate.options import TranscribeOptions
 from whisper_moe.media.mel import log_mel
 from whisper_moe.model.model import WhisperMoEModel
 from whisper_moe.packing import Layout
-from whisper_moe.train.adapt_context import (
-    MODES,
-    ContextObjective,
-    LessonReader,
-    Lessons,
-    Teacher,
-    divergence,
-    relative_error,
-    teacher_digest,
-)
 from whisper_moe.train.loop import Trainer
 from whisper_moe.train.losses import Totals, run_packs
 from whisper_moe.train.optim import freeze
 from whisper_moe.train.parallel import Parallel
-from whisper_moe.train.recipe import ContextRecipe, load_recipe
+from whisper_moe.train.reading import RecipeError, checked
+from whisper_moe.train.recipe import load_recipe
+from whisper_moe.train.run import RECORD, script
+from whisper_moe.weights.checkpoint import Loaded, load_checkpoint
 from whisper_moe.weights.upcycle import add_parts
 
 RATE = 16_000
 SECONDS = (0.5, 1.1, 2.0, 3.3, 0.8, 1.6)
 SPOKEN = tiny_whisper_moe()
-GIVEN = ContextRecipe()
-RECIPE = load_recipe(Path(__file__).parents[2] / "recipes" / "context.yaml").model
+GIVEN = ContextSettings()
+YAML = Path(__file__).parents[2] / "recipes/context/adapt.yaml"
+RECIPE = load_recipe(YAML, kind=ContextRecipe).model
 
 
 @pytest.fixture(scope="module")
@@ -78,14 +87,14 @@ def taught(samples: Iterable[Sample], folder: Path, digest: str = "", **limit: i
     return Teacher(SPOKEN._decoder, Lessons(folder, digest)).teach(samples, **limit)
 
 
-def batches_of(lessons: Lessons, given: ContextRecipe = GIVEN, batch: int = 4) -> PackedLoader:
+def batches_of(lessons: Lessons, given: ContextSettings = GIVEN, batch: int = 4) -> PackedLoader:
     reader = LessonReader(SPOKEN.tokenizer, SPOKEN.config, given, lessons)
     config = LoaderConfig(batch_size=batch, seed=3, max_corrupt_share=1.0)
     return PackedLoader([lessons], SPOKEN.tokenizer, SPOKEN.config, config, reader=reader)
 
 
-def packs_of(lessons: Lessons, margin: float) -> tuple[ContextRecipe, tuple[Pack, ...]]:
-    given = ContextRecipe(margins=(margin, margin))
+def packs_of(lessons: Lessons, margin: float) -> tuple[ContextSettings, tuple[Pack, ...]]:
+    given = ContextSettings(margins=(margin, margin))
     return given, next(iter(batches_of(lessons, given))).packs
 
 
@@ -178,7 +187,7 @@ def test_an_epoch_has_every_clip_with_and_without_timestamps(samples: list[Sampl
     for _ in range(2):
         ids = [id.split("\n") for batch in loader for id in batch.ids]
         assert sorted((name, mode) for name, _, mode in ids) == [(s.id, mode) for s in samples for mode in MODES]
-    example = LessonReader(SPOKEN.tokenizer, SPOKEN.config, ContextRecipe(), lessons).read(lessons[0], 0.5)
+    example = LessonReader(SPOKEN.tokenizer, SPOKEN.config, ContextSettings(), lessons).read(lessons[0], 0.5)
     said = lessons.lesson(lessons[0].id).tokens.tolist()
     assert (*example.tokens, example.labels[-1]) == tuple(said) and example.labels == tuple(said[1:])
 
@@ -190,13 +199,13 @@ def test_a_lesson_is_measured_by_its_tokens_alone(lessons: Lessons, monkeypatch:
         raise AssertionError("the states were read")
 
     monkeypatch.setattr(lessons, "lesson", whole)
-    reader = LessonReader(SPOKEN.tokenizer, SPOKEN.config, ContextRecipe(), lessons)
+    reader = LessonReader(SPOKEN.tokenizer, SPOKEN.config, ContextSettings(), lessons)
     assert reader.measure(lessons[0], 1.0)[1] == len(lessons.tokens(lessons[0].id)) - 1
 
 
 @pytest.mark.parametrize("padded", [0.0, 0.5])
 def test_margins_are_within_their_range_but_for_what_is_padded(lessons: Lessons, padded: float) -> None:
-    loader, margins = batches_of(lessons, ContextRecipe(margins=(0.5, 2.0), padded=padded)), []
+    loader, margins = batches_of(lessons, ContextSettings(margins=(0.5, 2.0), padded=padded)), []
     for pack in (pack for _ in range(8) for batch in loader for pack in batch.packs):
         margins += [mel.shape[1] / 100 - n / 50 for mel, n in zip(pack.mels, pack.valid_lengths, strict=True)]
     drawn = [margin for margin in margins if margin < 20]
@@ -233,7 +242,7 @@ def test_padded_to_the_window_there_is_nothing_to_learn(lessons: Lessons) -> Non
 
 
 def test_it_learns_and_only_the_adapting_part_moves(lessons: Lessons) -> None:
-    model, given = adapted(), ContextRecipe(margins=(0.0, 0.0))
+    model, given = adapted(), ContextSettings(margins=(0.0, 0.0))
     before = {name: parameter.detach().clone() for name, parameter in model.named_parameters()}
     objective = ContextObjective(given, lessons, model.decoder.head)
     recipe = tiny_recipe(optimisation={"lr": 1e-2, "weight_decay": 0.0, "clip": 1.0})
@@ -256,3 +265,64 @@ def test_logits_that_are_wanted_are_the_teachers_own(lessons: Lessons) -> None:
     assert F.mse_loss(output.logits, SPOKEN.model.decoder.head(own)) < 1e-4 * output.logits.square().mean()
     tokens = sum(len(lesson.tokens) - 1 for lesson in said)
     assert ContextObjective(given, lessons, model.decoder.head).totals(packs) == Totals(tokens, len(said))
+
+
+# Runs.
+
+
+def a_recipe(material: Path, **sections: Any) -> dict[str, Any]:
+    tree = recipe_tree(material / "model", material / "data", lr=1e-2)
+    tree["model"] |= {"adapt": {"encoder_layers": [0, 1], "adapter_dim": 8}, "freeze": ["*"], "train": ["*.adapter.*"]}
+    tree["data"]["train"][0]["limit"] = 4
+    return tree | {"context": {"margins": [0.0, 1.0]}} | sections
+
+
+def test_a_run_goes_on_as_if_it_had_not_stopped(
+    material: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "small.yaml").write_text(json.dumps(a_recipe(material)), "utf-8")
+
+    def called(*words: str) -> int:
+        monkeypatch.setattr("sys.argv", ["adapt.py", *words])
+        return script(ContextRecipe, "")
+
+    small, whole, parts = (str(tmp_path / name) for name in ("small.yaml", "whole", "parts"))
+    assert called(small, "optimisation.steps=4", "-o", whole, f"context.lessons={tmp_path / 'lessons'}") == 0
+    assert called(small, "optimisation.steps=2", "-o", parts) == 0
+    assert called("--resume", parts, "optimisation.steps=4", f"context.lessons={tmp_path / 'lessons'}") == 0
+    states = [load_checkpoint(Path(name) / "model") for name in (whole, parts)]
+    assert states[0].config == states[1].config and states[0].config.margin == 0.0
+    assert all(torch.equal(states[0].state[key], states[1].state[key]) for key in states[0].state)
+    before = load_checkpoint(material / "model").state
+    assert all(torch.equal(states[0].state[key], before[key]) for key in before)
+    assert any(".adapter." in key and tensor.any() for key, tensor in states[0].state.items())
+    assert json.loads((Path(parts) / RECORD).read_text("utf-8"))["status"] == "finished"
+    assert len(list((tmp_path / "lessons").iterdir())) == len(list((Path(parts) / "lessons").iterdir())) == 4
+    assert called("--resume", parts, "context.padded=0.5") == 2
+    assert "context.padded was 0.0, is 0.5" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        ({"losses": {"balancing": "bias"}}, "nothing is balanced on the way"),
+        ({"losses": {"teacher": "other"}}, "the model is its own teacher here"),
+        ({"model": {"adapt": {"full_windows": False}}, "context": {"padded": 0.1}}, "full windows teach nothing"),
+        ({"context": {"margins": [2.0, 1.0]}}, "context: margins must be 0 to 30 seconds, the lesser first"),
+        ({"context": {"margin": 1}}, "context.margin is not a key of a recipe; did you mean context.margins?"),
+    ],
+)
+def test_a_mistake_names_the_key_and_what_was_meant(material: Path, change: dict[str, Any], said: str) -> None:
+    with pytest.raises(RecipeError) as raised:
+        checked(ContextRecipe, a_recipe(material, **change), "test")
+    assert said in str(raised.value)
+
+
+def test_full_windows_that_the_loaded_model_leaves_alone_teach_nothing(material: Path, tmp_path: Path) -> None:
+    tree = a_recipe(material, context={"padded": 0.1})
+    del tree["model"]["adapt"]
+    adapt = AdaptConfig(encoder_layers=(0, 1), adapter_dim=8, full_windows=False)
+    start = Loaded(SPOKEN.config.model_copy(update={"adapt": adapt}), {}, {}, b"")
+    task = Adapting(checked(ContextRecipe, tree, "test"), start, Parallel(), lambda skipped: None, tmp_path)
+    with pytest.raises(RecipeError, match="full windows teach nothing"):
+        task.learned(SPOKEN.model)

@@ -19,7 +19,6 @@ from train.tiny import recipe_tree
 
 pytest.importorskip("datasets")
 
-from whisper_moe.config import AdaptConfig
 from whisper_moe.data.corpus import CorpusConfig
 from whisper_moe.data.sample import DataError
 from whisper_moe.evaluate.metrics import Evaluator
@@ -28,9 +27,9 @@ from whisper_moe.model.router import NONE
 from whisper_moe.train import build
 from whisper_moe.train.parallel import Parallel
 from whisper_moe.train.reading import RecipeError, apply
-from whisper_moe.train.recipe import ContextRecipe, Recipe, recipe_of
+from whisper_moe.train.recipe import Recipe, recipe_of
 from whisper_moe.train.run import RECORD, check_same, run
-from whisper_moe.weights.checkpoint import Loaded, save_checkpoint
+from whisper_moe.weights.checkpoint import save_checkpoint
 from whisper_moe.weights.load import load_model
 
 Tree = dict[str, Any]
@@ -138,21 +137,11 @@ def test_missing_recordings_of_a_stream_or_an_evaluation_are_refused(holed: Path
 
 def test_nothing_is_missing_where_a_limit_is_reached(holed: Path) -> None:
     configs = [CorpusConfig.model_validate(table(holed / "holed", limit=limit)) for limit in (5, 12)]
-    sources = build.Sources(recipe_with(holed), None, Parallel(), lambda skipped: None)  # pyright: ignore[reportArgumentType]
-    assert [len(corpus.left_out) for corpus in sources.opened(configs)] == [0, 1]
+    task = build.Task(recipe_with(holed), None, Parallel(), lambda skipped: None, holed)  # pyright: ignore[reportArgumentType]
+    assert [len(corpus.left_out) for corpus in task.opened(configs)] == [0, 1]
 
 
 # Models and devices.
-
-
-def test_full_windows_that_the_loaded_model_leaves_alone_teach_nothing(material: Path, tmp_path: Path) -> None:
-    recipe = recipe_with(material, lambda tree: tree.update(losses={"context": {"padded": 0.1}}))
-    spoken = tiny_whisper_moe()
-    adapt = AdaptConfig(encoder_layers=(0, 1), adapter_dim=8, full_windows=False)
-    start = Loaded(spoken.config.model_copy(update={"adapt": adapt}), {}, {}, b"")
-    sources = build.Sources(recipe, start, Parallel(), lambda skipped: None)
-    with pytest.raises(RecipeError, match="full windows teach nothing"):
-        sources.context(ContextRecipe(padded=0.1), tmp_path, spoken.model)
 
 
 def test_a_group_that_is_nobodys_is_told(material: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:

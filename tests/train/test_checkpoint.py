@@ -17,6 +17,7 @@ from faults.runs import undamaged
 from safetensors.torch import load_file
 from torch import nn
 
+from recipes.grokking.division import GrokfastAdamW
 from whisper_moe.train import checkpoint
 from whisper_moe.train.checkpoint import (
     COMMIT,
@@ -31,7 +32,6 @@ from whisper_moe.train.checkpoint import (
     save,
     tensors_of,
 )
-from whisper_moe.train.optim import GrokfastAdamW
 from whisper_moe.weights.files import CheckpointError, json_bytes
 
 DTYPES = [torch.float64, torch.float32, torch.float16, torch.bfloat16, torch.int64, torch.int32, torch.uint8]

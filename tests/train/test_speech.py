@@ -15,10 +15,10 @@ from model.speaking import TINY
 from train.tiny import LETTERS, recipe_tree, tones
 
 from recipes.speech.griffin_lim import griffin_lim
+from recipes.speech.speech import Pronounced, SpeechRecipe
 from whisper_moe.generate.speech import Speaker
-from whisper_moe.train.recipe import recipe_of
+from whisper_moe.train.reading import RecipeError, checked
 from whisper_moe.train.run import run as train
-from whisper_moe.train.speech import Pronounced
 from whisper_moe.weights.checkpoint import load_checkpoint, load_speech
 
 TONE = 0.2
@@ -46,16 +46,19 @@ def spoken(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def recipe(material: Path, spoken: Path, **optimisation: Any) -> dict[str, Any]:
     tree = recipe_tree(material / "model", spoken / "transcripts.tsv", **optimisation)
     tree["model"]["speech"] = TINY.model_dump(mode="json") | {"d_model": 48, "ffn_dim": 96}
-    tree["losses"] = {
-        "speech": {"pronounced": str(spoken / "said.tsv"), "words": 8, "factors": {"mel": 4.0, "letters": 1.0}}
-    }
+    tree["speech"] = {"pronounced": str(spoken / "said.tsv"), "words": 8, "factors": {"mel": 4.0, "letters": 1.0}}
     tree["data"]["loader"] = {"batch_size": 8}
     return tree
 
 
 def test_it_says_what_it_never_heard_and_the_core_stays(material: Path, spoken: Path, tmp_path: Path) -> None:
     tree = recipe(material, spoken, steps=240, lr=2e-2, warmup=20, schedule="cosine", clip=None)
-    assert train(recipe_of(tree | {"run": {"threads": 1, "checkpoint_every": None}}, "tones"), tmp_path / "run") == 0
+    assert (
+        train(
+            checked(SpeechRecipe, tree | {"run": {"threads": 1, "checkpoint_every": None}}, "tones"), tmp_path / "run"
+        )
+        == 0
+    )
     before, after = load_checkpoint(material / "model"), load_checkpoint(tmp_path / "run/model", aside=False)
     assert before.config == after.config.model_copy(update={"context_margin": before.config.context_margin})
     assert all(torch.equal(before.state[key], after.state[key]) for key in before.state)
@@ -76,7 +79,7 @@ def test_a_run_goes_on_as_if_it_had_not_stopped(material: Path, spoken: Path, tm
             tree["data"]["evaluation"] = tree["data"]["train"]
             tree["evaluation"] = {"every": 3, "metric": "loss", "limit": 5}
             tree["data"]["loader"]["mixing"] = {"temperature": 0.5}
-            assert train(recipe_of(tree, "tones"), tmp_path / name, resume=True) == 0
+            assert train(checked(SpeechRecipe, tree, "tones"), tmp_path / name, resume=True) == 0
     whole, parts = (load_checkpoint(tmp_path / name / "model").state for name in ("whole", "parts"))
     assert all(torch.equal(whole[key], parts[key]) for key in whole)
     judged = [rows_of(tmp_path / name / "metrics.jsonl") for name in ("whole", "parts")]
@@ -88,8 +91,8 @@ def test_a_run_goes_on_as_if_it_had_not_stopped(material: Path, spoken: Path, tm
 def test_only_the_loss_tells_how_speaking_goes(material: Path, spoken: Path, tmp_path: Path) -> None:
     tree = recipe(material, spoken, steps=2)
     tree["data"]["evaluation"] = tree["data"]["train"]
-    with pytest.raises(ValueError, match=r"evaluation\.metric: where speaking is learned"):
-        train(recipe_of(tree, "tones"), tmp_path / "run")
+    with pytest.raises(ValueError, match=r"evaluation\.metric is wer, and the loss is all there is here"):
+        train(checked(SpeechRecipe, tree, "tones"), tmp_path / "run")
 
 
 def rows_of(metrics: Path) -> list[dict[str, Any]]:
@@ -117,9 +120,9 @@ def test_a_sound_without_a_plan_is_named(
     table = tmp_path / "table.tsv"
     table.write_text(f"path\ttext\tlanguage\tspeaker\n0.wav\ta\ten\t{plan.get('speaker', 'ann')}\n")
     tree = recipe(material, tmp_path)
-    tree["data"]["train"][0]["source"], tree["losses"]["speech"]["pronounced"] = str(table), None
+    tree["data"]["train"][0]["source"], tree["speech"]["pronounced"] = str(table), None
     with pytest.raises(ValueError, match=said):
-        train(recipe_of(tree, "broken"), tmp_path / "run")
+        train(checked(SpeechRecipe, tree, "broken"), tmp_path / "run")
 
 
 def test_longer_texts_are_read_oftener_and_lines_that_are_none_are_named(tmp_path: Path) -> None:
@@ -138,7 +141,16 @@ def test_longer_texts_are_read_oftener_and_lines_that_are_none_are_named(tmp_pat
 
 def test_the_recipe_that_comes_along_is_one(material: Path) -> None:
     path = Path(__file__).parents[2] / "recipes/speech/speech.yaml"
-    given = recipe_of(yaml.safe_load(path.read_text("utf-8")), "speech")
-    assert given.model.speech is not None and given.losses.speech is not None
+    given = checked(SpeechRecipe, yaml.safe_load(path.read_text("utf-8")), "speech")
+    assert given.model.speech is not None and given.speech.pronounced is not None
     assert len(set(given.model.speech.phonemes)) == len(given.model.speech.phonemes)
     assert len(set(given.model.speech.letters)) == len(given.model.speech.letters)
+
+
+def test_what_cannot_learn_to_speak_is_told(material: Path, spoken: Path, tmp_path: Path) -> None:
+    tree = recipe(material, spoken)
+    with pytest.raises(RecipeError, match=r"speech\.factors: no loss is called mels; there are mel, durations"):
+        checked(SpeechRecipe, tree | {"speech": {"factors": {"mels": 1.0}}}, "test")
+    del tree["model"]["speech"]
+    with pytest.raises(RecipeError, match=r"the model has no part that speaks; model\.speech adds one"):
+        train(checked(SpeechRecipe, tree, "test"), tmp_path / "run")

@@ -14,11 +14,19 @@ from media.recordings import encode
 from model.speaking import TINY, tiny_speech
 from train.tiny import recipe_tree
 
+from recipes.speech.vocoder import (
+    Critics,
+    SoundReader,
+    VocoderRecipe,
+    adversarial,
+    mel_distance,
+    spectral_distance,
+)
 from whisper_moe.data.sample import AudioRef, DataError, Sample
 from whisper_moe.media.mel import HOP, window_mel
-from whisper_moe.train.recipe import recipe_of
+from whisper_moe.train.reading import RecipeError, checked
+from whisper_moe.train.recipe import load_recipe
 from whisper_moe.train.run import run as train
-from whisper_moe.train.speech import Critics, SoundReader, adversarial, mel_distance, spectral_distance
 from whisper_moe.weights.checkpoint import load_checkpoint
 
 POSITIONS = 10
@@ -99,17 +107,17 @@ def test_only_the_vocoder_learns_and_a_run_goes_on_as_if_it_had_not_stopped(
 ) -> None:
     tree = recipe_tree(material / "model", material / "data")
     tree["model"]["speech"] = TINY.model_dump(mode="json")
-    tree["losses"] = {"speech": {"part": "vocoder", "positions": POSITIONS, "critics": critics}}
+    tree["vocoder"] = {"positions": POSITIONS, "critics": critics}
     tree["data"] |= {"loader": {"batch_size": 4}, "evaluation": tree["data"]["train"]}
     tree["evaluation"] = {"every": 2, "metric": "loss"}
     for name, steps in (("whole", (4,)), ("parts", (2, 4))):
         for most in steps:
             tree["optimisation"] |= {"steps": most}
-            assert train(recipe_of(tree, "sounds"), tmp_path / name, resume=True) == 0
+            assert train(checked(VocoderRecipe, tree, "sounds"), tmp_path / name, resume=True) == 0
     whole, parts = (load_checkpoint(tmp_path / name / "model") for name in ("whole", "parts"))
     assert all(torch.equal(whole.state[key], parts.state[key]) for key in whole.state)
     tree["optimisation"] |= {"steps": 1, "lr": 1e-12}
-    assert train(recipe_of(tree, "sounds"), tmp_path / "start") == 0
+    assert train(checked(VocoderRecipe, tree, "sounds"), tmp_path / "start") == 0
     start = load_checkpoint(tmp_path / "start/model").state
     moved = {key for key in start if (start[key] - whole.state[key]).abs().max() > 1e-6}
     assert moved and all(key.startswith("speech.vocoder.") for key in moved)
@@ -117,3 +125,12 @@ def test_only_the_vocoder_learns_and_a_run_goes_on_as_if_it_had_not_stopped(
     judged = [json.loads(line) for line in (tmp_path / "whole/metrics.jsonl").read_text("utf-8").splitlines()]
     losses = [row["evaluation"] for row in judged if "evaluation" in row]
     assert len(losses) == 2 and losses[1]["loss"] < losses[0]["loss"] and {*losses[0]} == {"loss", "spectra", "mel"}
+
+
+def test_the_recipe_that_comes_along_is_one_and_knows_its_losses() -> None:
+    path = Path(__file__).parents[2] / "recipes/speech/vocoder.yaml"
+    assert load_recipe(path, ["vocoder.critics=true"], VocoderRecipe).optimisation.betas == (0.8, 0.99)
+    with pytest.raises(
+        RecipeError, match=r"vocoder\.factors: no loss is called letters; there are spectra, mel, critics"
+    ):
+        load_recipe(path, ["vocoder.factors={letters: 1.0}"], VocoderRecipe)

@@ -6,26 +6,23 @@ goes by the task. So a request's answer is the one that it would have alone.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, Literal, TypeAlias
+from typing import Any, Literal, Protocol, TypeAlias
 
 import torch
 from torch import Tensor
 
 from whisper_moe.config import MAX_PACK_TOKENS
 from whisper_moe.generate.decode import WindowDecoder
-from whisper_moe.generate.result import Transcription
+from whisper_moe.generate.result import Outcome, Transcription
 from whisper_moe.generate.senses import Asked, Job, SensesDecoder, Written
-from whisper_moe.generate.sign import Signed
+from whisper_moe.generate.sign import Signed, Signer
 from whisper_moe.generate.speech import Speech
-from whisper_moe.generate.translate import Translation
+from whisper_moe.generate.translate import Translation, Translator
 from whisper_moe.media.languages import language_code
 from whisper_moe.model.model import Encoded
 from whisper_moe.packing import Layout
-
-if TYPE_CHECKING:
-    from whisper_moe.api import WhisperMoE
 
 Answer: TypeAlias = Transcription | Translation | Signed | Speech | ValueError
 _INPUTS = {"transcribe": ("audio",), "translate": ("audio", "text"), "sign": ("film",), "speak": ("text",)}
@@ -52,6 +49,19 @@ class Request:
         if len(given) != 1 or given[0] not in _INPUTS[self.task]:
             wanted = " or ".join(_INPUTS[self.task])
             raise ValueError(f"the task {self.task!r} needs {wanted}, got {' and '.join(given) or 'nothing'}")
+
+
+class Model(Protocol):
+    """What of :class:`whisper_moe.WhisperMoE` answers."""
+
+    @property
+    def senses(self) -> SensesDecoder: ...
+    @property
+    def signer(self) -> Signer: ...
+    @property
+    def translator(self) -> Translator: ...
+    def speak(self, text: str, **options: Any) -> Speech: ...
+    def transcribe_each(self, audio: Iterable[Any], **options: Any) -> Iterator[Outcome]: ...
 
 
 class Accompanied(WindowDecoder):
@@ -98,7 +108,7 @@ def _part(encoded: Encoded, begin: int, end: int) -> Encoded:
     return Encoded(torch.cat(pieces), Layout(map(len, pieces)), routing, senses=senses)
 
 
-def answer(model: WhisperMoE, hearing: WindowDecoder, requests: Sequence[Request]) -> list[Answer]:
+def answer(model: Model, hearing: WindowDecoder, requests: Sequence[Request]) -> list[Answer]:
     """See :meth:`WhisperMoE.answer`; ``hearing``: the model's own decoder of sound."""
     found: dict[int, Answer] = {}
     jobs: dict[int, Job] = {}
@@ -124,7 +134,7 @@ def answer(model: WhisperMoE, hearing: WindowDecoder, requests: Sequence[Request
     return [found[place] for place in range(len(requests))]
 
 
-def _job(model: WhisperMoE, request: Request) -> Job:
+def _job(model: Model, request: Request) -> Job:
     given = dict(request.options)
     if request.task == "sign":
         code = model.signer.language(given.pop("language", None))
@@ -140,7 +150,7 @@ def _none_left(request: Request, options: Mapping[str, Any]) -> None:
         raise ValueError(f"the task {request.task!r} has no option {', '.join(options)}")
 
 
-def _heard(model: WhisperMoE, requests: Mapping[int, Request], decoder: WindowDecoder | None) -> dict[int, Answer]:
+def _heard(model: Model, requests: Mapping[int, Request], decoder: WindowDecoder | None) -> dict[int, Answer]:
     """Recordings with the same options."""
     places, (first, *_) = [*requests], requests.values()
     try:

@@ -27,15 +27,13 @@ from whisper_moe.media.audio import MediaError
 from whisper_moe.media.languages import NewLanguage
 from whisper_moe.model.block import Block
 from whisper_moe.model.model import WhisperMoEModel
-from whisper_moe.train import speech
-from whisper_moe.train.adapt_context import ContextObjective, LessonReader, Teacher
-from whisper_moe.train.loop import Figures, Trainer
+from whisper_moe.train.loop import Batches, Figures, Objective, Trainer
 from whisper_moe.train.losses import SpeechObjective
 from whisper_moe.train.monitor import SKIPPED, Monitor
 from whisper_moe.train.optim import TRAINED, add_lora, freeze, unmatched
 from whisper_moe.train.parallel import Parallel
 from whisper_moe.train.reading import RecipeError
-from whisper_moe.train.recipe import NOTHING_TO_TEACH, ContextRecipe, Recipe, SpeechRecipe
+from whisper_moe.train.recipe import Recipe
 from whisper_moe.weights.checkpoint import CONFIG, Loaded, read_config
 from whisper_moe.weights.files import atomic_folder, json_bytes, read_bytes, read_json
 from whisper_moe.weights.load import load_model
@@ -44,7 +42,6 @@ from whisper_moe.weights.tokens import GENERATION, TOKENIZER, of_any_language
 from whisper_moe.weights.upcycle import add_languages, add_parts, upcycle
 
 Note: TypeAlias = Callable[[Sequence[Skipped]], None]
-Speaking: TypeAlias = speech.MelObjective | speech.VocoderObjective
 START = "start"
 """The folder, within a run's, of all but the weights: so that it can go on and be exported when the source is gone."""
 logger = logging.getLogger(__name__)
@@ -98,8 +95,11 @@ def read_start(run: Path) -> Loaded:
     return Loaded(read_config(folder / CONFIG), {}, read_json(folder / GENERATION), read_bytes(folder / TOKENIZER))
 
 
-def build_model(initial: Loaded, recipe: Recipe) -> WhisperMoEModel:
-    """The model, with what the recipe freezes frozen. Gives the weights away."""
+def build_model(initial: Loaded, recipe: Recipe, own: Sequence[str] = ()) -> WhisperMoEModel:
+    """The model, with what the recipe freezes frozen. Gives the weights away.
+
+    ``own``: patterns of what a task trains, and nothing else, unless ``model.train`` says it more closely.
+    """
     model = empty_model(initial.config)
     if initial.state:
         model.load_state_dict(initial.state, assign=True)
@@ -123,10 +123,8 @@ def build_model(initial: Loaded, recipe: Recipe) -> WhisperMoEModel:
         frozen, trained = ("*",), (*TRAINED, *trained)
     elif given.expert is not None:
         frozen, trained = ("*",), (*only_expert(model, given.expert), *trained)
-    elif recipe.losses.speech is not None:
-        if recipe.losses.speech.critics:
-            model.critics = speech.Critics()
-        frozen, trained = ("*",), trained or _speaking(recipe.losses.speech)
+    elif own:
+        frozen, trained = ("*",), trained or own
     else:
         frozen = (*frozen, *(f"{name}.*" for name in ASIDE if getattr(model, name) is not None))
     try:
@@ -134,14 +132,6 @@ def build_model(initial: Loaded, recipe: Recipe) -> WhisperMoEModel:
     except ValueError as error:
         raise RecipeError(f"model.freeze: {error}") from error
     return model
-
-
-def _speaking(given: SpeechRecipe) -> tuple[str, ...]:
-    """The parameters that learn to speak, or to sound."""
-    if given.part == "vocoder":
-        return ("speech.vocoder.*", *["critics.*"] * given.critics)
-    parts = "phonemes voices encoder planner plan decoder" + " reader" * (given.pronounced is not None)
-    return tuple(f"speech.{part}.*" for part in parts.split())
 
 
 def only_expert(model: WhisperMoEModel, name: str) -> tuple[str, ...]:
@@ -164,15 +154,11 @@ def build_trainer(
     recipe: Recipe, initial: Loaded, parallel: Parallel, monitor: Monitor | None, directory: Path
 ) -> Trainer:
     """The trainer that a recipe describes. Raises ``ValueError`` for what cannot be had or does not fit together."""
-    given, model = recipe.optimisation, build_model(initial, recipe).to(parallel.device)
-    sources = Sources(recipe, initial, parallel, monitor.left_out if monitor else lambda skipped: None)
-    if recipe.losses.speech is not None:
-        batches, objective = sources.spoken(recipe.losses.speech)
-    elif recipe.losses.context is None:
-        batches, objective = sources.speech()
-    else:
-        batches, objective = sources.context(recipe.losses.context, directory, model)
-    figures = sources.figures() if recipe.data.evaluation and parallel.rank == 0 else None
+    note = monitor.left_out if monitor else lambda skipped: None
+    given, task = recipe.optimisation, recipe.task()(recipe, initial, parallel, note, directory)
+    model = task.model().to(parallel.device)
+    batches, objective = task.learned(model)
+    figures = task.figures() if recipe.data.evaluation and parallel.rank == 0 else None
     trainer = Trainer(
         recipe, model, objective, batches, parallel, figures=figures, monitor=monitor, directory=directory
     )
@@ -188,49 +174,61 @@ def build_trainer(
 
 
 @dataclass(frozen=True)
-class Sources:
-    """What a recipe's model learns from and is judged by. Raises ``ValueError`` where it cannot."""
+class Task:
+    """What is trained, what it learns from, and what it is judged by: a model that writes what it hears, sees or reads.
+
+    A script that trains something else overrides :meth:`model`, :meth:`learned` or :meth:`figures` of these, and names its class
+    in recipes of its own (:meth:`whisper_moe.train.recipe.Recipe.task`). They raise ``ValueError`` where they cannot.
+    """
 
     recipe: Recipe
     initial: Loaded
     parallel: Parallel
     note: Note
     """Is told of every sample that is left out."""
+    directory: Path
+    """The run's."""
 
-    def speech(self) -> tuple[PackedLoader, SpeechObjective]:
+    def model(self) -> WhisperMoEModel:
+        """The model, with what stays as it is frozen. A module that is added to it learns beside it, and stays in the run."""
+        return build_model(self.initial, self.recipe)
+
+    def learned(self, model: WhisperMoEModel) -> tuple[Batches, Objective]:
         """Batches of this process's share of the data, and the losses."""
-        return self._mixed(), SpeechObjective(self.recipe.losses, self._teacher())
+        return self.mixed(), SpeechObjective(self.recipe.losses, self._teacher())
 
-    def spoken(self, given: SpeechRecipe) -> tuple[PackedLoader, Speaking]:
-        """Of learning to speak, or to sound."""
-        reader, objective = self._speaking(given)
-        return self._mixed(reader), objective
+    def figures(self) -> Figures:
+        """What it is judged by. What would end the run at its first evaluation ends it now."""
+        settings, data, initial = self.recipe.evaluation, self.recipe.data, self.initial
+        decode = settings.metric != "loss"
+        missing = [name for name in ("jiwer", "whisper_normalizer") if decode and find_spec(name) is None]
+        if missing:
+            raise RecipeError(f"evaluation.metric needs {' and '.join(missing)}: pip install 'whisper-moe[train]'")
+        corpora = list(self.opened(data.evaluation))
+        self._check_missing(corpora, data.evaluation)
+        names = [corpus.name for corpus in corpora]
+        if doubled := [name for name in names if names.count(name) > 1]:
+            raise RecipeError(
+                f"data.evaluation: several corpora are called {doubled[0]!r}; give each a `name` in the recipe"
+            )
+        reading = data.loader.reading.model_copy(update={"films": None})
+        reader = ExampleReader(initial.tokenizer, initial.config, reading)
+        for corpus in corpora:
+            check_rows(corpus, reader, settings.limit, decode=decode)
+        texts, margin = (initial.tokenizer, initial.generation), initial.config.margin
+        evaluator = Evaluator(reader, *texts, margin=margin, decode=decode, padded=settings.padded)
+        asked = {"batch_size": settings.batch_size, "limit": settings.limit, "note": self.note}
+        return lambda model, stop: evaluator.figures(model, corpora, stop_requested=stop, **asked)
 
-    def _speaking(self, given: SpeechRecipe) -> tuple[ExampleReader, Speaking]:
-        config = self.initial.config
-        if config.speech is None:
-            raise RecipeError("losses.speech: the model has no part that speaks; model.speech adds one")
-        if self.parallel.world_size > 1:
-            raise RecipeError("losses.speech: learning to speak runs in one process")
-        if unknown := sorted(given.factors.keys() - speech.FACTORS[given.part]):
-            raise RecipeError(f"losses.speech.factors: no loss of the part {given.part} is called {', '.join(unknown)}")
-        if given.part == "vocoder":
-            reader = speech.SoundReader(self.initial.tokenizer, config, given.positions)
-            return reader, speech.VocoderObjective(given, config.n_mels)
-        table = speech.Pronounced(Path(given.pronounced), config.speech) if given.pronounced else None
-        return speech.SpokenReader(self.initial.tokenizer, config), speech.MelObjective(given, table)
-
-    def _spoken_figures(self, given: SpeechRecipe) -> Figures:
-        """The losses of speech that is held out, on the same stretches of it every time; of the letters, on the same texts of the
-        table that the reader learns of: without it nothing would tell which step reads best."""
+    def held_out(self, reader: ExampleReader, objective: Objective) -> Figures:
+        """For tasks that nothing is decoded in: the losses of the data to be judged by, with the same draws every time."""
         settings, data = self.recipe.evaluation, self.recipe.data.evaluation
         if settings.metric != "loss":
-            raise RecipeError("evaluation.metric: where speaking is learned, the loss is all there is")
-        reader, objective = self._speaking(given.model_copy(update={"critics": False}))
+            raise RecipeError(f"evaluation.metric is {settings.metric}, and the loss is all there is here")
         configs = [each.model_copy(update={"limit": each.limit or settings.limit}) for each in data]
         corpora = list(self.opened(configs))
         self._check_missing(corpora, configs)
-        loader = self._loader(corpora, MixingConfig(), reader)
+        loader = self.loader(corpora, MixingConfig(), reader)
         start = loader.state_dict()
 
         @torch.inference_mode()
@@ -249,7 +247,8 @@ class Sources:
 
         return figures
 
-    def _mixed(self, reader: ExampleReader | None = None) -> PackedLoader:
+    def mixed(self, reader: ExampleReader | None = None) -> PackedLoader:
+        """The corpora to learn from, as the recipe mixes them; ``reader``: of samples, where it is not the usual one."""
         data = self.recipe.data
         corpora = list(self.opened(data.train))
         if any(corpus.streaming for corpus in corpora):  # else the loader counts them with what its survey finds
@@ -258,7 +257,7 @@ class Sources:
         pairs = zip(corpora, data.train, strict=True)
         weights = {each.name: given.weight for each, given in pairs if given.weight != 1}
         mixing = data.loader.mixing.model_copy(update={"weights": weights | dict(data.loader.mixing.weights)})
-        return self._loader(corpora, mixing, reader)
+        return self.loader(corpora, mixing, reader)
 
     def _teacher(self) -> WhisperMoEModel | None:
         source, config = self.recipe.losses.teacher, self.initial.config
@@ -274,30 +273,10 @@ class Sources:
             raise RecipeError(f"losses.teacher: {source} does not have the model's tokens and mel bands")
         return frozen_model(loaded.config, loaded.state).to(self.parallel.device)
 
-    def context(
-        self, context: ContextRecipe, directory: Path, model: WhisperMoEModel
-    ) -> tuple[PackedLoader, ContextObjective]:
-        """Of context adaptation, for which what the padded model says is made first; what is there already is kept."""
-        if self.parallel.world_size > 1:
-            raise RecipeError("losses.context: context adaptation runs in one process")
-        if context.padded and self.initial.config.core_alone_on_full_windows:
-            raise RecipeError(NOTHING_TO_TEACH)
-        folder = Path(context.lessons) if context.lessons else directory / "lessons"
-        teacher = Teacher.of(self.recipe.model.source, folder, self.parallel.device)
-        corpora = replace(self, note=lambda skipped: None).opened(self.recipe.data.train)
-        rows = (row for corpus in corpora for row in (*corpus.left_out, *items(corpus)))
-        lessons = teacher.teach(rows, context.limit_mb)
-        corrupt, of = [each for each in lessons.left_out if each.corrupt], len(lessons.samples) + len(lessons.left_out)
-        if len(corrupt) > self.recipe.data.loader.max_corrupt_share * of:
-            self.note(lessons.left_out)
-            raise ValueError(f"{len(corrupt)} of {of} clips are corrupt; the first: {_first(corrupt)}")
-        reader = LessonReader(self.initial.tokenizer, self.initial.config, context, lessons)
-        loader = self._loader([lessons], MixingConfig(), reader)  # its clips come all alike
-        return loader, ContextObjective(context, lessons, model.decoder.head)
-
-    def _loader(
+    def loader(
         self, corpora: Sequence[AnyCorpus], mixing: MixingConfig, reader: ExampleReader | None = None
     ) -> PackedLoader:
+        """Batches of these corpora."""
         loader = PackedLoader(
             corpora,
             self.initial.tokenizer,
@@ -338,31 +317,6 @@ class Sources:
             if missing > most * listed:
                 cause = f"{missing:,} of {listed:,} samples cannot be had, more than {most:.1%}"
                 raise DataError(corpus.name, f"{cause}; the first: {_first(corpus.left_out)}")
-
-    def figures(self) -> Figures:
-        """What it is judged by. What would end the run at its first evaluation ends it now."""
-        settings, data, initial = self.recipe.evaluation, self.recipe.data, self.initial
-        if self.recipe.losses.speech is not None:
-            return self._spoken_figures(self.recipe.losses.speech)
-        decode = settings.metric != "loss"
-        missing = [name for name in ("jiwer", "whisper_normalizer") if decode and find_spec(name) is None]
-        if missing:
-            raise RecipeError(f"evaluation.metric needs {' and '.join(missing)}: pip install 'whisper-moe[train]'")
-        corpora = list(self.opened(data.evaluation))
-        self._check_missing(corpora, data.evaluation)
-        names = [corpus.name for corpus in corpora]
-        if doubled := [name for name in names if names.count(name) > 1]:
-            raise RecipeError(
-                f"data.evaluation: several corpora are called {doubled[0]!r}; give each a `name` in the recipe"
-            )
-        reading = data.loader.reading.model_copy(update={"films": None})
-        reader = ExampleReader(initial.tokenizer, initial.config, reading)
-        for corpus in corpora:
-            check_rows(corpus, reader, settings.limit, decode=decode)
-        texts, margin = (initial.tokenizer, initial.generation), initial.config.margin
-        evaluator = Evaluator(reader, *texts, margin=margin, decode=decode, padded=settings.padded)
-        asked = {"batch_size": settings.batch_size, "limit": settings.limit, "note": self.note}
-        return lambda model, stop: evaluator.figures(model, corpora, stop_requested=stop, **asked)
 
 
 def check_rows(corpus: AnyCorpus, reader: ExampleReader, limit: int | None, *, decode: bool) -> None:

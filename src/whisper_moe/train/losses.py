@@ -5,8 +5,6 @@
 - Router: balance loss (Switch, arXiv 2101.03961, section 2.2, for top-k) and z-loss (ST-MoE, arXiv 2202.08906, section 4)
   per layer; or no loss but a bias on the choice (arXiv 2408.15664).
 
-Those of context adaptation are in :mod:`whisper_moe.train.adapt_context`.
-
 *None* is a choice like an expert here. A router whose rows all take *none* therefore still gets a gradient, although
 gates that are all *none*'s give it none: no other loss would ever bring it back.
 
@@ -30,7 +28,7 @@ from whisper_moe.model.model import Output, WhisperMoEModel
 from whisper_moe.model.router import NONE, Router, Routing, at_least_float32
 from whisper_moe.packing import Layout
 from whisper_moe.train.parallel import Parallel
-from whisper_moe.train.recipe import LossRecipe
+from whisper_moe.train.recipe import LossRecipe, Sense
 
 
 @dataclass(frozen=True)
@@ -222,11 +220,11 @@ class SpeechObjective:
         return Terms(cross + loss, parts, counts)
 
 
-def token_weights(packs: Sequence[Pack], weights: Mapping[str, float]) -> Tensor | None:
+def token_weights(packs: Sequence[Pack], weights: Mapping[Sense, float]) -> Tensor | None:
     """[T]: each label's factor, by the sense of its segment's input; None where all are 1."""
     if not weights:
         return None
-    names = {1: "text", 2: "sound", 4: "film"}
+    names: dict[int, Sense] = {1: "text", 2: "sound", 4: "film"}
     factors = [weights.get(names[mel.ndim], 1.0) for pack in packs for mel in pack.mels]
     lengths = [length for pack in packs for length in pack.texts.lengths]
     device = packs[0].labels_T.device

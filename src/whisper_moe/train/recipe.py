@@ -8,7 +8,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Annotated, Any, Literal, Self
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal, Self
 
 from pydantic import Field, model_validator
 
@@ -19,8 +19,11 @@ from whisper_moe.data.sampler import LoaderConfig
 from whisper_moe.frozen import Strict
 from whisper_moe.train.reading import checked, read_tree
 
+if TYPE_CHECKING:
+    from whisper_moe.train.build import Task
+
+Sense = Literal["sound", "text", "film"]
 Precision = Literal["auto", "float32", "bfloat16", "float16"]
-NOTHING_TO_TEACH = "losses.context.padded: full windows teach nothing where model.adapt.full_windows is false"
 
 Decay = Annotated[float, Field(ge=0, lt=1)]
 """Of a moving average: the weight of what was before."""
@@ -164,58 +167,12 @@ class OptimisationRecipe(Strict):
         return {"linear": 1 - done, "cosine": 0.5 * (1 + math.cos(math.pi * done)), "constant": 1.0}[self.schedule]
 
 
-class ContextRecipe(Strict):
-    """Context adaptation: the model learns from itself, padded to 30 s (:mod:`whisper_moe.train.adapt_context`)."""
-
-    margins: tuple[float, float] = (0.0, 4.0)
-    """The least and the most silence behind a clip, in seconds; small ones are drawn more often."""
-    padded: float = Field(default=0.0, ge=0, le=1)
-    """The share of clips that are padded to the whole window instead, where that is adapted too (``model.adapt.full_windows``):
-    what was right there has to stay."""
-    states: float = Field(default=1.0, ge=0)
-    """Factor of the relative mean square error of the decoder's states."""
-    divergence: float = Field(default=1.0, ge=0)
-    """Factor of the divergence of the next token's probabilities."""
-    lessons: str | None = None
-    """The folder of what the padded model has said; default: ``lessons`` in the run's directory."""
-    limit_mb: int = Field(default=4_096, ge=1)
-    """What that folder may hold; about 0.4 MB a second of speech for whisper-base."""
-
-    @model_validator(mode="after")
-    def _check(self) -> Self:
-        if not 0 <= self.margins[0] <= self.margins[1] <= 30:
-            raise ValueError(f"margins must be 0 to 30 seconds, the lesser first, got {list(self.margins)}")
-        return self
-
-
-class SpeechRecipe(Strict):
-    """Learning to speak (:mod:`whisper_moe.train.speech`)."""
-
-    part: Literal["speech", "vocoder"] = "speech"
-    """What learns: all that makes mel frames of letters, or what makes sound of those."""
-    pronounced: str | None = None
-    """A table of texts and their phonemes, of which the reader of letters learns."""
-    words: int = Field(default=64, ge=1)
-    """Of them, in each step."""
-    positions: int = Field(default=32, ge=8)
-    """The vocoder's: positions of 20 ms in each stretch of sound."""
-    critics: bool = False
-    """Whether the vocoder also has to fool critics, which learn beside it and stay in the run."""
-    factors: dict[str, float] = Field(default_factory=dict)
-    """Of the losses, by name, where they are others than the usual ones."""
-
-
 class LossRecipe(Strict):
     """What is minimised."""
 
-    speech: SpeechRecipe | None = None
-    """Instead of all else: text in, speech out; only that part learns."""
-
-    context: ContextRecipe | None = None
-    """Instead of the cross-entropy: transcripts are not needed, and only what ``freeze`` and ``train`` leave learns."""
     label_smoothing: float = Field(default=0.0, ge=0, lt=1)
     """Weight of a uniform target in the cross-entropy."""
-    weights: dict[Literal["sound", "text", "film"], float] = Field(default_factory=dict)
+    weights: dict[Sense, float] = Field(default_factory=dict)
     """Factors of the cross-entropy, by what a sample's input is; 1 where nothing is said."""
     sampled: int = Field(default=0, ge=0)
     """Tokens that a label is told from, besides those of the step (sampled softmax, arXiv 1412.2007); 0: all. Most of a step
@@ -340,6 +297,8 @@ class Recipe(Strict):
     """Where and how the run is kept."""
     parallel: ParallelRecipe = ParallelRecipe()
     """How the processes that torchrun starts share the work; one alone needs none of it."""
+    free: ClassVar[tuple[str, ...]] = ()
+    """Keys that may differ where a run goes on, of those that recipes of another task have besides."""
 
     @model_validator(mode="after")
     def _check(self) -> Self:
@@ -355,15 +314,6 @@ class Recipe(Strict):
                 "model.expert: it answers alone, and a bias would turn the router to the others: losses.balancing cannot "
                 "be bias; take none"
             )
-        adapt, context = self.model.adapt, self.losses.context
-        if context and self.losses.balancing == "bias":
-            raise ValueError(
-                "losses.context: nothing is balanced on the way, so losses.balancing cannot be bias; take none"
-            )
-        if context and self.losses.teacher:
-            raise ValueError("losses.context: the model is its own teacher there, so losses.teacher cannot be another")
-        if context and context.padded and adapt and not adapt.full_windows:
-            raise ValueError(NOTHING_TO_TEACH)
         layout = self.parallel
         if self.model.lora and (layout.data == "fsdp2" or max(layout.experts, layout.tensor) > 1):
             raise ValueError(
@@ -371,16 +321,22 @@ class Recipe(Strict):
             )
         return self
 
+    def task(self) -> type[Task]:
+        """What is made of it. A script that trains something else overrides this in recipes of its own, with keys of its own."""
+        from whisper_moe.train.build import Task
+
+        return Task
+
     @property
     def least_margin(self) -> float | None:
         """Seconds of silence that the model will be used with; None: its own from before."""
         if self.model.context_margin is not None:
             return self.model.context_margin
-        margin = self.losses.context.margins if self.losses.context else self.data.loader.reading.margin
+        margin = self.data.loader.reading.margin
         return margin[0] if isinstance(margin, tuple) else margin
 
 
-def load_recipe(path: Path, overrides: Sequence[str] = ()) -> Recipe:
+def load_recipe(path: Path, overrides: Sequence[str] = (), kind: type[Recipe] = Recipe) -> Recipe:
     """Read a recipe and apply ``key=value`` overrides (``optimisation.lr=1e-4``, ``data.train.0.split=valid``).
 
     Raises :class:`RecipeError` that names the file or the override, the key, and for an unknown key the closest known.
@@ -388,9 +344,9 @@ def load_recipe(path: Path, overrides: Sequence[str] = ()) -> Recipe:
     tree = read_tree(path, overrides)
     if tree.get("name") is None:
         tree["name"] = path.stem
-    return recipe_of(tree, str(path))
+    return recipe_of(tree, str(path), kind)
 
 
-def recipe_of(tree: Mapping[str, Any], origin: str) -> Recipe:
+def recipe_of(tree: Mapping[str, Any], origin: str, kind: type[Recipe] = Recipe) -> Recipe:
     """Check a tree of plain values; ``origin`` is what messages begin with. Raises :class:`RecipeError`."""
-    return checked(Recipe, tree, origin)
+    return checked(kind, tree, origin)

@@ -13,6 +13,7 @@ SIGINT and SIGTERM with a checkpoint written: ``--resume`` goes on from it, bit 
 
 from __future__ import annotations
 
+import argparse
 import json
 import logging
 import os
@@ -41,7 +42,7 @@ if TYPE_CHECKING:
 MODEL, LOCK, RECORD = "model", "trainer.lock", "run.json"
 _PACKAGES = ("whisper-moe", "torch", "numpy", "datasets", "tokenizers", "safetensors", "av", "pydantic")
 _FREE = (
-    *("run", "name", "parallel", "losses.context.lessons", "losses.context.limit_mb"),
+    *("run", "name", "parallel"),
     *(f"evaluation.{name}" for name in ("every", "batch_size", "padded", "patience")),
     *(f"data.loader.{name}" for name in ("workers", "prefetch", "cache_dir", "cache_limit_mb")),
     *(f"optimisation.{name}" for name in ("steps", "epochs", "recompute")),
@@ -51,10 +52,24 @@ is. Of steps and epochs there cannot be fewer than are done; :func:`_go_on` sees
 logger = logging.getLogger(__name__)
 
 
-def train(path: Path, overrides: Sequence[str], output: Path | None, resume: bool) -> int:
-    """What ``whisper-moe train`` does; returns the exit status."""
+def script(kind: type[Recipe], about: str) -> int:
+    """The command line of a script that trains by recipes of its own kind, which is that of ``whisper-moe train``: returns the
+    exit status."""
+    parser = argparse.ArgumentParser(description=about)
+    parser.add_argument("recipe", type=Path, help="a YAML file; with --resume, also a run's directory")
+    parser.add_argument("overrides", nargs="*", metavar="KEY=VALUE", help="changes to it: optimisation.lr=1e-4")
+    parser.add_argument("-o", "--output", type=Path, help="the run's directory; default: runs/ and the recipe's name")
+    parser.add_argument("--resume", action="store_true", help="go on from the newest checkpoint, if there is one")
+    given = parser.parse_intermixed_args()
+    logging.basicConfig(format="%(message)s")
+    logging.getLogger("whisper_moe").setLevel(logging.INFO)
+    return train(given.recipe, given.overrides, given.output, given.resume, kind)
+
+
+def train(path: Path, overrides: Sequence[str], output: Path | None, resume: bool, kind: type[Recipe] = Recipe) -> int:
+    """What ``whisper-moe train`` does; returns the exit status. ``kind``: of recipes, those of another task."""
     try:
-        recipe, directory, folder = asked(path, overrides, output, resume)
+        recipe, directory, folder = asked(path, overrides, output, resume, kind)
         with chdir(folder):
             return run(recipe, directory, resume=resume)
     except (ValueError, ImportError, OSError) as error:
@@ -63,7 +78,9 @@ def train(path: Path, overrides: Sequence[str], output: Path | None, resume: boo
         return 2 if isinstance(error, RecipeError) else 1
 
 
-def asked(path: Path, overrides: Sequence[str], output: Path | None, resume: bool) -> tuple[Recipe, Path, Path]:
+def asked(
+    path: Path, overrides: Sequence[str], output: Path | None, resume: bool, kind: type[Recipe] = Recipe
+) -> tuple[Recipe, Path, Path]:
     """A recipe, the run's directory, and the folder that paths in the recipe are relative to.
 
     ``path``: a recipe; or, to go on, a run's directory, whose record has the recipe. Raises :class:`RecipeError`.
@@ -74,7 +91,7 @@ def asked(path: Path, overrides: Sequence[str], output: Path | None, resume: boo
             raise RecipeError(
                 f"{path}: is not there; --resume {output} goes on with the recipe that the run itself keeps"
             )
-        recipe = load_recipe(path, overrides)
+        recipe = load_recipe(path, overrides, kind)
         return recipe, output or Path(recipe.run.directory or f"runs/{recipe.name}"), Path()
     if not (run / RECORD).exists():
         whole = next((parent for parent in run.resolve().parents if (parent / RECORD).exists()), None)
@@ -87,7 +104,7 @@ def asked(path: Path, overrides: Sequence[str], output: Path | None, resume: boo
     run, record = run.resolve(), read_record(run)
     for override in overrides:
         apply(record["recipe"], override)
-    recipe = recipe_of(record["recipe"], str(run / RECORD))
+    recipe = recipe_of(record["recipe"], str(run / RECORD), kind)
     # Where most of the data is: where the run was begun, also if that was moved with the run in it; or here.
     folders = [Path.cwd()]
     if (begun := record.get("folder")) and (there := record.get("directory")):
@@ -218,12 +235,13 @@ def export(directory: Path, start: Loaded, lora: LoRARecipe | None = None) -> No
     from whisper_moe.train import checkpoint
     from whisper_moe.train.optim import folded
     from whisper_moe.weights.checkpoint import save_checkpoint
+    from whisper_moe.weights.parts import expected_shapes
 
     path = checkpoint.best(directory) or checkpoint.latest(directory)
     assert path is not None, "a run that has ended has a checkpoint"
     state = {name.removeprefix("model/"): tensor.float() for name, tensor in checkpoint.read(path, "model/").items()}
-    state = {name: tensor for name, tensor in state.items() if not name.startswith("critics.")}
-    state = folded(state, lora) if lora else state
+    state, places = folded(state, lora) if lora else state, expected_shapes(start.config)
+    state = {name: tensor for name, tensor in state.items() if name in places}  # what a task adds stays in the run
     save_checkpoint(directory / MODEL, replace(start, state=state), overwrite=True)
     logger.info("%s: the model of step %d", directory / MODEL, checkpoint.step_of(path))
 
@@ -274,11 +292,13 @@ def check_same(recipe: Recipe, run: Path) -> None:
     """Raise :class:`RecipeError` where a run would go on with another recipe than it began with."""
     then = read_record(run)["recipe"]
     with suppress(RecipeError):  # what was there then and is refused now is said as it was
-        then = recipe_of(then, RECORD).model_dump(mode="json")  # with the defaults of keys that are newer than the run
+        # With the defaults of keys that are newer than the run.
+        then = recipe_of(then, RECORD, type(recipe)).model_dump(mode="json")
     changed = [
         (key, before, after)
         for key, before, after in _differences(then, recipe.model_dump(mode="json"), "")
-        if not any(f"{key}.".startswith(f"{free}.") for free in _FREE) and not _moved(key, before, after)
+        if not any(f"{key}.".startswith(f"{free}.") for free in (*_FREE, *recipe.free))
+        and not _moved(key, before, after)
     ]
     if changed:
         what = "; ".join(f"{key} was {before!r}, is {after!r}" for key, before, after in changed)

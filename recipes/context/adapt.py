@@ -1,5 +1,7 @@
 """Context adaptation: a model learns to hear short clips without padding, from itself (self-distillation).
 
+    python recipes/context/adapt.py RECIPE.yaml [KEY=VALUE ...] -o RUN [--resume]    as whisper-moe train
+
 Whisper always saw 30 s. Cut to the clip with little silence behind it, it repeats itself without end. Here it is trained,
 on any margin of silence, to have the states and the next-token probabilities that the frozen model has with 30 s
 (after github.com/futo-org/whisper-acft: mean square error of all decoder states; the divergence of the probabilities is
@@ -17,33 +19,41 @@ from __future__ import annotations
 
 import json
 import math
+import sys
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from hashlib import sha256
 from itertools import islice
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar, Self
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
+from pydantic import Field, model_validator
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 from torch import Tensor, nn
 
 from whisper_moe.config import FULL_WINDOW, SAMPLE_RATE, ModelConfig
 from whisper_moe.data.examples import ExampleConfig, ExampleReader, Pack
-from whisper_moe.data.sample import Sample, Skipped, TooLong, left_out
+from whisper_moe.data.loader import NAMED, PackedLoader
+from whisper_moe.data.sample import Sample, Skipped, TooLong, items, left_out
+from whisper_moe.data.sampler import MixingConfig
+from whisper_moe.frozen import Strict
 from whisper_moe.generate.decode import WindowDecoder
 from whisper_moe.generate.options import TranscribeOptions
 from whisper_moe.media.audio import MediaError
 from whisper_moe.media.tokenizer import Tokenizer
 from whisper_moe.model.inference import prepare_for_inference
-from whisper_moe.model.model import Output
+from whisper_moe.model.model import Output, WhisperMoEModel
 from whisper_moe.packing import Layout
+from whisper_moe.train.build import Task
 from whisper_moe.train.losses import Terms, Totals, divergence, run_packs
 from whisper_moe.train.parallel import Parallel
-from whisper_moe.train.recipe import ContextRecipe
+from whisper_moe.train.reading import RecipeError
+from whisper_moe.train.recipe import Recipe
+from whisper_moe.train.run import script
 from whisper_moe.weights.files import atomic_file
 from whisper_moe.weights.load import load_model
 from whisper_moe.weights.parts import frozen_model
@@ -53,6 +63,58 @@ CLIPS_AT_ONCE = 5
 """Padded windows whose keys and values are held at a time."""
 NUMBERS = 1_024
 """Of each tensor, by which teachers are told apart."""
+NOTHING_TO_TEACH = "context.padded: full windows teach nothing where model.adapt.full_windows is false"
+
+
+class ContextSettings(Strict):
+    """How the model learns from itself, padded to 30 s."""
+
+    margins: tuple[float, float] = (0.0, 4.0)
+    """The least and the most silence behind a clip, in seconds; small ones are drawn more often."""
+    padded: float = Field(default=0.0, ge=0, le=1)
+    """The share of clips that are padded to the whole window instead, where that is adapted too (``model.adapt.full_windows``):
+    what was right there has to stay."""
+    states: float = Field(default=1.0, ge=0)
+    """Factor of the relative mean square error of the decoder's states."""
+    divergence: float = Field(default=1.0, ge=0)
+    """Factor of the divergence of the next token's probabilities."""
+    lessons: str | None = None
+    """The folder of what the padded model has said; default: ``lessons`` in the run's directory."""
+    limit_mb: int = Field(default=4_096, ge=1)
+    """What that folder may hold; about 0.4 MB a second of speech for whisper-base."""
+
+    @model_validator(mode="after")
+    def _check(self) -> Self:
+        if not 0 <= self.margins[0] <= self.margins[1] <= 30:
+            raise ValueError(f"margins must be 0 to 30 seconds, the lesser first, got {list(self.margins)}")
+        return self
+
+
+class ContextRecipe(Recipe):
+    """Transcripts are not needed, and only what ``model.freeze`` and ``model.train`` leave learns."""
+
+    context: ContextSettings = ContextSettings()
+    """Instead of all in ``losses``."""
+    free: ClassVar[tuple[str, ...]] = ("context.lessons", "context.limit_mb")
+
+    @model_validator(mode="after")
+    def _check_context(self) -> Self:
+        adapt = self.model.adapt
+        if self.losses.balancing == "bias":
+            raise ValueError("nothing is balanced on the way, so losses.balancing cannot be bias; take none")
+        if self.losses.teacher:
+            raise ValueError("the model is its own teacher here, so losses.teacher cannot be another")
+        if self.context.padded and adapt and not adapt.full_windows:
+            raise ValueError(NOTHING_TO_TEACH)
+        return self
+
+    def task(self) -> type[Task]:
+        return Adapting
+
+    @property
+    def least_margin(self) -> float | None:
+        asked = self.model.context_margin
+        return self.context.margins[0] if asked is None else asked
 
 
 @dataclass(frozen=True)
@@ -119,7 +181,7 @@ class Lessons:
 class LessonReader(ExampleReader):
     """Lessons to examples: what is to be said is what the frozen model said."""
 
-    def __init__(self, tokenizer: Tokenizer, model: ModelConfig, given: ContextRecipe, lessons: Lessons) -> None:
+    def __init__(self, tokenizer: Tokenizer, model: ModelConfig, given: ContextSettings, lessons: Lessons) -> None:
         super().__init__(tokenizer, model, ExampleConfig(margin=given.margins, padded=given.padded))
         self._lessons = lessons
 
@@ -146,7 +208,7 @@ class Teacher:
         network = prepare_for_inference(model) if device.type == "cpu" else model.to(device)
         return cls(WindowDecoder(network, loaded.tokenizer, loaded.generation), Lessons(folder, digest))
 
-    def teach(self, rows: Iterable[Sample | Skipped], limit_mb: int = ContextRecipe().limit_mb) -> Lessons:
+    def teach(self, rows: Iterable[Sample | Skipped], limit_mb: int = ContextSettings().limit_mb) -> Lessons:
         """The lessons of all these, made where they are missing. Clips that cannot be read or are too long are left out.
 
         Raises ``ValueError`` when the folder has more than ``limit_mb``.
@@ -229,7 +291,7 @@ class ContextObjective:
     """``states`` × mean square error of all depths, each relative to the teacher's own power there, + ``divergence`` × KL
     of the next token's probabilities; means over decoder tokens."""
 
-    given: ContextRecipe
+    given: ContextSettings
     lessons: Lessons
     head: nn.Module
     """Teacher's states → its logits: the head is not trained, so it is the student's too."""
@@ -255,3 +317,34 @@ def relative_error(found: Tensor, wanted: Tensor) -> Tensor:
     """[depths, T, D] twice → the sum over tokens of the mean over depths of |found − wanted|² / mean |wanted|²."""
     power = wanted.square().mean(dim=(1, 2), keepdim=True)
     return ((found - wanted).square() / power).mean(dim=(0, 2)).sum()
+
+
+@dataclass(frozen=True)
+class Adapting(Task):
+    """Lessons are made first; what is there already is kept."""
+
+    recipe: ContextRecipe
+
+    def learned(self, model: WhisperMoEModel) -> tuple[PackedLoader, ContextObjective]:
+        given, config = self.recipe.context, self.initial.config
+        if self.parallel.world_size > 1:
+            raise RecipeError("context adaptation runs in one process")
+        if given.padded and config.core_alone_on_full_windows:
+            raise RecipeError(NOTHING_TO_TEACH)
+        folder = Path(given.lessons) if given.lessons else self.directory / "lessons"
+        teacher = Teacher.of(self.recipe.model.source, folder, self.parallel.device)
+        corpora = replace(self, note=lambda skipped: None).opened(self.recipe.data.train)
+        rows = (row for corpus in corpora for row in (*corpus.left_out, *items(corpus)))
+        lessons = teacher.teach(rows, given.limit_mb)
+        corrupt, of = [each for each in lessons.left_out if each.corrupt], len(lessons.samples) + len(lessons.left_out)
+        if len(corrupt) > self.recipe.data.loader.max_corrupt_share * of:
+            self.note(lessons.left_out)
+            first = "; ".join(map(str, corrupt[:NAMED]))
+            raise ValueError(f"{len(corrupt)} of {of} clips are corrupt; the first: {first}")
+        reader = LessonReader(self.initial.tokenizer, config, given, lessons)
+        batches = self.loader([lessons], MixingConfig(), reader)  # its clips come all alike
+        return batches, ContextObjective(given, lessons, model.decoder.head)
+
+
+if __name__ == "__main__":
+    sys.exit(script(ContextRecipe, "Teach a model to hear short clips without padding, from itself."))
