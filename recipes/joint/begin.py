@@ -19,8 +19,7 @@ from pathlib import Path
 import torch
 
 from whisper_moe.config import ModelConfig, MoEConfig
-from whisper_moe.config_aside import FilmConfig, SensesConfig
-from whisper_moe.media.pieces import SIGNS, TEXT
+from whisper_moe.config_aside import SIGNS, TEXT, FilmConfig, SensesConfig
 from whisper_moe.model.model import WhisperMoEModel
 from whisper_moe.weights.checkpoint import load_checkpoint, save_checkpoint
 

@@ -13,8 +13,7 @@ from pathlib import Path
 
 import torch
 
-from whisper_moe.config_aside import FilmConfig, SensesConfig
-from whisper_moe.media.pieces import SIGNS
+from whisper_moe.config_aside import SIGNS, FilmConfig, SensesConfig
 from whisper_moe.weights.checkpoint import save_checkpoint
 from whisper_moe.weights.load import load_model
 from whisper_moe.weights.parts import EMBEDDING

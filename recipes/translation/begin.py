@@ -13,8 +13,7 @@ from pathlib import Path
 
 import torch
 
-from whisper_moe.config_aside import SensesConfig
-from whisper_moe.media.pieces import TEXT
+from whisper_moe.config_aside import TEXT, SensesConfig
 from whisper_moe.weights.checkpoint import save_checkpoint
 from whisper_moe.weights.load import load_model
 from whisper_moe.weights.parts import EMBEDDING

@@ -20,7 +20,7 @@ from whisper_moe.config_aside import ASIDE
 from whisper_moe.frozen import problems
 from whisper_moe.generate.decode import WindowDecoder
 from whisper_moe.generate.longform import Recording, Transcriber
-from whisper_moe.generate.mixed import Answer, Request, answer
+from whisper_moe.generate.mixed import Abilities, Answer, Request, answer
 from whisper_moe.generate.mixture import Mixture
 from whisper_moe.generate.options import TranscribeOptions
 from whisper_moe.generate.result import Outcome, Transcription, by_index
@@ -288,7 +288,7 @@ class WhisperMoE:
 
         A request that cannot be answered has its error, a ``ValueError``, for an answer, and costs no other one.
         """
-        return answer(self, self._decoder, requests)
+        return answer(Abilities(self._decoder, self.transcribe_each, self.speak, lambda: self.senses), requests)
 
     @cached_property
     def senses(self) -> SensesDecoder:

@@ -64,6 +64,12 @@ class SpeechConfig(Frozen):
         return self
 
 
+TEXT = "<|text|>"
+"""The task of writing what a text says in another language."""
+SIGNS = {"sgn": "<|sign|>", "ins": "<|isl|>", "ase": "<|asl|>"}
+"""… and what signs say: of a language that nobody has stated, of Indian and of American Sign Language (ISO 639-3)."""
+
+
 class FilmConfig(Frozen):
     """How a film becomes tokens: tubelets (ViViT, arXiv 2103.15691) of pictures in their own proportions (NaViT, 2307.06304)."""
 
@@ -73,9 +79,9 @@ class FilmConfig(Frozen):
     """Pictures in a tubelet."""
     patch: int = Field(default=32, ge=1, le=256)
     """Pixels of its side."""
-    patches: int = Field(default=24, ge=1)
+    patches: int = Field(default=24, ge=1, le=1_024)
     """The most that a picture is cut into."""
-    tokens: int = Field(default=960, ge=1)
+    tokens: int = Field(default=960, ge=1, le=1_500)
     """The most of a film, whatever it lasts."""
 
     @property
@@ -103,12 +109,20 @@ class SensesConfig(Frozen):
 
     @model_validator(mode="after")
     def _check(self) -> Self:
-        tasks = {"translate": (self.directions, "<|text|>"), "sign": (self.signs and self.film, "<|sign|>")}
-        if len(set(self.tokens)) < len(self.tokens) or "" in self.tokens or not self.experts:
-            raise ValueError("tokens must be different ones, and for experts")
-        for expert, (given, token) in tasks.items():
-            if (expert in self.experts) != bool(given) or (given and token not in self.tokens):
-                raise ValueError(f"the expert {expert!r} needs what it reads, and the token {token}")
+        for name in ("tokens", "experts"):
+            values: tuple[str, ...] = getattr(self, name)
+            if not values or len(set(values)) < len(values) or "" in values:
+                raise ValueError(f"{name} must be different ones, got {len(values)}")
+        if strangers := [code for code in self.signs if code not in SIGNS]:
+            raise ValueError(f"signs are {', '.join(SIGNS)}, got {', '.join(strangers)}")
+        needed = {"translate": [TEXT] * bool(self.directions), "sign": [SIGNS[code] for code in self.signs]}
+        for expert, tokens in needed.items():
+            if (expert in self.experts) != bool(tokens) or not {*tokens} <= {*self.tokens}:
+                raise ValueError(
+                    f"the expert {expert!r} needs directions or signs, and their tokens {' '.join(tokens)}"
+                )
+        if (self.film is None) != (not self.signs):
+            raise ValueError("signs need film, and film signs")
         return self
 
 

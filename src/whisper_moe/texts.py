@@ -81,18 +81,19 @@ def sign(flags: SimpleNamespace) -> int:
     signer = load(flags, ()).signer
     with usage():
         language = signer.language(flags.language)
-    jobs = list[Any]()
-    for film in films:
-        try:
-            jobs.append(signer.job(film, language))
-        except MediaError as error:
-            logger.error("whisper-moe: %s", error)
-    said = signer.run(jobs)
-    lines = [json.dumps(each.facts(), ensure_ascii=False) if flags.json else each.text for each in said]
-    if len(films) > 1 and not flags.json:
-        lines = [f"{each.source}\t{each.text}" for each in said]
-    _write("\n".join(lines), flags.output)
-    return int(len(jobs) < len(films))
+    lines, failed = list[str](), 0
+    for each in signer.each(films, language):
+        if isinstance(each, MediaError):
+            failed += 1
+            logger.error("whisper-moe: %s", each)
+            continue
+        plain = f"{each.source}\t{each.text}" if len(films) > 1 else each.text
+        lines.append(json.dumps(each.facts(), ensure_ascii=False) if flags.json else plain)
+        if not flags.output:
+            put(f"{lines[-1]}\n")
+    if flags.output:
+        _write("\n".join(lines), flags.output)
+    return int(failed > 0)
 
 
 def _check_folder(path: Path | None) -> None:
@@ -104,7 +105,7 @@ def _write(said: str, path: Path | None) -> None:
     if path:
         with atomic_file(path) as scratch:
             scratch.write_text(f"{said}\n", "utf-8")
-    elif said:
+    else:
         put(f"{said}\n")
 
 

@@ -11,7 +11,6 @@ import torch
 from data.miniatures import film
 from generate.test_translate import DIRECTIONS, PIECES
 from generate.tiny import CONFIG, tiny_whisper_moe
-from media.test_video import turned
 
 from whisper_moe import MediaError, Request, Transcription, WhisperMoE
 from whisper_moe.config_aside import FilmConfig, SensesConfig
@@ -63,12 +62,6 @@ def test_clips_that_share_a_pack_say_what_each_says_alone(model: WhisperMoE, cli
     assert together[0].source == str(clips[0]) and together[0].language == "sgn"
     with clips[0].open("rb") as file:
         assert model.sign(file).text == together[0].text
-
-
-def test_a_phones_film_says_what_the_upright_one_says(model: WhisperMoE, clips: list[Path], tmp_path: Path) -> None:
-    """A film that notes no turn, of pictures that lie; and one that notes the turn back."""
-    back = turned(clips[2], tmp_path / "back.mov", 0)
-    assert model.sign(back).text == model.sign(clips[2]).text
 
 
 @pytest.mark.parametrize(
@@ -162,30 +155,30 @@ def test_sound_texts_and_films_are_encoded_in_one_pack(
     assert packs[0] == 2 and packs[-1] == 3, "what finds no room goes by itself"
 
 
+def test_a_choice_of_experts_is_for_sound_alone(clips: list[Path]) -> None:
+    """In a joint model, too, whose router chooses for texts and films."""
+    joint = tiny_whisper_moe(config=CONFIG.model_copy(update={"senses": SENSES.model_copy(update={"routed": True})}))
+    others = [Request(task="sign", film=clips[0]), Request(task="translate", text="A dog. A cat")]
+    options = {"language": "en", "experts": ("hindi",)}
+    heard, *together = joint.answer([Request(task="transcribe", audio=sound(1), options=options), *others])
+    assert isinstance(heard, Transcription)
+    alone = [joint.answer([each])[0] for each in others]
+    assert [each.text for each in together] == [each.text for each in alone]  # pyright: ignore[reportAttributeAccessIssue]
+
+
 def test_a_request_that_cannot_be_answered_costs_no_other(model: WhisperMoE, clips: list[Path], tmp_path: Path) -> None:
     (tmp_path / "no.mov").write_bytes(b"no film")
     bad = [
         Request(task="sign", film=tmp_path / "no.mov"),
         Request(task="sign", film=clips[0], options={"language": "isl"}),
-        Request(task="sign", film=clips[0], options={"speed": 2}),
         Request(task="transcribe", audio=tmp_path / "no.wav"),
         Request(task="transcribe", audio=sound(1), options={"language": "xx"}),
         Request(task="translate", text="…"),
-        Request(task="translate", text="A dog", options={"voice": "x"}),
         Request(task="speak", text="A dog."),
     ]
     *errors, last = model.answer([*bad, Request(task="sign", film=clips[0])])
     assert [type(each) for each in errors if not isinstance(each, ValueError)] == []
-    said = [
-        "no.mov",
-        "isl",
-        "no option speed",
-        "no.wav",
-        "xx",
-        "can be translated",
-        "no option voice",
-        "does not speak",
-    ]
+    said = ["no.mov", "isl", "no.wav", "xx", "can be translated", "does not speak"]
     assert [part for part, error in zip(said, errors, strict=True) if part not in str(error)] == []
     assert isinstance(last, Signed) and last.text == model.sign(clips[0]).text
     assert model.answer([]) == []
@@ -197,6 +190,12 @@ def test_a_request_that_cannot_be_answered_costs_no_other(model: WhisperMoE, cli
         ({"task": "sing", "text": "a"}, "task must be one of transcribe, translate, sign, speak, got 'sing'"),
         ({"task": "sign"}, "the task 'sign' needs film, got nothing"),
         ({"task": "sign", "text": "a"}, "needs film, got text"),
+        ({"task": "sign", "film": "a", "options": {"speed": 2}}, "the task 'sign' has no option speed"),
+        ({"task": "transcribe", "audio": "a", "options": {"decoder": None}}, "has no option decoder"),
+        ({"task": "translate", "text": "a", "options": {"voice": "x"}}, "has no option voice"),
+        ({"task": "sign", "film": "a", "options": {"language": 3}}, "language: a name is wanted, got 3"),
+        ({"task": "sign", "film": np.zeros(3)}, "film is not to be given as ndarray"),
+        ({"task": "transcribe", "audio": [1, 2]}, "audio is not to be given as list"),
         ({"task": "translate", "text": "a", "audio": "b"}, "needs audio or text, got audio and text"),
     ],
 )

@@ -5,7 +5,8 @@ from __future__ import annotations
 import pytest
 from generate.tiny import tiny_tokenizer
 
-from whisper_moe.media.pieces import TEXT, Pieces
+from whisper_moe.config_aside import TEXT
+from whisper_moe.media.pieces import Pieces
 
 TOKENS = (TEXT, " ना", " नाम", "म", "े", "रा", " है", "।")
 

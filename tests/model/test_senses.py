@@ -155,6 +155,12 @@ def test_a_joint_models_router_chooses_for_all_senses() -> None:
         alone = joint.encoder([segment])
         assert alone.routing is not None and torch.equal(alone.routing.experts[0], together.routing.experts[place])
         torch.testing.assert_close(states, alone.states_TD, rtol=0, atol=1e-12)
+    for name, parameter in joint.named_parameters():
+        if name.startswith("encoder.") and ".experts." in name and name.endswith("up_weight"):
+            parameter.zero_()
+    assert not torch.allclose(joint.encoder(segments).states_TD[:4], together.states_TD[:4]), (
+        "experts answer for a text"
+    )
 
 
 @torch.no_grad()

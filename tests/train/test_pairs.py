@@ -109,7 +109,7 @@ def test_low_rank_fine_tuning_is_for_what_is_heard(material: Path, tmp_path: Pat
 def test_words_of_translations_are_not_counted_in_training(material: Path, tmp_path: Path) -> None:
     tree = tree_of(material, steps=2)
     tree["data"]["evaluation"] = tree["data"]["train"]
-    with pytest.raises(ValueError, match="texts are judged by"):
+    with pytest.raises(ValueError, match="texts and films are judged by"):
         run(recipe_of(tree, "here"), tmp_path / "run")
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import unicodedata
 from math import exp, log
 from typing import TYPE_CHECKING
 
@@ -10,6 +9,7 @@ import numpy as np
 from pydantic import Field
 
 from whisper_moe.config import ModelConfig
+from whisper_moe.data.pairs import encoded
 from whisper_moe.data.sample import DataError, Sample, TooLong
 from whisper_moe.frozen import Frozen
 from whisper_moe.media.pieces import Pieces
@@ -24,7 +24,7 @@ class FilmAugmentation(Frozen):
     """How films differ from epoch to epoch; a film is never mirrored, for many signs are another one then."""
 
     crop: float = Field(default=0.15, ge=0, le=0.5)
-    """How much closer or farther, and to each side: a share of the picture."""
+    """How much closer or farther, and, half as much, to each side: a share of the picture."""
     rotation: float = Field(default=6.0, ge=0, le=45)
     """Degrees to each side."""
     speed: float = Field(default=0.25, ge=0, le=1)
@@ -50,17 +50,18 @@ class FilmReader:
         """
         if sample.language not in self._signs:
             raise ValueError(f"{sample.id}: the model sees {', '.join(self._signs)}, not {sample.language!r}")
-        said = " ".join(unicodedata.normalize("NFC", sample.text).split())
-        if not said:
-            raise DataError(sample.id, "it has no text", column="text")
-        prompt, text = self._pieces.sign_prompt(sample.language), self._pieces.encode(f" {said}")
+        if sample.target_language != "en":
+            raise ValueError(f"{sample.id}: of signs the model writes English, not {sample.target_language!r}")
+        prompt = self._pieces.sign_prompt(sample.language)
+        text = encoded(sample, sample.text, "text", lambda said: self._pieces.encode(f" {said}"))
         if len(prompt) + len(text) > self._most:
             raise TooLong(sample.id, f"its text has {len(text)} tokens; the decoder has {self._most} positions")
         return prompt, text
 
     def size(self, sample: Sample) -> int:
-        """Tubelets, as the film's header states. Raises ``MediaError``."""
-        return film_tokens(_path(sample), self._film)
+        """Tubelets, as the film's header states, and at its slowest where it is changed. Raises ``MediaError``."""
+        slower = 1 + self._augmentation.speed if self._augmentation else 1.0
+        return film_tokens(_path(sample), self._film.model_copy(update={"rate": self._film.rate * slower}))
 
     def read(self, sample: Sample, draw: float) -> Tensor:
         """The film, uint8 [t, h, w, P]; ``draw``, from 0 up to 1, says how it is changed. Raises ``MediaError``."""

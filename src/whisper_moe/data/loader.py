@@ -30,7 +30,7 @@ NAMED = 3
 """Corrupt samples that an error names."""
 
 _Read: TypeAlias = "tuple[list[list[Example]], list[Skipped], Tensor | None] | ValueError"
-"""The examples of each pack, what is left out, and the mels where they travel apart."""
+"""The examples of each pack, what is left out, and the bytes of the mels where they travel apart."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -205,8 +205,8 @@ class PackedLoader:
         self, planned: PlannedBatch, groups: list[list[Example]], unread: list[Skipped], mels: Tensor | None
     ) -> Batch:
         if mels is not None:
-            parts = iter(mels.split([each.mel.numel() for group in groups for each in group]))
-            own = lambda mel: next(parts).view(mel.shape).to(mel.dtype)  # noqa: E731
+            parts = iter(mels.split([each.mel.nbytes for group in groups for each in group]))
+            own = lambda mel: next(parts).clone().view(mel.dtype).view(mel.shape)  # noqa: E731
             groups = [[replace(each, mel=own(each.mel)) for each in group] for group in groups]
         packs = tuple(pack for group in groups for pack in pack_examples(group))
         # Every rank draws from the same streams: each says its share of what was left out there.
@@ -236,9 +236,9 @@ class _Reading(Dataset[_Read]):
         mels = [example.mel for group in groups for example in group]
         if not mels or get_worker_info() is None:
             return groups, skipped, None
-        # On their way from a worker all mels are one tensor, for each tensor takes a file descriptor.
+        # On their way from a worker all are one tensor of bytes, for each tensor takes a file descriptor.
         groups = [[replace(example, mel=example.mel.to("meta")) for example in group] for group in groups]
-        return groups, skipped, torch.cat([mel.reshape(-1) for mel in mels])
+        return groups, skipped, torch.cat([mel.contiguous().view(-1).view(torch.uint8) for mel in mels])
 
     def _read(self, draw: Draw) -> Example | Skipped:
         """The example, or why there is none. Raises ``ValueError`` for what is wrong with more than this sample."""

@@ -35,7 +35,7 @@ class PairReader:
             known = ", ".join(">".join(each) for each in self._directions)
             raise ValueError(f"{sample.id}: the model translates {known}, not {'>'.join(direction)}")
         source, prompt = self._source(sample), self._pieces.prompt(sample.target_language)
-        text = self._encoded(sample, sample.text, "text", lambda said: self._pieces.encode(f" {said}"))
+        text = encoded(sample, sample.text, "text", lambda said: self._pieces.encode(f" {said}"))
         for name, length, most in zip(
             ("source", "text"), (len(source), len(prompt) + len(text)), self._limits, strict=True
         ):
@@ -54,15 +54,17 @@ class PairReader:
         return torch.tensor(self._source(sample))
 
     def _source(self, sample: Sample) -> list[int]:
-        return self._encoded(
-            sample, sample.source_text or "", "source_text", lambda said: self._pieces.source(said, sample.language)
+        return encoded(
+            sample, sample.source_text, "source_text", lambda said: self._pieces.source(said, sample.language)
         )
 
-    def _encoded(self, sample: Sample, text: str, column: str, encode: Callable[[str], list[int]]) -> list[int]:
-        said = " ".join(unicodedata.normalize("NFC", text).split())
-        if not said:
-            raise DataError(sample.id, "it has no text", column=column)
-        try:
-            return encode(said)
-        except ValueError as error:
-            raise DataError(sample.id, str(error), column=column) from error
+
+def encoded(sample: Sample, text: str | None, column: str, encode: Callable[[str], list[int]]) -> list[int]:
+    """Tokens of a text in NFC, with single spaces. Raises :class:`DataError` for one that is none."""
+    said = " ".join(unicodedata.normalize("NFC", text or "").split())
+    if not said:
+        raise DataError(sample.id, "it has no text", column=column)
+    try:
+        return encode(said)
+    except ValueError as error:
+        raise DataError(sample.id, str(error), column=column) from error

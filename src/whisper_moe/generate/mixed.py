@@ -1,22 +1,25 @@
 """Requests of all kinds in one call: sound, texts and films share the encoder's packs, and each gets its own kind of answer.
 
-Sound is heard by the experts that the router chooses, or by none; a text or a film by the expert of its sense: what may answer
-goes by the task. So a request's answer is the one that it would have alone.
+Sound is heard by the experts that the router chooses, or by none; a text or a film by the expert of its sense (in a joint model
+by the router's choice, too): what may answer goes by the task. So a request's answer is the one that it would have alone.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
-from typing import Any, Literal, Protocol, TypeAlias
+import os
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, fields
+from typing import Any, Literal, TypeAlias
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from whisper_moe.config import MAX_PACK_TOKENS
 from whisper_moe.generate.decode import WindowDecoder
+from whisper_moe.generate.options import TranscribeOptions
 from whisper_moe.generate.result import Outcome, Transcription
-from whisper_moe.generate.senses import Asked, Job, SensesDecoder, Written
+from whisper_moe.generate.senses import TOGETHER, Asked, Job, SensesDecoder, Written
 from whisper_moe.generate.sign import Signed, Signer
 from whisper_moe.generate.speech import Speech
 from whisper_moe.generate.translate import Translation, Translator
@@ -26,6 +29,14 @@ from whisper_moe.packing import Layout
 
 Answer: TypeAlias = Transcription | Translation | Signed | Speech | ValueError
 _INPUTS = {"transcribe": ("audio",), "translate": ("audio", "text"), "sign": ("film",), "speak": ("text",)}
+
+
+_OPTIONS = {
+    "transcribe": {each.name for each in fields(TranscribeOptions)} - {"task"},
+    "translate": {"source", "target"},
+    "sign": {"language"},
+    "speak": {"voice", "language", "rate"},
+}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -49,19 +60,30 @@ class Request:
         if len(given) != 1 or given[0] not in _INPUTS[self.task]:
             wanted = " or ".join(_INPUTS[self.task])
             raise ValueError(f"the task {self.task!r} needs {wanted}, got {' and '.join(given) or 'nothing'}")
+        given_as = getattr(self, given[0])
+        kinds = {"audio": (str, os.PathLike, np.ndarray), "text": str, "film": (str, os.PathLike)}[given[0]]
+        if not isinstance(given_as, kinds) and not (given[0] != "text" and hasattr(given_as, "read")):
+            raise ValueError(f"{given[0]} is not to be given as {type(given_as).__name__}")
+        known = _OPTIONS["transcribe" if given[0] == "audio" else self.task]
+        if strangers := [name for name in self.options if name not in known]:
+            raise ValueError(f"the task {self.task!r} has no option {', '.join(strangers)}")
+        if odd := [name for name in ("language", "source", "target", "voice") if not _is_name(self.options.get(name))]:
+            raise ValueError(f"{', '.join(odd)}: a name is wanted, got {self.options[odd[0]]!r}")
 
 
-class Model(Protocol):
-    """What of :class:`whisper_moe.WhisperMoE` answers."""
+def _is_name(given: Any) -> bool:
+    return given is None or isinstance(given, str)
 
-    @property
-    def senses(self) -> SensesDecoder: ...
-    @property
-    def signer(self) -> Signer: ...
-    @property
-    def translator(self) -> Translator: ...
-    def speak(self, text: str, **options: Any) -> Speech: ...
-    def transcribe_each(self, audio: Iterable[Any], **options: Any) -> Iterator[Outcome]: ...
+
+@dataclass(frozen=True)
+class Abilities:
+    """What of a model answers."""
+
+    hearing: WindowDecoder
+    transcribe_each: Callable[..., Iterator[Outcome]]
+    speak: Callable[..., Speech]
+    senses: Callable[[], SensesDecoder]
+    """Raises ``ValueError`` for a model that only hears."""
 
 
 class Accompanied(WindowDecoder):
@@ -78,9 +100,10 @@ class Accompanied(WindowDecoder):
         """Encodes sound, and what there is room for beside it, which is then decoded at once."""
         room, riding = MAX_PACK_TOKENS - sum(mel.shape[1] // 2 for mel in mels), list[int]()
         for place in self._waiting:
-            if (size := self._asked[place].size) <= room:
+            if (size := self._asked[place].size) <= room and len(riding) < TOGETHER:
                 room, riding = room - size, [*riding, place]
-        if not riding or any(how[name] is not None for name in ("carry", "routing")):
+        # What is said of the experts of sound is not said of others.
+        if not riding or any(how[name] is not None for name in ("carry", "routing", "allowed")):
             return super().heard(mels, **how)
         return self._together(mels, riding, **how)
 
@@ -108,8 +131,8 @@ def _part(encoded: Encoded, begin: int, end: int) -> Encoded:
     return Encoded(torch.cat(pieces), Layout(map(len, pieces)), routing, senses=senses)
 
 
-def answer(model: Model, hearing: WindowDecoder, requests: Sequence[Request]) -> list[Answer]:
-    """See :meth:`WhisperMoE.answer`; ``hearing``: the model's own decoder of sound."""
+def answer(model: Abilities, requests: Sequence[Request]) -> list[Answer]:
+    """See :meth:`WhisperMoE.answer`."""
     found: dict[int, Answer] = {}
     jobs: dict[int, Job] = {}
     sounds: dict[str, list[int]] = {}
@@ -124,7 +147,7 @@ def answer(model: Model, hearing: WindowDecoder, requests: Sequence[Request]) ->
         except ValueError as error:
             found[place] = error
     asked = [each for job in jobs.values() for each in job.asked]
-    decoder = Accompanied(hearing, model.senses, asked) if asked else None
+    decoder = Accompanied(model.hearing, model.senses(), asked) if asked else None
     for places in sounds.values():
         found |= _heard(model, {place: requests[place] for place in places}, decoder)
     if decoder is not None:
@@ -134,28 +157,22 @@ def answer(model: Model, hearing: WindowDecoder, requests: Sequence[Request]) ->
     return [found[place] for place in range(len(requests))]
 
 
-def _job(model: Model, request: Request) -> Job:
-    given = dict(request.options)
+def _job(model: Abilities, request: Request) -> Job:
     if request.task == "sign":
-        code = model.signer.language(given.pop("language", None))
-        _none_left(request, given)
-        return model.signer.job(request.film, code)
-    source, target = (name and language_code(name) for name in (given.pop("source", None), given.pop("target", None)))
-    _none_left(request, given)
-    return model.translator.job(request.text or "", source=source, target=target)
+        signer = Signer(model.senses())
+        return signer.job(request.film, signer.language(request.options.get("language")))
+    asked = {name: language_code(said) for name, said in request.options.items() if said}
+    return Translator(model.senses()).job(request.text or "", **asked)
 
 
-def _none_left(request: Request, options: Mapping[str, Any]) -> None:
-    if options:
-        raise ValueError(f"the task {request.task!r} has no option {', '.join(options)}")
-
-
-def _heard(model: Model, requests: Mapping[int, Request], decoder: WindowDecoder | None) -> dict[int, Answer]:
+def _heard(model: Abilities, requests: Mapping[int, Request], decoder: WindowDecoder | None) -> dict[int, Answer]:
     """Recordings with the same options."""
     places, (first, *_) = [*requests], requests.values()
+    found: dict[int, Answer] = {}
     try:
         sounds = [request.audio for request in requests.values()]
-        outcomes = model.transcribe_each(sounds, decoder=decoder, **{**first.options, "task": first.task})
-        return {places[each.index]: each.transcription or each.error or ValueError(each.name) for each in outcomes}
+        for each in model.transcribe_each(sounds, decoder=decoder, **{**first.options, "task": first.task}):
+            found[places[each.index]] = each.transcription or each.error or ValueError(each.name)
     except ValueError as error:
-        return dict.fromkeys(places, error)
+        found |= {place: error for place in places if place not in found}
+    return found

@@ -3,17 +3,21 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from itertools import islice
 from pathlib import Path
 from typing import Any, BinaryIO, TypeAlias
 
 import torch
 
+from whisper_moe.config_aside import SIGNS
 from whisper_moe.generate.senses import BEAMS, Asked, Job, SensesDecoder
-from whisper_moe.media.pieces import SIGNS
+from whisper_moe.media.audio import MediaError
 from whisper_moe.media.video import load_film, tubelets
 
+TOGETHER = 16
+"""Films that are in memory at a time."""
 LONGEST = 64
 """Tokens that are written of a film at most."""
 NAMES = {
@@ -54,14 +58,27 @@ class Signer:
     def sign(self, films: Sequence[Film], *, language: str | None = None, beams: int = BEAMS) -> list[Signed]:
         """What is signed in each film. ``language``: of the signs, by code or name; by default the first that was learned.
 
-        Raises ``ValueError`` for a language that was not, ``MediaError`` naming a film that cannot be read.
+        Raises ``ValueError`` for a language that was not, ``MediaError`` naming the first film that cannot be read.
         """
-        code = self.language(language)
-        return self.run([self.job(film, code) for film in films], beams)
+        said: list[Signed] = []
+        for each in self.each(films, self.language(language), beams):
+            if isinstance(each, MediaError):
+                raise each
+            said.append(each)
+        return said
 
-    def run(self, jobs: Sequence[Job], beams: int = BEAMS) -> list[Signed]:
-        """What is signed in films that are read already."""
-        return self._decoder.run(jobs, beams)
+    def each(self, films: Iterable[Film], code: str, beams: int = BEAMS) -> Iterator[Signed | MediaError]:
+        """What is signed in each film, or why it cannot be read, in order; a few films are in memory at a time."""
+        coming = iter(films)
+        while some := [*islice(coming, TOGETHER)]:
+            jobs: list[Job | MediaError] = []
+            for film in some:
+                try:
+                    jobs.append(self.job(film, code))
+                except MediaError as error:
+                    jobs.append(error)
+            said = iter(self._decoder.run([job for job in jobs if isinstance(job, Job)], beams))
+            yield from (next(said) if isinstance(job, Job) else job for job in jobs)
 
     def language(self, language: str | None) -> str:
         """The code of a sign language that was learned. Raises ``ValueError`` for any other."""
@@ -79,7 +96,10 @@ class Signer:
         given: Any = film if hasattr(film, "read") else Path(film)  # pyright: ignore[reportArgumentType]
         name, prompt = name_of(film), self._decoder.pieces.sign_prompt(code)
         part = torch.from_numpy(tubelets(load_film(given, self._config.film, name=name), self._config.film))
-        return Job([Asked(part, prompt, LONGEST)], lambda said: Signed(name, said[0].text, code, said[0].avg_logprob))
+        return Job(
+            [Asked(part, prompt, LONGEST)],
+            lambda said: Signed(name, " ".join(said[0].text.split()), code, said[0].avg_logprob),
+        )
 
 
 def name_of(film: Film) -> str:

@@ -11,16 +11,13 @@ import re
 from collections.abc import Iterable, Sequence
 from itertools import groupby, pairwise
 
+from whisper_moe.config_aside import SIGNS, TEXT
 from whisper_moe.media.tokenizer import Tokenizer
 
 _SENTENCE = re.compile(
     r"(?<=[.!?।])(?<!\b[A-Z]\.)(?<!\b(?:Mr|Ms|Dr|St|vs)\.)(?<!\bMrs\.)(?<!\b(?:e\.g|i\.e)\.)(?<!^\d\.)[\"'”\u2019)]*\s+"
 )
 _CONTROL = re.compile(r"<\|[^\s<|>]+\|>")
-TEXT = "<|text|>"
-"""The task of writing what a text says in another language."""
-SIGNS = {"sgn": "<|sign|>", "ins": "<|isl|>", "ase": "<|asl|>"}
-"""… and what signs say: of a language that nobody has stated, of Indian and of American Sign Language (ISO 639-3)."""
 
 
 def sentences(text: str) -> list[str]:

@@ -64,8 +64,8 @@ def load_frames(
 def load_film(source: str | Path | BinaryIO, film: FilmConfig, *, name: str | None = None) -> Frames:
     """RGB pictures for :func:`tubelets`, uint8 [frames, height, width, 3], both sides multiples of the patch.
 
-    Of a film that is longer than its tokens reach, fewer a second, so that memory does not grow with its length. Raises as
-    :func:`load_frames` does.
+    Of a film that is longer than its tokens reach, fewer a second (at most four times what they need), so that memory does not
+    grow with its length. Raises as :func:`load_frames` does.
     """
 
     def fit(width: int, height: int) -> tuple[int, int]:
@@ -73,11 +73,7 @@ def load_film(source: str | Path | BinaryIO, film: FilmConfig, *, name: str | No
         return columns * film.patch, rows * film.patch
 
     with opened(source, name, FILM_CODECS) as reader:
-        track = _film_track(reader)
-        rate = film.rate
-        if track.duration and track.time_base:
-            rate = min(rate, film.slots * film.frames / float(track.duration * track.time_base))
-        return _kept(track, reader, rate, fit)
+        return _kept(_film_track(reader), reader, film.rate, fit, most=4 * film.slots * film.frames)
 
 
 def grid(width: int, height: int, patches: int) -> tuple[int, int]:
@@ -90,12 +86,15 @@ def grid(width: int, height: int, patches: int) -> tuple[int, int]:
 
 
 def film_tokens(source: str | Path | BinaryIO, film: FilmConfig, *, name: str | None = None) -> int:
-    """How many tubelets a film becomes, as its header states. Raises ``MediaError`` as :func:`header_seconds` does."""
+    """How many tubelets a film becomes, as its header states; the most, where that does not say how long it is. Raises
+    ``MediaError`` for a file that cannot be opened or has no film."""
     with opened(source, name, FILM_CODECS) as reader:
-        track = _film_track(reader)
+        track, whole = _film_track(reader), reader.container.duration
+        stated = track.duration * track.time_base if track.duration and track.time_base else None
+        seconds = float(stated if stated is not None else Fraction(whole or 0, MICROSECONDS))
         rows, columns = grid(track.codec_context.width or 1, track.codec_context.height or 1, film.patches)
-    frames = ceil(header_seconds(source, name=name) * film.rate)
-    return rows * columns * min(film.slots, max(1, ceil(frames / film.frames)))
+    slots = ceil(ceil(seconds * film.rate) / film.frames) if seconds > 0 else film.slots
+    return rows * columns * min(film.slots, max(1, slots))
 
 
 def tubelets(frames: Frames, film: FilmConfig) -> Frames:
@@ -110,15 +109,19 @@ def tubelets(frames: Frames, film: FilmConfig) -> Frames:
     return np.ascontiguousarray(cut.transpose(0, 2, 4, 1, 3, 5, 6)).reshape(*cut.shape[::2][:3], -1)
 
 
-def _kept(film: VideoStream, reader: Reader, rate: float, fit: Fit) -> Frames:
-    """The pictures that stand at the sample times. Raises ``Damage`` where there is none, or too much of them."""
+def _kept(film: VideoStream, reader: Reader, rate: float, fit: Fit, most: int | None = None) -> Frames:
+    """The pictures that stand at the sample times; of more than ``most``, every second, every fourth … of these. Raises
+    ``Damage`` where there is none, or too much of them."""
     kept: list[Frames] = []
-    size = 0
+    every, seen = 1, 0
     for frame, copies in _sampled(film, reader, rate):
-        size += copies * 3 * prod(_size(frame, fit))
-        if size > MAX_BYTES:
+        wanted = len(range(-seen % every, copies, every))
+        seen += copies
+        if (min(wanted, most or wanted) + len(kept)) * 3 * prod(_size(frame, fit)) > MAX_BYTES:
             raise Damage(f"more than the limit of {MAX_BYTES:,} bytes of pictures")
-        kept += [_picture(frame, fit)] * copies
+        kept += [_picture(frame, fit)] * wanted if wanted else []
+        while most and len(kept) > most:
+            kept, every = kept[::2], 2 * every
     if not kept:
         raise Damage("it has a film track, and no frame in it")
     return np.stack(kept)

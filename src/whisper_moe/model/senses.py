@@ -51,9 +51,17 @@ def matrices(config: ModelConfig) -> Iterator[tuple[str, int, int]]:
             yield from ((f"{side}.blocks.{layer}.{name}", inputs, outputs) for name, inputs, outputs in shapes)
 
 
+_FLAT = 0.1
+"""Contrast of a tubelet, of colours from -1 to 1, that is little more than noise."""
+
+
 class FilmStem(nn.Module):
     """Tubelets (ViViT, arXiv 2103.15691, section 3.2) → rows; positions of time, row and column are learned apart and added
-    (NaViT, arXiv 2307.06304, section 2.1), so that pictures of all proportions have them."""
+    (NaViT, arXiv 2307.06304, section 2.1), so that pictures of all proportions have them.
+
+    Each tubelet is taken less its mean colour, by its contrast (MAE, arXiv 2111.06377, section 4.1): of plain pixels nearly all
+    is the same in all films, and a frozen encoder was seen to learn nothing from the rest.
+    """
 
     def __init__(self, film: FilmConfig, d_model: int) -> None:
         super().__init__()
@@ -71,7 +79,10 @@ class FilmStem(nn.Module):
                     f"a film of {list(film_thwP.shape[:3])} tubelets; there are positions for {len(table)}"
                 )
         t, h, w = film_thwP.shape[:3]
-        x_thwD = self.patches(film_thwP.to(self.patches.weight.dtype) / 127.5 - 1)
+        colours = (film_thwP.to(self.patches.weight.dtype) / 127.5 - 1).unflatten(-1, (-1, 3))
+        colours = colours - colours.mean(-2, keepdim=True)
+        contrast = colours.square().mean((-2, -1), keepdim=True).sqrt()
+        x_thwD = self.patches((colours / (contrast + _FLAT)).flatten(-2))
         x_thwD = x_thwD + self.times[:t, None, None] + self.rows[:h, None] + self.columns[:w]
         return self.norm(x_thwD).flatten(0, 2)
 

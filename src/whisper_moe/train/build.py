@@ -139,8 +139,10 @@ def only_expert(model: WhisperMoEModel, name: str) -> tuple[str, ...]:
     that name."""
     moe, router, senses = model.config.moe, model.encoder.router, model.config.senses
     if senses is not None and name in senses.experts:
-        own = {"translate": "senses.text_norm.*", "sign": "senses.film.*"}[name]
-        return ("senses.experts.*", "senses.tokens.*", own)
+        if len(senses.experts) > 1:
+            beside = "train it in a model that has it alone, and join these: recipes/senses"
+            raise RecipeError(f"model.expert: {name} shares its tokens with {', '.join(senses.experts)}; {beside}")
+        return ("senses.*",)
     names = moe.names if moe is not None and router is not None else ()
     if router is None or name not in names:
         known = f"there are {', '.join(names)}" if names else "the model has none that are chosen for a whole segment"
@@ -329,8 +331,8 @@ def check_rows(corpus: AnyCorpus, reader: ExampleReader, limit: int | None, *, d
         if isinstance(sample, Skipped):
             causes.append(str(sample))
             continue
-        if decode and sample.task == "translate-text":
-            raise RecipeError(f"data.evaluation: {corpus.name}: texts are judged by evaluation.metric: loss")
+        if decode and sample.audio is None:
+            raise RecipeError(f"data.evaluation: {corpus.name}: texts and films are judged by evaluation.metric: loss")
         try:
             reader.read(sample, 0.0)
         except (DataError, MediaError, TooLong) as error:

@@ -26,8 +26,10 @@ from whisper_moe.config import ModelConfig
 from whisper_moe.data.examples import IGNORED, Pack
 from whisper_moe.model.model import Output, WhisperMoEModel
 from whisper_moe.model.router import NONE, Router, Routing, at_least_float32
+from whisper_moe.model.senses import is_sensed
 from whisper_moe.packing import Layout
 from whisper_moe.train.parallel import Parallel
+from whisper_moe.train.reading import RecipeError
 from whisper_moe.train.recipe import LossRecipe, Sense
 
 
@@ -212,6 +214,8 @@ class SpeechObjective:
         )
         parts = {"cross_entropy": cross.detach(), **parts}
         if self.teacher is not None:
+            if any(is_sensed(mel) for pack in here for mel in pack.mels):
+                raise RecipeError("losses.teacher: a teacher hears; of texts and films it can say nothing")
             with torch.no_grad():
                 wanted = run_packs(self.teacher, here).logits
             said = labels != IGNORED

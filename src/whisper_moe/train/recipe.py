@@ -172,7 +172,7 @@ class LossRecipe(Strict):
 
     label_smoothing: float = Field(default=0.0, ge=0, lt=1)
     """Weight of a uniform target in the cross-entropy."""
-    weights: dict[Sense, float] = Field(default_factory=dict)
+    weights: dict[Sense, Annotated[float, Field(ge=0)]] = Field(default_factory=dict)
     """Factors of the cross-entropy, by what a sample's input is; 1 where nothing is said."""
     sampled: int = Field(default=0, ge=0)
     """Tokens that a label is told from, besides those of the step (sampled softmax, arXiv 1412.2007); 0: all. Most of a step
