@@ -11,7 +11,7 @@ import textwrap
 from collections.abc import Iterator
 from pathlib import Path
 from types import NoneType
-from typing import Any, Literal, get_args, get_origin
+from typing import Annotated, Any, Literal, get_args, get_origin
 
 from pydantic import BaseModel
 from pydantic.fields import FieldInfo
@@ -103,6 +103,8 @@ def _type(annotation: Any) -> str:
     arguments = get_args(annotation)
     if annotation in _PLAIN:
         return _PLAIN[annotation]
+    if get_origin(annotation) is Annotated:
+        return _type(arguments[0])
     if get_origin(annotation) is Literal:
         return ", ".join(f"`{value}`" for value in arguments)
     if get_origin(annotation) is tuple:

@@ -77,8 +77,8 @@ class FilmConfig(Frozen):
     """Pictures a second; fewer of a film that has more than ``tokens``."""
     frames: int = Field(default=2, ge=1, le=16)
     """Pictures in a tubelet."""
-    patch: int = Field(default=32, ge=1, le=256)
-    """Pixels of its side."""
+    patch: int = Field(default=32, ge=4, le=256, multiple_of=4)
+    """Pixels of its side, of which four cells are looked at."""
     patches: int = Field(default=24, ge=1, le=1_024)
     """The most that a picture is cut into."""
     tokens: int = Field(default=960, ge=1, le=1_500)

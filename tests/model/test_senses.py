@@ -11,7 +11,7 @@ from whisper_moe.config import AdaptConfig, ModelConfig, MoEConfig, TTTConfig
 from whisper_moe.config_aside import FilmConfig, SensesConfig
 from whisper_moe.model.model import WhisperMoEModel
 from whisper_moe.model.router import NONE
-from whisper_moe.model.senses import Senses, matrices
+from whisper_moe.model.senses import Senses, edges, matrices
 
 SENSES = SensesConfig(
     tokens=("<|text|>", "<|sign|>", "क", "ख"),
@@ -19,7 +19,7 @@ SENSES = SensesConfig(
     rank=3,
     experts=("translate", "sign"),
     signs=("sgn",),
-    film=FilmConfig(frames=2, patch=2, patches=6, tokens=30),
+    film=FilmConfig(frames=2, patch=4, patches=6, tokens=30),
 )
 CONFIG = ModelConfig(
     vocab_size=100,
@@ -38,7 +38,7 @@ CONFIG = ModelConfig(
 )
 FILMS = [
     torch.randint(256, shape, generator=torch.Generator().manual_seed(shape[0]), dtype=torch.uint8)
-    for shape in ((3, 2, 3, 24), (2, 1, 6, 24))
+    for shape in ((3, 2, 3, 96), (2, 1, 6, 96))
 ]
 """Three tubelets after one another of two rows and three columns; two of one row and six columns."""
 TEXTS = [torch.tensor([3, 4, 102, 7]), torch.tensor([103, 5])]
@@ -107,6 +107,21 @@ def test_a_films_positions_are_its_times_rows_and_columns(model: WhisperMoEModel
         stem(FILMS[0].repeat(2, 1, 1, 1))
 
 
+def test_edges_are_told_by_their_directions_whatever_the_light() -> None:
+    picture = torch.zeros(1, 16, 16, 3)
+    picture[:, :, 9:] = 0.6  # light to the right, within the third column of cells
+    upright, lying = edges(picture)[0], edges(picture.transpose(1, 2))[0]
+    assert upright.nonzero().unique(dim=0).tolist() == [[row, 2, 0] for row in range(4)]
+    assert lying.nonzero().unique(dim=0).tolist() == [[2, column, 4] for column in range(4)]
+    noisy = torch.rand(2, 16, 16, 3, generator=torch.Generator().manual_seed(1))
+    torch.testing.assert_close(edges(noisy + 0.3), edges(noisy), rtol=0, atol=1e-5)
+    torch.testing.assert_close(edges(0.5 * noisy), edges(noisy), rtol=0, atol=0.03)
+    moved = torch.zeros_like(picture)
+    moved[:, :, 11:] = 0.6
+    assert torch.equal(edges(moved)[0], upright), "it stays within its cell"
+    assert not edges(torch.full((1, 8, 8, 3), 0.3)).any()
+
+
 @torch.no_grad()
 def test_what_is_heard_is_to_the_last_bit_what_it_is_without_other_senses(model: WhisperMoEModel) -> None:
     alone = WhisperMoEModel(CONFIG.model_copy(update={"senses": None})).double().eval()
@@ -133,7 +148,7 @@ def test_a_text_goes_through_the_core_and_its_own_expert_alone(model: WhisperMoE
 def test_experts_of_sound_have_no_part_in_a_text(model: WhisperMoEModel) -> None:
     senses = model.senses
     assert senses is not None
-    encoded = model.encoder([mel(), senses.embedded(TEXTS[0], model)])
+    encoded = model.encoder([mel(26), senses.embedded(TEXTS[0], model)])
     assert encoded.routing is not None
     assert encoded.routing.experts[1].tolist() == [NONE, NONE]
     assert encoded.routing.experts[0].tolist() != [NONE, NONE]
