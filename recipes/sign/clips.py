@@ -1,4 +1,4 @@
-"""Films and photos of signing to tables: an avatar's clips as they are, photos of hands made into short clips.
+"""Films and photos of signing to tables: an avatar's clips made small, photos of hands made into short clips.
 
     python recipes/sign/clips.py OUT AVATAR DIGITS.tar
     python recipes/sign/clips.py OUT                            # drawn hands alone, of which anybody has as many as are wanted
@@ -14,6 +14,7 @@ from __future__ import annotations
 import io
 import sys
 import tarfile
+from collections.abc import Iterable
 from fractions import Fraction
 from pathlib import Path
 
@@ -21,6 +22,8 @@ import av
 import numpy as np
 from hands import shown
 from PIL import Image
+
+from whisper_moe.media.video import load_frames
 
 RATE, FRAMES, SIDE, BLOCK, FOLDS = 8, 8, 144, 20, 5
 DRAWN, HELD = 100, 20
@@ -30,12 +33,14 @@ DRIFT = 0.06
 HEAD = "id\tvideo\ttext\tlanguage\ttarget_language\ttask\n"
 
 
-def write(path: Path, frames: list[np.ndarray]) -> None:
+def write(path: Path, frames: Iterable[np.ndarray]) -> None:
+    frames = list(frames)
     with av.open(str(path), "w") as container:
         stream = container.add_stream("libx264", rate=RATE, options={"crf": "14"})
-        stream.width, stream.height, stream.pix_fmt = SIDE, SIDE, "yuv420p"
+        stream.height, stream.width = (side // 2 * 2 for side in frames[0].shape[:2])
+        stream.pix_fmt = "yuv420p"
         for number, frame in enumerate(frames):
-            picture = av.VideoFrame.from_ndarray(frame, format="rgb24")
+            picture = av.VideoFrame.from_ndarray(frame[: stream.height, : stream.width], format="rgb24")
             picture.pts, picture.time_base = number, Fraction(1, RATE)
             container.mux(stream.encode(picture))
         container.mux(stream.encode())
@@ -91,7 +96,12 @@ def row(id: str, path: Path, text: str) -> str:
 def main(out: Path, avatar: Path | None = None, archive: Path | None = None) -> None:
     rows = drawn(out) | (digits(archive, out) if archive else {})
     if avatar:
-        rows["avatar"] = [row(f"avatar-{path.stem}", path, path.stem.lower()) for path in sorted(avatar.rglob("*.mp4"))]
+        rows["avatar"] = []
+        (out / "avatar").mkdir(exist_ok=True)
+        for path in sorted(avatar.rglob("*.mp4")):
+            small = out / "avatar" / path.name
+            write(small, load_frames(path, rate=RATE, short_side=SIDE))
+            rows["avatar"].append(row(f"avatar-{path.stem}", small, path.stem.lower()))
     for name, own in rows.items():
         (out / f"{name}.tsv").write_text(HEAD + "".join(own), "utf-8")
         print(f"{name}: {len(own)} clips")

@@ -75,7 +75,7 @@ class FilmConfig(Frozen):
 
     rate: float = Field(default=8.0, gt=0, le=60)
     """Pictures a second; fewer of a film that has more than ``tokens``."""
-    frames: int = Field(default=2, ge=1, le=16)
+    frames: int = Field(default=4, ge=1, le=16)
     """Pictures in a tubelet."""
     patch: int = Field(default=32, ge=4, le=256, multiple_of=4)
     """Pixels of its side, of which four cells are looked at."""
