@@ -75,8 +75,8 @@ class FilmStem(nn.Module):
     """Tubelets (ViViT, arXiv 2103.15691, section 3.2) → rows; positions of time, row and column are learned apart and added
     (NaViT, arXiv 2307.06304, section 2.1), so that pictures of all proportions have them.
 
-    What the linear layer reads of a tubelet are its edges and the mean colour of its cells: from the pixels themselves a frozen
-    encoder learned to tell the clips that it had seen, and no others.
+    What the linear layer reads of a tubelet are its edges and the mean colour of its cells. Of pixels, what all films have in
+    common is nearly all that is left behind a norm (``docs/lab.md``).
     """
 
     def __init__(self, film: FilmConfig, d_model: int) -> None:
