@@ -139,7 +139,7 @@ def test_a_model_that_only_hears_says_so(tiny_model: WhisperMoE) -> None:
 
 def test_only_text_is_ever_written(model: WhisperMoE) -> None:
     pieces = Pieces(tiny_tokenizer(), PIECES, CONFIG.vocab_size)
-    rules = model.translator._rules
+    rules = model.senses._rules
     assert pieces.tokenizer.eot not in rules.suppress
     assert {pieces.tokenizer.sot, pieces.tokenizer.timestamp_begin, *pieces.control} <= set(rules.suppress)
     assert not set(pieces.ids.values()) - pieces.control & set(rules.suppress)
