@@ -20,10 +20,11 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
+from typing import Annotated
 
 import torch
 import torch.nn.functional as F
-from pydantic import Field, field_validator
+from pydantic import AfterValidator, Field
 from torch import Tensor, nn
 
 from whisper_moe.config import SAMPLE_RATE, ModelConfig
@@ -43,7 +44,7 @@ from whisper_moe.train.loop import Figures
 from whisper_moe.train.losses import Terms, Totals, seed_of, weighed
 from whisper_moe.train.parallel import Parallel
 from whisper_moe.train.reading import RecipeError
-from whisper_moe.train.recipe import Recipe
+from whisper_moe.train.recipe import Recipe, factors_among
 from whisper_moe.train.run import script
 
 FACTORS = {"mel": 1.0} | dict.fromkeys(("durations", "pitch", "loudness", "letters"), 0.1)
@@ -62,15 +63,8 @@ class SpeechSettings(Strict):
     """A table of texts and their phonemes, of which the reader of letters learns."""
     words: int = Field(default=64, ge=1)
     """Of them, in each step."""
-    factors: dict[str, float] = Field(default_factory=dict)
+    factors: Annotated[dict[str, float], AfterValidator(factors_among(FACTORS))] = Field(default_factory=dict)
     """Of the losses, by name, where they are others than the usual ones."""
-
-    @field_validator("factors")
-    @classmethod
-    def _known(cls, value: dict[str, float]) -> dict[str, float]:
-        if unknown := sorted(value.keys() - FACTORS.keys()):
-            raise ValueError(f"no loss is called {', '.join(unknown)}; there are {', '.join(FACTORS)}")
-        return value
 
 
 class SpeechRecipe(Recipe):

@@ -14,11 +14,12 @@ import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Annotated
 
 import numpy as np
 import torch
 import torch.nn.functional as F
-from pydantic import Field, field_validator
+from pydantic import AfterValidator, Field
 from torch import Tensor, nn
 from torch.func import functional_call
 
@@ -35,7 +36,7 @@ from whisper_moe.train.loop import Figures
 from whisper_moe.train.losses import Terms, Totals, weighed
 from whisper_moe.train.parallel import Parallel
 from whisper_moe.train.reading import RecipeError
-from whisper_moe.train.recipe import Recipe
+from whisper_moe.train.recipe import Recipe, factors_among
 from whisper_moe.train.run import script
 
 FACTORS = {"spectra": 1.0, "mel": 5.0, "critics": 1.0, "fooling": 0.5, "seen": 1.0}
@@ -54,15 +55,8 @@ class VocoderSettings(Strict):
     """Of 20 ms, in each stretch of sound."""
     critics: bool = False
     """Whether the vocoder also has to fool critics, which learn beside it and stay in the run."""
-    factors: dict[str, float] = Field(default_factory=dict)
+    factors: Annotated[dict[str, float], AfterValidator(factors_among(FACTORS))] = Field(default_factory=dict)
     """Of the losses, by name, where they are others than the usual ones."""
-
-    @field_validator("factors")
-    @classmethod
-    def _known(cls, value: dict[str, float]) -> dict[str, float]:
-        if unknown := sorted(value.keys() - FACTORS.keys()):
-            raise ValueError(f"no loss is called {', '.join(unknown)}; there are {', '.join(FACTORS)}")
-        return value
 
 
 class VocoderRecipe(Recipe):

@@ -25,7 +25,7 @@ from whisper_moe.generate.mixture import Mixture
 from whisper_moe.generate.options import TranscribeOptions
 from whisper_moe.generate.result import Outcome, Transcription, by_index
 from whisper_moe.generate.senses import SensesDecoder
-from whisper_moe.generate.sign import Film, Signed, Signer
+from whisper_moe.generate.sign import Film, Signed, Signer, name_of
 from whisper_moe.generate.speech import Speaker, Speech
 from whisper_moe.generate.translate import Translation, Translator
 from whisper_moe.machine import check_arithmetic, pick_device, take_threads, weights_apart
@@ -381,6 +381,4 @@ def _checked(samples: np.ndarray) -> np.ndarray:
 
 
 def _name_of(source: Audio) -> str:
-    if isinstance(source, np.ndarray):
-        return "samples"
-    return str(getattr(source, "name", "<stream>") if hasattr(source, "read") else source)
+    return "samples" if isinstance(source, np.ndarray) else name_of(source)

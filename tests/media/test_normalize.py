@@ -188,7 +188,9 @@ def test_english_without_its_package_says_what_to_install(monkeypatch: pytest.Mo
     module._english.cache_clear()
 
 
-@pytest.mark.parametrize("language", sorted(set(FURTHER_LANGUAGES) - {"ase", "ins", "sgn"}))  # signed: written in English
+@pytest.mark.parametrize(
+    "language", sorted(set(FURTHER_LANGUAGES) - {"ase", "ins", "sgn"})
+)  # signed: written in English
 def test_a_further_language_has_its_script(language: str) -> None:
     texts = {"mni": "মৈতৈলোন্", "or": "ଓଡ଼ିଆ", "sat": "ᱥᱟᱱᱛᱟᱲᱤ", "ks": "کٲشُر"}
     text = texts.get(language, "हिन्दी में")

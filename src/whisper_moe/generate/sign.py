@@ -83,7 +83,8 @@ class Signer:
     def language(self, language: str | None) -> str:
         """The code of a sign language that was learned. Raises ``ValueError`` for any other."""
         learned = self._config.signs
-        code = _CODES.get((language or learned[0]).strip().lower(), (language or learned[0]).strip().lower())
+        wanted = (language or learned[0]).strip().lower()
+        code = _CODES.get(wanted, wanted)
         if code not in learned:
             known = ", ".join(NAMES[each] for each in learned)
             said = NAMES.get(code, f"{language!r}, which is none of isl, asl")
@@ -103,6 +104,7 @@ class Signer:
 
 
 def name_of(film: Film) -> str:
+    """What messages call a path or an open file."""
     return str(getattr(film, "name", "<stream>") if hasattr(film, "read") else film)
 
 
