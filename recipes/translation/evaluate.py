@@ -87,7 +87,8 @@ def interval(values: np.ndarray) -> str:
 def sets_of(tables: Path, data: Path) -> dict[str, list[dict[str, str]]]:
     """Held-out pairs of each source, both ways, and the news of NTREX."""
     sets = {path.stem: rows_of(path) for path in sorted((tables / "test").glob("*.tsv"))}
-    news = [line.split("\t")[:2] for line in (data / "ntrex/en-hi.tsv").read_text("utf-8").splitlines()]
+    text = (data / "ntrex/en-hi.tsv").read_text("utf-8").replace("\n\t", "\t")  # a pair is two lines there
+    news = [line.split("\t")[:2] for line in text.splitlines() if "\t" in line]
     names = ("source_text", "text", "language", "target_language")
     both = [
         row for en, hi in news for row in ((en.strip(), hi.strip(), "en", "hi"), (hi.strip(), en.strip(), "hi", "en"))

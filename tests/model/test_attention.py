@@ -97,7 +97,7 @@ def test_keys_start_without_a_bias_as_in_whisper() -> None:
 
 @FORMS
 def test_short_segments_side_by_side_are_what_each_is_in_the_loop(causal: bool) -> None:
-    """Training pads short segments; inference, and training on longer ones, goes from one to the next."""
+    """Training pads short segments of about one length; inference, and training on longer ones, goes from one to the next."""
     attention, cross = make_self(causal), make_cross()
     x, states = normal(RAGGED.total, D), normal(RAGGED.total + 6, D, seed=2)
     source = Layout(length + 1 for length in RAGGED.lengths)
@@ -109,7 +109,17 @@ def test_short_segments_side_by_side_are_what_each_is_in_the_loop(causal: bool) 
 
 
 @FORMS
-def test_a_gradient_through_the_loop_is_that_of_the_masked_form(causal: bool) -> None:
-    attention, layout = make_self(causal), Layout([70, 3, 9])
+@pytest.mark.parametrize("lengths", [[70, 3, 9], [70, 3, 9, 12, 40, 33, 66]], ids=["each alone", "some together"])
+def test_gradients_of_long_segments_beside_short_ones_are_those_of_the_masked_form(
+    causal: bool, lengths: list[int]
+) -> None:
+    attention, cross, layout = make_self(causal), make_cross(), Layout(lengths)
     x = normal(layout.total, D).requires_grad_()
     agree(attention(x, layout), masked_self_attention(attention, x, layout), {"x": x}, 1e-10)
+    source = Layout(reversed(lengths))
+    states = normal(source.total, D, seed=2).requires_grad_()
+    ours, oracle = (
+        cross(x, layout, cross.cache(states, source)),
+        masked_cross_attention(cross, x, layout, states, source),
+    )
+    agree(ours, oracle, {"x": x, "states": states}, 1e-10)

@@ -92,7 +92,8 @@ def test_a_films_positions_are_its_times_rows_and_columns(model: WhisperMoEModel
     """Nothing else tells equal tubelets apart: tables of zeros leave them equal, and each table tells along its own axis."""
     stem = model.senses and model.senses.film
     assert stem is not None
-    film = FILMS[0][:1, :1, :1].expand(3, 2, 3, -1)
+    film, weight = FILMS[0][:1, :1, :1].expand(3, 2, 3, -1), stem.patches.weight.clone()
+    stem.patches.weight.zero_()  # the convolutions would know a picture's border
     for axis, table in enumerate((stem.times, stem.rows, stem.columns)):
         kept = [each.clone() for each in (stem.times, stem.rows, stem.columns)]
         for other in (stem.times, stem.rows, stem.columns):
@@ -103,8 +104,21 @@ def test_a_films_positions_are_its_times_rows_and_columns(model: WhisperMoEModel
             assert torch.allclose(rows, rows.roll(1, other), atol=1e-9) == (other != axis)
         for each, before in zip((stem.times, stem.rows, stem.columns), kept, strict=True):
             each.copy_(before)
+    stem.patches.weight.copy_(weight)
     with pytest.raises(ValueError, match=r"a film of \[6, 2, 3\] tubelets; there are positions for 5"):
         stem(FILMS[0].repeat(2, 1, 1, 1))
+
+
+@torch.no_grad()
+def test_little_that_moves_tells_more_than_much_that_stands_still(model: WhisperMoEModel) -> None:
+    """One patch that changes by a fiftieth of the range, beside a ground that is another one altogether."""
+    stem = model.senses and model.senses.film
+    assert stem is not None
+    plain = torch.full((2, 2, 2, 96), 120, dtype=torch.uint8)
+    waved, other = plain.clone(), torch.full_like(plain, 125)
+    waved[1, 0, 0, 48:] = 125
+    apart = [(stem(film) - stem(plain)).norm() for film in (waved, other)]
+    assert apart[0] > apart[1]
 
 
 def test_edges_are_told_by_their_directions_whatever_the_light() -> None:

@@ -18,10 +18,7 @@ from whisper_moe.packing import Layout
 
 SHORT = 64
 """Segments of one length up to here are attended to in one product; of longer ones each call is work enough. In training, where
-a call costs more, those of all lengths up to here are, padded."""
-
-MOST_PADDED = 4
-"""Times the products that are needed."""
+a call costs more, those of lengths up to the next power of two are, padded."""
 
 
 def attended_together(
@@ -45,12 +42,27 @@ def attended_together(
     return (logits_SHqk.softmax(-1).to(v.dtype) @ v).transpose(1, 2).flatten(0, 1)[places_q]
 
 
-def _training_on_short(queries: Layout, keys: Layout) -> bool:
-    """Whether padding costs less than a call for each segment would."""
-    longest, pairs = max(queries.lengths), zip(queries.lengths, keys.lengths, strict=True)
-    if not torch.is_grad_enabled() or max(longest, *keys.lengths) > SHORT:
-        return False
-    return len(queries) * longest * max(keys.lengths) <= MOST_PADDED * sum(q * k for q, k in pairs)
+def attended(q_THd: Tensor, k_THd: Tensor, v_THd: Tensor, queries: Layout, keys: Layout, *, causal: bool) -> Tensor:
+    """Every segment's attention, [T, H, dh]; in training, of short ones of about one length in one product."""
+    groups: dict[int, list[int]] = {}
+    for place, pair in enumerate(zip(queries.lengths, keys.lengths, strict=True)):
+        alone = max(pair) > SHORT or not torch.is_grad_enabled()
+        groups.setdefault(-1 - place if alone else (max(pair) - 1).bit_length(), []).append(place)
+    if len(groups) == 1 and len(queries) > 1:
+        return attended_together(q_THd, k_THd, v_THd, queries, keys, causal=causal)
+    # Parts of a split, not slices: each slice's gradient would be as large as the whole.
+    parts = [x.split(layout.lengths) for x, layout in ((q_THd, queries), (k_THd, keys), (v_THd, keys))]
+    mixed = dict[int, Tensor]()
+    for places in groups.values():
+        if len(places) > 1:
+            own, read = (Layout(layout.lengths[place] for place in places) for layout in (queries, keys))
+            some = (torch.cat([part[place] for place in places]) for part in parts)
+            together = attended_together(*some, own, read, causal=causal)
+            mixed |= zip(places, together.split(own.lengths), strict=True)
+        else:
+            one = (part[places[0]].transpose(0, 1)[None] for part in parts)
+            mixed[places[0]] = F.scaled_dot_product_attention(*one, is_causal=causal)[0].transpose(0, 1)
+    return torch.cat([mixed[place] for place in range(len(queries))])
 
 
 @dataclass
@@ -114,15 +126,7 @@ class SelfAttention(nn.Module):
             q, k, v = qkv.unflatten(0, (len(layout), -1)).permute(2, 0, 3, 1, 4)
             mixed_SHnd = F.scaled_dot_product_attention(q, k, v, is_causal=self.causal)
             return self.out(mixed_SHnd.transpose(1, 2).reshape(x_TD.shape))
-        if _training_on_short(layout, layout):
-            q_THd, k_THd, v_THd = qkv.unbind(1)
-            mixed_THd = attended_together(q_THd, k_THd, v_THd, layout, layout, causal=self.causal)
-            return self.out(mixed_THd.flatten(1))
-        mixed = []
-        for rows in layout.slices():
-            q, k, v = qkv[rows].permute(1, 2, 0, 3).unsqueeze(1)
-            mixed.append(F.scaled_dot_product_attention(q, k, v, is_causal=self.causal)[0])
-        return self.out(torch.cat([m.transpose(0, 1) for m in mixed]).flatten(1))
+        return self.out(attended(*qkv.unbind(1), layout, layout, causal=self.causal).flatten(1))
 
     def extend(self, x_TD: Tensor, cache: KeyValueCache) -> Tensor:
         """n more tokens for each of the cache's R rows, x_TD = [R * n, D] with a row's tokens together."""
@@ -150,20 +154,20 @@ class CrossAttention(nn.Module):
     def cache(self, states_TD: Tensor, layout: Layout) -> CrossAttentionCache:
         """Keys and values of every segment, computed once and read at every decoding step."""
         kv = self.kv(states_TD).unflatten(-1, (2, self.heads, -1))
-        pairs = [kv[rows].permute(1, 2, 0, 3).unsqueeze(1).contiguous() for rows in layout.slices()]
+        pairs = [part.permute(1, 2, 0, 3).unsqueeze(1).contiguous() for part in kv.split(layout.lengths)]
         return CrossAttentionCache(tuple(pair[0] for pair in pairs), tuple(pair[1] for pair in pairs))
 
     def forward(self, x_TD: Tensor, layout: Layout, cache: CrossAttentionCache) -> Tensor:
         """``layout`` gives each segment's tokens in x_TD: one teacher-forced text, or the new tokens of all its beams."""
         q_THd = self.q(x_TD).unflatten(-1, (self.heads, -1))
-        if not cache.biases and _training_on_short(layout, source := Layout(key.shape[2] for key in cache.keys)):
+        if not cache.biases and torch.is_grad_enabled():
+            source = Layout(key.shape[2] for key in cache.keys)
             k_THd, v_THd = (torch.cat(parts, 2)[0].transpose(0, 1) for parts in (cache.keys, cache.values))
-            mixed_THd = attended_together(q_THd, k_THd, v_THd, layout, source, causal=False)
-            return self.out(mixed_THd.flatten(1))
+            return self.out(attended(q_THd, k_THd, v_THd, layout, source, causal=False).flatten(1))
         biases = cache.biases or (None,) * len(layout)
         mixed = [
-            F.scaled_dot_product_attention(q_THd[rows].transpose(0, 1)[None], k, v, attn_mask=bias)[0].transpose(0, 1)
-            for rows, k, v, bias in zip(layout.slices(), cache.keys, cache.values, biases, strict=True)
+            F.scaled_dot_product_attention(q_SHd.transpose(0, 1)[None], k, v, attn_mask=bias)[0].transpose(0, 1)
+            for q_SHd, k, v, bias in zip(q_THd.split(layout.lengths), cache.keys, cache.values, biases, strict=True)
         ]
         return self.out(torch.cat(mixed).flatten(1))
 
@@ -172,6 +176,6 @@ class CrossAttention(nn.Module):
         q_THd = self.q(x_TD).unflatten(-1, (self.heads, -1))
         scale = q_THd.shape[-1] ** -0.5
         return [
-            q_THd[rows][:, heads].transpose(0, 1) @ k[0, heads].transpose(1, 2) * scale
-            for rows, k in zip(layout.slices(), cache.keys, strict=True)
+            q_nHd[:, heads].transpose(0, 1) @ k[0, heads].transpose(1, 2) * scale
+            for q_nHd, k in zip(q_THd.split(layout.lengths), cache.keys, strict=True)
         ]

@@ -53,6 +53,10 @@ def matrices(config: ModelConfig) -> Iterator[tuple[str, int, int]]:
 
 _BINS, _CELLS, _FLAT = 8, 4, 0.05
 """Directions of an edge that are told apart, cells to a patch's side, and an edge that is little more than noise."""
+_EDGES, _COLOURS, _MOVES = 3.0, 2.0, 20.0
+"""What makes edges, colours, and what moves about as large as 1."""
+_CHANNELS, _GROUPS = (64, 128, 256), 8
+"""Of the convolutions, and in how many groups each picture's are normalized (arXiv 1803.08494)."""
 
 
 def edges(pictures_NppC: Tensor) -> Tensor:
@@ -75,14 +79,21 @@ class FilmStem(nn.Module):
     """Tubelets (ViViT, arXiv 2103.15691, section 3.2) → rows; positions of time, row and column are learned apart and added
     (NaViT, arXiv 2307.06304, section 2.1), so that pictures of all proportions have them.
 
-    What the linear layer reads of a tubelet are its edges and the mean colour of its cells. Of pixels, what all films have in
-    common is nearly all that is left behind a norm (``docs/lab.md``).
+    A picture's edges and the mean colours of its cells, and what of them is not so in all of the film, go through convolutions
+    before the linear layer ("early convolutions", arXiv 2106.14881, section 4), as sound does in Whisper; they halve the picture
+    twice, so that a patch of cells becomes a place. What moves is a hundredth of what is seen: of pixels, what all films have in
+    common is nearly all that is left behind a norm, and nothing is learned (``docs/lab.md``).
     """
 
     def __init__(self, film: FilmConfig, d_model: int) -> None:
         super().__init__()
         self.film = film
-        self.patches = nn.Linear(film.frames * _CELLS**2 * (_BINS + 3), d_model)
+        self.early = nn.Sequential()
+        for inputs, outputs, stride in zip((2 * (_BINS + 3), *_CHANNELS), _CHANNELS, (1, 2, 2), strict=False):
+            self.early.extend(
+                [nn.Conv2d(inputs, outputs, 3, stride, padding=1), nn.GroupNorm(_GROUPS, outputs), nn.GELU()]
+            )
+        self.patches = nn.Linear(film.frames * _CHANNELS[-1], d_model)
         self.times, self.rows, self.columns = (
             nn.Parameter(torch.randn(places, d_model) * 0.02) for places in (film.slots, film.patches, film.patches)
         )
@@ -99,8 +110,11 @@ class FilmStem(nn.Module):
         side = self.film.patch
         pictures = film_thwP.reshape(-1, side, side, 3).float() / 255
         cells = pictures.unflatten(1, (_CELLS, -1)).unflatten(3, (_CELLS, -1)).mean((2, 4))
-        seen = torch.cat([edges(pictures), cells - 0.5], -1).reshape(t, h, w, -1)
-        x_thwD = self.patches(seen.to(self.patches.weight.dtype))
+        seen = torch.cat([_EDGES * edges(pictures), _COLOURS * (cells - 0.5)], -1).unflatten(0, (t, h, w, -1))
+        maps = seen.permute(0, 3, 6, 1, 4, 2, 5).reshape(-1, _BINS + 3, h * _CELLS, w * _CELLS)
+        maps = torch.cat([maps, _MOVES * (maps - maps.mean(0))], 1)
+        places = self.early(maps.to(self.patches.weight.dtype)).unflatten(0, (t, -1))
+        x_thwD = self.patches(places.permute(0, 3, 4, 1, 2).flatten(3))
         x_thwD = x_thwD + self.times[:t, None, None] + self.rows[:h, None] + self.columns[:w]
         return self.norm(x_thwD).flatten(0, 2)
 

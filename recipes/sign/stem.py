@@ -1,0 +1,106 @@
+"""What sees learns alone, before the expert: films to their texts, by what the stem makes of them and a classifier.
+
+    python recipes/sign/stem.py RECIPE.yaml [KEY=VALUE ...] -o RUN [--resume]    as whisper-moe train
+
+The classifier reads each tubelet with its place and time, and the film by the strongest and the mean of what it read. It stays in
+the run; RUN/model is the model whose stem has learned, where sign.yaml begins.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from whisper_moe.data.examples import IGNORED, ExampleReader, Pack
+from whisper_moe.data.loader import PackedLoader
+from whisper_moe.model.model import WhisperMoEModel
+from whisper_moe.train.build import Task, build_model
+from whisper_moe.train.loop import Figures
+from whisper_moe.train.losses import Terms, Totals, weighed
+from whisper_moe.train.parallel import Parallel
+from whisper_moe.train.reading import RecipeError
+from whisper_moe.train.recipe import Recipe
+from whisper_moe.train.run import script
+
+class StemRecipe(Recipe):
+    """Films in, which of the texts out."""
+
+    def task(self) -> type[Task]:
+        return Seeing
+
+
+class Classifier(nn.Module):
+    """Rows of each film, [n, D], to logits of all texts."""
+
+    def __init__(self, d_model: int, texts: int) -> None:
+        super().__init__()
+        self.read = nn.Linear(d_model, 2 * d_model)
+        self.text = nn.Linear(4 * d_model, texts)
+
+    def forward(self, films: Sequence[Tensor]) -> Tensor:
+        read = [F.gelu(self.read(rows)) for rows in films]
+        return self.text(torch.stack([torch.cat([x.amax(0), x.mean(0)]) for x in read]))
+
+
+@dataclass(frozen=True)
+class Classified:
+    """Cross-entropy of a film's text among all, and the share that is right."""
+
+    texts: dict[tuple[int, ...], int]
+    smoothing: float
+
+    def totals(self, packs: Sequence[Pack]) -> Totals:
+        films = sum(len(pack.ids) for pack in packs)
+        return Totals(films, films)
+
+    def __call__(self, model: nn.Module, packs: Sequence[Pack], totals: Totals, parallel: Parallel) -> Terms:
+        assert isinstance(model, WhisperMoEModel) and model.senses is not None and model.senses.film is not None
+        here = [pack.to(parallel.device) for pack in packs]
+        parts: dict[str, Tensor] = {}
+        if here:
+            labels = [text[text != IGNORED] for pack in here for text in pack.labels_T.split(pack.texts.lengths)]
+            wanted = torch.tensor([self.texts[tuple(text[:-1].tolist())] for text in labels], device=parallel.device)
+            logits = model.classifier([model.senses.film(film) for pack in here for film in pack.mels])
+            right = (logits.argmax(-1) == wanted).sum() / totals.tokens
+            how = {"reduction": "sum", "label_smoothing": self.smoothing}
+            parts = {"cross_entropy": F.cross_entropy(logits, wanted, **how) / totals.tokens, "right": right}
+        return weighed(parts, {"cross_entropy": 1.0, "right": 0.0}, model)
+
+
+@dataclass(frozen=True)
+class Seeing(Task):
+    """The stem of films learns, and a classifier beside it."""
+
+    def model(self) -> WhisperMoEModel:
+        if self.initial.config.senses is None or self.initial.config.senses.film is None:
+            raise RecipeError("the model has no part for films; begin.py adds one")
+        if self.parallel.world_size > 1:
+            raise RecipeError("learning to see runs in one process")
+        model = build_model(self.initial, self.recipe, ["senses.film.*"])
+        model.classifier = Classifier(self.initial.config.d_model, len(self._texts()))
+        return model
+
+    def learned(self, model: WhisperMoEModel) -> tuple[PackedLoader, Classified]:
+        return self.mixed(), self._objective()
+
+    def figures(self) -> Figures:
+        reading = self.recipe.data.loader.reading.model_copy(update={"films": None})
+        return self.held_out(ExampleReader(self.initial.tokenizer, self.initial.config, reading), self._objective())
+
+    def _objective(self) -> Classified:
+        return Classified(self._texts(), self.recipe.losses.label_smoothing)
+
+    def _texts(self) -> dict[tuple[int, ...], int]:
+        """A number for each text that is learned."""
+        reader = ExampleReader(self.initial.tokenizer, self.initial.config, self.recipe.data.loader.reading)
+        found = {tuple(reader.tokens(sample)[1]) for corpus in self.opened(self.recipe.data.train) for sample in corpus}
+        return {text: place for place, text in enumerate(sorted(found))}
+
+
+if __name__ == "__main__":
+    sys.exit(script(StemRecipe, "Teach what reads films to tell their texts apart."))
