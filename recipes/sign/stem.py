@@ -27,6 +27,7 @@ from whisper_moe.train.reading import RecipeError
 from whisper_moe.train.recipe import Recipe
 from whisper_moe.train.run import script
 
+
 class StemRecipe(Recipe):
     """Films in, which of the texts out."""
 

@@ -39,7 +39,10 @@ def likely(pairs: list[tuple[list[int], list[int]]], first: int, size: int) -> T
     ours = np.concatenate([np.tile(b, len(a)) for a, b in pairs])
     cells, where = np.unique(theirs.astype(np.int64) * size + ours - first, return_inverse=True)
     column, row = cells // size, cells % size
-    places = [np.repeat(np.arange(len(a)), len(b)) for a, b in pairs], [np.tile(np.arange(len(b)), len(a)) for a, b in pairs]
+    places = (
+        [np.repeat(np.arange(len(a)), len(b)) for a, b in pairs],
+        [np.tile(np.arange(len(b)), len(a)) for a, b in pairs],
+    )
     lengths = [len(a) for a, _ in pairs], [len(b) for _, b in pairs]
     found = np.ones(len(cells))
     for own, given, count in zip(places, (row, column), lengths, strict=True):
@@ -53,7 +56,8 @@ def likely(pairs: list[tuple[list[int], list[int]]], first: int, size: int) -> T
             chance /= np.bincount(given, chance)[given]
         found *= chance
     index = torch.from_numpy(np.stack([row, column]))
-    return torch.sparse_coo_tensor(index, torch.from_numpy(found).float(), (size, first)).coalesce()
+    values = torch.from_numpy(found).float()
+    return torch.sparse_coo_tensor(index, values, (size, first), check_invariants=True).coalesce()
 
 
 def pairs_of(tables: Path, pieces: Pieces) -> list[tuple[list[int], list[int]]]:
