@@ -1,4 +1,4 @@
-# make demo         transcribe the bundled samples, and read a sentence aloud
+# make demo         transcribe the bundled samples, read a sentence aloud and a hand that shows a number
 # make test         the tests, without the slow ones
 # make check        lint, formatting, types, import order
 # make check-slow   the slow tests
@@ -18,6 +18,7 @@ INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check --co
 demo: $(VENV)/.runtime
 	$(BIN)/whisper-moe transcribe examples/sample.m4a examples/hindi.m4a
 	$(BIN)/whisper-moe speak "Good morning. This is a small model, and it reads aloud." -o demo.m4a
+	$(BIN)/whisper-moe sign examples/signs/hand.mov
 
 test: $(VENV)/.dev
 	$(BIN)/python -m pytest $(PARALLEL) --dist loadfile

@@ -21,7 +21,7 @@ from whisper_moe.weights.upcycle import add_parts
 
 
 def main(source: str, out: Path, language: str = "sgn", rank: int = 48) -> None:
-    model, tokens = load_model(source, aside=True), tuple(SIGNS.values())
+    model, tokens = load_model(source), tuple(SIGNS.values())
     senses = SensesConfig(tokens=tokens, signs=(language,), film=FilmConfig(), experts=("sign",), rank=rank)
     config, state = add_parts(model.config, model.state, senses=senses)
     state["senses.tokens.weight"] = torch.stack([state[EMBEDDING][model.tokenizer.transcribe]] * len(tokens))

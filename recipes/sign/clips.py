@@ -4,9 +4,10 @@
     python recipes/sign/clips.py OUT                            # drawn hands alone, of which anybody has as many as are wanted
 
 AVATAR is a folder of clips that are called by their gloss. Of DIGITS.tar, photos in a folder for each digit, those of every fifth
-block of twenty in the order of their names are held out: neighbours are often of one person. A still becomes a second of film in
+block of twenty in the order of their names are held out, and ten of each digit from the blocks before judge the steps: neighbours
+are often of one person. A still becomes a second of film in
 which it is slowly moved, and every other one is mirrored, for either hand may show a number. Drawn hands (hands.py) show 0 to 5.
-OUT gets avatar.tsv, digits.tsv, test-digits.tsv, drawn.tsv, test-drawn.tsv, and the clips.
+OUT gets avatar.tsv, digits.tsv, dev-digits.tsv, test-digits.tsv, drawn.tsv, test-drawn.tsv, and the clips.
 """
 
 from __future__ import annotations
@@ -14,36 +15,20 @@ from __future__ import annotations
 import io
 import sys
 import tarfile
-from collections.abc import Iterable
-from fractions import Fraction
 from pathlib import Path
 
-import av
 import numpy as np
-from hands import shown
+from hands import RATE, shown, write
 from PIL import Image
 
 from whisper_moe.media.video import load_frames
 
-RATE, FRAMES, SIDE, BLOCK, FOLDS = 8, 8, 144, 20, 5
+FRAMES, SIDE, BLOCK, FOLDS = 8, 144, 20, 5
 DRAWN, HELD = 100, 20
 """Clips of drawn hands of each number, and how many of them are held out."""
 DRIFT = 0.06
 """How far a still is moved while it is shown, as a share of it."""
 HEAD = "id\tvideo\ttext\tlanguage\ttarget_language\ttask\n"
-
-
-def write(path: Path, frames: Iterable[np.ndarray]) -> None:
-    frames = list(frames)
-    with av.open(str(path), "w") as container:
-        stream = container.add_stream("libx264", rate=RATE, options={"crf": "14"})
-        stream.height, stream.width = (side // 2 * 2 for side in frames[0].shape[:2])
-        stream.pix_fmt = "yuv420p"
-        for number, frame in enumerate(frames):
-            picture = av.VideoFrame.from_ndarray(frame[: stream.height, : stream.width], format="rgb24")
-            picture.pts, picture.time_base = number, Fraction(1, RATE)
-            container.mux(stream.encode(picture))
-        container.mux(stream.encode())
 
 
 def moved(photo: Image.Image, random: np.random.Generator) -> list[np.ndarray]:
@@ -59,7 +44,7 @@ def moved(photo: Image.Image, random: np.random.Generator) -> list[np.ndarray]:
 
 
 def digits(archive: Path, out: Path) -> dict[str, list[str]]:
-    rows: dict[str, list[str]] = {"digits": [], "test-digits": []}
+    rows: dict[str, list[str]] = {"digits": [], "dev-digits": [], "test-digits": []}
     (out / "digits").mkdir(parents=True, exist_ok=True)
     with tarfile.open(archive) as tar:
         members = sorted((m for m in tar.getmembers() if m.isfile()), key=lambda m: m.name)
@@ -73,8 +58,9 @@ def digits(archive: Path, out: Path) -> dict[str, list[str]]:
             photo = photo.transpose(Image.Transpose.FLIP_LEFT_RIGHT) if place % 2 else photo
             path = out / "digits" / f"{digit}-{stem}.mp4"
             write(path, moved(photo, np.random.default_rng([int(digit), place])))
-            held = place // BLOCK % FOLDS == FOLDS - 1
-            rows["test-digits" if held else "digits"].append(row(f"digit-{digit}-{stem}", path, digit))
+            block = place // BLOCK
+            kind = "test-digits" if block % FOLDS == FOLDS - 1 else "dev-digits" if block == FOLDS - 2 else "digits"
+            rows[kind].append(row(f"digit-{digit}-{stem}", path, digit))
     return rows
 
 

@@ -1,13 +1,21 @@
-"""Drawn hands that show how many: nobody's, so that clips of them may lie anywhere. Not a sign language, and no photos."""
+"""Drawn hands that show how many: nobody's, so that clips of them may lie anywhere. Not a sign language, and no photos.
+
+python recipes/sign/hands.py COUNT SEED OUT.mov
+"""
 
 from __future__ import annotations
 
+import sys
+from collections.abc import Iterable
+from fractions import Fraction
 from math import cos, radians, sin
+from pathlib import Path
 
+import av
 import numpy as np
 from PIL import Image, ImageDraw, ImageFilter
 
-SIDE, FRAMES = 144, 12
+SIDE, FRAMES, RATE = 144, 12, 8
 FINGERS = ((-34, 0.34), (-13, 0.50), (0, 0.55), (13, 0.51), (30, 0.40))
 """Thumb to little finger: degrees from upright, and length; both as shares of the picture's side where they are lengths."""
 SHOWN = {0: (), 1: (1,), 2: (1, 2), 3: (1, 2, 3), 4: (1, 2, 3, 4), 5: (0, 1, 2, 3, 4)}
@@ -69,3 +77,21 @@ def _stroke(
     draw.line([begin, end], fill=colour, width=round(wide))
     for x, y in (begin, end):
         draw.ellipse([x - wide / 2, y - wide / 2, x + wide / 2, y + wide / 2], fill=colour)
+
+
+def write(path: Path, frames: Iterable[np.ndarray]) -> None:
+    """RGB pictures [height, width, 3] to a film, :data:`RATE` a second; an odd side loses a pixel."""
+    frames = list(frames)
+    with av.open(str(path), "w") as container:
+        stream = container.add_stream("libx264", rate=RATE, options={"crf": "14"})
+        stream.height, stream.width = (side // 2 * 2 for side in frames[0].shape[:2])
+        stream.pix_fmt = "yuv420p"
+        for number, frame in enumerate(frames):
+            picture = av.VideoFrame.from_ndarray(frame[: stream.height, : stream.width], format="rgb24")
+            picture.pts, picture.time_base = number, Fraction(1, RATE)
+            container.mux(stream.encode(picture))
+        container.mux(stream.encode())
+
+
+if __name__ == "__main__":
+    write(Path(sys.argv[3]), shown(int(sys.argv[1]), int(sys.argv[2])))

@@ -10,14 +10,20 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import dataclass
+from functools import cached_property
+from itertools import chain
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from whisper_moe.data.corpora import open_corpus
+from whisper_moe.data.corpus import CorpusConfig
 from whisper_moe.data.examples import IGNORED, ExampleReader, Pack
 from whisper_moe.data.loader import PackedLoader
+from whisper_moe.data.sample import DataError, Skipped, TooLong, items
 from whisper_moe.model.model import WhisperMoEModel
 from whisper_moe.train.build import Task, build_model
 from whisper_moe.train.loop import Figures
@@ -48,6 +54,10 @@ class Classifier(nn.Module):
         return self.text(torch.stack([torch.cat([x.amax(0), x.mean(0)]) for x in read]))
 
 
+def said(labels: Sequence[int]) -> tuple[int, ...]:
+    return tuple(id for id in labels if id != IGNORED)
+
+
 @dataclass(frozen=True)
 class Classified:
     """Cross-entropy of a film's text among all, and the share that is right."""
@@ -64,8 +74,8 @@ class Classified:
         here = [pack.to(parallel.device) for pack in packs]
         parts: dict[str, Tensor] = {}
         if here:
-            labels = [text[text != IGNORED] for pack in here for text in pack.labels_T.split(pack.texts.lengths)]
-            wanted = torch.tensor([self.texts[tuple(text[:-1].tolist())] for text in labels], device=parallel.device)
+            labels = [text.tolist() for pack in here for text in pack.labels_T.split(pack.texts.lengths)]
+            wanted = torch.tensor([self.texts[said(text)] for text in labels], device=parallel.device)
             logits = model.classifier([model.senses.film(film) for pack in here for film in pack.mels])
             right = (logits.argmax(-1) == wanted).sum() / totals.tokens
             how = {"reduction": "sum", "label_smoothing": self.smoothing}
@@ -83,24 +93,39 @@ class Seeing(Task):
         if self.parallel.world_size > 1:
             raise RecipeError("learning to see runs in one process")
         model = build_model(self.initial, self.recipe, ["senses.film.*"])
-        model.classifier = Classifier(self.initial.config.d_model, len(self._texts()))
+        model.classifier = Classifier(self.initial.config.d_model, len(self._texts))
         return model
 
     def learned(self, model: WhisperMoEModel) -> tuple[PackedLoader, Classified]:
         return self.mixed(), self._objective()
 
     def figures(self) -> Figures:
-        reading = self.recipe.data.loader.reading.model_copy(update={"films": None})
-        return self.held_out(ExampleReader(self.initial.tokenizer, self.initial.config, reading), self._objective())
+        if strangers := self._read(self.recipe.data.evaluation).keys() - self._texts.keys():
+            name = self._read(self.recipe.data.evaluation)[min(strangers)]
+            raise RecipeError(f"data.evaluation: {name}: no film that is learned from has its text")
+        return self.held_out(self._reader(), self._objective())
 
     def _objective(self) -> Classified:
-        return Classified(self._texts(), self.recipe.losses.label_smoothing)
+        return Classified(self._texts, self.recipe.losses.label_smoothing)
 
+    @cached_property
     def _texts(self) -> dict[tuple[int, ...], int]:
         """A number for each text that is learned."""
-        reader = ExampleReader(self.initial.tokenizer, self.initial.config, self.recipe.data.loader.reading)
-        found = {tuple(reader.tokens(sample)[1]) for corpus in self.opened(self.recipe.data.train) for sample in corpus}
-        return {text: place for place, text in enumerate(sorted(found))}
+        return {text: place for place, text in enumerate(sorted(self._read(self.recipe.data.train)))}
+
+    def _read(self, configs: Sequence[CorpusConfig]) -> dict[tuple[int, ...], str]:
+        """What is to be said of films, and one that it is of; what cannot be read is the loader's to tell of."""
+        reader, found = self._reader(), dict[tuple[int, ...], str]()
+        for sample in chain.from_iterable(items(open_corpus(config)) for config in configs):
+            with suppress(DataError, TooLong):
+                if not isinstance(sample, Skipped):
+                    found[said(reader.labels(*reader.tokens(sample)))] = sample.id
+        return found
+
+    def _reader(self) -> ExampleReader:
+        """Of films as they are."""
+        reading = self.recipe.data.loader.reading.model_copy(update={"films": None})
+        return ExampleReader(self.initial.tokenizer, self.initial.config, reading)
 
 
 if __name__ == "__main__":

@@ -3,7 +3,8 @@
     python recipes/translation/begin.py MODEL TABLES OUT [RANK]
 
 TABLES are pairs.py's. A piece begins as the mean of the tokens of the other language that stand where it stands, by a first look
-at the pairs: words that translate each other begin near each other, and a copy of what is read is a poor translation of it.
+at the pairs, and, a third of it, of those that spell it; as long as tokens are. So words that translate each other begin near
+each other.
 """
 
 from __future__ import annotations
@@ -21,7 +22,7 @@ from whisper_moe.config_aside import TEXT, SensesConfig
 from whisper_moe.media.pieces import Pieces
 from whisper_moe.weights.checkpoint import save_checkpoint
 from whisper_moe.weights.load import load_model
-from whisper_moe.weights.parts import EMBEDDING
+from whisper_moe.weights.parts import EMBEDDING, NEW_TOKENS
 from whisper_moe.weights.upcycle import add_parts
 
 ROUNDS, LONGEST = 8, 60
@@ -75,11 +76,11 @@ def pairs_of(tables: Path, pieces: Pieces) -> list[tuple[list[int], list[int]]]:
 
 
 def main(source: str, tables: Path, out: Path, rank: int = 48) -> None:
-    model = load_model(source, aside=True)
+    model = load_model(source)
     tokens = (TEXT, *(tables / "pieces.txt").read_text("utf-8").strip("\n").split("\n"))
     senses = SensesConfig(tokens=tokens, directions=(("en", "hi"), ("hi", "en")), rank=rank)
     config, state = add_parts(model.config, model.state, senses=senses)
-    core, first = state[EMBEDDING], model.config.vocab_size
+    core, first = torch.cat([state[key] for key in (EMBEDDING, NEW_TOKENS) if key in state]), model.config.vocab_size
     pieces = Pieces(model.tokenizer, tokens, first)
     stands = likely(pairs_of(tables, pieces), first, len(tokens))
     spelled = [[model.tokenizer.transcribe], *(model.tokenizer.encode(token) for token in tokens[1:])]

@@ -97,7 +97,7 @@ translate: Translate a text, a text file, or what is said in a recording.
   --to                      str                  The language wanted. Default: the only one there is for that; of a recording English.
   --output -o               path                 Write to this file instead of standard output.
   --speak                   path                 Also read the translation aloud, into this file: m4a, wav, mp3, flac, ogg.
-  --model                   str                  A whisper-moe folder or training run that reads texts; the one that comes along, the default, only hears: of recordings it writes English.
+  --model                   str                  A whisper-moe folder or training run that reads texts; the one that comes along, the default, reads none: of recordings it writes English.
   --model-dir               path                 Look for the model here first, and download it to here.
   --device                  str = auto           cpu, cuda, cuda:1, mps; auto takes a GPU if there is one.
   --dtype --compute-type    str = auto           auto (int8 on a CPU that is fast at it, else float32), float32, int8, bfloat16 or float16.
@@ -108,7 +108,7 @@ sign: Read signs: films of signing in, a line of text for each out.
   files                     [str]                Video files, or globs.
   --language -l             str                  The sign language: isl, asl. Default: what the model has learned.
   --output -o               path                 Write to this file instead of standard output.
-  --model                   str                  A whisper-moe folder or training run that sees films; the one that comes along, the default, only hears.
+  --model                   str                  A whisper-moe folder or training run that sees films. Default: the one that comes along.
   --model-dir               path                 Look for the model here first, and download it to here.
   --device                  str = auto           cpu, cuda, cuda:1, mps; auto takes a GPU if there is one.
   --dtype --compute-type    str = auto           auto (int8 on a CPU that is fast at it, else float32), float32, int8, bfloat16 or float16.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from copy import deepcopy
 from typing import Any
 
 import pytest
@@ -9,6 +10,7 @@ import torch
 
 from whisper_moe.config import AdaptConfig, ModelConfig, MoEConfig, TTTConfig
 from whisper_moe.config_aside import FilmConfig, SensesConfig
+from whisper_moe.media.video import tubelets
 from whisper_moe.model.model import WhisperMoEModel
 from whisper_moe.model.router import NONE
 from whisper_moe.model.senses import Senses, edges, matrices
@@ -89,24 +91,46 @@ def test_sound_a_text_and_two_films_in_one_pack_are_what_each_is_alone(model: Wh
 
 @torch.no_grad()
 def test_a_films_positions_are_its_times_rows_and_columns(model: WhisperMoEModel) -> None:
-    """Nothing else tells equal tubelets apart: tables of zeros leave them equal, and each table tells along its own axis."""
-    stem = model.senses and model.senses.film
+    """Nothing else tells tubelets apart that are nothing: each table tells along its own axis, and no table not at all."""
+    stem = deepcopy(model.senses and model.senses.film)
     assert stem is not None
-    film, weight = FILMS[0][:1, :1, :1].expand(3, 2, 3, -1), stem.patches.weight.clone()
+    film, tables = FILMS[0][:1, :1, :1].expand(3, 2, 3, -1), (stem.times, stem.rows, stem.columns)
     stem.patches.weight.zero_()  # the convolutions would know a picture's border
-    for axis, table in enumerate((stem.times, stem.rows, stem.columns)):
-        kept = [each.clone() for each in (stem.times, stem.rows, stem.columns)]
-        for other in (stem.times, stem.rows, stem.columns):
-            if other is not table:
-                other.zero_()
+    kept = [table.clone() for table in tables]
+    for axis in range(3):
+        for place, (table, values) in enumerate(zip(tables, kept, strict=True)):
+            table.copy_(values if place == axis else torch.zeros(()))
         rows = stem(film).view(3, 2, 3, -1)
         for other in range(3):
             assert torch.allclose(rows, rows.roll(1, other), atol=1e-9) == (other != axis)
-        for each, before in zip((stem.times, stem.rows, stem.columns), kept, strict=True):
-            each.copy_(before)
-    stem.patches.weight.copy_(weight)
     with pytest.raises(ValueError, match=r"a film of \[6, 2, 3\] tubelets; there are positions for 5"):
         stem(FILMS[0].repeat(2, 1, 1, 1))
+
+
+@torch.no_grad()
+def test_tubelets_are_whole_pictures_to_the_convolutions_and_tubelets_again_behind_them(model: WhisperMoEModel) -> None:
+    stem = deepcopy(model.senses and model.senses.film)
+    assert stem is not None
+    frames = torch.randint(256, (6, 8, 12, 3), generator=torch.Generator().manual_seed(1), dtype=torch.uint8)
+    seen, depth = list[torch.Tensor](), stem.patches.out_features // stem.film.frames
+    places = torch.arange(6 * 2 * 3).view(6, 1, 2, 3).expand(-1, depth, -1, -1).double()
+
+    class Early(torch.nn.Module):
+        def forward(self, maps: torch.Tensor) -> torch.Tensor:
+            seen.append(maps)
+            return places
+
+    stem.early, stem.norm = Early(), torch.nn.Identity()  # type: ignore[assignment]
+    stem.patches = torch.nn.Linear(stem.film.frames * depth, stem.patches.out_features, bias=False).double()
+    torch.nn.init.eye_(stem.patches.weight)
+    for table in (stem.times, stem.rows, stem.columns):
+        table.zero_()
+    rows = stem(torch.from_numpy(tubelets(frames.numpy(), stem.film))).view(3, 2, 3, 2, depth)
+    assert torch.equal(rows[..., 0].permute(0, 3, 1, 2).flatten(0, 1), places[:, 0])
+    colours = 2 * (frames.permute(0, 3, 1, 2) / 255 - 0.5)  # a cell is a pixel here
+    torch.testing.assert_close(seen[0][:, 8:11], colours.double(), rtol=0, atol=1e-6)
+    moves = 20 * (seen[0][:, :11] - seen[0][:, :11].mean(0))
+    torch.testing.assert_close(seen[0][:, 11:], moves, rtol=0, atol=1e-5)
 
 
 @torch.no_grad()

@@ -15,6 +15,7 @@ from train.tiny import recipe_tree, tones
 
 pytest.importorskip("datasets")
 
+from recipes.translation.begin import likely, main
 from whisper_moe.data.examples import IGNORED, pack_examples
 from whisper_moe.data.sample import DataError, Sample, TooLong
 from whisper_moe.media.pieces import Pieces
@@ -161,3 +162,30 @@ def test_the_loss_among_some_tokens_is_that_of_all_where_all_are_drawn() -> None
     totals = whole.totals(packs)
     losses = [each(model, packs, totals, Parallel()).loss.item() for each in (whole, some)]
     assert losses[0] == pytest.approx(losses[1], rel=1e-5)
+
+
+def test_pieces_stand_for_the_tokens_that_are_always_there_with_them() -> None:
+    """1 is in every text, so it stands for none of them in particular."""
+    first, texts = 10, {2: 10, 3: 11, 4: 12}
+    pairs = [([1, a, b], [texts[a], texts[b]]) for a in texts for b in texts if a != b]
+    stands = likely(pairs, first, 4).to_dense()
+    assert stands.shape == (4, first) and not stands[3].any(), "of what is never seen nothing is known"
+    assert stands[:3].argmax(1).tolist() == [2, 3, 4]
+    assert (stands[:3].amax(1) > 5 * stands[:3, 1]).all()
+
+
+def test_an_expert_begins_beside_what_hears_and_its_pieces_near_what_they_stand_for(
+    material: Path, tmp_path: Path
+) -> None:
+    head = "source_text\ttext\tlanguage\ttarget_language\ttask\n"
+    rows = [f"{a}\t{b}\ten\thi\ttranslate-text\n" for a, b in ROWS]
+    (tmp_path / "train.tsv").write_text(head + "".join(rows), "utf-8")
+    (tmp_path / "bible.tsv").write_text(head, "utf-8")
+    (tmp_path / "pieces.txt").write_text(" काम\n है\n हम\n", "utf-8")
+    main(str(material / "model"), tmp_path, tmp_path / "begun", 4)
+    before, after = (load_model(str(path), aside=True) for path in (material / "model", tmp_path / "begun"))
+    heard = [key for key in after.state if not key.startswith("senses.")]
+    assert heard and all(torch.equal(after.state[key], before.state[key]) for key in heard)
+    assert after.config.senses is not None and after.config.senses.tokens == ("<|text|>", " काम", " है", " हम")
+    core, rows_VD = after.state["decoder.token_embedding.weight"], after.state["senses.tokens.weight"]
+    assert torch.allclose(rows_VD[1:].norm(dim=1), core.norm(dim=1).median().expand(3), rtol=1e-4)

@@ -8,6 +8,7 @@ tests' oracle.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -42,27 +43,33 @@ def attended_together(
     return (logits_SHqk.softmax(-1).to(v.dtype) @ v).transpose(1, 2).flatten(0, 1)[places_q]
 
 
-def attended(q_THd: Tensor, k_THd: Tensor, v_THd: Tensor, queries: Layout, keys: Layout, *, causal: bool) -> Tensor:
-    """Every segment's attention, [T, H, dh]; in training, of short ones of about one length in one product."""
+def attended(
+    q: Sequence[Tensor], k: Sequence[Tensor], v: Sequence[Tensor], biases: Sequence[Tensor | None] = (), *, causal: bool
+) -> Tensor:
+    """Every segment's attention, [T, H, dh], of its parts [n, H, dh]; in training, of short ones of about one length in one
+    product. Parts of a split, not slices: each slice's gradient would be as large as the whole."""
+
+    def alone(place: int) -> Tensor:
+        one = (parts[place].transpose(0, 1)[None] for parts in (q, k, v))
+        bias = biases[place] if biases else None
+        return F.scaled_dot_product_attention(*one, attn_mask=bias, is_causal=causal)[0].transpose(0, 1)
+
+    if biases or not torch.is_grad_enabled():
+        return torch.cat([alone(place) for place in range(len(q))])
     groups: dict[int, list[int]] = {}
-    for place, pair in enumerate(zip(queries.lengths, keys.lengths, strict=True)):
-        alone = max(pair) > SHORT or not torch.is_grad_enabled()
-        groups.setdefault(-1 - place if alone else (max(pair) - 1).bit_length(), []).append(place)
-    if len(groups) == 1 and len(queries) > 1:
-        return attended_together(q_THd, k_THd, v_THd, queries, keys, causal=causal)
-    # Parts of a split, not slices: each slice's gradient would be as large as the whole.
-    parts = [x.split(layout.lengths) for x, layout in ((q_THd, queries), (k_THd, keys), (v_THd, keys))]
+    for place, longest in enumerate(max(len(one), len(other)) for one, other in zip(q, k, strict=True)):
+        groups.setdefault((longest - 1).bit_length() if longest <= SHORT else -1 - place, []).append(place)
     mixed = dict[int, Tensor]()
     for places in groups.values():
-        if len(places) > 1:
-            own, read = (Layout(layout.lengths[place] for place in places) for layout in (queries, keys))
-            some = (torch.cat([part[place] for place in places]) for part in parts)
-            together = attended_together(*some, own, read, causal=causal)
-            mixed |= zip(places, together.split(own.lengths), strict=True)
-        else:
-            one = (part[places[0]].transpose(0, 1)[None] for part in parts)
-            mixed[places[0]] = F.scaled_dot_product_attention(*one, is_causal=causal)[0].transpose(0, 1)
-    return torch.cat([mixed[place] for place in range(len(queries))])
+        if len(places) == 1:
+            mixed[places[0]] = alone(places[0])
+            continue
+        some = [[parts[place] for place in places] for parts in (q, k, v)]
+        own, read = (Layout(map(len, parts)) for parts in some[:2])
+        q_THd, k_THd, v_THd = map(torch.cat, some)
+        together = attended_together(q_THd, k_THd, v_THd, own, read, causal=causal)
+        mixed |= zip(places, together.split(own.lengths), strict=True)
+    return torch.cat([mixed[place] for place in range(len(q))])
 
 
 @dataclass
@@ -126,7 +133,8 @@ class SelfAttention(nn.Module):
             q, k, v = qkv.unflatten(0, (len(layout), -1)).permute(2, 0, 3, 1, 4)
             mixed_SHnd = F.scaled_dot_product_attention(q, k, v, is_causal=self.causal)
             return self.out(mixed_SHnd.transpose(1, 2).reshape(x_TD.shape))
-        return self.out(attended(*qkv.unbind(1), layout, layout, causal=self.causal).flatten(1))
+        q, k, v = (part.split(layout.lengths) for part in qkv.unbind(1))
+        return self.out(attended(q, k, v, causal=self.causal).flatten(1))
 
     def extend(self, x_TD: Tensor, cache: KeyValueCache) -> Tensor:
         """n more tokens for each of the cache's R rows, x_TD = [R * n, D] with a row's tokens together."""
@@ -160,16 +168,9 @@ class CrossAttention(nn.Module):
     def forward(self, x_TD: Tensor, layout: Layout, cache: CrossAttentionCache) -> Tensor:
         """``layout`` gives each segment's tokens in x_TD: one teacher-forced text, or the new tokens of all its beams."""
         q_THd = self.q(x_TD).unflatten(-1, (self.heads, -1))
-        if not cache.biases and torch.is_grad_enabled():
-            source = Layout(key.shape[2] for key in cache.keys)
-            k_THd, v_THd = (torch.cat(parts, 2)[0].transpose(0, 1) for parts in (cache.keys, cache.values))
-            return self.out(attended(q_THd, k_THd, v_THd, layout, source, causal=False).flatten(1))
-        biases = cache.biases or (None,) * len(layout)
-        mixed = [
-            F.scaled_dot_product_attention(q_SHd.transpose(0, 1)[None], k, v, attn_mask=bias)[0].transpose(0, 1)
-            for q_SHd, k, v, bias in zip(q_THd.split(layout.lengths), cache.keys, cache.values, biases, strict=True)
-        ]
-        return self.out(torch.cat(mixed).flatten(1))
+        keys, values = ([part[0].transpose(0, 1) for part in parts] for parts in (cache.keys, cache.values))
+        mixed_THd = attended(q_THd.split(layout.lengths), keys, values, cache.biases, causal=False)
+        return self.out(mixed_THd.flatten(1))
 
     def logits(self, x_TD: Tensor, layout: Layout, cache: CrossAttentionCache, heads: list[int]) -> list[Tensor]:
         """Scaled products of queries and keys, before softmax, [heads, tokens, positions] a segment: for alignment."""
