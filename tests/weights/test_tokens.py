@@ -470,7 +470,9 @@ def test_odia_leaves_whisper_base_as_it_is(whisper_base: Path, shared_data: Path
         pytest.skip("the default model is not in this checkout")
     save(tmp_path / "m", add_languages(load_model(EMBEDDED, aside=True), [ODIA]), quantize=True)
     before, after = content(EMBEDDED), content(tmp_path / "m")
-    weights = {name for name in before if name.endswith(".safetensors")}
+    weights = {name for name in before if name.endswith(".safetensors")} - {
+        "tokens.safetensors"
+    }  # a language has a row there
     assert {name for name in after if name.endswith(".safetensors")} == weights | {"tokens.safetensors"}
     assert all(after[name] == before[name] for name in weights)
     sounds = sorted((shared_data / "english-read" / "audio").iterdir())[:6]
