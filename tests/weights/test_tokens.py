@@ -10,11 +10,13 @@ from typing import Any
 
 import numpy as np
 import pytest
+import safetensors.torch
 import tokenizers
 import torch
 from torch import Tensor
 
 pytest.importorskip("transformers")
+from generate.test_sign import SEES
 from generate.tiny import CONFIG as SPEAKING
 from generate.tiny import tiny_whisper_moe
 from weights.whispers import (
@@ -39,7 +41,7 @@ from whisper_moe.model.inference import prepare_for_inference
 from whisper_moe.model.int8 import Int8Embedding, Int8Rows
 from whisper_moe.model.model import WhisperMoEModel
 from whisper_moe.packing import Layout
-from whisper_moe.weights.checkpoint import Loaded, describe, load_checkpoint, save_checkpoint
+from whisper_moe.weights.checkpoint import Loaded, describe, load_checkpoint, load_senses, save_checkpoint
 from whisper_moe.weights.files import CheckpointError
 from whisper_moe.weights.load import load_model
 from whisper_moe.weights.parts import EMBEDDING, NEW_TOKENS, quantizable
@@ -458,6 +460,18 @@ def test_a_fine_tune_that_brings_its_own_language_is_spoken_with(tmp_path: Path)
     assert OR in load_model(folder).tokenizer.suppressed(())
 
 
+@pytest.mark.parametrize("quantize", [False, True])
+def test_rows_of_languages_and_of_senses_share_a_file_and_are_read_apart(tmp_path: Path, quantize: bool) -> None:
+    tiny_whisper_moe(config=SEES).save_pretrained(tmp_path / "sees")
+    sees = load_model(tmp_path / "sees", aside=True)
+    folder = save(tmp_path / "both", add_languages(sees, [ODIA]), quantize=quantize)
+    whole, heard = load_checkpoint(folder), load_checkpoint(folder, aside=False)
+    seen = {f"senses.{key}": tensor for key, tensor in load_senses(folder).state_dict().items()}
+    assert NEW_TOKENS in heard.state and "senses.tokens.weight" in seen
+    assert heard.state.keys() | seen.keys() == whole.state.keys() and not heard.state.keys() & seen.keys()
+    assert all(torch.equal(tensor, whole.state[key]) for key, tensor in (heard.state | seen).items())
+
+
 # Real weights.
 
 
@@ -470,11 +484,12 @@ def test_odia_leaves_whisper_base_as_it_is(whisper_base: Path, shared_data: Path
         pytest.skip("the default model is not in this checkout")
     save(tmp_path / "m", add_languages(load_model(EMBEDDED, aside=True), [ODIA]), quantize=True)
     before, after = content(EMBEDDED), content(tmp_path / "m")
-    weights = {name for name in before if name.endswith(".safetensors")} - {
-        "tokens.safetensors"
-    }  # a language has a row there
-    assert {name for name in after if name.endswith(".safetensors")} == weights | {"tokens.safetensors"}
-    assert all(after[name] == before[name] for name in weights)
+    weights, shared = {name for name in before if name.endswith(".safetensors")}, "tokens.safetensors"
+    assert {name for name in after if name.endswith(".safetensors")} == weights | {shared}
+    assert all(after[name] == before[name] for name in weights - {shared})
+    rows, more = (safetensors.torch.load(each[shared]) for each in (before, after))
+    assert more.keys() == rows.keys() | {NEW_TOKENS}
+    assert all(torch.equal(more[key], rows[key]) for key in rows)
     sounds = sorted((shared_data / "english-read" / "audio").iterdir())[:6]
     for dtype in ("float32", "int8"):
         plain, odia = (WhisperMoE.from_pretrained(path, dtype=dtype) for path in (EMBEDDED, tmp_path / "m"))

@@ -267,11 +267,11 @@ def load_checkpoint(directory: str | Path, *, keep_int8: bool = False, aside: bo
     facts, config, index = _read_header(directory)
     if not aside:
         config = config.model_copy(update=dict.fromkeys(ASIDE))
-        index = {key: name for key, name in index.items() if not key.startswith((parts.SPEECH, parts.SENSES))}
+    own = {key for key in index if aside or not key.startswith((parts.SPEECH, parts.SENSES))}
     stated = read_json(directory / GENERATION)
     with ThreadPoolExecutor(1) as pool:  # while the weights are read
         texts = pool.submit(tokens.read_tokenizer, directory / TOKENIZER, stated)
-        state, quantized = _read_tensors(directory, facts, index, parts.expected_shapes(config), keep_int8)
+        state, quantized = _read_tensors(directory, facts, index, own, parts.expected_shapes(config), keep_int8)
     tokenizer_json, tokenizer = texts.result()
     generation = tokens.complete(stated, tokenizer, config, origin=directory / GENERATION)
     experts, name = _whole_experts(directory, facts, config), model_name(directory)
@@ -296,8 +296,8 @@ def _load_aside(directory: Path, prefix: str, make: Callable[[ModelConfig], Modu
         if (model := make(config)) is None:
             raise CheckpointError(missing)
     shapes = {prefix + key: tuple(tensor.shape) for key, tensor in model.state_dict().items()}
-    index = {key: name for key, name in index.items() if key.startswith(prefix)}
-    state, _ = _read_tensors(directory, facts, index, shapes, keep_int8=False)
+    own = {key for key in index if key.startswith(prefix)}
+    state, _ = _read_tensors(directory, facts, index, own, shapes, keep_int8=False)
     return parts.frozen(model, {key.removeprefix(prefix): tensor for key, tensor in state.items()})
 
 
@@ -305,16 +305,18 @@ def _read_tensors(
     directory: Path,
     facts: Mapping[str, FileFacts],
     index: Mapping[str, str],
+    own: Set[str],
     shapes: Mapping[str, tuple[int, ...]],
     keep_int8: bool,
 ) -> tuple[dict[str, Tensor], dict[str, Int8Rows]]:
-    """The tensors of these shapes, and those that stay int8, from their files, whose checksums are compared meanwhile."""
-    _check_size(shapes, {name: facts[name] for name in sorted(set(index.values()))}, directory)
+    """The tensors of these shapes, and those that stay int8, from their files, whose checksums are compared meanwhile. ``own``:
+    what of the index that is, scales with it; a file may also hold what is read another time."""
+    _check_size(shapes, {name: facts[name] for name in sorted({index[key] for key in own})}, directory)
     kept = {key for key, shape in shapes.items() if keep_int8 and _is_int8(key, shape, index)}
     state = {key: torch.empty(shape, dtype=torch.float32) for key, shape in shapes.items() if key not in kept}
     quantized = {key: Int8Rows.empty(*shapes[key]) for key in kept}
     views: dict[str, Tensor | Int8Rows] = dict(parts.unstack(state)) | dict(parts.unstack(quantized))
-    files = _plan(index, views.keys(), directory / INDEX)
+    files = _plan(index, own, views.keys(), directory / INDEX)
     with ThreadPoolExecutor(min(4, os.cpu_count() or 1)) as pool:
         checked = pool.map(lambda name: facts[name].check(directory / name, MANIFEST), files)
         for (name, keys), _ in zip(files.items(), checked, strict=True):
@@ -349,23 +351,23 @@ def _is_int8(key: str, shape: Sequence[int], index: Mapping[str, str]) -> bool:
     )
 
 
-def _plan(index: Mapping[str, str], needed: Set[str], path: Path) -> dict[str, list[str]]:
-    """File → its tensors. Every tensor that the configuration needs is in one of them, and nothing else but scales."""
-    scales = {key for key in index if key.endswith(parts.SCALE) and parts.quantizable(key.removesuffix(parts.SCALE))}
-    parts.check_names(index.keys() - scales, needed, path)
-    files: dict[str, list[str]] = {}
+def _plan(index: Mapping[str, str], own: Set[str], needed: Set[str], path: Path) -> dict[str, list[str]]:
+    """File → its tensors, of each that has some of ``own``. Every tensor that the configuration needs is one of these, and
+    nothing else but scales."""
+    scales = {key for key in own if key.endswith(parts.SCALE) and parts.quantizable(key.removesuffix(parts.SCALE))}
+    parts.check_names(own - scales, needed, path)
+    files: dict[str, list[str]] = {index[key]: [] for key in index if key in own}
     for key, name in index.items():
-        files.setdefault(name, []).append(key)
+        if name in files:
+            files[name].append(key)
     return files
 
 
 def _fill(path: Path, views: Mapping[str, Tensor | Int8Rows | None]) -> None:
-    """Read one file into the model's tensors. ``views``: what the index says is in it; None for scales."""
+    """Read one file into the model's tensors. ``views``: what the index says is in it; None for scales, and for what is
+    read another time."""
     keys, file = {parts.file_key(key): key for key in views}, open_tensors(path)
-    found = set(file.keys())
-    if path.stem == parts.TOKENS:  # languages' rows and those of the senses, which are read apart
-        found &= keys.keys()
-    if found != set(keys) or len(keys) != len(views):
+    if (found := set(file.keys())) != set(keys) or len(keys) != len(views):
         raise CheckpointError(f"{path}: does not hold what {INDEX} says: {listed(sorted(found ^ set(keys)))}")
     for name, key in keys.items():
         if (out := views[key]) is None:
