@@ -4,9 +4,9 @@
     python recipes/sign/clips.py OUT                            # drawn hands alone, of which anybody has as many as are wanted
 
 AVATAR is a folder of clips that are called by their gloss. Of DIGITS.tar, photos in a folder for each digit, those of every fifth
-block of twenty in the order of their names are held out, and ten of each digit from the blocks before judge the steps: neighbours
-are often of one person. A still becomes a second of film in
-which it is slowly moved, and every other one is mirrored, for either hand may show a number. Drawn hands (hands.py) show 0 to 5.
+block of twenty in the order of their names are held out, for neighbours are often of one person, and the one before the first of
+these judges the steps. A still becomes a second of film in which it is slowly moved, and every other one is mirrored, for either
+hand may show a number. Drawn hands (hands.py) show 0 to 5.
 OUT gets avatar.tsv, digits.tsv, dev-digits.tsv, test-digits.tsv, drawn.tsv, test-drawn.tsv, and the clips.
 """
 

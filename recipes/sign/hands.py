@@ -1,6 +1,8 @@
-"""Drawn hands that show how many: nobody's, so that clips of them may lie anywhere. Not a sign language, and no photos.
+"""Drawn hands that show how many: nobody's, so that clips of them may lie anywhere.
 
-python recipes/sign/hands.py COUNT SEED OUT.mov
+    python recipes/sign/hands.py COUNT SEED OUT.mov
+
+Not a sign language, and no photos.
 """
 
 from __future__ import annotations

@@ -21,7 +21,7 @@ from torch import Tensor, nn
 
 from whisper_moe.data.corpora import open_corpus
 from whisper_moe.data.corpus import CorpusConfig
-from whisper_moe.data.examples import IGNORED, ExampleReader, Pack
+from whisper_moe.data.examples import IGNORED, Pack
 from whisper_moe.data.loader import PackedLoader
 from whisper_moe.data.sample import DataError, Skipped, TooLong, items
 from whisper_moe.model.model import WhisperMoEModel
@@ -100,10 +100,11 @@ class Seeing(Task):
         return self.mixed(), self._objective()
 
     def figures(self) -> Figures:
-        if strangers := self._read(self.recipe.data.evaluation).keys() - self._texts.keys():
-            name = self._read(self.recipe.data.evaluation)[min(strangers)]
+        judged = self._read(self.recipe.data.evaluation)
+        if strangers := judged.keys() - self._texts.keys():
+            name = judged[min(strangers)]
             raise RecipeError(f"data.evaluation: {name}: no film that is learned from has its text")
-        return self.held_out(self._reader(), self._objective())
+        return self.held_out(self.unchanged(), self._objective())
 
     def _objective(self) -> Classified:
         return Classified(self._texts, self.recipe.losses.label_smoothing)
@@ -115,17 +116,12 @@ class Seeing(Task):
 
     def _read(self, configs: Sequence[CorpusConfig]) -> dict[tuple[int, ...], str]:
         """What is to be said of films, and one that it is of; what cannot be read is the loader's to tell of."""
-        reader, found = self._reader(), dict[tuple[int, ...], str]()
+        reader, found = self.unchanged(), dict[tuple[int, ...], str]()
         for sample in chain.from_iterable(items(open_corpus(config)) for config in configs):
             with suppress(DataError, TooLong):
                 if not isinstance(sample, Skipped):
                     found[said(reader.labels(*reader.tokens(sample)))] = sample.id
         return found
-
-    def _reader(self) -> ExampleReader:
-        """Of films as they are."""
-        reading = self.recipe.data.loader.reading.model_copy(update={"films": None})
-        return ExampleReader(self.initial.tokenizer, self.initial.config, reading)
 
 
 if __name__ == "__main__":

@@ -91,7 +91,7 @@ def test_sound_a_text_and_two_films_in_one_pack_are_what_each_is_alone(model: Wh
 
 @torch.no_grad()
 def test_a_films_positions_are_its_times_rows_and_columns(model: WhisperMoEModel) -> None:
-    """Nothing else tells tubelets apart that are nothing: each table tells along its own axis, and no table not at all."""
+    """Nothing else tells tubelets apart that are nothing: each table tells along its own axis alone."""
     stem = deepcopy(model.senses and model.senses.film)
     assert stem is not None
     film, tables = FILMS[0][:1, :1, :1].expand(3, 2, 3, -1), (stem.times, stem.rows, stem.columns)

@@ -46,30 +46,30 @@ def attended_together(
 def attended(
     q: Sequence[Tensor], k: Sequence[Tensor], v: Sequence[Tensor], biases: Sequence[Tensor | None] = (), *, causal: bool
 ) -> Tensor:
-    """Every segment's attention, [T, H, dh], of its parts [n, H, dh]; in training, of short ones of about one length in one
+    """Every segment's attention, [T, H, dh], of its parts [1, H, n, dh]; in training, of short ones of about one length in one
     product. Parts of a split, not slices: each slice's gradient would be as large as the whole."""
+    each = list(zip(q, k, v, biases or (None,) * len(q), strict=True))
 
     def alone(place: int) -> Tensor:
-        one = (parts[place].transpose(0, 1)[None] for parts in (q, k, v))
-        bias = biases[place] if biases else None
-        return F.scaled_dot_product_attention(*one, attn_mask=bias, is_causal=causal)[0].transpose(0, 1)
+        one, key, value, bias = each[place]
+        return F.scaled_dot_product_attention(one, key, value, attn_mask=bias, is_causal=causal)[0].transpose(0, 1)
 
     if biases or not torch.is_grad_enabled():
-        return torch.cat([alone(place) for place in range(len(q))])
+        return torch.cat([alone(place) for place in range(len(each))])
     groups: dict[int, list[int]] = {}
-    for place, longest in enumerate(max(len(one), len(other)) for one, other in zip(q, k, strict=True)):
+    for place, longest in enumerate(max(one.shape[2], key.shape[2]) for one, key, _, _ in each):
         groups.setdefault((longest - 1).bit_length() if longest <= SHORT else -1 - place, []).append(place)
     mixed = dict[int, Tensor]()
     for places in groups.values():
         if len(places) == 1:
             mixed[places[0]] = alone(places[0])
             continue
-        some = [[parts[place] for place in places] for parts in (q, k, v)]
-        own, read = (Layout(map(len, parts)) for parts in some[:2])
-        q_THd, k_THd, v_THd = map(torch.cat, some)
+        own, read = (Layout(parts[place].shape[2] for place in places) for parts in (q, k))
+        some = (torch.cat([parts[place] for place in places], 2)[0].transpose(0, 1) for parts in (q, k, v))
+        q_THd, k_THd, v_THd = some
         together = attended_together(q_THd, k_THd, v_THd, own, read, causal=causal)
         mixed |= zip(places, together.split(own.lengths), strict=True)
-    return torch.cat([mixed[place] for place in range(len(q))])
+    return torch.cat([mixed[place] for place in range(len(each))])
 
 
 @dataclass
@@ -133,7 +133,7 @@ class SelfAttention(nn.Module):
             q, k, v = qkv.unflatten(0, (len(layout), -1)).permute(2, 0, 3, 1, 4)
             mixed_SHnd = F.scaled_dot_product_attention(q, k, v, is_causal=self.causal)
             return self.out(mixed_SHnd.transpose(1, 2).reshape(x_TD.shape))
-        q, k, v = (part.split(layout.lengths) for part in qkv.unbind(1))
+        q, k, v = zip(*(part.permute(1, 2, 0, 3).unsqueeze(1) for part in qkv.split(layout.lengths)), strict=True)
         return self.out(attended(q, k, v, causal=self.causal).flatten(1))
 
     def extend(self, x_TD: Tensor, cache: KeyValueCache) -> Tensor:
@@ -168,9 +168,8 @@ class CrossAttention(nn.Module):
     def forward(self, x_TD: Tensor, layout: Layout, cache: CrossAttentionCache) -> Tensor:
         """``layout`` gives each segment's tokens in x_TD: one teacher-forced text, or the new tokens of all its beams."""
         q_THd = self.q(x_TD).unflatten(-1, (self.heads, -1))
-        keys, values = ([part[0].transpose(0, 1) for part in parts] for parts in (cache.keys, cache.values))
-        mixed_THd = attended(q_THd.split(layout.lengths), keys, values, cache.biases, causal=False)
-        return self.out(mixed_THd.flatten(1))
+        q = [part.transpose(0, 1)[None] for part in q_THd.split(layout.lengths)]
+        return self.out(attended(q, cache.keys, cache.values, cache.biases, causal=False).flatten(1))
 
     def logits(self, x_TD: Tensor, layout: Layout, cache: CrossAttentionCache, heads: list[int]) -> list[Tensor]:
         """Scaled products of queries and keys, before softmax, [heads, tokens, positions] a segment: for alignment."""

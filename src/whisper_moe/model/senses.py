@@ -10,6 +10,7 @@ n tokens of a segment, T of all, D width, V tokens of the core. A film has t, h 
 from __future__ import annotations
 
 from collections.abc import Iterator
+from itertools import pairwise
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
@@ -89,7 +90,7 @@ class FilmStem(nn.Module):
         super().__init__()
         self.film = film
         self.early = nn.Sequential()
-        for inputs, outputs, stride in zip((2 * (_BINS + 3), *_CHANNELS), _CHANNELS, (1, 2, 2), strict=False):
+        for (inputs, outputs), stride in zip(pairwise((2 * (_BINS + 3), *_CHANNELS)), (1, 2, 2), strict=True):
             self.early.extend(
                 [nn.Conv2d(inputs, outputs, 3, stride, padding=1), nn.GroupNorm(_GROUPS, outputs), nn.GELU()]
             )

@@ -213,14 +213,18 @@ class Task:
             raise RecipeError(
                 f"data.evaluation: several corpora are called {doubled[0]!r}; give each a `name` in the recipe"
             )
-        reading = data.loader.reading.model_copy(update={"films": None})
-        reader = ExampleReader(initial.tokenizer, initial.config, reading)
+        reader = self.unchanged()
         for corpus in corpora:
             check_rows(corpus, reader, settings.limit, decode=decode)
         texts, margin = (initial.tokenizer, initial.generation), initial.config.margin
         evaluator = Evaluator(reader, *texts, margin=margin, decode=decode, padded=settings.padded)
         asked = {"batch_size": settings.batch_size, "limit": settings.limit, "note": self.note}
         return lambda model, stop: evaluator.figures(model, corpora, stop_requested=stop, **asked)
+
+    def unchanged(self) -> ExampleReader:
+        """Of samples as they are: films that are judged by are not changed as those that are learned from."""
+        reading = self.recipe.data.loader.reading.model_copy(update={"films": None})
+        return ExampleReader(self.initial.tokenizer, self.initial.config, reading)
 
     def held_out(self, reader: ExampleReader, objective: Objective) -> Figures:
         """For tasks that nothing is decoded in: the losses of the data to be judged by, with the same draws every time."""
