@@ -11,6 +11,7 @@ import os
 import re
 import sys
 from collections.abc import Callable
+from importlib import import_module
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -228,11 +229,20 @@ train: Train as a recipe says; under torchrun, with all of its processes. 130 an
   --output -o               path                 The run's directory; default: the recipe's, or runs/ and its name.
   --resume                  switch               Go on from the newest checkpoint in the directory, if there is one: --resume runs/mine optimisation.steps=8000.
 """
-"""A block for each command, the function of its name in :mod:`~whisper_moe.commands` or :mod:`~whisper_moe.texts`. A line for each argument and flag:
+"""A block for each command, the function of its name in :mod:`~whisper_moe.commands` or :mod:`~whisper_moe.texts`, or that of :data:`_ELSEWHERE`. A line for each argument and flag:
 its spellings, its kind and its help, two spaces between them; above those of another panel of the help, the panel's name.
 
 Of the kinds, ``[str]`` is a list, ``!`` marks a flag that must be given, ``?`` an argument that need not, or a number that may be
 the word None, with which ``whisper`` leaves a setting out. ``switch`` takes no value, ``truth`` the word True or False, as there."""
+
+_ELSEWHERE = {
+    "doctor": "merge.run.doctor",
+    "add_expert": "merge.run.add_expert",
+    "remove_expert": "merge.run.remove_expert",
+    "data_inspect": "data.inspect.run",
+    "train": "train.run.train",
+}
+"""Commands whose function takes the flags by their names. It is imported when it is called, for that may import torch."""
 
 _TYPES = {"str": str, "path": Path, "int": int, "float": float, "switch": bool}
 _READERS: dict[str, tuple[Callable[[str], Any], str, str]] = {
@@ -288,10 +298,13 @@ class _Command(TyperCommand):
         super().__init__(*arguments, params=params, **more)
 
 
-def _status(command: Callable[[SimpleNamespace], int], flags: dict[str, Any]) -> int:
+def _status(command: str, flags: dict[str, Any]) -> int:
     """A failure that a user can mend is one sentence and an exit status; anything else is a bug and shows itself."""
     try:
-        return command(SimpleNamespace(**flags))
+        if command in _ELSEWHERE:
+            module, _, function = f"whisper_moe.{_ELSEWHERE[command]}".rpartition(".")
+            return int(getattr(import_module(module), function)(**flags) or 0)
+        return (getattr(commands, command, None) or getattr(texts, command))(SimpleNamespace(**flags))
     except BrokenPipeError:  # the reader of our output has gone, as in `| head`
         give_up_output()
         return 0
@@ -317,7 +330,7 @@ def _built() -> typer.Typer:
                 panel = line.strip(" :")
 
         def call(run: str = re.sub(r"\W", "_", words), **flags: Any) -> None:
-            raise typer.Exit(_status(getattr(commands, run, None) or getattr(texts, run), flags))
+            raise typer.Exit(_status(run, flags))
 
         vars(call)["__signature__"] = inspect.Signature(parameters)
         groups[group].command(name, cls=_Command, help=about)(call)

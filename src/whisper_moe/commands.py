@@ -286,12 +286,6 @@ def _from_pretrained(model: str | None, **options: Any) -> WhisperMoE:
     return WhisperMoE.from_pretrained(model, **options)
 
 
-def doctor(flags: SimpleNamespace) -> int:
-    from whisper_moe.merge import run
-
-    return run.doctor(flags.experts, flags.base, flags.dev or (), flags.json)
-
-
 def merge(flags: SimpleNamespace) -> int:
     if flags.output.exists() and not flags.overwrite:
         raise UsageError(f"{flags.output}: exists already; --overwrite replaces it")
@@ -306,29 +300,3 @@ def merge(flags: SimpleNamespace) -> int:
         chosen = ", ".join(f"{expert} {gate:.2f}" for s in said.segments[:1] for expert, gate in s.experts)
         logger.info("%s → %s: %s", name, chosen or "nothing said", said.text)
     return 0
-
-
-def add_expert(flags: SimpleNamespace) -> int:
-    from whisper_moe.merge import run
-
-    run.add_expert(flags.model, flags.expert, flags.probe, flags.base)
-    return 0
-
-
-def remove_expert(flags: SimpleNamespace) -> int:
-    from whisper_moe.merge import run
-
-    run.remove_expert(flags.model, flags.name)
-    return 0
-
-
-def data_inspect(flags: SimpleNamespace) -> int:
-    from whisper_moe.data import inspect
-
-    return inspect.run(**vars(flags))
-
-
-def train(flags: SimpleNamespace) -> int:
-    from whisper_moe.train import run
-
-    return run.train(flags.recipe, flags.overrides or [], flags.output, flags.resume)

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import json
 import logging
 import random
 from collections import deque
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from importlib.util import find_spec
 from itertools import chain
+from json import dumps
 from pathlib import Path
 from typing import TypeAlias
 
@@ -111,11 +111,11 @@ def clips_of(source: str, limit: int = PROBE_CLIPS) -> Iterator[Clip]:
         raise ValueError(f"{source}: {found} clips in it that could be read; a router needs {LEAST_CLIPS} at least")
 
 
-def doctor(experts: Sequence[str], base: str | None, dev: Sequence[str], as_json: bool) -> int:
+def doctor(experts: Sequence[str], base: str | None, dev: Sequence[str] | None, json: bool) -> int:
     """Print what is known of each expert; 1 if one of them cannot be merged."""
     named = named_experts(experts)
     root, found = base_of(named, base), list[Diagnosis]()
-    sets = {source: list(clips_of(source)) for source in dev}
+    sets = {source: list(clips_of(source)) for source in dev or ()}
     first = [clips[0][1] for clips in sets.values()][:1] * len(named)
     for diagnosis, expert in examine(named, root, first):
         if expert is not None:
@@ -123,8 +123,8 @@ def doctor(experts: Sequence[str], base: str | None, dev: Sequence[str], as_json
             diagnosis.wer = {source: _error_rate(decoder, clips) for source, clips in sets.items()}
             expert.state.clear()  # before the next is read
         found.append(diagnosis)
-    if as_json:
-        print(json.dumps([each.to_dict() for each in found], ensure_ascii=False, indent=2))
+    if json:
+        print(dumps([each.to_dict() for each in found], ensure_ascii=False, indent=2))
     else:
         _show(found)
     return int(any(each.verdict == "refuse" for each in found))
@@ -289,29 +289,29 @@ def _accepted(
         yield diagnosis, expert
 
 
-def add_expert(directory: Path, expert: str, probe: str, base: str | None) -> None:
+def add_expert(model: Path, expert: str, probe: str, base: str | None) -> None:
     """Write the merged model with one expert more in its place."""
     ((name, source),) = named_experts([expert]).items()
-    model, probed = load_checkpoint(directory), list(clips_of(probe))
+    merged, probed = load_checkpoint(model), list(clips_of(probe))
     clips = [samples for _, samples in probed]
     root = base_of({name: source}, base)
     _check_languages(probe, probed, root)
     ((diagnosis, found),) = _accepted({name: source}, root, clips[:1])
-    grown = build.with_expert(model, root, name, found, clips)
+    grown = build.with_expert(merged, root, name, found, clips)
     grown = told_of(grown, name, _language(diagnosis, probed), untimed=diagnosis.untimed)
-    whole = chain(_one_by_one(map(load_checkpoint, model.experts)), [found] if model.experts else ())
+    whole = chain(_one_by_one(map(load_checkpoint, merged.experts)), [found] if merged.experts else ())
     remarks = "".join(f"; {reason}" for reason in diagnosis.reasons)
-    _rewrite(directory, grown, whole, f"Added: {name}, {shown(source)}; probe {shown(probe)}{remarks}.")
-    moved = build.moved_choices(model.state, grown, name)
+    _rewrite(model, grown, whole, f"Added: {name}, {shown(source)}; probe {shown(probe)}{remarks}.")
+    moved = build.moved_choices(merged.state, grown, name)
     others = f"takes over from {', '.join(moved)}" if moved else "the others keep theirs"
-    logger.info("%s: %s added; %s", directory, name, others)
+    logger.info("%s: %s added; %s", model, name, others)
 
 
-def remove_expert(directory: Path, name: str) -> None:
+def remove_expert(model: Path, name: str) -> None:
     """Write the merged model without one of its experts in its place."""
-    shrunk = build.without_expert(load_checkpoint(directory), name)
-    _rewrite(directory, shrunk, _one_by_one(map(load_checkpoint, shrunk.experts)), f"Removed: {name}.")
-    logger.info("%s: %s removed", directory, name)
+    shrunk = build.without_expert(load_checkpoint(model), name)
+    _rewrite(model, shrunk, _one_by_one(map(load_checkpoint, shrunk.experts)), f"Removed: {name}.")
+    logger.info("%s: %s removed", model, name)
 
 
 def _rewrite(directory: Path, model: Loaded, experts: Iterable[Loaded], change: str) -> None:

@@ -66,12 +66,14 @@ def script(kind: type[Recipe], about: str) -> int:
     return train(given.recipe, given.overrides, given.output, given.resume, kind)
 
 
-def train(path: Path, overrides: Sequence[str], output: Path | None, resume: bool, kind: type[Recipe] = Recipe) -> int:
+def train(
+    recipe: Path, overrides: Sequence[str] | None, output: Path | None, resume: bool, kind: type[Recipe] = Recipe
+) -> int:
     """What ``whisper-moe train`` does; returns the exit status. ``kind``: of recipes, those of another task."""
     try:
-        recipe, directory, folder = asked(path, overrides, output, resume, kind)
+        wanted, directory, folder = asked(recipe, overrides or (), output, resume, kind)
         with chdir(folder):
-            return run(recipe, directory, resume=resume)
+            return run(wanted, directory, resume=resume)
     except (ValueError, ImportError, OSError) as error:
         if os.environ.get("RANK", "0") == "0" or not isinstance(error, RecipeError):
             print(f"whisper-moe: {' '.join(str(error).split())}", file=sys.stderr, flush=True)
