@@ -341,14 +341,6 @@ def _built() -> typer.Typer:
 app = _built()
 
 
-class _StandardError(logging.StreamHandler[Any]):
-    """Whatever standard error is when something is said."""
-
-    def emit(self, record: logging.LogRecord) -> None:
-        self.stream = sys.stderr
-        super().emit(record)
-
-
 _UsageError: Any = typer.BadParameter.__base__
 """Click's, of which newer versions of Typer bring their own."""
 
@@ -356,8 +348,7 @@ _UsageError: Any = typer.BadParameter.__base__
 def main() -> None:
     """Entry point: every failure is one sentence on standard error; so is what the package logs, facts too."""
     root = logging.getLogger("whisper_moe")
-    if not root.handlers:
-        root.addHandler(_StandardError())
+    root.handlers = [logging.StreamHandler()]  # to standard error as it is now, also where this is called again
     root.setLevel(logging.INFO)
     try:
         sys.exit(app(sys.argv[1:] or ["--help"], prog_name="whisper-moe", standalone_mode=False))
