@@ -100,9 +100,7 @@ translate: Translate a text, a text file, or what is said in a recording.
   --speak                   path                 Also read the translation aloud, into this file: m4a, wav, mp3, flac, ogg.
   --model                   str                  A whisper-moe folder or training run that reads texts; the one that comes along, the default, reads none: of recordings it writes English.
   --model-dir               path                 Look for the model here first, and download it to here.
-  --device                  str = auto           cpu, cuda, cuda:1, mps; auto takes a GPU if there is one.
-  --dtype --compute-type    str = auto           auto (int8 on a CPU that is fast at it, else float32), float32, int8, bfloat16 or float16.
-  --threads                 int?>=0              CPU threads; 0 for PyTorch's default.
+  --device --dtype --threads
   --json                    switch               Print languages, and each sentence with its translation and how sure it is.
 
 sign: Read signs: films of signing in, a line of text for each out.
@@ -111,20 +109,14 @@ sign: Read signs: films of signing in, a line of text for each out.
   --output -o               path                 Write to this file instead of standard output.
   --model                   str                  A whisper-moe folder or training run that sees films. Default: the one that comes along.
   --model-dir               path                 Look for the model here first, and download it to here.
-  --device                  str = auto           cpu, cuda, cuda:1, mps; auto takes a GPU if there is one.
-  --dtype --compute-type    str = auto           auto (int8 on a CPU that is fast at it, else float32), float32, int8, bfloat16 or float16.
-  --threads                 int?>=0              CPU threads; 0 for PyTorch's default.
+  --device --dtype --threads
   --json                    switch               Print a line of JSON for each: source, text, language, and how sure it is.
 
 detect-language: Say which language is spoken at the start of each file, and how surely.
   files                     [str]                Audio or video files.
-  --model                   str                  A whisper-moe folder or training run, or any Whisper: base, turbo …, Hub id, folder, .pt file, LoRA adapter. Default: the one that comes along.
-  --model-dir               path                 Look for the model here first (NAME.pt, NAME), and download it to here.
+  --model --model-dir
   --languages               str                  Choose among these only: hi,ta,en.
-  --track                   str                  The sound track of a film: its number, from 0, or its language: hin, hi, Hindi.
-  --device                  str = auto           cpu, cuda, cuda:1, mps; auto takes a GPU if there is one.
-  --dtype --compute-type    str = auto           auto (int8 on a CPU that is fast at it, else float32), float32, int8, bfloat16 or float16.
-  --threads                 int?>=0              CPU threads; 0 for PyTorch's default.
+  --track --device --dtype --threads
 
 upcycle: Turn any Whisper into a mixture of experts that computes the same function.
   source                    str                  Any Whisper: base, turbo …, Hub id, folder, OpenAI's .pt, LoRA adapter; or a dense whisper-moe folder.
@@ -188,9 +180,7 @@ evaluate: Measure a model on corpora: errors by language, with intervals, speed,
   data                      [str]                Tables (path, text …), folders or Hub ids; a kind may come first: kathbath:FOLDER.
   --compare                 [str]                Another model, or transcripts:FILE.tsv, what any system wrote (id, text). Once for each.
   --output-dir -o           path                 Write report.json, report.md, report.html and transcripts.tsv here. Without, tables are printed.
-  --device                  str = auto           cpu, cuda, cuda:1, mps; auto takes a GPU if there is one.
-  --dtype --compute-type    str = auto           auto (int8 on a CPU that is fast at it, else float32), float32, int8, bfloat16 or float16.
-  --threads                 int?>=0              CPU threads; 0 for PyTorch's default.
+  --device --dtype --threads
   --latency-clips           int>=0 = 40          Clips that are also transcribed one at a time.
  Data:
   --split                   str                  train, valid, test …; default: what each corpus is evaluated on.
@@ -229,11 +219,12 @@ train: Train as a recipe says; under torchrun, with all of its processes. 130 an
   --output -o               path                 The run's directory; default: the recipe's, or runs/ and its name.
   --resume                  switch               Go on from the newest checkpoint in the directory, if there is one: --resume runs/mine optimisation.steps=8000.
 """
-"""A block for each command, the function of its name in :mod:`~whisper_moe.commands` or :mod:`~whisper_moe.texts`, or that of :data:`_ELSEWHERE`. A line for each argument and flag:
-its spellings, its kind and its help, two spaces between them; above those of another panel of the help, the panel's name.
+"""A block for each command, the function of its name in :mod:`~whisper_moe.commands` or :mod:`~whisper_moe.texts`, or that of
+:data:`_ELSEWHERE`. A line for each argument and flag: its spellings, its kind and its help, two spaces between them; or flags
+alone, as the first command has them. Above those of another panel of the help stands the panel's name.
 
 Of the kinds, ``[str]`` is a list, ``!`` marks a flag that must be given, ``?`` an argument that need not, or a number that may be
-the word None, with which ``whisper`` leaves a setting out. ``switch`` takes no value, ``truth`` the word True or False, as there."""
+the word None, with which ``whisper`` leaves a setting out. ``switch`` takes no value, ``truth`` True or False, as there."""
 
 _ELSEWHERE = {
     "doctor": "merge.run.doctor",
@@ -318,16 +309,20 @@ def _built() -> typer.Typer:
     about = "Speech to text with eight experts: any audio or video file in, text and subtitles out."
     program = typer.Typer(help=about, add_completion=False, **settings)
     groups = {"": program, "data": typer.Typer(help="Training data: what is in it.", **settings)}
+    said: dict[str, str] = {}
     for block in _TABLE.strip().split("\n\n"):
         head, *lines = block.splitlines()
         words, _, about = head.partition(": ")
         group, _, name = words.rpartition(" ")
         parameters, panel = list[inspect.Parameter](), "Options"
         for line in lines:
-            if line.startswith("  "):
+            if not line.startswith("  "):
+                panel = line.strip(" :")
+            elif "  " in line.strip():
+                said.setdefault(line.split()[0], line)
                 parameters.append(_parameter(line, panel))
             else:
-                panel = line.strip(" :")
+                parameters += [_parameter(said[flag], panel) for flag in line.split()]
 
         def call(run: str = re.sub(r"\W", "_", words), **flags: Any) -> None:
             raise typer.Exit(_status(run, flags))
