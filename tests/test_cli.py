@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import ast
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from importlib.util import find_spec
 from pathlib import Path
 from types import SimpleNamespace
@@ -71,7 +71,7 @@ def asked(run: Run, monkeypatch: pytest.MonkeyPatch) -> Asked:
         ("--dtype int8 --device cuda", "dtype int8 runs on a CPU; on cuda take"),
         ("--device a-toaster", "device must be cpu, cuda"),
         ("--threads -1", "'--threads': -1 is less than 0"),
-        ("--beam-size 0", "'--beam-size' / '--beam_size': 0 is less than 1"),
+        ("--beam-size 0", "'--beam-size': 0 is less than 1"),
         ("--condition_on_previous_text yes", "'yes' is not True or False"),
         ("--clip_timestamps=5,2", "clip_timestamps: must be ascending seconds, start,end,start,end …, got 5,2"),
         ("--hallucination_silence_threshold 2", "hallucination_silence_threshold needs word_timestamps"),
@@ -102,7 +102,7 @@ def test_a_flag_that_cannot_work_is_said_in_one_sentence(run: Run, flags: str, s
         ("upcycle source", "--output"),
         (f"upcycle source -o {ROOT}", "exists already; --overwrite replaces it"),
         ("upcycle source -o new --top-k 9", "top_k (9) is greater than n_experts (8)"),
-        ("upcycle source -o new --ttt-layers 1,b", "'--ttt-layers' / '--ttt_layers': '1,b' is not numbers"),
+        ("upcycle source -o new --ttt-layers 1,b", "'--ttt-layers': '1,b' is not numbers"),
         ("upcycle source -o new --add-language or=odia:bn", "a new language is given as or, or=odia or"),
         ("upcycle source -o new --add-language or=hindi", "'hindi' cannot be the name of the language"),
         ("upcycle s -o new --add-language or --add-language or", "--add-language gives a language twice: or, or"),
@@ -123,13 +123,26 @@ def test_what_only_this_machine_can_tell_is_one_sentence_too(run: Run, flags: li
     assert ("no such model" in done.err) == (not flags)
 
 
+def contexts(command: Any, parent: Any = None) -> Iterator[tuple[Any, Any]]:
+    """Every command, and the context in which its flags are read."""
+    context = command.make_context(command.name, [], parent=parent, resilient_parsing=True)
+    yield command, context
+    for inner in getattr(command, "commands", {}).values():
+        yield from contexts(inner, context)
+
+
 def test_whispers_spellings_with_underscores_mean_the_same() -> None:
-    """Every long flag with a dash in it."""
-    for name, sub in get_command(cli.app).commands.items():  # type: ignore[attr-defined]
-        options = [option for option in sub.params if option.param_type_name == "option"]
-        flags = {flag for option in options for flag in [*option.opts, *option.secondary_opts] if len(flag) > 2}
-        assert all(flag.startswith("--") and "/" not in flag for flag in flags), name
-        assert {f"--{flag[2:].replace('-', '_')}" for flag in flags} <= flags, name
+    """Every long flag with a dash in it, of every command."""
+    read = set[str]()
+    for command, context in contexts(get_command(cli.app)):
+        for option in (each for each in command.params if each.param_type_name == "option"):
+            flags = {flag for flag in [*option.opts, *option.secondary_opts] if len(flag) > 2}
+            assert all(flag.startswith("--") and "/" not in flag for flag in flags), command.name
+            for flag in flags:
+                words = [f"--{flag[2:].replace('-', '_')}", "1"]
+                assert command.make_parser(context).parse_args(words)[2][:1] == [option], (command.name, flag)
+            read |= flags
+    assert {"--beam-size", "--no-shared", "--include-50", "--compute-type"} <= read
 
 
 @pytest.mark.parametrize(
@@ -271,10 +284,11 @@ def installed(module: str, file: str) -> ast.Module:
 
 
 def ours() -> dict[str, Any]:
-    """Every spelling of an option of ``transcribe`` → its default."""
+    """Every spelling of an option of ``transcribe``, with hyphens or underscores → its default."""
     command: Any = get_command(cli.app)
     options = command.commands["transcribe"].params
-    return {name: option.default for option in options for name in option.opts if name.startswith("--")}
+    named = {name: option.default for option in options for name in option.opts if name.startswith("--")}
+    return named | {f"--{name[2:].replace('-', '_')}": default for name, default in named.items()}
 
 
 def test_the_table_has_every_flag_of_whisper_and_says_what_is_true_of_it() -> None:

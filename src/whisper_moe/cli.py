@@ -17,7 +17,6 @@ from types import SimpleNamespace
 from typing import Any
 
 import typer
-from typer.core import TyperCommand
 
 from whisper_moe import commands, texts
 from whisper_moe.jobs import UsageError, give_up_output, sentence
@@ -279,16 +278,6 @@ def _reading(read: Callable[[str], Any], metavar: str, wanted: str, least: float
     return parse
 
 
-class _Command(TyperCommand):
-    """Its flags answer to their underscore spellings too."""
-
-    def __init__(self, *arguments: Any, params: list[Any], **more: Any) -> None:
-        for option in params:
-            for names in (option.opts, option.secondary_opts):
-                names += [f"--{name[2:].replace('-', '_')}" for name in names if "-" in name[2:]]
-        super().__init__(*arguments, params=params, **more)
-
-
 def _status(command: str, flags: dict[str, Any]) -> int:
     """A failure that a user can mend is one sentence and an exit status; anything else is a bug and shows itself."""
     try:
@@ -305,7 +294,9 @@ def _status(command: str, flags: dict[str, Any]) -> int:
 
 
 def _built() -> typer.Typer:
-    settings: Any = {"context_settings": {"help_option_names": ["-h", "--help"]}, "pretty_exceptions_enable": False}
+    # Words with underscores are read as those with hyphens, in every command below.
+    reading = {"help_option_names": ["-h", "--help"], "token_normalize_func": lambda word: word.replace("_", "-")}
+    settings: Any = {"context_settings": reading, "pretty_exceptions_enable": False}
     about = "Speech to text with eight experts: any audio or video file in, text and subtitles out."
     program = typer.Typer(help=about, add_completion=False, **settings)
     groups = {"": program, "data": typer.Typer(help="Training data: what is in it.", **settings)}
@@ -328,7 +319,7 @@ def _built() -> typer.Typer:
             raise typer.Exit(_status(run, flags))
 
         vars(call)["__signature__"] = inspect.Signature(parameters)
-        groups[group].command(name, cls=_Command, help=about)(call)
+        groups[group].command(name, help=about)(call)
     program.add_typer(groups["data"], name="data")
     return program
 
