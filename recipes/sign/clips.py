@@ -21,7 +21,8 @@ import numpy as np
 from hands import RATE, shown, write
 from PIL import Image
 
-from whisper_moe.media.video import load_frames
+from whisper_moe.config_aside import FilmConfig
+from whisper_moe.media.video import load_film
 
 FRAMES, SIDE, BLOCK, FOLDS = 8, 144, 20, 5
 DRAWN, HELD = 100, 20
@@ -29,6 +30,8 @@ DRAWN, HELD = 100, 20
 DRIFT = 0.06
 """How far a still is moved while it is shown, as a share of it."""
 HEAD = "id\tvideo\ttext\tlanguage\ttarget_language\ttask\n"
+ALL = FilmConfig(rate=RATE, frames=16, patches=1, tokens=1_500)
+"""Of a film, every picture: so many tokens that none of these clips is thinned out."""
 
 
 def moved(photo: Image.Image, random: np.random.Generator) -> list[np.ndarray]:
@@ -79,6 +82,12 @@ def row(id: str, path: Path, text: str) -> str:
     return f"{id}\t{path.resolve()}\t{text}\tsgn\ten\tsign\n"
 
 
+def reduced(width: int, height: int) -> tuple[int, int]:
+    """The shorter side to SIDE pixels, where it has more."""
+    scale = min(1.0, SIDE / min(width, height))
+    return max(1, round(width * scale)), max(1, round(height * scale))
+
+
 def main(out: Path, avatar: Path | None = None, archive: Path | None = None) -> None:
     rows = drawn(out) | (digits(archive, out) if archive else {})
     if avatar:
@@ -86,7 +95,7 @@ def main(out: Path, avatar: Path | None = None, archive: Path | None = None) -> 
         (out / "avatar").mkdir(exist_ok=True)
         for path in sorted(avatar.rglob("*.mp4")):
             small = out / "avatar" / path.name
-            write(small, load_frames(path, rate=RATE, short_side=SIDE))
+            write(small, load_film(path, ALL, fit=reduced))
             rows["avatar"].append(row(f"avatar-{path.stem}", small, path.stem.lower()))
     for name, own in rows.items():
         (out / f"{name}.tsv").write_text(HEAD + "".join(own), "utf-8")

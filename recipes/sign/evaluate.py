@@ -28,10 +28,12 @@ from whisper_moe import WhisperMoE
 from whisper_moe.config_aside import FilmConfig
 from whisper_moe.data.corpora import open_corpus
 from whisper_moe.data.corpus import CorpusConfig
-from whisper_moe.media.video import load_film, load_frames
+from whisper_moe.media.video import load_film
 
 Picture: TypeAlias = Image.Image
 RATE, WIDTH, HEIGHT = 24, 320, 180
+ALL = FilmConfig(rate=RATE, frames=16, patches=1, tokens=1_500)
+"""Of a film, every picture: so many tokens that none of these clips is thinned out."""
 TOGETHER = 16
 HEAD = """| clips | kind | many | the model | nearest by pixels | CER |
 |---|---|---:|---:|---:|---:|"""
@@ -78,7 +80,8 @@ CHANGES: dict[str, Callable[[Picture, np.random.Generator], Picture]] = {
 
 def changed(clip: str, kind: str, seed: int, into: Path) -> Path:
     """A copy of a clip, changed in one way; ``uneven``: a third of its pictures lost, the others at their times."""
-    frames = [Image.fromarray(each).resize((WIDTH, HEIGHT)) for each in load_frames(clip, rate=RATE)]
+    pictures = load_film(clip, ALL, fit=lambda width, height: (width, height))
+    frames = [Image.fromarray(each).resize((WIDTH, HEIGHT)) for each in pictures]
     kept, random = [*range(len(frames))], np.random.default_rng(seed)
     if kind == "uneven":
         kept = sorted({0, len(frames) - 1, *random.permutation(len(frames))[: 2 * len(frames) // 3].tolist()})

@@ -19,6 +19,9 @@ import pyarrow.parquet as pq
 from media.recordings import Sound, encode, tone
 from numpy.typing import NDArray
 
+from whisper_moe.config_aside import FilmConfig
+from whisper_moe.media.video import load_film
+
 VOICES = {"hindi": "hi", "odia": "or", "tamil": "ta", "urdu": "ur"}
 TEXTS = {
     "hindi": ["नमस्ते दुनिया", "आज मौसम अच्छा है", "भारत एक देश है"],
@@ -146,6 +149,11 @@ def film(path: Path, times: Sequence[float], *, width: int = 96, height: int = 6
             container.mux(track.encode(frame))
         container.mux(track.encode(None))
     return path
+
+
+def frames_of(source: Any, rate: float = 25, **options: Any) -> NDArray[np.uint8]:
+    """What is read of a film; without ``fit``, at its own size."""
+    return load_film(source, FilmConfig(rate=rate), **{"fit": lambda width, height: (width, height)} | options)
 
 
 def number_of(frame: NDArray[np.uint8]) -> int:

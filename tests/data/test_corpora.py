@@ -21,6 +21,7 @@ from data.miniatures import (
     TEXTS,
     WIKI,
     archives,
+    frames_of,
     hub_copy,
     hub_rows,
     name,
@@ -36,7 +37,6 @@ from whisper_moe.data.corpus import Corpus, CorpusConfig
 from whisper_moe.data.sample import DataError, Sample, Skipped, items
 from whisper_moe.media.languages import FURTHER_LANGUAGES
 from whisper_moe.media.languages import LANGUAGES as WHISPERS
-from whisper_moe.media.video import load_frames
 
 KINDS = {
     "kathbath-archives": 6,
@@ -84,7 +84,7 @@ def read(sample: Sample) -> float:
         assert np.abs(sound).max() > 0.05
         return len(sound) / 16_000
     if sample.video is not None:
-        return len(load_frames(sample.video, rate=25)) / 25
+        return len(frames_of(sample.video)) / 25
     assert sample.source_text
     return 0.0
 
@@ -342,7 +342,7 @@ def test_the_word_is_the_second_part_whatever_lies_below(tree: Path) -> None:
     house = corpus[1]
     assert house.id == "include/train/Places/19. House/Extra/MVI_3439"
     assert (house.task, house.language, house.target_language) == ("sign", "ins", "en")
-    assert house.video is not None and load_frames(house.video, rate=25).shape == (5, 64, 96, 3)
+    assert house.video is not None and frames_of(house.video).shape == (5, 64, 96, 3)
     assert corpus.lengths() == pytest.approx([0.2] * 3, abs=0.001)
 
 

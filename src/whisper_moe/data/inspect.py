@@ -22,6 +22,7 @@ from typing import Any, TypeAlias
 from pydantic import ValidationError
 
 from whisper_moe.config import EMBEDDED, SAMPLE_RATE, ModelConfig
+from whisper_moe.config_aside import FilmConfig
 from whisper_moe.data import corpus
 from whisper_moe.data.corpora import kind_of, open_corpus
 from whisper_moe.data.corpus import PROBES, CorpusConfig
@@ -31,7 +32,7 @@ from whisper_moe.data.sampler import LoaderConfig
 from whisper_moe.frozen import problems
 from whisper_moe.media.audio import MediaError
 from whisper_moe.media.tokenizer import Tokenizer
-from whisper_moe.media.video import load_frames
+from whisper_moe.media.video import load_film
 
 KINDS = ("corrupt", "missing", "too long")
 """Why a sample is left out."""
@@ -180,7 +181,7 @@ def _look_at(item: Sample | Skipped, decode: bool, reader: ExampleReader | None)
     seconds = math.nan
     try:
         if decode and item.video is not None:
-            load_frames(item.video, rate=1.0, short_side=32)
+            load_film(item.video, FilmConfig())
         seconds = len(item.audio.read()) / SAMPLE_RATE if decode and item.audio is not None else item.seconds()
         if item.audio is not None and seconds == 0.0:
             raise MediaError(item.audio.name, "it holds no sound")

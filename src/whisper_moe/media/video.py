@@ -30,7 +30,6 @@ MAX_DECODED = 20_000
 """Frames decoded of one file, whether they are kept or not: eleven minutes at 30 a second."""
 MAX_BYTES = 1 << 30
 """RGB kept of one file."""
-MAX_RATE = 1_000.0
 SLACK = Fraction(1, 1_000)
 """Containers round timestamps (Matroska to milliseconds): a frame that comes this much late, in seconds, is on time."""
 
@@ -39,41 +38,27 @@ Fit: TypeAlias = "Callable[[int, int], tuple[int, int]]"
 """Width and height of an upright picture to those that it is kept with."""
 
 
-def load_frames(
-    source: str | Path | BinaryIO, *, rate: float, short_side: int | None = None, name: str | None = None
+def load_film(
+    source: str | Path | BinaryIO, film: FilmConfig, *, name: str | None = None, fit: Fit | None = None
 ) -> Frames:
-    """RGB frames at ``rate`` a second, uint8 [frames, height, width, 3]; at least one.
+    """RGB pictures, uint8 [frames, height, width, 3]; at least one.
 
-    Of n seconds there are ⌈n · rate⌉ frames. Frame k is the one that stands at k / rate seconds after the first; of
-    frames with one timestamp, the last.
+    Of n seconds there are ⌈n · rate⌉. Picture k is the one that stands at k / rate seconds after the first; of those with one
+    timestamp, the last. Of a film that is longer than its tokens reach, fewer a second (at most four times what they need), so
+    that memory does not grow with its length.
 
     :param source: a path (never a URL), or a seekable binary stream.
-    :param short_side: pixels of the shorter side, to which larger frames are reduced with their proportions; ``None``
-        keeps the size.
+    :param fit: by default both sides become multiples of the patch, as :func:`tubelets` takes them.
     :raises MediaError: for a file that is missing, unreadable, without a film (sound only, cover art only), without a
         frame, over a limit of this module, cut off or damaged, whose timestamps run backwards, or whose size changes.
     """
-    if not 0 < rate <= MAX_RATE:
-        raise ValueError(f"rate must be above 0 and at most {MAX_RATE:g} frames a second, got {rate}")
-    if short_side is not None and short_side < 1:
-        raise ValueError(f"short_side must be at least one pixel, got {short_side}")
-    with opened(source, name, FILM_CODECS) as reader:
-        return _kept(_film_track(reader), reader, rate, _reduced(short_side))
 
-
-def load_film(source: str | Path | BinaryIO, film: FilmConfig, *, name: str | None = None) -> Frames:
-    """RGB pictures for :func:`tubelets`, uint8 [frames, height, width, 3], both sides multiples of the patch.
-
-    Of a film that is longer than its tokens reach, fewer a second (at most four times what they need), so that memory does not
-    grow with its length. Raises as :func:`load_frames` does.
-    """
-
-    def fit(width: int, height: int) -> tuple[int, int]:
+    def tiled(width: int, height: int) -> tuple[int, int]:
         rows, columns = grid(width, height, film.patches)
         return columns * film.patch, rows * film.patch
 
     with opened(source, name, FILM_CODECS) as reader:
-        return _kept(_film_track(reader), reader, film.rate, fit, most=4 * film.slots * film.frames)
+        return _kept(_film_track(reader), reader, film.rate, fit or tiled, 4 * film.slots * film.frames)
 
 
 def grid(width: int, height: int, patches: int) -> tuple[int, int]:
@@ -109,7 +94,7 @@ def tubelets(frames: Frames, film: FilmConfig) -> Frames:
     return np.ascontiguousarray(cut.transpose(0, 2, 4, 1, 3, 5, 6)).reshape(*cut.shape[::2][:3], -1)
 
 
-def _kept(film: VideoStream, reader: Reader, rate: float, fit: Fit, most: int | None = None) -> Frames:
+def _kept(film: VideoStream, reader: Reader, rate: float, fit: Fit, most: int) -> Frames:
     """The pictures that stand at the sample times; of more than ``most``, every second, every fourth … of these. Raises
     ``Damage`` where there is none, or too much of them."""
     kept: list[Frames] = []
@@ -117,10 +102,10 @@ def _kept(film: VideoStream, reader: Reader, rate: float, fit: Fit, most: int | 
     for frame, copies in _sampled(film, reader, rate):
         wanted = len(range(-seen % every, copies, every))
         seen += copies
-        if (min(wanted, most or wanted) + len(kept)) * 3 * prod(_size(frame, fit)) > MAX_BYTES:
+        if (min(wanted, most) + len(kept)) * 3 * prod(_size(frame, fit)) > MAX_BYTES:
             raise Damage(f"more than the limit of {MAX_BYTES:,} bytes of pictures")
         kept += [_picture(frame, fit)] * wanted if wanted else []
-        while most and len(kept) > most:
+        while len(kept) > most:
             kept, every = kept[::2], 2 * every
     if not kept:
         raise Damage("it has a film track, and no frame in it")
@@ -204,16 +189,6 @@ def _sampled(film: VideoStream, reader: Reader, rate: float) -> Iterator[tuple[V
         until = max(1, ceil((last - first - SLACK) * step))
         if until > taken:
             yield standing, until - taken
-
-
-def _reduced(short_side: int | None) -> Fit:
-    """The shorter side to so many pixels, where it has more."""
-
-    def fit(width: int, height: int) -> tuple[int, int]:
-        scale = min(1.0, short_side / min(width, height)) if short_side else 1.0
-        return max(1, round(width * scale)), max(1, round(height * scale))
-
-    return fit
 
 
 def _size(frame: VideoFrame, fit: Fit) -> tuple[int, int]:
