@@ -256,7 +256,7 @@ class WhisperMoE:
         Raises ``ValueError`` for a model that reads no texts, for a direction that it is not for, and for a text without a word.
         """
         source, target = (name and language_code(name) for name in (source, target))
-        return self.translator.translate(text, source=source, target=target)
+        return self.senses.run([self.translator.job(text, source=source, target=target)])[0]
 
     @cached_property
     def translator(self) -> Translator:
@@ -275,7 +275,11 @@ class WhisperMoE:
         """
         alone = isinstance(films, (str, os.PathLike)) or hasattr(films, "read")
         sources: list[Any] = [films] if alone else list(films)  # pyright: ignore[reportArgumentType]
-        said = self.signer.sign(sources, language=language)
+        said: list[Signed] = []
+        for each in self.signer.each(sources, self.signer.language(language)):
+            if isinstance(each, MediaError):
+                raise each
+            said.append(each)
         return said[0] if alone else said
 
     @cached_property

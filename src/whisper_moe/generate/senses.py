@@ -60,20 +60,20 @@ class SensesDecoder:
         never = {*tokenizer.suppressed(()), *tokenizer.languages.values(), *times, *self.pieces.control}
         self._rules = Rules(tuple(sorted({*never, tokenizer.no_timestamps})), (tokenizer.eot,))
 
-    def run(self, jobs: Sequence[Job], beams: int = BEAMS) -> list[Any]:
+    def run(self, jobs: Sequence[Job]) -> list[Any]:
         """What becomes of each job; the segments of all share packs."""
-        written = iter(self.write([each for job in jobs for each in job.asked], beams))
+        written = iter(self.write([each for job in jobs for each in job.asked]))
         return [job.finish([*islice(written, len(job.asked))]) for job in jobs]
 
     @torch.inference_mode()
-    def write(self, asked: Sequence[Asked], beams: int = BEAMS) -> list[Written]:
+    def write(self, asked: Sequence[Asked]) -> list[Written]:
         """What each segment says."""
         found: dict[int, Written] = {}
         packs = first_fit_decreasing([each.size for each in asked])
         for pack in (whole[i : i + TOGETHER] for whole in packs for i in range(0, len(whole), TOGETHER)):
             own = [asked[i] for i in pack]
             encoded = self.model.encoder([self.embedded(each) for each in own])
-            found |= zip(pack, self.decoded(encoded, own, beams), strict=True)
+            found |= zip(pack, self.decoded(encoded, own), strict=True)
         return [found[index] for index in range(len(asked))]
 
     def embedded(self, asked: Asked) -> Embedded:
@@ -82,14 +82,14 @@ class SensesDecoder:
         return part
 
     @torch.inference_mode()
-    def decoded(self, encoded: Encoded, asked: Sequence[Asked], beams: int = BEAMS) -> list[Written]:
+    def decoded(self, encoded: Encoded, asked: Sequence[Asked]) -> list[Written]:
         """What segments say that are encoded already."""
-        state = self.model.decoder.start(encoded, beams)
-        prompts = torch.tensor([each.prompt for each in asked]).repeat_interleave(beams, 0)
+        state = self.model.decoder.start(encoded, BEAMS)
+        prompts = torch.tensor([each.prompt for each in asked]).repeat_interleave(BEAMS, 0)
         logits, state = self._step(prompts, state)
         room = self.model.config.max_target_positions - prompts.shape[1]
         limits = [min(room, each.limit) for each in asked]
-        options, end = SearchOptions(beams=beams), self.tokenizer.eot
+        options, end = SearchOptions(beams=BEAMS), self.tokenizer.eot
         best = search(self._step, logits, state, self._rules, options, end_of_text=end, limits=limits)
         return [Written(self.pieces.decode(each.tokens).strip(), each.avg_logprob) for each in best]
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
@@ -12,7 +12,7 @@ from typing import Any, BinaryIO, TypeAlias
 import torch
 
 from whisper_moe.config_aside import SIGNS
-from whisper_moe.generate.senses import BEAMS, Asked, Job, SensesDecoder
+from whisper_moe.generate.senses import Asked, Job, SensesDecoder
 from whisper_moe.media.audio import MediaError
 from whisper_moe.media.video import load_film, tubelets
 
@@ -55,19 +55,7 @@ class Signer:
         if self._config.film is None:
             raise ValueError("this model sees no films: it has no part for that")
 
-    def sign(self, films: Sequence[Film], *, language: str | None = None, beams: int = BEAMS) -> list[Signed]:
-        """What is signed in each film. ``language``: of the signs, by code or name; by default the first that was learned.
-
-        Raises ``ValueError`` for a language that was not, ``MediaError`` naming the first film that cannot be read.
-        """
-        said: list[Signed] = []
-        for each in self.each(films, self.language(language), beams):
-            if isinstance(each, MediaError):
-                raise each
-            said.append(each)
-        return said
-
-    def each(self, films: Iterable[Film], code: str, beams: int = BEAMS) -> Iterator[Signed | MediaError]:
+    def each(self, films: Iterable[Film], code: str) -> Iterator[Signed | MediaError]:
         """What is signed in each film, or why it cannot be read, in order; a few films are in memory at a time."""
         coming = iter(films)
         while some := [*islice(coming, TOGETHER)]:
@@ -77,11 +65,11 @@ class Signer:
                     jobs.append(self.job(film, code))
                 except MediaError as error:
                     jobs.append(error)
-            said = iter(self._decoder.run([job for job in jobs if isinstance(job, Job)], beams))
+            said = iter(self._decoder.run([job for job in jobs if isinstance(job, Job)]))
             yield from (next(said) if isinstance(job, Job) else job for job in jobs)
 
     def language(self, language: str | None) -> str:
-        """The code of a sign language that was learned. Raises ``ValueError`` for any other."""
+        """The code of a sign language, by code or name; by default the first one learned. Raises ``ValueError`` for another."""
         learned = self._config.signs
         wanted = (language or learned[0]).strip().lower()
         code = _CODES.get(wanted, wanted)

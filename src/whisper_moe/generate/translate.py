@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from whisper_moe.generate.senses import BEAMS, Asked, Job, SensesDecoder, Written
+from whisper_moe.generate.senses import Asked, Job, SensesDecoder, Written
 from whisper_moe.media.normalize import letters_in_script
 from whisper_moe.media.pieces import sentences
 
@@ -46,18 +46,13 @@ class Translator:
         if not self.directions:
             raise ValueError("this model reads no texts: it has no part for that")
 
-    def translate(
-        self, text: str, *, source: str | None = None, target: str | None = None, beams: int = BEAMS
-    ) -> Translation:
-        """``text`` in ``target``. Languages by code; by default the source is that of most letters, and the target the only one.
+    def job(self, text: str, *, source: str | None = None, target: str | None = None) -> Job:
+        """The sentences of a text, and how their translations become its own. Languages by code; by default the source is that of
+        most letters, and the target the only one.
 
         Raises ``ValueError`` for a direction that the model is not for, for a text without a word, and for one of more than
         :data:`MOST` characters.
         """
-        return self._decoder.run([self.job(text, source=source, target=target)], beams)[0]
-
-    def job(self, text: str, *, source: str | None = None, target: str | None = None) -> Job:
-        """The sentences of a text, and how their translations become its own. Raises as :meth:`translate` does."""
         if len(text) > MOST:
             raise ValueError(
                 f"the text has {len(text):,} characters; at most {MOST:,} are translated at a time: cut it"
