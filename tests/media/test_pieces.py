@@ -6,7 +6,7 @@ import pytest
 from generate.tiny import tiny_tokenizer
 
 from whisper_moe.config_aside import TEXT
-from whisper_moe.media.pieces import Pieces
+from whisper_moe.media.pieces import Pieces, shortened
 
 TOKENS = (TEXT, " ना", " नाम", "म", "े", "रा", " है", "।")
 
@@ -39,3 +39,12 @@ def test_a_source_says_its_language_and_a_prompt_the_other(pieces: Pieces) -> No
     source = pieces.source(" नाम ", "hi")
     assert source == [tokenizer.languages["hi"], pieces.ids[" नाम"], tokenizer.eot]
     assert pieces.prompt("en") == [tokenizer.sot, tokenizer.languages["en"], 5_000, tokenizer.no_timestamps]
+
+
+def test_a_long_sentence_is_cut_at_the_comma_nearest_to_its_middle_else_between_words() -> None:
+    def cut(sentence: str) -> list[str]:
+        return shortened(sentence, lambda part: len(part) <= 12)
+
+    assert cut("one, two three, four five six") == ["one,", "two three,", "four", "five six"]
+    assert list(map(len, cut("x" * 30))) == [7, 8, 7, 8]
+    assert cut("short, this") == ["short, this"] and cut("") == []

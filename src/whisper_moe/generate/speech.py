@@ -25,7 +25,7 @@ from torch import Tensor
 from whisper_moe.config import MAX_PACK_TOKENS, SAMPLE_RATE
 from whisper_moe.config_aside import SpeechConfig, VoiceConfig
 from whisper_moe.media.audio import write_audio
-from whisper_moe.media.pieces import sentences
+from whisper_moe.media.pieces import sentences, shortened
 from whisper_moe.media.spoken import letters_of, number, runs, spoken
 from whisper_moe.model.speech import SpeechModel
 from whisper_moe.packing import Layout, first_fit_decreasing
@@ -46,7 +46,6 @@ PAUSE, PARAGRAPH = 0.12, 0.45
 """Seconds between sentences, besides what they begin and end with."""
 _PARAGRAPH = re.compile(r"\n\s*(?:\n|(?=(?:\d{1,3}[.)]|[-*•])\s))")
 """A blank line, or the next of a list."""
-_WORDS_END = re.compile(r".*[\s,;:]", re.DOTALL)
 
 
 @dataclass(frozen=True)
@@ -83,21 +82,12 @@ def sentences_of(text: str, language: str) -> list[tuple[str, float]]:
     for paragraph in _PARAGRAPH.split(text):
         before = len(found)
         for sentence in sentences(spoken(paragraph, language)):
-            pieces = _breaths(sentence)
+            pieces = shortened(sentence, lambda part: len(part) <= LONGEST)
             said = [(piece, PAUSE if piece is pieces[-1] else 0.0) for piece in pieces]
             found += [(piece, pause) for piece, pause in said if any(map(str.isalnum, piece))]
         if len(found) > before:
             found[-1] = (found[-1][0], PARAGRAPH)
     return found
-
-
-def _breaths(sentence: str) -> list[str]:
-    pieces = [sentence]
-    while len(pieces[-1]) > LONGEST:
-        last = pieces.pop()
-        end = found.end() if (found := _WORDS_END.match(last[:LONGEST])) else LONGEST
-        pieces += [last[:end].strip(), last[end:].strip()]
-    return pieces
 
 
 class Speaker:

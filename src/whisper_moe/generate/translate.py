@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 import unicodedata
 from dataclasses import dataclass
 from typing import Any
@@ -11,13 +10,12 @@ import torch
 
 from whisper_moe.generate.senses import Asked, Job, SensesDecoder, Written
 from whisper_moe.media.normalize import letters_in_script
-from whisper_moe.media.pieces import sentences
+from whisper_moe.media.pieces import sentences, shortened
 
 LONGEST = 120
 """Tokens of a source that are translated as one; longer sentences are cut at a comma, or between words."""
 MOST = 250_000
 """Characters of one text."""
-_PLACES_TO_CUT = (re.compile(r"(?<=[,;:])\s+"), re.compile(r"\s+"))
 
 
 @dataclass(frozen=True)
@@ -87,19 +85,8 @@ class Translator:
 
     def _cut(self, line: str, language: str) -> list[str]:
         """Sentences, none longer than the model is good at."""
-        return [piece for sentence in sentences(line) for piece in self._short(sentence, language)]
-
-    def _short(self, sentence: str, language: str) -> list[str]:
-        if len(self._decoder.pieces.source(sentence, language)) <= LONGEST:
-            return [sentence] if sentence else []
-        for place in _PLACES_TO_CUT:
-            cuts = [found.start() for found in place.finditer(sentence)]
-            if cuts:
-                middle = min(cuts, key=lambda cut: abs(2 * cut - len(sentence)))
-                break
-        else:
-            middle = len(sentence) // 2
-        return [*self._short(sentence[:middle].strip(), language), *self._short(sentence[middle:].strip(), language)]
+        fits = lambda part: len(self._decoder.pieces.source(part, language)) <= LONGEST  # noqa: E731
+        return [piece for sentence in sentences(line) for piece in shortened(sentence, fits)]
 
     def _asked(self, text: str, source: str, target: str) -> Asked:
         """The segment of a sentence."""

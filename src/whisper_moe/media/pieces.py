@@ -8,7 +8,7 @@ own tokens. So nothing but the pieces themselves has to be kept, and every text 
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from itertools import groupby, pairwise
 
 from whisper_moe.config_aside import SIGNS, TEXT
@@ -17,6 +17,7 @@ from whisper_moe.media.tokenizer import Tokenizer
 _SENTENCE = re.compile(
     r"(?<=[.!?।])(?<!\b[A-Z]\.)(?<!\b(?:Mr|Ms|Dr|St|vs)\.)(?<!\bMrs\.)(?<!\b(?:e\.g|i\.e)\.)(?<!^\d\.)[\"'”\u2019)]*\s+"
 )
+_PLACES_TO_CUT = (re.compile(r"(?<=[,;:])\s+"), re.compile(r"\s+"))
 _CONTROL = re.compile(r"<\|[^\s<|>]+\|>")
 
 
@@ -24,6 +25,20 @@ def sentences(text: str) -> list[str]:
     """A text cut behind its sentences, closing quotes with theirs. Initials, titles and the number of a list end none."""
     ends = [found.end() for found in _SENTENCE.finditer(text)]
     return [text[begin:end].strip() for begin, end in pairwise([0, *ends, len(text)])]
+
+
+def shortened(sentence: str, fits: Callable[[str], bool]) -> list[str]:
+    """A sentence in parts that fit: cut where a comma is nearest to its middle, else between words, else in the middle."""
+    if fits(sentence):
+        return [sentence] if sentence else []
+    for place in _PLACES_TO_CUT:
+        cuts = [found.start() for found in place.finditer(sentence)]
+        if cuts:
+            middle = min(cuts, key=lambda cut: abs(2 * cut - len(sentence)))
+            break
+    else:
+        middle = len(sentence) // 2
+    return [*shortened(sentence[:middle].strip(), fits), *shortened(sentence[middle:].strip(), fits)]
 
 
 class Pieces:
