@@ -10,7 +10,6 @@ import logging
 import os
 import re
 import sys
-import tempfile
 import time
 import unicodedata
 from collections import defaultdict
@@ -26,7 +25,7 @@ from pydantic import ValidationError
 from whisper_moe.frozen import problems
 from whisper_moe.generate.options import SubtitleOptions
 from whisper_moe.generate.result import FORMATS, Transcription, as_text, mean_gates
-from whisper_moe.weights.files import atomic_file
+from whisper_moe.weights.files import atomic_file, try_folder
 
 if TYPE_CHECKING:
     from rich.progress import Progress
@@ -236,7 +235,8 @@ class Outputs:
         if unknown := [name for name in self.formats if name not in FORMATS]:
             raise UsageError(f"unknown output format {unknown[0]!r}: one of {', '.join(FORMATS)}, all")
         if directory is not None:
-            try_folder(directory)
+            with usage():
+                try_folder(directory)
         elif len(self.formats) > 1:
             raise UsageError("several formats need a folder to be written to: add -o DIR")
         elif self._several and self.formats[0] not in ("txt", "json"):
@@ -312,17 +312,6 @@ def _facts_in(file: Path) -> dict[str, Any]:
     except ValueError:
         return {}
     return said if isinstance(said, dict) else {}
-
-
-def try_folder(directory: Path) -> None:
-    """The folder is made, and tried: a disk that refuses is better known before all the work than after it."""
-    if directory.exists() and not directory.is_dir():
-        raise UsageError(f"{directory}: is a file; -o needs a folder")
-    try:
-        directory.mkdir(parents=True, exist_ok=True)
-        tempfile.TemporaryFile(dir=directory).close()
-    except OSError as error:
-        raise UsageError(f"{directory}: cannot be written to: {error.strerror}") from error
 
 
 def try_aloud(directory: Path, jobs: Sequence[Job]) -> None:

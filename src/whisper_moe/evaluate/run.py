@@ -10,7 +10,6 @@ from __future__ import annotations
 import logging
 import math
 import operator
-import tempfile
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from datetime import UTC, datetime
@@ -35,6 +34,7 @@ from whisper_moe.evaluate.systems import Heard, System, apart
 from whisper_moe.machine import machine, versions
 from whisper_moe.media.audio import MediaError
 from whisper_moe.media.normalize import normalize
+from whisper_moe.weights.files import try_folder
 
 logger = logging.getLogger(__name__)
 
@@ -94,11 +94,7 @@ def _check_folder(folder: Path) -> None:
     if present and (reports.JSON not in present or present - set(reports.FILES)):
         others = sorted(present - set(reports.FILES) or present)
         raise ValueError(f"{folder}: not replaced, for it holds more than a report: {', '.join(others[:5])}")
-    try:
-        folder.absolute().parent.mkdir(parents=True, exist_ok=True)
-        tempfile.TemporaryFile(dir=folder.absolute().parent).close()
-    except OSError as error:
-        raise ValueError(f"{folder}: cannot be written: {error.strerror}") from error
+    try_folder(folder.absolute().parent)
 
 
 def gather(corpora: Sequence[CorpusConfig]) -> tuple[list[Clip], list[tuple[str, str]]]:

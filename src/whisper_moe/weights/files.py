@@ -14,6 +14,7 @@ import secrets
 import shutil
 import stat
 import sys
+import tempfile
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -201,6 +202,17 @@ def check_free(path: Path, overwrite: bool) -> None:
     """Raises ``ValueError`` where a folder cannot take this path."""
     if path.exists() and not (overwrite and path.is_dir()):
         raise ValueError(f"{path}: exists already{' and is not a directory' if overwrite else '; name another one'}")
+
+
+def try_folder(directory: Path) -> None:
+    """The folder is made, and tried: a disk that refuses is better known before the work than after it. Raises ``ValueError``."""
+    if directory.exists() and not directory.is_dir():
+        raise ValueError(f"{directory}: is a file; -o needs a folder")
+    try:
+        directory.mkdir(parents=True, exist_ok=True)
+        tempfile.TemporaryFile(dir=directory).close()
+    except OSError as error:
+        raise ValueError(f"{directory}: cannot be written to: {error.strerror}") from error
 
 
 def sync(path: Path) -> None:
