@@ -18,7 +18,9 @@ from whisper_moe.frozen import Frozen
 SAMPLE_RATE = 16_000
 """Samples a second that every log-mel is computed at."""
 FRAMES_PER_SECOND = 100
-"""Mel frames a second: a hop of 160 samples."""
+"""Mel frames a second."""
+HOP = SAMPLE_RATE // FRAMES_PER_SECOND
+"""Samples from one mel frame to the next: 160, 10 ms."""
 POSITIONS_PER_SECOND = 50
 """Encoder positions a second: the stem's second convolution halves the frames."""
 SAMPLES_PER_POSITION = SAMPLE_RATE // POSITIONS_PER_SECOND

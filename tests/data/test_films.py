@@ -35,7 +35,7 @@ def test_a_film_is_tubelets_for_the_encoder_and_a_word_for_the_decoder(clip: Pat
     pieces, reader = Pieces(tiny_tokenizer(), SEES.senses.tokens, SEES.vocab_size), tiny_reader(SEES)
     example = reader.read(signed(clip, text=" a  dog "), 0.5)
     assert torch.equal(example.mel, torch.from_numpy(tubelets(load_film(clip, SEES.senses.film), SEES.senses.film)))
-    assert list(example.tokens) == [*pieces.sign_prompt("sgn"), *pieces.encode(" a dog")]
+    assert list(example.tokens) == [*pieces.opening("en", "<|sign|>"), *pieces.encode(" a dog")]
     assert example.labels[-1] == pieces.tokenizer.eot
     assert reader.measure(signed(clip, text="a dog"), float("nan")) == (0, example.size)
 

@@ -38,7 +38,7 @@ def test_a_source_says_its_language_and_a_prompt_the_other(pieces: Pieces) -> No
     tokenizer = pieces.tokenizer
     source = pieces.source(" नाम ", "hi")
     assert source == [tokenizer.languages["hi"], pieces.ids[" नाम"], tokenizer.eot]
-    assert pieces.prompt("en") == [tokenizer.sot, tokenizer.languages["en"], 5_000, tokenizer.no_timestamps]
+    assert pieces.opening("en") == [tokenizer.sot, tokenizer.languages["en"], 5_000, tokenizer.no_timestamps]
 
 
 def test_a_long_sentence_is_cut_at_the_comma_nearest_to_its_middle_else_between_words() -> None:

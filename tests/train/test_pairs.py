@@ -55,7 +55,7 @@ def test_a_pair_is_a_source_for_the_encoder_and_a_text_for_the_decoder() -> None
     pieces, reader = Pieces(tiny_tokenizer(), PIECES, READS.vocab_size), tiny_reader(READS)
     example = reader.read(pair("  A   dog. "), 5.0)
     assert example.mel.tolist() == pieces.source("A dog.", "en")
-    assert list(example.tokens) == [*pieces.prompt("hi"), *pieces.encode(" काम है")]
+    assert list(example.tokens) == [*pieces.opening("hi"), *pieces.encode(" काम है")]
     assert list(example.labels) == [IGNORED] * 3 + [*pieces.encode(" काम है"), pieces.tokenizer.eot]
     assert reader.measure(pair(), float("nan")) == (0, example.size)
 

@@ -9,6 +9,7 @@ import numpy as np
 from pydantic import Field
 
 from whisper_moe.config import ModelConfig
+from whisper_moe.config_aside import SIGNS
 from whisper_moe.data.pairs import encoded
 from whisper_moe.data.sample import DataError, Sample, TooLong
 from whisper_moe.frozen import Frozen
@@ -52,7 +53,7 @@ class FilmReader:
             raise ValueError(f"{sample.id}: the model sees {', '.join(self._signs)}, not {sample.language!r}")
         if sample.target_language != "en":
             raise ValueError(f"{sample.id}: of signs the model writes English, not {sample.target_language!r}")
-        prompt = self._pieces.sign_prompt(sample.language)
+        prompt = self._pieces.opening("en", SIGNS[sample.language])
         text = encoded(sample, sample.text, "text", lambda said: self._pieces.encode(f" {said}"))
         if len(prompt) + len(text) > self._most:
             raise TooLong(sample.id, f"its text has {len(text)} tokens; the decoder has {self._most} positions")

@@ -34,7 +34,7 @@ class PairReader:
         if direction not in self._directions:
             known = ", ".join(">".join(each) for each in self._directions)
             raise ValueError(f"{sample.id}: the model translates {known}, not {'>'.join(direction)}")
-        source, prompt = self._source(sample), self._pieces.prompt(sample.target_language)
+        source, prompt = self._source(sample), self._pieces.opening(sample.target_language)
         text = encoded(sample, sample.text, "text", lambda said: self._pieces.encode(f" {said}"))
         for name, length, most in zip(
             ("source", "text"), (len(source), len(prompt) + len(text)), self._limits, strict=True

@@ -83,7 +83,7 @@ class Signer:
         """The segment of a film, and what becomes of it. Raises ``MediaError``."""
         assert self._config.film is not None
         given: Any = film if hasattr(film, "read") else Path(film)  # pyright: ignore[reportArgumentType]
-        name, prompt = name_of(film), self._decoder.pieces.sign_prompt(code)
+        name, prompt = name_of(film), self._decoder.pieces.opening("en", SIGNS[code])
         part = torch.from_numpy(tubelets(load_film(given, self._config.film, name=name), self._config.film))
         return Job(
             [Asked(part, prompt, LONGEST)],

@@ -91,4 +91,4 @@ class Translator:
     def _asked(self, text: str, source: str, target: str) -> Asked:
         """The segment of a sentence."""
         ids = self._decoder.pieces.source(text, source)
-        return Asked(torch.tensor(ids), self._decoder.pieces.prompt(target), 2 * len(ids) + 32)
+        return Asked(torch.tensor(ids), self._decoder.pieces.opening(target), 2 * len(ids) + 32)

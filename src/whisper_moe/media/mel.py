@@ -18,10 +18,8 @@ from numpy.typing import NDArray
 from torch import Tensor
 from torch.nn import functional as F
 
-from whisper_moe.config import FRAMES_PER_SECOND, SAMPLE_RATE, SAMPLES_PER_POSITION
+from whisper_moe.config import HOP, SAMPLE_RATE, SAMPLES_PER_POSITION
 
-HOP = SAMPLE_RATE // FRAMES_PER_SECOND
-"""Samples from one frame to the next: 160, 10 ms."""
 N_FFT = SAMPLE_RATE // 40
 """Samples in a window: 400, 25 ms."""
 MIN_SAMPLES = N_FFT // 2 + 1

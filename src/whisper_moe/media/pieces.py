@@ -11,7 +11,7 @@ import re
 from collections.abc import Callable, Iterable, Sequence
 from itertools import groupby, pairwise
 
-from whisper_moe.config_aside import SIGNS, TEXT
+from whisper_moe.config_aside import TEXT
 from whisper_moe.media.tokenizer import Tokenizer
 
 _SENTENCE = re.compile(
@@ -57,15 +57,8 @@ class Pieces:
         """What the encoder reads: language, text, end."""
         return [self.tokenizer.language_id(language), *self.encode(f" {text.strip()}"), self.tokenizer.eot]
 
-    def prompt(self, language: str) -> list[int]:
-        """What the decoder begins with, to write a text in this language."""
-        return self._opening(language, TEXT)
-
-    def sign_prompt(self, signs: str) -> list[int]:
-        """What the decoder begins with, to write in English what is signed in this sign language."""
-        return self._opening("en", SIGNS[signs])
-
-    def _opening(self, language: str, task: str) -> list[int]:
+    def opening(self, language: str, task: str = TEXT) -> list[int]:
+        """What the decoder begins with, to write in this language. ``task``: the token of what was read, a text or signs."""
         tokenizer = self.tokenizer
         return [tokenizer.sot, tokenizer.language_id(language), self.ids[task], tokenizer.no_timestamps]
 

@@ -14,7 +14,7 @@ from itertools import groupby
 import numpy as np
 from numpy.typing import NDArray
 
-from whisper_moe.config import FRAMES_PER_SECOND, SAMPLE_RATE
+from whisper_moe.config import HOP, SAMPLE_RATE
 
 Samples = NDArray[np.float32]
 Spans = list[tuple[int, int]]
@@ -26,8 +26,6 @@ SILENT_PEAK = 1e-4
 LEAD_SECONDS = 2.0
 """Digital silence at the ends of a window that is not decoded with it; less is a pause between sentences, and does no harm."""
 
-FRAME = SAMPLE_RATE // FRAMES_PER_SECOND
-"""Samples in a mel frame: 160, 10 ms."""
 STEP = SAMPLE_RATE // 50
 """Samples in a step of short-time energy: 320, 20 ms."""
 SMOOTH_STEPS = 13
@@ -109,7 +107,7 @@ def silent_lead(samples: Samples) -> int:
     In whole mel frames. A model that hears them puts the first words at their start, seconds early, and invents or loses some.
     """
     heard = np.abs(samples) >= SILENT_PEAK
-    first = int(heard.argmax()) // FRAME * FRAME if len(samples) else 0
+    first = int(heard.argmax()) // HOP * HOP if len(samples) else 0
     return first if first >= LEAD_SECONDS * SAMPLE_RATE else 0
 
 

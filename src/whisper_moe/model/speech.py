@@ -19,9 +19,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from whisper_moe.config import POSITIONS_PER_SECOND, ConformerConfig, ModelConfig
+from whisper_moe.config import HOP, POSITIONS_PER_SECOND, ConformerConfig, ModelConfig
 from whisper_moe.config_aside import SpeechConfig
-from whisper_moe.media.mel import HOP
 from whisper_moe.model.attention import CrossAttentionCache
 from whisper_moe.model.block import Block, listed
 from whisper_moe.model.layers import sinusoids

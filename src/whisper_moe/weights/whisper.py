@@ -16,7 +16,7 @@ from pydantic import BaseModel, ConfigDict, ValidationError
 from safetensors.torch import save
 from torch import Tensor
 
-from whisper_moe.config import FRAMES_PER_SECOND, FULL_WINDOW, SAMPLE_RATE, ModelConfig
+from whisper_moe.config import FRAMES_PER_SECOND, FULL_WINDOW, HOP, SAMPLE_RATE, ModelConfig
 from whisper_moe.frozen import problems
 from whisper_moe.weights import parts
 from whisper_moe.weights.checkpoint import CONFIG, Loaded
@@ -83,7 +83,7 @@ _PREPROCESSOR: dict[str, Any] = {
     "feature_extractor_type": "WhisperFeatureExtractor",
     "processor_class": "WhisperProcessor",
     "sampling_rate": SAMPLE_RATE,
-    "hop_length": SAMPLE_RATE // FRAMES_PER_SECOND,
+    "hop_length": HOP,
     "n_fft": 400,
     "chunk_length": int(FULL_WINDOW),
     "n_samples": int(FULL_WINDOW) * SAMPLE_RATE,
