@@ -340,11 +340,3 @@ def test_what_does_not_fit_together_is_refused(
 ) -> None:
     with pytest.raises(ValueError, match=message):
         loader_over(corpora, **changes)
-
-
-@pytest.mark.parametrize("workers", [0, 1])
-def test_a_cache_changes_nothing(tmp_path: Any, workers: int) -> None:
-    batches = list(loader_of())
-    for _ in range(2):
-        assert same(list(loader_of(cache_dir=str(tmp_path), workers=workers)), batches)
-    assert len(list(tmp_path.rglob("*.mel"))) == len(SAMPLES)

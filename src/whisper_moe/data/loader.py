@@ -19,7 +19,6 @@ from torch.utils.data import DataLoader, Dataset, get_worker_info
 
 from whisper_moe.config import ModelConfig
 from whisper_moe.data.examples import Example, ExampleReader, Pack, pack_examples
-from whisper_moe.data.mel_cache import MelCache
 from whisper_moe.data.sample import AnyCorpus, DataError, Sample, Skipped, TooLong, left_out
 from whisper_moe.data.sampler import Draw, LoaderConfig, Packs, PlannedBatch, Position, open_order, plan
 from whisper_moe.media.audio import MediaError
@@ -117,8 +116,7 @@ class PackedLoader:
         if config.batch_size < world:
             raise ValueError(f"a batch of {config.batch_size} {config.batch_unit} cannot be shared by {world} ranks")
         self.config, self._rank, self._world, self._note = config, rank, world, note
-        cache = MelCache(config.cache_dir, config.cache_limit_mb << 20) if config.cache_dir else None
-        self._reader = reader or ExampleReader(tokenizer, model, config.reading, cache)
+        self._reader = reader or ExampleReader(tokenizer, model, config.reading)
         self._order = open_order(corpora, self._reader, config)
         self._dataset = _Reading(list(corpora), self._reader)
         self._position = Position()

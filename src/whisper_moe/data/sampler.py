@@ -90,9 +90,6 @@ class LoaderConfig(Frozen):
     """Batches that each worker reads ahead."""
     max_corrupt_share: float = Field(default=0.05, ge=0, le=1)
     """Above this share of unreadable samples training stops."""
-    cache_dir: str | None = None
-    """Where spectrograms are kept, so that a sound is decoded once; None keeps none."""
-    cache_limit_mb: int = Field(default=10_000, ge=1)
 
     @property
     def reading(self) -> ExampleConfig:

@@ -153,21 +153,18 @@ class TensorFiles(Mapping[str, "Tensor"]):
 
 
 @contextmanager
-def atomic_file(path: Path, *, durable: bool = True) -> Iterator[Path]:
+def atomic_file(path: Path) -> Iterator[Path]:
     """The path of a new file in the same folder. It takes its name, and an older one's place, if the block ends without an error.
 
-    Its content is on the disk before its name changes: a name always stands for the old file or the new one, whole. Without
-    ``durable``, only as long as the machine does not lose its power: for what can be made anew, and is checked.
+    Its content is on the disk before its name changes: a name always stands for the old file or the new one, whole.
     """
     # Not tempfile: its files are private to the user. A short name: the one that is asked for may be as long as can be.
     scratch = path.with_name(f".{secrets.token_hex(8)}.tmp")
     try:
         yield scratch
-        if durable:
-            sync(scratch)
+        sync(scratch)
         os.replace(scratch, path)
-        if durable:
-            sync(path.parent)
+        sync(path.parent)
     except BaseException as error:
         with suppress(OSError):
             scratch.unlink()
