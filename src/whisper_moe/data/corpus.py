@@ -118,8 +118,6 @@ class CorpusConfig(Strict):
     """How often it is drawn in a mixture, relative to the others."""
     revision: str | None = None
     """Hub: branch, tag or commit."""
-    cache_dir: str | None = None
-    """Where ``datasets`` prepares what it reads map-style; default: its own folder, ``HF_DATASETS_CACHE``."""
 
     @field_validator("columns", mode="before")
     @classmethod

@@ -12,7 +12,7 @@ from collections.abc import Iterable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from itertools import zip_longest
-from typing import TYPE_CHECKING, Literal, Self
+from typing import TYPE_CHECKING, Self
 
 import numpy as np
 from numpy.typing import NDArray
@@ -51,8 +51,6 @@ class ExampleConfig(Frozen):
     that it hears clips as this project gives them and as programs do that pad them all."""
     padded: float = Field(default=0.0, ge=0, le=1)
     """The share of samples that are padded to 30 s instead."""
-    too_long: Literal["skip", "error"] = "skip"
-    """What happens to clips over the window and to texts over the decoder's positions."""
     leading_space: bool = True
     """Begin the text with a space, as Whisper's own transcripts do in languages that put spaces between words."""
     films: FilmAugmentation | None = None
@@ -129,7 +127,6 @@ class ExampleReader:
         """The least and the most silence after a clip."""
         self.padded = config.padded
         self._tells_languages = any(id > tokenizer.timestamp_end for id in tokenizer.languages.values())
-        self.strict = config.too_long == "error"
         self.max_positions = min(model.max_source_positions, round(FULL_WINDOW * POSITIONS_PER_SECOND))
         self.max_tokens = model.max_target_positions
         if self.max_positions + self.max_tokens > MAX_PACK_TOKENS:

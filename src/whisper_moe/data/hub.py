@@ -123,7 +123,7 @@ def _load(
 ) -> Dataset | IterableDataset:
     from datasets import load_dataset
 
-    options: dict[str, Any] = {"streaming": config.streaming, "cache_dir": config.cache_dir}
+    options: dict[str, Any] = {"streaming": config.streaming}
     if files is not None:
         kind, paths = files[0].suffix.lower(), [str(file) for file in files]
         options |= {"sep": "\t"} if kind == ".tsv" else {}

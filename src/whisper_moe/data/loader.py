@@ -250,7 +250,7 @@ class _Reading(Dataset[_Read]):
                 named = draw.source
             return self._reader.read(named, draw.margin)
         except (DataError, MediaError, TooLong) as error:
-            return left_out(named, error, self._reader.strict)
+            return left_out(named, error)
 
 
 def _as_it_is(read: Any) -> Any:

@@ -45,7 +45,7 @@ class TooLong(ValueError):
     """A sound sample that does not fit the model; the message names it."""
 
     def __init__(self, id: str, cause: str) -> None:
-        super().__init__(id, cause)  # both: it crosses from loader workers
+        super().__init__(id, cause)  # both, of which pickle makes it anew
         self.cause = cause
 
     def __str__(self) -> str:
@@ -198,14 +198,9 @@ def items(corpus: AnyCorpus, rows: Iterable[int] | None = None) -> Iterator[Samp
             yield left_out(corpus.name if stream else f"{corpus.name}, row {row + 1}", error)
 
 
-def left_out(sample: Sample | str, error: ValueError, strict: bool = False) -> Skipped:
-    """The error as a skipped sample; raises it if samples that are too long are errors.
-
-    :param sample: the sample, or what stands for its id where there is none.
-    """
+def left_out(sample: Sample | str, error: ValueError) -> Skipped:
+    """The error as a skipped sample; ``sample``: it, or what stands for its id where there is none."""
     id, place = (sample, "") if isinstance(sample, str) else (sample.id, sample.place)
-    if not isinstance(error, TooLong):
-        return Skipped(id=id, place=place or getattr(error, "place", ""), cause=str(error))
-    if strict:
-        raise error
-    return Skipped(id=id, place=place, cause=error.cause, kind="too long")
+    if isinstance(error, TooLong):
+        return Skipped(id=id, place=place, cause=error.cause, kind="too long")
+    return Skipped(id=id, place=place or getattr(error, "place", ""), cause=str(error))

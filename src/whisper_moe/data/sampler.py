@@ -309,7 +309,7 @@ class Order:
         try:
             return self._reader.measure(item, seconds)
         except (DataError, MediaError, TooLong) as error:
-            return left_out(item, error, self._reader.strict)
+            return left_out(item, error)
 
 
 def open_order(corpora: Sequence[AnyCorpus], reader: ExampleReader, config: LoaderConfig) -> Order:
