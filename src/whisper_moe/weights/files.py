@@ -14,18 +14,15 @@ import secrets
 import shutil
 import stat
 import sys
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from pydantic import Field
 from safetensors import SafetensorError, safe_open
 
 from whisper_moe.frozen import Strict
-
-if TYPE_CHECKING:
-    from torch import Tensor
 
 _MOST_BYTES = 64_000_000
 
@@ -133,23 +130,6 @@ class FileFacts(Strict):
         self.check_size(path, origin)
         if FileFacts.of(path) != self:
             raise CheckpointError(f"{path}: sha256 differs from {origin}'s: damaged or changed")
-
-
-class TensorFiles(Mapping[str, "Tensor"]):
-    """The tensors of safetensors files, each read when it is asked for, so that a large model is held once."""
-
-    def __init__(self, paths: Iterable[Path]) -> None:
-        files = [open_tensors(path) for path in paths]
-        self._where = {key: file for file in files for key in file.keys()}  # noqa: SIM118 (no mapping)
-
-    def __getitem__(self, key: str) -> Tensor:
-        return self._where[key].get_tensor(key)
-
-    def __iter__(self) -> Iterator[str]:
-        return iter(self._where)
-
-    def __len__(self) -> int:
-        return len(self._where)
 
 
 @contextmanager

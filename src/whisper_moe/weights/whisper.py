@@ -163,7 +163,7 @@ def state_from_whisper(
 ) -> dict[str, Tensor]:
     """Our float32 state of a dense model from transformers' tensors, of any floating type.
 
-    ``hf_state`` may be lazy: every tensor is asked for once. A ``WhisperModel`` saved without its head is taken too.
+    A ``WhisperModel`` saved without its head is taken too.
     Raises ``CheckpointError`` that names ``origin`` and the keys for a missing, superfluous, wrongly shaped or
     non-finite tensor, and for an output projection that is not the token embedding.
     """
