@@ -11,6 +11,7 @@ import math
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any, TypeAlias
 
 import torch
@@ -18,9 +19,8 @@ from torch.utils.data import DataLoader, Dataset
 
 from whisper_moe.config import ModelConfig
 from whisper_moe.data.examples import Example, ExampleReader, Pack, pack_examples
-from whisper_moe.data.sample import AnyCorpus, DataError, Sample, Skipped, TooLong, left_out
+from whisper_moe.data.sample import AnyCorpus, DataError, Sample, Skipped, items, tried
 from whisper_moe.data.sampler import Draw, LoaderConfig, Packs, PlannedBatch, Position, open_order, plan
-from whisper_moe.media.audio import MediaError
 from whisper_moe.media.tokenizer import Tokenizer
 
 STATE_VERSION = 2
@@ -227,17 +227,12 @@ class _Reading(Dataset[_Read]):
 
     def _read(self, draw: Draw) -> Example | Skipped:
         """The example, or why there is none. Raises ``ValueError`` for what is wrong with more than this sample."""
-        named: Sample | str = "a sample"
-        try:
-            if isinstance(draw.source, tuple):
-                corpus, row = draw.source
-                named = f"{self._corpora[corpus].name}, row {row + 1}"
-                named = self._corpora[corpus][row]
-            else:
-                named = draw.source
-            return self._reader.read(named, draw.margin)
-        except (DataError, MediaError, TooLong) as error:
-            return left_out(named, error)
+        if isinstance(draw.source, Sample):
+            item = draw.source
+        else:
+            corpus, row = draw.source
+            (item,) = items(self._corpora[corpus], [row])
+        return tried(item, partial(self._reader.read, margin=draw.margin))
 
 
 def _as_it_is(read: Any) -> Any:

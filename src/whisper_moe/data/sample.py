@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import io
 import os
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from hashlib import blake2b, sha256
 from itertools import count
 from pathlib import Path
-from typing import Literal, Protocol, TypeAlias, get_args
+from typing import Literal, Protocol, TypeAlias, TypeVar, get_args
 
 import numpy as np
 from numpy.typing import NDArray
@@ -22,6 +22,7 @@ from whisper_moe.media.video import header_seconds
 Task: TypeAlias = Literal["transcribe", "translate", "translate-text", "sign"]
 """Speech to its text, speech to English text, text to text, sign-language video to text."""
 TASKS: tuple[Task, ...] = get_args(Task)
+_T = TypeVar("_T")
 
 
 class DataError(ValueError):
@@ -196,6 +197,16 @@ def items(corpus: AnyCorpus, rows: Iterable[int] | None = None) -> Iterator[Samp
             return
         except DataError as error:
             yield left_out(corpus.name if stream else f"{corpus.name}, row {row + 1}", error)
+
+
+def tried(item: Sample | Skipped, use: Callable[[Sample], _T]) -> _T | Skipped:
+    """What ``use`` makes of a sample, or why there is none. Raises ``ValueError`` for what is wrong with more than this one."""
+    if isinstance(item, Skipped):
+        return item
+    try:
+        return use(item)
+    except (DataError, MediaError, TooLong) as error:
+        return left_out(item, error)
 
 
 def left_out(sample: Sample | str, error: ValueError) -> Skipped:
