@@ -274,7 +274,7 @@ def stored_corpus(reader: RowReader, dataset: Any) -> Corpus:
     if hasattr(dataset, "__len__"):
         sounds = dataset.select_columns([sound]) if sound else None
         read = partial(_stored_sample, sounds=sounds, sound=sound, folder=reader.folder) if sound else sample_of
-        return reader.corpus(numbered_cells(dataset, sound), read, version=getattr(sounds, "_fingerprint", ""))
+        return reader.corpus(numbered_cells(dataset, sound), read)
     if sound is None:
         dataset = dataset.select_columns(plain_columns(features))
     about = {"reader": reader, "features": features}
