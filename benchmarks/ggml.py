@@ -12,8 +12,17 @@ from pathlib import Path
 
 import numpy as np
 
+from whisper_moe.config import ModelConfig
 from whisper_moe.weights.load import load_model
-from whisper_moe.weights.whisper import OPENAI, config_to_openai, state_to_whisper
+from whisper_moe.weights.whisper import FIELDS, OPENAI, state_to_whisper
+
+
+def dims_of(config: ModelConfig) -> dict[str, int]:
+    """The ``dims`` of an openai/whisper file of a dense model."""
+    if {config.encoder_ffn_dim, config.decoder_ffn_dim} != {4 * config.d_model}:
+        raise ValueError("openai/whisper's feed-forward is always four times as wide as the model; this one's is not")
+    dims = {theirs: getattr(config, ours) for ours, (_, theirs) in FIELDS.items() if theirs}
+    return dims | {"n_text_state": config.d_model}
 
 
 def to_ggml(model: str, target: Path) -> None:
@@ -21,7 +30,7 @@ def to_ggml(model: str, target: Path) -> None:
     import whisper
 
     source = load_model(model)
-    sizes = config_to_openai(source.config)
+    sizes = dims_of(source.config)
     assets = Path(whisper.__file__).parent / "assets"
     vocabulary = "multilingual" if sizes["n_vocab"] >= 51_865 else "gpt2"
     lines = (assets / f"{vocabulary}.tiktoken").read_bytes().splitlines()

@@ -280,15 +280,16 @@ def to_ctranslate2(quantization: str, model: str, target: Path) -> None:
 
 def to_openai(model: str, target: Path) -> None:
     import torch
+    from ggml import dims_of
 
     from whisper_moe.weights.load import load_model
-    from whisper_moe.weights.whisper import OPENAI, config_to_openai, state_to_whisper
+    from whisper_moe.weights.whisper import OPENAI, state_to_whisper
 
     source = load_model(model)
     state = state_to_whisper(source.state, source.config, OPENAI)
     if all(torch.equal(tensor.half().float(), tensor) for tensor in state.values()):  # as most are published
         state = {name: tensor.half() for name, tensor in state.items()}
-    torch.save({"dims": config_to_openai(source.config), "model_state_dict": state}, target)
+    torch.save({"dims": dims_of(source.config), "model_state_dict": state}, target)
 
 
 def unshare_cores(environment: MutableMapping[str, str] = os.environ) -> None:

@@ -6,6 +6,7 @@ Tests that need what lies beside a checkout skip where it does not.
 from __future__ import annotations
 
 import os
+import tempfile
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -13,6 +14,8 @@ import pytest
 
 if "PYTEST_XDIST_WORKER" in os.environ:  # a core each: threads of several workers would only wait for each other
     os.environ.setdefault("OMP_NUM_THREADS", "1")
+_PREPARED = tempfile.TemporaryDirectory()  # what datasets prepares goes when the tests end
+os.environ["HF_DATASETS_CACHE"] = _PREPARED.name  # which is read when that is imported
 
 if TYPE_CHECKING:
     from commandline import Run

@@ -77,7 +77,6 @@ def test_the_commands_of_fine_tuning_run_one_after_another(tmp_path: Path, monke
     (tmp_path / "clips/talk.wav").write_bytes((tmp_path / "clips/0.wav").read_bytes())
     (tmp_path / "recipes").symlink_to(ROOT / "recipes")
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setenv("HF_DATASETS_CACHE", str(tmp_path / "datasets"))
     assert len(commands()) == 8
     for words in commands():
         words = [word.replace("openai/whisper-small", "whisper-small") for word in words]

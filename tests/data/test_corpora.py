@@ -53,7 +53,6 @@ KINDS = {
 def miniatures(tmp_path_factory: pytest.TempPathFactory) -> dict[str, dict[str, Any]]:
     """The settings of each."""
     root = tmp_path_factory.mktemp("corpora")
-    cache = {"cache_dir": str(root / "cache")}
     unpacked = archives(root / "unpacked")
     signs(root / "include")
     sign_lists(root / "include")
@@ -65,9 +64,9 @@ def miniatures(tmp_path_factory: pytest.TempPathFactory) -> dict[str, dict[str, 
     return {
         "kathbath-archives": {"kind": "kathbath", "source": str(unpacked)},
         "kathbath-tar": {"kind": "kathbath", "source": str(tarred(unpacked, root / "packed"))},
-        "kathbath-hub": {"kind": "kathbath", "source": str(hub_copy(root / "hub")), **cache},
+        "kathbath-hub": {"kind": "kathbath", "source": str(hub_copy(root / "hub"))},
         "include": {"kind": "include", "source": str(root / "include")},
-        "wiki-translate": {"kind": "wiki-translate", "source": str(root / "wiki"), **cache},
+        "wiki-translate": {"kind": "wiki-translate", "source": str(root / "wiki")},
         "table": {"kind": "table", "source": str(root / "table" / "transcripts.tsv"), "languages": ["hindi"]},
     }
 
@@ -163,8 +162,6 @@ def test_a_corpus_that_states_lengths_is_not_probed(
 
 
 def kathbath(source: Path | str, **settings: Any) -> Corpus:
-    if Path(source).is_dir():
-        settings.setdefault("cache_dir", str(Path(source).parent / "cache"))
     return open_corpus(CorpusConfig(kind="kathbath", source=str(source), **settings))
 
 
@@ -327,7 +324,6 @@ def test_only_the_files_of_the_split_and_language_are_read(tmp_path: Path) -> No
 
 
 def include(source: Path, **settings: Any) -> Corpus:
-    settings.setdefault("cache_dir", str(source.parent / "cache"))
     return open_corpus(CorpusConfig(kind="include", source=str(source), **settings))
 
 
@@ -462,7 +458,6 @@ def test_the_real_lists_have_the_published_numbers(shared_data: Path, tmp_path: 
 def wiki(source: Path, *directions: str, **settings: Any) -> Corpus:
     if directions:
         settings["directions"] = directions
-    settings.setdefault("cache_dir", str(source.parent / "cache"))
     return open_corpus(CorpusConfig(kind="wiki-translate", source=str(source), **settings))
 
 

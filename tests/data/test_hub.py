@@ -118,8 +118,8 @@ FORMS = {
 }
 
 
-def opened(source: Path | str, cache: Path, **settings: Any) -> Corpus:
-    return open_corpus(CorpusConfig(kind="table", source=str(source), cache_dir=str(cache / "cache"), **settings))
+def opened(source: Path | str, **settings: Any) -> Corpus:
+    return open_corpus(CorpusConfig(kind="table", source=str(source), **settings))
 
 
 def facts(corpus: Corpus) -> list[tuple[str, str, float]]:
@@ -138,12 +138,12 @@ EXPECTED = [(text, code, SECONDS[name]) for name, (text, code) in CLIPS.items()]
 @pytest.mark.parametrize("form", FORMS)
 def test_every_form_gives_the_same_samples(clips: Path, tmp_path: Path, form: str, streaming: bool) -> None:
     source = FORMS[form](clips, tmp_path)
-    corpus = opened(source, tmp_path, streaming=streaming)
+    corpus = opened(source, streaming=streaming)
     assert facts(corpus) == EXPECTED == facts(pickle.loads(pickle.dumps(corpus))) and corpus.left_out == ()
     assert len({sample.id for sample in corpus}) == len(CLIPS)
     if not streaming:
         assert corpus.lengths().tolist() == list(SECONDS.values()) and corpus[2].text == "three"
-    some = opened(source, tmp_path, streaming=streaming, languages=["en", "or"])
+    some = opened(source, streaming=streaming, languages=["en", "or"])
     assert [text for text, _, _ in facts(some)] == ["one", "three", "ଚାରି"]
     assert streaming or some.remarks[-1] == "rows in other languages are not read: 1 in hi"
 
@@ -154,15 +154,13 @@ def test_streamed_sounds_of_one_text_are_different_samples(clips: Path, tmp_path
     datasets.Dataset.from_list([{"audio": sound, "text": "yes", "language": "en"} for sound in sounds]).to_parquet(
         source
     )
-    ids = [[sample.id for sample in opened(source, tmp_path, streaming=True)] for _ in range(2)]
+    ids = [[sample.id for sample in opened(source, streaming=True)] for _ in range(2)]
     assert len(set(ids[0])) == len(CLIPS) and ids[0] == ids[1]
     (other := tmp_path / "other").mkdir()
     datasets.Dataset.from_list([{"audio": sounds[1], "text": "yes", "language": "en"}]).to_parquet(
         other / "train.parquet"
     )
-    assert [sample.id for sample in opened(other / "train.parquet", tmp_path, streaming=True)] == [ids[0][1]], (
-        "wherever it is"
-    )
+    assert [sample.id for sample in opened(other / "train.parquet", streaming=True)] == [ids[0][1]], "wherever it is"
 
 
 @pytest.mark.parametrize("streaming", [False, True], ids=["map", "streaming"])
@@ -179,11 +177,11 @@ def test_a_hub_id_is_a_table_with_its_configurations(
         return found.to_iterable_dataset() if streaming else found
 
     monkeypatch.setattr(datasets, "load_dataset", load)
-    corpus = opened("some/speech", tmp_path, configuration="hi_in", split="valid", streaming=streaming)
+    corpus = opened("some/speech", configuration="hi_in", split="valid", streaming=streaming)
     assert facts(corpus) == EXPECTED and corpus.name == "speech"
     assert calls == [("some/speech", "hi_in", "valid"), ("some/speech", "hi_in", "validation")]
     with pytest.raises(DataError, match="some/speech: cannot be read: Unknown split 'test'"):
-        opened("some/speech", tmp_path, split="test", streaming=streaming)
+        opened("some/speech", split="test", streaming=streaming)
 
 
 def test_columns_of_any_name_are_named_by_the_corpus(clips: Path, tmp_path: Path) -> None:
@@ -192,17 +190,17 @@ def test_columns_of_any_name_are_named_by_the_corpus(clips: Path, tmp_path: Path
     found = found.class_encode_column("label")
     found.to_parquet(tmp_path / "odd.parquet")
     source, columns = tmp_path / "odd.parquet", {"audio": "clip_1", "text": "label", "language": "tongue"}
-    assert facts(opened(source, tmp_path, columns=columns)) == EXPECTED
-    guessed = opened(source, tmp_path, columns={"text": "label", "language": "tongue"})
+    assert facts(opened(source, columns=columns)) == EXPECTED
+    guessed = opened(source, columns={"text": "label", "language": "tongue"})
     assert facts(guessed) == EXPECTED and guessed.remarks == (
         "path is the column 'clip_1', the only one that holds sounds",
     )
     with pytest.raises(DataError, match="column 'lable': the column is missing; there are clip_1, id, label"):
-        opened(source, tmp_path, columns={"text": "lable", "language": "tongue"})
+        opened(source, columns={"text": "lable", "language": "tongue"})
     with pytest.raises(DataError, match="column 'text': the column is missing"):
-        opened(source, tmp_path, columns={"language": "tongue"})
+        opened(source, columns={"language": "tongue"})
     with pytest.raises(ValueError, match="columns: there is no column 'sound': one of path, text"):
-        opened(source, tmp_path, columns={"sound": "clip_1"})
+        opened(source, columns={"sound": "clip_1"})
 
 
 @pytest.mark.parametrize("form", ["tsv", "jsonl"])
@@ -210,36 +208,36 @@ def test_of_several_columns_the_one_that_is_taken_is_told(clips: Path, tmp_path:
     row = {"wav": str(clips / "a.wav"), "normalized_text": "one", "raw_text": "One.", "lang": "en", "locale": "en-GB"}
     separated = "\t".join(row) + "\n" + "\t".join(row.values()) + "\n"
     (tmp_path / f"t.{form}").write_text(json.dumps(row) if form == "jsonl" else separated)
-    corpus = opened(tmp_path / f"t.{form}", tmp_path)
+    corpus = opened(tmp_path / f"t.{form}")
     assert [sample.text for sample in corpus] == ["One."]
     assert corpus.remarks == (
         "text is the column 'raw_text', not 'normalized_text'",
         "language is the column 'locale', not 'lang'",
     )
-    other = opened(tmp_path / f"t.{form}", tmp_path, columns={"text": "normalized_text"})
+    other = opened(tmp_path / f"t.{form}", columns={"text": "normalized_text"})
     assert [sample.text for sample in other] == ["one"] and len(other.remarks) == 1
     with pytest.raises(DataError, match="column 'said': the column is missing; there are lang, locale"):
-        opened(tmp_path / f"t.{form}", tmp_path, columns={"domain": "said"})
+        opened(tmp_path / f"t.{form}", columns={"domain": "said"})
 
 
 def test_languages_of_rows_that_say_theirs_and_of_others(clips: Path, tmp_path: Path) -> None:
     table = tmp_path / "t.tsv"
     lines = [f"{clips / 'a.wav'}\t{text}\t{code}" for text, code in (("a", "en"), ("b", ""), ("c", "hi"), ("d", "xx"))]
     table.write_text("\n".join(["path\ttext\tlanguage", *lines]) + "\n")
-    one = opened(table, tmp_path, languages=["hi"])
+    one = opened(table, languages=["hi"])
     assert [(sample.text, sample.language) for sample in one] == [("b", "hi"), ("c", "hi")]
     assert one.remarks == ("rows in other languages are not read: 1 in en, 1 in xx",) and one.left_out == ()
-    two = opened(table, tmp_path, languages=["hi", "en"])
+    two = opened(table, languages=["hi", "en"])
     assert [sample.text for sample in two] == ["a", "c"]
     assert [each.cause.partition("column ")[2][:24] for each in two.left_out] == ["'language': no language:"]
-    every = opened(table, tmp_path)
+    every = opened(table)
     assert [each.cause.partition("column ")[2][:24] for each in every.left_out] == [
         "'language': no language:",
         "'language': unknown lang",
     ]
     table.write_text("\n".join(["path\ttext\tlanguage", lines[0], lines[2]]) + "\n")
     with pytest.raises(DataError, match=r"no rows in ta; there are en, hi"):
-        opened(table, tmp_path, languages=["ta"])
+        opened(table, languages=["ta"])
 
 
 @pytest.mark.parametrize("streaming", [False, True], ids=["map", "streaming"])
@@ -251,9 +249,7 @@ def test_a_stored_row_that_is_no_sample_costs_itself(clips: Path, tmp_path: Path
         "xx",
     )
     datasets.Dataset.from_dict(found).to_parquet(tmp_path / "t.parquet")
-    config = CorpusConfig(
-        kind="table", source=str(tmp_path / "t.parquet"), cache_dir=str(tmp_path / "cache"), streaming=streaming
-    )
+    config = CorpusConfig(kind="table", source=str(tmp_path / "t.parquet"), streaming=streaming)
     (seen := Inspection()).look(config)
     assert seen.samples == 1 and len(seen.of_kind("corrupt")) == 3
     assert streaming or sorted(each.place for each in seen.of_kind("corrupt")) == [
@@ -264,10 +260,10 @@ def test_a_stored_row_that_is_no_sample_costs_itself(clips: Path, tmp_path: Path
 def test_what_is_no_such_data_is_said(clips: Path, tmp_path: Path) -> None:
     source = saved(clips, tmp_path, splits=True)
     with pytest.raises(DataError, match="no split 'test'; there are train, validation"):
-        opened(source, tmp_path, split="test")
-    assert len(opened(source, tmp_path, split="dev")) == 1
+        opened(source, split="test")
+    assert len(opened(source, split="dev")) == 1
     (source / "train" / "state.json").write_text("{")
     with pytest.raises(DataError, match="saved: cannot be read"):
-        opened(source, tmp_path)
+        opened(source)
     with pytest.raises(DataError, match="nowhere: no such file or folder"):
-        opened(tmp_path / "nowhere", tmp_path)
+        opened(tmp_path / "nowhere")

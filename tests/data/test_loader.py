@@ -14,7 +14,7 @@ from data.memory import MODEL, MemoryCorpus, clip, clips, damaged, tiny_reader
 from generate.tiny import tiny_tokenizer
 
 from whisper_moe.config import MAX_PACK_TOKENS
-from whisper_moe.data.examples import pack_examples
+from whisper_moe.data.examples import Example, ExampleReader, pack_examples
 from whisper_moe.data.loader import Batch, PackedLoader
 from whisper_moe.data.sample import DataError, Sample, Skipped
 from whisper_moe.data.sampler import LoaderConfig
@@ -246,8 +246,6 @@ def test_what_a_survey_finds_is_named_before_the_first_batch() -> None:
     assert sorted(id for batch in loader for id in batch.ids) == sorted(sample.id for sample in SAMPLES)
     with pytest.raises(DataError, match=r"11\.1% of 36 samples are corrupt"):
         loader_over([corpus])
-    with pytest.raises(ValueError, match="wordy: its text has"):
-        loader_of([*SAMPLES, unusable["wordy"]], examples={"too_long": "error"})
     with pytest.raises(ValueError, match=r"no sample of .* can be used.*wordy"):
         loader_of([unusable["wordy"]])
 
@@ -267,8 +265,6 @@ def test_clips_longer_than_their_corpus_says_stay_within_a_pack() -> None:
     over = [replace(clip("over", 30.5), duration=29.0), *SAMPLES]
     skipped = [sample for batch in loader_of(over) for sample in batch.skipped]
     assert [(sample.id, sample.corrupt) for sample in skipped] == [("over", False)]
-    with pytest.raises(ValueError, match=r"over: its sound has 30\.50 s"):
-        list(loader_of(over, examples={"too_long": "error"}, workers=1))
 
 
 def test_lengths_that_nobody_gives_are_read_from_the_headers() -> None:
@@ -282,6 +278,21 @@ def test_what_the_model_cannot_learn_is_an_error_not_a_skipped_sample() -> None:
         with pytest.raises(ValueError, match="'or'") as raised:
             list(loader_of([*SAMPLES, odia], streaming=streaming))
         assert not isinstance(raised.value, DataError)
+
+
+class Refusing(ExampleReader):
+    """Something is wrong with more than a sample."""
+
+    def read(self, sample: Sample, margin: float) -> Example:
+        raise ValueError("nothing can be read")
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_an_error_is_the_same_from_a_worker(workers: int) -> None:
+    config = LoaderConfig(workers=workers)
+    reader = Refusing(TOKENIZER, MODEL, config.examples)
+    with pytest.raises(ValueError, match=r"^nothing can be read$"):
+        list(PackedLoader([MemoryCorpus(SAMPLES)], TOKENIZER, MODEL, config, reader=reader))
 
 
 # Streams.
@@ -340,11 +351,3 @@ def test_what_does_not_fit_together_is_refused(
 ) -> None:
     with pytest.raises(ValueError, match=message):
         loader_over(corpora, **changes)
-
-
-@pytest.mark.parametrize("workers", [0, 1])
-def test_a_cache_changes_nothing(tmp_path: Any, workers: int) -> None:
-    batches = list(loader_of())
-    for _ in range(2):
-        assert same(list(loader_of(cache_dir=str(tmp_path), workers=workers)), batches)
-    assert len(list(tmp_path.rglob("*.mel"))) == len(SAMPLES)

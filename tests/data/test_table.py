@@ -57,7 +57,7 @@ def written(folder: Path, form: str) -> Path:
 
 @pytest.mark.parametrize("form", ["tsv", "csv", "jsonl", "parquet"])
 def test_every_form_of_a_table_says_the_same(folder: Path, form: str) -> None:
-    whole, piece, english = table(written(folder, form), languages=[], cache_dir=str(folder / "cache"))
+    whole, piece, english = table(written(folder, form), languages=[])
     assert (whole.id, whole.text, whole.speaker, whole.domain) == (
         "rows/train/audio/a.wav",
         '"No," he said.',
@@ -70,11 +70,7 @@ def test_every_form_of_a_table_says_the_same(folder: Path, form: str) -> None:
     assert (english.task, english.language, english.target_language) == ("translate", "or", "en")
     assert piece.audio and whole.audio and english.audio == piece.audio
     assert len(piece.audio.read()) == 16_000 and len(whole.audio.read()) == 32_000
-    assert table(folder / f"rows.{form}", languages=[], cache_dir=str(folder / "cache")).lengths().tolist() == [
-        2.0,
-        1.0,
-        1.0,
-    ]
+    assert table(folder / f"rows.{form}", languages=[]).lengths().tolist() == [2.0, 1.0, 1.0]
 
 
 def test_ids_are_different_and_do_not_depend_on_the_rows_around(folder: Path) -> None:

@@ -6,7 +6,6 @@ import functools
 import hashlib
 import inspect
 import json
-import os
 import re
 import tempfile
 from collections.abc import Callable, Iterator
@@ -196,7 +195,6 @@ def _one_thread() -> Iterator[None]:
 
 
 def _scratch(name: str) -> Path:
-    os.environ.setdefault("HF_DATASETS_CACHE", str(Path(_temporary().name) / "datasets"))
     (folder := Path(_temporary().name) / name).mkdir()
     return folder
 

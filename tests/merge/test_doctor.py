@@ -20,7 +20,7 @@ from whisper_moe.config import ModelConfig, TTTConfig
 from whisper_moe.merge.doctor import examine
 from whisper_moe.weights.checkpoint import Loaded, load_checkpoint, save_checkpoint
 from whisper_moe.weights.load import load_model
-from whisper_moe.weights.whisper import OPENAI, config_to_openai, save_whisper, state_to_whisper
+from whisper_moe.weights.whisper import FIELDS, OPENAI, save_whisper, state_to_whisper
 
 WIDE = {"encoder_ffn_dim": 64, "decoder_ffn_dim": 64}
 """OpenAI's files know no other."""
@@ -53,7 +53,9 @@ def as_transformers(folder: Path, model: Loaded) -> Path:
 
 def as_openai(folder: Path, model: Loaded) -> Path:
     state = state_to_whisper(model.state, model.config, OPENAI)
-    torch.save({"dims": config_to_openai(model.config), "model_state_dict": state}, folder / "small.pt")
+    dims = {theirs: getattr(model.config, ours) for ours, (_, theirs) in FIELDS.items() if theirs}
+    dims |= {"n_text_state": model.config.d_model}
+    torch.save({"dims": dims, "model_state_dict": state}, folder / "small.pt")
     (folder / "tokenizer.json").write_bytes(model.tokenizer_json)
     return folder / "small.pt"
 

@@ -15,8 +15,3 @@ def material(tmp_path_factory: pytest.TempPathFactory) -> Path:
     tiny_checkpoint(folder / "model")
     tones(folder / "data")
     return folder
-
-
-@pytest.fixture(autouse=True)
-def _own_cache(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("HF_DATASETS_CACHE", str(tmp_path_factory.getbasetemp() / "datasets"))

@@ -6,11 +6,9 @@ The rows are a dataset of the HF ``datasets`` module, map-style or streaming; so
 
 from __future__ import annotations
 
-import hashlib
 import os
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import suppress
 from dataclasses import dataclass
 from functools import cached_property
 from itertools import compress
@@ -75,8 +73,6 @@ FEATURES = {
 number ``stored`` of a dataset beside it; ``row``: table and row that it is of."""
 STREAM_SHARDS = 128
 """Parts that ranks and workers divide a stream of rows among."""
-REMEMBERED_FROM = 1_000
-"""So many headers are worth remembering on disk."""
 PROBES = 8
 """Files whose headers are read at the same time: the wait is for disks and networks."""
 
@@ -118,8 +114,6 @@ class CorpusConfig(Strict):
     """How often it is drawn in a mixture, relative to the others."""
     revision: str | None = None
     """Hub: branch, tag or commit."""
-    cache_dir: str | None = None
-    """Where ``datasets`` prepares what it reads map-style; default: its own folder, ``HF_DATASETS_CACHE``."""
 
     @field_validator("columns", mode="before")
     @classmethod
@@ -186,8 +180,6 @@ class Corpus:
     """What a row means. It can be pickled."""
     left_out: tuple[Skipped, ...] = ()
     """What the corpus lists and cannot give: files that are not there, rows that are no samples. Not among the samples."""
-    version: str = ""
-    """Changes with sounds that are in no file of their own."""
     remarks: tuple[str, ...] = ()
     """What was decided for want of being told: of two columns the one that was taken, rows that were left aside."""
 
@@ -213,8 +205,7 @@ class Corpus:
     def lengths(self) -> NDArray[np.float32]:
         """Seconds of each sample, [samples]; 0 for text, NaN where neither the corpus nor a header says (a corrupt file).
 
-        From the column ``seconds``; else from the headers of the files, which are opened once: what they say is kept
-        on disk, for as long as the files have the same sizes and dates.
+        From the column ``seconds``; else from the headers of the files, which are opened once.
         """
         return self._lengths
 
@@ -225,19 +216,8 @@ class Corpus:
         if "seconds" in rows.column_names:
             known = np.asarray(rows.select_columns(["seconds"])["seconds"][:], dtype=np.float32)
         unknown = np.flatnonzero(np.isnan(known))
-        memory = self._memory(unknown) if len(unknown) >= REMEMBERED_FROM else None
-        if memory is not None and memory.exists():
-            known[unknown] = np.load(memory, allow_pickle=False)
-            return known
         with ThreadPoolExecutor(PROBES) as pool:
             known[unknown] = list(pool.map(self._header_seconds, unknown.tolist()))
-        if memory is not None:
-            from whisper_moe.weights.files import atomic_file
-
-            with suppress(OSError):  # a disk that takes nothing only costs the next run its time
-                memory.parent.mkdir(parents=True, exist_ok=True)
-                with atomic_file(memory) as scratch, scratch.open("wb") as file:
-                    np.save(file, known[unknown], allow_pickle=False)
         return known
 
     def _header_seconds(self, index: int) -> float:
@@ -245,19 +225,6 @@ class Corpus:
             return self[index].seconds()
         except (DataError, MediaError):
             return float("nan")
-
-    def _memory(self, indices: NDArray[np.int64]) -> Path:
-        """Where the headers' seconds are kept: a name that changes with the rows and with size or date of any file."""
-        rows = self._rows()
-        known = f"{getattr(rows, '_fingerprint', '')} {len(rows)} {self.version}"
-        digest = hashlib.blake2b(known.encode() + indices.tobytes(), digest_size=16)
-        files = rows.select_columns([FILE])[FILE][:] if FILE in rows.column_names else []
-        for file in filter(None, dict.fromkeys(files)):
-            with suppress(OSError):
-                status = os.stat(file)
-                digest.update(f"{file} {status.st_size} {status.st_mtime_ns};".encode())
-        cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
-        return cache / "whisper-moe" / f"seconds-{digest.hexdigest()}.npy"
 
 
 def listed(
@@ -267,7 +234,7 @@ def listed(
     rows: Sequence[Row],
     left_out: Sequence[Skipped] = (),
     sample: Callable[[Row], Sample] = sample_of,
-    **more: Any,
+    remarks: tuple[str, ...] = (),
 ) -> Corpus:
     """A corpus of rows that are known from the start, in as many shards as can be; what a row does not say is None.
 
@@ -292,4 +259,4 @@ def listed(
     dataset = Dataset.from_dict({name: [row.get(name) for row in there] for name in FEATURES}, features=features)
     if config.streaming:
         dataset = dataset.to_iterable_dataset(num_shards=min(STREAM_SHARDS, len(dataset)))
-    return Corpus(name, dataset, sample, (*left_out, *missing), **more)
+    return Corpus(name, dataset, sample, (*left_out, *missing), remarks)

@@ -12,7 +12,7 @@ from collections.abc import Iterable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from itertools import zip_longest
-from typing import TYPE_CHECKING, Literal, Self
+from typing import TYPE_CHECKING, Any, Self
 
 import numpy as np
 from numpy.typing import NDArray
@@ -27,7 +27,6 @@ from whisper_moe.config import (
     ModelConfig,
 )
 from whisper_moe.data.films import FilmAugmentation, FilmReader
-from whisper_moe.data.mel_cache import MelCache
 from whisper_moe.data.pairs import PairReader
 from whisper_moe.data.sample import DataError, Sample, TooLong, share_of
 from whisper_moe.frozen import Frozen
@@ -42,14 +41,6 @@ if TYPE_CHECKING:
 IGNORED = -100
 """The label of a token after which nothing is to be learned: torch's ``ignore_index``."""
 
-_EDGE_SAMPLES = 240
-"""With so much silence after it a sound's last frames do not depend on how long the silence is: no window (200 samples to
-each side, mirrored at the end) reaches both the sound and the end."""
-_SILENT_SAMPLES = 360
-"""With so much, a sound's last frame (centred 160 before the end) is of nothing but silence."""
-_KEPT_SECONDS = 0.04
-"""Silence that a spectrogram is computed with where margins differ: its last frame is silence, as are all that would follow."""
-
 
 class ExampleConfig(Frozen):
     """How samples are read."""
@@ -60,8 +51,6 @@ class ExampleConfig(Frozen):
     that it hears clips as this project gives them and as programs do that pad them all."""
     padded: float = Field(default=0.0, ge=0, le=1)
     """The share of samples that are padded to 30 s instead."""
-    too_long: Literal["skip", "error"] = "skip"
-    """What happens to clips over the window and to texts over the decoder's positions."""
     leading_space: bool = True
     """Begin the text with a space, as Whisper's own transcripts do in languages that put spaces between words."""
     films: FilmAugmentation | None = None
@@ -111,6 +100,16 @@ class Example:
         """Positions of the encoder and tokens of the decoder together."""
         return encoder_positions(self.mel) + len(self.tokens)
 
+    def __reduce__(self) -> tuple[object, ...]:  # on its way from a worker a tensor would take a file descriptor
+        others = {name: getattr(self, name) for name in ("id", "valid_length", "tokens", "labels")}
+        return _arrived, (self.mel.numpy(), others)
+
+
+def _arrived(mel: NDArray[Any], others: dict[str, Any]) -> Example:
+    import torch
+
+    return Example(mel=torch.from_numpy(mel), **others)
+
 
 def encoder_positions(part: Tensor) -> int:
     """Of a mel, a text or a film."""
@@ -126,10 +125,8 @@ def positions(samples: int, margin: float, limit: int) -> int:
 class ExampleReader:
     """Samples to examples, for one model and tokenizer. Loader workers have a copy each."""
 
-    def __init__(
-        self, tokenizer: Tokenizer, model: ModelConfig, config: ExampleConfig, cache: MelCache | None = None
-    ) -> None:
-        self._tokenizer, self._config, self._cache = tokenizer, config, cache
+    def __init__(self, tokenizer: Tokenizer, model: ModelConfig, config: ExampleConfig) -> None:
+        self._tokenizer, self._config = tokenizer, config
         self._n_mels = model.n_mels
         self._senses: dict[str, PairReader | FilmReader] = {}
         if model.senses and model.senses.directions:
@@ -140,7 +137,6 @@ class ExampleReader:
         """The least and the most silence after a clip."""
         self.padded = config.padded
         self._tells_languages = any(id > tokenizer.timestamp_end for id in tokenizer.languages.values())
-        self.strict = config.too_long == "error"
         self.max_positions = min(model.max_source_positions, round(FULL_WINDOW * POSITIONS_PER_SECOND))
         self.max_tokens = model.max_target_positions
         if self.max_positions + self.max_tokens > MAX_PACK_TOKENS:
@@ -231,40 +227,12 @@ class ExampleReader:
             mel = sense.read(sample, margin)
             valid = encoder_positions(mel)
         else:
-            mel, samples = self._mel(sample, margin)
-            valid = positions(samples, 0, self.max_positions)
-        return Example(id=sample.id, mel=mel, valid_length=valid, tokens=tokens, labels=labels)
+            from whisper_moe.media.mel import window_mel
 
-    def _mel(self, sample: Sample, margin: float) -> tuple[Tensor, int]:
-        """[n_mels, frames] with the margin, and the number of samples of sound.
-
-        With margins from a range, the spectrogram with hardly any is computed (and cached), and its last frame repeated:
-        frames of silence are all the same. Only where the sound's last window would reach the end this is not so.
-        """
-        import torch
-
-        from whisper_moe.media.mel import window_mel
-
-        low, high = self.margins
-        kept, cache, audio = low if low == high else _KEPT_SECONDS, self._cache, sample.audio
-        assert audio is not None
-        path = cache.path(audio, self._n_mels, kept, self.max_positions) if cache else None
-        found = cache.get(path) if cache and path else None
-        if found is None:
             sound = self._sound(sample)
-            found = window_mel(sound, self._n_mels, positions(len(sound), kept, self.max_positions)), len(sound)
-            if cache and path:
-                cache.put(path, *found)
-        mel, samples = found
-        wanted = positions(samples, margin, self.max_positions)
-        more = 2 * wanted - mel.shape[1]
-        if more == 0:
-            return mel, samples
-        if more > 0 and mel.shape[1] // 2 * SAMPLES_PER_POSITION - samples >= _SILENT_SAMPLES:
-            return torch.cat((mel, mel[:, -1:].expand(-1, more)), dim=1), samples
-        if more < 0 and wanted * SAMPLES_PER_POSITION - samples >= _EDGE_SAMPLES:
-            return mel[:, : 2 * wanted].clone(), samples
-        return window_mel(self._sound(sample), self._n_mels, wanted), samples
+            mel = window_mel(sound, self._n_mels, positions(len(sound), margin, self.max_positions))
+            valid = positions(len(sound), 0, self.max_positions)
+        return Example(id=sample.id, mel=mel, valid_length=valid, tokens=tokens, labels=labels)
 
     def _sound(self, sample: Sample) -> NDArray[np.float32]:
         assert sample.audio is not None

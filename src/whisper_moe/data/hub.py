@@ -123,7 +123,7 @@ def _load(
 ) -> Dataset | IterableDataset:
     from datasets import load_dataset
 
-    options: dict[str, Any] = {"streaming": config.streaming, "cache_dir": config.cache_dir}
+    options: dict[str, Any] = {"streaming": config.streaming}
     if files is not None:
         kind, paths = files[0].suffix.lower(), [str(file) for file in files]
         options |= {"sep": "\t"} if kind == ".tsv" else {}
@@ -274,7 +274,7 @@ def stored_corpus(reader: RowReader, dataset: Any) -> Corpus:
     if hasattr(dataset, "__len__"):
         sounds = dataset.select_columns([sound]) if sound else None
         read = partial(_stored_sample, sounds=sounds, sound=sound, folder=reader.folder) if sound else sample_of
-        return reader.corpus(numbered_cells(dataset, sound), read, version=getattr(sounds, "_fingerprint", ""))
+        return reader.corpus(numbered_cells(dataset, sound), read)
     if sound is None:
         dataset = dataset.select_columns(plain_columns(features))
     about = {"reader": reader, "features": features}

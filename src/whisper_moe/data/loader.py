@@ -11,26 +11,24 @@ import math
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any, TypeAlias
 
 import torch
-from torch import Tensor
-from torch.utils.data import DataLoader, Dataset, get_worker_info
+from torch.utils.data import DataLoader, Dataset
 
 from whisper_moe.config import ModelConfig
 from whisper_moe.data.examples import Example, ExampleReader, Pack, pack_examples
-from whisper_moe.data.mel_cache import MelCache
-from whisper_moe.data.sample import AnyCorpus, DataError, Sample, Skipped, TooLong, left_out
+from whisper_moe.data.sample import AnyCorpus, DataError, Sample, Skipped, items, tried
 from whisper_moe.data.sampler import Draw, LoaderConfig, Packs, PlannedBatch, Position, open_order, plan
-from whisper_moe.media.audio import MediaError
 from whisper_moe.media.tokenizer import Tokenizer
 
 STATE_VERSION = 2
 NAMED = 3
 """Corrupt samples that an error names."""
 
-_Read: TypeAlias = "tuple[list[list[Example]], list[Skipped], Tensor | None] | ValueError"
-"""The examples of each pack, what is left out, and the bytes of the mels where they travel apart."""
+_Read: TypeAlias = tuple[list[list[Example]], list[Skipped]] | ValueError
+"""The examples of each pack, and what is left out."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -117,8 +115,7 @@ class PackedLoader:
         if config.batch_size < world:
             raise ValueError(f"a batch of {config.batch_size} {config.batch_unit} cannot be shared by {world} ranks")
         self.config, self._rank, self._world, self._note = config, rank, world, note
-        cache = MelCache(config.cache_dir, config.cache_limit_mb << 20) if config.cache_dir else None
-        self._reader = reader or ExampleReader(tokenizer, model, config.reading, cache)
+        self._reader = reader or ExampleReader(tokenizer, model, config.reading)
         self._order = open_order(corpora, self._reader, config)
         self._dataset = _Reading(list(corpora), self._reader)
         self._position = Position()
@@ -201,13 +198,7 @@ class PackedLoader:
             if planned.packs:
                 yield planned.share(self._rank, self._world)
 
-    def _batch(
-        self, planned: PlannedBatch, groups: list[list[Example]], unread: list[Skipped], mels: Tensor | None
-    ) -> Batch:
-        if mels is not None:
-            parts = iter(mels.split([each.mel.nbytes for group in groups for each in group]))
-            own = lambda mel: next(parts).clone().view(mel.dtype).view(mel.shape)  # noqa: E731
-            groups = [[replace(each, mel=own(each.mel)) for each in group] for group in groups]
+    def _batch(self, planned: PlannedBatch, groups: list[list[Example]], unread: list[Skipped]) -> Batch:
         packs = tuple(pack for group in groups for pack in pack_examples(group))
         # Every rank draws from the same streams: each says its share of what was left out there.
         skipped = (*planned.skipped[self._rank :: self._world], *unread)
@@ -232,27 +223,16 @@ class _Reading(Dataset[_Read]):
         except ValueError as error:  # as a value: DataLoader would wrap it into a traceback's text
             return error
         groups = [[example for example in pack if isinstance(example, Example)] for pack in read]
-        skipped = [sample for pack in read for sample in pack if isinstance(sample, Skipped)]
-        mels = [example.mel for group in groups for example in group]
-        if not mels or get_worker_info() is None:
-            return groups, skipped, None
-        # On their way from a worker all are one tensor of bytes, for each tensor takes a file descriptor.
-        groups = [[replace(example, mel=example.mel.to("meta")) for example in group] for group in groups]
-        return groups, skipped, torch.cat([mel.contiguous().view(-1).view(torch.uint8) for mel in mels])
+        return groups, [sample for pack in read for sample in pack if isinstance(sample, Skipped)]
 
     def _read(self, draw: Draw) -> Example | Skipped:
         """The example, or why there is none. Raises ``ValueError`` for what is wrong with more than this sample."""
-        named: Sample | str = "a sample"
-        try:
-            if isinstance(draw.source, tuple):
-                corpus, row = draw.source
-                named = f"{self._corpora[corpus].name}, row {row + 1}"
-                named = self._corpora[corpus][row]
-            else:
-                named = draw.source
-            return self._reader.read(named, draw.margin)
-        except (DataError, MediaError, TooLong) as error:
-            return left_out(named, error, self._reader.strict)
+        if isinstance(draw.source, Sample):
+            item = draw.source
+        else:
+            corpus, row = draw.source
+            (item,) = items(self._corpora[corpus], [row])
+        return tried(item, partial(self._reader.read, margin=draw.margin))
 
 
 def _as_it_is(read: Any) -> Any:

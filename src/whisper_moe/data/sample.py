@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import io
 import os
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from hashlib import blake2b, sha256
 from itertools import count
 from pathlib import Path
-from typing import Literal, Protocol, TypeAlias, get_args
+from typing import Literal, Protocol, TypeAlias, TypeVar, get_args
 
 import numpy as np
 from numpy.typing import NDArray
@@ -22,6 +22,7 @@ from whisper_moe.media.video import header_seconds
 Task: TypeAlias = Literal["transcribe", "translate", "translate-text", "sign"]
 """Speech to its text, speech to English text, text to text, sign-language video to text."""
 TASKS: tuple[Task, ...] = get_args(Task)
+_T = TypeVar("_T")
 
 
 class DataError(ValueError):
@@ -45,7 +46,7 @@ class TooLong(ValueError):
     """A sound sample that does not fit the model; the message names it."""
 
     def __init__(self, id: str, cause: str) -> None:
-        super().__init__(id, cause)  # both: it crosses from loader workers
+        super().__init__(id, cause)  # both, of which pickle makes it anew
         self.cause = cause
 
     def __str__(self) -> str:
@@ -198,14 +199,19 @@ def items(corpus: AnyCorpus, rows: Iterable[int] | None = None) -> Iterator[Samp
             yield left_out(corpus.name if stream else f"{corpus.name}, row {row + 1}", error)
 
 
-def left_out(sample: Sample | str, error: ValueError, strict: bool = False) -> Skipped:
-    """The error as a skipped sample; raises it if samples that are too long are errors.
+def tried(item: Sample | Skipped, use: Callable[[Sample], _T]) -> _T | Skipped:
+    """What ``use`` makes of a sample, or why there is none. Raises ``ValueError`` for what is wrong with more than this one."""
+    if isinstance(item, Skipped):
+        return item
+    try:
+        return use(item)
+    except (DataError, MediaError, TooLong) as error:
+        return left_out(item, error)
 
-    :param sample: the sample, or what stands for its id where there is none.
-    """
+
+def left_out(sample: Sample | str, error: ValueError) -> Skipped:
+    """The error as a skipped sample; ``sample``: it, or what stands for its id where there is none."""
     id, place = (sample, "") if isinstance(sample, str) else (sample.id, sample.place)
-    if not isinstance(error, TooLong):
-        return Skipped(id=id, place=place or getattr(error, "place", ""), cause=str(error))
-    if strict:
-        raise error
-    return Skipped(id=id, place=place, cause=error.cause, kind="too long")
+    if isinstance(error, TooLong):
+        return Skipped(id=id, place=place, cause=error.cause, kind="too long")
+    return Skipped(id=id, place=place or getattr(error, "place", ""), cause=str(error))

@@ -22,6 +22,7 @@ import zlib
 from collections import defaultdict
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from hashlib import blake2b
 from itertools import islice
 from random import Random
@@ -33,9 +34,8 @@ from pydantic import Field
 
 from whisper_moe.config import FULL_WINDOW, MAX_PACK_TOKENS
 from whisper_moe.data.examples import ExampleConfig, ExampleReader, positions
-from whisper_moe.data.sample import AnyCorpus, DataError, Sample, Skipped, TooLong, items, left_out, share_of
+from whisper_moe.data.sample import AnyCorpus, DataError, Sample, Skipped, items, share_of, tried
 from whisper_moe.frozen import Frozen, Strict
-from whisper_moe.media.audio import MediaError
 from whisper_moe.packing import first_fit_decreasing
 
 PLANNED_TOKENS = MAX_PACK_TOKENS - 4
@@ -90,9 +90,6 @@ class LoaderConfig(Frozen):
     """Batches that each worker reads ahead."""
     max_corrupt_share: float = Field(default=0.05, ge=0, le=1)
     """Above this share of unreadable samples training stops."""
-    cache_dir: str | None = None
-    """Where spectrograms are kept, so that a sound is decoded once; None keeps none."""
-    cache_limit_mb: int = Field(default=10_000, ge=1)
 
     @property
     def reading(self) -> ExampleConfig:
@@ -307,12 +304,7 @@ class Order:
         return Draw(source, margin, heard + tokens)
 
     def _measured(self, item: Sample | Skipped, seconds: float) -> tuple[int, int] | Skipped:
-        if isinstance(item, Skipped):
-            return item
-        try:
-            return self._reader.measure(item, seconds)
-        except (DataError, MediaError, TooLong) as error:
-            return left_out(item, error, self._reader.strict)
+        return tried(item, partial(self._reader.measure, seconds=seconds))
 
 
 def open_order(corpora: Sequence[AnyCorpus], reader: ExampleReader, config: LoaderConfig) -> Order:

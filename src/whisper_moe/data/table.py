@@ -105,7 +105,7 @@ class RowReader:
         self._seen, self._elsewhere = Counter[str](), Counter[str]()
         self._has_splits, self._strict = False, sound is not None or self.file.lower().endswith((".tsv", ".csv"))
 
-    def corpus(self, cells: Rows, sample: Callable[[Row], Sample] = sample_of, version: str = "") -> Corpus:
+    def corpus(self, cells: Rows, sample: Callable[[Row], Sample] = sample_of) -> Corpus:
         """Of the rows of the split and the languages that are wanted; what is wrong with others is in ``left_out``."""
         columns, rows, faults = set[str](), list[Row](), list[RowError]()
         for number, raw in cells:
@@ -125,8 +125,7 @@ class RowReader:
             raise self._nothing(faults)
         ids = (each.file if each.row is None else f"{self.name}, row {each.row}" for each in faults)
         left = [Skipped(id=id, place=each.place, cause=str(each)) for id, each in zip(ids, faults, strict=True)]
-        told = {"remarks": self.told(), "version": version}
-        return listed(self.config, self.name, self.file, rows, left, sample, **told)
+        return listed(self.config, self.name, self.file, rows, left, sample, remarks=self.told())
 
     def told(self) -> tuple[str, ...]:
         """Remarks on columns and on rows that were left aside."""

@@ -208,16 +208,7 @@ class Vocoder(nn.Module):
 
 def inverse(spectrum_BKF: Tensor, window: Tensor) -> Tensor:
     """Overlap-add of F windows centred on samples 0, 160, …: [B, F · 160] samples. As frames of log-mels lie."""
-    size, frames = len(window), spectrum_BKF.shape[-1]
-    pieces = torch.fft.irfft(spectrum_BKF, n=size, dim=1) * window[:, None]
-    length = (frames - 1) * HOP + size
-
-    def added(columns: Tensor) -> Tensor:
-        return F.fold(columns, (1, length), (1, size), stride=(1, HOP))[:, 0, 0]
-
-    weight = added(window.square()[None, :, None].expand(1, size, frames))
-    begin = size // 2
-    return (added(pieces) / weight.clamp_min(1e-8))[:, begin : begin + frames * HOP]
+    return torch.istft(spectrum_BKF, len(window), HOP, window=window, length=spectrum_BKF.shape[-1] * HOP)
 
 
 class SpeechModel(nn.Module):

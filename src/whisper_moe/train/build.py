@@ -7,6 +7,7 @@ import random
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from importlib.util import find_spec
 from itertools import islice
 from pathlib import Path
@@ -20,10 +21,9 @@ from whisper_moe.data.corpora import open_corpus
 from whisper_moe.data.corpus import Corpus, CorpusConfig
 from whisper_moe.data.examples import ExampleReader
 from whisper_moe.data.loader import NAMED, PackedLoader
-from whisper_moe.data.sample import AnyCorpus, DataError, Skipped, TooLong, items
+from whisper_moe.data.sample import AnyCorpus, DataError, Sample, Skipped, items, tried
 from whisper_moe.data.sampler import MixingConfig
 from whisper_moe.evaluate.metrics import Evaluator
-from whisper_moe.media.audio import MediaError
 from whisper_moe.media.languages import NewLanguage
 from whisper_moe.model.block import Block
 from whisper_moe.model.model import WhisperMoEModel
@@ -332,18 +332,15 @@ def check_rows(corpus: AnyCorpus, reader: ExampleReader, limit: int | None, *, d
 
     causes: list[str] = []
     for sample in islice(items(corpus), limit):
-        if isinstance(sample, Skipped):
-            causes.append(str(sample))
-            continue
-        if decode and sample.audio is None:
+        if decode and isinstance(sample, Sample) and sample.audio is None:
             raise RecipeError(f"data.evaluation: {corpus.name}: texts and films are judged by evaluation.metric: loss")
         try:
-            reader.read(sample, 0.0)
-        except (DataError, MediaError, TooLong) as error:
-            causes.append(str(error))
-            continue
+            found = tried(sample, partial(reader.read, margin=0.0))
         except ValueError as error:
             raise RecipeError(f"data.evaluation: {error}") from error
+        if isinstance(sample, Skipped) or isinstance(found, Skipped):
+            causes.append(str(found))
+            continue
         if not decode or normalize(sample.text, sample.target_language):
             return
         causes.append(f"{sample.id}: its text has no word that could be counted")

@@ -44,7 +44,7 @@ _PACKAGES = ("whisper-moe", "torch", "numpy", "datasets", "tokenizers", "safeten
 _FREE = (
     *("run", "name", "parallel"),
     *(f"evaluation.{name}" for name in ("every", "batch_size", "padded", "patience")),
-    *(f"data.loader.{name}" for name in ("workers", "prefetch", "cache_dir", "cache_limit_mb")),
+    *(f"data.loader.{name}" for name in ("workers", "prefetch")),
     *(f"optimisation.{name}" for name in ("steps", "epochs", "recompute")),
 )
 """Parts of a recipe that may differ where a run goes on: they change neither what is learned from nor what the best checkpoint

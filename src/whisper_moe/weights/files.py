@@ -15,18 +15,15 @@ import shutil
 import stat
 import sys
 import tempfile
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from pydantic import Field
 from safetensors import SafetensorError, safe_open
 
 from whisper_moe.frozen import Strict
-
-if TYPE_CHECKING:
-    from torch import Tensor
 
 _MOST_BYTES = 64_000_000
 
@@ -136,39 +133,19 @@ class FileFacts(Strict):
             raise CheckpointError(f"{path}: sha256 differs from {origin}'s: damaged or changed")
 
 
-class TensorFiles(Mapping[str, "Tensor"]):
-    """The tensors of safetensors files, each read when it is asked for, so that a large model is held once."""
-
-    def __init__(self, paths: Iterable[Path]) -> None:
-        files = [open_tensors(path) for path in paths]
-        self._where = {key: file for file in files for key in file.keys()}  # noqa: SIM118 (no mapping)
-
-    def __getitem__(self, key: str) -> Tensor:
-        return self._where[key].get_tensor(key)
-
-    def __iter__(self) -> Iterator[str]:
-        return iter(self._where)
-
-    def __len__(self) -> int:
-        return len(self._where)
-
-
 @contextmanager
-def atomic_file(path: Path, *, durable: bool = True) -> Iterator[Path]:
+def atomic_file(path: Path) -> Iterator[Path]:
     """The path of a new file in the same folder. It takes its name, and an older one's place, if the block ends without an error.
 
-    Its content is on the disk before its name changes: a name always stands for the old file or the new one, whole. Without
-    ``durable``, only as long as the machine does not lose its power: for what can be made anew, and is checked.
+    Its content is on the disk before its name changes: a name always stands for the old file or the new one, whole.
     """
     # Not tempfile: its files are private to the user. A short name: the one that is asked for may be as long as can be.
     scratch = path.with_name(f".{secrets.token_hex(8)}.tmp")
     try:
         yield scratch
-        if durable:
-            sync(scratch)
+        sync(scratch)
         os.replace(scratch, path)
-        if durable:
-            sync(path.parent)
+        sync(path.parent)
     except BaseException as error:
         with suppress(OSError):
             scratch.unlink()

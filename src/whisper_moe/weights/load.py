@@ -23,7 +23,7 @@ from torch import Tensor
 from whisper_moe.config import EMBEDDED, ModelConfig, MoEConfig, TTTConfig, model_folder, model_name
 from whisper_moe.weights import whisper
 from whisper_moe.weights.checkpoint import CONFIG, MANIFEST, Loaded, load_checkpoint, read_config
-from whisper_moe.weights.files import CheckpointError, TensorFiles, listed, read_index, read_json, regular_size
+from whisper_moe.weights.files import CheckpointError, listed, open_tensors, read_index, read_json, regular_size
 from whisper_moe.weights.tokens import GENERATION, OLD_TOKENIZER, PUBLISHED, TOKENIZER, complete, read_tokenizer
 from whisper_moe.weights.upcycle import upcycle
 
@@ -320,7 +320,8 @@ def _tokenizer_of(path: Path, vocab_size: int, base: str | None) -> Path:
 
 
 def read_weights(folder: Path) -> tuple[Mapping[str, Tensor], Path]:
-    """The tensors of a folder, lazily where they are safetensors, and the file that errors should name."""
+    """The tensors of a folder, and the file that errors should name. Those of safetensors are mapped, so that a large model is
+    held once, as what is made of them."""
     files = weight_files((file.name for file in folder.iterdir()), folder)
     origin = folder / next((name for name in files if name.endswith(".index.json")), files[0])
     if origin.suffix == ".json":
@@ -329,7 +330,7 @@ def read_weights(folder: Path) -> tuple[Mapping[str, Tensor], Path]:
         raise CheckpointError(f"{folder}: shards without an index: {listed(files)}")
     paths = [folder / name for name in files]
     if paths[0].suffix == ".safetensors":
-        return TensorFiles(paths), origin
+        return {key: file.get_tensor(key) for file in map(open_tensors, paths) for key in file.keys()}, origin  # noqa: SIM118
     return {key: tensor for path in paths for key, tensor in _tensors(_unpickled(path), path).items()}, origin
 
 

@@ -53,7 +53,7 @@ _WHOLE, _IN_BLOCK, _CROSS = ([line.split() for line in part.splitlines()] for pa
 _BLOCKS = ("", "model.{}.layers.{}.", "{}.blocks.{}.")
 _WITHOUT_BIAS = re.compile(r".*\.(k_proj|key)\.bias")
 
-_CONFIG = {
+FIELDS = {
     "vocab_size": ("vocab_size", "n_vocab"),
     "n_mels": ("num_mel_bins", "n_mels"),
     "d_model": ("d_model", "n_audio_state"),
@@ -123,7 +123,7 @@ def config_from_whisper(hf_config: Mapping[str, Any], *, origin: str | Path = "c
     for option, needed in _FIXED.items():
         if hf_config.get(option, needed) != needed:
             raise CheckpointError(f"{origin}: {option} is {hf_config[option]!r}; only {needed!r} is supported")
-    return _config({ours: hf_config.get(theirs) for ours, (theirs, _) in _CONFIG.items()}, origin)
+    return _config({ours: hf_config.get(theirs) for ours, (theirs, _) in FIELDS.items()}, origin)
 
 
 def config_from_openai(dims: Mapping[str, Any], *, origin: str | Path = "dims") -> ModelConfig:
@@ -131,7 +131,7 @@ def config_from_openai(dims: Mapping[str, Any], *, origin: str | Path = "dims") 
     width, text_width = dims.get("n_audio_state"), dims.get("n_text_state")
     if width != text_width or not isinstance(width, int):
         raise CheckpointError(f"{origin}: encoder and decoder must be equally wide; dims say {width} and {text_width}")
-    fields = {ours: dims.get(theirs) for ours, (_, theirs) in _CONFIG.items() if theirs}
+    fields = {ours: dims.get(theirs) for ours, (_, theirs) in FIELDS.items() if theirs}
     return _config(fields | {"encoder_ffn_dim": 4 * width, "decoder_ffn_dim": 4 * width}, origin)
 
 
@@ -146,16 +146,7 @@ def config_to_whisper(config: ModelConfig) -> dict[str, Any]:
     """transformers' ``config.json`` of a dense model. Token ids belong to ``generation_config.json``."""
     _require_dense(config)
     fixed = {"architectures": ["WhisperForConditionalGeneration"], "model_type": "whisper", "is_encoder_decoder": True}
-    return fixed | {theirs: getattr(config, ours) for ours, (theirs, _) in _CONFIG.items()} | _FIXED
-
-
-def config_to_openai(config: ModelConfig) -> dict[str, Any]:
-    """The ``dims`` of an openai/whisper file of a dense model."""
-    _require_dense(config)
-    if {config.encoder_ffn_dim, config.decoder_ffn_dim} != {4 * config.d_model}:
-        raise ValueError("openai/whisper's feed-forward is always four times as wide as the model; this one's is not")
-    dims = {theirs: getattr(config, ours) for ours, (_, theirs) in _CONFIG.items() if theirs}
-    return dims | {"n_text_state": config.d_model}
+    return fixed | {theirs: getattr(config, ours) for ours, (theirs, _) in FIELDS.items()} | _FIXED
 
 
 def state_from_whisper(
@@ -163,7 +154,7 @@ def state_from_whisper(
 ) -> dict[str, Tensor]:
     """Our float32 state of a dense model from transformers' tensors, of any floating type.
 
-    ``hf_state`` may be lazy: every tensor is asked for once. A ``WhisperModel`` saved without its head is taken too.
+    A ``WhisperModel`` saved without its head is taken too.
     Raises ``CheckpointError`` that names ``origin`` and the keys for a missing, superfluous, wrongly shaped or
     non-finite tensor, and for an output projection that is not the token embedding.
     """
