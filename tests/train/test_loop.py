@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import math
+import random
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from model.tiny import CONFIGS
@@ -20,6 +22,7 @@ from whisper_moe.train import checkpoint
 from whisper_moe.train.loop import NonFiniteError, Trainer
 from whisper_moe.train.optim import LossScale
 
+GLOBAL = np.random  # what libraries draw from
 LENGTHS = [[(20, 4), (33, 9)], [(51, 5)], [(12, 12), (7, 3), (25, 6)], [(40, 8)]]
 
 
@@ -54,6 +57,14 @@ def saving(trainer: Trainer, done: list[Any]) -> Trainer:
 
     trainer.save = save
     return trainer
+
+
+def drawing(trainer: Trainer) -> list[tuple[float, ...]]:
+    """What each pass draws from the global generators, as dropout would."""
+    drawn: list[tuple[float, ...]] = []
+    draw = lambda *_: drawn.append((random.random(), GLOBAL.rand(), torch.rand(()).item()))  # noqa: E731
+    trainer.model.register_forward_pre_hook(draw)
+    return drawn
 
 
 def gradients(trainer: Trainer) -> dict[str, Tensor]:
@@ -95,17 +106,20 @@ def test_every_kind_of_parameter_moves() -> None:
 def test_a_run_that_goes_on_is_the_same_run(name: str, tmp_path: Path) -> None:
     batches = [[pack] for pack in packs(name)]
     whole = tiny_trainer(name, batches, steps=7, accumulate=2)
+    drawn = [drawing(whole)]
     whole.run()
 
     first = stopping(tiny_trainer(name, batches, steps=7, accumulate=2, directory=tmp_path), after=3)
+    drawn.append(drawing(first))
     assert first.run() == "interrupted"
-    drawn, found = torch.rand(3), checkpoint.latest(tmp_path)
+    found = checkpoint.latest(tmp_path)
     assert found is not None and checkpoint.step_of(found) == 3
     second = tiny_trainer(name, batches, seed=99, steps=7, accumulate=2)
     assert not same(weights(second), weights(first))
     second.load(found)
-    assert torch.equal(torch.rand(3), drawn)  # random numbers go on, too
+    drawn.append(drawing(second))
     second.run()
+    assert drawn[1] + drawn[2] == drawn[0] and len(set(drawn[0])) == 14  # random numbers go on, too
     assert notes(first).losses + notes(second).losses == notes(whole).losses
     assert same(weights(second), weights(whole))
     given = [trainer.batches.given for trainer in (first, second, whole)]  # pyright: ignore[reportAttributeAccessIssue]

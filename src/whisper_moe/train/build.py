@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import random
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
@@ -12,7 +11,6 @@ from itertools import islice
 from pathlib import Path
 from typing import TypeAlias
 
-import numpy as np
 import torch
 
 from whisper_moe.config_aside import ASIDE
@@ -45,13 +43,6 @@ Note: TypeAlias = Callable[[Sequence[Skipped]], None]
 START = "start"
 """The folder, within a run's, of all but the weights: so that it can go on and be exported when the source is gone."""
 logger = logging.getLogger(__name__)
-
-
-def seed_all(seed: int) -> None:
-    """The global generators, which libraries use."""
-    random.seed(seed)
-    np.random.seed(seed)  # noqa: NPY002
-    torch.manual_seed(seed)
 
 
 def initial_model(recipe: Recipe) -> Loaded:

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import json
 import math
+import random
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import asdict, astuple, dataclass, replace
@@ -19,6 +20,7 @@ from operator import add
 from pathlib import Path
 from typing import Any, Literal, Protocol
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -42,6 +44,13 @@ _TRIMMED_EVERY = 10
 """Steps after which what is free goes back to the system: packs of ever other sizes leave holes that the next do not fill."""
 _A_BATCH = "a batch"
 """What rank 0 says before each batch of an evaluation, where its figures come last."""
+
+
+def seed_all(seed: int) -> None:
+    """The global generators, which libraries use."""
+    random.seed(seed)
+    np.random.seed(seed % 2**32)  # noqa: NPY002
+    torch.manual_seed(seed)
 
 
 class NonFiniteError(ValueError):
@@ -141,6 +150,7 @@ class Trainer:
 
     def step(self) -> StepReport:
         """One update, or one that is left out because its loss or gradient is not finite."""
+        seed_all(self.recipe.run.seed + self.progress.step)  # what draws of them draws the same in a run that goes on
         batches = [next(self._stream) for _ in range(self.recipe.optimisation.accumulate)]
         counted = self._counted(batches)
         totals = Totals(*counted[:2])
@@ -314,7 +324,6 @@ class Trainer:
             "steps": self.steps,
             "scale": {"value": self.scale.value, "good": self.scale.good},
             "progress": asdict(self.progress),
-            "random": checkpoint.random_state(),
             "batches": self.batches.state_dict(),
         }
 
@@ -332,7 +341,6 @@ class Trainer:
             self.progress.worse_in_a_row = 0
         self.batches.load_state_dict(meta["batches"])
         self._stream = self._endless()
-        checkpoint.set_random_state(meta["random"])
 
 
 def _steps(recipe: Recipe, batches: Batches) -> int:

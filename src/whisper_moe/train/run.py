@@ -138,7 +138,8 @@ def run(recipe: Recipe, directory: Path, *, resume: bool = False) -> int:
 def _run(recipe: Recipe, directory: Path, parallel: Parallel) -> int:
     """Resume or begin, build, train, export."""
     from whisper_moe.train import checkpoint
-    from whisper_moe.train.build import build_trainer, initial_model, read_start, seed_all, write_start
+    from whisper_moe.train.build import build_trainer, initial_model, read_start, write_start
+    from whisper_moe.train.loop import seed_all
     from whisper_moe.train.monitor import Monitor
 
     if recipe.run.threads:
