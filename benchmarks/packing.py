@@ -21,7 +21,7 @@ import numpy as np
 import torch
 from manifest import read_clips
 
-from whisper_moe.config import FULL_WINDOW, MAX_PACK_TOKENS
+from whisper_moe.config import FULL_WINDOW
 from whisper_moe.data.examples import ExampleConfig, ExampleReader, Pack, pack_examples
 from whisper_moe.data.loader import Batch
 from whisper_moe.data.sample import Sample
@@ -105,8 +105,8 @@ def step(trained: Trainer) -> dict[str, float]:
     read, begun = batches.seconds, time.perf_counter()
     report = trained.step()
     seconds = time.perf_counter() - begun - (batches.seconds - read)
-    filled = report.tokens / (report.packs * MAX_PACK_TOKENS)
-    return {"loss": report.loss, "seconds": seconds, "packs": report.packs, "fill": filled, "samples": report.segments}
+    figures = {name: report[name] for name in ("loss", "packs", "fill")}
+    return figures | {"seconds": seconds, "samples": report["segments"]}
 
 
 def compare(samples: Sequence[Sample], args: argparse.Namespace) -> dict[str, list[dict[str, float]]]:

@@ -72,7 +72,7 @@ command()
 
 def at_step(step: int, act: str) -> str:
     """A fault: do this once this step has been reported, and before anything is kept of it."""
-    return f"before(monitor.Monitor, 'stepped', lambda self, report: report.step == {step} and {act})"
+    return f"before(monitor.Monitor, 'stepped', lambda self, step, figures: step == {step} and {act})"
 
 
 @dataclass(frozen=True)

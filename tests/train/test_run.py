@@ -27,7 +27,6 @@ from whisper_moe.data import loader as loader_module
 from whisper_moe.generate.decode import WindowDecoder
 from whisper_moe.train import checkpoint
 from whisper_moe.train.loop import Trainer
-from whisper_moe.train.monitor import StepReport
 from whisper_moe.train.run import run_lock, train
 
 ROOT = Path(__file__).parents[2]
@@ -198,11 +197,11 @@ def interrupted(recipe: Path, run: Path, monkeypatch: pytest.MonkeyPatch, *words
     """A run that was stopped after its third step."""
     step, handler = Trainer.step, signal.getsignal(signal.SIGINT)
 
-    def struck(self: Trainer) -> StepReport:
-        report = step(self)
-        if report.step == 3:
+    def struck(self: Trainer) -> dict[str, Any]:
+        figures = step(self)
+        if self.progress.step == 3:
             os.kill(os.getpid(), signal.SIGINT)
-        return report
+        return figures
 
     with monkeypatch.context() as patch:
         patch.setattr(Trainer, "step", struck)

@@ -153,7 +153,7 @@ def _run(recipe: Recipe, directory: Path, parallel: Parallel) -> int:
     start = read_start(directory) if newest else initial_model(recipe)
     if first and not newest:
         write_start(directory, start)
-    with Monitor(directory, recipe, start.config) if first else nullcontext() as monitor:
+    with Monitor(directory, recipe) if first else nullcontext() as monitor:
         trainer = build_trainer(recipe, start, parallel, monitor, directory)
         if newest:
             _go_on(trainer, Path(newest), directory)
