@@ -224,16 +224,6 @@ def without_expert(model: Loaded, name: str) -> Loaded:
     return replace(told_of(model, name), config=config, state=state, experts=experts)
 
 
-def moved_choices(before: Mapping[str, Tensor], after: Loaded, name: str) -> list[str]:
-    """The old experts whose clips, on the mean, now go to the new one."""
-    moe, weight = merged_config(after), after.state[f"{ROUTER}weight"]
-    moments = before[f"{ROUTER}fit.moments"]
-    means = moments[:, 0, 1:] / moments[:, 0, :1].clamp_min(1)
-    best = (means @ weight.T + after.state[f"{ROUTER}fit.intercept"]).argmax(1).tolist()
-    new = moe.names.index(name)
-    return [old for old, choice in zip((*moe.names[:new], "none"), best, strict=True) if choice == new]
-
-
 def _with_names(config: ModelConfig, moe: MoEConfig, names: tuple[str, ...]) -> ModelConfig:
     top_k = min(2, len(names)) if moe.granularity == "model" else 1
     changed = moe.model_dump() | {"n_experts": len(names), "expert_names": names, "top_k": top_k}

@@ -302,9 +302,7 @@ def add_expert(directory: Path, expert: str, probe: str, base: str | None) -> No
     whole = chain(_one_by_one(map(load_checkpoint, model.experts)), [found] if model.experts else ())
     remarks = "".join(f"; {reason}" for reason in diagnosis.reasons)
     _rewrite(directory, grown, whole, f"Added: {name}, {shown(source)}; probe {shown(probe)}{remarks}.")
-    moved = build.moved_choices(model.state, grown, name)
-    others = f"takes over from {', '.join(moved)}" if moved else "the others keep theirs"
-    logger.info("%s: %s added; %s", directory, name, others)
+    logger.info("%s: %s added", directory, name)
 
 
 def remove_expert(directory: Path, name: str) -> None:
