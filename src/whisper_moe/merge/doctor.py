@@ -26,8 +26,7 @@ from whisper_moe.config import SAMPLE_RATE, MoEConfig
 from whisper_moe.evaluate.report import markdown_table
 from whisper_moe.evaluate.run import shown
 from whisper_moe.media.mel import window_mel
-from whisper_moe.merge.build import decoder_of
-from whisper_moe.merge.differences import spectrum
+from whisper_moe.merge.build import decoder_of, spectrum
 from whisper_moe.weights.checkpoint import CARD, Loaded
 from whisper_moe.weights.files import CheckpointError, atomic_file, listed
 from whisper_moe.weights.load import hub_id, load_model, resolve, under
