@@ -6,7 +6,7 @@ Nothing here imports torch: a recipe can be wrong in a second rather than after 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal, Self
 
@@ -276,17 +276,6 @@ class ParallelRecipe(Strict):
                 f"parallel.data is none, so all {world_size} processes must be tensor ranks; parallel.tensor is {self.tensor}"
             )
         return replicas
-
-
-def factors_among(losses: Mapping[str, float]) -> Callable[[dict[str, float]], dict[str, float]]:
-    """A check for a script's recipes: factors are of these losses. It raises ``ValueError`` for any other."""
-
-    def known(factors: dict[str, float]) -> dict[str, float]:
-        if unknown := sorted(factors.keys() - losses.keys()):
-            raise ValueError(f"no loss is called {', '.join(unknown)}; there are {', '.join(losses)}")
-        return factors
-
-    return known
 
 
 class Recipe(Strict):
