@@ -32,7 +32,8 @@ from whisper_moe.train.build import initial_model
 from whisper_moe.train.loop import Trainer
 from whisper_moe.train.losses import SpeechObjective
 from whisper_moe.train.parallel import Parallel
-from whisper_moe.train.recipe import Recipe, recipe_of
+from whisper_moe.train.reading import checked
+from whisper_moe.train.recipe import Recipe
 from whisper_moe.weights.checkpoint import Loaded
 
 FORMS = ("packed", "padded")
@@ -82,7 +83,7 @@ def recipe_of_both(args: argparse.Namespace) -> Recipe:
     data = {"train": [{"kind": "table", "source": str(args.manifests[0])}]}  # whose clips are read in another way
     tree = {"model": {"source": args.source}, "data": data, "optimisation": optimisation, "run": {"seed": args.seed}}
     tree["losses"] = {"balance": 0.0, "z": 0.0}
-    return recipe_of(tree, "packing")
+    return checked(Recipe, tree, "packing")
 
 
 def trainer(

@@ -26,8 +26,8 @@ from whisper_moe.generate.decode import WindowDecoder
 from whisper_moe.model.router import NONE
 from whisper_moe.train import build
 from whisper_moe.train.parallel import Parallel
-from whisper_moe.train.reading import RecipeError, apply
-from whisper_moe.train.recipe import Recipe, recipe_of
+from whisper_moe.train.reading import RecipeError, apply, checked
+from whisper_moe.train.recipe import Recipe
 from whisper_moe.train.run import RECORD, check_same, run
 from whisper_moe.weights.checkpoint import save_checkpoint
 from whisper_moe.weights.load import load_model
@@ -46,7 +46,7 @@ def holed(material: Path) -> Path:
 def recipe_with(material: Path, change: Callable[[Tree], object] = lambda tree: None, data: str = "data") -> Recipe:
     tree = recipe_tree(material / "model", material / data, steps=1)
     change(tree)
-    return recipe_of(tree, "test")
+    return checked(Recipe, tree, "test")
 
 
 def table(folder: Path, **settings: Any) -> Tree:
@@ -163,7 +163,7 @@ def test_what_a_run_goes_on_with_is_said_as_it_is_written(material: Path, tmp_pa
     assert needed == ["data.loader.examples.margin=2.5", 'model.freeze=["encoder.*"]']
     for override in needed:
         apply(now, override)
-    check_same(recipe_of(now, "now"), tmp_path)
+    check_same(checked(Recipe, now, "now"), tmp_path)
 
 
 @pytest.mark.parametrize(
@@ -263,6 +263,6 @@ def test_the_expert_that_is_trained_answers_alone() -> None:
         ("losses", {"balancing": "bias"}, "losses.balancing cannot be bias"),
     ):
         with pytest.raises(RecipeError, match=said):
-            recipe_of({"model": {"expert": "x"}, "data": {"train": [table(Path())]}, part: given}, "test")
+            checked(Recipe, {"model": {"expert": "x"}, "data": {"train": [table(Path())]}, part: given}, "test")
     with pytest.raises(RecipeError, match="no expert is called 'odia'; there are hindi, tamil, english"):
         build.only_expert(decoder.model, "odia")

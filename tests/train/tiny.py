@@ -22,7 +22,8 @@ from whisper_moe.train.loop import Figures, Trainer
 from whisper_moe.train.losses import SpeechObjective
 from whisper_moe.train.monitor import Monitor
 from whisper_moe.train.parallel import Parallel
-from whisper_moe.train.recipe import Recipe, recipe_of
+from whisper_moe.train.reading import checked
+from whisper_moe.train.recipe import Recipe
 
 LETTERS = "abcdefgh"
 
@@ -150,7 +151,7 @@ def tiny_recipe(evaluation: dict[str, Any] | None = None, **sections: Any) -> Re
     optimisation |= {"steps": 10} | sections.pop("optimisation", {})
     data = {"train": [corpus], "evaluation": [] if evaluation is None else [corpus]}
     tree = {"data": data, "optimisation": optimisation, "evaluation": {"every": None} | (evaluation or {})}
-    return recipe_of(tree | {"run": {"checkpoint_every": None}} | sections, "tiny")
+    return checked(Recipe, tree | {"run": {"checkpoint_every": None}} | sections, "tiny")
 
 
 def tiny_trainer(

@@ -6,9 +6,9 @@ Nothing here imports torch: a recipe can be wrong in a second rather than after 
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal, Self
+from typing import TYPE_CHECKING, Annotated, ClassVar, Literal, Self
 
 from pydantic import Field, model_validator
 
@@ -344,9 +344,4 @@ def load_recipe(path: Path, overrides: Sequence[str] = (), kind: type[Recipe] = 
     tree = read_tree(path, overrides)
     if tree.get("name") is None:
         tree["name"] = path.stem
-    return recipe_of(tree, str(path), kind)
-
-
-def recipe_of(tree: Mapping[str, Any], origin: str, kind: type[Recipe] = Recipe) -> Recipe:
-    """Check a tree of plain values; ``origin`` is what messages begin with. Raises :class:`RecipeError`."""
-    return checked(kind, tree, origin)
+    return checked(kind, tree, str(path))

@@ -30,8 +30,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from whisper_moe.machine import take_threads
-from whisper_moe.train.reading import RecipeError, apply
-from whisper_moe.train.recipe import LoRARecipe, Recipe, load_recipe, recipe_of
+from whisper_moe.train.reading import RecipeError, apply, checked
+from whisper_moe.train.recipe import LoRARecipe, Recipe, load_recipe
 from whisper_moe.weights.files import atomic_file, json_bytes, read_json
 
 if TYPE_CHECKING:
@@ -104,7 +104,7 @@ def asked(
     run, record = run.resolve(), read_record(run)
     for override in overrides:
         apply(record["recipe"], override)
-    recipe = recipe_of(record["recipe"], str(run / RECORD), kind)
+    recipe = checked(kind, record["recipe"], str(run / RECORD))
     # Where most of the data is: where the run was begun, also if that was moved with the run in it; or here.
     folders = [Path.cwd()]
     if (begun := record.get("folder")) and (there := record.get("directory")):
@@ -294,7 +294,7 @@ def check_same(recipe: Recipe, run: Path) -> None:
     then = read_record(run)["recipe"]
     with suppress(RecipeError):  # what was there then and is refused now is said as it was
         # With the defaults of keys that are newer than the run.
-        then = recipe_of(then, RECORD, type(recipe)).model_dump(mode="json")
+        then = checked(type(recipe), then, RECORD).model_dump(mode="json")
     changed = [
         (key, before, after)
         for key, before, after in _differences(then, recipe.model_dump(mode="json"), "")
