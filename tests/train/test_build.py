@@ -101,7 +101,7 @@ def test_an_evaluation_without_a_row_that_can_be_judged_is_refused_at_the_start(
         check([])
     laughing = [clip("a", 0.3, "[sighs]"), clip("b", 0.3, "(laughs)")]
     check(laughing)
-    pytest.importorskip("jiwer")
+    pytest.importorskip("rapidfuzz")
     with pytest.raises(RecipeError, match=r"none of the 2 rows .*: a: its text has no word that could be counted; b: "):
         check(laughing, decode=True)
 

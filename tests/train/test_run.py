@@ -171,7 +171,7 @@ def test_a_finished_run_stays_as_it_is(
 def test_a_run_that_stopped_early_stays_as_it_is(
     material: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
-    pytest.importorskip("jiwer")
+    pytest.importorskip("rapidfuzz")
     data = recipe_tree(material / "model", material / "data")["data"]
     recipe, run = write(material, tmp_path / "a.yaml", data=data | {"evaluation": data["train"]}), tmp_path / "run"
     words = ["evaluation.metric=loss", "evaluation.limit=2", "evaluation.every=1", "optimisation.lr=0.5"]
@@ -467,7 +467,7 @@ def test_a_killed_trainer_does_not_keep_its_directory(tmp_path: Path) -> None:
 
 
 def test_the_best_checkpoint_becomes_the_model(material: Path, tmp_path: Path) -> None:
-    pytest.importorskip("jiwer")
+    pytest.importorskip("rapidfuzz")
     data = recipe_tree(material / "model", material / "data")["data"]
     recipe = write(material, tmp_path / "judged.yaml", data=data | {"evaluation": data["train"]})
     run = tmp_path / "run"
@@ -486,7 +486,7 @@ def test_the_best_checkpoint_becomes_the_model(material: Path, tmp_path: Path) -
 
 
 def test_words_and_characters_are_judged_by_what_the_model_writes(material: Path, tmp_path: Path) -> None:
-    pytest.importorskip("jiwer")
+    pytest.importorskip("rapidfuzz")
     data = recipe_tree(material / "model", material / "data")["data"]
     recipe = write(material, tmp_path / "judged.yaml", data=data | {"evaluation": data["train"]})
     assert train(recipe, ["optimisation.steps=1", "evaluation.limit=3"], tmp_path / "run", False) == 0
@@ -513,7 +513,7 @@ def test_the_margin_of_training_is_kept_judged_by_and_used(
     drawn: tuple[float, float],
     judged: set[float],
 ) -> None:
-    pytest.importorskip("jiwer")
+    pytest.importorskip("rapidfuzz")
     decode, margins, ranges = WindowDecoder.decode, set[float](), set[tuple[float, float]]()
     open_order = loader_module.open_order
 

@@ -234,7 +234,7 @@ def _language(expert: Diagnosis, clips: Sequence[Clip]) -> str | None:
 
 def _judged(clips: Sequence[Clip], limit: int) -> list[Clip]:
     """Whose WER is measured: that have a text, and were not cut."""
-    if limit and not find_spec("jiwer"):
+    if limit and not find_spec("rapidfuzz"):
         logger.warning("what is lost is not measured: that needs pip install 'whisper-moe[evaluate]'")
         limit = 0
     whole = [(sample, sound) for sample, sound in clips if len(sound) < FULL_WINDOW * SAMPLE_RATE]

@@ -194,7 +194,7 @@ class Task:
         """What it is judged by. What would end the run at its first evaluation ends it now."""
         settings, data, initial = self.recipe.evaluation, self.recipe.data, self.initial
         decode = settings.metric != "loss"
-        missing = [name for name in ("jiwer", "whisper_normalizer") if decode and find_spec(name) is None]
+        missing = [name for name in ("rapidfuzz", "whisper_normalizer") if decode and find_spec(name) is None]
         if missing:
             raise RecipeError(f"evaluation.metric needs {' and '.join(missing)}: pip install 'whisper-moe[train]'")
         corpora = list(self.opened(data.evaluation))
