@@ -23,7 +23,6 @@ from whisper_moe.merge.build import (
     merged_delta,
     merged_feed_forwards,
     spectrum,
-    told_of,
     without_expert,
 )
 from whisper_moe.merge.router import fit
@@ -34,6 +33,7 @@ from whisper_moe.train.optim import build_optimizer
 from whisper_moe.train.recipe import LossRecipe, OptimisationRecipe
 from whisper_moe.weights.checkpoint import Loaded, load_checkpoint, read_manifest, save_checkpoint
 from whisper_moe.weights.parts import empty_model, expected_shapes
+from whisper_moe.weights.tokens import EXPERT_SOURCES
 
 DENSE = ModelConfig.model_validate(
     tiny_whisper_moe().config.model_dump() | {"moe": None, "ttt": None, "encoder_layers": 3, "decoder_layers": 2}
@@ -205,10 +205,9 @@ def test_what_an_expert_was_trained_on_is_in_the_manifest_as_long_as_the_expert_
     merged = merged_delta(base, ["a", "b"], [model(1), model(2)], 2)
     save_checkpoint(tmp_path / "silent", merged)
     assert not read_manifest(tmp_path / "silent").sources
-    for name in "ab":
-        merged = told_of(merged, name, source=f"clips of {name} (MIT)")
-    save_checkpoint(tmp_path / "both", merged)
-    assert read_manifest(tmp_path / "both").sources == {name: f"clips of {name} (MIT)" for name in "ab"}
+    sources = {name: f"clips of {name} (MIT)" for name in "ab"}
+    save_checkpoint(tmp_path / "both", replace(merged, generation=merged.generation | {EXPERT_SOURCES: sources}))
+    assert read_manifest(tmp_path / "both").sources == sources
     save_checkpoint(tmp_path / "one", without_expert(load_checkpoint(tmp_path / "both"), "a"))
     assert read_manifest(tmp_path / "one").sources == {"b": "clips of b (MIT)"}
 

@@ -93,19 +93,13 @@ def _unfitted(base: Loaded, names: Sequence[str], **settings: Any) -> Loaded:
     return replace(base, config=config, state=dict(base.state) | router)
 
 
-def told_of(
-    model: Loaded, name: str, language: str | None = None, *, untimed: bool = False, source: str | None = None
-) -> Loaded:
-    """The model in which an expert answers in one language (None: in what is heard), and has lost timestamps or not.
-
-    ``source``: what it was trained on.
-    """
+def told_of(model: Loaded, name: str, language: str | None = None, *, untimed: bool = False) -> Loaded:
+    """The model in which an expert answers in one language (None: in what is heard), and has lost timestamps or not."""
     languages = {key: code for key, code in model.generation.get(EXPERT_LANGUAGES, {}).items() if key != name}
     experts = [key for key in model.generation.get(UNTIMED_EXPERTS, ()) if key != name]
     known = {EXPERT_LANGUAGES: languages | ({name: language} if language else {})}
-    sources = {key: said for key, said in model.generation.get(EXPERT_SOURCES, {}).items() if key != name}
-    if sources or source:
-        known |= {EXPERT_SOURCES: sources | ({name: source} if source else {})}
+    if sources := model.generation.get(EXPERT_SOURCES):
+        known |= {EXPERT_SOURCES: {key: said for key, said in sources.items() if key != name}}
     known |= {UNTIMED_EXPERTS: [*experts, name] if untimed else experts}
     return replace(model, generation=model.generation | known)
 

@@ -25,11 +25,10 @@ from collections.abc import Iterator, Sequence
 from contextlib import chdir, contextmanager, nullcontext, suppress
 from dataclasses import replace
 from datetime import datetime
-from importlib.metadata import distributions
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from whisper_moe.machine import take_threads
+from whisper_moe.machine import take_threads, versions
 from whisper_moe.train.reading import RecipeError, apply, checked
 from whisper_moe.train.recipe import LoRARecipe, Recipe, load_recipe
 from whisper_moe.weights.files import atomic_file, json_bytes, read_json
@@ -181,19 +180,16 @@ def run_lock(directory: Path) -> Iterator[None]:
     from filelock import FileLock, Timeout
 
     directory.mkdir(parents=True, exist_ok=True)
-    lock = FileLock(directory / LOCK, blocking=False)
     try:
-        lock.acquire()
+        held = FileLock(directory / LOCK, blocking=False).acquire()
     except Timeout:
         raise ValueError(
             f"{directory}: another trainer is at work there; wait for it to end, or name another directory"
         ) from None
     except NotImplementedError as error:
         raise OSError(f"{directory}: its file system cannot lock files, which keeps two trainers apart") from error
-    try:
+    with held:
         yield
-    finally:
-        lock.release()
 
 
 def _go_on(trainer: Trainer, checkpoint: Path, directory: Path) -> None:
@@ -260,7 +256,6 @@ def read_record(run: Path) -> dict[str, Any]:
 def write_record(run: Path, recipe: Recipe, trainer: Trainer, parallel: Parallel, *, resumed: bool) -> None:
     """At the beginning of a session."""
     before = read_record(run).get("sessions", []) if (run / RECORD).exists() else []
-    versions = {name: next((each.version for each in distributions(name=name)), None) for name in _PACKAGES}
     groups = trainer.optimizer.param_groups
     record = {
         "recipe": recipe.model_dump(mode="json"),
@@ -268,7 +263,7 @@ def write_record(run: Path, recipe: Recipe, trainer: Trainer, parallel: Parallel
         "directory": str(run.resolve()),
         "steps": trainer.steps,
         "seeds": {"run": recipe.run.seed, "loader": recipe.data.loader.seed},
-        "versions": {"python": sys.version.split()[0]} | versions,
+        "versions": {"python": sys.version.split()[0]} | versions(_PACKAGES),
         "git": git_state(),
         "device": str(parallel.device),
         "precision": trainer.precision,
