@@ -1,4 +1,4 @@
-"""A run tells when it looks like the plateau before grokking."""
+"""What a run writes down and says, and what is forgotten of it where it goes on from before."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ import pytest
 from train.tiny import tiny_recipe
 
 from whisper_moe.data.sample import Skipped
-from whisper_moe.train.monitor import EVENTS, METRICS, RECENT, SKIPPED, Monitor, Plateau
+from whisper_moe.train.monitor import EVENTS, METRICS, SKIPPED, Monitor
 
 
 def monitor_of(run: Path, **settings: Any) -> Monitor:
@@ -19,32 +19,7 @@ def monitor_of(run: Path, **settings: Any) -> Monitor:
 
 
 def figures(loss: float) -> dict[str, Any]:
-    return {"epoch": 1, "loss": loss, "cross_entropy": loss, "lr": 1e-3, "tokens": 1, "fill": 0.5}
-
-
-def test_the_plateau_is_told_of_the_mean_of_recent_steps(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
-    step = 0
-    with monitor_of(tmp_path) as monitor:
-        for loss in (4.0, 0.05, 0.05, 0.05, 0.05):
-            for _ in range(RECENT):
-                step += 1
-                monitor.stepped(step, figures(loss))
-            monitor.evaluated(step, {"wer": 80.0, "loss": 4.2}, best=False)
-    told = [line for line in caplog.messages if "grokking" in line]
-    assert len(told) == 1
-    assert told[0].startswith(f"step {4 * RECENT}: the training loss is 0.05, the validation loss 4.2")
-
-
-def test_a_plateau_is_told_once_and_only_there(caplog: pytest.LogCaptureFixture) -> None:
-    plateau = Plateau()
-    said = [plateau.warn(step, loss, 5.0) for step, loss in enumerate([4.6, 2.0, 0.3, 0.2, 0.1, 0.05, 0.01])]
-    assert [index for index, warned in enumerate(said) if warned] == [4]
-    assert "training loss is 0.1, the validation loss 5" in caplog.text
-    both_fall = Plateau()
-    assert not any(both_fall.warn(step, loss, loss * 1.2) for step, loss in enumerate([4.6, 2.0, 0.3, 0.2, 0.1, 0.05]))
-    interrupted = Plateau()
-    losses = [(4.6, 5), (0.1, 5), (0.1, 5), (4.0, 5), (0.1, 5), (0.1, 5)]
-    assert not any(interrupted.warn(step, *pair) for step, pair in enumerate(losses))
+    return {"epoch": 1, "loss": loss, "lr": 1e-3, "tokens": 1, "fill": 0.5}
 
 
 def test_what_came_after_the_checkpoint_or_is_torn_is_dropped(tmp_path: Path) -> None:

@@ -10,7 +10,6 @@ import logging
 import math
 import sys
 import time
-from collections import deque
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import asdict
@@ -28,35 +27,9 @@ if TYPE_CHECKING:
 
 METRICS, SKIPPED = "metrics.jsonl", "skipped.jsonl"
 EVENTS = "tensorboard"
-RECENT = 20
-"""Steps whose mean training loss an evaluation is compared with."""
 SECONDS_BETWEEN_LINES = 10.0
 """Where there is no terminal for a bar."""
 logger = logging.getLogger(__name__)
-
-
-class Plateau:
-    """Tells when a run looks like the plateau before grokking: what is trained on is known, what is not is not.
-
-    Nothing says that it will end (arXiv 2201.02177), and overfitting looks the same.
-    """
-
-    def __init__(self) -> None:
-        self._first: float | None = None
-        self._row = 0
-
-    def warn(self, step: int, train_loss: float, validation_loss: float) -> bool:
-        """Log a warning when the plateau has just been reached, and say so: in three evaluations in a row, the training loss
-        is under a tenth of the first and a tenth of the validation loss, which is more than half of the first."""
-        self._first = train_loss if self._first is None else self._first
-        here = 10 * train_loss < min(self._first, validation_loss) and 2 * validation_loss > self._first
-        self._row = self._row + 1 if here else 0
-        if reached := self._row == 3:
-            logger.warning(
-                f"step {step}: the training loss is {train_loss:.3g}, the validation loss {validation_loss:.3g}: overfitting, "
-                "or the plateau before grokking; with weight decay and many more steps it may fall (arXiv 2201.02177)"
-            )
-        return reached
 
 
 class Monitor(ExitStack):
@@ -72,7 +45,6 @@ class Monitor(ExitStack):
         self._bar: Progress | None = None
         self._clock = self._spoken = time.perf_counter()
         self._left_out = _whole_lines(run / SKIPPED)
-        self._plateau, self._recent = Plateau(), deque[float](maxlen=RECENT)
 
     def begin(self, steps: int, *, after: int = 0, judged: bool = False) -> None:
         """``steps`` are to be made, of which ``after`` are. What a run that was killed wrote of later ones is forgotten; and of
@@ -107,8 +79,6 @@ class Monitor(ExitStack):
         """The figures of a step, to which its seconds are added."""
         now = time.perf_counter()
         figures, self._clock = {**figures, "seconds": now - self._clock}, now
-        if "cross_entropy" in figures:  # what an evaluation's loss can be compared with
-            self._recent.append(figures["cross_entropy"])
         if step % self._recipe.run.log_every == 0 or step in (1, self._steps):
             self._write({"step": step, **figures})
             self._plot(step, "train", figures)
@@ -129,8 +99,6 @@ class Monitor(ExitStack):
             logger.warning("WARNING: step %d: %s could not be measured, and counts as nothing", step, unmeasured)
         figures = ", ".join(f"{name} {value:.4f}" for name, value in metrics.items())
         logger.info("step %d: %s%s", step, figures, " (the best so far)" if best else "")
-        if self._recent and "loss" in metrics:
-            self._plateau.warn(step, sum(self._recent) / len(self._recent), metrics["loss"])
 
     def _show(self, step: int, now: float, figures: Mapping[str, Any]) -> None:
         speed = figures["tokens"] / max(figures["seconds"], 1e-9)
