@@ -29,7 +29,6 @@ from whisper_moe.train.parallel import Parallel
 from whisper_moe.train.reading import RecipeError, apply, checked
 from whisper_moe.train.recipe import Recipe
 from whisper_moe.train.run import RECORD, check_same, run
-from whisper_moe.weights.checkpoint import save_checkpoint
 from whisper_moe.weights.load import load_model
 
 Tree = dict[str, Any]
@@ -198,18 +197,6 @@ def test_a_run_that_is_older_than_a_key_can_go_on(material: Path, tmp_path: Path
         check_same(recipe, tmp_path)
 
 
-def test_a_teacher_may_be_moved_and_not_be_another(material: Path, tmp_path: Path) -> None:
-    def of(teacher: Path) -> Recipe:
-        return recipe_with(material, lambda tree: tree.update(losses={"teacher": str(teacher)}))
-
-    (tmp_path / "a/large").mkdir(parents=True), (tmp_path / "a/other").mkdir(), (tmp_path / "b").mkdir()
-    (tmp_path / RECORD).write_text(json.dumps({"recipe": of(tmp_path / "a/large").model_dump(mode="json")}), "utf-8")
-    with pytest.raises(RecipeError, match=r"losses\.teacher was .*large.*, is .*other"):
-        check_same(of(tmp_path / "a/other"), tmp_path)
-    (tmp_path / "a/large").rename(tmp_path / "b/large")
-    check_same(of(tmp_path / "b/large"), tmp_path)
-
-
 # One expert alone.
 
 
@@ -227,24 +214,6 @@ def test_a_run_for_one_expert_changes_that_expert_alone(material: Path, tmp_path
     for key in changed:
         same = [torch.equal(*pair) for pair in zip(after[key], before[key], strict=True)]
         assert same == [True, False, True], key
-
-
-def test_an_expert_is_trained_on_what_a_teacher_would_say(material: Path, tmp_path: Path) -> None:
-    def of(teacher: Path) -> Recipe:
-        taught = {"losses": {"teacher": str(teacher)}}
-        return recipe_with(material, lambda tree: (tree["model"].update(expert="tamil"), tree.update(taught)))
-
-    assert run(of(material / "model"), tmp_path / "run") == 0
-    [line, *_] = (tmp_path / "run/metrics.jsonl").read_text("utf-8").splitlines()
-    assert json.loads(line)["divergence"] > 0  # the teacher chooses its experts itself
-    other = load_model(str(material / "model"))
-    save_checkpoint(tmp_path / "laid out", replace(other, tokenizer_json=other.tokenizer_json + b"\n"))
-    assert run(of(tmp_path / "laid out"), tmp_path / "the same tokens") == 0
-    tokens = json.loads(other.tokenizer_json)
-    tokens["model"]["vocab"] |= {"!": tokens["model"]["vocab"]["?"], "?": tokens["model"]["vocab"]["!"]}
-    save_checkpoint(tmp_path / "other", replace(other, tokenizer_json=json.dumps(tokens).encode()))
-    with pytest.raises(RecipeError, match=r"losses\.teacher: .*other does not have the model's tokens"):
-        run(of(tmp_path / "other"), tmp_path / "refused")
 
 
 def test_the_expert_that_is_trained_answers_alone() -> None:

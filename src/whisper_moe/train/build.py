@@ -35,7 +35,7 @@ from whisper_moe.train.recipe import Recipe
 from whisper_moe.weights.checkpoint import CONFIG, Loaded, read_config
 from whisper_moe.weights.files import atomic_folder, json_bytes, read_bytes, read_json
 from whisper_moe.weights.load import load_model
-from whisper_moe.weights.parts import empty_model, expected_shapes, frozen_model
+from whisper_moe.weights.parts import empty_model, expected_shapes
 from whisper_moe.weights.tokens import GENERATION, TOKENIZER, of_any_language
 from whisper_moe.weights.upcycle import add_languages, add_parts, upcycle
 
@@ -188,7 +188,7 @@ class Task:
 
     def learned(self, model: WhisperMoEModel) -> tuple[Batches, Objective]:
         """Batches of this process's share of the data, and the losses."""
-        return self.mixed(), SpeechObjective(self.recipe.losses, self._teacher())
+        return self.mixed(), SpeechObjective(self.recipe.losses)
 
     def figures(self) -> Figures:
         """What it is judged by. What would end the run at its first evaluation ends it now."""
@@ -255,20 +255,6 @@ class Task:
         weights = {each.name: given.weight for each, given in pairs if given.weight != 1}
         mixing = data.loader.mixing.model_copy(update={"weights": weights | dict(data.loader.mixing.weights)})
         return self.loader(corpora, mixing, reader)
-
-    def _teacher(self) -> WhisperMoEModel | None:
-        source, config = self.recipe.losses.teacher, self.initial.config
-        if source is None:
-            return None
-        if self.recipe.losses.sampled:
-            raise RecipeError("losses.sampled: a teacher tells of all tokens; it goes without")
-        loaded = load_model(source)
-        if loaded.experts:
-            raise RecipeError(f"losses.teacher: {source}: its experts are whole models; name one of them")
-        theirs, ours = loaded.tokenizer.vocabulary, self.initial.tokenizer.vocabulary
-        if theirs != ours or loaded.config.n_mels != config.n_mels:
-            raise RecipeError(f"losses.teacher: {source} does not have the model's tokens and mel bands")
-        return frozen_model(loaded.config, loaded.state).to(self.parallel.device)
 
     def loader(
         self, corpora: Sequence[AnyCorpus], mixing: MixingConfig, reader: ExampleReader | None = None

@@ -177,10 +177,6 @@ class LossRecipe(Strict):
     sampled: int = Field(default=0, ge=0)
     """Tokens that a label is told from, besides those of the step (sampled softmax, arXiv 1412.2007); 0: all. Most of a step
     of short texts is the head."""
-    teacher: str | None = None
-    """A model with the same tokens, whose probabilities are learned beside what is said (distillation): a folder or a Hub id."""
-    distillation: float = Field(default=0.8, ge=0)
-    """Factor of the divergence from the teacher's probabilities."""
     balancing: Literal["loss", "bias", "none"] = "loss"
     """How experts are kept in balance: a loss for each router, a bias on the choice (arXiv 2408.15664), or not at all."""
     balance: float = Field(default=0.01, ge=0)

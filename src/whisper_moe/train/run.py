@@ -108,8 +108,8 @@ def asked(
     folders = [Path.cwd()]
     if (begun := record.get("folder")) and (there := record.get("directory")):
         folders = [(run / os.path.relpath(begun, there)).resolve(), Path(begun), *folders]
-    given = (recipe.model.source, recipe.losses.teacher)
-    paths = [*filter(None, given), *(corpus.source for corpus in (*recipe.data.train, *recipe.data.evaluation))]
+    given = (recipe.model, *recipe.data.train, *recipe.data.evaluation)
+    paths = [each.source for each in given if each.source]
     folders = [folder for folder in folders if folder.is_dir()]
     return recipe, run, max(folders, key=lambda folder: sum((folder / path).exists() for path in paths))
 
@@ -316,7 +316,7 @@ def _differences(then: Any, now: Any, where: str) -> Iterator[tuple[str, Any, An
 
 def _moved(key: str, before: Any, after: Any) -> bool:
     """Whether a file or folder that was read is gone, and one of its name is named in its place."""
-    if not key.endswith((".source", ".videos", ".teacher")) or not before or not after:
+    if not key.endswith((".source", ".videos")) or not before or not after:
         return False
     return Path(before).name == Path(after).name and not Path(before).exists() and Path(after).exists()
 
