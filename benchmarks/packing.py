@@ -21,7 +21,7 @@ import numpy as np
 import torch
 from manifest import read_clips
 
-from whisper_moe.config import FULL_WINDOW, MAX_PACK_TOKENS
+from whisper_moe.config import FULL_WINDOW
 from whisper_moe.data.examples import ExampleConfig, ExampleReader, Pack, pack_examples
 from whisper_moe.data.loader import Batch
 from whisper_moe.data.sample import Sample
@@ -32,7 +32,8 @@ from whisper_moe.train.build import initial_model
 from whisper_moe.train.loop import Trainer
 from whisper_moe.train.losses import SpeechObjective
 from whisper_moe.train.parallel import Parallel
-from whisper_moe.train.recipe import Recipe, recipe_of
+from whisper_moe.train.reading import checked
+from whisper_moe.train.recipe import Recipe
 from whisper_moe.weights.checkpoint import Loaded
 
 FORMS = ("packed", "padded")
@@ -82,7 +83,7 @@ def recipe_of_both(args: argparse.Namespace) -> Recipe:
     data = {"train": [{"kind": "table", "source": str(args.manifests[0])}]}  # whose clips are read in another way
     tree = {"model": {"source": args.source}, "data": data, "optimisation": optimisation, "run": {"seed": args.seed}}
     tree["losses"] = {"balance": 0.0, "z": 0.0}
-    return recipe_of(tree, "packing")
+    return checked(Recipe, tree, "packing")
 
 
 def trainer(
@@ -105,8 +106,8 @@ def step(trained: Trainer) -> dict[str, float]:
     read, begun = batches.seconds, time.perf_counter()
     report = trained.step()
     seconds = time.perf_counter() - begun - (batches.seconds - read)
-    filled = report.tokens / (report.packs * MAX_PACK_TOKENS)
-    return {"loss": report.loss, "seconds": seconds, "packs": report.packs, "fill": filled, "samples": report.segments}
+    figures = {name: report[name] for name in ("loss", "packs", "fill")}
+    return figures | {"seconds": seconds, "samples": report["segments"]}
 
 
 def compare(samples: Sequence[Sample], args: argparse.Namespace) -> dict[str, list[dict[str, float]]]:

@@ -15,14 +15,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import jiwer
 import numpy as np
+from rapidfuzz.distance import Levenshtein
 
 from whisper_moe.evaluate.metrics import (
     ErrorCounts,
     character_counts,
     clip_counts,
-    edits_of,
     interval,
     longest_loop,
     paired_difference,
@@ -54,11 +53,11 @@ def joined_counts(references: Sequence[str], transcript: str, language: str = "e
     owner = np.repeat(np.arange(len(references)), words)
     said = " ".join(normalize(text, language) for text in references)
     edits = np.zeros(len(references), dtype=int)
-    for chunk in jiwer.process_words([said], [normalize(transcript, language)]).alignments[0]:
-        if chunk.type == "insert":
-            edits[owner[max(chunk.ref_start_idx - 1, 0)]] += edits_of(chunk)
-        elif chunk.type != "equal":
-            np.add.at(edits, owner[chunk.ref_start_idx : chunk.ref_end_idx], 1)
+    for each in Levenshtein.opcodes(said.split(), normalize(transcript, language).split()):
+        if each.tag == "insert":
+            edits[owner[max(each.src_start - 1, 0)]] += each.dest_end - each.dest_start
+        elif each.tag != "equal":
+            np.add.at(edits, owner[each.src_start : each.src_end], 1)
     return ErrorCounts.of(edits, words)
 
 

@@ -9,6 +9,7 @@ import re
 import sys
 import textwrap
 from collections.abc import Iterator
+from importlib import import_module
 from pathlib import Path
 from types import NoneType
 from typing import Annotated, Any, Literal, get_args, get_origin
@@ -40,9 +41,10 @@ def _tasks() -> Iterator[str]:
     from recipes.speech.speech import SpeechRecipe
     from recipes.speech.vocoder import VocoderRecipe
 
+    taught = import_module("recipes.eight-experts.taught").TaughtRecipe
     yield "# Keys of recipes for other tasks\n"
     yield "Recipes of these scripts have all keys above, and one more.\n"
-    for kind in (ContextRecipe, SpeechRecipe, VocoderRecipe):
+    for kind in (ContextRecipe, taught, SpeechRecipe, VocoderRecipe):
         yield f"`{kind.__module__.replace('.', '/')}.py`: {_prose(inspect.getdoc(kind) or '')}\n"
         for name in kind.model_fields.keys() - Recipe.model_fields.keys():
             yield from _sections(next(inner_models(kind.model_fields[name].annotation)), name, {})

@@ -16,7 +16,7 @@ import numpy as np
 import pytest
 import torch
 
-for needed in ("datasets", "jiwer", "matplotlib", "sacrebleu", "whisper_normalizer"):
+for needed in ("datasets", "rapidfuzz", "matplotlib", "sacrebleu", "whisper_normalizer"):
     pytest.importorskip(needed, reason="what evaluation needs is an extra")
 
 from evaluate.corpora import clips, table

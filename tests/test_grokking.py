@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from recipes.grokking.division import PLOT, RECIPE, GrokfastAdamW, GrokkingRecipe, equations, main, run, train
+from recipes.grokking.division import PLOT, RECIPE, GrokfastAdamW, GrokkingRecipe, Plateau, equations, main, run, train
 from whisper_moe.train.monitor import METRICS
 from whisper_moe.train.reading import checked, read_tree
 
@@ -58,6 +58,18 @@ def test_it_learns_what_it_is_trained_on_before_what_it_is_not(tmp_path: Path) -
     assert [point["step"] for point in points] == [0, 30, 60, 90, 120]
     assert points[-1]["train_accuracy"] > 0.95 > points[-1]["validation_accuracy"] + 0.3
     assert (tmp_path / "out" / PLOT).stat().st_size > 1_000
+
+
+def test_a_plateau_is_told_once_and_only_there(caplog: pytest.LogCaptureFixture) -> None:
+    plateau = Plateau()
+    said = [plateau.warn(step, loss, 5.0) for step, loss in enumerate([4.6, 2.0, 0.3, 0.2, 0.1, 0.05, 0.01])]
+    assert [index for index, warned in enumerate(said) if warned] == [4]
+    assert "training loss is 0.1, the validation loss 5" in caplog.text
+    both_fall = Plateau()
+    assert not any(both_fall.warn(step, loss, loss * 1.2) for step, loss in enumerate([4.6, 2.0, 0.3, 0.2, 0.1, 0.05]))
+    interrupted = Plateau()
+    losses = [(4.6, 5), (0.1, 5), (0.1, 5), (4.0, 5), (0.1, 5), (0.1, 5)]
+    assert not any(interrupted.warn(step, *pair) for step, pair in enumerate(losses))
 
 
 def test_a_seed_gives_the_same_curve() -> None:

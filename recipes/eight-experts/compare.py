@@ -167,7 +167,7 @@ def compare(asked: argparse.Namespace, apart: Callable[..., Any] = systems.apart
         "format": 1,
         "date": datetime.now(UTC).isoformat(timespec="seconds"),
         "machine": machine(),
-        "versions": versions(["whisper-moe", "torch", "numpy", "jiwer"]),
+        "versions": versions(["whisper-moe", "torch", "numpy", "rapidfuzz"]),
         "sets": {name: {"source": shown(tables[name]), "clips": len(each)} for name, each in sets.items()},
         "models": {model.name: {"source": shown(model.source), "key": model.key()} for model in models},
         "margins": margins,

@@ -25,6 +25,7 @@ from whisper_moe.model.model import WhisperMoEModel
 from whisper_moe.model.router import Router
 from whisper_moe.weights.checkpoint import load_checkpoint, save_checkpoint
 from whisper_moe.weights.parts import ADAPT, part_of
+from whisper_moe.weights.tokens import EXPERT_SOURCES
 from whisper_moe.weights.upcycle import upcycled_config
 
 LANGUAGES = {"malayalam": "ml", "swahili": "sw", "hindi": "hi"}
@@ -80,7 +81,7 @@ def router(source: Path, tables: Path, out: Path) -> None:
 
 def join(source: Path, runs: Path, tables: Path, out: Path) -> None:
     model = load_checkpoint(source)
-    state = dict(model.state)
+    state, learned = dict(model.state), dict[str, str]()
     for number, name in enumerate(NAMES):
         trained = load_checkpoint(runs / name / "model").state
         if other := [
@@ -91,9 +92,10 @@ def join(source: Path, runs: Path, tables: Path, out: Path) -> None:
             raise ValueError(f"{runs / name}: trained beside something else than {source}: {other[0]} differs")
         for key in (key for key in state if ".experts." in key):
             state[key][number] = trained[key][number]
-        learned = SOURCES[name].format(sum(1 for _ in rows(tables / f"{name}-train.tsv")))
-        model = told_of(model, name, LANGUAGES.get(name), source=learned)
-    save_checkpoint(out, replace(model, state=state), quantize=True)
+        learned[name] = SOURCES[name].format(sum(1 for _ in rows(tables / f"{name}-train.tsv")))
+        model = told_of(model, name, LANGUAGES.get(name))
+    generation = model.generation | {EXPERT_SOURCES: learned}
+    save_checkpoint(out, replace(model, state=state, generation=generation), quantize=True)
 
 
 def clips(table: Path, most: int) -> list[np.ndarray]:

@@ -58,13 +58,14 @@ def train(name: str, asked: argparse.Namespace) -> int:
     whole, slim, clips, kind = EXPERTS.get(name, UNION_RUN)
     settings = [setting.format(name=name) for setting in SLIM] if asked.of else list(kind)
     settings += [f"model.source={asked.of}"] if asked.of else []
-    settings += [f"losses.teacher={asked.taught}/{name}/model"] if asked.taught else []
+    settings += [f"teacher.source={asked.taught}/{name}/model"] if asked.taught else []
     names = [*EXPERTS] if name == UNION else [name]
     settings += [f"data.train=[{corpora(names, asked.tables, 'train')}]"]
     settings += [f"data.evaluation=[{corpora(names, asked.tables, 'dev')}]"]
     settings += [f"optimisation.steps={slim if asked.of else whole}", f"data.loader.batch_size={clips}"]
-    command = [sys.executable, "-m", "whisper_moe", "train", str(HERE / "expert.yaml"), "-o", str(asked.runs / name)]
-    return subprocess.call([*command, "--resume", *settings])
+    program = [str(HERE / "taught.py")] if asked.taught else ["-m", "whisper_moe", "train"]
+    given = [str(HERE / "expert.yaml"), "-o", str(asked.runs / name), "--resume", *settings]
+    return subprocess.call([sys.executable, *program, *given])
 
 
 if __name__ == "__main__":

@@ -4,7 +4,7 @@
 
 Modular division a / b mod p as the tokens ``a / b =``, the loss on the answer alone, half of all equations for training. The
 model is this project's own decoder block, without cross-attention: what is seen here is seen of the code that speech is
-trained with. :class:`~whisper_moe.train.monitor.Plateau` tells any run when it looks like the time before.
+trained with. :class:`Plateau` tells when it looks like the time before.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ from whisper_moe.frozen import Frozen
 from whisper_moe.jobs import sentence
 from whisper_moe.model.block import Block
 from whisper_moe.packing import Layout
-from whisper_moe.train.monitor import METRICS, Plateau
+from whisper_moe.train.monitor import METRICS
 from whisper_moe.train.reading import RecipeError, checked, read_tree
 from whisper_moe.train.recipe import Decay
 
@@ -131,6 +131,30 @@ class GrokfastAdamW(torch.optim.AdamW):
         for parameter, gradient in slow.items():  # only now: AdamW begins with parameters that have no state at all
             self.state[parameter]["slow_gradient"] = gradient
         return done
+
+
+class Plateau:
+    """Tells when a run looks like the plateau before grokking: what is trained on is known, what is not is not.
+
+    Nothing says that it will end (arXiv 2201.02177), and overfitting looks the same.
+    """
+
+    def __init__(self) -> None:
+        self._first: float | None = None
+        self._row = 0
+
+    def warn(self, step: int, train_loss: float, validation_loss: float) -> bool:
+        """Log a warning when the plateau has just been reached, and say so: in three evaluations in a row, the training loss
+        is under a tenth of the first and a tenth of the validation loss, which is more than half of the first."""
+        self._first = train_loss if self._first is None else self._first
+        here = 10 * train_loss < min(self._first, validation_loss) and 2 * validation_loss > self._first
+        self._row = self._row + 1 if here else 0
+        if reached := self._row == 3:
+            logger.warning(
+                f"step {step}: the training loss is {train_loss:.3g}, the validation loss {validation_loss:.3g}: overfitting, "
+                "or the plateau before grokking; with weight decay and many more steps it may fall (arXiv 2201.02177)"
+            )
+        return reached
 
 
 def train(recipe: GrokkingRecipe) -> Iterator[dict[str, float]]:

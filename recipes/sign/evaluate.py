@@ -20,9 +20,9 @@ from pathlib import Path
 from typing import Any, TypeAlias
 
 import av
-import jiwer
 import numpy as np
 from PIL import Image, ImageFilter
+from rapidfuzz.distance import Levenshtein
 
 from whisper_moe import WhisperMoE
 from whisper_moe.config_aside import FilmConfig
@@ -154,7 +154,7 @@ def read(model: WhisperMoE, clips: list[Any], language: str | None = None) -> li
 def line(name: str, kind: str, said: list[str], wanted: list[str], near: list[str] | None) -> str:
     right = sum(a == b for a, b in zip(said, wanted, strict=True))
     beside = interval(sum(a == b for a, b in zip(near, wanted, strict=True)), len(wanted)) if near else ""
-    wrong = 100 * float(jiwer.cer(wanted, [each or " " for each in said]))
+    wrong = 100 * sum(map(Levenshtein.distance, wanted, said)) / sum(map(len, wanted))
     return f"| {name} | {kind} | {len(wanted)} | {interval(right, len(wanted))} | {beside} | {wrong:.1f} |"
 
 

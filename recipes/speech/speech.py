@@ -20,11 +20,11 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
-from typing import Annotated
+from typing import Literal
 
 import torch
 import torch.nn.functional as F
-from pydantic import AfterValidator, Field
+from pydantic import Field
 from torch import Tensor, nn
 
 from whisper_moe.config import SAMPLE_RATE, ModelConfig
@@ -44,9 +44,10 @@ from whisper_moe.train.loop import Figures
 from whisper_moe.train.losses import Terms, Totals, seed_of, weighed
 from whisper_moe.train.parallel import Parallel
 from whisper_moe.train.reading import RecipeError
-from whisper_moe.train.recipe import Recipe, factors_among
+from whisper_moe.train.recipe import Recipe
 from whisper_moe.train.run import script
 
+Loss = Literal["mel", "durations", "pitch", "loudness", "letters"]
 FACTORS = {"mel": 1.0} | dict.fromkeys(("durations", "pitch", "loudness", "letters"), 0.1)
 """Of the losses."""
 APART = 0.1
@@ -63,7 +64,7 @@ class SpeechSettings(Strict):
     """A table of texts and their phonemes, of which the reader of letters learns."""
     words: int = Field(default=64, ge=1)
     """Of them, in each step."""
-    factors: Annotated[dict[str, float], AfterValidator(factors_among(FACTORS))] = Field(default_factory=dict)
+    factors: dict[Loss, float] = Field(default_factory=dict)
     """Of the losses, by name, where they are others than the usual ones."""
 
 

@@ -14,12 +14,12 @@ import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated
+from typing import Literal
 
 import numpy as np
 import torch
 import torch.nn.functional as F
-from pydantic import AfterValidator, Field
+from pydantic import Field
 from torch import Tensor, nn
 from torch.func import functional_call
 
@@ -36,9 +36,10 @@ from whisper_moe.train.loop import Figures
 from whisper_moe.train.losses import Terms, Totals, weighed
 from whisper_moe.train.parallel import Parallel
 from whisper_moe.train.reading import RecipeError
-from whisper_moe.train.recipe import Recipe, factors_among
+from whisper_moe.train.recipe import Recipe
 from whisper_moe.train.run import script
 
+Loss = Literal["spectra", "mel", "critics", "fooling", "seen"]
 FACTORS = {"spectra": 1.0, "mel": 5.0, "critics": 1.0, "fooling": 0.5, "seen": 1.0}
 """Of the losses."""
 RESOLUTIONS = ((256, 64), (512, 128), (1_024, 256))
@@ -55,7 +56,7 @@ class VocoderSettings(Strict):
     """Of 20 ms, in each stretch of sound."""
     critics: bool = False
     """Whether the vocoder also has to fool critics, which learn beside it and stay in the run."""
-    factors: Annotated[dict[str, float], AfterValidator(factors_among(FACTORS))] = Field(default_factory=dict)
+    factors: dict[Loss, float] = Field(default_factory=dict)
     """Of the losses, by name, where they are others than the usual ones."""
 
 

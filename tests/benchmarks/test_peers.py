@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-for needed in ("datasets", "jiwer", "matplotlib", "sacrebleu", "whisper_normalizer"):
+for needed in ("datasets", "rapidfuzz", "matplotlib", "sacrebleu", "whisper_normalizer"):
     pytest.importorskip(needed, reason="what evaluation needs is an extra")
 
 from benchmarks.scripts import script

@@ -11,7 +11,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-for needed in ("jiwer", "whisper_normalizer", "matplotlib"):
+for needed in ("rapidfuzz", "whisper_normalizer", "matplotlib"):
     pytest.importorskip(needed, reason="the benchmark's packages are an extra")
 
 from benchmarks.scripts import script

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-for needed in ("datasets", "jiwer", "whisper_normalizer", "sacrebleu"):
+for needed in ("datasets", "rapidfuzz", "whisper_normalizer", "sacrebleu"):
     pytest.importorskip(needed, reason="what evaluation needs is an extra")
 
 import numpy as np

@@ -12,7 +12,7 @@ from xml.etree import ElementTree
 
 import pytest
 
-for needed in ("datasets", "jiwer", "matplotlib", "sacrebleu", "whisper_normalizer"):
+for needed in ("datasets", "rapidfuzz", "matplotlib", "sacrebleu", "whisper_normalizer"):
     pytest.importorskip(needed, reason="what evaluation needs is an extra")
 
 from commandline import trusting_flags

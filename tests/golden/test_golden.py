@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 pytest.importorskip("datasets")
-pytest.importorskip("jiwer")
+pytest.importorskip("rapidfuzz")
 from golden import golden
 
 

@@ -19,9 +19,10 @@ from whisper_moe.merge.build import (
     ROUTER,
     _trainable,
     fitted,
+    low_rank,
     merged_delta,
     merged_feed_forwards,
-    told_of,
+    spectrum,
     without_expert,
 )
 from whisper_moe.merge.router import fit
@@ -32,6 +33,7 @@ from whisper_moe.train.optim import build_optimizer
 from whisper_moe.train.recipe import LossRecipe, OptimisationRecipe
 from whisper_moe.weights.checkpoint import Loaded, load_checkpoint, read_manifest, save_checkpoint
 from whisper_moe.weights.parts import empty_model, expected_shapes
+from whisper_moe.weights.tokens import EXPERT_SOURCES
 
 DENSE = ModelConfig.model_validate(
     tiny_whisper_moe().config.model_dump() | {"moe": None, "ttt": None, "encoder_layers": 3, "decoder_layers": 2}
@@ -203,10 +205,9 @@ def test_what_an_expert_was_trained_on_is_in_the_manifest_as_long_as_the_expert_
     merged = merged_delta(base, ["a", "b"], [model(1), model(2)], 2)
     save_checkpoint(tmp_path / "silent", merged)
     assert not read_manifest(tmp_path / "silent").sources
-    for name in "ab":
-        merged = told_of(merged, name, source=f"clips of {name} (MIT)")
-    save_checkpoint(tmp_path / "both", merged)
-    assert read_manifest(tmp_path / "both").sources == {name: f"clips of {name} (MIT)" for name in "ab"}
+    sources = {name: f"clips of {name} (MIT)" for name in "ab"}
+    save_checkpoint(tmp_path / "both", replace(merged, generation=merged.generation | {EXPERT_SOURCES: sources}))
+    assert read_manifest(tmp_path / "both").sources == sources
     save_checkpoint(tmp_path / "one", without_expert(load_checkpoint(tmp_path / "both"), "a"))
     assert read_manifest(tmp_path / "one").sources == {"b": "clips of b (MIT)"}
 
@@ -311,3 +312,26 @@ def test_ttt_that_one_model_cannot_have_is_refused(second: Loaded, reason: str) 
         differences([tuned(1, 2), second])
     with pytest.raises(ValueError, match="b: cannot be merged: granularity ffn has one norm"):
         merge(model(0), {"a": model(1), "b": second}, 0)
+
+
+# A difference in few numbers: nothing nearer has that rank.
+
+
+@pytest.mark.parametrize(("outputs", "inputs"), [(12, 20), (20, 12), (7, 7)])
+@pytest.mark.parametrize("rank", [1, 5, 32])
+def test_no_matrix_of_that_rank_is_nearer(outputs: int, inputs: int, rank: int) -> None:
+    torch.manual_seed(rank)
+    difference = torch.randn(outputs, inputs)
+    down, up = low_rank(difference, rank)
+    assert (down.shape, up.shape) == ((rank, inputs), (rank, outputs))
+    u, s, v = torch.linalg.svd(difference, full_matrices=False)
+    nearest = (u[:, :rank] * s[:rank]) @ v[:rank]
+    torch.testing.assert_close(up.T @ down, nearest, atol=1e-5, rtol=1e-4)
+    torch.testing.assert_close(spectrum(difference), s.double().square(), atol=1e-4, rtol=1e-4)
+
+
+def test_an_adapter_of_that_rank_or_less_comes_back_as_it_was() -> None:
+    torch.manual_seed(0)
+    adapter = torch.randn(40, 3) @ torch.randn(3, 30)
+    down, up = low_rank(adapter, 8)
+    torch.testing.assert_close(up.T @ down, adapter, atol=1e-5, rtol=1e-4)

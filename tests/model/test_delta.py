@@ -10,7 +10,7 @@ from torch import Tensor
 
 from tests.model.tiny import CONFIGS, random_mels, random_texts, relative, tiny_model
 from whisper_moe.config import ModelConfig, MoEConfig, TTTConfig
-from whisper_moe.merge.differences import low_rank, with_ttt
+from whisper_moe.merge.build import low_rank, with_ttt
 from whisper_moe.model.delta import EMBEDDING_RANK
 from whisper_moe.model.layers import CHUNK
 from whisper_moe.model.model import WhisperMoEModel

@@ -182,10 +182,10 @@ def trained(case: Case, parallel: Any, steps: int = STEPS) -> dict[str, Any]:
     reports = [trainer.step() for _ in range(steps)]
     parallel.clip = clip
     return {
-        "losses": [r.loss for r in reports],
-        "norms": [r.gradient_norm for r in reports],
-        "loads": [r.load for r in reports],
-        "labels": [r.label_tokens for r in reports],
+        "losses": [r["loss"] for r in reports],
+        "norms": [r["gradient_norm"] for r in reports],
+        "loads": [r.get("load") for r in reports],
+        "labels": [r["label_tokens"] for r in reports],
         "gradients": gradients,
         "tensors": whole_tensors(trainer),
         "parts": {
@@ -292,7 +292,7 @@ def go_on(case: Case, parallel: Any, first: int, before: str | None, after: str 
     if before:
         trainer.load(saved(Path(before)))
     assert trainer.progress.step == first
-    losses = [trainer.step().loss for _ in range(TURN)]
+    losses = [trainer.step()["loss"] for _ in range(TURN)]
     trainer.save()
     return {"losses": losses, "tensors": whole_tensors(trainer)}
 
@@ -335,7 +335,7 @@ def whole(folder: Path, parallel: Any) -> dict[str, Any]:
         trainer.save()
         again.load(saved(run))
         came_back = whole_tensors(again)
-        losses = [again.step().loss, trainer.step().loss]
+        losses = [again.step()["loss"], trainer.step()["loss"]]
         found[name] = {"tensors": tensors, "again": came_back, "logits": logits, "losses": losses}
     return found
 

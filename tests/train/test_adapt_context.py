@@ -247,7 +247,7 @@ def test_it_learns_and_only_the_adapting_part_moves(lessons: Lessons) -> None:
     objective = ContextObjective(given, lessons, model.decoder.head)
     recipe = tiny_recipe(optimisation={"lr": 1e-2, "weight_decay": 0.0, "clip": 1.0})
     trainer = Trainer(recipe, model, objective, batches_of(lessons, given, 12), Parallel())
-    losses = [trainer.step().loss for _ in range(12)]
+    losses = [trainer.step()["loss"] for _ in range(12)]
     assert min(losses[-3:]) < 0.7 * losses[0], losses
     moved = {name for name, parameter in model.named_parameters() if not torch.equal(parameter, before[name])}
     learning = {name for name, parameter in model.named_parameters() if parameter.requires_grad}

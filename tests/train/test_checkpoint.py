@@ -5,7 +5,6 @@ from __future__ import annotations
 import hashlib
 import json
 import math
-import random
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -190,42 +189,6 @@ def test_what_never_had_a_gradient_has_no_state(tmp_path: Path) -> None:
     load(path, again, other)
     assert len(other.state) == len(optimizer.state) == 5
     assert tensors_of(again, other).keys() == tensors_of(net, optimizer).keys()
-
-
-# Random states
-
-GLOBAL = np.random  # what libraries draw from
-
-
-def seed(number: int) -> None:
-    torch.manual_seed(number)
-    random.seed(number)
-    GLOBAL.seed(number)
-
-
-def draws() -> list[Any]:
-    """Normal draws too: they come in pairs, and one of each pair is kept for later."""
-    return [
-        torch.randn(5).tolist(),
-        torch.rand(3).tolist(),
-        GLOBAL.standard_normal(),
-        GLOBAL.randint(1 << 30),
-        random.random(),
-        random.gauss(0, 1),
-        random.getrandbits(70),
-    ]
-
-
-@pytest.mark.parametrize("before", [0, 1, 2, 700])
-def test_random_generators_go_on_bit_for_bit(before: int) -> None:
-    seed(1)
-    for _ in range(before):
-        _ = torch.rand(1), random.gauss(0, 1), GLOBAL.standard_normal()
-    state = json.loads(json.dumps(checkpoint.random_state()))
-    expected = [draws() for _ in range(300)]
-    seed(7)
-    checkpoint.set_random_state(state)
-    assert [draws() for _ in range(300)] == expected
 
 
 # Which ones stay

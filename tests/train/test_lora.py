@@ -109,7 +109,7 @@ def test_it_learns_a_batch_by_heart() -> None:
     freeze(model, ["*"], TRAINED)
     batches = Fixed([[random_pack([(10, 6), (7, 5)], CONFIGS["dense"])]])
     trainer = Trainer(recipe, model, SpeechObjective(recipe.losses), batches, Parallel())
-    losses = [trainer.step().loss for _ in range(40)]
+    losses = [trainer.step()["loss"] for _ in range(40)]
     assert losses[-1] < 0.3 * losses[0]
 
 

@@ -1,4 +1,4 @@
-"""A run tells when it looks like the plateau before grokking."""
+"""What a run writes down and says, and what is forgotten of it where it goes on from before."""
 
 from __future__ import annotations
 
@@ -8,65 +8,27 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from model.tiny import CONFIGS
 from train.tiny import tiny_recipe
 
 from whisper_moe.data.sample import Skipped
-from whisper_moe.train.monitor import EVENTS, METRICS, RECENT, SKIPPED, Monitor, Plateau, StepReport
+from whisper_moe.train.monitor import EVENTS, METRICS, SKIPPED, Monitor
 
 
 def monitor_of(run: Path, **settings: Any) -> Monitor:
-    return Monitor(run, tiny_recipe(run=settings), CONFIGS["dense"])
+    return Monitor(run, tiny_recipe(run=settings))
 
 
-def report(step: int, loss: float) -> StepReport:
-    return StepReport(
-        step=step,
-        epoch=1,
-        loss=loss,
-        parts={"cross_entropy": loss},
-        rate=1.0,
-        gradient_norm=1.0,
-        label_tokens=1,
-        tokens=1,
-        segments=1,
-        packs=1,
-        skipped_samples=0,
-    )
-
-
-def test_the_plateau_is_told_of_the_mean_of_recent_steps(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
-    step = 0
-    with monitor_of(tmp_path) as monitor:
-        for loss in (4.0, 0.05, 0.05, 0.05, 0.05):
-            for _ in range(RECENT):
-                step += 1
-                monitor.stepped(report(step, loss))
-            monitor.evaluated(step, {"wer": 80.0, "loss": 4.2}, best=False)
-    told = [line for line in caplog.messages if "grokking" in line]
-    assert len(told) == 1
-    assert told[0].startswith(f"step {4 * RECENT}: the training loss is 0.05, the validation loss 4.2")
-
-
-def test_a_plateau_is_told_once_and_only_there(caplog: pytest.LogCaptureFixture) -> None:
-    plateau = Plateau()
-    said = [plateau.warn(step, loss, 5.0) for step, loss in enumerate([4.6, 2.0, 0.3, 0.2, 0.1, 0.05, 0.01])]
-    assert [index for index, warned in enumerate(said) if warned] == [4]
-    assert "training loss is 0.1, the validation loss 5" in caplog.text
-    both_fall = Plateau()
-    assert not any(both_fall.warn(step, loss, loss * 1.2) for step, loss in enumerate([4.6, 2.0, 0.3, 0.2, 0.1, 0.05]))
-    interrupted = Plateau()
-    losses = [(4.6, 5), (0.1, 5), (0.1, 5), (4.0, 5), (0.1, 5), (0.1, 5)]
-    assert not any(interrupted.warn(step, *pair) for step, pair in enumerate(losses))
+def figures(loss: float) -> dict[str, Any]:
+    return {"epoch": 1, "loss": loss, "lr": 1e-3, "tokens": 1, "fill": 0.5}
 
 
 def test_what_came_after_the_checkpoint_or_is_torn_is_dropped(tmp_path: Path) -> None:
     """A name may hold what Python takes for the end of a line; a line may end in half a letter, or in zeros."""
     monitor = monitor_of(tmp_path)
-    monitor.skipped(report(1, 1.0), "the loss is nan", ["clip\u2028one"])
-    monitor.stepped(report(2, 1.0))
+    monitor.skipped(1, "the loss is nan", ["clip\u2028one"])
+    monitor.stepped(2, figures(1.0))
     kept = (tmp_path / METRICS).read_bytes()
-    monitor.stepped(report(3, 1.0))
+    monitor.stepped(3, figures(1.0))
     with (tmp_path / METRICS).open("ab") as file:
         file.write('{"step": 2, "ids": ["ଓ'.encode()[:-1] + b"\0" * 64)
     monitor.begin(9, after=2)
@@ -78,7 +40,7 @@ def test_what_came_after_the_checkpoint_or_is_torn_is_dropped(tmp_path: Path) ->
 def test_an_evaluation_that_was_not_noted_is_forgotten(tmp_path: Path) -> None:
     monitor = monitor_of(tmp_path)
     for step in (1, 2):
-        monitor.stepped(report(step, 1.0))
+        monitor.stepped(step, figures(1.0))
         monitor.evaluated(step, {"wer": 0.5}, best=False)
 
     def left(judged: bool) -> list[tuple[int, bool]]:
@@ -102,8 +64,8 @@ def test_the_board_forgets_them_too(tmp_path: Path) -> None:
         with monitor_of(tmp_path, tensorboard=True) as monitor:
             monitor.begin(9, after=step - 2)
             for late in range(step - 1, step + 1):
-                monitor.stepped(report(late, loss))
-            monitor.stepped(report(step + 1, 99.0))
+                monitor.stepped(late, figures(loss))
+            monitor.stepped(step + 1, figures(99.0))
     board = EventAccumulator(str(tmp_path / EVENTS)).Reload()
     assert [(event.step, event.value) for event in board.Scalars("train/loss")] == [
         (1, 1.0),
@@ -115,7 +77,7 @@ def test_the_board_forgets_them_too(tmp_path: Path) -> None:
 
 
 def test_a_step_without_room_in_float16_leaves_a_line(tmp_path: Path) -> None:
-    monitor_of(tmp_path).rescaled(report(3, 1.0), 32_768.0)
+    monitor_of(tmp_path).rescaled(3, 32_768.0)
     assert json.loads((tmp_path / METRICS).read_text()) == {"step": 3, "overflow": True, "loss_scale": 32_768.0}
 
 

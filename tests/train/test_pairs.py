@@ -21,7 +21,8 @@ from whisper_moe.data.sample import DataError, Sample, TooLong
 from whisper_moe.media.pieces import Pieces
 from whisper_moe.train.losses import SpeechObjective, cross_entropy, sampled, sampled_cross_entropy
 from whisper_moe.train.parallel import Parallel
-from whisper_moe.train.recipe import LossRecipe, recipe_of
+from whisper_moe.train.reading import checked
+from whisper_moe.train.recipe import LossRecipe, Recipe
 from whisper_moe.train.run import run
 from whisper_moe.weights.load import load_model
 
@@ -82,7 +83,7 @@ def test_a_model_that_only_hears_takes_no_pairs() -> None:
 
 def test_a_run_for_the_expert_of_texts_changes_nothing_of_what_is_heard(material: Path, tmp_path: Path) -> None:
     before = load_model(str(material / "model"), aside=True).state
-    assert run(recipe_of(tree_of(material, steps=4), "here"), tmp_path / "run") == 0
+    assert run(checked(Recipe, tree_of(material, steps=4), "here"), tmp_path / "run") == 0
     after = load_model(str(tmp_path / "run/model"), aside=True).state
     changed = {key for key, tensor in after.items() if not torch.equal(tensor, before[key])}
     assert changed == {key for key in after if key.startswith("senses.")}
@@ -96,13 +97,13 @@ def test_batches_with_and_without_sound_make_one_step(material: Path, tmp_path: 
     tree["model"] = {"source": str(material / "model"), "train": ["senses.*"]}
     tree["data"]["train"].append({"kind": "table", "source": str(material / "tones"), "languages": ["en"]})
     tree["data"]["loader"] |= {"batch_size": 1, "planning_buffer": 2}
-    assert run(recipe_of(tree, "here"), tmp_path / "run") == 0
+    assert run(checked(Recipe, tree, "here"), tmp_path / "run") == 0
 
 
 def test_low_rank_fine_tuning_is_for_what_is_heard(material: Path, tmp_path: Path) -> None:
     tree = recipe_tree(material / "model", material / "tones", steps=2)
     tree["model"]["lora"] = {"rank": 2}
-    assert run(recipe_of(tree, "here"), tmp_path / "run") == 0
+    assert run(checked(Recipe, tree, "here"), tmp_path / "run") == 0
     before, after = (load_model(str(path), aside=True).state for path in (material / "model", tmp_path / "run/model"))
     assert all(torch.equal(after[key], before[key]) for key in before if key.startswith("senses."))
 
@@ -111,14 +112,14 @@ def test_words_of_translations_are_not_counted_in_training(material: Path, tmp_p
     tree = tree_of(material, steps=2)
     tree["data"]["evaluation"] = tree["data"]["train"]
     with pytest.raises(ValueError, match="texts and films are judged by"):
-        run(recipe_of(tree, "here"), tmp_path / "run")
+        run(checked(Recipe, tree, "here"), tmp_path / "run")
 
 
 def test_pairs_and_sound_are_learned_from_in_one_pack(material: Path, tmp_path: Path) -> None:
     tree = tree_of(material, steps=3)
     tree["model"] = {"source": str(material / "model"), "train": ["senses.*"]}
     tree["data"]["train"].append({"kind": "table", "source": str(material / "tones"), "languages": ["en"]})
-    assert run(recipe_of(tree, "here"), tmp_path / "run") == 0
+    assert run(checked(Recipe, tree, "here"), tmp_path / "run") == 0
     lines = [json.loads(line) for line in (tmp_path / "run/metrics.jsonl").read_text("utf-8").splitlines()]
     assert any(sum(line["load"].values()) > 0 for line in lines)
     before, after = (load_model(str(path), aside=True).state for path in (material / "model", tmp_path / "run/model"))

@@ -131,6 +131,6 @@ def test_the_recipe_that_comes_along_is_one_and_knows_its_losses() -> None:
     path = Path(__file__).parents[2] / "recipes/speech/vocoder.yaml"
     assert load_recipe(path, ["vocoder.critics=true"], VocoderRecipe).optimisation.betas == (0.8, 0.99)
     with pytest.raises(
-        RecipeError, match=r"vocoder\.factors: no loss is called letters; there are spectra, mel, critics"
+        RecipeError, match=r"vocoder\.factors\.letters.*: Input should be 'spectra', 'mel', .*, got 'letters'"
     ):
         load_recipe(path, ["vocoder.factors={letters: 1.0}"], VocoderRecipe)

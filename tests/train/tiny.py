@@ -20,9 +20,10 @@ from whisper_moe.data.sample import Skipped
 from whisper_moe.model.model import WhisperMoEModel
 from whisper_moe.train.loop import Figures, Trainer
 from whisper_moe.train.losses import SpeechObjective
-from whisper_moe.train.monitor import Monitor, StepReport
+from whisper_moe.train.monitor import Monitor
 from whisper_moe.train.parallel import Parallel
-from whisper_moe.train.recipe import Recipe, recipe_of
+from whisper_moe.train.reading import checked
+from whisper_moe.train.recipe import Recipe
 
 LETTERS = "abcdefgh"
 
@@ -115,14 +116,14 @@ class Notes(Monitor):
 
     def __init__(self) -> None:
         self.skipped_samples: list[Skipped] = []
-        self.reports: list[StepReport] = []
+        self.reports: list[dict[str, Any]] = []
         self.skips: list[tuple[int, str, list[str]]] = []
         self.scales: list[tuple[int, float]] = []
         self.evaluations: list[tuple[int, dict[str, float], bool]] = []
 
     @property
     def losses(self) -> list[float]:
-        return [report.loss for report in self.reports]
+        return [report["loss"] for report in self.reports]
 
     def begin(self, steps: int, *, after: int = 0, judged: bool = False) -> None: ...
     def secure(self) -> None: ...
@@ -130,14 +131,14 @@ class Notes(Monitor):
     def left_out(self, samples: Sequence[Skipped]) -> None:
         self.skipped_samples += samples
 
-    def stepped(self, report: StepReport) -> None:
-        self.reports.append(report)
+    def stepped(self, step: int, figures: Mapping[str, Any]) -> None:
+        self.reports.append({"step": step, **figures})
 
-    def skipped(self, report: StepReport, cause: str, ids: Sequence[str]) -> None:
-        self.skips.append((report.step, cause, list(ids)))
+    def skipped(self, step: int, cause: str, ids: Sequence[str]) -> None:
+        self.skips.append((step, cause, list(ids)))
 
-    def rescaled(self, report: StepReport, scale: float) -> None:
-        self.scales.append((report.step, scale))
+    def rescaled(self, step: int, scale: float) -> None:
+        self.scales.append((step, scale))
 
     def evaluated(self, step: int, metrics: Mapping[str, float], best: bool) -> None:
         self.evaluations.append((step, dict(metrics), best))
@@ -150,7 +151,7 @@ def tiny_recipe(evaluation: dict[str, Any] | None = None, **sections: Any) -> Re
     optimisation |= {"steps": 10} | sections.pop("optimisation", {})
     data = {"train": [corpus], "evaluation": [] if evaluation is None else [corpus]}
     tree = {"data": data, "optimisation": optimisation, "evaluation": {"every": None} | (evaluation or {})}
-    return recipe_of(tree | {"run": {"checkpoint_every": None}} | sections, "tiny")
+    return checked(Recipe, tree | {"run": {"checkpoint_every": None}} | sections, "tiny")
 
 
 def tiny_trainer(

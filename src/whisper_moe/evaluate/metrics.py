@@ -86,19 +86,16 @@ def clip_counts(
     references: Sequence[str], transcripts: Sequence[str], languages: Sequence[str] | str = "en"
 ) -> ErrorCounts:
     """Word edits over reference words, clip by clip. ``languages``: of each clip, or one code for all."""
-    import jiwer
-
-    return _aligned(jiwer.process_words, *(_normalized(each, languages) for each in (references, transcripts)))
+    sides = (_normalized(each, languages) for each in (references, transcripts))
+    return _edits(*([text.split() for text in side] for side in sides))
 
 
 def character_counts(
     references: Sequence[str], transcripts: Sequence[str], languages: Sequence[str] | str = "en"
 ) -> ErrorCounts:
     """Edits of code points over the reference's; spaces included, where the language has them."""
-    import jiwer
-
     sides = (_normalized(each, languages, joined=UNSPACED_LANGUAGES) for each in (references, transcripts))
-    return _aligned(jiwer.process_characters, *sides)
+    return _edits(*([text.strip() for text in side] for side in sides))
 
 
 def _normalized(texts: Sequence[str], languages: Sequence[str] | str, joined: Container[str] = ()) -> list[str]:
@@ -108,19 +105,11 @@ def _normalized(texts: Sequence[str], languages: Sequence[str] | str, joined: Co
     return [text.replace(" ", "") if code in joined else text for text, code in pairs]
 
 
-def _aligned(process: Callable[..., Any], said: list[str], written: list[str]) -> ErrorCounts:
-    if not said:
-        return ErrorCounts(np.zeros((0, 2), dtype=int))
-    pairs = process(said, written)
-    edits = [sum(map(edits_of, chunks)) for chunks in pairs.alignments]
-    return ErrorCounts.of(edits, [len(units) for units in pairs.references])
+def _edits(said: Sequence[Sequence[str]], written: Sequence[Sequence[str]]) -> ErrorCounts:
+    from rapidfuzz.distance import Levenshtein
 
-
-def edits_of(chunk: Any) -> int:
-    """Of a stretch of jiwer's alignment."""
-    if chunk.type == "equal":
-        return 0
-    return max(chunk.ref_end_idx - chunk.ref_start_idx, chunk.hyp_end_idx - chunk.hyp_start_idx)
+    edits = [Levenshtein.distance(*pair) for pair in zip(said, written, strict=True)]
+    return ErrorCounts.of(edits, [len(units) for units in said])
 
 
 def script_fidelity(transcripts: Sequence[str], languages: Sequence[str]) -> ErrorCounts:

@@ -1,6 +1,6 @@
 """The report: ``report.json``, ``report.md``, ``transcripts.tsv`` and ``report.html``, all of them or none.
 
-Markdown and HTML say the same sections. The page needs nothing else: no script and no network, its plots are within it.
+The page is the Markdown as HTML. It needs nothing else: no script and no network, its plots are within it.
 Everything that comes from outside (names, transcripts, causes) is escaped.
 """
 
@@ -37,8 +37,9 @@ Report = Mapping[str, Any]
 _STYLE = """
 :root { color-scheme: light dark; } img { max-width: 100%; background: white; }
 body { font: 15px/1.5 system-ui, sans-serif; max-width: 72rem; margin: 2rem auto; padding: 0 1rem; }
-p, figcaption { max-width: 60rem; font-size: .88rem; opacity: .8; } .wide { overflow-x: auto; margin: .8rem 0; }
-table { border-collapse: collapse; font-size: .88rem; font-variant-numeric: tabular-nums; }
+p, figcaption { max-width: 60rem; font-size: .88rem; opacity: .8; }
+table { display: block; overflow-x: auto; margin: .8rem 0; border-collapse: collapse; }
+table { font-size: .88rem; font-variant-numeric: tabular-nums; }
 th, td { text-align: left; padding: .25rem .7rem; border-bottom: 1px solid #8885; }
 """
 
@@ -93,25 +94,19 @@ def _plain(text: str) -> str:
 
 
 def page(report: Report) -> str:
-    """The whole page of HTML."""
-    title = f"Evaluation of {escape(report['model'])}"
-    body = [f"<h1>{title}</h1>", f"<p>{escape(_circumstances(report))}</p>", *_plots(report)]
-    for section in _sections(report):
-        body += [f"<h2>{escape(section.title)}</h2>"] * bool(section.title)
-        rows = [_row("th", section.head), *(_row("td", row) for row in section.rows)]
-        body += ['<div class="wide"><table>', *rows, "</table></div>"]
-        body += [f"<p>{escape(note)}</p>" for note in section.notes]
+    """The whole page of HTML: what the Markdown says, and below what it was measured on, the plots."""
+    from markdown_it import MarkdownIt
+
+    body = MarkdownIt("commonmark", {"html": False}).enable("table").render(markdown(report))
+    body = body.replace("</p>\n", "\n".join(["</p>", *_plots(report), ""]), 1)
     policy = "default-src 'none'; style-src 'unsafe-inline'; img-src data:"
     return (
         '<!doctype html>\n<html lang="en">\n<head>\n<meta charset="utf-8">\n'
         '<meta name="viewport" content="width=device-width, initial-scale=1">\n'
         f'<meta http-equiv="Content-Security-Policy" content="{policy}">\n'
-        f"<title>{title}</title>\n<style>{_STYLE}</style>\n</head>\n<body>\n" + "\n".join(body) + "\n</body>\n</html>\n"
+        f"<title>Evaluation of {escape(report['model'])}</title>\n<style>{_STYLE}</style>\n</head>\n"
+        f"<body>\n{body}</body>\n</html>\n"
     )
-
-
-def _row(tag: str, cells: Sequence[str]) -> str:
-    return "<tr>" + "".join(f"<{tag}>{escape(cell)}</{tag}>" for cell in cells) + "</tr>"
 
 
 def _circumstances(report: Report) -> str:

@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import json
 import math
-import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -26,8 +25,7 @@ from whisper_moe.config import SAMPLE_RATE, MoEConfig
 from whisper_moe.evaluate.report import markdown_table
 from whisper_moe.evaluate.run import shown
 from whisper_moe.media.mel import window_mel
-from whisper_moe.merge.build import decoder_of
-from whisper_moe.merge.differences import spectrum
+from whisper_moe.merge.build import decoder_of, spectrum
 from whisper_moe.weights.checkpoint import CARD, Loaded
 from whisper_moe.weights.files import CheckpointError, atomic_file, listed
 from whisper_moe.weights.load import hub_id, load_model, resolve, under
@@ -313,10 +311,11 @@ def write_card(folder: Path, base: str, moe: MoEConfig, members: Sequence[Member
 
 def _licence(source: str) -> str:
     """As the head of its card says, where there is one on this disk."""
+    from huggingface_hub import metadata_load
+    from yaml import YAMLError
+
     try:
-        card = (resolve(source).path / CARD).read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError, CheckpointError):
+        head = metadata_load(resolve(source).path / CARD) or {}
+    except (OSError, ValueError, YAMLError):
         return ""
-    head = re.match(r"---\n(.*?)\n---", card, re.DOTALL)
-    stated = re.search(r"^license:\s*(\S+)\s*$", head[1], re.MULTILINE) if head else None
-    return stated[1] if stated else ""
+    return str(head.get("license") or "")

@@ -234,7 +234,7 @@ def _language(expert: Diagnosis, clips: Sequence[Clip]) -> str | None:
 
 def _judged(clips: Sequence[Clip], limit: int) -> list[Clip]:
     """Whose WER is measured: that have a text, and were not cut."""
-    if limit and not find_spec("jiwer"):
+    if limit and not find_spec("rapidfuzz"):
         logger.warning("what is lost is not measured: that needs pip install 'whisper-moe[evaluate]'")
         limit = 0
     whole = [(sample, sound) for sample, sound in clips if len(sound) < FULL_WINDOW * SAMPLE_RATE]
@@ -302,9 +302,7 @@ def add_expert(model: Path, expert: str, probe: str, base: str | None) -> None:
     whole = chain(_one_by_one(map(load_checkpoint, merged.experts)), [found] if merged.experts else ())
     remarks = "".join(f"; {reason}" for reason in diagnosis.reasons)
     _rewrite(model, grown, whole, f"Added: {name}, {shown(source)}; probe {shown(probe)}{remarks}.")
-    moved = build.moved_choices(merged.state, grown, name)
-    others = f"takes over from {', '.join(moved)}" if moved else "the others keep theirs"
-    logger.info("%s: %s added; %s", model, name, others)
+    logger.info("%s: %s added", model, name)
 
 
 def remove_expert(model: Path, name: str) -> None:

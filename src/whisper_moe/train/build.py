@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import random
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
@@ -13,7 +12,6 @@ from itertools import islice
 from pathlib import Path
 from typing import TypeAlias
 
-import numpy as np
 import torch
 
 from whisper_moe.config_aside import ASIDE
@@ -37,7 +35,7 @@ from whisper_moe.train.recipe import Recipe
 from whisper_moe.weights.checkpoint import CONFIG, Loaded, read_config
 from whisper_moe.weights.files import atomic_folder, json_bytes, read_bytes, read_json
 from whisper_moe.weights.load import load_model
-from whisper_moe.weights.parts import empty_model, expected_shapes, frozen_model
+from whisper_moe.weights.parts import empty_model, expected_shapes
 from whisper_moe.weights.tokens import GENERATION, TOKENIZER, of_any_language
 from whisper_moe.weights.upcycle import add_languages, add_parts, upcycle
 
@@ -45,13 +43,6 @@ Note: TypeAlias = Callable[[Sequence[Skipped]], None]
 START = "start"
 """The folder, within a run's, of all but the weights: so that it can go on and be exported when the source is gone."""
 logger = logging.getLogger(__name__)
-
-
-def seed_all(seed: int) -> None:
-    """The global generators, which libraries use."""
-    random.seed(seed)
-    np.random.seed(seed)  # noqa: NPY002
-    torch.manual_seed(seed)
 
 
 def initial_model(recipe: Recipe) -> Loaded:
@@ -197,13 +188,13 @@ class Task:
 
     def learned(self, model: WhisperMoEModel) -> tuple[Batches, Objective]:
         """Batches of this process's share of the data, and the losses."""
-        return self.mixed(), SpeechObjective(self.recipe.losses, self._teacher())
+        return self.mixed(), SpeechObjective(self.recipe.losses)
 
     def figures(self) -> Figures:
         """What it is judged by. What would end the run at its first evaluation ends it now."""
         settings, data, initial = self.recipe.evaluation, self.recipe.data, self.initial
         decode = settings.metric != "loss"
-        missing = [name for name in ("jiwer", "whisper_normalizer") if decode and find_spec(name) is None]
+        missing = [name for name in ("rapidfuzz", "whisper_normalizer") if decode and find_spec(name) is None]
         if missing:
             raise RecipeError(f"evaluation.metric needs {' and '.join(missing)}: pip install 'whisper-moe[train]'")
         corpora = list(self.opened(data.evaluation))
@@ -264,20 +255,6 @@ class Task:
         weights = {each.name: given.weight for each, given in pairs if given.weight != 1}
         mixing = data.loader.mixing.model_copy(update={"weights": weights | dict(data.loader.mixing.weights)})
         return self.loader(corpora, mixing, reader)
-
-    def _teacher(self) -> WhisperMoEModel | None:
-        source, config = self.recipe.losses.teacher, self.initial.config
-        if source is None:
-            return None
-        if self.recipe.losses.sampled:
-            raise RecipeError("losses.sampled: a teacher tells of all tokens; it goes without")
-        loaded = load_model(source)
-        if loaded.experts:
-            raise RecipeError(f"losses.teacher: {source}: its experts are whole models; name one of them")
-        theirs, ours = loaded.tokenizer.vocabulary, self.initial.tokenizer.vocabulary
-        if theirs != ours or loaded.config.n_mels != config.n_mels:
-            raise RecipeError(f"losses.teacher: {source} does not have the model's tokens and mel bands")
-        return frozen_model(loaded.config, loaded.state).to(self.parallel.device)
 
     def loader(
         self, corpora: Sequence[AnyCorpus], mixing: MixingConfig, reader: ExampleReader | None = None

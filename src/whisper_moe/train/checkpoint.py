@@ -2,7 +2,7 @@
 
     RUN/checkpoints/0003-step-00000150/
         shard-00001-model-….safetensors   one process's parts of ``model/NAME`` and ``optimizer/NAME/KEY``, each with its place
-        state.json                        everything else: step, scheduler, loader, random states, progress
+        state.json                        everything else: step, scheduler, loader, progress
         COMMIT.json                       the marker: size and sha256 of every file above, and what it was judged by
 
 Tensors are written and read by torch.distributed.checkpoint. Parts are found by their place: any number of processes in any
@@ -22,7 +22,6 @@ import json
 import logging
 import math
 import os
-import random
 import re
 import shutil
 import warnings
@@ -33,7 +32,6 @@ from itertools import accumulate
 from pathlib import Path
 from typing import Any, Literal, TypeVar
 
-import numpy as np
 import torch
 import torch.distributed as dist
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
@@ -337,26 +335,3 @@ def read_commit(path: Path) -> Commit:
         return Commit.model_validate_json(json_bytes(body))
     except ValidationError as error:
         raise CheckpointError(f"{path / COMMIT}: {problems(error)}") from error
-
-
-# Random states
-
-
-def random_state() -> dict[str, Any]:
-    """The states of the global generators of torch, numpy and Python, and of the current GPU's if it is in use."""
-    numpy = np.random.get_state(legacy=False)  # noqa: NPY002 (the global one is meant)
-    assert isinstance(numpy, dict)
-    numpy["state"]["key"] = numpy["state"]["key"].tolist()
-    cuda = torch.cuda.get_rng_state() if torch.cuda.is_initialized() else None
-    cuda = None if cuda is None else cuda.tolist()
-    return {"torch": torch.get_rng_state().tolist(), "cuda": cuda, "numpy": numpy, "python": random.getstate()}
-
-
-def set_random_state(state: Mapping[str, Any]) -> None:
-    """Put back what :func:`random_state` gave. A GPU's state has no use on a machine without one and is left out there."""
-    torch.set_rng_state(torch.tensor(state["torch"], dtype=torch.uint8))
-    if state["cuda"] is not None and torch.cuda.is_available():
-        torch.cuda.set_rng_state(torch.tensor(state["cuda"], dtype=torch.uint8))
-    np.random.set_state(state["numpy"])  # noqa: NPY002
-    version, internal, gauss_next = state["python"]
-    random.setstate((version, tuple(internal), gauss_next))

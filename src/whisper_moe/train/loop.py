@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import json
 import math
+import random
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import asdict, astuple, dataclass, replace
@@ -19,16 +20,18 @@ from operator import add
 from pathlib import Path
 from typing import Any, Literal, Protocol
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
+from whisper_moe.config import MAX_PACK_TOKENS
 from whisper_moe.data.examples import Pack
 from whisper_moe.data.loader import Batch
 from whisper_moe.machine import give_back_memory
 from whisper_moe.model.model import WhisperMoEModel
 from whisper_moe.train import checkpoint
 from whisper_moe.train.losses import Terms, Totals, balance_biases
-from whisper_moe.train.monitor import Monitor, StepReport
+from whisper_moe.train.monitor import Monitor
 from whisper_moe.train.optim import LossScale, build_optimizer, precision_on, set_rates
 from whisper_moe.train.parallel import Parallel
 from whisper_moe.train.reading import RecipeError
@@ -42,6 +45,13 @@ _TRIMMED_EVERY = 10
 """Steps after which what is free goes back to the system: packs of ever other sizes leave holes that the next do not fill."""
 _A_BATCH = "a batch"
 """What rank 0 says before each batch of an evaluation, where its figures come last."""
+
+
+def seed_all(seed: int) -> None:
+    """The global generators, which libraries use."""
+    random.seed(seed)
+    np.random.seed(seed % 2**32)  # noqa: NPY002
+    torch.manual_seed(seed)
 
 
 class NonFiniteError(ValueError):
@@ -139,8 +149,9 @@ class Trainer:
             return "stopped early"
         return "finished" if self.progress.step >= self.steps else None
 
-    def step(self) -> StepReport:
-        """One update, or one that is left out because its loss or gradient is not finite."""
+    def step(self) -> dict[str, Any]:
+        """One update, or one that is left out because its loss or gradient is not finite; gives its figures."""
+        seed_all(self.recipe.run.seed + self.progress.step)  # what draws of them draws the same in a run that goes on
         batches = [next(self._stream) for _ in range(self.recipe.optimisation.accumulate)]
         counted = self._counted(batches)
         totals = Totals(*counted[:2])
@@ -151,11 +162,11 @@ class Trainer:
         self.scale.remove(parameters)
         norm = float(self.parallel.clip(parameters, self.recipe.optimisation.clip or math.inf))
         report = self._report(batches, reduce(add, passes), counted, norm)
-        if math.isfinite(report.loss) and math.isfinite(norm):
+        if math.isfinite(report["loss"]) and math.isfinite(norm):
             self._update(report, reduce(add, passes).counts)
-        elif math.isfinite(report.loss) and self.scale.halve():
+        elif math.isfinite(report["loss"]) and self.scale.halve():
             if self.monitor:
-                self.monitor.rescaled(report, self.scale.value)
+                self.monitor.rescaled(self.progress.step + 1, self.scale.value)
         else:
             self._skip(report, batches, passes)
         self.progress.step += 1
@@ -180,56 +191,60 @@ class Trainer:
             (terms.loss * (self.parallel.data_size * self.scale.value)).backward()
         return replace(terms, loss=terms.loss.detach())
 
-    def _report(self, batches: Sequence[Batch], terms: Terms, counted: Sequence[float], norm: float) -> StepReport:
-        """The step's figures, of all processes. What is left out is told here."""
-        names, counts = sorted(terms.parts), terms.counts.sum(0)
+    def _report(self, batches: Sequence[Batch], terms: Terms, counted: Sequence[float], norm: float) -> dict[str, Any]:
+        """The step's figures, of all processes, as ``metrics.jsonl`` has them. What is left out is told here."""
+        names, counts, moe = sorted(terms.parts), terms.counts.sum(0), self.model.config.moe
         figures = torch.stack([terms.loss, *(terms.parts[name] for name in names)]).double()
         loss, *parts = self.parallel.sum(figures).tolist()
         labels, segments, tokens, packs, skipped = map(int, counted)
+        given = self.recipe.optimisation
+        report: dict[str, Any] = {
+            "epoch": batches[-1].epoch + 1,  # of its last batch, counted from 1
+            "loss": loss,
+            **dict(zip(names, parts, strict=True)),
+            "lr": given.lr * given.factor(self.progress.step, self.steps),
+            "gradient_norm": norm,
+            "tokens": tokens,  # of encoder and decoder
+            "label_tokens": labels,
+            "segments": segments,
+            "packs": packs,
+            "fill": tokens / (packs * MAX_PACK_TOKENS) if packs else 0.0,
+        }
+        if moe is not None and len(counts):  # each choice's share of all slots
+            choices = (*moe.names, *["none"] * moe.none_choice)
+            report["load"] = dict(zip(choices, (counts / counts.sum().clamp_min(1)).tolist(), strict=True))
         if skipped:
+            report["skipped_samples"] = skipped
             self.progress.skipped_samples += skipped
             left_out = self.parallel.gather([sample for batch in batches for sample in batch.skipped])
             if self.monitor:
                 self.monitor.left_out(left_out)
-        return StepReport(
-            step=self.progress.step + 1,
-            epoch=batches[-1].epoch + 1,
-            loss=loss,
-            parts=dict(zip(names, parts, strict=True)),
-            rate=self.recipe.optimisation.factor(self.progress.step, self.steps),
-            gradient_norm=norm,
-            label_tokens=labels,
-            tokens=tokens,
-            segments=segments,
-            packs=packs,
-            skipped_samples=skipped,
-            load=tuple((counts / counts.sum().clamp_min(1)).tolist()),
-        )
+        return report
 
-    def _update(self, report: StepReport, counts: Tensor) -> None:
-        set_rates(self.optimizer, report.rate)
+    def _update(self, report: Mapping[str, Any], counts: Tensor) -> None:
+        set_rates(self.optimizer, self.recipe.optimisation.factor(self.progress.step, self.steps))
         self.optimizer.step()
         if self.recipe.losses.balancing == "bias":
             balance_biases(self.model, counts, self.recipe.losses.bias_rate)
         self.scale.grow()
         self.progress.bad_in_a_row = 0
         if self.monitor:
-            self.monitor.stepped(report)
+            self.monitor.stepped(self.progress.step + 1, report)
 
-    def _skip(self, report: StepReport, batches: Sequence[Batch], passes: Sequence[Terms]) -> None:
+    def _skip(self, report: Mapping[str, Any], batches: Sequence[Batch], passes: Sequence[Terms]) -> None:
         """Nothing is updated. The batches whose own loss is at fault are named, or all where only the gradient is."""
-        progress, own, cause = self.progress, batches, f"the gradient is {report.gradient_norm}"
-        if not math.isfinite(report.loss):
+        progress, own, cause = self.progress, batches, f"the gradient is {report['gradient_norm']}"
+        if not math.isfinite(report["loss"]):
             own = [batch for batch, terms in zip(batches, passes, strict=True) if not terms.loss.isfinite()]
-            cause = f"the loss is {report.loss}"
+            cause = f"the loss is {report['loss']}"
         progress.bad_steps += 1
         progress.bad_in_a_row += 1
         ids = self.parallel.gather([name for batch in own for name in batch.ids])
         if self.monitor:
-            self.monitor.skipped(report, cause, ids)
+            self.monitor.skipped(progress.step + 1, cause, ids)
         if progress.bad_in_a_row >= self.recipe.optimisation.most_bad_steps:
             raise NonFiniteError(
-                f"step {report.step}: {cause}, as in the {progress.bad_in_a_row - 1} steps before; look at the samples "
+                f"step {progress.step + 1}: {cause}, as in the {progress.bad_in_a_row - 1} steps before; look at the samples "
                 f"({', '.join(ids[:5])} …), or begin a new run with a lower rate or in float32"
             )
 
@@ -314,7 +329,6 @@ class Trainer:
             "steps": self.steps,
             "scale": {"value": self.scale.value, "good": self.scale.good},
             "progress": asdict(self.progress),
-            "random": checkpoint.random_state(),
             "batches": self.batches.state_dict(),
         }
 
@@ -332,7 +346,6 @@ class Trainer:
             self.progress.worse_in_a_row = 0
         self.batches.load_state_dict(meta["batches"])
         self._stream = self._endless()
-        checkpoint.set_random_state(meta["random"])
 
 
 def _steps(recipe: Recipe, batches: Batches) -> int:

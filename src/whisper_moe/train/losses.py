@@ -1,7 +1,6 @@
 """Losses of one pass, each a sum that is divided by a whole step's totals: passes and processes simply add up.
 
-- Cross-entropy over the label tokens (-100 is ignored), divided by all label tokens of the step; and, where there is a
-  teacher, the divergence from its next token's probabilities there (Distil-Whisper, arXiv 2311.00430, section 3).
+- Cross-entropy over the label tokens (-100 is ignored), divided by all label tokens of the step.
 - Router: balance loss (Switch, arXiv 2101.03961, section 2.2, for top-k) and z-loss (ST-MoE, arXiv 2202.08906, section 4)
   per layer; or no loss but a bias on the choice (arXiv 2408.15664).
 
@@ -26,10 +25,8 @@ from whisper_moe.config import ModelConfig
 from whisper_moe.data.examples import IGNORED, Pack
 from whisper_moe.model.model import Output, WhisperMoEModel
 from whisper_moe.model.router import NONE, Router, Routing, at_least_float32
-from whisper_moe.model.senses import is_sensed
 from whisper_moe.packing import Layout
 from whisper_moe.train.parallel import Parallel
-from whisper_moe.train.reading import RecipeError
 from whisper_moe.train.recipe import LossRecipe, Sense
 
 
@@ -180,11 +177,9 @@ def balance_biases(model: nn.Module, counts: Tensor, rate: float) -> None:
 
 @dataclass(frozen=True)
 class SpeechObjective:
-    """Cross-entropy of what is said, what a teacher would say, and the routers' losses."""
+    """Cross-entropy of what is said, and the routers' losses."""
 
     given: LossRecipe
-    teacher: nn.Module | None = None
-    """Frozen, with the model's own tokens; it hears what the model hears."""
 
     def totals(self, packs: Sequence[Pack]) -> Totals:
         labelled = sum(int((pack.labels_T != IGNORED).sum()) for pack in packs)
@@ -212,16 +207,7 @@ class SpeechObjective:
         loss, parts, counts = router_terms(
             output.routings, segments / totals.segments, self.given, parallel.sum, real=own > 0
         )
-        parts = {"cross_entropy": cross.detach(), **parts}
-        if self.teacher is not None:
-            if any(is_sensed(mel) for pack in here for mel in pack.mels):
-                raise RecipeError("losses.teacher: a teacher hears; of texts and films it can say nothing")
-            with torch.no_grad():
-                wanted = run_packs(self.teacher, here).logits
-            said = labels != IGNORED
-            apart = divergence(output.logits[said], wanted[said]) / totals.tokens
-            loss, parts["divergence"] = loss + self.given.distillation * apart, apart.detach()
-        return Terms(cross + loss, parts, counts)
+        return Terms(cross + loss, {"cross_entropy": cross.detach(), **parts}, counts)
 
 
 def token_weights(packs: Sequence[Pack], weights: Mapping[Sense, float]) -> Tensor | None:

@@ -10,15 +10,13 @@ import logging
 import math
 import sys
 import time
-from collections import deque
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from whisper_moe.config import MAX_PACK_TOKENS, ModelConfig
 from whisper_moe.data.sample import Skipped
 from whisper_moe.train.recipe import Recipe
 from whisper_moe.weights.files import atomic_file, sync
@@ -29,76 +27,24 @@ if TYPE_CHECKING:
 
 METRICS, SKIPPED = "metrics.jsonl", "skipped.jsonl"
 EVENTS = "tensorboard"
-RECENT = 20
-"""Steps whose mean training loss an evaluation is compared with."""
 SECONDS_BETWEEN_LINES = 10.0
 """Where there is no terminal for a bar."""
-_COUNTED = ("gradient_norm", "tokens", "label_tokens", "segments", "packs")
 logger = logging.getLogger(__name__)
-
-
-@dataclass(frozen=True, kw_only=True)
-class StepReport:
-    """One step in figures, of all processes."""
-
-    step: int
-    """Counted from 1."""
-    epoch: int
-    """Of its last batch, counted from 1."""
-    loss: float
-    parts: dict[str, float]
-    rate: float
-    """What the peak rates were multiplied with."""
-    gradient_norm: float
-    label_tokens: int
-    tokens: int
-    """Of encoder and decoder."""
-    segments: int
-    packs: int
-    skipped_samples: int
-    load: tuple[float, ...] = ()
-    """Each choice's share of all slots, *none* last."""
-
-
-class Plateau:
-    """Tells when a run looks like the plateau before grokking: what is trained on is known, what is not is not.
-
-    Nothing says that it will end (arXiv 2201.02177), and overfitting looks the same.
-    """
-
-    def __init__(self) -> None:
-        self._first: float | None = None
-        self._row = 0
-
-    def warn(self, step: int, train_loss: float, validation_loss: float) -> bool:
-        """Log a warning when the plateau has just been reached, and say so: in three evaluations in a row, the training loss
-        is under a tenth of the first and a tenth of the validation loss, which is more than half of the first."""
-        self._first = train_loss if self._first is None else self._first
-        here = 10 * train_loss < min(self._first, validation_loss) and 2 * validation_loss > self._first
-        self._row = self._row + 1 if here else 0
-        if reached := self._row == 3:
-            logger.warning(
-                f"step {step}: the training loss is {train_loss:.3g}, the validation loss {validation_loss:.3g}: overfitting, "
-                "or the plateau before grokking; with weight decay and many more steps it may fall (arXiv 2201.02177)"
-            )
-        return reached
 
 
 class Monitor(ExitStack):
     """Writes down and shows what happens. Use as a context: the bar and the files are closed at its end."""
 
-    def __init__(self, run: Path, recipe: Recipe, config: ModelConfig) -> None:
+    def __init__(self, run: Path, recipe: Recipe) -> None:
         """``run``: the run's directory. Raises ``ImportError`` that names the extra if TensorBoard is asked for and not there."""
         super().__init__()
-        self._run, self._steps, self._recipe, moe = run, 0, recipe, config.moe
-        self._choices = (*moe.names, *(["none"] if moe.none_choice else [])) if moe else ()
+        self._run, self._steps, self._recipe = run, 0, recipe
         if recipe.run.tensorboard and find_spec("tensorboard") is None:
             raise ImportError("run.tensorboard needs TensorBoard: pip install 'whisper-moe[train]'")
         self._board: SummaryWriter | None = None
         self._bar: Progress | None = None
         self._clock = self._spoken = time.perf_counter()
         self._left_out = _whole_lines(run / SKIPPED)
-        self._plateau, self._recent = Plateau(), deque[float](maxlen=RECENT)
 
     def begin(self, steps: int, *, after: int = 0, judged: bool = False) -> None:
         """``steps`` are to be made, of which ``after`` are. What a run that was killed wrote of later ones is forgotten; and of
@@ -129,35 +75,22 @@ class Monitor(ExitStack):
             with (self._run / SKIPPED).open("a", encoding="utf-8") as file:
                 file.write("".join(f"{line}\n" for line in new))
 
-    def stepped(self, report: StepReport) -> None:
+    def stepped(self, step: int, figures: Mapping[str, Any]) -> None:
+        """The figures of a step, to which its seconds are added."""
         now = time.perf_counter()
-        figures: dict[str, Any] = {
-            "epoch": report.epoch,
-            "loss": report.loss,
-            **report.parts,
-            "lr": self._recipe.optimisation.lr * report.rate,
-            **{name: getattr(report, name) for name in _COUNTED},
-            "fill": report.tokens / (report.packs * MAX_PACK_TOKENS) if report.packs else 0.0,
-        }
-        if "cross_entropy" in report.parts:  # what an evaluation's loss can be compared with
-            self._recent.append(report.parts["cross_entropy"])
-        if report.load:
-            figures["load"] = dict(zip(self._choices, report.load, strict=True))
-        if report.skipped_samples:
-            figures["skipped_samples"] = report.skipped_samples
-        figures["seconds"], self._clock = now - self._clock, now
-        if report.step % self._recipe.run.log_every == 0 or report.step in (1, self._steps):
-            self._write({"step": report.step, **figures})
-            self._plot(report.step, "train", figures)
-        self._show(report.step, now, figures)
+        figures, self._clock = {**figures, "seconds": now - self._clock}, now
+        if step % self._recipe.run.log_every == 0 or step in (1, self._steps):
+            self._write({"step": step, **figures})
+            self._plot(step, "train", figures)
+        self._show(step, now, figures)
 
-    def skipped(self, report: StepReport, cause: str, ids: Sequence[str]) -> None:
-        self._write({"step": report.step, "skipped": cause, "ids": list(ids)})
-        logger.warning("WARNING: step %d is skipped: %s; samples %s …", report.step, cause, ", ".join(ids[:5]))
+    def skipped(self, step: int, cause: str, ids: Sequence[str]) -> None:
+        self._write({"step": step, "skipped": cause, "ids": list(ids)})
+        logger.warning("WARNING: step %d is skipped: %s; samples %s …", step, cause, ", ".join(ids[:5]))
 
-    def rescaled(self, report: StepReport, scale: float) -> None:
+    def rescaled(self, step: int, scale: float) -> None:
         """A step that float16 had no room for: nothing is updated, and the loss is scaled up less from now on."""
-        self._write({"step": report.step, "overflow": True, "loss_scale": scale})
+        self._write({"step": step, "overflow": True, "loss_scale": scale})
 
     def evaluated(self, step: int, metrics: Mapping[str, float], best: bool) -> None:
         self._write({"step": step, "evaluation": dict(metrics), "best": best})
@@ -166,8 +99,6 @@ class Monitor(ExitStack):
             logger.warning("WARNING: step %d: %s could not be measured, and counts as nothing", step, unmeasured)
         figures = ", ".join(f"{name} {value:.4f}" for name, value in metrics.items())
         logger.info("step %d: %s%s", step, figures, " (the best so far)" if best else "")
-        if self._recent and "loss" in metrics:
-            self._plateau.warn(step, sum(self._recent) / len(self._recent), metrics["loss"])
 
     def _show(self, step: int, now: float, figures: Mapping[str, Any]) -> None:
         speed = figures["tokens"] / max(figures["seconds"], 1e-9)

@@ -6,9 +6,9 @@ Nothing here imports torch: a recipe can be wrong in a second rather than after 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal, Self
+from typing import TYPE_CHECKING, Annotated, ClassVar, Literal, Self
 
 from pydantic import Field, model_validator
 
@@ -177,10 +177,6 @@ class LossRecipe(Strict):
     sampled: int = Field(default=0, ge=0)
     """Tokens that a label is told from, besides those of the step (sampled softmax, arXiv 1412.2007); 0: all. Most of a step
     of short texts is the head."""
-    teacher: str | None = None
-    """A model with the same tokens, whose probabilities are learned beside what is said (distillation): a folder or a Hub id."""
-    distillation: float = Field(default=0.8, ge=0)
-    """Factor of the divergence from the teacher's probabilities."""
     balancing: Literal["loss", "bias", "none"] = "loss"
     """How experts are kept in balance: a loss for each router, a bias on the choice (arXiv 2408.15664), or not at all."""
     balance: float = Field(default=0.01, ge=0)
@@ -278,17 +274,6 @@ class ParallelRecipe(Strict):
         return replicas
 
 
-def factors_among(losses: Mapping[str, float]) -> Callable[[dict[str, float]], dict[str, float]]:
-    """A check for a script's recipes: factors are of these losses. It raises ``ValueError`` for any other."""
-
-    def known(factors: dict[str, float]) -> dict[str, float]:
-        if unknown := sorted(factors.keys() - losses.keys()):
-            raise ValueError(f"no loss is called {', '.join(unknown)}; there are {', '.join(losses)}")
-        return factors
-
-    return known
-
-
 class Recipe(Strict):
     """A training run."""
 
@@ -355,9 +340,4 @@ def load_recipe(path: Path, overrides: Sequence[str] = (), kind: type[Recipe] = 
     tree = read_tree(path, overrides)
     if tree.get("name") is None:
         tree["name"] = path.stem
-    return recipe_of(tree, str(path), kind)
-
-
-def recipe_of(tree: Mapping[str, Any], origin: str, kind: type[Recipe] = Recipe) -> Recipe:
-    """Check a tree of plain values; ``origin`` is what messages begin with. Raises :class:`RecipeError`."""
-    return checked(kind, tree, origin)
+    return checked(kind, tree, str(path))

@@ -25,13 +25,12 @@ from collections.abc import Iterator, Sequence
 from contextlib import chdir, contextmanager, nullcontext, suppress
 from dataclasses import replace
 from datetime import datetime
-from importlib.metadata import distributions
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from whisper_moe.machine import take_threads
-from whisper_moe.train.reading import RecipeError, apply
-from whisper_moe.train.recipe import LoRARecipe, Recipe, load_recipe, recipe_of
+from whisper_moe.machine import take_threads, versions
+from whisper_moe.train.reading import RecipeError, apply, checked
+from whisper_moe.train.recipe import LoRARecipe, Recipe, load_recipe
 from whisper_moe.weights.files import atomic_file, json_bytes, read_json
 
 if TYPE_CHECKING:
@@ -106,13 +105,13 @@ def asked(
     run, record = run.resolve(), read_record(run)
     for override in overrides:
         apply(record["recipe"], override)
-    recipe = recipe_of(record["recipe"], str(run / RECORD), kind)
+    recipe = checked(kind, record["recipe"], str(run / RECORD))
     # Where most of the data is: where the run was begun, also if that was moved with the run in it; or here.
     folders = [Path.cwd()]
     if (begun := record.get("folder")) and (there := record.get("directory")):
         folders = [(run / os.path.relpath(begun, there)).resolve(), Path(begun), *folders]
-    given = (recipe.model.source, recipe.losses.teacher)
-    paths = [*filter(None, given), *(corpus.source for corpus in (*recipe.data.train, *recipe.data.evaluation))]
+    given = (recipe.model, *recipe.data.train, *recipe.data.evaluation)
+    paths = [each.source for each in given if each.source]
     folders = [folder for folder in folders if folder.is_dir()]
     return recipe, run, max(folders, key=lambda folder: sum((folder / path).exists() for path in paths))
 
@@ -140,7 +139,8 @@ def run(recipe: Recipe, directory: Path, *, resume: bool = False) -> int:
 def _run(recipe: Recipe, directory: Path, parallel: Parallel) -> int:
     """Resume or begin, build, train, export."""
     from whisper_moe.train import checkpoint
-    from whisper_moe.train.build import build_trainer, initial_model, read_start, seed_all, write_start
+    from whisper_moe.train.build import build_trainer, initial_model, read_start, write_start
+    from whisper_moe.train.loop import seed_all
     from whisper_moe.train.monitor import Monitor
 
     if recipe.run.threads:
@@ -154,7 +154,7 @@ def _run(recipe: Recipe, directory: Path, parallel: Parallel) -> int:
     start = read_start(directory) if newest else initial_model(recipe)
     if first and not newest:
         write_start(directory, start)
-    with Monitor(directory, recipe, start.config) if first else nullcontext() as monitor:
+    with Monitor(directory, recipe) if first else nullcontext() as monitor:
         trainer = build_trainer(recipe, start, parallel, monitor, directory)
         if newest:
             _go_on(trainer, Path(newest), directory)
@@ -182,19 +182,16 @@ def run_lock(directory: Path) -> Iterator[None]:
     from filelock import FileLock, Timeout
 
     directory.mkdir(parents=True, exist_ok=True)
-    lock = FileLock(directory / LOCK, blocking=False)
     try:
-        lock.acquire()
+        held = FileLock(directory / LOCK, blocking=False).acquire()
     except Timeout:
         raise ValueError(
             f"{directory}: another trainer is at work there; wait for it to end, or name another directory"
         ) from None
     except NotImplementedError as error:
         raise OSError(f"{directory}: its file system cannot lock files, which keeps two trainers apart") from error
-    try:
+    with held:
         yield
-    finally:
-        lock.release()
 
 
 def _go_on(trainer: Trainer, checkpoint: Path, directory: Path) -> None:
@@ -261,7 +258,6 @@ def read_record(run: Path) -> dict[str, Any]:
 def write_record(run: Path, recipe: Recipe, trainer: Trainer, parallel: Parallel, *, resumed: bool) -> None:
     """At the beginning of a session."""
     before = read_record(run).get("sessions", []) if (run / RECORD).exists() else []
-    versions = {name: next((each.version for each in distributions(name=name)), None) for name in _PACKAGES}
     groups = trainer.optimizer.param_groups
     record = {
         "recipe": recipe.model_dump(mode="json"),
@@ -269,7 +265,7 @@ def write_record(run: Path, recipe: Recipe, trainer: Trainer, parallel: Parallel
         "directory": str(run.resolve()),
         "steps": trainer.steps,
         "seeds": {"run": recipe.run.seed, "loader": recipe.data.loader.seed},
-        "versions": {"python": sys.version.split()[0]} | versions,
+        "versions": {"python": sys.version.split()[0]} | versions(_PACKAGES),
         "git": git_state(),
         "device": str(parallel.device),
         "precision": trainer.precision,
@@ -295,7 +291,7 @@ def check_same(recipe: Recipe, run: Path) -> None:
     then = read_record(run)["recipe"]
     with suppress(RecipeError):  # what was there then and is refused now is said as it was
         # With the defaults of keys that are newer than the run.
-        then = recipe_of(then, RECORD, type(recipe)).model_dump(mode="json")
+        then = checked(type(recipe), then, RECORD).model_dump(mode="json")
     changed = [
         (key, before, after)
         for key, before, after in _differences(then, recipe.model_dump(mode="json"), "")
@@ -322,7 +318,7 @@ def _differences(then: Any, now: Any, where: str) -> Iterator[tuple[str, Any, An
 
 def _moved(key: str, before: Any, after: Any) -> bool:
     """Whether a file or folder that was read is gone, and one of its name is named in its place."""
-    if not key.endswith((".source", ".videos", ".teacher")) or not before or not after:
+    if not key.endswith((".source", ".videos")) or not before or not after:
         return False
     return Path(before).name == Path(after).name and not Path(before).exists() and Path(after).exists()
 
