@@ -13,6 +13,7 @@ from data.miniatures import film
 from generate.test_sign import SEES
 from generate.tiny import CONFIG, tiny_tokenizer
 
+from whisper_moe.config_aside import FilmConfig
 from whisper_moe.data.examples import ExampleConfig, ExampleReader
 from whisper_moe.data.films import FilmAugmentation, augmented
 from whisper_moe.data.sample import DataError, Sample, TooLong
@@ -46,6 +47,26 @@ def test_training_changes_films_anew_and_the_same_again_for_the_same_draw(clip: 
     films = [reader.read(signed(clip), draw).mel for draw in (0.1, 0.7, 0.1)]
     assert torch.equal(films[0], films[2])
     assert films[0].shape != films[1].shape or not torch.equal(films[0], films[1])
+
+
+@pytest.mark.parametrize(("memory", "decoded"), [(1, 1), (0, 3)])
+def test_a_film_that_there_is_room_for_is_decoded_once(
+    clip: Path, memory: int, decoded: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    times: list[str] = []
+
+    def counted(path: str, film: FilmConfig) -> Any:
+        times.append(path)
+        return load_film(path, film)
+
+    config = ExampleConfig(margin=0.0, films=FilmAugmentation(memory=memory))
+    plain = ExampleReader(tiny_tokenizer(), SEES, config)
+    alone = [plain.read(signed(clip), draw).mel for draw in (0.1, 0.7, 0.1)]
+    monkeypatch.setattr("whisper_moe.data.films.load_film", counted)
+    reader = ExampleReader(tiny_tokenizer(), SEES, config)
+    films = [reader.read(signed(clip), draw).mel for draw in (0.1, 0.7, 0.1)]
+    assert len(times) == decoded
+    assert all(map(torch.equal, films, alone)), "what changes one epoch's does not change what is kept"
 
 
 def test_each_kind_of_change_does_what_it_says() -> None:

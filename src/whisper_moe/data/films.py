@@ -32,6 +32,8 @@ class FilmAugmentation(Frozen):
     """How much faster or slower."""
     colour: float = Field(default=0.25, ge=0, le=1)
     """How much each colour is stronger or weaker, and all lighter or darker."""
+    memory: int = Field(default=1_024, ge=0)
+    """MiB of decoded films that each worker keeps for the next epochs: decoding is most of what reading a film costs."""
 
 
 class FilmReader:
@@ -42,6 +44,7 @@ class FilmReader:
         self._pieces = Pieces(tokenizer, model.senses.tokens, model.vocab_size)
         self._film, self._signs, self._most = model.senses.film, model.senses.signs, model.max_target_positions
         self._augmentation = augmentation
+        self._decoded, self._room = dict[str, Frames](), augmentation.memory << 20 if augmentation else 0
 
     def tokens(self, sample: Sample) -> tuple[list[int], list[int]]:
         """The prompt and the text's tokens.
@@ -68,10 +71,19 @@ class FilmReader:
         """The film, uint8 [t, h, w, P]; ``draw``, from 0 up to 1, says how it is changed. Raises ``MediaError``."""
         import torch
 
-        frames = load_film(_path(sample), self._film)
+        frames = self._frames(_path(sample))
         if self._augmentation is not None:
             frames = augmented(frames, self._augmentation, np.random.default_rng(round(draw * 2**53)))
         return torch.from_numpy(tubelets(frames, self._film))
+
+    def _frames(self, path: str) -> Frames:
+        if (kept := self._decoded.get(path)) is not None:
+            return kept
+        frames = load_film(path, self._film)
+        if frames.nbytes <= self._room:
+            self._room -= frames.nbytes
+            self._decoded[path] = frames
+        return frames
 
 
 def _path(sample: Sample) -> str:

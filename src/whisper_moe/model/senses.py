@@ -52,8 +52,8 @@ def matrices(config: ModelConfig) -> Iterator[tuple[str, int, int]]:
             yield from ((f"{side}.blocks.{layer}.{name}", inputs, outputs) for name, inputs, outputs in shapes)
 
 
-_BINS, _CELLS, _FLAT = 8, 4, 0.05
-"""Directions of an edge that are told apart, cells to a patch's side, and an edge that is little more than noise."""
+_BINS, _CELLS, _FINEST, _FLAT = 8, 4, 4, 0.1
+"""Directions of an edge, cells to a patch's side, the most pixels to a cell's, and an edge that is little more than noise."""
 _EDGES, _COLOURS, _MOVES = 3.0, 2.0, 20.0
 """What makes edges, colours, and what moves about as large as 1."""
 _CHANNELS, _GROUPS = (64, 128, 256), 8
@@ -62,17 +62,17 @@ _CHANNELS, _GROUPS = (64, 128, 256), 8
 
 def edges(pictures_NppC: Tensor) -> Tensor:
     """Colours from 0 to 1, [N, p, p, 3], to histograms of the directions of edges in 4 × 4 cells (HOG, Dalal and Triggs 2005,
-    sections 6.1 to 6.4), [N, 4, 4, 8]: light, contrast and small shifts change little of them."""
-    across, down = (F.pad(pictures_NppC.diff(dim=dim), (0,) * (7 - 2 * dim) + (1,)) for dim in (2, 1))
-    strength, strongest = (across.square() + down.square()).max(-1, keepdim=True)
-    across, down = across.gather(-1, strongest)[..., 0], down.gather(-1, strongest)[..., 0]
+    sections 6.1 to 6.4), [N, 4, 4, 8]: light, contrast and small shifts change little of them. They are looked for in grey and
+    where a cell has at most four pixels to a side, for what is finer is noise."""
+    side = min(pictures_NppC.shape[1], _CELLS * _FINEST)
+    grey_Npp = F.adaptive_avg_pool2d(pictures_NppC.mean(-1), side)
+    across, down = F.pad(grey_Npp.diff(dim=2), (0, 1)), F.pad(grey_Npp.diff(dim=1), (0, 0, 0, 1))
     place = torch.atan2(down, across) / torch.pi % 1 * _BINS
-    low, share, length = place.floor(), place - place.floor(), strength[..., 0].sqrt()
+    low, share, length = place.floor(), place - place.floor(), (across.square() + down.square()).sqrt()
     histogram = length.new_zeros(*length.shape, _BINS)
     for bin, part in ((low, 1 - share), (low + 1, share)):
         histogram.scatter_add_(-1, bin.long()[..., None] % _BINS, (length * part)[..., None])
-    side = pictures_NppC.shape[1] // _CELLS
-    cells = histogram.unflatten(1, (_CELLS, side)).unflatten(3, (_CELLS, side)).mean((2, 4))
+    cells = histogram.unflatten(1, (_CELLS, -1)).unflatten(3, (_CELLS, -1)).mean((2, 4))
     return cells / (cells.square().sum((1, 2, 3), keepdim=True).sqrt() + _FLAT)
 
 
