@@ -2,8 +2,8 @@
 
     python recipes/sign/stem.py RECIPE.yaml [KEY=VALUE ...] -o RUN [--resume]    as whisper-moe train
 
-The classifier reads each tubelet with its place and time, and the film by the strongest and the mean of what it read. It stays in
-the run; RUN/model is the model whose stem has learned, where sign.yaml begins.
+The classifier is one linear layer behind the mean of a film's rows. It stays in the run; RUN/model is the model whose stem has
+learned, where sign.yaml begins.
 """
 
 from __future__ import annotations
@@ -41,19 +41,6 @@ class StemRecipe(Recipe):
         return Seeing
 
 
-class Classifier(nn.Module):
-    """Rows of each film, [n, D], to logits of all texts."""
-
-    def __init__(self, d_model: int, texts: int) -> None:
-        super().__init__()
-        self.read = nn.Linear(d_model, 2 * d_model)
-        self.text = nn.Linear(4 * d_model, texts)
-
-    def forward(self, films: Sequence[Tensor]) -> Tensor:
-        read = [F.gelu(self.read(rows)) for rows in films]
-        return self.text(torch.stack([torch.cat([x.amax(0), x.mean(0)]) for x in read]))
-
-
 def said(labels: Sequence[int]) -> tuple[int, ...]:
     return tuple(id for id in labels if id != IGNORED)
 
@@ -76,7 +63,8 @@ class Classified:
         if here:
             labels = [text.tolist() for pack in here for text in pack.labels_T.split(pack.texts.lengths)]
             wanted = torch.tensor([self.texts[said(text)] for text in labels], device=parallel.device)
-            logits = model.classifier([model.senses.film(film) for pack in here for film in pack.mels])
+            rows = [model.senses.film(film).mean(0) for pack in here for film in pack.mels]
+            logits = model.classifier(torch.stack(rows))
             right = (logits.argmax(-1) == wanted).sum() / totals.tokens
             how = {"reduction": "sum", "label_smoothing": self.smoothing}
             parts = {"cross_entropy": F.cross_entropy(logits, wanted, **how) / totals.tokens, "right": right}
@@ -93,7 +81,7 @@ class Seeing(Task):
         if self.parallel.world_size > 1:
             raise RecipeError("learning to see runs in one process")
         model = build_model(self.initial, self.recipe, ["senses.film.*"])
-        model.classifier = Classifier(self.initial.config.d_model, len(self._texts))
+        model.classifier = nn.Linear(self.initial.config.d_model, len(self._texts))
         return model
 
     def learned(self, model: WhisperMoEModel) -> tuple[PackedLoader, Classified]:

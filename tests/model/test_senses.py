@@ -123,7 +123,7 @@ def test_tubelets_are_whole_pictures_to_the_convolutions_and_tubelets_again_behi
     stem.early, stem.norm = Early(), torch.nn.Identity()  # type: ignore[assignment]
     stem.patches = torch.nn.Linear(stem.film.frames * depth, stem.patches.out_features, bias=False).double()
     torch.nn.init.eye_(stem.patches.weight)
-    for table in (stem.times, stem.rows, stem.columns):
+    for table in (stem.times, stem.rows, stem.columns, stem.whole.weight, stem.whole.bias):
         table.zero_()
     rows = stem(torch.from_numpy(tubelets(frames.numpy(), stem.film))).view(3, 2, 3, 2, depth)
     assert torch.equal(rows[..., 0].permute(0, 3, 1, 2).flatten(0, 1), places[:, 0])
@@ -131,6 +131,23 @@ def test_tubelets_are_whole_pictures_to_the_convolutions_and_tubelets_again_behi
     torch.testing.assert_close(seen[0][:, 8:11], colours.double(), rtol=0, atol=1e-6)
     moves = 20 * (seen[0][:, :11] - seen[0][:, :11].mean(0))
     torch.testing.assert_close(seen[0][:, 11:], moves, rtol=0, atol=1e-5)
+
+
+@torch.no_grad()
+def test_what_all_of_a_film_says_is_added_to_every_row(model: WhisperMoEModel) -> None:
+    stem = deepcopy(model.senses and model.senses.film)
+    assert stem is not None
+    stem.norm = torch.nn.Identity()  # type: ignore[assignment]
+    whole = stem(FILMS[0])
+    weight = stem.whole.weight.clone()
+    for table in (stem.whole.weight, stem.whole.bias):
+        table.zero_()
+    own = stem(FILMS[0])
+    stem.whole.weight.copy_(weight)
+    read = torch.nn.functional.gelu(stem.read(own))
+    added = weight @ torch.cat([read.amax(0), read.mean(0)])
+    torch.testing.assert_close(stem(FILMS[0]), own + added)
+    assert (whole - own).norm() > 0
 
 
 @torch.no_grad()

@@ -83,7 +83,8 @@ class FilmStem(nn.Module):
     A picture's edges and the mean colours of its cells, and what of them is not so in all of the film, go through convolutions
     before the linear layer ("early convolutions", arXiv 2106.14881, section 4), as sound does in Whisper; they halve the picture
     twice, so that a patch of cells becomes a place. What moves is a hundredth of what is seen: of pixels, what all films have in
-    common is nearly all that is left behind a norm, and nothing is learned (``docs/lab.md``).
+    common is nearly all that is left behind a norm, and nothing is learned (``docs/lab.md``). To every row is added what all of
+    them say together (a global context, arXiv 1904.11492, section 4): a decoder that knows nothing of films looks anywhere.
     """
 
     def __init__(self, film: FilmConfig, d_model: int) -> None:
@@ -98,6 +99,7 @@ class FilmStem(nn.Module):
         self.times, self.rows, self.columns = (
             nn.Parameter(torch.randn(places, d_model) * 0.02) for places in (film.slots, film.patches, film.patches)
         )
+        self.read, self.whole = nn.Linear(d_model, 2 * d_model), nn.Linear(4 * d_model, d_model)
         self.norm = nn.LayerNorm(d_model)
 
     def forward(self, film_thwP: Tensor) -> Tensor:
@@ -116,8 +118,9 @@ class FilmStem(nn.Module):
         maps = torch.cat([maps, _MOVES * (maps - maps.mean(0))], 1)
         places = self.early(maps.to(self.patches.weight.dtype)).unflatten(0, (t, -1))
         x_thwD = self.patches(places.permute(0, 3, 4, 1, 2).flatten(3))
-        x_thwD = x_thwD + self.times[:t, None, None] + self.rows[:h, None] + self.columns[:w]
-        return self.norm(x_thwD).flatten(0, 2)
+        x_ND = (x_thwD + self.times[:t, None, None] + self.rows[:h, None] + self.columns[:w]).flatten(0, 2)
+        read = F.gelu(self.read(x_ND))
+        return self.norm(x_ND + self.whole(torch.cat([read.amax(0), read.mean(0)])))
 
 
 class Senses(nn.Module):

@@ -44,7 +44,7 @@ _INT8 = re.compile(
     r"|(encoder|decoder)\.blocks\.\d+\.((cross_)?attn\.(qkv|q|kv|out)|ffn\.(up|down))\.weight"
     r"|(encoder|decoder)\.blocks\.\d+\.experts\.(\d+\.)?(up|down)_weight"
     r"|speech\..+\.(qkv|q|kv|out|up|down|expand|head)\.weight"
-    r"|senses\.((tokens|film\.patches)\.weight|experts\.(\d+\.)?[\w-]+\.(up|down))"
+    r"|senses\.((tokens|film\.(patches|read|whole))\.weight|experts\.(\d+\.)?[\w-]+\.(up|down))"
 )
 _ADAPTING = (".ttt.", ".ttt_norm.", ".adapter.", "norm.delta_", ".conv.", ".conv_norm.")
 _OF_EXPERT = re.compile(r"(?P<head>.+\.(?:experts|ttt))\.(?P<expert>\d+)\.(?P<tail>.+)")
