@@ -102,8 +102,6 @@ class ContextRecipe(Recipe):
         adapt = self.model.adapt
         if self.losses.balancing == "bias":
             raise ValueError("nothing is balanced on the way, so losses.balancing cannot be bias; take none")
-        if self.losses.teacher:
-            raise ValueError("the model is its own teacher here, so losses.teacher cannot be another")
         if self.context.padded and adapt and not adapt.full_windows:
             raise ValueError(NOTHING_TO_TEACH)
         return self
