@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import pickle
 import unicodedata
 from dataclasses import replace
-from multiprocessing.reduction import ForkingPickler
 from pathlib import Path
 
 import pytest
@@ -230,18 +228,6 @@ def made(key: str, size: int) -> Example:
         tokens=tokens,
         labels=tuple(token + 1 for token in tokens),
     )
-
-
-@pytest.mark.parametrize("mel", [torch.randn(80, 6), torch.arange(5), torch.arange(72).byte().view(2, 3, 3, 4)])
-def test_an_example_comes_from_a_worker_as_it_was_without_a_file(mel: torch.Tensor) -> None:
-    """Each tensor on its way would be one more file that is open."""
-    example = replace(made("a", 20), mel=mel)
-    sent = ForkingPickler.dumps(example)
-    assert len(sent) > mel.nbytes, "it is in there itself"
-    other = pickle.loads(sent)
-    assert other.mel.dtype == mel.dtype and torch.equal(other.mel, mel)
-    for name in ("id", "valid_length", "tokens", "labels"):
-        assert getattr(other, name) == getattr(example, name)
 
 
 def test_a_pack_holds_its_segments_one_after_another() -> None:

@@ -12,7 +12,7 @@ from collections.abc import Iterable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from itertools import zip_longest
-from typing import TYPE_CHECKING, Any, Self
+from typing import TYPE_CHECKING, Self
 
 import numpy as np
 from numpy.typing import NDArray
@@ -99,16 +99,6 @@ class Example:
     def size(self) -> int:
         """Positions of the encoder and tokens of the decoder together."""
         return encoder_positions(self.mel) + len(self.tokens)
-
-    def __reduce__(self) -> tuple[object, ...]:  # on its way from a worker a tensor would take a file descriptor
-        others = {name: getattr(self, name) for name in ("id", "valid_length", "tokens", "labels")}
-        return _arrived, (self.mel.numpy(), others)
-
-
-def _arrived(mel: NDArray[Any], others: dict[str, Any]) -> Example:
-    import torch
-
-    return Example(mel=torch.from_numpy(mel), **others)
 
 
 def encoder_positions(part: Tensor) -> int:

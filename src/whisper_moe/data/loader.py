@@ -15,7 +15,8 @@ from functools import partial
 from typing import Any, TypeAlias
 
 import torch
-from torch.utils.data import DataLoader, Dataset
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset, get_worker_info
 
 from whisper_moe.config import ModelConfig
 from whisper_moe.data.examples import Example, ExampleReader, Pack, pack_examples
@@ -27,8 +28,8 @@ STATE_VERSION = 2
 NAMED = 3
 """Corrupt samples that an error names."""
 
-_Read: TypeAlias = tuple[list[list[Example]], list[Skipped]] | ValueError
-"""The examples of each pack, and what is left out."""
+_Read: TypeAlias = "tuple[list[list[Example]], list[Skipped], Tensor | None] | ValueError"
+"""The examples of each pack, what is left out, and the bytes of the mels where they travel apart."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -198,7 +199,13 @@ class PackedLoader:
             if planned.packs:
                 yield planned.share(self._rank, self._world)
 
-    def _batch(self, planned: PlannedBatch, groups: list[list[Example]], unread: list[Skipped]) -> Batch:
+    def _batch(
+        self, planned: PlannedBatch, groups: list[list[Example]], unread: list[Skipped], mels: Tensor | None
+    ) -> Batch:
+        if mels is not None:
+            parts = iter(mels.split([each.mel.nbytes for group in groups for each in group]))
+            own = lambda mel: next(parts).clone().view(mel.dtype).view(mel.shape)  # noqa: E731
+            groups = [[replace(each, mel=own(each.mel)) for each in group] for group in groups]
         packs = tuple(pack for group in groups for pack in pack_examples(group))
         # Every rank draws from the same streams: each says its share of what was left out there.
         skipped = (*planned.skipped[self._rank :: self._world], *unread)
@@ -223,7 +230,13 @@ class _Reading(Dataset[_Read]):
         except ValueError as error:  # as a value: DataLoader would wrap it into a traceback's text
             return error
         groups = [[example for example in pack if isinstance(example, Example)] for pack in read]
-        return groups, [sample for pack in read for sample in pack if isinstance(sample, Skipped)]
+        skipped = [sample for pack in read for sample in pack if isinstance(sample, Skipped)]
+        mels = [example.mel for group in groups for example in group]
+        if not mels or get_worker_info() is None:
+            return groups, skipped, None
+        # On their way from a worker all are one tensor of bytes, for each tensor takes a file descriptor.
+        groups = [[replace(example, mel=example.mel.to("meta")) for example in group] for group in groups]
+        return groups, skipped, torch.cat([mel.contiguous().view(-1).view(torch.uint8) for mel in mels])
 
     def _read(self, draw: Draw) -> Example | Skipped:
         """The example, or why there is none. Raises ``ValueError`` for what is wrong with more than this sample."""
