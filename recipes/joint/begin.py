@@ -76,7 +76,9 @@ def main(source: Path, sounds: Path, pairs: Path, films: Path, out: Path) -> Non
     config = ModelConfig(vocab_size=given.config.vocab_size, d_model=192, moe=moe, senses=senses, **shape)
     torch.manual_seed(0)
     model = WhisperMoEModel(config)
-    torch.nn.init.normal_(model.decoder.token_embedding.weight, std=0.02)  # it is the head, too; rows of 1 begin far off
+    torch.nn.init.normal_(
+        model.decoder.token_embedding.weight, std=0.02
+    )  # it is the head, too; rows of 1 begin far off
     generation = {key: value for key, value in given.generation.items() if key != "alignment_heads"}
     made = replace(given, config=config, state=model.state_dict(), generation=generation)
     save_checkpoint(out / "model", made)

@@ -234,7 +234,8 @@ class _Reading(Dataset[_Read]):
         mels = [example.mel for group in groups for example in group]
         if not mels or get_worker_info() is None:
             return groups, skipped, None
-        # On their way from a worker all are one tensor of bytes, for each tensor takes a file descriptor.
+        # On their way from a worker all are one tensor of bytes: each tensor takes a file descriptor, and arrays, which go
+        # through the pipe, fill it: a worker whose run was killed would wait for ever to write.
         groups = [[replace(example, mel=example.mel.to("meta")) for example in group] for group in groups]
         return groups, skipped, torch.cat([mel.contiguous().view(-1).view(torch.uint8) for mel in mels])
 
