@@ -11,7 +11,6 @@ from __future__ import annotations
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from pydantic import Field
@@ -23,8 +22,7 @@ from whisper_moe.frozen import Strict
 from whisper_moe.model.model import Output, WhisperMoEModel
 from whisper_moe.model.senses import is_sensed
 from whisper_moe.train.build import Task
-from whisper_moe.train.losses import SpeechObjective, Terms, Totals, divergence
-from whisper_moe.train.parallel import Parallel
+from whisper_moe.train.losses import SpeechObjective, Totals, divergence, run_packs
 from whisper_moe.train.reading import RecipeError
 from whisper_moe.train.recipe import Recipe
 from whisper_moe.train.run import script
@@ -59,27 +57,16 @@ class TaughtObjective(SpeechObjective):
     """Frozen, with the model's own tokens; it hears what the model hears."""
     distillation: float
 
-    def __call__(self, model: nn.Module, packs: Sequence[Pack], totals: Totals, parallel: Parallel) -> Terms:
+    def beside(
+        self, output: Output, labels_T: Tensor, packs: Sequence[Pack], totals: Totals
+    ) -> tuple[Tensor, dict[str, Tensor]]:
         if any(is_sensed(mel) for pack in packs for mel in pack.mels):
             raise RecipeError("teacher.source: a teacher hears; of texts and films it can say nothing")
-        said: list[tuple[Tensor, Tensor]] = []
-
-        def follow(_: nn.Module, given: Any, named: Any, output: Output) -> None:
-            with torch.no_grad():
-                said.append((output.logits, self.teacher(*given, **named).logits))
-
-        hook = model.register_forward_hook(follow, with_kwargs=True)  # one pass is enough for both losses
-        try:
-            terms = super().__call__(model, packs, totals, parallel)
-        finally:
-            hook.remove()
-        ((found, wanted),) = said
-        labels = [label for pack in packs for label in pack.labels_T.tolist()]  # none where others alone have packs
-        places = torch.tensor([place for place, label in enumerate(labels) if label != IGNORED], dtype=torch.int64)
-        places = places.to(found.device)
-        apart = divergence(found[places], wanted[places]) / totals.tokens
-        parts = terms.parts | {"divergence": apart.detach()}
-        return Terms(terms.loss + self.distillation * apart, parts, terms.counts)
+        with torch.no_grad():
+            wanted = run_packs(self.teacher, packs).logits
+        said = labels_T != IGNORED
+        apart = divergence(output.logits[said], wanted[said]) / totals.tokens
+        return self.distillation * apart, {"divergence": apart.detach()}
 
 
 @dataclass(frozen=True)

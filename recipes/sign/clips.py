@@ -18,11 +18,8 @@ import tarfile
 from pathlib import Path
 
 import numpy as np
-from hands import RATE, shown, write
+from hands import RATE, pictures, shown, write
 from PIL import Image
-
-from whisper_moe.config_aside import FilmConfig
-from whisper_moe.media.video import load_film
 
 FRAMES, SIDE, BLOCK, FOLDS = 8, 144, 20, 5
 DRAWN, HELD = 100, 20
@@ -30,8 +27,6 @@ DRAWN, HELD = 100, 20
 DRIFT = 0.06
 """How far a still is moved while it is shown, as a share of it."""
 HEAD = "id\tvideo\ttext\tlanguage\ttarget_language\ttask\n"
-ALL = FilmConfig(rate=RATE, frames=16, patches=1, tokens=1_500)
-"""Of a film, every picture: so many tokens that none of these clips is thinned out."""
 
 
 def moved(photo: Image.Image, random: np.random.Generator) -> list[np.ndarray]:
@@ -95,7 +90,7 @@ def main(out: Path, avatar: Path | None = None, archive: Path | None = None) -> 
         (out / "avatar").mkdir(exist_ok=True)
         for path in sorted(avatar.rglob("*.mp4")):
             small = out / "avatar" / path.name
-            write(small, load_film(path, ALL, fit=reduced))
+            write(small, pictures(path, RATE, reduced))
             rows["avatar"].append(row(f"avatar-{path.stem}", small, path.stem.lower()))
     for name, own in rows.items():
         (out / f"{name}.tsv").write_text(HEAD + "".join(own), "utf-8")

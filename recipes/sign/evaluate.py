@@ -21,6 +21,7 @@ from typing import Any, TypeAlias
 
 import av
 import numpy as np
+from hands import pictures
 from PIL import Image, ImageFilter
 from rapidfuzz.distance import Levenshtein
 
@@ -32,8 +33,6 @@ from whisper_moe.media.video import load_film
 
 Picture: TypeAlias = Image.Image
 RATE, WIDTH, HEIGHT = 24, 320, 180
-ALL = FilmConfig(rate=RATE, frames=16, patches=1, tokens=1_500)
-"""Of a film, every picture: so many tokens that none of these clips is thinned out."""
 TOGETHER = 16
 HEAD = """| clips | kind | many | the model | nearest by pixels | CER |
 |---|---|---:|---:|---:|---:|"""
@@ -80,8 +79,8 @@ CHANGES: dict[str, Callable[[Picture, np.random.Generator], Picture]] = {
 
 def changed(clip: str, kind: str, seed: int, into: Path) -> Path:
     """A copy of a clip, changed in one way; ``uneven``: a third of its pictures lost, the others at their times."""
-    pictures = load_film(clip, ALL, fit=lambda width, height: (width, height))
-    frames = [Image.fromarray(each).resize((WIDTH, HEIGHT)) for each in pictures]
+    whole = pictures(clip, RATE, lambda width, height: (width, height))
+    frames = [Image.fromarray(each).resize((WIDTH, HEIGHT)) for each in whole]
     kept, random = [*range(len(frames))], np.random.default_rng(seed)
     if kind == "uneven":
         kept = sorted({0, len(frames) - 1, *random.permutation(len(frames))[: 2 * len(frames) // 3].tolist()})

@@ -17,6 +17,9 @@ import av
 import numpy as np
 from PIL import Image, ImageDraw, ImageFilter
 
+from whisper_moe.config_aside import FilmConfig
+from whisper_moe.media.video import Fit, load_film
+
 SIDE, FRAMES, RATE = 144, 12, 8
 FINGERS = ((-34, 0.34), (-13, 0.50), (0, 0.55), (13, 0.51), (30, 0.40))
 """Thumb to little finger: degrees from upright, and length; both as shares of the picture's side where they are lengths."""
@@ -79,6 +82,11 @@ def _stroke(
     draw.line([begin, end], fill=colour, width=round(wide))
     for x, y in (begin, end):
         draw.ellipse([x - wide / 2, y - wide / 2, x + wide / 2, y + wide / 2], fill=colour)
+
+
+def pictures(path: str | Path, rate: float, fit: Fit) -> np.ndarray:
+    """All pictures of a clip at ``rate`` a second: of so many tokens that none of these clips is thinned out."""
+    return load_film(path, FilmConfig(rate=rate, frames=16, patches=1, tokens=1_500), fit=fit)
 
 
 def write(path: Path, frames: Iterable[np.ndarray]) -> None:

@@ -207,7 +207,14 @@ class SpeechObjective:
         loss, parts, counts = router_terms(
             output.routings, segments / totals.segments, self.given, parallel.sum, real=own > 0
         )
-        return Terms(cross + loss, {"cross_entropy": cross.detach(), **parts}, counts)
+        more, others = self.beside(output, labels, here, totals)
+        return Terms(cross + loss + more, {"cross_entropy": cross.detach(), **parts, **others}, counts)
+
+    def beside(
+        self, output: Output, labels_T: Tensor, packs: Sequence[Pack], totals: Totals
+    ) -> tuple[Tensor | float, dict[str, Tensor]]:
+        """What another task adds to the loss of the same pass, and its parts: here nothing."""
+        return 0.0, {}
 
 
 def token_weights(packs: Sequence[Pack], weights: Mapping[Sense, float]) -> Tensor | None:
