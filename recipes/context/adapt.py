@@ -254,7 +254,7 @@ class Teacher:
         kept: list[dict[str, Tensor]] = [{} for _ in clips]
         for mode in MODES:
             options = TranscribeOptions(timestamps=mode == "timestamps", context_margin=FULL_WINDOW)
-            results = decoder.decode_encoded(encoded, lengths, [None] * len(clips), options, 0.0, FULL_WINDOW)
+            results = decoder.open_encoded(encoded, lengths, [None] * len(clips), options, 0.0, FULL_WINDOW).run()
             plain = [] if options.timestamps else [tokenizer.no_timestamps]
             texts = [
                 torch.tensor([*tokenizer.sot_sequence(each.language), *plain, *each.hypothesis.tokens, tokenizer.eot])

@@ -19,11 +19,12 @@ from whisper_moe.config import FULL_WINDOW, SAMPLE_RATE, ModelConfig
 from whisper_moe.config_aside import ASIDE
 from whisper_moe.frozen import problems
 from whisper_moe.generate.decode import WindowDecoder
-from whisper_moe.generate.longform import Recording, Transcriber
+from whisper_moe.generate.longform import Recording
 from whisper_moe.generate.mixed import Abilities, Answer, Request, answer
 from whisper_moe.generate.mixture import Mixture
 from whisper_moe.generate.options import TranscribeOptions
 from whisper_moe.generate.result import Outcome, Transcription, by_index
+from whisper_moe.generate.schedule import Schedule
 from whisper_moe.generate.senses import SensesDecoder
 from whisper_moe.generate.sign import Film, Signed, Signer, name_of
 from whisper_moe.generate.speech import Speaker, Speech
@@ -200,7 +201,7 @@ class WhisperMoE:
         """
         asked = self._asked(options or TranscribeOptions(), **changes)
         recordings = (self._recording(source, asked, index) for index, source in enumerate(audio))
-        heard = Transcriber(decoder or self._decoder, asked, progress=progress).run(recordings)
+        heard = Schedule(decoder or self._decoder, progress).run(recordings)
         outcomes = (recording.outcome() for recording in heard)
         yield from by_index(outcomes) if in_order else outcomes
 
@@ -328,7 +329,7 @@ class WhisperMoE:
 
     def _recording(self, source: Audio, options: TranscribeOptions, index: int = 0) -> Recording:
         name = _name_of(source)
-        recording = Recording(name, iter(()), index, language=self._decoder.given_language(options))
+        recording = Recording(name, iter(()), index, options, language=self._decoder.given_language(options))
         if isinstance(source, np.ndarray):
             blocks: Iterator[np.ndarray] = map(_checked, [source])  # lazily: bad samples cost this recording alone
         else:

@@ -17,20 +17,18 @@ from generate.tiny import CONFIG, tiny_tokenizer, tiny_whisper_moe
 from whisper_moe import MediaError
 from whisper_moe.config import MoEConfig
 from whisper_moe.generate.align import WordTiming
-from whisper_moe.generate.decode import DecodingResult, WindowDecoder
+from whisper_moe.generate.decode import DecodingResult, Opened, WindowDecoder
 from whisper_moe.generate.longform import (
     BUFFERED_SECONDS,
     BUFFERED_WINDOWS,
-    MAX_POSITIONS,
-    MAX_ROWS,
     Recording,
-    Transcriber,
     attempts,
     is_silence,
     looks_wrong,
 )
 from whisper_moe.generate.options import TranscribeOptions
-from whisper_moe.generate.search import Hypothesis
+from whisper_moe.generate.schedule import MAX_POSITIONS, MAX_ROWS, Schedule
+from whisper_moe.generate.search import Hypothesis, Lane, Rules, Search
 from whisper_moe.media.windows import Window, cut_windows
 from whisper_moe.model.router import NONE, Routing
 
@@ -54,6 +52,18 @@ def silence() -> DecodingResult:
     return replace(quiet, no_speech_prob=0.9, hypothesis=replace(quiet.hypothesis, sum_logprob=-99.0))
 
 
+class Rows:
+    """A state of as many rows as there are."""
+
+    joins = True
+
+    def joined(self, other: Rows) -> Rows:
+        return self
+
+    def keep(self, segments: list[int]) -> Rows:
+        return self
+
+
 @dataclass
 class Listener:
     """A decoder that hears the loudness of a clip and answers by ``answers``; anything else it calls by its loudness."""
@@ -72,6 +82,18 @@ class Listener:
 
     def positions(self, samples: int, margin: float) -> int:
         return min(1500, round((samples / RATE + margin) * 50))
+
+    def open(self, clips: Sequence[np.ndarray], options: TranscribeOptions, **how: Any) -> list[Opened]:
+        """Windows whose search ends with the next step."""
+        results = self.decode(clips, options, **how)
+        choice = options.search(how["temperature"])
+        searches = [Search(Rules(()), choice, limit=1) for _ in clips]
+        logits = torch.zeros(choice.beams * len(clips), 2 * choice.beams)
+        finish = lambda places, found: [results[place] for place in places]  # noqa: E731
+        return [Opened(self.step, 0, searches, logits, Rows(), results, finish, [*range(len(clips))])]
+
+    def step(self, tokens: torch.Tensor, state: Rows) -> tuple[torch.Tensor, Rows]:
+        raise AssertionError("nothing is left to decode")
 
     def decode(
         self,
@@ -112,14 +134,18 @@ def recording(name: str, *loudness: float, seconds: float = 2.0) -> Recording:
 def run(listener: Listener, recordings: Sequence[Recording], **more: Any) -> list[Recording]:
     """In the order given."""
     options = more.pop("options", TranscribeOptions(temperatures=(0.0,)))
-    done = list(Transcriber(listener, options, **more).run(recordings))
+    for each in recordings:
+        each.options = options
+    done = list(Schedule(listener, **more).run(recordings))
     assert len(done) == len(recordings)
     return sorted(done, key=list(recordings).index)
 
 
 def batches_until(listener: Listener, recordings: Sequence[Recording], **options: Any) -> dict[str, int]:
     """How many batches had been decoded when each recording was handed on, in that order."""
-    done = Transcriber(listener, TranscribeOptions(temperatures=(0.0,), **options)).run(recordings)  # pyright: ignore[reportArgumentType]
+    for each in recordings:
+        each.options = TranscribeOptions(temperatures=(0.0,), **options)
+    done = Schedule(listener).run(recordings)  # pyright: ignore[reportArgumentType]
     return {each.name: len(listener.batches) for each in done}
 
 
@@ -156,7 +182,7 @@ def test_a_result_does_not_wait_for_the_end_of_a_long_recording() -> None:
             read.append(index)
             yield window(index, 1.0, 0.1)
 
-    first = next(Transcriber(Listener(), TranscribeOptions()).run([recording("short", 0.2), Recording("long", long())]))
+    first = next(Schedule(Listener()).run([recording("short", 0.2), Recording("long", long())]))
     assert (first.name, first.result().text) == ("short", "0.2")
     assert len(read) <= BUFFERED_WINDOWS
 
@@ -210,6 +236,65 @@ def test_batches_fit_and_hold_clips_of_about_one_length() -> None:
     assert sorted(n for batch in listener.batches for n in batch) == sorted(round(length * 50) for length in lengths)
     assert all(len(batch) <= MAX_ROWS and sum(batch) <= MAX_POSITIONS for batch in listener.batches)
     assert all(batch == sorted(batch, reverse=True) for batch in listener.batches)
+
+
+def test_a_short_recording_does_not_wait_for_a_long_one_that_came_first() -> None:
+    """Recordings take turns: one of ten hours before one of a second."""
+    read: list[int] = []
+
+    def ten_hours() -> Iterator[Window]:
+        for index in range(3600):
+            read.append(index)
+            yield window(index * 10.0, 10.0, 0.1)
+
+    schedule = Schedule(Listener(), None)  # pyright: ignore[reportArgumentType]
+    schedule.submit(Recording("long", ten_hours()))
+    schedule.tick()
+    short = recording("short", 0.2)
+    schedule.submit(short)
+    assert len(read) < 2 * BUFFERED_WINDOWS
+    assert schedule.tick() == [short]
+
+
+def test_what_is_cancelled_is_not_decoded() -> None:
+    listener = Listener()
+    schedule, gone = Schedule(listener), recording("gone", *[0.3] * 50)  # pyright: ignore[reportArgumentType]
+    kept = recording("kept", 0.2)
+    schedule.submit(gone)
+    schedule.submit(kept)
+    schedule.cancel(gone)
+    assert schedule.tick() == [kept] and not schedule.recordings
+    assert {level for levels, *_ in listener.calls for level in levels} == {0.2}
+
+
+def test_windows_that_join_others_say_what_they_say_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A tiny model with room for four rows: windows of twelve recordings, some with beams, come and go."""
+    monkeypatch.setattr("whisper_moe.generate.schedule.MAX_ROWS", 4)
+    model, lanes = tiny_whisper_moe(), list[int]()
+    join = Lane.join
+
+    def spy(self: Lane, *more: Any) -> None:
+        lanes.append(len(self))
+        join(self, *more)
+
+    monkeypatch.setattr(Lane, "join", spy)
+    noise = np.random.default_rng(3).normal(0, 0.1, 12 * RATE).astype(np.float32)
+    clips = [noise[: round((1 + i * 5 % 9) * RATE)] for i in range(12)]
+    changes: list[dict[str, Any]] = [
+        {},
+        {"beam_size": 2},
+        {"temperatures": (0.8,), "best_of": 2},
+        {"word_timestamps": True},
+    ]
+    for change in changes:
+        asked = {"logprob_threshold": None, "no_speech_threshold": None, "language": "en"} | change
+        lanes.clear()
+        together = model.transcribe(clips, **asked)
+        assert any(lanes), "none joined others"
+        for clip, found in zip(clips, together, strict=True):
+            (alone,) = model.transcribe([clip], **asked)
+            assert [each.tokens for each in found.segments] == [each.tokens for each in alone.segments]
+            assert [each.words for each in found.segments] == [each.words for each in alone.segments]
 
 
 @pytest.mark.parametrize(("options", "most"), [({"beam_size": 5}, MAX_ROWS // 5), ({"beam_size": MAX_ROWS + 1}, 1)])
@@ -532,11 +617,18 @@ def test_noise_does_not_name_the_language_of_what_follows() -> None:
 
 def test_carried_fast_weights_change_what_follows_and_not_what_came_before(monkeypatch: pytest.MonkeyPatch) -> None:
     scores: dict[int, float] = {}
-    decode = WindowDecoder.decode
+    lengths: dict[Opened, list[int]] = {}
+    begin, end = WindowDecoder.open, Opened.close
 
-    def spy(self: WindowDecoder, clips: Sequence[np.ndarray], *more: Any, **how: Any) -> list[DecodingResult]:
-        results = decode(self, clips, *more, **how)
-        scores.update((len(clip), result.hypothesis.avg_logprob) for clip, result in zip(clips, results, strict=True))
+    def opening(self: WindowDecoder, clips: Sequence[np.ndarray], *more: Any, **how: Any) -> list[Opened]:
+        (opened,) = begin(self, clips, *more, **how)
+        lengths[opened] = [len(clip) for clip in clips]
+        return [opened]
+
+    def closing(self: Opened, places: Sequence[int]) -> list[DecodingResult]:
+        results = end(self, places)
+        found = zip(places, results, strict=True)
+        scores.update((lengths[self][place], result.hypothesis.avg_logprob) for place, result in found)
         return results
 
     def listen(*waves: np.ndarray, **options: Any) -> dict[int, float]:
@@ -547,13 +639,15 @@ def test_carried_fast_weights_change_what_follows_and_not_what_came_before(monke
         model.transcribe(list(waves), **trusting, **whole, **options)
         return dict(scores)
 
-    monkeypatch.setattr(WindowDecoder, "decode", spy)
+    monkeypatch.setattr(WindowDecoder, "open", opening)
+    monkeypatch.setattr(Opened, "close", closing)
     model = tiny_whisper_moe()
     wave = np.random.default_rng(0).normal(0, 0.1, 40 * RATE).astype(np.float32)
     other = wave[::-1][: 5 * RATE]
     afresh, carried = listen(wave, other), listen(wave, other, carry_ttt=True)
-    first, second, alone = (length for length in carried)
-    assert first + second == 40 * RATE and alone == 5 * RATE
+    alone = 5 * RATE
+    first, second = (length for length in carried if length != alone)
+    assert first + second == 40 * RATE and alone in carried
     assert carried[second] != pytest.approx(afresh[second], abs=1e-4)
     assert carried[first] == pytest.approx(listen(wave[:first], carry_ttt=True)[first], abs=1e-6)
     only = listen(other, carry_ttt=True)[alone]

@@ -14,7 +14,7 @@ from parity.openai_whisper import load_openai, openai_mel, read_samples
 from torch import Tensor
 
 from whisper_moe.generate.options import SearchOptions, TranscribeOptions
-from whisper_moe.generate.search import Hypothesis, Rules, search
+from whisper_moe.generate.search import Hypothesis, Lane, Rules, Search, search
 
 VOCABULARY, END = 40, 3
 """Tokens 0 to 2 are text; what is behind the end of text is never said, but there is room for many beams."""
@@ -34,9 +34,14 @@ class History:
     segments: list[int]
     rows: list[list[int]]
 
+    joins = True
+
     @property
     def beams(self) -> int:
         return len(self.rows) // len(self.segments)
+
+    def joined(self, other: History) -> History:
+        return History(self.segments + other.segments, self.rows + other.rows)
 
     def select(self, rows: Tensor) -> History:
         return History(self.segments, [list(self.rows[row]) for row in rows.tolist()])
@@ -164,6 +169,50 @@ def test_a_sample_that_ended_does_not_go_on() -> None:
     """Where the longest of them is the best, while others of its segment go on."""
     for found in run(range(12), SearchOptions(beams=6, temperature=1.0, length_penalty=50.0), [12] * 12):
         assert END not in found.tokens
+
+
+def entering(lane: Lane, segments: Sequence[int], searches: Sequence[Search]) -> None:
+    state = History(list(segments), [[] for each in searches for _ in range(each.options.beams)])
+    lane.join(searches, state.logits(), state)
+
+
+@pytest.mark.parametrize(
+    "options", [[SearchOptions()], [SearchOptions(beams=3)], [SearchOptions(5, 1.0), SearchOptions(5)]]
+)
+def test_segments_that_join_others_say_what_each_says_alone(options: list[SearchOptions]) -> None:
+    """A few enter at every step or two, so that they meet others anywhere in their texts."""
+    limits = [3 + segment * 7 % 20 for segment in range(24)]
+    asked = [options[segment // 2 % len(options)] for segment in range(24)]
+    searches = [Search(RULES, one, limit, 7) for one, limit in zip(asked, limits, strict=True)]
+    model, left = Model(), list(range(24))
+    lane, done = Lane(model.step, END), list[Search]()
+    while left or len(lane):
+        own, left = left[:2], left[2:]
+        if own:
+            entering(lane, own, [searches[segment] for segment in own])
+        done += lane.advance()
+        assert len(lane) == sum(not each.done for each in lane.searches)
+    assert len(done) == 24 and {*done} == {*searches}
+    assert done != searches and max(model.sizes) > 2 * asked[0].beams, "some leave before others that came earlier"
+    for segment, each in enumerate(searches):
+        (alone,) = run([segment], asked[segment], [limits[segment]], seed=7)
+        assert (each.best.tokens, each.best.finished) == (alone.tokens, alone.finished)
+        assert each.best.sum_logprob == pytest.approx(alone.sum_logprob, abs=1e-4)
+
+
+def test_a_search_that_is_cancelled_frees_its_place_and_changes_no_neighbour() -> None:
+    searches, model = [Search(RULES, SearchOptions(), 12) for _ in range(6)], Model()
+    lane = Lane(model.step, END)
+    entering(lane, range(6), searches)
+    lane.advance()
+    for each in searches[:4]:
+        each.cancelled = True
+    done = lane.advance()
+    while len(lane):
+        done += lane.advance()
+    assert max(model.sizes[1:]) <= 2 and not {*done} & {*searches[:4]}
+    for segment in (4, 5):
+        assert searches[segment].best.tokens == run([segment], SearchOptions(), [12])[0].tokens
 
 
 class _Inference:

@@ -20,8 +20,9 @@ from tests.model.tiny import (
     tiny_model,
 )
 from whisper_moe.config import MoEConfig
-from whisper_moe.model.model import DecoderState, Encoded, Encoder, WhisperMoEModel
+from whisper_moe.model.model import Encoder, WhisperMoEModel
 from whisper_moe.model.router import Routing, pool_segments
+from whisper_moe.model.state import DecoderState, Encoded
 from whisper_moe.packing import Layout
 
 FRAMES = (40, 9, 31)
@@ -113,6 +114,43 @@ def test_segments_that_stay_decode_as_if_alone(kind: str, kept: list[int], leave
         alone = model.decoder.start(segment_alone(encoded, segment), beams)
         expected = stepwise(model, tokens[segment], alone, [LENGTH])[:, leave_after:]
         assert relative(after[place], expected) < 1e-10
+
+
+@pytest.mark.parametrize("prompt", [1, 5, 12])
+@pytest.mark.parametrize("joins_after", [1, 6])
+@KINDS
+def test_segments_that_join_on_the_way_decode_as_if_alone(kind: str, joins_after: int, prompt: int) -> None:
+    """One is under way when two others join, of which one goes on alone when the first two have left."""
+    model, encoded = case(kind)
+    beams, tokens = 2, texts(6, LENGTH).view(3, 2, LENGTH)
+    state = model.decoder.start(segment_alone(encoded, 2), beams)
+    if not state.joins:
+        assert any(block.ttt is not None for block in model.decoder.blocks)
+        return
+    found = [[] for _ in range(3)]
+    done = [0, 0, 0]
+
+    def step(state: DecoderState, segments: list[int], n: int) -> None:
+        now = torch.cat([tokens[segment, :, done[segment] : done[segment] + n] for segment in segments])
+        for segment, part in zip(segments, model.decoder.extend(now, state).split(beams), strict=True):
+            found[segment].append(part)
+            done[segment] += n
+
+    step(state, [2], joins_after)
+    others = model.decoder.start(encoded.segments([0, 1]), beams)
+    step(others, [0, 1], prompt)
+    state = state.joined(others)
+    assert state.segments == 3 and state.length == max(joins_after, prompt)
+    for _ in range(3):
+        step(state, [2, 0, 1], 1)
+    step(state, [2, 0, 1], 2)
+    state = state.keep([1])
+    assert state.length == done[0], "the columns before its first are gone"
+    step(state, [0], 1)
+    for segment in range(3):
+        alone = model.decoder.start(segment_alone(encoded, segment), beams)
+        expected = stepwise(model, tokens[segment, :, : done[segment]], alone, [done[segment]])
+        assert relative(torch.cat(found[segment], dim=1), expected) < 1e-10
 
 
 @KINDS

@@ -1,33 +1,32 @@
-"""One batch of windows to tokens: log-mels → packs → states → language → search → timed words.
+"""Windows to tokens: what was heard → language → search → timed words.
 
-A batch is decoded as often as its windows need (see :mod:`whisper_moe.generate.longform`); nothing here judges the result.
+Windows are opened together, searched beside others, and closed one by one; as often as they need (see
+:mod:`whisper_moe.generate.schedule`): nothing here judges the result.
 """
 
 from __future__ import annotations
 
 import math
-from collections import defaultdict
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
-from functools import cached_property
+from functools import cached_property, partial
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from whisper_moe.config import FULL_WINDOW, POSITIONS_PER_SECOND, SAMPLE_RATE, SAMPLES_PER_POSITION
+from whisper_moe.config import SAMPLE_RATE
 from whisper_moe.generate.align import WordTiming, align, token_probabilities
+from whisper_moe.generate.hearing import Hearing
 from whisper_moe.generate.options import TranscribeOptions
-from whisper_moe.generate.search import Hypothesis, Rules, Timestamps, search
+from whisper_moe.generate.search import Hypothesis, Lane, Rules, Search, Step, Timestamps
 from whisper_moe.machine import SPARE, fitting_threads, give_back_memory
-from whisper_moe.media.mel import window_mel
 from whisper_moe.media.tokenizer import Tokenizer
 from whisper_moe.model.block import Carry
-from whisper_moe.model.model import ROUTED_SECONDS, DecoderState, Encoded, WhisperMoEModel
-from whisper_moe.model.router import NONE, Routing
-from whisper_moe.packing import Layout, first_fit_decreasing
-from whisper_moe.weights.tokens import EXPERT_LANGUAGES
+from whisper_moe.model.router import Routing
+from whisper_moe.model.state import DecoderState, Encoded
+from whisper_moe.packing import Layout
 
 TOKENS_PER_SECOND = 40
 """More than anybody says, in the languages that cost most tokens a letter; a text that is longer is a loop."""
@@ -69,21 +68,50 @@ def told(stated: Sequence[str | None], hints: Sequence[str | None] | None) -> li
     return [own or other for own, other in zip(stated, hints or [None] * len(stated), strict=True)]
 
 
-def middle(clip: np.ndarray) -> np.ndarray:
-    """As much of a clip as a router that chooses ahead listens to."""
-    most = round(ROUTED_SECONDS * SAMPLE_RATE)
-    begin = max(0, len(clip) - most) // 2
-    return clip[begin : begin + most]
+NOTHING = Hypothesis((), 0.0, finished=False)
+"""Of a window that is still searched for."""
 
 
-class WindowDecoder:
-    """A model with its tokenizer and generation config, ready to decode windows of up to 30 s."""
+@dataclass(eq=False)
+class Opened:
+    """Windows that were heard and are ready to be searched, together or beside others."""
 
-    def __init__(self, model: WhisperMoEModel, tokenizer: Tokenizer, generation: Mapping[str, Any]) -> None:
-        self.model, self.tokenizer, self.generation = model, tokenizer, generation
-        self.chooses = model.encoder.routes_ahead
-        """Whether the router chooses before the pass of the experts."""
-        self.window_positions = min(model.config.max_source_positions, round(FULL_WINDOW * POSITIONS_PER_SECOND))
+    step: Step
+    end_of_text: int
+    searches: list[Search]
+    logits_RV: Tensor | None
+    state: Any
+    drafts: list[DecodingResult]
+    """What is known of each already."""
+    finish: Callable[[Sequence[int], list[DecodingResult]], list[DecodingResult]]
+    """Adds what takes another look at the sound, for the windows of these places."""
+    places: list[int]
+    """Which of the clips given each one is."""
+
+    @torch.inference_mode()
+    def close(self, places: Sequence[int]) -> list[DecodingResult]:
+        """The results of some, whose searches are done."""
+        found = [replace(self.drafts[place], hypothesis=self.searches[place].best) for place in places]
+        return self.finish(places, found)
+
+    def enter(self, lane: Lane) -> None:
+        """Search beside those that are in a lane already."""
+        assert self.logits_RV is not None
+        lane.join(self.searches, self.logits_RV, self.state)
+        self.logits_RV = self.state = None  # the lane lets go of them when their rows leave
+
+    @fitting_threads()
+    def run(self) -> list[DecodingResult]:
+        """All results, without company."""
+        lane = Lane(self.step, self.end_of_text)
+        self.enter(lane)
+        while len(lane):
+            lane.advance()
+        return self.close(range(len(self.searches)))
+
+
+class WindowDecoder(Hearing):
+    """A model that hears windows of up to 30 s and writes down what is said in them."""
 
     def start(self, encoded: Encoded, beams: int = 1) -> Any:
         """The state before the first token; searching hands it from step to step."""
@@ -95,28 +123,20 @@ class WindowDecoder:
 
     def step(self, tokens_Rn: Tensor, state: DecoderState) -> tuple[Tensor, DecoderState]:
         """As :mod:`whisper_moe.generate.search` asks for it."""
-        states_RnD = self.model.decoder.extend(tokens_Rn.to(self._like.device), state)
+        states_RnD = self.model.decoder.extend(tokens_Rn.to(self.like.device), state)
         rows = Layout([1] * len(tokens_Rn))
         return self.model.decoder.logits(states_RnD[:, -1], state.routing, rows).float(), state
 
-    @property
-    def window_seconds(self) -> float:
-        """What a window may last: 30 s, or less in a model that has fewer positions."""
-        return self.window_positions / POSITIONS_PER_SECOND
-
-    @property
-    def _like(self) -> Tensor:
-        """A tensor of the model's device and type."""
-        return self.model.encoder.positions
-
-    def positions(self, samples: int, margin: float) -> int:
-        """Encoder positions of a clip with its margin of silence."""
-        wanted = math.ceil((samples + margin * SAMPLE_RATE) / SAMPLES_PER_POSITION)
-        return max(1, min(wanted, self.window_positions))
+    def decode(self, clips: Sequence[np.ndarray], options: TranscribeOptions, **how: Any) -> list[DecodingResult]:
+        """One result for each clip: those of :meth:`open`, all at once."""
+        found: dict[int, DecodingResult] = {}
+        for opened in self.open(clips, options, **how):
+            found |= zip(opened.places, opened.run(), strict=True)
+        return [found[place] for place in range(len(clips))]
 
     @torch.inference_mode()
     @fitting_threads()
-    def decode(
+    def open(
         self,
         clips: Sequence[np.ndarray],
         options: TranscribeOptions,
@@ -127,8 +147,8 @@ class WindowDecoder:
         carry: Carry | None = None,
         previous: Sequence[int] | None = None,
         routing: Routing | None = None,
-    ) -> list[DecodingResult]:
-        """One result for each clip of float32 samples at 16 kHz. ``hints``: languages already known, window by window.
+    ) -> list[Opened]:
+        """Clips of float32 samples at 16 kHz, heard. ``hints``: languages already known, window by window.
 
         ``carry``: what the window before this single one left; it is not changed, the result has what comes after.
         ``previous``: the tokens before it, where windows are conditioned on them. ``routing``: a row for each clip, where its
@@ -137,11 +157,11 @@ class WindowDecoder:
         carried = carry.copy() if carry is not None else None
         encoded = self.encode(clips, margin, carried, self.allowed_experts(options), routing)
         give_back_memory(SPARE)  # packs of ever other sizes leave holes that would add up to hundreds of MB
-        samples, stated = list(map(len, clips)), self.stated_languages(encoded.routing, len(clips), options)
-        found = self.decode_encoded(encoded, samples, told(stated, hints), options, temperature, margin, previous)
-        del encoded
-        give_back_memory(SPARE)
-        return [replace(unheard(*pair), carried=carried) for pair in zip(found, stated, strict=True)]
+        stated = self.stated_languages(encoded.routing, len(clips), options)
+        lengths, hints = list(map(len, clips)), told(stated, hints)
+        opened = self.open_encoded(encoded, lengths, hints, options, temperature, margin, previous)
+        opened.drafts = [replace(unheard(*pair), carried=carried) for pair in zip(opened.drafts, stated, strict=True)]
+        return [opened]
 
     @torch.inference_mode()
     @fitting_threads()
@@ -153,86 +173,7 @@ class WindowDecoder:
         pairs = zip(codes, probabilities[0].tolist(), strict=True)
         return dict(sorted(pairs, key=lambda pair: -pair[1]))
 
-    def allowed_experts(self, options: TranscribeOptions) -> list[int] | None:
-        """Which experts may answer, -1 for *none*; None for all. Raises ``ValueError`` for a name that is none of the model's."""
-        if not (options.experts or options.exclude):
-            return None
-        moe = self.model.config.moe
-        if moe is None or moe.scope == "token":
-            raise ValueError("experts, exclude: this model has no experts that are chosen for a whole segment")
-        known = {name: index for index, name in enumerate(moe.names)} | ({"none": NONE} if moe.none_choice else {})
-        if unknown := [name for name in (*options.experts, *options.exclude) if name not in known]:
-            raise ValueError(f"no expert is called {', '.join(unknown)}; there are {', '.join(known)}")
-        chosen = [known[name] for name in options.experts or known if name not in options.exclude]
-        if not chosen:
-            raise ValueError("experts, exclude: no expert is left to answer")
-        return chosen
-
-    def encode(
-        self,
-        clips: Sequence[np.ndarray],
-        margin: float,
-        carry: Carry | None = None,
-        allowed: Sequence[int] | None = None,
-        routing: Routing | None = None,
-    ) -> Encoded:
-        """Clips packed and encoded, one batch of decoding rows in the order given."""
-        if routing is None and self.chooses:
-            routing = self.choose(clips, allowed)
-        parts: list[Encoded] = []
-        places, packs = self._packs(clips, margin)
-        for pack, mels in packs:
-            heard = [self.positions(len(clips[i]), 0) for i in pack]
-            own = None if routing is None else routing.rows(torch.tensor(pack, device=self._like.device))
-            parts.append(self.heard(mels, valid_lengths=heard, routing=own, carry=carry, allowed=allowed))
-        pieces = [piece for part in parts for piece in part.states_TD.split(part.layout.lengths)]
-        pieces = [pieces[place] for place in places]
-        routings = [part.routing for part in parts if part.routing is not None]
-        if routings:
-            routing = Routing.cat(routings).rows(torch.tensor(places, device=self._like.device))
-        return Encoded(torch.cat(pieces), Layout(map(len, pieces)), routing)
-
-    def heard(self, mels: Sequence[Tensor], **how: Any) -> Encoded:
-        """A pack, as :meth:`Encoder.forward` encodes it."""
-        return self.model.encoder(mels, **how)
-
-    def stated_languages(self, routing: Routing | None, segments: int, options: TranscribeOptions) -> list[str | None]:
-        """Of each window, the one language that its expert was made for, where it is known and allowed."""
-        stated: Mapping[str, str] = self.generation.get(EXPERT_LANGUAGES, {})
-        if routing is None or self.model.config.moe is None or not stated:
-            return [None] * segments
-        names, limits = self.model.config.moe.names, options.allowed_languages
-        spoken = [None if first == NONE else stated.get(names[first]) for first, *_ in routing.choices]
-        return [None if limits and code not in limits else code for code in spoken]
-
-    def choose(self, clips: Sequence[np.ndarray], allowed: Sequence[int] | None = None) -> Routing:
-        """The experts of each clip, before they hear it; ``allowed``: see :meth:`Router.forward`."""
-        assert self.model.encoder.router is not None
-        return self.model.encoder.router(self.features(clips), allowed)
-
-    @torch.inference_mode()
-    def features(self, clips: Sequence[np.ndarray], margin: float | None = None) -> Tensor:
-        """What the router reads of each clip, [clips, D]; one that chooses ahead, of its middle, as the base alone hears it."""
-        encoder, margin = self.model.encoder, self.model.config.margin if margin is None else margin
-        if encoder.routes_ahead:
-            clips, margin = [middle(clip) for clip in clips], 0.0
-        places, packs = self._packs(clips, margin)
-        sounding = [self.positions(len(clip), 0) for clip in clips]
-        parts = [encoder.features(mels, [sounding[i] for i in pack]) for pack, mels in packs]
-        return torch.cat(parts)[places]
-
-    def _packs(
-        self, clips: Sequence[np.ndarray], margin: float
-    ) -> tuple[list[int], Iterator[tuple[list[int], list[Tensor]]]]:
-        """Where each clip comes among all packs' segments; and the packs: which clips, and their mels."""
-        lengths = [self.positions(len(clip), margin) for clip in clips]
-        packs = first_fit_decreasing(lengths)
-        order = [i for pack in packs for i in pack]
-        places = sorted(range(len(order)), key=order.__getitem__)
-        mels = lambda i: window_mel(clips[i], self.model.config.n_mels, lengths[i]).to(self._like)  # noqa: E731
-        return places, ((pack, [mels(i) for i in pack]) for pack in packs)
-
-    def decode_encoded(
+    def open_encoded(
         self,
         encoded: Encoded,
         samples: Sequence[int],
@@ -241,7 +182,8 @@ class WindowDecoder:
         temperature: float,
         margin: float,
         previous: Sequence[int] | None = None,
-    ) -> list[DecodingResult]:
+    ) -> Opened:
+        """Clips of so many samples that are encoded already."""
         tokenizer, segments, choice = self.tokenizer, len(samples), options.search(temperature)
         state = self.start(encoded, choice.beams)
         rows, prompt, heard = segments * choice.beams, self._prompt(options, previous), None
@@ -257,20 +199,36 @@ class WindowDecoder:
         prefixes = [[*tokenizer.sot_sequence(code, options.task)[1:], *plain] for code, _ in languages]
         if prefixes[0]:
             logits, state = self.step(torch.tensor(prefixes).repeat_interleave(choice.beams, 0), state)
-        room = self.model.config.max_target_positions - len(opening) - len(prefixes[0])
-        limits = [min(room, self._token_limit(n, margin)) for n in samples]
-        rules = self._rules(options)
-        best = search(
-            self.step, logits, state, rules, choice, end_of_text=tokenizer.eot, limits=limits, seed=options.seed
-        )
-        timings = self.timings(encoded, samples, best, [language for language, _ in languages], options)
-        found = [
-            DecodingResult(hypothesis, language, probability, silence, temperature, experts, timing)
-            for hypothesis, (language, probability), silence, experts, timing in zip(
-                best, languages, no_speech, self._experts(encoded.routing, segments), timings, strict=True
+        room, rules = self.model.config.max_target_positions - len(opening) - len(prefixes[0]), self._rules(options)
+        drafts = [
+            DecodingResult(NOTHING, language, probability, silence, temperature, experts)
+            for (language, probability), silence, experts in zip(
+                languages, no_speech, self.experts(encoded.routing, segments), strict=True
             )
         ]
-        return self.with_choices(found, encoded.routing)
+        return Opened(
+            self.step,
+            tokenizer.eot,
+            [Search(rules, choice, min(room, self._token_limit(n, margin)), options.seed) for n in samples],
+            logits,
+            state,
+            self.with_choices(drafts, encoded.routing),
+            partial(self._timed, encoded, samples, options) if options.word_timestamps else lambda places, found: found,
+            [*range(segments)],
+        )
+
+    def _timed(
+        self,
+        encoded: Encoded,
+        samples: Sequence[int],
+        options: TranscribeOptions,
+        places: Sequence[int],
+        found: Sequence[DecodingResult],
+    ) -> list[DecodingResult]:
+        """Results of some of the segments, with their words' times."""
+        best, languages = [each.hypothesis for each in found], [each.language for each in found]
+        timings = self.timings(encoded.segments(places), [samples[place] for place in places], best, languages, options)
+        return [replace(each, timings=words) for each, words in zip(found, timings, strict=True)]
 
     def _token_limit(self, samples: int, margin: float) -> int:
         """Half the decoder's positions as in ``whisper``; less for a cut window, where loops are likelier."""
@@ -326,20 +284,6 @@ class WindowDecoder:
         ids = allowed or self.tokenizer.detected
         return list(ids), logits_SV[:, list(ids.values())].softmax(-1)
 
-    def _experts(self, routing: Routing | None, segments: int) -> list[tuple[tuple[str, float], ...]]:
-        """Names and gates of each window's experts; empty where they are chosen per token or there are none."""
-        if routing is None or self.model.config.moe is None:
-            return [()] * segments
-        names = (*self.model.config.moe.names, "none")  # index -1 is *none*
-        named = []
-        for experts, gates in zip(routing.experts.tolist(), routing.gates.tolist(), strict=True):
-            sums: defaultdict[str, float] = defaultdict(float)
-            for expert, gate in zip(experts, gates, strict=True):  # *none* may take several slots
-                if gate:  # 0 of an expert that may not answer, where fewer than two may
-                    sums[names[expert]] += gate
-            named.append(tuple(sums.items()))
-        return named
-
     def with_choices(self, found: Sequence[DecodingResult], routing: Routing | None) -> list[DecodingResult]:
         """The results, each with its row of ``routing``; of a fitted router, also how probable it found every choice."""
         if routing is None:
@@ -362,10 +306,8 @@ class WindowDecoder:
         best: Sequence[Hypothesis],
         languages: Sequence[str],
         options: TranscribeOptions,
-    ) -> list[tuple[WordTiming, ...] | None]:
+    ) -> list[tuple[WordTiming, ...]]:
         """Words and their times from the alignment heads, by one teacher-forced pass over the texts just found."""
-        if not options.word_timestamps:
-            return [None] * len(best)
         tokenizer = self.tokenizer
         texts = [tokenizer.text_ids(hypothesis.tokens) for hypothesis in best]
         inputs = [
@@ -373,7 +315,7 @@ class WindowDecoder:
             for text, language in zip(texts, languages, strict=True)
         ]
         layout = Layout(map(len, inputs))
-        flat = torch.tensor([token for tokens in inputs for token in tokens], device=self._like.device)
+        flat = torch.tensor([token for tokens in inputs for token in tokens], device=self.like.device)
         attention = self.model.decoder.alignment(flat, layout, encoded, self._alignment_heads)
         states_TD = self.model.decoder(flat, layout, encoded).states_TD
         logits_TV = self.model.decoder.logits(states_TD, encoded.routing, layout)

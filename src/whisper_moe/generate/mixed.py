@@ -12,7 +12,6 @@ from dataclasses import dataclass, field, fields
 from typing import Any, Literal, TypeAlias
 
 import numpy as np
-import torch
 from torch import Tensor
 
 from whisper_moe.config import MAX_PACK_TOKENS
@@ -24,8 +23,7 @@ from whisper_moe.generate.sign import Signed, Signer
 from whisper_moe.generate.speech import Speech
 from whisper_moe.generate.translate import Translation, Translator
 from whisper_moe.media.languages import language_code
-from whisper_moe.model.model import Encoded
-from whisper_moe.packing import Layout
+from whisper_moe.model.state import Encoded
 
 Answer: TypeAlias = Transcription | Translation | Signed | Speech | ValueError
 _INPUTS = {"transcribe": ("audio",), "translate": ("audio", "text"), "sign": ("film",), "speak": ("text",)}
@@ -111,7 +109,7 @@ class Accompanied(WindowDecoder):
         guests = [self._senses.embedded(self._asked[place]) for place in riding]
         how["valid_lengths"] = [*how["valid_lengths"], *(len(guest.x_ND) for guest in guests)]
         encoded = self.model.encoder([*mels, *guests], **how)
-        sound, others = _part(encoded, 0, len(mels)), _part(encoded, len(mels), len(encoded.layout))
+        sound, others = (encoded.segments(part) for part in (range(len(mels)), range(len(mels), len(encoded.layout))))
         asked = [self._asked[place] for place in riding]
         self.written |= zip(riding, self._senses.decoded(others, asked), strict=True)
         self._waiting = [place for place in self._waiting if place not in riding]
@@ -121,14 +119,6 @@ class Accompanied(WindowDecoder):
         """What found no room, in packs of its own."""
         left, self._waiting = self._waiting, []
         self.written |= zip(left, self._senses.write([self._asked[place] for place in left]), strict=True)
-
-
-def _part(encoded: Encoded, begin: int, end: int) -> Encoded:
-    """Some neighbouring segments of a pack."""
-    rows = torch.arange(begin, end, device=encoded.states_TD.device)
-    pieces = encoded.states_TD.split(encoded.layout.lengths)[begin:end]
-    routing, senses = (choice and choice.rows(rows) for choice in (encoded.routing, encoded.senses))
-    return Encoded(torch.cat(pieces), Layout(map(len, pieces)), routing, senses=senses)
 
 
 def answer(model: Abilities, requests: Sequence[Request]) -> list[Answer]:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -15,12 +16,12 @@ import torch
 from torch import Tensor
 
 from whisper_moe.generate.align import WordTiming
-from whisper_moe.generate.decode import DecodingResult, WindowDecoder, told, unheard
+from whisper_moe.generate.decode import NOTHING, DecodingResult, Opened, WindowDecoder, told, unheard
 from whisper_moe.generate.options import TranscribeOptions
 from whisper_moe.media.tokenizer import Tokenizer
 from whisper_moe.model.block import Carry
-from whisper_moe.model.model import DecoderState, Encoded
 from whisper_moe.model.router import NONE, Routing
+from whisper_moe.model.state import DecoderState, Encoded
 from whisper_moe.weights.tokens import UNTIMED_EXPERTS
 
 _SENTENCE_ENDS = (*".?!।॥؟。？！", "\u06d4")  # the last is Urdu's full stop
@@ -36,7 +37,7 @@ class Mixture(WindowDecoder):
         base.chooses = False
         self._untimed = [name in base.generation.get(UNTIMED_EXPERTS, ()) for name in base.model.config.moe.names]
 
-    def decode(
+    def open(
         self,
         clips: Sequence[np.ndarray],
         options: TranscribeOptions,
@@ -44,34 +45,40 @@ class Mixture(WindowDecoder):
         hints: Sequence[str | None] | None = None,
         routing: Routing | None = None,
         **how: Any,
-    ) -> list[DecodingResult]:
-        """As :meth:`WindowDecoder.decode`, each clip by its own experts."""
+    ) -> list[Opened]:
+        """As :meth:`WindowDecoder.open`, each clip by its own experts: those of one choice together."""
         routing = routing or self._sure(self.choose(clips, self.allowed_experts(options)))
         stated = self.stated_languages(routing, len(clips), options)
-        languages = told(stated, hints)
-        shown, free = self._experts(routing, len(clips)), replace(options, experts=(), exclude=())
-        found: dict[int, DecodingResult] = {}
+        languages, free = told(stated, hints), replace(options, experts=(), exclude=())
+        shown = self.with_choices(
+            [DecodingResult(NOTHING, "", None, 0.0, 0.0, experts) for experts in self.experts(routing, len(clips))],
+            routing,
+        )
+        parts: list[Opened] = []
         for choice in dict.fromkeys(routing.choices):
             own = [index for index, each in enumerate(routing.choices) if each == choice]
-            known = [languages[i] for i in own]
+            untimed = free.timestamps and choice[0] != NONE and self._untimed[choice[0]]
+            asked = replace(free, timestamps=False, word_timestamps=False) if untimed else free
             decoder, heard = self._decoder(choice, routing.gates[own]), [clips[i] for i in own]
-            if free.timestamps and choice[0] != NONE and self._untimed[choice[0]]:
-                plain = replace(free, timestamps=False, word_timestamps=False)
-                results = self._timed(heard, decoder.decode(heard, plain, hints=known, **how), free)
-            else:
-                results = decoder.decode(heard, free, hints=known, **how)
-            found |= dict(zip(own, results, strict=True))
-        results = [
-            replace(unheard(found[index], language), experts=experts)
-            for index, (language, experts) in enumerate(zip(stated, shown, strict=True))
-        ]
-        return self.with_choices(results, routing)
+            (opened,) = decoder.open(heard, asked, hints=[languages[i] for i in own], **how)
+            opened.drafts = [
+                _shown(unheard(draft, stated[i]), shown[i]) for i, draft in zip(own, opened.drafts, strict=True)
+            ]
+            opened.places = own
+            if untimed:
+                opened.finish = partial(self._timed, heard, free)
+            parts.append(opened)
+        return parts
 
-    @torch.inference_mode()
     def _timed(
-        self, clips: Sequence[np.ndarray], results: Sequence[DecodingResult], options: TranscribeOptions
+        self,
+        heard: Sequence[np.ndarray],
+        options: TranscribeOptions,
+        places: Sequence[int],
+        results: Sequence[DecodingResult],
     ) -> list[DecodingResult]:
         """The same texts with the times at which the base hears their words: a cue for each sentence."""
+        clips = [heard[place] for place in places]
         encoded, samples = self._base.encode(clips, options.margin), list(map(len, clips))
         worded, languages = replace(options, word_timestamps=True), [result.language for result in results]
         texts = [result.hypothesis for result in results]
@@ -95,6 +102,12 @@ class Mixture(WindowDecoder):
         return first if first is second else Pair(first, second, gates_S2)
 
 
+def _shown(draft: DecodingResult, choice: DecodingResult) -> DecodingResult:
+    """Another model's draft, with this one's choice of it."""
+    routed = {name: getattr(choice, name) for name in ("experts", "routing", "expert_probabilities")}
+    return replace(draft, **routed)
+
+
 def cued(words: Sequence[WordTiming], tokenizer: Tokenizer) -> Iterator[int]:
     """The words' tokens, each sentence between two timestamps."""
     begins = True
@@ -113,6 +126,8 @@ class PairState:
 
     states: tuple[Any, Any]
     gates_R2: Tensor
+    joins = False
+    """A :class:`Pair` is of one batch."""
 
     def select(self, rows: Tensor) -> PairState:
         return PairState(tuple(state.select(rows) for state in self.states), self.gates_R2[rows])  # pyright: ignore[reportArgumentType]

@@ -32,6 +32,11 @@ class SearchOptions:
     length_penalty: float | None = None
     """None ranks by the average log-probability; a number is Google NMT's alpha (arXiv 1609.08144, eq. 14)."""
 
+    @property
+    def branches(self) -> bool:
+        """Whether rows are beams, of which the best go on; else each is a sample for itself."""
+        return self.beams > 1 and self.temperature == 0
+
     def score(self, sum_logprob: float, tokens: int) -> float:
         """How good a text of so many tokens is, to compare it with others of its segment."""
         length = max(tokens, 1)

@@ -1,15 +1,17 @@
 """Greedy, sampled and beam search over anything that steps, and the rules of what may be said next: suppression and timestamps
 (Whisper, section 2.3; ``openai/whisper`` decoding semantics).
 
-S segments, B rows each (beams or samples), R = S * B rows; rows of a segment are side by side and all rows are equally long.
-Rules write −inf into a [R, vocab] tensor of unnormalised log-probabilities. They look at the tokens sampled so far, without the
-prompt. Timestamps are the range [begin, end]: tokens appended behind it are no times, but text as what lies before it.
+S segments, B rows each (beams or samples), R = S * B rows; rows of a segment are side by side and equally long. Segments that
+are decoded side by side are a :class:`Lane`: each leaves when it is done, and others join between two steps. Rules write −inf
+into a [R, vocab] tensor of unnormalised log-probabilities. They look at the tokens sampled so far, without the prompt.
+Timestamps are the range [begin, end]: tokens appended behind it are no times, but text as what lies before it.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from itertools import groupby
 from typing import Any, NamedTuple, TypeAlias
 
 import torch
@@ -49,8 +51,9 @@ class Rules:
     def apply(self, logits_RV: Tensor, sampled: Sequence[Sequence[int]]) -> Tensor:
         """Forbid in place, one row of ``logits_RV`` for each sequence in ``sampled``; returns the tensor."""
         self._forbid(logits_RV, self.suppress)
-        if not sampled[0]:  # all rows are equally long
-            self._forbid(logits_RV, self.suppress_first)
+        for row, tokens in enumerate(sampled):
+            if not tokens:
+                self._forbid(logits_RV[row : row + 1], self.suppress_first)
         if self.timestamps is not None:
             for row, tokens in zip(logits_RV, sampled, strict=True):
                 _pair_up(row, tokens, self.timestamps)
@@ -103,6 +106,10 @@ Step: TypeAlias = Callable[[Tensor, Any], tuple[Tensor, Any]]
 """Tokens [R, 1] and a state in, unnormalised log-probabilities [R, vocab] of the next tokens and the state after them out."""
 
 
+Choices: TypeAlias = Sequence[Sequence[tuple[int, float]]]
+"""For each row of a segment, tokens that it may go on with, and their log-probabilities."""
+
+
 @dataclass(frozen=True)
 class Hypothesis:
     """Sampled tokens, without prompt and without end of text; ``sum_logprob`` includes the end of text."""
@@ -126,6 +133,119 @@ class _Row(NamedTuple):
     """The row of its segment that it goes on from."""
 
 
+@dataclass(eq=False)
+class Search:
+    """One segment on its way to its best continuation.
+
+    ``limit``: the most tokens to sample. ``seed``: of its samples; every segment has its own stream of random numbers, so that
+    they do not depend on its neighbours.
+    """
+
+    rules: Rules
+    options: SearchOptions
+    limit: int
+    seed: int = 0
+    found: list[Hypothesis] = field(default_factory=list)
+    rows: list[_Row] = field(default_factory=list)
+    cancelled: bool = False
+
+    def __post_init__(self) -> None:
+        self.rows = [_Row()] * self.options.beams
+        # Not the same noise at the next temperature: that would draw much the same tokens again.
+        self.stream = torch.Generator().manual_seed(self.seed + round(1000 * self.options.temperature))
+
+    @property
+    def wanted(self) -> int:
+        """Hypotheses with which it is done: every sample, or ``beams * patience``."""
+        options = self.options
+        return max(1, round(options.beams * options.patience)) if options.branches else options.beams
+
+    @property
+    def done(self) -> bool:
+        return self.cancelled or len(self.found) >= self.wanted
+
+    @property
+    def best(self) -> Hypothesis:
+        return max(self.found, key=lambda found: self.options.score(found.sum_logprob, len(found.tokens)))
+
+    def go_on(self, choices: Choices, end_of_text: int) -> None:
+        """One token more for every row."""
+        kept, ended = (_best if self.options.branches else _each)(self.rows, choices, end_of_text)
+        found = [Hypothesis(row.tokens[:-1], row.sum_logprob, True) for row in ended]
+        if len(kept[0].tokens) >= self.limit:
+            running = (row for row in kept if row.tokens[-1] != end_of_text)
+            found += [Hypothesis(row.tokens, row.sum_logprob, False) for row in running]
+        self.found += found[: self.wanted - len(self.found)]
+        self.rows = kept
+
+
+class Lane:
+    """Segments that one model decodes side by side, with equally many rows each."""
+
+    def __init__(self, step: Step, end_of_text: int) -> None:
+        self.step, self.end_of_text = step, end_of_text
+        self.searches: list[Search] = []
+        self._logits_RV, self._state = torch.empty(0), None
+
+    def __len__(self) -> int:
+        """Segments that are not done."""
+        return sum(not each.done for each in self.searches)
+
+    @property
+    def joins(self) -> bool:
+        """Whether others may join those that are under way."""
+        return self._state is None or self._state.joins
+
+    def join(self, searches: Sequence[Search], logits_RV: Tensor, state: Any) -> None:
+        """``logits_RV``, ``state``: after the prompt."""
+        self._leave([place for place, each in enumerate(self.searches) if not each.done])
+        if self._state is not None:
+            logits_RV, state = torch.cat((self._logits_RV, logits_RV)), self._state.joined(state)
+        self.searches, self._logits_RV, self._state = [*self.searches, *searches], logits_RV, state
+
+    @torch.inference_mode()
+    def advance(self) -> list[Search]:
+        """One token more for every row; the segments that are done now."""
+        before = {each for each in self.searches if each.done}
+        choices: list[Choices] = []
+        for (rules, options), run in groupby(self.searches, key=lambda each: (each.rules, each.options)):
+            begin, searches = len(choices) * options.beams, list(run)
+            rows = slice(begin, begin + len(searches) * options.beams)
+            choices += _choices(self._logits_RV[rows], rules, options, searches)
+        for search, own in zip(self.searches, choices, strict=True):
+            search.go_on(own, self.end_of_text)
+        done = [each for each in self.searches if each.done and each not in before]
+        self._step()
+        return done
+
+    def _step(self) -> None:
+        alive = [place for place, each in enumerate(self.searches) if not each.done]
+        if not alive:
+            self._leave([])
+            return
+        width = self.searches[0].options.beams
+        sources = [place * width + row.source for place, each in enumerate(self.searches) for row in each.rows]
+        device = self._logits_RV.device
+        if sources != list(range(len(sources))):
+            assert self._state is not None
+            self._state = self._state.select(torch.tensor(sources, device=device))
+        gone = len(self.searches) - len(alive)
+        if gone and (self.searches[0].options.branches or 8 * gone >= len(self.searches)):
+            self._leave(alive)  # to move a cache costs a step of an eighth of the rows
+        tokens = [row.tokens[-1:] for each in self.searches for row in each.rows]
+        self._logits_RV, self._state = self.step(torch.tensor(tokens, device=device), self._state)
+
+    def _leave(self, alive: list[int]) -> None:
+        """Only these segments stay."""
+        if len(alive) == len(self.searches):
+            return
+        width = self.searches[0].options.beams
+        self.searches = [self.searches[place] for place in alive]
+        rows = [place * width + row for place in alive for row in range(width)]
+        self._logits_RV = self._logits_RV[rows]
+        self._state = self._state.keep(alive) if alive and self._state is not None else None
+
+
 def search(
     step: Step,
     logits_RV: Tensor,
@@ -137,51 +257,28 @@ def search(
     limits: Sequence[int],
     seed: int = 0,
 ) -> list[Hypothesis]:
-    """The best continuation for each segment.
+    """The best continuation for each segment: those of a batch of which nothing joins. ``limits``: of each segment.
 
-    ``logits_RV``, ``state``: after the prompt, B = ``options.beams`` rows a segment. ``limits``: the most tokens to
-    sample for each segment. ``seed``: of the samples; every segment has its own stream of random numbers, so that its
-    samples do not depend on its neighbours. A segment of beams is done when it has ``beams * patience`` finished hypotheses.
-    Segments that are done leave the batch on the way.
+    ``logits_RV``, ``state``: after the prompt, B = ``options.beams`` rows a segment.
     """
-    width, beams = options.beams, options.beams > 1 and options.temperature == 0
-    wanted = max(1, round(width * options.patience)) if beams else width
-    # Not the same noise at the next temperature: that would draw much the same tokens again.
-    streams = [torch.Generator().manual_seed(seed + round(1000 * options.temperature)) for _ in limits]
-    done: list[list[Hypothesis]] = [[] for _ in limits]
-    active, rows = list(range(len(limits))), [_Row()] * (len(limits) * width)
-    while True:
-        logits_RV = rules.apply(logits_RV, [row.tokens for row in rows])
-        if beams:
-            values, tokens = logits_RV.log_softmax(-1).topk(width + 1)
-        else:
-            tokens = _draw(logits_RV, options.temperature, [streams[segment] for segment in active])
-            # No logsumexp: threads share the sum of one long row, and its last bit says how many they were.
-            values = logits_RV.log_softmax(-1).gather(1, tokens)
-        choices = [list(zip(*row, strict=True)) for row in zip(tokens.tolist(), values.tolist(), strict=True)]
-        groups: list[list[_Row]] = []
-        for place, segment in enumerate(active):
-            group = slice(place * width, (place + 1) * width)
-            kept, ended = (_best if beams else _each)(rows[group], choices[group], end_of_text)
-            found = [Hypothesis(row.tokens[:-1], row.sum_logprob, True) for row in ended]
-            if len(kept[0].tokens) >= limits[segment]:
-                running = (row for row in kept if row.tokens[-1] != end_of_text)
-                found += [Hypothesis(row.tokens, row.sum_logprob, False) for row in running]
-            done[segment] += found[: wanted - len(done[segment])]
-            groups.append(kept)
-        alive = [place for place, segment in enumerate(active) if len(done[segment]) < wanted]
-        if not alive:
-            break
-        sources = [place * width + row.source for place, group in enumerate(groups) for row in group]
-        if sources != list(range(len(sources))):
-            state = state.select(torch.tensor(sources, device=logits_RV.device))
-        gone = len(active) - len(alive)
-        if gone and (beams or 8 * gone >= len(active)):  # to move a cache costs a step of an eighth of the rows
-            state = state.keep(alive)
-            active, groups = [active[place] for place in alive], [groups[place] for place in alive]
-        rows = [row for group in groups for row in group]
-        logits_RV, state = step(torch.tensor([row.tokens[-1:] for row in rows], device=logits_RV.device), state)
-    return [max(group, key=lambda found: options.score(found.sum_logprob, len(found.tokens))) for group in done]
+    lane, searches = Lane(step, end_of_text), [Search(rules, options, limit, seed) for limit in limits]
+    lane.join(searches, logits_RV, state)
+    while len(lane):
+        lane.advance()
+    return [each.best for each in searches]
+
+
+def _choices(logits_RV: Tensor, rules: Rules, options: SearchOptions, searches: Sequence[Search]) -> list[Choices]:
+    """What each segment's rows may go on with; all by the same rules."""
+    logits_RV = rules.apply(logits_RV, [row.tokens for each in searches for row in each.rows])
+    if options.branches:
+        values, tokens = logits_RV.log_softmax(-1).topk(options.beams + 1)
+    else:
+        tokens = _draw(logits_RV, options.temperature, [each.stream for each in searches])
+        # No logsumexp: threads share the sum of one long row, and its last bit says how many they were.
+        values = logits_RV.log_softmax(-1).gather(1, tokens)
+    each = [list(zip(*row, strict=True)) for row in zip(tokens.tolist(), values.tolist(), strict=True)]
+    return [each[begin : begin + options.beams] for begin in range(0, len(each), options.beams)]
 
 
 def _draw(logits_RV: Tensor, temperature: float, streams: Sequence[torch.Generator]) -> Tensor:
@@ -193,10 +290,6 @@ def _draw(logits_RV: Tensor, temperature: float, streams: Sequence[torch.Generat
     draws = [torch.rand(rows, 1, generator=stream, dtype=torch.float64) for stream in streams]
     # The first token whose sum is above the draw: one that is impossible adds nothing to it and is never the first.
     return torch.searchsorted(sums_RV, torch.cat(draws) * sums_RV[:, -1:], right=True).to(logits_RV.device)
-
-
-Choices: TypeAlias = Sequence[Sequence[tuple[int, float]]]
-"""For each row of a segment, tokens that it may go on with, and their log-probabilities."""
 
 
 def _each(rows: Sequence[_Row], choices: Choices, end_of_text: int) -> tuple[list[_Row], list[_Row]]:

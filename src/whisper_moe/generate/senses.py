@@ -13,8 +13,9 @@ from whisper_moe.generate.options import SearchOptions
 from whisper_moe.generate.search import Rules, search
 from whisper_moe.media.pieces import Pieces
 from whisper_moe.media.tokenizer import Tokenizer
-from whisper_moe.model.model import DecoderState, Encoded, WhisperMoEModel
+from whisper_moe.model.model import WhisperMoEModel
 from whisper_moe.model.senses import Embedded, Senses
+from whisper_moe.model.state import DecoderState, Encoded
 from whisper_moe.packing import Layout, first_fit_decreasing
 
 BEAMS = 4

@@ -17,6 +17,8 @@ from torch import Tensor, nn
 
 from whisper_moe.packing import Layout
 
+ROOM = 32
+"""Columns that a cache has left when rows have joined it."""
 SHORT = 64
 """Segments of one length up to here are attended to in one product; of longer ones each call is work enough. In training, where
 a call costs more, those of lengths up to the next power of two are, padded."""
@@ -72,6 +74,11 @@ def attended(
     return torch.cat([mixed[place] for place in range(len(each))])
 
 
+def causal(n: int, past: int, device: torch.device) -> Tensor:
+    """What n tokens behind so many others may look at, [n, past + n]."""
+    return torch.ones(n, past + n, dtype=torch.bool, device=device).tril(past)
+
+
 @dataclass
 class KeyValueCache:
     """Self-attention keys and values of the tokens decoded so far, [R, H, capacity, dh] each; ``length`` are filled."""
@@ -96,10 +103,21 @@ class KeyValueCache:
         self.length = end
         return self.keys[:, :, :end], self.values[:, :, :end]
 
-    def select(self, rows: Tensor) -> KeyValueCache:
-        """The cache with these rows, in this order: beams that moved, finished rows that left."""
-        keys, values = self.keys.index_select(0, rows), self.values.index_select(0, rows)
-        return KeyValueCache(keys, values, self.length)
+    def select(self, rows: Tensor, first: int = 0) -> KeyValueCache:
+        """The cache with these rows, in this order: beams that moved, finished rows that left. Without the columns before
+        ``first``."""
+        keys, values = (part.index_select(0, rows)[:, :, first:] for part in (self.keys, self.values))
+        return KeyValueCache(keys, values, self.length - first)
+
+    def joined(self, other: KeyValueCache) -> KeyValueCache:
+        """The rows of both, which end in the same column; what is before a shorter one's first is 0."""
+        length = max(self.length, other.length)
+
+        def both(one: Tensor, more: Tensor) -> Tensor:
+            parts = ((one, self.length), (more, other.length))
+            return torch.cat([F.pad(part[:, :, :own], (0, 0, length - own, ROOM)) for part, own in parts])
+
+        return KeyValueCache(both(self.keys, other.keys), both(self.values, other.values), length)
 
 
 @dataclass(frozen=True)
@@ -113,6 +131,10 @@ class CrossAttentionCache:
 
     def select(self, segments: list[int]) -> CrossAttentionCache:
         return CrossAttentionCache(tuple(self.keys[i] for i in segments), tuple(self.values[i] for i in segments))
+
+    def joined(self, other: CrossAttentionCache) -> CrossAttentionCache:
+        """The segments of both."""
+        return CrossAttentionCache(self.keys + other.keys, self.values + other.values)
 
 
 class SelfAttention(nn.Module):
@@ -136,13 +158,16 @@ class SelfAttention(nn.Module):
         q, k, v = zip(*(part.permute(1, 2, 0, 3).unsqueeze(1) for part in qkv.split(layout.lengths)), strict=True)
         return self.out(attended(q, k, v, causal=self.causal).flatten(1))
 
-    def extend(self, x_TD: Tensor, cache: KeyValueCache) -> Tensor:
-        """n more tokens for each of the cache's R rows, x_TD = [R * n, D] with a row's tokens together."""
+    def extend(self, x_TD: Tensor, cache: KeyValueCache, mask: Tensor | None = None) -> Tensor:
+        """n more tokens for each of the cache's R rows, x_TD = [R * n, D] with a row's tokens together.
+
+        ``mask``: what they may look at, [R, 1, n, columns]; None for all tokens of their row before them.
+        """
         rows = cache.keys.shape[0]
         q, k, v = self.qkv(x_TD).view(rows, -1, 3, self.heads, cache.keys.shape[3]).permute(2, 0, 3, 1, 4)
         past, n = cache.length, q.shape[2]
         keys, values = cache.extended(k, v)
-        mask = torch.ones(n, past + n, dtype=torch.bool, device=x_TD.device).tril(past) if n > 1 else None
+        mask = causal(n, past, x_TD.device) if mask is None and n > 1 else mask
         mixed = F.scaled_dot_product_attention(q, keys, values, attn_mask=mask)
         return self.out(mixed.transpose(1, 2).reshape(x_TD.shape))
 

@@ -50,6 +50,11 @@ class BlockState:
     cross: CrossAttentionCache
     ttt: TTTState | None = None
 
+    def joined(self, other: BlockState) -> BlockState:
+        """The rows of both."""
+        assert self.ttt is None and other.ttt is None, "a mini-batch is of one time for all rows"
+        return BlockState(self.cache.joined(other.cache), self.cross.joined(other.cross))
+
 
 class BlockOutput(NamedTuple):
     """The states, and what the block's own router chose, if it has one."""
@@ -151,10 +156,21 @@ class Block(nn.Module):
             x_TD = x_TD + self.conv(self.conv_norm(x_TD), layout)
         return self._feed_forward(x_TD, layout, routing, adapted)
 
-    def extend(self, x_TD: Tensor, layout: Layout, routing: Routing | None, state: BlockState, beams: Layout) -> Tensor:
-        """n more tokens for each row; ``layout`` has a segment for each row, ``beams`` one for all of a segment's."""
+    def extend(
+        self,
+        x_TD: Tensor,
+        layout: Layout,
+        routing: Routing | None,
+        state: BlockState,
+        beams: Layout,
+        mask: Tensor | None = None,
+    ) -> Tensor:
+        """n more tokens for each row; ``layout`` has a segment for each row, ``beams`` one for all of a segment's.
+
+        ``mask``: see :meth:`~whisper_moe.model.attention.SelfAttention.extend`.
+        """
         assert self.cross_attn is not None and self.cross_norm is not None
-        x_TD = x_TD + self.attn.extend(self.attn_norm(x_TD), state.cache)
+        x_TD = x_TD + self.attn.extend(self.attn_norm(x_TD), state.cache, mask)
         x_TD = x_TD + self.cross_attn(self.cross_norm(x_TD), beams, state.cross)
         if isinstance(self.ttt, TTTMLP) and self.ttt_norm is not None and not self.ttt.skippable():
             assert state.ttt is not None

@@ -1,14 +1,14 @@
 """The whole encoder-decoder as one ``nn.Module``; everything around it (files, text, search) lives elsewhere.
 
 T tokens of all segments, D width. Decoding rows R: S segments with the same number of beams each, rows of a segment side by
-side, all rows equally long; n new tokens a row.
+side; n new tokens a row.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from contextlib import AbstractContextManager
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from itertools import groupby, zip_longest
 from typing import NamedTuple
 
@@ -17,32 +17,19 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from whisper_moe.config import POSITIONS_PER_SECOND, ModelConfig
-from whisper_moe.model.block import Block, BlockState, Carry, listed
+from whisper_moe.model.block import Block, Carry, listed
 from whisper_moe.model.delta import add_differences, assigned
 from whisper_moe.model.layers import AudioStem, TextHead, sinusoids
 from whisper_moe.model.router import NONE, Router, Routing, pool_segments
 from whisper_moe.model.senses import Embedded, Senses, is_sensed
 from whisper_moe.model.speech import SpeechModel
+from whisper_moe.model.state import DecoderState, Encoded
 from whisper_moe.packing import Layout
 
 _FIRST_CAPACITY = 64
 """Tokens a cache has room for at first: most clips need fewer, and it doubles when they do not."""
 ROUTED_SECONDS = 5.0
 """Of each window, what a router that chooses before the pass of the experts listens to."""
-
-
-class Encoded(NamedTuple):
-    """What the encoder says about some segments."""
-
-    states_TD: Tensor
-    layout: Layout
-    """Where each segment lies."""
-    routing: Routing | None
-    """The experts of each segment; None without segment-scope experts."""
-    choices: tuple[Routing, ...] = ()
-    """Every choice that a router made or was given: one for the segments, or one for each routed layer's tokens."""
-    senses: Routing | None = None
-    """The expert of each segment's sense, where not all are heard."""
 
 
 class Decoded(NamedTuple):
@@ -67,35 +54,6 @@ class Output(NamedTuple):
     """Every choice that a router made, in order: one for the segments, or one for each routed layer's tokens."""
     depths: tuple[Tensor, ...]
     """The decoder's states behind each of its blocks, [T, D]."""
-
-
-@dataclass
-class DecoderState:
-    """Everything that decoding remembers: one :class:`BlockState` a block, and each row's experts."""
-
-    blocks: list[BlockState]
-    routing: Routing | None
-    senses: Routing | None
-    segments: int
-    beams: int
-
-    @property
-    def length(self) -> int:
-        """Tokens decoded so far, the same for every row."""
-        return self.blocks[0].cache.length
-
-    def select(self, rows: Tensor) -> DecoderState:
-        """The state with row ``rows[i]`` in place of row i: beams that moved within their segments."""
-        blocks = [BlockState(b.cache.select(rows), b.cross, b.ttt.select(rows) if b.ttt else None) for b in self.blocks]
-        return replace(self, blocks=blocks)
-
-    def keep(self, segments: list[int]) -> DecoderState:
-        """The state without the segments that are finished: their rows, keys and values leave the batch."""
-        rows = torch.tensor([s * self.beams + b for s in segments for b in range(self.beams)])
-        rows = rows.to(self.blocks[0].cache.keys.device)
-        blocks = [replace(b, cross=b.cross.select(segments)) for b in self.select(rows).blocks]
-        routing, senses = (part and part.rows(rows) for part in (self.routing, self.senses))
-        return DecoderState(blocks, routing, senses, len(segments), self.beams)
 
 
 class Encoder(nn.Module):
@@ -276,25 +234,25 @@ class Decoder(nn.Module):
         capacity = min(_FIRST_CAPACITY, self.positions.shape[0])
         with self._assigned(encoded, layout, layout):
             blocks = [block.start(segments * beams, capacity, (states_TD, layout)) for block in self.blocks]
-        return DecoderState(blocks, routing, senses, segments, beams)
+        return DecoderState(blocks, routing, senses, beams, (0,) * segments)
 
     def restarted(self, state: DecoderState) -> DecoderState:
         """The state before the first token again; what was computed of the sound is kept."""
         blocks = [block.restarted(old) for block, old in zip(self.blocks, state.blocks, strict=True)]
-        return replace(state, blocks=blocks)
+        return replace(state, blocks=blocks, begins=(0,) * state.segments)
 
     def extend(self, tokens_Rn: Tensor, state: DecoderState) -> Tensor:
         """n more tokens for each row, [R, n] (or [R, n, D]); advances ``state`` and returns states [R, n, D] before the head."""
         rows, n = tokens_Rn.shape[:2]
-        end, limit = state.length + n, self.positions.shape[0]
-        if end > limit:
-            raise ValueError(f"{end} tokens; the decoder has {limit} positions")
-        places = torch.arange(state.length, end, device=tokens_Rn.device).repeat(rows)
+        longest, limit = state.length + n - min(state.begins), self.positions.shape[0]
+        if longest > limit:
+            raise ValueError(f"{longest} tokens; the decoder has {limit} positions")
+        places, mask = state.places(n, tokens_Rn.device), state.mask(n, tokens_Rn.device)
         layout, beams = Layout([n] * rows), Layout([n * state.beams] * state.segments)
         with self._assigned(state, layout):
             x_TD = self._embed(tokens_Rn.flatten(0, 1), places)
             for block, own in zip(self.blocks, state.blocks, strict=True):
-                x_TD = block.extend(x_TD, layout, state.routing, own, beams)
+                x_TD = block.extend(x_TD, layout, state.routing, own, beams, mask)
             return self.norm(x_TD).view(rows, n, -1)
 
     def logits(self, states_TD: Tensor, routing: Routing | None, layout: Layout) -> Tensor:
