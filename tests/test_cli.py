@@ -142,7 +142,7 @@ def test_whispers_spellings_with_underscores_mean_the_same() -> None:
                 words = [f"--{flag[2:].replace('-', '_')}", "1"]
                 assert command.make_parser(context).parse_args(words)[2][:1] == [option], (command.name, flag)
             read |= flags
-    assert {"--beam-size", "--no-shared", "--include-50", "--compute-type"} <= read
+    assert {"--beam-size", "--no-shared", "--detect-language", "--compute-type"} <= read
 
 
 @pytest.mark.parametrize(
@@ -240,7 +240,7 @@ def test_words_that_are_no_options_of_the_model_arrive_too(
     for line, expected in (
         ("transcribe a --output-dir=~/x", {"files": ["a"], "output_dir": tmp_path / "x"}),
         ("transcribe --model_dir=~/m --initial-prompt=~/x", {"model_dir": tmp_path / "m", "initial_prompt": "~/x"}),
-        ("data inspect x --videos=~/v", {"videos": f"{tmp_path}/v", "sources": ["x"], "limit": None}),
+        ("data inspect x --path=~/v", {"path": "~/v", "sources": ["x"], "limit": None}),
         ("upcycle _mymodel -o new", {"shared": True, "source": "_mymodel", "output": Path("new"), "experts": 8}),
         ("upcycle a -o new --no_shared --ttt-layers=", {"shared": False, "ttt_layers": ()}),
         ("upcycle a -o new --no-shared --ttt-layers 1,2", {"shared": False, "ttt_layers": (1, 2)}),

@@ -14,9 +14,9 @@ import matplotlib.pyplot as plt
 import torch
 
 from whisper_moe import WhisperMoE
-from whisper_moe.data.corpora import open_corpus
 from whisper_moe.data.corpus import CorpusConfig
 from whisper_moe.data.examples import ExampleConfig, ExampleReader
+from whisper_moe.data.table import open_corpus
 
 TASKS = ("sound", "text", "film")
 MANY = 100

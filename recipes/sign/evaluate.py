@@ -1,7 +1,7 @@
 """Signs read right, beside the nearest clip by its pixels: clips of an avatar changed as no training did, photos held out.
 
     python recipes/sign/evaluate.py MODEL TABLES OUT
-    python recipes/sign/evaluate.py MODEL include:FOLDER OUT [--include-50]      # INCLUDE's test split, by its own protocol
+    python recipes/sign/evaluate.py MODEL include/test.tsv OUT      # one table, as ../corpora/include.py writes INCLUDE's
 
 TABLES are clips.py's. OUT gets table.md (accuracy with Wilson's 95 % interval, and characters wrong), confusions.md, report.json.
 """
@@ -27,8 +27,8 @@ from rapidfuzz.distance import Levenshtein
 
 from whisper_moe import WhisperMoE
 from whisper_moe.config_aside import FilmConfig
-from whisper_moe.data.corpora import open_corpus
 from whisper_moe.data.corpus import CorpusConfig
+from whisper_moe.data.table import open_corpus
 from whisper_moe.media.video import load_film
 
 Picture: TypeAlias = Image.Image
@@ -174,19 +174,19 @@ def main(asked: argparse.Namespace) -> None:
     model = WhisperMoE.from_pretrained(asked.model)
     asked.out.mkdir(parents=True, exist_ok=True)
     lines, report = [HEAD], list[dict[str, Any]]()
-    if asked.data.startswith("include:"):
-        source = asked.data.partition(":")[2]
-        config = CorpusConfig(kind="include", source=source, split="test", include_50=asked.include_50)
-        samples = [*open_corpus(config)]
-        wanted, name = [sample.text for sample in samples], "INCLUDE-50" if asked.include_50 else "INCLUDE"
-        said = read(model, [sample.video for sample in samples], "ins")
-        lines.append(line(name, "test", said, wanted, None))
-        report.append({"set": name, "kind": "test", "said": said, "wanted": wanted})
+    if asked.data.is_file():
+        corpus = open_corpus(CorpusConfig(source=str(asked.data), split="test"))
+        samples, name = [*corpus], asked.data.resolve().parent.name
+        (language,) = {sample.language for sample in samples}
+        wanted, said = [sample.text for sample in samples], read(model, [sample.video for sample in samples], language)
+        print(f"{len(corpus.left_out)} clips are left out", *corpus.left_out[:3], sep="\n  ")
+        lines.append(line(name, corpus.name, said, wanted, None))
+        report.append({"set": name, "kind": corpus.name, "said": said, "wanted": wanted})
     else:
         film = model.senses.senses.config.film
         assert film is not None
         with tempfile.TemporaryDirectory() as scratch:
-            for name, kind, clips, wanted, nearest in sets_of(Path(asked.data), Path(scratch), film):
+            for name, kind, clips, wanted, nearest in sets_of(asked.data, Path(scratch), film):
                 said, near = read(model, clips), [nearest(clip) for clip in clips]
                 lines.append(line(name, kind, said, wanted, near))
                 report.append({"set": name, "kind": kind, "said": said, "wanted": wanted, "nearest": near})
@@ -207,7 +207,6 @@ def main(asked: argparse.Namespace) -> None:
 if __name__ == "__main__":
     parser = argparse.ArgumentParser()
     parser.add_argument("model", type=Path)
-    parser.add_argument("data")
+    parser.add_argument("data", type=Path)
     parser.add_argument("out", type=Path)
-    parser.add_argument("--include-50", action="store_true")
     main(parser.parse_args())

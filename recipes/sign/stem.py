@@ -19,11 +19,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from whisper_moe.data.corpora import open_corpus
 from whisper_moe.data.corpus import CorpusConfig
 from whisper_moe.data.examples import IGNORED, Pack
 from whisper_moe.data.loader import PackedLoader
 from whisper_moe.data.sample import DataError, Skipped, TooLong, items
+from whisper_moe.data.table import open_corpus
 from whisper_moe.model.model import WhisperMoEModel
 from whisper_moe.train.build import Task, build_model
 from whisper_moe.train.loop import Figures

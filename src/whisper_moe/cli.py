@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import inspect
 import logging
-import os
 import re
 import sys
 from collections.abc import Callable
@@ -176,16 +175,17 @@ info: Parameters, total and active, bytes, FLOPs for 30 s, and the experts by na
 
 evaluate: Measure a model on corpora: errors by language, with intervals, speed, memory, cost; and others beside it.
   model                     str                  A whisper-moe folder or training run, any Whisper, or default.
-  data                      [str]                Tables (path, text …), folders or Hub ids; a kind may come first: kathbath:FOLDER.
+  data                      [str]                Tables (path, text …), folders or Hub ids.
   --compare                 [str]                Another model, or transcripts:FILE.tsv, what any system wrote (id, text). Once for each.
   --output-dir -o           path                 Write report.json, report.md, report.html and transcripts.tsv here. Without, tables are printed.
   --device --dtype --threads
   --latency-clips           int>=0 = 40          Clips that are also transcribed one at a time.
  Data:
-  --split                   str                  train, valid, test …; default: what each corpus is evaluated on.
-  --languages               str                  These only: hi,or. Of a table, one is also that of rows that do not say.
-  --task                    str                  Table: the task of rows that do not say: transcribe, translate …
-  --columns                 str                  Table: which are which: path=clip,text=said.
+  --split                   str                  train, valid, test …; default: test.
+  --languages               str                  These only: hi,or. One is also that of rows that do not say.
+  --task                    str                  The task of rows that do not say: transcribe, translate …
+  --columns                 str                  Which are which: path=clip,text=said.
+  --configuration           str                  Of the Hub: the part to read, where it has several: hi_in.
   --limit                   int>=1               The first so many samples of each.
   --detect-language         switch               Let the systems detect the language; else they are told.
  Decoding:
@@ -195,17 +195,13 @@ evaluate: Measure a model on corpora: errors by language, with intervals, speed,
 
 data inspect: Samples, hours, languages, speakers and tasks, a histogram of durations, and what cannot be used, by name.
   sources                   [str]                Tables, folders or Hub ids.
-  --kind                    str = auto           kathbath, include, wiki-translate, table; auto goes by the Hub id or by what lies in the folder.
   --split                   str = train          train, valid, test …
-  --languages               str                  These only: hi,or. Of a table, one is also that of rows that do not say.
-  --directions              str                  wiki-translate: en>hi,any>en.
-  --task                    str                  Table: the task of rows that do not say.
-  --columns                 str                  Table: which are which: path=clip,text=said; or the names of those of a file without any: path,text.
-  --configuration           str                  Table of the Hub: the part to read, where it has several: hi_in.
-  --path                    str                  Table: where a row's file lies, from its columns: {language}/{path}.
-  --text                    str                  Table: file-name for recordings that are named after what is said, none for those without a text.
-  --videos                  home                 INCLUDE: the folder of the videos.
-  --include-50              switch               INCLUDE: the 50 words of INCLUDE-50.
+  --languages               str                  These only: hi,or. One is also that of rows that do not say.
+  --task                    str                  The task of rows that do not say.
+  --columns                 str                  Which are which: path=clip,text=said; or the names of those of a file without any: path,text.
+  --configuration           str                  Of the Hub: the part to read, where it has several: hi_in.
+  --path                    str                  Where a row's file lies, from its columns: {language}/{path}.
+  --text                    str                  file-name for recordings that are named after what is said, none for those without a text.
   --streaming               switch               Read row after row, without preparing a copy.
   --limit                   int>=1               The first so many samples of each.
   --decode                  switch               Decode everything, instead of reading headers.
@@ -237,7 +233,6 @@ _ELSEWHERE = {
 _TYPES = {"str": str, "path": Path, "int": int, "float": float, "switch": bool}
 _READERS: dict[str, tuple[Callable[[str], Any], str, str]] = {
     "path": (lambda word: Path(word).expanduser(), "<path>", "a path"),
-    "home": (os.path.expanduser, "<str>", "a path"),
     "truth": (lambda word: {"true": True, "false": False}[word.lower()], "<str>", "True or False"),
     "ints": (lambda word: tuple(map(int, filter(str.strip, word.split(",")))), "<str>", "numbers with commas between"),
     "int?": (lambda word: None if word.lower() == "none" else int(word), "<int or None>", "a number or None"),

@@ -74,12 +74,13 @@ def archives(
     return root
 
 
-def tarred(folder: Path, into: Path) -> Path:
-    """Every folder's recordings in one archive, the transcripts in another, and nothing beside them."""
+def tarred(folder: Path, into: Path, how: str = "") -> Path:
+    """Every folder's recordings in one archive, the transcripts in another, and nothing beside them; ``how``: compressed."""
     into.mkdir(parents=True)
+    ending, mode = f".tar.{how}".rstrip("."), f"w:{how}"
     with (
-        tarfile.open(into / "train_audio.tar", "w") as sounds,
-        tarfile.open(into / "transcripts_n2w.tar", "w") as texts,
+        tarfile.open(into / f"train_audio{ending}", mode) as sounds,
+        tarfile.open(into / f"transcripts_n2w{ending}", mode) as texts,
     ):
         for file in sorted(file for file in folder.rglob("*") if file.is_file()):
             (texts if file.suffix == ".txt" else sounds).add(file, file.relative_to(folder).as_posix())
@@ -114,13 +115,23 @@ def parquet(path: Path, rows: Mapping[str, list[Any]], audio: bool = False) -> P
     return path
 
 
-def hub_copy(root: Path, languages: Sequence[str] = ("hindi", "odia"), form: str = "bytes") -> Path:
-    """A local copy of the Hub's Kathbath, in two files for each language."""
+def hub_copy(
+    root: Path, languages: Sequence[str] = ("hindi", "odia"), form: str = "bytes", valid: str | None = None
+) -> Path:
+    """A local copy of the Hub's Kathbath, in two files for each language; ``valid``: one with a clip to be judged by, too."""
+    card = ["---", "configs:"]
     for language in languages:
         rows = hub_rows(language, form)
+        splits = ("train", "valid") if language == valid else ("train",)
+        card += [f"- config_name: {language}", "  data_files:"]
+        card += [f"  - {{split: {split}, path: {language}/{split}-*}}" for split in splits]
+        if language == valid:
+            some = {name: column[:1] for name, column in rows.items()}
+            parquet(root / language / "valid-00000-of-00001.parquet", some, audio=form == "bytes")
         for part, cells in enumerate((slice(0, 2), slice(2, 3))):
             some = {name: column[cells] for name, column in rows.items()}
             parquet(root / language / f"train-0000{part}-of-00002.parquet", some, audio=form == "bytes")
+    (root / "README.md").write_text("\n".join([*card, "---", ""]))
     return root
 
 

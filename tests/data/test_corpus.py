@@ -10,9 +10,9 @@ import pytest
 from media.recordings import encode, tone
 from pydantic import ValidationError
 
-from whisper_moe.data.corpora import open_corpus
 from whisper_moe.data.corpus import Corpus, CorpusConfig
 from whisper_moe.data.sample import DataError, Sample
+from whisper_moe.data.table import open_corpus
 
 
 def test_headers_are_read_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -49,13 +49,11 @@ def test_an_iterator_goes_on_behind_a_row_that_is_no_sample() -> None:
 @pytest.mark.parametrize(
     ("settings", "said"),
     [
-        ({"kind": "kathbath", "task": "sign"}, "kathbath has the task transcribe, not sign"),
-        ({"kind": "kathbath", "languages": ["klingon"]}, "unknown language 'klingon'"),
-        ({"kind": "kathbath", "columns": ["path"]}, "columns is a setting of table"),
-        ({"kind": "kathbath", "include_50": True}, "include_50 is a setting of include"),
-        ({"kind": "table", "directions": ["en>hi"]}, "directions is a setting of wiki-translate"),
-        ({"kind": "table", "columns": {"sound": "clip"}}, "columns: there is no column 'sound': one of path, text"),
-        ({"kind": "include", "languages": ["hi"]}, "Indian Sign Language"),
+        ({"kind": "kathbath"}, "Input should be 'table'"),
+        ({"task": "sing"}, "Input should be 'transcribe', 'translate', 'translate-text' or 'sign'"),
+        ({"languages": ["klingon"]}, "unknown language 'klingon'"),
+        ({"directions": ["en>hi"]}, "Extra inputs are not permitted"),
+        ({"columns": {"sound": "clip"}}, "columns: there is no column 'sound': one of path, text"),
     ],
 )
 def test_a_configuration_that_means_nothing_is_refused(settings: dict[str, Any], said: str) -> None:
@@ -64,6 +62,6 @@ def test_a_configuration_that_means_nothing_is_refused(settings: dict[str, Any],
 
 
 def test_languages_are_kept_as_codes_and_once() -> None:
-    config = CorpusConfig(kind="kathbath", source="x", languages=["Odia", "hindi", "or"])  # pyright: ignore[reportArgumentType]
+    config = CorpusConfig(source="x", languages=["Odia", "hindi", "or"])  # pyright: ignore[reportArgumentType]
     assert config.languages == ("or", "hi")
     assert CorpusConfig(**config.model_dump()) == config

@@ -14,10 +14,10 @@ from media.recordings import encode, tone
 
 datasets = pytest.importorskip("datasets")
 
-from whisper_moe.data.corpora import open_corpus
 from whisper_moe.data.corpus import Corpus, CorpusConfig
 from whisper_moe.data.inspect import Inspection
 from whisper_moe.data.sample import DataError
+from whisper_moe.data.table import open_corpus
 
 CLIPS = {"a": ("one", "en"), "b": ("दो", "hi"), "c": ("three", "en"), "d": ("ଚାରି", "or")}
 SECONDS = {"a": 0.5, "b": 0.75, "c": 1.0, "d": 1.25}
@@ -182,6 +182,15 @@ def test_a_hub_id_is_a_table_with_its_configurations(
     assert calls == [("some/speech", "hi_in", "valid"), ("some/speech", "hi_in", "validation")]
     with pytest.raises(DataError, match="some/speech: cannot be read: Unknown split 'test'"):
         opened("some/speech", split="test", streaming=streaming)
+
+
+def test_what_the_hub_says_is_one_sentence(monkeypatch: pytest.MonkeyPatch) -> None:
+    def load(*_: object, **__: object) -> None:
+        raise OSError("Dataset is a gated dataset.\nAsk for access.")
+
+    monkeypatch.setattr(datasets, "load_dataset", load)
+    with pytest.raises(DataError, match=r"^some/speech: cannot be read: Dataset is a gated dataset\. Ask for"):
+        opened("some/speech")
 
 
 def test_columns_of_any_name_are_named_by_the_corpus(clips: Path, tmp_path: Path) -> None:

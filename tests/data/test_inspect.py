@@ -9,18 +9,18 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from data.miniatures import WIKI, archives, parquet, sign_lists, signs
+from data.miniatures import film, recording
 from generate.tiny import tiny_tokenizer, tiny_whisper_moe
 from media.recordings import encode, tone
 
 from whisper_moe import cli
 from whisper_moe.config import ModelConfig
-from whisper_moe.data.corpora import open_corpus
 from whisper_moe.data.corpus import CorpusConfig
 from whisper_moe.data.inspect import EDGES, KINDS, Inspection
 from whisper_moe.data.loader import PackedLoader
 from whisper_moe.data.sample import DataError
 from whisper_moe.data.sampler import LoaderConfig
+from whisper_moe.data.table import open_corpus
 
 
 @pytest.fixture
@@ -133,21 +133,28 @@ def test_the_text_says_what_the_json_says(mine: Path) -> None:
     assert "  mine/train/noise.wav: " in said and "  mine/train/gone.wav: no such file" in said
 
 
-def test_every_kind_of_corpus_is_summed_up(tmp_path: Path) -> None:
-    folder = sign_lists(signs(tmp_path / "signs"))
-    wiki = parquet(tmp_path / "wiki" / "train.parquet", WIKI)
+def test_every_task_is_summed_up(tmp_path: Path) -> None:
+    for number in range(3):
+        recording(tmp_path / f"{number}.m4a", "hindi", number)
+        film(tmp_path / f"{number}.MOV", [0, 0.04, 0.08])
+    rows = [f"{number}.m4a\t\tx\t{code}\t\ttranscribe\t{number}" for number in range(3) for code in ("hi", "or")]
+    rows += [f"{number}.MOV\t\tx\tins\ten\tsign\t" for number in range(3)]
+    (tmp_path / "seen.tsv").write_text(
+        "\n".join(["path\tsource_text\ttext\tlanguage\ttarget_language\ttask\tspeaker", *rows]) + "\n"
+    )
+    pairs = ["source_text\ttext\tlanguage\ttarget_language", "a\tx\ten\tor", "b\ty\ten\tor"]
+    (tmp_path / "read.tsv").write_text("\n".join(pairs) + "\n")
     settings: list[dict[str, Any]] = [
-        {"kind": "kathbath", "source": str(archives(tmp_path / "k"))},
-        {"kind": "include", "source": str(folder)},
-        {"kind": "wiki-translate", "source": str(wiki), "directions": ["en>or"], "streaming": True},
+        {"source": str(tmp_path / "seen.tsv")},
+        {"source": str(tmp_path / "read.tsv"), "task": "translate-text", "streaming": True},
     ]
     seen = inspected(*(CorpusConfig(**each) for each in settings))
     groups = {(g.corpus, g.task, g.language): (g.samples, len(g.speakers)) for g in seen.groups.values()}
     assert groups == {
-        ("kathbath", "transcribe", "hi"): (3, 3),
-        ("kathbath", "transcribe", "or"): (3, 3),
-        ("include", "sign", "ins>en"): (3, 0),
-        ("wiki-translate", "translate-text", "en>or"): (2, 0),
+        ("seen", "transcribe", "hi"): (3, 3),
+        ("seen", "transcribe", "or"): (3, 3),
+        ("seen", "sign", "ins>en"): (3, 0),
+        ("read", "translate-text", "en>or"): (2, 0),
     }
     assert sum(seen.histogram.values()) == 9, "pairs of texts have no duration"
 
@@ -162,18 +169,20 @@ def command(monkeypatch: pytest.MonkeyPatch, *arguments: object) -> int:
     return int(stop.value.code or 0)
 
 
-def test_the_command_guesses_the_kind_and_says_by_its_status_whether_all_can_be_used(
+def test_the_command_says_by_its_status_whether_all_can_be_used(
     mine: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert command(monkeypatch, mine, "--languages", "en") == 1
     assert "mine    train  transcribe  en" in capsys.readouterr().out
-    for source, name in ((archives(tmp_path / "k"), "kathbath"), (sign_lists(signs(tmp_path / "s")), "include")):
-        assert command(monkeypatch, source, "--json") == 0
-        facts = json.loads(capsys.readouterr().out)
-        assert {group["corpus"] for group in facts["groups"]} == {name} and facts["corrupt"] == []
-    assert command(monkeypatch, tmp_path / "k", tmp_path / "nowhere", "--json") == 1
+    whole = tmp_path / "whole"
+    recording(whole / "a.m4a", "hindi", 0)
+    (whole / "train.tsv").write_text("path\ttext\tlanguage\na.m4a\tyes\thi\n")
+    assert command(monkeypatch, whole, "--json") == 0
+    facts = json.loads(capsys.readouterr().out)
+    assert {group["corpus"] for group in facts["groups"]} == {"whole"} and facts["corrupt"] == []
+    assert command(monkeypatch, whole, tmp_path / "nowhere", "--json") == 1
     captured = capsys.readouterr()
-    assert json.loads(captured.out)["samples"] == 6 and "nowhere: no such file or folder" in captured.err
+    assert json.loads(captured.out)["samples"] == 1 and "nowhere: no such file or folder" in captured.err
     assert command(monkeypatch, mine / "transcripts.tsv", "--languages", "en", "--limit", 2, "--json") == 1
     assert json.loads(capsys.readouterr().out)["samples"] == 2
 
@@ -181,9 +190,9 @@ def test_the_command_guesses_the_kind_and_says_by_its_status_whether_all_can_be_
 @pytest.mark.parametrize(
     ("arguments", "status", "said"),
     [
-        (["x", "--kind", "libri"], 2, "kind: Input should be 'kathbath'"),
+        (["x", "--text", "said"], 2, "text: Input should be 'column'"),
         (["x", "--languages", "klingon"], 2, "languages: unknown language 'klingon'"),
-        (["x", "--directions", "en>hi"], 2, "directions is a setting of wiki-translate"),
+        (["x", "--columns", "sound=clip"], 2, "columns: there is no column 'sound'"),
         (["x", "--limit", "0"], 2, "'--limit': Input should be greater"),
         ([], 2, "Missing argument 'sources'"),
         (["no such folder"], 1, "no such folder: no such file or folder"),

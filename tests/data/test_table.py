@@ -11,9 +11,9 @@ import pytest
 from data.miniatures import film, parquet
 from media.recordings import encode, tone
 
-from whisper_moe.data.corpora import open_corpus
 from whisper_moe.data.corpus import Corpus, CorpusConfig
 from whisper_moe.data.sample import DataError
+from whisper_moe.data.table import open_corpus
 
 
 def table(source: Path, **settings: Any) -> Corpus:

@@ -298,6 +298,16 @@ def test_what_cannot_work_is_said_before_anything_is_read(model: str, settings: 
         plan(model, ["nowhere.tsv"], **settings)
 
 
+def test_a_part_of_what_the_hub_has_is_streamed():
+    (corpus,) = plan("a", ["some/speech"], configuration="hi_in").corpora
+    assert (corpus.source, corpus.configuration, corpus.split, corpus.streaming) == (
+        "some/speech",
+        "hi_in",
+        "test",
+        True,
+    )
+
+
 def test_a_package_that_is_not_installed_is_named(monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr(module, "find_spec", lambda _: None)
     with pytest.raises(ValueError, match=r"pip install 'whisper-moe\[evaluate\]'"):

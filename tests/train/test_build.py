@@ -28,7 +28,7 @@ from whisper_moe.train import build
 from whisper_moe.train.parallel import Parallel
 from whisper_moe.train.reading import RecipeError, apply, checked
 from whisper_moe.train.recipe import Recipe
-from whisper_moe.train.run import RECORD, check_same, run
+from whisper_moe.train.run import RECORD, asked, check_same, run
 from whisper_moe.weights.load import load_model
 
 Tree = dict[str, Any]
@@ -195,6 +195,20 @@ def test_a_run_that_is_older_than_a_key_can_go_on(material: Path, tmp_path: Path
     (tmp_path / RECORD).write_text(json.dumps({"recipe": then}), "utf-8")
     with pytest.raises(RecipeError, match=r"optimisation.gone was 1, is None"):
         check_same(recipe, tmp_path)
+
+
+def test_a_run_from_when_corpora_had_kinds_can_go_on(material: Path, tmp_path: Path) -> None:
+    recipe = recipe_with(material)
+    then = recipe.model_dump(mode="json")
+    for corpus in (*then["data"]["train"], *then["data"]["evaluation"]):
+        corpus |= {"directions": ["en>any", "any>en"], "include_50": False, "videos": None}
+    (tmp_path / RECORD).write_text(json.dumps({"recipe": then}), "utf-8")
+    assert asked(tmp_path, [], None, resume=True)[0] == recipe
+    check_same(recipe, tmp_path)
+    then["data"]["train"][0] |= {"kind": "include", "include_50": True}
+    (tmp_path / RECORD).write_text(json.dumps({"recipe": then}), "utf-8")
+    with pytest.raises(RecipeError, match=r"include_50|kind"):
+        asked(tmp_path, [], None, resume=True)
 
 
 # One expert alone.

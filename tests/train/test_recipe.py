@@ -34,6 +34,10 @@ def test_the_published_recipe_is_literal_and_the_practical_one_differs_in_what_i
     assert (given.schedule, given.warmup, given.steps, given.precision) == ("linear", 10_000, 5_000, "auto")
     assert (loader.batch_size, loader.batch_unit, published.evaluation.batch_size) == (32, "examples", 32)
     assert (published.run.seed, loader.seed, given.accumulate) == (42, 42, 1)
+    for corpora in (published.data, practical.data):
+        assert {(each.source, each.configuration) for each in (*corpora.train, *corpora.evaluation)} == {
+            ("ai4bharat/Kathbath", "hindi")
+        }
     assert practical.optimisation.warmup == 500 and practical.evaluation.patience
     kept = {"lr", "schedule", "steps", "betas", "eps", "precision", "accumulate"}
     assert practical.optimisation.model_dump(include=kept) == given.model_dump(include=kept)
@@ -42,6 +46,11 @@ def test_the_published_recipe_is_literal_and_the_practical_one_differs_in_what_i
 def test_every_recipe_can_be_read() -> None:
     recipes = {path.stem: load_recipe(path) for path in RECIPES.glob("*.yaml")}
     assert [corpus.split for corpus in recipes["table"].data.evaluation] == ["test"]
+    joint, signs = (load_recipe(RECIPES / name) for name in ("joint/corpora.yaml", "sign/include.yaml"))
+    assert [(each.source, each.split) for each in joint.data.train] == [
+        *(("kathbath", "train"), ("include", "train"), ("wiki-translate", "train"))
+    ]
+    assert joint.data.evaluation == signs.data.evaluation
 
 
 def test_the_documented_commands_for_many_processes_have_experts_to_deal_out() -> None:

@@ -28,20 +28,6 @@ if TYPE_CHECKING:
     from datasets import Dataset, IterableDataset
 
 Row: TypeAlias = dict[str, Any]
-Kind: TypeAlias = Literal["kathbath", "include", "wiki-translate", "table"]
-KINDS: dict[str, tuple[str, tuple[Task, ...]]] = {
-    "kathbath": ("valid", ("transcribe",)),
-    "include": ("test", ("sign",)),
-    "wiki-translate": ("train", ("translate-text",)),
-    "table": ("test", ("transcribe", "translate", "translate-text", "sign")),
-}
-"""The split that each is evaluated on where none is asked for, and its tasks."""
-_ONLY = {
-    **dict.fromkeys(("columns", "configuration", "path", "text"), "table"),
-    **dict.fromkeys(("include_50", "videos"), "include"),
-    "directions": "wiki-translate",
-}
-"""Settings that mean something to one kind only."""
 COLUMNS = (
     *("path", "text", "start", "end", "duration", "language", "task", "source_text", "target_language"),
     *("speaker", "domain", "split"),
@@ -62,15 +48,15 @@ OTHER_NAMES = {
 """What others (``datasets``, NeMo, Common Voice) call our columns; of several in a table the first is taken, ours before all."""
 OUR_NAMES = {name: ours for ours, names in OTHER_NAMES.items() for name in names} | {name: name for name in COLUMNS}
 FILE = "file"
-"""The column with a local file's path, in the rows of corpora that have such files."""
+"""The column with a local file's path."""
 FEATURES = {
     **dict.fromkeys(("id", FILE, "text", "source_text", "language", "target_language", "task"), "string"),
     **dict.fromkeys(("start", "end", "seconds"), "float64"),
-    **dict.fromkeys(("speaker", "domain", "row", "member"), "string"),
-    **dict.fromkeys(("offset", "size", "stored"), "int64"),
+    **dict.fromkeys(("speaker", "domain", "row"), "string"),
+    "stored": "int64",
 }
-"""A row's columns. The sound or film is a ``file``, a ``member`` of an archive (``size`` bytes from ``offset`` on), or row
-number ``stored`` of a dataset beside it; ``row``: table and row that it is of."""
+"""A row's columns. The sound or film is a ``file``, or row number ``stored`` of a dataset beside it; ``row``: table and row that
+it is of."""
 STREAM_SHARDS = 128
 """Parts that ranks and workers divide a stream of rows among."""
 PROBES = 8
@@ -80,33 +66,28 @@ PROBES = 8
 class CorpusConfig(Strict):
     """One corpus as a recipe names it. Languages are given by code or name and kept as codes."""
 
-    kind: Kind
+    kind: Literal["table"] = "table"
+    """What there is: tables, and all that is read as one. Published corpora become tables by ``recipes/corpora/``."""
     source: str = Field(min_length=1)
     """A Hub id, or a local folder or file."""
     split: str = Field(default="train", min_length=1)
-    """``train``, ``valid``, ``test`` … as each corpus calls them; Kathbath's tests: ``test-known``, ``test-unknown``, and
-    either with ``-noisy``. A table without a column ``split`` and without a folder of that name is read whole."""
+    """``train``, ``valid``, ``test`` … as the corpus calls it. A table without a column ``split`` and without a folder of that
+    name is read whole."""
     languages: tuple[str, ...] = Field(default=(), strict=False)
-    """Those to read; empty for all. For a table, one is also that of rows that do not say theirs."""
+    """Those to read; empty for all. One is also that of rows that do not say theirs."""
     task: Task | None = None
-    """For a table: that of rows that do not say; default ``transcribe``."""
-    directions: tuple[str, ...] = Field(default=("en>any", "any>en"), strict=False)
-    """wiki-translate: ``en>hi``, ``any>en``, ``any>any``."""
-    include_50: bool = False
-    """INCLUDE: only the 50 words of INCLUDE-50."""
-    videos: str | None = None
-    """INCLUDE: the folder of the videos, if it is not the source."""
+    """That of rows that do not say; default ``transcribe``."""
     columns: tuple[str, ...] | dict[str, str] = ()
-    """Table: which columns are which, ``{path: clip, text: said}``; or, for a file that has no line with them, their names."""
+    """Which columns are which, ``{path: clip, text: said}``; or, for a file that has no line with them, their names."""
     configuration: str | None = None
-    """Table, of the Hub or laid out as there: the part to read, where it has several (``hi_in``)."""
+    """Of the Hub, or what is laid out as there: the part to read, where it has several (``hi_in``)."""
     path: str | None = None
-    """Table: where a row's file lies, with columns in braces: ``{language}/{path}``; default: the column ``path``."""
+    """Where a row's file lies, with columns in braces: ``{language}/{path}``; default: the column ``path``."""
     text: Literal["column", "file-name", "none"] = "column"
-    """Table: ``file-name`` for a folder of recordings that are named after what is said (``good_morning.wav``), ``none`` for
-    recordings whose text nobody has written down (for self-distillation): their text is empty."""
+    """``file-name`` for a folder of recordings that are named after what is said (``good_morning.wav``), ``none`` for recordings
+    whose text nobody has written down (for self-distillation): their text is empty."""
     name: str | None = None
-    """What ids begin with; default: the kind, or the table's own name."""
+    """What ids begin with; default: the table's own name."""
     streaming: bool = False
     limit: int | None = Field(default=None, ge=1)
     """The first so many samples only."""
@@ -127,15 +108,7 @@ class CorpusConfig(Strict):
 
     @model_validator(mode="after")
     def _check(self) -> Self:
-        _, tasks = KINDS[self.kind]
-        if self.task is not None and self.task not in tasks:
-            raise ValueError(f"{self.kind} has the task {tasks[0]}, not {self.task}")
-        for field, kind in _ONLY.items():
-            if self.kind != kind and getattr(self, field) != type(self).model_fields[field].default:
-                raise ValueError(f"{field} is a setting of {kind}, not of {self.kind}")
         self.renamed()
-        if self.kind == "include" and self.languages not in ((), ("ins",)):
-            raise ValueError(f"INCLUDE is Indian Sign Language (ins), got {list(self.languages)}")
         return self
 
     def renamed(self) -> dict[str, str]:
@@ -147,19 +120,9 @@ class CorpusConfig(Strict):
 
 
 def sample_of(row: Row) -> Sample:
-    """The sample of a row; where its sound is ``stored``, without it. Raises :class:`DataError`, also for a row with a
-    ``problem``."""
-    if row.get("problem"):
-        raise DataError(row["id"], row["problem"])
+    """The sample of a row; where its sound is ``stored``, without it."""
     file, sign = row.get(FILE), row["task"] == "sign"
     audio = None if file is None or sign else AudioRef(path=file, start=row["start"] or 0.0, end=row["end"])
-    if file is not None and row.get("member") is not None:
-        try:
-            with open(file, "rb") as archive:
-                archive.seek(row["offset"])
-                audio = AudioRef(path=f"{file}:{row['member']}", data=archive.read(row["size"]))
-        except OSError as error:
-            raise DataError(file, f"{row['member']} cannot be read: {error.strerror}") from error
     said: Row = {name: row[name] for name in ("id", "task", "text", "language", "target_language")}
     known: Row = {name: row.get(name) for name in ("source_text", "speaker", "domain", "row")}
     return Sample(**said, **known, audio=audio, video=file if sign else None, duration=row.get("seconds"))

@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import re
 import struct
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
 from itertools import chain
@@ -49,45 +49,6 @@ def is_usual_split(name: str) -> bool:
     return any(re.split("[-_.]", name.lower())[0] in names for names in _SPELLINGS)
 
 
-def files_of_split(root: Path, split: str, *suffixes: str, within: str | None = None) -> list[Path]:
-    """The files below a folder (its own name counts) that belong to a split by their own name or by that of a folder.
-
-    :param within: only below a folder of this name.
-    """
-    forms = "|".join(re.sub("[-_]", "[-_]", name) for name in spellings_of(split))
-    wanted = re.compile(rf"({forms})([-_.]?\d.*)?$", re.IGNORECASE)
-    found = []
-    for file in sorted(file for file in root.rglob("*") if file.suffix.lower() in suffixes):
-        folders = [root.resolve().name, *file.relative_to(root).parts[:-1]]
-        if within is not None:
-            if within not in folders:
-                continue
-            folders = folders[folders.index(within) + 1 :]
-        if any(wanted.match(name) for name in (file.stem, *folders)):
-            found.append(file)
-    return found
-
-
-def local_files(config: CorpusConfig, split: str, *suffixes: str, undivided: bool = False) -> list[Path] | None:
-    """The source where it is a file, or a folder's files of the split, of one kind; None for the Hub.
-
-    :param undivided: take all files of a folder of which none says a split.
-    """
-    source, kinds = Path(config.source), ", ".join(suffixes)
-    if source.is_file():
-        if source.suffix.lower() not in suffixes:
-            raise DataError(source, f"not a file of rows: one of {kinds} is")
-        return [source]
-    if not source.is_dir():
-        return None
-    found = files_of_split(source, split, *suffixes)
-    if undivided and not found:
-        found = sorted(file for file in source.rglob("*") if file.suffix.lower() in suffixes)
-    if not found:
-        raise DataError(source, f"no files ({kinds}) of the split {split!r}")
-    return [file for file in found if file.suffix == found[0].suffix]
-
-
 # Datasets.
 
 
@@ -97,12 +58,10 @@ def load_rows(
     *,
     configuration: str | None = None,
     files: Sequence[Path] | None = None,
-    needed: Iterable[str] = (),
 ) -> Dataset | IterableDataset:
     """Rows of a split from the Hub, or of local ``files``; every cause for which there are none is a :class:`DataError`.
 
     :param configuration: the Hub's name of the part to read.
-    :param needed: columns that must be there.
     """
     place = str(files[0] if len(files) == 1 else files[0].parent) if files else config.source
     try:
@@ -111,10 +70,6 @@ def load_rows(
             dataset = dataset._resolve_features()  # pyright: ignore[reportAttributeAccessIssue] (of a stream: looks into the first rows)
     except Exception as error:  # the Hub, its gate, the network, parquet: each has errors of its own
         raise DataError(place, f"cannot be read: {one_line(error)}") from error
-    there = list(dataset.features or ())
-    for column in needed:
-        if column not in there:
-            raise DataError(place, f"the column is missing; there are {', '.join(there)}", column=column)
     return _encoded(dataset)
 
 

@@ -23,12 +23,11 @@ from pydantic import ValidationError
 
 from whisper_moe.config import EMBEDDED, SAMPLE_RATE, ModelConfig
 from whisper_moe.config_aside import FilmConfig
-from whisper_moe.data import corpus
-from whisper_moe.data.corpora import kind_of, open_corpus
 from whisper_moe.data.corpus import PROBES, CorpusConfig
 from whisper_moe.data.examples import ExampleConfig, ExampleReader
 from whisper_moe.data.sample import DataError, Sample, Skipped, TooLong, items, left_out
 from whisper_moe.data.sampler import LoaderConfig
+from whisper_moe.data.table import open_corpus
 from whisper_moe.frozen import problems
 from whisper_moe.media.audio import MediaError
 from whisper_moe.media.tokenizer import Tokenizer
@@ -197,7 +196,7 @@ def _look_at(item: Sample | Skipped, decode: bool, reader: ExampleReader | None)
 # The command.
 
 
-def run(sources: Sequence[str], *, kind: str, decode: bool, json: bool, model: str | None, **settings: Any) -> int:
+def run(sources: Sequence[str], *, decode: bool, json: bool, model: str | None, **settings: Any) -> int:
     """``whisper-moe data inspect``: prints, and returns the exit status; 1 where something cannot be used, 2 for usage.
 
     What training stops for is among it where somebody said which model is to learn.
@@ -206,10 +205,9 @@ def run(sources: Sequence[str], *, kind: str, decode: bool, json: bool, model: s
     :param settings: of :class:`CorpusConfig`; None for what was not given, lists with commas.
     """
     given = {name: value for name, value in settings.items() if value is not None}
-    given |= {name: listed(given[name]) for name in given.keys() & {"languages", "directions", "columns"}}
+    given |= {name: listed(given[name]) for name in given.keys() & {"languages", "columns"}}
     try:
-        kinds: list[Any] = [kind_of(source) if kind == "auto" else kind for source in sources]
-        configs = [CorpusConfig(source=source, kind=its, **given) for source, its in zip(sources, kinds, strict=True)]
+        configs = [CorpusConfig(source=source, **given) for source in sources]
     except ValidationError as error:
         return _complain(problems(error), 2)
     try:
@@ -241,15 +239,9 @@ def _complain(cause: object, status: int = 1) -> int:
     return status
 
 
-def named_corpus(given: str, split: str | None = None, **settings: Any) -> CorpusConfig:
-    """``kathbath:FOLDER``, ``table:…``; without a kind, the Hub id or what lies in the folder decides.
-
-    ``split``: None for the one that such a corpus is evaluated on.
-    """
-    prefix, _, rest = given.partition(":")
-    kind, source = (prefix, rest) if rest and prefix in corpus.KINDS else (kind_of(given), given)
-    where: dict[str, Any] = {"kind": kind, "source": source, "split": split or corpus.KINDS[kind][0]}
-    return CorpusConfig(**where, streaming=not Path(source).exists(), **settings)
+def named_corpus(source: str, split: str | None = None, **settings: Any) -> CorpusConfig:
+    """What a command names, to be evaluated on: its test, where no other ``split`` is asked for. What is not here is streamed."""
+    return CorpusConfig(source=source, split=split or "test", streaming=not Path(source).exists(), **settings)
 
 
 def listed(given: str) -> Any:

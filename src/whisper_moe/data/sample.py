@@ -132,7 +132,7 @@ class Sample:
     """One utterance, sentence pair or sign. What it does not have is None."""
 
     id: str
-    """The same in every run and on every rank: corpus, split and key, e.g. ``kathbath/hindi/train/844424930-123-f``."""
+    """The same in every run and on every rank: corpus, split and key, e.g. ``kathbath/train/hindi/844424930-123-f.m4a``."""
     task: Task
     text: str
     """What the model is to say; empty where nobody has written it down."""

@@ -20,6 +20,7 @@ import os
 from collections import Counter
 from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from contextlib import suppress
+from dataclasses import replace
 from difflib import get_close_matches
 from pathlib import Path
 from typing import Any, TypeAlias
@@ -41,12 +42,17 @@ RECORDINGS = frozenset(
 _TIMES = ("start", "end", "duration")
 
 
-def open_table(config: CorpusConfig) -> Corpus:
+def open_corpus(config: CorpusConfig) -> Corpus:
     """Read the table and check every row. Raises :class:`DataError` naming file, row and column, for what is no table.
 
     Rows that are no samples and files that are not there are in ``Corpus.left_out``, unless all are: that is a mistake in
     columns, settings or paths.
     """
+    corpus = _opened(config)
+    return corpus if config.limit is None else replace(corpus, dataset=corpus.dataset.take(config.limit))
+
+
+def _opened(config: CorpusConfig) -> Corpus:
     source = Path(config.source)
     local, folder = source.exists(), source.is_dir()
     bare = config.text == "file-name" or (config.text == "none" and folder)

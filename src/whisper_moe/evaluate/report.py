@@ -112,7 +112,7 @@ def page(report: Report) -> str:
 def _circumstances(report: Report) -> str:
     """What every figure of the report was measured on."""
     settings, machine, systems = report["settings"], report["machine"], report["systems"].items()
-    corpora = ", ".join(f"{each['source']} ({each['kind']}, split {each['split']})" for each in report["data"])
+    corpora = ", ".join(f"{each['source']} (split {each['split']})" for each in report["data"])
     packages = ", ".join(f"{name} {number}" for name, number in report["versions"].items())
     arithmetic = ", ".join(f"{name} {each['dtype'] or 'as written'} on {each['device']}" for name, each in systems)
     margins = ", ".join(f"{name} {each['margin']:g} s" for name, each in systems if each["margin"] is not None)

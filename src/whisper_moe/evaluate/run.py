@@ -21,10 +21,10 @@ from typing import Any, NamedTuple, TypeVar
 import numpy as np
 
 from whisper_moe.config import FULL_WINDOW, SAMPLE_RATE
-from whisper_moe.data.corpora import open_corpus
 from whisper_moe.data.corpus import CorpusConfig
 from whisper_moe.data.inspect import listed, named_corpus
 from whisper_moe.data.sample import Sample, Skipped, items
+from whisper_moe.data.table import open_corpus
 from whisper_moe.evaluate import metrics
 from whisper_moe.evaluate import report as reports
 from whisper_moe.evaluate.cost import cost
@@ -64,13 +64,14 @@ def plan(
     split: str | None = None,
     output: Path | None = None,
     columns: str | None = None,
+    configuration: str | None = None,
     languages: Sequence[str] = (),
     task: Any = None,
     limit: int | None = None,
     **options: Any,
 ) -> Plan:
-    """``data``: ``kathbath:FOLDER``, ``include:…``, ``wiki-translate:…``, ``table:…``; without a kind, the Hub id or what lies in
-    the folder decides. ``options``: those of :class:`Options`. Raises ``ValueError`` for what cannot work, in one sentence.
+    """``data``: tables, folders and Hub ids. ``options``: those of :class:`Options`. Raises ``ValueError`` for what cannot work,
+    in one sentence.
     """
     for package in _NEEDED:
         if find_spec(package.replace("-", "_")) is None:
@@ -80,6 +81,7 @@ def plan(
     if doubled := {label for label in labels if labels.count(label) > 1}:
         raise ValueError(f"two systems would both be called {', '.join(sorted(doubled))}: they cannot be told apart")
     which = {"languages": languages, "task": task, "limit": limit, "columns": listed(columns) if columns else ()}
+    which["configuration"] = configuration
     corpora = [named_corpus(given, split, **which) for given in data]
     if output is not None:
         _check_folder(output)
@@ -184,7 +186,7 @@ def _report(asked: Plan, clips: list[Clip], measured: dict[System, Measured]) ->
         "format": 1,
         "date": datetime.now(UTC).isoformat(timespec="seconds"),
         "model": first.label,
-        "data": [{"kind": each.kind, "source": shown(each.source), "split": each.split} for each in asked.corpora],
+        "data": [{"source": shown(each.source), "split": each.split} for each in asked.corpora],
         "clips": len(clips),
         "audio_seconds": sum(clip.seconds for clip in clips),
         "languages": sorted({clip.sample.language for clip in clips}),

@@ -15,9 +15,9 @@ from typing import TypeAlias
 import numpy as np
 
 from whisper_moe.config import FULL_WINDOW, SAMPLE_RATE, SAMPLES_PER_POSITION, ModelConfig
-from whisper_moe.data.corpora import open_corpus
 from whisper_moe.data.inspect import named_corpus
 from whisper_moe.data.sample import Sample, items
+from whisper_moe.data.table import open_corpus
 from whisper_moe.evaluate.run import shown
 from whisper_moe.generate.decode import WindowDecoder
 from whisper_moe.media.audio import MediaError

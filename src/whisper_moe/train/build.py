@@ -15,12 +15,12 @@ from typing import TypeAlias
 import torch
 
 from whisper_moe.config_aside import ASIDE
-from whisper_moe.data.corpora import open_corpus
 from whisper_moe.data.corpus import Corpus, CorpusConfig
 from whisper_moe.data.examples import ExampleReader
 from whisper_moe.data.loader import NAMED, PackedLoader
 from whisper_moe.data.sample import AnyCorpus, DataError, Sample, Skipped, items, tried
 from whisper_moe.data.sampler import MixingConfig
+from whisper_moe.data.table import open_corpus
 from whisper_moe.evaluate.metrics import Evaluator
 from whisper_moe.media.languages import NewLanguage
 from whisper_moe.model.block import Block

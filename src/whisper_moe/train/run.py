@@ -48,6 +48,8 @@ _FREE = (
 )
 """Parts of a recipe that may differ where a run goes on: they change neither what is learned from nor what the best checkpoint
 is. Of steps and epochs there cannot be fewer than are done; :func:`_go_on` sees to that."""
+_GONE = {"directions": ["en>any", "any>en"], "include_50": False, "videos": None}
+"""What a corpus had while some were of a kind of their own: the record of a run from then goes on without what says nothing."""
 logger = logging.getLogger(__name__)
 
 
@@ -252,6 +254,10 @@ def read_record(run: Path) -> dict[str, Any]:
     record = read_json(run / RECORD)
     if not isinstance(record.get("recipe"), dict):
         raise RecipeError(f"{run / RECORD}: has no recipe, so it is not what a run writes")
+    data = record["recipe"].get("data", {})
+    for corpus in (*data.get("train", ()), *data.get("evaluation", ())):
+        for key in [key for key, value in _GONE.items() if corpus.get(key) == value]:
+            corpus.pop(key, None)
     return record
 
 
@@ -318,7 +324,7 @@ def _differences(then: Any, now: Any, where: str) -> Iterator[tuple[str, Any, An
 
 def _moved(key: str, before: Any, after: Any) -> bool:
     """Whether a file or folder that was read is gone, and one of its name is named in its place."""
-    if not key.endswith((".source", ".videos")) or not before or not after:
+    if not key.endswith(".source") or not before or not after:
         return False
     return Path(before).name == Path(after).name and not Path(before).exists() and Path(after).exists()
 
