@@ -48,6 +48,8 @@ _FREE = (
 )
 """Parts of a recipe that may differ where a run goes on: they change neither what is learned from nor what the best checkpoint
 is. Of steps and epochs there cannot be fewer than are done; :func:`_go_on` sees to that."""
+_GONE = {"parallel.experts": (1,), "parallel.tensor": (1,)}
+"""Keys that recipes had once, with values that said nothing: runs from then have them still."""
 logger = logging.getLogger(__name__)
 
 
@@ -103,9 +105,10 @@ def asked(
     if output is not None and output.resolve() != run.resolve():
         raise RecipeError(f"{output}: --resume {run} goes on in {run} and nowhere else; leave -o out")
     run, record = run.resolve(), read_record(run)
+    tree = _known(record["recipe"])
     for override in overrides:
-        apply(record["recipe"], override)
-    recipe = checked(kind, record["recipe"], str(run / RECORD))
+        apply(tree, override)
+    recipe = checked(kind, tree, str(run / RECORD))
     # Where most of the data is: where the run was begun, also if that was moved with the run in it; or here.
     folders = [Path.cwd()]
     if (begun := record.get("folder")) and (there := record.get("directory")):
@@ -255,6 +258,12 @@ def read_record(run: Path) -> dict[str, Any]:
     return record
 
 
+def _known(tree: dict[str, Any], above: str = "") -> dict[str, Any]:
+    """A recipe without what is gone from it and said nothing."""
+    kept = {key: each for key, each in tree.items() if each not in _GONE.get(above + key, ())}
+    return {key: _known(each, f"{key}.") if isinstance(each, dict) else each for key, each in kept.items()}
+
+
 def write_record(run: Path, recipe: Recipe, trainer: Trainer, parallel: Parallel, *, resumed: bool) -> None:
     """At the beginning of a session."""
     before = read_record(run).get("sessions", []) if (run / RECORD).exists() else []
@@ -288,7 +297,7 @@ def finish_record(run: Path, end: str, trainer: Trainer) -> None:
 
 def check_same(recipe: Recipe, run: Path) -> None:
     """Raise :class:`RecipeError` where a run would go on with another recipe than it began with."""
-    then = read_record(run)["recipe"]
+    then = _known(read_record(run)["recipe"])
     with suppress(RecipeError):  # what was there then and is refused now is said as it was
         # With the defaults of keys that are newer than the run.
         then = checked(type(recipe), then, RECORD).model_dump(mode="json")
