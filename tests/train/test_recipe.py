@@ -83,7 +83,7 @@ def test_a_recipe_has_the_name_of_its_file_and_is_frozen(small: Path) -> None:
         ("data.train.0.source=a=b.tsv", "a=b.tsv"),
         ("data.train.0.name=no", "no"),
         ("evaluation.every=null", None),
-        ("run.tensorboard=true", True),
+        ("evaluation.padded=false", False),
         ("data.loader.examples.margin=[0.5, 4]", (0.5, 4.0)),
         ("model.moe={n_experts: 4}", 4),
         ("model.moe.n_experts=6", 6),

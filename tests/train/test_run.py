@@ -414,6 +414,7 @@ def test_two_that_share_a_model_learn_and_one_goes_on(material: Path, tmp_path: 
     record = json.loads(path.read_text("utf-8"))
     assert record["processes"] == 2 and record["recipe"]["parallel"]["tensor"] == 2
     record["recipe"]["parallel"] |= {"data": "ddp", "tensor": 1}
+    record["recipe"]["run"]["tensorboard"] = True
     path.write_text(json.dumps(record), "utf-8")
     assert train(run, ["optimisation.steps=3"], None, True) == 0
     assert [line["step"] for line in lines(run) if "loss" in line] == [1, 2, 3]

@@ -220,8 +220,6 @@ class RunRecipe(Strict):
     """Newest checkpoints that are kept, besides the best."""
     log_every: int = Field(default=1, ge=1)
     """Steps between lines of ``metrics.jsonl``."""
-    tensorboard: bool = False
-    """Also write TensorBoard's event files (needs the extra ``train``)."""
     device: str = "auto"
     """``cpu``, ``cuda``, ``cuda:1``; ``auto`` takes a GPU if there is one."""
     threads: int | None = Field(default=None, ge=1)

@@ -48,8 +48,8 @@ _FREE = (
 )
 """Parts of a recipe that may differ where a run goes on: they change neither what is learned from nor what the best checkpoint
 is. Of steps and epochs there cannot be fewer than are done; :func:`_go_on` sees to that."""
-_GONE = {"parallel.experts": (1,), "parallel.tensor": (1,)}
-"""Keys that recipes had once, with values that said nothing: runs from then have them still."""
+_GONE = {"parallel.experts": (1,), "parallel.tensor": (1,), "run.tensorboard": (False, True)}
+"""Keys that recipes had once, with values that say nothing of what is learned: runs from then have them still."""
 logger = logging.getLogger(__name__)
 
 
