@@ -12,9 +12,6 @@ from tests.model.ttt_reference import B, D, make_layer, only_forward, relative, 
 from whisper_moe.model.ttt import TTTMLP, TTTState
 from whisper_moe.packing import Layout
 
-FORMS = pytest.mark.parametrize("causal", [True, False], ids=["causal", "bidirectional"])
-
-
 # --- decoding --------------------------------------------------------------------------------------------------------
 
 
@@ -46,9 +43,8 @@ def test_a_bidirectional_layer_does_not_decode() -> None:
 # --- one recording, window by window ---------------------------------------------------------------------------------
 
 
-@FORMS
-def test_carried_windows_of_whole_mini_batches_equal_one_sequence(causal: bool) -> None:
-    layer = make_layer(causal) if causal else only_forward(make_layer(causal))
+def test_carried_windows_of_whole_mini_batches_equal_one_sequence() -> None:
+    layer = only_forward(make_layer(False))
     x = tokens(5 * B)
     whole = layer(x, Layout([len(x)]))
     first, state = layer.forward_carry(x[: 2 * B], None)
@@ -57,10 +53,9 @@ def test_carried_windows_of_whole_mini_batches_equal_one_sequence(causal: bool) 
     assert relative(second, layer(x[2 * B :], Layout([3 * B]))) > 1e-2, "carried and restarted windows must differ"
 
 
-@FORMS
 @pytest.mark.parametrize("window", [1, B + 1, 2 * B - 1])
-def test_partial_mini_batch_is_flushed_with_the_factor_of_its_last_token(causal: bool, window: int) -> None:
-    layer, x = make_layer(causal), tokens(window + B + 2)
+def test_what_a_partial_mini_batch_learned_is_carried(window: int) -> None:
+    layer, x = make_layer(False), tokens(window + B + 2)
     first, state = layer.forward_carry(x[:window], None)
     second, _ = layer.forward_carry(x[window:], state)
     expected, carried = reference.layer(layer, x[:window])

@@ -20,11 +20,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-sys.path.insert(0, str(Path(__file__).parent.parent))
+sys.path[:0] = [str(Path(__file__).parents[1]), str(Path(__file__).parents[2])]
 
 from model.tiny import CONFIGS, random_mels, random_texts, tiny_model
 from train.tiny import tiny_recipe
 
+from recipes.parallel.train import ModelParallel, RanksRecipe, local
 from whisper_moe.data.examples import Pack
 from whisper_moe.data.loader import Batch
 from whisper_moe.model.block import Block
@@ -33,7 +34,6 @@ from whisper_moe.packing import Layout
 from whisper_moe.train import checkpoint
 from whisper_moe.train.loop import Trainer
 from whisper_moe.train.losses import SpeechObjective
-from whisper_moe.train.model_parallel import local
 from whisper_moe.train.parallel import Parallel
 from whisper_moe.train.recipe import LossRecipe, ParallelRecipe
 
@@ -261,11 +261,14 @@ def run_ranks(job: str, world: int, folder: Path, **extra: str) -> list[Any]:
 
 
 def settings(timeout: int = 600) -> Any:
-    return SimpleNamespace(run=SimpleNamespace(device="cpu"), parallel=ParallelRecipe(timeout_seconds=timeout))
+    layout = ParallelRecipe(timeout_seconds=timeout)
+    return SimpleNamespace(run=SimpleNamespace(device="cpu"), parallel=layout, processes=lambda world: Parallel)
 
 
 def within(case: Case) -> Any:
     """The case's layout in the process group that there is."""
+    if case.parallel.keys() & {"experts", "tensor"}:
+        return ModelParallel("cpu", RanksRecipe(**case.parallel))
     return Parallel("cpu", ParallelRecipe(**case.parallel))
 
 

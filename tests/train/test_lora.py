@@ -160,7 +160,6 @@ def test_a_run_is_judged_with_what_it_has_learned(recipe: Path, tmp_path: Path) 
         ),
         (["model.freeze=['encoder.*']"], "freeze (encoder.*) has nothing to freeze beside lora"),
         (["parallel.data=fsdp2"], "model.lora is for parallel.data ddp"),
-        (["parallel.tensor=2"], "model.lora is for parallel.data ddp"),
     ],
 )
 def test_what_cannot_be_is_said(

@@ -11,7 +11,7 @@ import pytest
 from train.tiny import tiny_recipe
 
 from whisper_moe.data.sample import Skipped
-from whisper_moe.train.monitor import EVENTS, METRICS, SKIPPED, Monitor
+from whisper_moe.train.monitor import METRICS, SKIPPED, Monitor
 
 
 def monitor_of(run: Path, **settings: Any) -> Monitor:
@@ -56,24 +56,24 @@ def test_what_could_not_be_measured_is_told(tmp_path: Path, caplog: pytest.LogCa
     assert caplog.messages[0] == "WARNING: step 2: wer could not be measured, and counts as nothing"
 
 
-def test_the_board_forgets_them_too(tmp_path: Path) -> None:
+def test_the_board_has_what_was_written_down(tmp_path: Path) -> None:
+    """Once, however often it is asked for, and without what a run that went on from before has forgotten."""
     pytest.importorskip("tensorboard")
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
+    from recipes.board import write
+
     for step, loss in ((2, 1.0), (4, 5.0)):
-        with monitor_of(tmp_path, tensorboard=True) as monitor:
-            monitor.begin(9, after=step - 2)
-            for late in range(step - 1, step + 1):
-                monitor.stepped(late, figures(loss))
-            monitor.stepped(step + 1, figures(99.0))
-    board = EventAccumulator(str(tmp_path / EVENTS)).Reload()
-    assert [(event.step, event.value) for event in board.Scalars("train/loss")] == [
-        (1, 1.0),
-        (2, 1.0),
-        (3, 5.0),
-        (4, 5.0),
-        (5, 99.0),
-    ]
+        monitor = monitor_of(tmp_path)
+        monitor.begin(9, after=step - 2)
+        for late in range(step - 1, step + 1):
+            monitor.stepped(late, figures(loss) | {"load": {"hindi": 0.25}})
+        monitor.skipped(step + 1, "the loss is nan", ["a"])
+        monitor.evaluated(step, {"wer": math.nan}, best=False)
+        board = EventAccumulator(str(write(tmp_path))).Reload()
+    assert [(event.step, event.value) for event in board.Scalars("train/loss")] == [(1, 1), (2, 1), (3, 5), (4, 5)]
+    assert [event.value for event in board.Scalars("train/load/hindi")] == [0.25] * 4
+    assert [event.step for event in board.Scalars("evaluation/wer")] == [4]
 
 
 def test_a_step_without_room_in_float16_leaves_a_line(tmp_path: Path) -> None:

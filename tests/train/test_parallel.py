@@ -14,11 +14,12 @@ import torch
 import torch.distributed as dist
 from torch.distributed.device_mesh import init_device_mesh
 from train import ranks
+from train.tiny import recipe_tree
 
+from recipes.parallel.train import ModelParallelRecipe, RanksRecipe, cut, spread_experts
 from whisper_moe.train import checkpoint
-from whisper_moe.train.model_parallel import Use, cut, spread_experts
-from whisper_moe.train.parallel import device_of
-from whisper_moe.train.recipe import ParallelRecipe
+from whisper_moe.train.parallel import Use, device_of
+from whisper_moe.train.reading import RecipeError, checked
 
 UNUSED = r"\.experts\.(up|down_weight)"
 TOLERANCE = 1e-5
@@ -233,9 +234,9 @@ def test_a_rank_that_never_comes_is_not_waited_for(tmp_path: Path) -> None:
 
 
 def test_ranks_are_dealt_out() -> None:
-    assert ParallelRecipe(data="fsdp2", experts=4).replicas(8) == 2
-    assert ParallelRecipe(data="ddp", tensor=2).replicas(8) == 4
-    assert ParallelRecipe().replicas(1) == 1
+    assert RanksRecipe(data="fsdp2", experts=4).replicas(8) == 2
+    assert RanksRecipe(data="ddp", tensor=2).replicas(8) == 4
+    assert RanksRecipe().replicas(1) == 1
 
 
 @pytest.mark.parametrize(
@@ -251,7 +252,24 @@ def test_ranks_are_dealt_out() -> None:
 )
 def test_a_layout_that_cannot_be_is_refused(values: dict[str, Any], world: int, message: str) -> None:
     with pytest.raises(ValueError, match=re.escape(message)):
-        ParallelRecipe(**values).replicas(world)
+        RanksRecipe(**values).replicas(world)
+
+
+@pytest.mark.parametrize(
+    ("layout", "said"),
+    [
+        (
+            {"experts": 3},
+            "parallel.experts is 3, which does not divide the 1 processes of the run; torchrun starts several",
+        ),
+        ({"data": "none", "tensor": 2, "lora": {}}, "model.lora is for parallel.data ddp, without experts and tensor"),
+    ],
+)
+def test_what_one_process_cannot_do_is_refused(layout: dict[str, Any], said: str) -> None:
+    tree = recipe_tree(Path("model"), Path("data"))
+    tree["model"]["lora"], tree["parallel"] = layout.pop("lora", None), layout
+    with pytest.raises(RecipeError, match=re.escape(said)):
+        checked(ModelParallelRecipe, tree, "a.yaml").processes(1)
 
 
 @pytest.mark.parametrize(

@@ -13,6 +13,7 @@ from typing import Any
 import pytest
 from pydantic import BaseModel
 
+from recipes.parallel.train import ModelParallelRecipe
 from whisper_moe.train import recipe as module
 from whisper_moe.train.reading import RecipeError, parse
 from whisper_moe.train.recipe import Recipe, load_recipe
@@ -53,14 +54,26 @@ def test_every_recipe_can_be_read() -> None:
     assert joint.data.evaluation == signs.data.evaluation
 
 
-def test_the_documented_commands_for_many_processes_have_experts_to_deal_out() -> None:
-    documented = (RECIPES.parent / "docs" / "training.md").read_text("utf-8").replace("\\\n", " ")
-    commands = [shlex.split(line) for line in documented.splitlines() if line.startswith("    torchrun ")]
-    assert len(commands) == 2
-    for words in commands:
+@pytest.mark.parametrize(
+    ("page", "program", "kind", "many"),
+    [
+        ("docs/training.md", "-m whisper_moe train", Recipe, 2),
+        ("recipes/parallel/README.md", "recipes/parallel/train.py", ModelParallelRecipe, 1),
+    ],
+)
+def test_the_documented_commands_for_many_processes_can_be_given(
+    page: str, program: str, kind: type[Recipe], many: int
+) -> None:
+    documented = (RECIPES.parent / page).read_text("utf-8").replace("\\\n", " ")
+    commands = [line for line in documented.splitlines() if line.startswith("    torchrun ")]
+    assert len(commands) == many
+    for command in commands:
+        path, *words = shlex.split(command.partition(program)[2])
         overrides = [word for word in words[words.index("-o") + 2 :] if not word.startswith("--")]
-        recipe = load_recipe(RECIPES.parent / words[words.index("train") + 1], overrides)
-        assert recipe.model.moe is not None and recipe.model.moe.n_experts % recipe.parallel.experts == 0
+        recipe = load_recipe(RECIPES.parent / path, overrides, kind)
+        assert recipe.parallel.data == "fsdp2"
+        if isinstance(recipe, ModelParallelRecipe):  # there are experts to deal out
+            assert recipe.model.moe is not None and recipe.model.moe.n_experts % recipe.parallel.experts == 0
 
 
 def test_a_recipe_has_the_name_of_its_file_and_is_frozen(small: Path) -> None:
@@ -79,7 +92,7 @@ def test_a_recipe_has_the_name_of_its_file_and_is_frozen(small: Path) -> None:
         ("data.train.0.source=a=b.tsv", "a=b.tsv"),
         ("data.train.0.name=no", "no"),
         ("evaluation.every=null", None),
-        ("run.tensorboard=true", True),
+        ("evaluation.padded=false", False),
         ("data.loader.examples.margin=[0.5, 4]", (0.5, 4.0)),
         ("model.moe={n_experts: 4}", 4),
         ("model.moe.n_experts=6", 6),

@@ -154,7 +154,7 @@ class SelfAttention(nn.Module):
         if len(layout) > 1 and max(layout.lengths) == min(layout.lengths) <= SHORT:
             q, k, v = qkv.unflatten(0, (len(layout), -1)).permute(2, 0, 3, 1, 4)
             mixed_SHnd = F.scaled_dot_product_attention(q, k, v, is_causal=self.causal)
-            return self.out(mixed_SHnd.transpose(1, 2).reshape(x_TD.shape))
+            return self.out(mixed_SHnd.transpose(1, 2).reshape(len(x_TD), -1))  # of fewer heads, where they are cut
         q, k, v = zip(*(part.permute(1, 2, 0, 3).unsqueeze(1) for part in qkv.split(layout.lengths)), strict=True)
         return self.out(attended(q, k, v, causal=self.causal).flatten(1))
 

@@ -170,22 +170,21 @@ class TTTMLP(nn.Module):
         assert x_TD.shape[0] == layout.total, (x_TD.shape, layout)
         if self.skippable():
             return torch.zeros_like(x_TD)
-        return self._run(x_TD, layout, self._learned(), flush=False)[0]
+        return self._run(x_TD, layout, self._learned())[0]
 
     def forward_carry(self, x_TD: Tensor, carried: FastWeights | None) -> tuple[Tensor, FastWeights]:
-        """One window of one recording, in order: the forward direction goes on from the window before.
+        """One window of one recording, in order: the forward direction goes on from the window before. Not if causal.
 
         ``carried`` is what the call for the window before returned, None for the first. Everything else restarts: the
-        reversed direction begins at the learned fast weights, RoPE and t at 0. A partial mini-batch at the window's
-        end is flushed: its gradients are applied there, with the factor of its last token. So windows of a multiple of
-        b tokens equal one long sequence (forward direction). Returns the update [T, D] and the fast weights to carry.
+        reversed direction begins at the learned fast weights, RoPE at 0. Windows of a multiple of b tokens equal one
+        long sequence (forward direction). Returns the update [T, D] and the fast weights to carry.
         """
+        assert not self.causal
         learned = self._learned()
         carried = carried or learned
         if self.skippable():
             return torch.zeros_like(x_TD), carried
-        start = carried if self.causal else carried.stack(learned)
-        y, end = self._run(x_TD, Layout([x_TD.shape[0]]), start, flush=True)
+        y, end = self._run(x_TD, Layout([x_TD.shape[0]]), carried.stack(learned))
         return y, end.first(1)
 
     def initial_state(self, rows: int) -> TTTState:
@@ -226,17 +225,14 @@ class TTTMLP(nn.Module):
                 state = TTTState(state.weights, opened)
         return z.transpose(1, 2).flatten(2).to(x_RTD.dtype), state
 
-    def _run(self, x_TD: Tensor, layout: Layout, start: FastWeights, *, flush: bool) -> tuple[Tensor, FastWeights]:
-        """All segments from the fast weights ``start``; ``flush`` commits a causal row's last mini-batch as well."""
+    def _run(self, x_TD: Tensor, layout: Layout, start: FastWeights) -> tuple[Tensor, FastWeights]:
+        """All segments from the fast weights ``start``; also those after the last mini-batch, but of a causal layer."""
         plan = plan_chunks(layout, self.mini_batch, 1 if self.causal else 2, x_TD.device)
         qkv, rate = self._project(x_TD)
         with _no_autocast(x_TD):
             chunks = _chunks(plan, qkv.unflatten(-1, (3, self.n_heads, -1)), rate)
-            if self.causal:
-                flush_at = (layout.total - 1) % self.mini_batch if flush else None
-                z, end = self._causal_loop(chunks, plan.active, start, flush_at)
-            else:
-                z, end = self._bidirectional_loop(chunks, plan.active, start)
+            loop = self._causal_loop if self.causal else self._bidirectional_loop
+            z, end = loop(chunks, plan.active, start)
         z = plan.restore(z).to(x_TD.dtype)
         y = self._gated(z[0], self.gate_forward)
         if self.gate_backward is not None:
@@ -244,17 +240,15 @@ class TTTMLP(nn.Module):
         return y, end
 
     def _causal_loop(
-        self, chunks: Iterable[Tokens], active: tuple[int, ...], weights: FastWeights, flush_at: int | None
+        self, chunks: Iterable[Tokens], active: tuple[int, ...], weights: FastWeights
     ) -> tuple[Tensor, FastWeights]:
-        """All chunks in order of time. ``flush_at``: commit the last one too, with this token's factor."""
+        """All chunks in order of time."""
         norm, factors, outputs = self._norm(), self._factors(), []
         for chunk, following in zip(chunks, (*active[1:], 0), strict=True):
             gradients, z = causal_step(weights, norm, None, chunk, factors)
             outputs.append(z)
             if following:  # A row's last mini-batch changes nothing that is still read.
                 weights = commit(weights, gradients.first(following), factors[-1])
-            elif flush_at is not None:
-                weights = commit(weights, gradients, factors[flush_at])
         return torch.cat(outputs), weights
 
     def _bidirectional_loop(

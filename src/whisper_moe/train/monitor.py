@@ -1,4 +1,4 @@
-"""What a run says while it goes: a line of ``metrics.jsonl`` for each step, a bar or lines on stderr, TensorBoard.
+"""What a run says while it goes: a line of ``metrics.jsonl`` for each step, a bar or lines on stderr.
 
 Only the process of rank 0 has a :class:`Monitor`.
 """
@@ -13,7 +13,6 @@ import time
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import asdict
-from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -23,25 +22,19 @@ from whisper_moe.weights.files import atomic_file, sync
 
 if TYPE_CHECKING:
     from rich.progress import Progress
-    from torch.utils.tensorboard import SummaryWriter
 
 METRICS, SKIPPED = "metrics.jsonl", "skipped.jsonl"
-EVENTS = "tensorboard"
 SECONDS_BETWEEN_LINES = 10.0
 """Where there is no terminal for a bar."""
 logger = logging.getLogger(__name__)
 
 
 class Monitor(ExitStack):
-    """Writes down and shows what happens. Use as a context: the bar and the files are closed at its end."""
+    """Writes down and shows what happens. ``run``: the run's directory. Use as a context: the bar is closed at its end."""
 
     def __init__(self, run: Path, recipe: Recipe) -> None:
-        """``run``: the run's directory. Raises ``ImportError`` that names the extra if TensorBoard is asked for and not there."""
         super().__init__()
         self._run, self._steps, self._recipe = run, 0, recipe
-        if recipe.run.tensorboard and find_spec("tensorboard") is None:
-            raise ImportError("run.tensorboard needs TensorBoard: pip install 'whisper-moe[train]'")
-        self._board: SummaryWriter | None = None
         self._bar: Progress | None = None
         self._clock = self._spoken = time.perf_counter()
         self._left_out = _whole_lines(run / SKIPPED)
@@ -54,11 +47,6 @@ class Monitor(ExitStack):
             kept = [line for line in path.read_bytes().split(b"\n") if _place(line) <= (after, judged)]
             with atomic_file(path) as scratch:
                 scratch.write_bytes(b"".join(line + b"\n" for line in kept))
-        if self._recipe.run.tensorboard:
-            from torch.utils.tensorboard import SummaryWriter
-
-            self._board = SummaryWriter(str(self._run / EVENTS), purge_step=after + 1)
-            self.callback(self._board.close)
         if sys.stderr.isatty():
             self._bar = self.enter_context(_bar(steps))
 
@@ -81,7 +69,6 @@ class Monitor(ExitStack):
         figures, self._clock = {**figures, "seconds": now - self._clock}, now
         if step % self._recipe.run.log_every == 0 or step in (1, self._steps):
             self._write({"step": step, **figures})
-            self._plot(step, "train", figures)
         self._show(step, now, figures)
 
     def skipped(self, step: int, cause: str, ids: Sequence[str]) -> None:
@@ -94,7 +81,6 @@ class Monitor(ExitStack):
 
     def evaluated(self, step: int, metrics: Mapping[str, float], best: bool) -> None:
         self._write({"step": step, "evaluation": dict(metrics), "best": best})
-        self._plot(step, "evaluation", metrics)
         if unmeasured := ", ".join(name for name, value in metrics.items() if not math.isfinite(value)):
             logger.warning("WARNING: step %d: %s could not be measured, and counts as nothing", step, unmeasured)
         figures = ", ".join(f"{name} {value:.4f}" for name, value in metrics.items())
@@ -118,13 +104,6 @@ class Monitor(ExitStack):
         self._clock = time.perf_counter()
         with (self._run / METRICS).open("a", encoding="utf-8") as file:
             file.write(json.dumps(_plain(record), ensure_ascii=False) + "\n")
-
-    def _plot(self, step: int, group: str, figures: Mapping[str, Any]) -> None:
-        for name, value in figures.items() if self._board else ():
-            if isinstance(value, Mapping):
-                self._plot(step, f"{group}/{name}", value)
-            elif self._board:
-                self._board.add_scalar(f"{group}/{name}", value, step)
 
 
 def _plain(value: Any) -> Any:

@@ -1,11 +1,7 @@
-"""How a run's processes share its work: one alone, or many on PyTorch's own engine (torchrun, DDP, ``fully_shard``, DTensor).
+"""How a run's processes share its data: one alone, or many on PyTorch's own engine (torchrun, DDP, ``fully_shard``).
 
-The training loop asks :class:`Parallel`; the model knows nothing of it. Ranks are numbered replica first, then expert, then
-tensor: neighbours, which share a machine, share the most traffic.
-
-- Data parallel: DDP, where all ranks hold everything, or FSDP2, where each holds a share of it (ZeRO, arXiv 1910.02054).
-- Model parallel: experts dealt out to ranks, or attention and feed-forwards cut over them; see
-  :mod:`whisper_moe.train.model_parallel`.
+The training loop asks :class:`Parallel`; the model knows nothing of it. With DDP all ranks hold everything, with FSDP2 each
+holds a share of it (ZeRO, arXiv 1910.02054). A script may share out the model in other ways: ``recipes/parallel``.
 
 Nothing that torch.distributed sends is authenticated or encrypted: it is for private networks only.
 """
@@ -20,24 +16,23 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from datetime import timedelta
 from functools import partial
-from math import prod
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
-from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
-from torch.distributed.tensor import DTensor, Replicate, Shard
+from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
 
 from whisper_moe.machine import pick_device
 from whisper_moe.model.block import Block
 from whisper_moe.model.model import WhisperMoEModel
-from whisper_moe.model.router import Router
+from whisper_moe.model.moe import Experts
+from whisper_moe.model.router import NONE, Router, Routing
 from whisper_moe.model.ttt import TTTMLP, ExpertTTT
 from whisper_moe.train import checkpoint
-from whisper_moe.train.model_parallel import ExpertsOverRanks, Use, cut, local, spread_experts
 from whisper_moe.train.reading import RecipeError
 from whisper_moe.train.recipe import ParallelRecipe, Recipe
 
@@ -50,7 +45,7 @@ class LostPeerError(ConnectionError):
 
 
 class Parallel:
-    """This process among those of a run, or alone. Ranks that share one model read the same data."""
+    """This process among those of a run, or alone."""
 
     rank = 0
     """Of all processes; 0 writes files and speaks."""
@@ -62,16 +57,11 @@ class Parallel:
     def __init__(self, device: torch.device | str = "cpu", config: ParallelRecipe | None = None) -> None:
         """With ``config``: there is a process group, and every rank of it comes here."""
         self.device, self.config = torch.device(device), config or ParallelRecipe()
-        self._apart: list[tuple[dist.ProcessGroup, list[nn.Parameter]]] = []
-        if config is None:
-            return
-        self.rank, self.world_size = dist.get_rank(), dist.get_world_size()
-        self._replicas = config.replicas(self.world_size)
-        self.data_size = self._replicas * config.experts
-        shape = (self._replicas, config.experts, config.tensor)
-        self.mesh = init_device_mesh(self.device.type, shape, mesh_dim_names=("replicas", "experts", "tensor"))
-        self._data: DeviceMesh = self.mesh["replicas", "experts"]._flatten("data")
-        self.data_rank = self._data.get_local_rank()
+        if config is not None:
+            self.rank = self.data_rank = dist.get_rank()
+            self.world_size = self.data_size = dist.get_world_size()
+            self.mesh = init_device_mesh(self.device.type, (self.world_size,), mesh_dim_names=("data",))
+            """Of the ranks that read different data."""
 
     def wrap(self, model: WhisperMoEModel) -> nn.Module:
         """Parallelise ``model`` in place, all ranks with rank 0's weights; returns what is called for the forward pass.
@@ -83,30 +73,19 @@ class Parallel:
             return model
         for tensor in (*model.parameters(), *model.buffers()):
             dist.broadcast(tensor.detach(), src=0)
-        if self.config.tensor > 1:
-            cut(model, self.mesh["tensor"])
-        if self.config.experts > 1:
-            spread_experts(model, self.mesh["experts"])
-        network, apart = model, list[nn.Parameter]()
-        if self.config.data == "fsdp2":
-            apart = self._share_out(model)
-        elif self.data_size > 1:
-            network, apart = self._replicated(model)
-        dealt = {p for m in model.modules() if isinstance(m, ExpertsOverRanks) for p in m.parameters()}
-        for group, among in ((self._data.get_group(), False), (self.mesh.get_group("replicas"), True)):
-            own = [p for p in apart if p.requires_grad and (p in dealt) == among]
-            if own and group.size() > 1:
-                self._apart.append((group, own))
+        network = self.spread(model)
         self._use = Use(model, self.device)
         return network
 
-    def _replicated(self, model: WhisperMoEModel) -> tuple[nn.Module, list[nn.Parameter]]:
-        """DDP for all parameters but those that are parts, which it does not know how to handle and are given too."""
-        parts = {name: parameter for name, parameter in model.named_parameters() if isinstance(parameter, DTensor)}
-        DistributedDataParallel._set_params_and_buffers_to_ignore_for_model(model, [*parts])
-        network = DistributedDataParallel(
+    def spread(self, model: WhisperMoEModel) -> nn.Module:
+        """:meth:`wrap`, where all ranks have the same weights already."""
+        return self.shared_out(model) if self.config.data == "fsdp2" else self.replicated(model)
+
+    def replicated(self, model: WhisperMoEModel) -> nn.Module:
+        """DDP."""
+        return DistributedDataParallel(
             model,
-            process_group=self._data.get_group(),
+            process_group=self.mesh.get_group(),
             forward_sync_buffers=False,  # what moves a router's bias moves it alike on all ranks
             gradient_as_bucket_view=True,
             # An expert's own TTT layer, if nobody chose it; what adapts the core, if all windows are full; a sense without input.
@@ -114,50 +93,30 @@ class Parallel:
             or model.config.core_alone_on_full_windows
             or model.senses is not None,
         )
-        return network, [*parts.values()]
 
-    def _share_out(self, model: WhisperMoEModel) -> list[nn.Parameter]:
-        """FSDP2, a unit for each block and one for the rest; experts that are dealt out, over their copies only.
-
-        Gives the parameters that stay as they are.
-        """
-        whole, policy, kept = MixedPrecisionPolicy(), MixedPrecisionPolicy(), ()
-        if self.config.gathered == "bfloat16":
-            half, single = torch.bfloat16, torch.float32
-            policy = MixedPrecisionPolicy(param_dtype=half, reduce_dtype=single, cast_forward_inputs=False)
-            kept = (Router, TTTMLP, ExpertTTT)
-        apart = [p for p in model.parameters() if self._share_dim(p) is None]
-        shard = partial(
-            fully_shard, ignored_params=set(apart), shard_placement_fn=lambda p: Shard(self._share_dim(p) or 0)
-        )
+    def shared_out(self, model: WhisperMoEModel, **how: Any) -> nn.Module:
+        """FSDP2, a unit for each block and one for the rest; ``how``: more of ``fully_shard``'s options."""
+        whole = MixedPrecisionPolicy()
+        shard = partial(fully_shard, mesh=self.mesh, **how)
         inner = partial(shard, reshard_after_forward=self.config.reshard)
         for block in [module for module in model.modules() if isinstance(module, Block)]:
-            for child in block.children():
-                if isinstance(child, ExpertsOverRanks) and not set(apart).issuperset(child.parameters()):
-                    inner(child, mesh=self.mesh["replicas"], mp_policy=policy)
-                elif isinstance(child, kept):
-                    inner(child, mesh=self._data, mp_policy=whole)
-            inner(block, mesh=self._data, mp_policy=policy)
-        shard(model, mesh=self._data, mp_policy=whole)
+            for child in block.children() if self.config.gathered == "bfloat16" else ():
+                if isinstance(child, (Router, TTTMLP, ExpertTTT)):
+                    inner(child, mp_policy=whole)
+            inner(block, mp_policy=self.policy)
+        shard(model, mp_policy=whole)
         assert isinstance(model, FSDPModule)
         # Ranks may differ in which parameters they used; all take part in every exchange.
         model.set_reduce_scatter_unused_params(True)
-        return apart
+        return model
 
-    def _share_dim(self, parameter: nn.Parameter) -> int | None:
-        """The dimension that FSDP2 shares a parameter out by: the first, or of a part, another than it was cut by.
-
-        None where no other can be divided, or there is nobody to share with.
-        """
-        if not isinstance(parameter, DTensor):
-            return 0
-        dealt = parameter.device_mesh.mesh_dim_names == ("experts",)
-        ranks = self._replicas if dealt else self.data_size
-        if ranks == 1:
-            return None
-        taken = {getattr(placement, "dim", None) for placement in parameter.placements}
-        free = [d for d in range(parameter.ndim) if d not in taken and (d == 0 or parameter.shape[d] % ranks == 0)]
-        return free[0] if free else None
+    @property
+    def policy(self) -> MixedPrecisionPolicy:
+        """What FSDP2 gathers blocks as."""
+        if self.config.gathered == "float32":
+            return MixedPrecisionPolicy()
+        half, single = torch.bfloat16, torch.float32
+        return MixedPrecisionPolicy(param_dtype=half, reduce_dtype=single, cast_forward_inputs=False)
 
     @contextmanager
     def accumulating(self, model: nn.Module) -> Iterator[None]:
@@ -169,23 +128,8 @@ class Parallel:
         if isinstance(model, FSDPModule):
             model.set_requires_gradient_sync(True)
 
-    @torch.no_grad()
     def exchange(self) -> None:
-        """Once a step, after its passes: what neither DDP nor FSDP2 exchanges becomes the mean over ``data_size`` too.
-
-        All at once and in one order, for ranks need not agree which of them got a gradient. What no rank used loses its
-        zeros here.
-        """
-        for group, members in self._apart:
-            for parameter in members:
-                if parameter.grad is None:
-                    parameter.grad = torch.zeros_like(parameter)
-            parts = [local(parameter.grad) for parameter in members]  # pyright: ignore[reportArgumentType]
-            flat = torch.cat([part.flatten() for part in parts])
-            dist.all_reduce(flat, group=group)
-            flat /= group.size()
-            for part, mean in zip(parts, flat.split([part.numel() for part in parts]), strict=True):
-                part.copy_(mean.view_as(part))
+        """Once a step, after its passes: what no rank used loses its zeros here."""
         if self.world_size > 1:
             self._use.forget_unused()
 
@@ -194,19 +138,7 @@ class Parallel:
 
         Each element counts once, however many ranks hold it.
         """
-        if self.world_size == 1:
-            return nn.utils.clip_grad_norm_(parameters, max_norm)
-        gradients = [parameter.grad for parameter in parameters if parameter.grad is not None]
-        total = torch.zeros((), dtype=torch.float64, device=self.device)
-        for gradient in gradients:
-            total += local(gradient).detach().double().square().sum() / _holders(gradient)
-        dist.all_reduce(total)
-        norm = total.sqrt().float()
-        if max_norm != float("inf"):
-            factor = (max_norm / (norm + 1e-6)).clamp(max=1.0)
-            for gradient in gradients:
-                local(gradient).mul_(factor.to(gradient.dtype))
-        return norm
+        return checkpoint.full(nn.utils.clip_grad_norm_(parameters, max_norm))
 
     @contextmanager
     def whole(self, model: WhisperMoEModel) -> Iterator[WhisperMoEModel | None]:
@@ -231,7 +163,7 @@ class Parallel:
         total = values.detach()
         if self.world_size > 1:
             total = total.clone()
-            dist.all_reduce(total, group=self._data.get_group())
+            dist.all_reduce(total, group=self.mesh.get_group())
         return total
 
     def any(self, flag: bool) -> bool:
@@ -246,7 +178,7 @@ class Parallel:
         """What each share of the data gives, one after another."""
         said = [list(names)] * self.data_size
         if self.world_size > 1:
-            dist.all_gather_object(said, said[0], group=self._data.get_group())
+            dist.all_gather_object(said, said[0], group=self.mesh.get_group())
         return [name for part in said for name in part]
 
     def broadcast(self, text: str) -> str:
@@ -262,13 +194,34 @@ class Parallel:
             dist.barrier()
 
 
-def _holders(tensor: Tensor) -> int:
-    """How many ranks have the same elements as this one."""
-    if not isinstance(tensor, DTensor):
-        return dist.get_world_size()
-    mesh = tensor.device_mesh
-    parts = [mesh.size(i) for i, placement in enumerate(tensor.placements) if not isinstance(placement, Replicate)]
-    return dist.get_world_size() // prod(parts)
+class Use:
+    """Which experts' parameters any rank used in a step.
+
+    One process leaves what no segment chose without a gradient, and AdamW then leaves it alone. FSDP2 gives it zeros, with
+    which AdamW would move it on, so that they are taken away again.
+    """
+
+    def __init__(self, model: WhisperMoEModel, device: torch.device) -> None:
+        modules = list(model.modules())
+        followed: list[nn.Module] = [module for module in modules if isinstance(module, Experts)]
+        followed += [layer for module in modules if isinstance(module, ExpertTTT) for layer in module]
+        # The last bias of experts takes part for *none* too.
+        self._members = [[p for name, p in module.named_parameters() if name != "down_bias"] for module in followed]
+        self._used = torch.zeros(len(followed), device=device)
+        for place, module in enumerate(followed):
+            module.register_forward_pre_hook(partial(self._note, place))
+
+    def _note(self, place: int, _module: nn.Module, inputs: tuple[object, ...]) -> None:
+        chosen = inputs[1].experts != NONE if isinstance(inputs[1], Routing) else self._used.new_ones(1)
+        self._used[place] += chosen.any()
+
+    def forget_unused(self) -> None:
+        """To be called once a step, between the passes and the update."""
+        dist.all_reduce(self._used)
+        for used, parameters in zip(self._used.tolist(), self._members, strict=True):
+            for parameter in () if used else parameters:
+                parameter.grad = None
+        self._used.zero_()
 
 
 @contextmanager
@@ -280,13 +233,9 @@ def processes(recipe: Recipe) -> Iterator[Parallel]:
     and :class:`LostPeerError` if another one ended.
     """
     world, rank, config = int(os.environ.get("WORLD_SIZE", "1")), int(os.environ.get("RANK", "0")), recipe.parallel
-    try:
-        config.replicas(world)
-    except ValueError as error:
-        raise RecipeError(f"{error}; torchrun starts several" if world == 1 else str(error)) from None
-    device = device_of(recipe.run.device, world)
+    kind, device = recipe.processes(world), device_of(recipe.run.device, world)
     if world == 1:
-        yield Parallel(device)
+        yield kind(device)
         return
     if config.backend == "nccl" and device.type == "cpu":
         raise RecipeError("parallel.backend is nccl, which needs a GPU in every process; on a CPU it is gloo")
@@ -295,7 +244,7 @@ def processes(recipe: Recipe) -> Iterator[Parallel]:
         logging.getLogger("whisper_moe").setLevel(logging.ERROR)
     try:
         _meet(backend, timedelta(seconds=config.timeout_seconds))
-        yield Parallel(device, config)
+        yield kind(device, config)
     except BaseException as error:
         told = _lost_peer(error) or error
         said = " ".join(str(told).split()) or "no message"

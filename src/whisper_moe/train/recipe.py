@@ -21,6 +21,7 @@ from whisper_moe.train.reading import checked, read_tree
 
 if TYPE_CHECKING:
     from whisper_moe.train.build import Task
+    from whisper_moe.train.parallel import Parallel
 
 Sense = Literal["sound", "text", "film"]
 Precision = Literal["auto", "float32", "bfloat16", "float16"]
@@ -219,8 +220,6 @@ class RunRecipe(Strict):
     """Newest checkpoints that are kept, besides the best."""
     log_every: int = Field(default=1, ge=1)
     """Steps between lines of ``metrics.jsonl``."""
-    tensorboard: bool = False
-    """Also write TensorBoard's event files (needs the extra ``train``)."""
     device: str = "auto"
     """``cpu``, ``cuda``, ``cuda:1``; ``auto`` takes a GPU if there is one."""
     threads: int | None = Field(default=None, ge=1)
@@ -230,13 +229,9 @@ class RunRecipe(Strict):
 class ParallelRecipe(Strict):
     """Who holds what. A process alone needs none of it."""
 
-    data: Literal["none", "ddp", "fsdp2"] = "ddp"
+    data: Literal["ddp", "fsdp2"] = "ddp"
     """``ddp``: every rank holds all parameters. ``fsdp2``: each holds a share of every parameter, gradient and moment, and
-    gathers a block when it is computed. ``none``: all ranks read the same data, for ``tensor`` alone."""
-    experts: int = Field(default=1, ge=1)
-    """Ranks that the routed experts are dealt out to. These ranks read different data; tokens travel to their experts."""
-    tensor: int = Field(default=1, ge=1)
-    """Ranks that each attention and feed-forward is cut over. These ranks read the same data."""
+    gathers a block when it is computed."""
     gathered: Literal["float32", "bfloat16"] = "float32"
     """What ``fsdp2`` gathers blocks as; routers and fast weights stay float32, and so do shares, gradients and moments."""
     reshard: bool = True
@@ -248,30 +243,9 @@ class ParallelRecipe(Strict):
 
     @model_validator(mode="after")
     def _check(self) -> Self:
-        if self.experts > 1 and self.tensor > 1:
-            raise ValueError(
-                f"experts ({self.experts}) and tensor ({self.tensor}) cannot both be above 1: experts that are dealt out "
-                "to ranks are not cut as well"
-            )
-        if self.experts > 1 and self.data == "none":
-            raise ValueError(f"experts ({self.experts}) needs data ddp or fsdp2: its ranks read different data")
         if self.gathered != "float32" and self.data != "fsdp2":
             raise ValueError(f"gathered ({self.gathered}) is for data fsdp2; with data {self.data} nothing is gathered")
         return self
-
-    def replicas(self, world_size: int) -> int:
-        """Copies of the routed experts in a run of so many ranks. Raises ``ValueError`` for a number that does not fit."""
-        name = "experts" if self.experts > 1 else "tensor"
-        replicas, rest = divmod(world_size, shared := self.experts * self.tensor)
-        if rest:
-            raise ValueError(
-                f"parallel.{name} is {shared}, which does not divide the {world_size} processes of the run"
-            )
-        if self.data == "none" and replicas > 1:
-            raise ValueError(
-                f"parallel.data is none, so all {world_size} processes must be tensor ranks; parallel.tensor is {self.tensor}"
-            )
-        return replicas
 
 
 class Recipe(Strict):
@@ -310,11 +284,8 @@ class Recipe(Strict):
                 "model.expert: it answers alone, and a bias would turn the router to the others: losses.balancing cannot "
                 "be bias; take none"
             )
-        layout = self.parallel
-        if self.model.lora and (layout.data == "fsdp2" or max(layout.experts, layout.tensor) > 1):
-            raise ValueError(
-                "model.lora is for parallel.data ddp, without experts and tensor: every process has all of it"
-            )
+        if self.model.lora and self.parallel.data == "fsdp2":
+            raise ValueError("model.lora is for parallel.data ddp: every process has all of it")
         return self
 
     def task(self) -> type[Task]:
@@ -322,6 +293,13 @@ class Recipe(Strict):
         from whisper_moe.train.build import Task
 
         return Task
+
+    def processes(self, world: int) -> type[Parallel]:
+        """How so many share the work. A script that knows another way overrides this, too; raises ``ValueError`` for a number
+        that does not fit."""
+        from whisper_moe.train.parallel import Parallel
+
+        return Parallel
 
     @property
     def least_margin(self) -> float | None:

@@ -48,8 +48,12 @@ _FREE = (
 )
 """Parts of a recipe that may differ where a run goes on: they change neither what is learned from nor what the best checkpoint
 is. Of steps and epochs there cannot be fewer than are done; :func:`_go_on` sees to that."""
-_GONE = {"directions": ["en>any", "any>en"], "include_50": False, "videos": None}
-"""What a corpus had while some were of a kind of their own: the record of a run from then goes on without what says nothing."""
+_CORPUS = {"directions": (["en>any", "any>en"],), "include_50": (False,), "videos": (None,)}
+_GONE = {
+    **{f"data.{part}.{key}": values for part in ("train", "evaluation") for key, values in _CORPUS.items()},
+    **{"parallel.experts": (1,), "parallel.tensor": (1,), "run.tensorboard": (False, True)},
+}
+"""Keys that recipes had once, with values that say nothing of what is learned: runs from then have them still."""
 logger = logging.getLogger(__name__)
 
 
@@ -105,9 +109,10 @@ def asked(
     if output is not None and output.resolve() != run.resolve():
         raise RecipeError(f"{output}: --resume {run} goes on in {run} and nowhere else; leave -o out")
     run, record = run.resolve(), read_record(run)
+    tree = record["recipe"]
     for override in overrides:
-        apply(record["recipe"], override)
-    recipe = checked(kind, record["recipe"], str(run / RECORD))
+        apply(tree, override)
+    recipe = checked(kind, tree, str(run / RECORD))
     # Where most of the data is: where the run was begun, also if that was moved with the run in it; or here.
     folders = [Path.cwd()]
     if (begun := record.get("folder")) and (there := record.get("directory")):
@@ -254,11 +259,17 @@ def read_record(run: Path) -> dict[str, Any]:
     record = read_json(run / RECORD)
     if not isinstance(record.get("recipe"), dict):
         raise RecipeError(f"{run / RECORD}: has no recipe, so it is not what a run writes")
-    data = record["recipe"].get("data", {})
-    for corpus in (*data.get("train", ()), *data.get("evaluation", ())):
-        for key in [key for key, value in _GONE.items() if corpus.get(key) == value]:
-            corpus.pop(key, None)
-    return record
+    return record | {"recipe": _known(record["recipe"])}
+
+
+def _known(tree: Any, above: str = "") -> Any:
+    """What of a recorded recipe there still is."""
+    if isinstance(tree, list):
+        return [_known(each, above) for each in tree]
+    if not isinstance(tree, dict):
+        return tree
+    kept = {key: each for key, each in tree.items() if each not in _GONE.get(above + key, ())}
+    return {key: _known(each, f"{above}{key}.") for key, each in kept.items()}
 
 
 def write_record(run: Path, recipe: Recipe, trainer: Trainer, parallel: Parallel, *, resumed: bool) -> None:
