@@ -83,7 +83,7 @@ class Opened:
     state: Any
     drafts: list[DecodingResult]
     """What is known of each already."""
-    finish: Callable[[Sequence[int], list[DecodingResult]], list[DecodingResult]]
+    finish: Callable[[Sequence[int], list[DecodingResult]], list[DecodingResult]] | None
     """Adds what takes another look at the sound, for the windows of these places."""
     places: list[int]
     """Which of the clips given each one is."""
@@ -92,7 +92,7 @@ class Opened:
     def close(self, places: Sequence[int]) -> list[DecodingResult]:
         """The results of some, whose searches are done."""
         found = [replace(self.drafts[place], hypothesis=self.searches[place].best) for place in places]
-        return self.finish(places, found)
+        return self.finish(places, found) if self.finish else found
 
     def enter(self, lane: Lane) -> None:
         """Search beside those that are in a lane already."""
@@ -213,7 +213,7 @@ class WindowDecoder(Hearing):
             logits,
             state,
             self.with_choices(drafts, encoded.routing),
-            partial(self._timed, encoded, samples, options) if options.word_timestamps else lambda places, found: found,
+            partial(self._timed, encoded, samples, options) if options.word_timestamps else None,
             [*range(segments)],
         )
 

@@ -34,6 +34,9 @@ MAX_POSITIONS = 4 * MAX_PACK_TOKENS
 PATIENCE = 8
 """Steps that windows wait at most until there are enough of them to be worth moving the caches of those that are under way."""
 
+HELD = 4 * PATIENCE
+"""Steps that a text waits at most for its words' times, which are told for several windows at once."""
+
 
 class Schedule:
     """What a decoder has to do."""
@@ -45,6 +48,7 @@ class Schedule:
         """Those that are not complete, in the order in which they came."""
         self._lanes: dict[Any, Lane] = {}
         self._searched: dict[Search, tuple[Opened, int, Job]] = {}
+        self._ended: dict[Opened, tuple[int, list[tuple[int, Job]]]] = {}
         self._ticks = 0
 
     def run(self, recordings: Iterable[Recording]) -> Iterator[Recording]:
@@ -203,16 +207,17 @@ class Schedule:
 
     # Windows that are done.
 
-    def _closed(self, done: Sequence[tuple[Opened, int, Job]]) -> Iterator[Job]:
-        """Jobs with their results."""
-        together: dict[Opened, list[tuple[int, Job]]] = {}
+    def _closed(self, done: Iterable[tuple[Opened, int, Job]]) -> Iterator[Job]:
+        """Jobs with their results. Those that take another look at the sound wait for a while for others to share it."""
         for opened, place, job in done:
-            together.setdefault(opened, []).append((place, job))
-        for opened, pairs in together.items():
+            self._ended.setdefault(opened, (self._ticks, []))[1].append((place, job))
+        for opened, (since, pairs) in list(self._ended.items()):
+            if opened.finish and self._ticks - since < HELD and not all(each.done for each in opened.searches):
+                continue
+            del self._ended[opened]
             for (_, job), result in zip(pairs, opened.close([place for place, _ in pairs]), strict=True):
                 job.result, job.tries = result, job.tries + 1
                 yield job
-        if done:
             give_back_memory(SPARE)
 
     def _judge(self, job: Job) -> None:
