@@ -178,7 +178,7 @@ evaluate: Measure a model on corpora: errors by language, with intervals, speed,
   model                     str                  A whisper-moe folder or training run, any Whisper, or default.
   data                      [str]                Tables (path, text …), folders or Hub ids; a kind may come first: kathbath:FOLDER.
   --compare                 [str]                Another model, or transcripts:FILE.tsv, what any system wrote (id, text). Once for each.
-  --output-dir -o           path                 Write report.json, report.md, report.html and transcripts.tsv here. Without, tables are printed.
+  --output-dir -o           path                 Write report.json, report.md and transcripts.tsv here. Without, tables are printed.
   --device --dtype --threads
   --latency-clips           int>=0 = 40          Clips that are also transcribed one at a time.
  Data:

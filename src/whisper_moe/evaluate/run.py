@@ -41,7 +41,7 @@ logger = logging.getLogger(__name__)
 BUCKETS = (0.0, 2.0, 5.0, 10.0, 20.0, 30.0, math.inf)
 """Seconds between which durations are told apart; an edge belongs to the bucket above it."""
 _BUCKET_NAMES = [f"{a:g}–{b:g} s" if b < math.inf else f"{a:g} s and more" for a, b in pairwise(BUCKETS)]
-_NEEDED = ("matplotlib", "rapidfuzz", "sacrebleu", "whisper-normalizer")
+_NEEDED = ("rapidfuzz", "sacrebleu", "whisper-normalizer")
 T = TypeVar("T")
 
 
