@@ -12,7 +12,7 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
@@ -72,9 +72,6 @@ class Diagnosis:
         self.reasons.append(reason)
         if verdict == "refuse" or self.verdict == "use":
             self.verdict = verdict
-
-    def to_dict(self) -> dict[str, Any]:
-        return asdict(self)
 
 
 def examine(

@@ -6,6 +6,7 @@ import logging
 import random
 from collections import deque
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import asdict
 from importlib.util import find_spec
 from itertools import chain
 from json import dumps
@@ -124,7 +125,7 @@ def doctor(experts: Sequence[str], base: str | None, dev: Sequence[str] | None, 
             expert.state.clear()  # before the next is read
         found.append(diagnosis)
     if json:
-        print(dumps([each.to_dict() for each in found], ensure_ascii=False, indent=2))
+        print(dumps(list(map(asdict, found)), ensure_ascii=False, indent=2))
     else:
         _show(found)
     return int(any(each.verdict == "refuse" for each in found))
