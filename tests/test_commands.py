@@ -27,7 +27,7 @@ from whisper_moe.generate.decode import DecodingResult, WindowDecoder
 from whisper_moe.weights import checkpoint
 from whisper_moe.weights.checkpoint import Loaded, read_config, save_checkpoint
 from whisper_moe.weights.load import load_model
-from whisper_moe.weights.upcycle import answer
+from whisper_moe.weights.parts import frozen_model
 
 NO_MODEL = ["--model", "no such model"]
 """Whoever gets as far as loading it is told so."""
@@ -293,41 +293,38 @@ PLAIN = ["--experts", "2", "--router-layer", "1", "--ttt-layers", "1"]
 
 @pytest.mark.parametrize("shared", [True, False])
 @pytest.mark.parametrize("quantize", [True, False])
-def test_what_was_written_is_read_back_and_compared(
+def test_what_was_written_says_what_its_source_says(
     whisper: Path, tmp_path: Path, run: Run, shared: bool, quantize: bool
 ) -> None:
     flags = ["--shared" if shared else "--no-shared", *(["--quantize"] if quantize else [])]
-    status, _, said = run("upcycle", whisper, "-o", tmp_path / "m", *PLAIN, *flags, "--add-language", "or")
-    assert status == 0
-    assert "read back, logits differ by " in said
-    difference = float(said.split("read back, logits differ by ")[1])
-    loaded, source = load_model(tmp_path / "m"), load_model(whisper)
-    expected = (answer(loaded.config, loaded.state) - answer(source.config, source.state)).abs().max().item()
-    assert difference == pytest.approx(expected, rel=0.06, abs=1e-7)  # two digits are said
-    assert difference > 3e-4 if quantize else difference < 1e-4
+    assert run("upcycle", whisper, "-o", tmp_path / "m", *PLAIN, *flags, "--add-language", "or").status == 0
+    difference = (answer(load_model(tmp_path / "m")) - answer(load_model(whisper))).abs().max().item()
+    assert 3e-4 < difference < 1 if quantize else difference < 1e-4
 
 
-@pytest.mark.parametrize("damage", ["bytes", "weights", "zeros"])
+@torch.inference_mode()
+def answer(loaded: Loaded) -> torch.Tensor:
+    """[n, source's vocabulary]: what a model says of noise."""
+    config = loaded.config
+    mel = torch.randn(config.n_mels, 40, generator=torch.Generator().manual_seed(0))
+    logits = frozen_model(config, loaded.state)([mel], [torch.arange(4)]).logits
+    return logits[:, : config.source_vocab_size]
+
+
 def test_what_was_written_wrongly_is_not_called_done(
-    whisper: Path, tmp_path: Path, run: Run, monkeypatch: pytest.MonkeyPatch, damage: str
+    whisper: Path, tmp_path: Path, run: Run, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def wrong(folder: Path, model: Loaded, **options: Any) -> None:
-        if damage != "bytes":
-            factor = 5.0 if damage == "weights" else 0.0
-            state = {key: tensor * factor if ".ffn." in key else tensor for key, tensor in model.state.items()}
-            model = replace(model, state=state)
         save_checkpoint(folder, model, **options)
-        if damage == "bytes":
-            file = folder / "core.safetensors"
-            content = bytearray(file.read_bytes())
-            content[-3] ^= 4
-            file.write_bytes(content)
+        file = folder / "core.safetensors"
+        content = bytearray(file.read_bytes())
+        content[-3] ^= 4
+        file.write_bytes(content)
 
     monkeypatch.setattr(checkpoint, "save_checkpoint", wrong)
     status, _, said = run("upcycle", whisper, "-o", tmp_path / "m", *PLAIN)
     assert status == 1
-    assert ("core.safetensors: sha256 differs" if damage == "bytes" else "do not use it: read back") in said
-    assert "with 2 experts" not in said
+    assert "core.safetensors: sha256 differs" in said and "with 2 experts" not in said
 
 
 def test_a_dense_fine_tune_of_this_project_is_upcycled_and_keeps_its_margin(

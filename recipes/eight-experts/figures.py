@@ -16,7 +16,7 @@ import numpy as np
 
 from whisper_moe.evaluate.measure import Clip
 from whisper_moe.evaluate.metrics import ErrorCounts, character_counts, clip_counts, interval, paired_difference
-from whisper_moe.evaluate.report import heat_map, markdown_table
+from whisper_moe.evaluate.report import markdown_table
 from whisper_moe.evaluate.systems import Heard
 from whisper_moe.media.normalize import normalize
 
@@ -246,7 +246,14 @@ def routes(report: Report) -> str:
 
 
 def picture(shares: Mapping[str, Mapping[str, float]], file: Path) -> None:
+    """A heat map of fractions, in %."""
     from matplotlib.figure import Figure
 
-    heat_map(figure := Figure(figsize=(9, 1.5 + 0.3 * len(shares)), layout="constrained"), shares)
+    figure = Figure(figsize=(9, 1.5 + 0.3 * len(shares)), layout="constrained")
+    axes, rows = figure.subplots(), [list(row.values()) for row in shares.values()]
+    axes.imshow(rows, cmap="Blues", aspect="auto", vmin=0, alpha=0.6)
+    axes.set_xticks(range(len(rows[0])), next(iter(shares.values())), rotation=30, ha="right")
+    axes.set_yticks(range(len(rows)), shares)
+    for (line, column), share in np.ndenumerate(rows):
+        axes.text(column, line, f"{100 * share:.1f}", ha="center", va="center")
     figure.savefig(file, format="svg")

@@ -144,13 +144,10 @@ merge: Make one model of fine-tuned Whispers that knows which of them to ask.
   --probe                   [str]                A few minutes of clips for each expert, in their order: tables, folders or Hub ids. Once for each.
   --none                    [str]                Clips that are for none of them, and stay with the base. Once for each.
   --base                    str                  What they were made from; default: OpenAI's Whisper of their shape.
-  --granularity             str = delta          delta: each expert is the base and a low-rank difference. ffn: its feed-forwards, all else averaged; to be trained on. model: experts stay whole models.
+  --granularity             str = delta          delta: each expert is the base and a low-rank difference. model: experts stay whole models.
   --delta-rank              int>=1 = 32          Rank of an expert's difference from the base, in each matrix.
   --gate-threshold          float>=0 = 0.1       model: where the second expert's gate is below it, the first answers alone.
   --measure                 int>=0 = 20          Clips of each probe on which WER is measured, before and after; 0 for none.
-  --router-layer            int>=0 = 2           ffn: encoder layers before the router's choice; their feed-forwards are averaged too.
-  --average-scale           float>=0 = 1.0       ffn: what is shared is the base and so much of the experts' mean difference.
-  --shared                  switch               ffn: half of each layer is the base's own feed-forward.
   --quantize                switch               Store the base's matrices as int8.
   --overwrite               switch               Replace a checkpoint that is there.
 
@@ -177,7 +174,7 @@ evaluate: Measure a model on corpora: errors by language, with intervals, speed,
   model                     str                  A whisper-moe folder or training run, any Whisper, or default.
   data                      [str]                Tables (path, text …), folders or Hub ids.
   --compare                 [str]                Another model, or transcripts:FILE.tsv, what any system wrote (id, text). Once for each.
-  --output-dir -o           path                 Write report.json, report.md, report.html and transcripts.tsv here. Without, tables are printed.
+  --output-dir -o           path                 Write report.json, report.md and transcripts.tsv here. Without, tables are printed.
   --device --dtype --threads
   --latency-clips           int>=0 = 40          Clips that are also transcribed one at a time.
  Data:

@@ -30,6 +30,9 @@ DEFAULT_MARGIN = 2.5
 """Seconds of silence kept after each clip for a model that says nothing of it; chosen by measurement (``docs/lab.md``)."""
 MAX_PACK_TOKENS = 2_048
 """The context that segments are packed into (Patch-n-Pack)."""
+MAX_SIDE = 2**18
+"""Of a matrix. Sizes have bounds, some times those of the largest Whisper: a model's shapes are computed, tables of positions
+with them, before its files are believed."""
 EMBEDDED = Path(__file__).parents[2] / "checkpoints"
 """The default model of a checkout."""
 
@@ -59,9 +62,9 @@ class MoEConfig(Frozen):
     """The router was fitted to a few clips of each expert (:mod:`whisper_moe.merge.router`)."""
     least_probability: float = Field(default=0.0, ge=0, le=1)
     """Of a fitted router with *none*: an expert that it finds less probable than this does not answer."""
-    n_experts: int = Field(default=8, ge=1)
+    n_experts: int = Field(default=8, ge=1, le=512)
     top_k: int = Field(default=2, ge=1)
-    expert_dim: int = Field(default=256, ge=1)
+    expert_dim: int = Field(default=256, ge=1, le=MAX_SIDE)
     """Hidden units of one routed expert in one layer."""
     shared: bool = True
     """Keep Whisper's own feed-forward as an expert that every token passes through."""
@@ -152,21 +155,21 @@ class ModelConfig(Frozen):
 
     model_type: Literal["whisper_moe"] = "whisper_moe"
     format_version: Literal[1] = 1
-    vocab_size: int = Field(default=51_865, ge=1)
+    vocab_size: int = Field(default=51_865, ge=1, le=MAX_SIDE)
     """Of all tokens: the source's own, then the new ones."""
     new_tokens: tuple[str, ...] = ()
     """Control tokens that the source lacks, such as ``<|or|>``, by name and in the order of their ids: the last ones."""
-    n_mels: int = Field(default=80, ge=1)
-    d_model: int = Field(default=512, ge=4, multiple_of=2)
+    n_mels: int = Field(default=80, ge=1, le=MAX_SIDE)
+    d_model: int = Field(default=512, ge=4, le=5_120, multiple_of=2)
     """Even: half of a sinusoidal position is sines."""
-    encoder_layers: int = Field(default=6, ge=1)
+    encoder_layers: int = Field(default=6, ge=1, le=64)
     encoder_heads: int = Field(default=8, ge=1)
-    encoder_ffn_dim: int = Field(default=2_048, ge=1)
-    decoder_layers: int = Field(default=6, ge=1)
+    encoder_ffn_dim: int = Field(default=2_048, ge=1, le=MAX_SIDE)
+    decoder_layers: int = Field(default=6, ge=1, le=64)
     decoder_heads: int = Field(default=8, ge=1)
-    decoder_ffn_dim: int = Field(default=2_048, ge=1)
-    max_source_positions: int = Field(default=1_500, ge=1)
-    max_target_positions: int = Field(default=448, ge=1)
+    decoder_ffn_dim: int = Field(default=2_048, ge=1, le=MAX_SIDE)
+    max_source_positions: int = Field(default=1_500, ge=1, le=6_000)
+    max_target_positions: int = Field(default=448, ge=1, le=6_000)
     context_margin: float | None = Field(default=None, ge=0, le=FULL_WINDOW)
     """Seconds of silence after a clip that the model was trained to do with; None where nobody has said (:attr:`margin`)."""
     moe: MoEConfig | None = None

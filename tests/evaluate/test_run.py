@@ -3,16 +3,13 @@
 from __future__ import annotations
 
 import json
-from base64 import b64decode
 from collections.abc import Sequence
-from html.parser import HTMLParser
 from pathlib import Path
 from typing import Any
-from xml.etree import ElementTree
 
 import pytest
 
-for needed in ("datasets", "rapidfuzz", "matplotlib", "sacrebleu", "whisper_normalizer"):
+for needed in ("datasets", "rapidfuzz", "sacrebleu", "whisper_normalizer"):
     pytest.importorskip(needed, reason="what evaluation needs is an extra")
 
 from commandline import trusting_flags
@@ -123,7 +120,6 @@ def test_the_load_of_a_language_or_corpus_is_that_of_its_segments(tmp_path: Path
         load = {name: sum(each.get(name, 0.0) for each in gates) / len(gates) for name in parts[part]}
         assert parts[part] == pytest.approx(load, abs=1e-3)
         assert f"| {part} |" in (tmp_path / "out/report.md").read_text(encoding="utf-8")
-    assert "Expert load of m by corpus" in (tmp_path / "out/report.html").read_text(encoding="utf-8")
 
 
 def test_a_broken_file_costs_that_file_and_is_named(tmp_path: Path, file: Path):
@@ -133,7 +129,7 @@ def test_a_broken_file_costs_that_file_and_is_named(tmp_path: Path, file: Path):
     ((name, cause),) = report["broken"]
     assert (status, report["clips"]) == (1, 3)
     assert name.endswith("clip-1.wav") and "clip-1.wav" in cause
-    assert all("clip-1.wav" in (tmp_path / "out" / text).read_text() for text in ("report.md", "report.html"))
+    assert "clip-1.wav" in (tmp_path / "out/report.md").read_text()
     for path in tmp_path.glob("*.wav"):
         path.write_bytes(b"")
     with pytest.raises(ValueError, match=r"nothing to evaluate on: .*clip-0.wav"):
@@ -167,7 +163,7 @@ def test_a_peer_that_cannot_be_measured_is_named_and_the_rest_is_reported(tmp_pa
     assert evaluate(asked, WhisperMoE.from_pretrained, measure=some) == 1
     report = json.loads((tmp_path / "out/report.json").read_text(encoding="utf-8"))
     assert report["not_measured"] == {"transcripts:bad.tsv": "bad: killed"}
-    assert "bad: killed" in (tmp_path / "out/report.html").read_text()
+    assert "bad: killed" in (tmp_path / "out/report.md").read_text()
 
 
 def test_translations_and_signs_have_figures_of_their_own(tmp_path: Path):
@@ -200,36 +196,14 @@ def test_a_task_that_a_system_does_not_do_is_said_before_anything_is_loaded(tmp_
         evaluated(tmp_path, saved(tiny_model, tmp_path / "m"), file)
 
 
-class _Page(HTMLParser):
-    def __init__(self) -> None:
-        super().__init__()
-        self.tags: list[str] = []
-        self.links: list[str] = []
-
-    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
-        self.tags.append(tag)
-        self.links += [value or "" for name, value in attrs if name in ("src", "href", "srcset", "action", "data")]
-
-
 EVIL = '<script>alert("x")</script> | & "quoted"'
 
 
-def test_the_page_needs_nothing_else_and_takes_no_orders_from_what_it_shows(tmp_path: Path, tiny_model: WhisperMoE):
+def test_the_tables_take_no_orders_from_what_they_show(tmp_path: Path):
     file = table(tmp_path, domain=[EVIL, "b", "c", "d"])
-    evaluated(tmp_path, saved(tiny_model, tmp_path / "m"), file, compare=[saying(tmp_path, file, name="<b>bold")])
-    text = (tmp_path / "out/report.html").read_text(encoding="utf-8")
-    page = _Page()
-    page.feed(text)
-    pictures = [link.removeprefix("data:image/svg+xml;base64,") for link in page.links]
-    assert len(pictures) == 5  # by duration, by language, experts at its own margin and padded, latency
-    for drawing in map(b64decode, pictures):
-        ElementTree.fromstring(drawing)
-        assert b"<script" not in drawing and b"<b>" not in drawing
-    assert "url(" not in text and "@import" not in text
-    assert not {"script", "iframe", "link", "object", "b", "svg"} & set(page.tags)
-    assert "&lt;script&gt;alert" in text and "&lt;b&gt;bold" in text
+    evaluated(tmp_path, saying(tmp_path, file, name="<b>bold"), file)
     table_text = (tmp_path / "out/report.md").read_text(encoding="utf-8")
-    assert "<script>" not in table_text
+    assert "<script>" not in table_text and "&lt;script>" in table_text
     assert all(line.replace("\\|", "").count("|") > 2 for line in table_text.splitlines() if EVIL[:4] in line)
 
 

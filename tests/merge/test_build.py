@@ -1,8 +1,8 @@
-"""Feed-forwards of fine-tunes as the routed experts of one model: what it computes before anybody trains it."""
+"""Fine-tunes as the experts of one model: what it computes, and what of each of them is in it."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -13,26 +13,20 @@ from generate.tiny import tiny_whisper_moe
 from torch import Tensor
 from weights.whispers import tokenizer_json
 
-from whisper_moe.config import PRESETS, ModelConfig, MoEConfig, TTTConfig
+from whisper_moe.config import ModelConfig, MoEConfig, TTTConfig
 from whisper_moe.evaluate.cost import active_parameters, parameters
 from whisper_moe.merge.build import (
-    ROUTER,
-    _trainable,
     fitted,
     low_rank,
     merged_delta,
-    merged_feed_forwards,
     spectrum,
     without_expert,
 )
 from whisper_moe.merge.router import fit
 from whisper_moe.model.router import NONE, Router, Routing
 from whisper_moe.packing import Layout
-from whisper_moe.train.losses import router_terms
-from whisper_moe.train.optim import build_optimizer
-from whisper_moe.train.recipe import LossRecipe, OptimisationRecipe
 from whisper_moe.weights.checkpoint import Loaded, load_checkpoint, read_manifest, save_checkpoint
-from whisper_moe.weights.parts import empty_model, expected_shapes
+from whisper_moe.weights.parts import empty_model
 from whisper_moe.weights.tokens import EXPERT_SOURCES
 
 DENSE = ModelConfig.model_validate(
@@ -56,115 +50,6 @@ def answers(merged: Loaded, routing: Routing | None = None) -> Tensor:
         encoded = network.encoder(mels, routing=routing)
         states = network.decoder(torch.cat(TOKENS), Layout(map(len, TOKENS)), encoded).states_TD
         return network.decoder.head(states)
-
-
-def merge(base: Loaded, experts: Mapping[str, Loaded], router_layer: int, scale: float = 1.0, **how: bool) -> Loaded:
-    return merged_feed_forwards(base, list(experts), experts.values(), router_layer, scale, **how)
-
-
-def with_router(merged: Loaded, seed: int) -> Loaded:
-    generator = torch.Generator().manual_seed(seed)
-    weight = torch.randn(merged.state[f"{ROUTER}weight"].shape, generator=generator)
-    ones = {
-        f"{ROUTER}fit.{name}": torch.ones_like(merged.state[f"{ROUTER}fit.{name}"]) for name in ("scale", "temperature")
-    }
-    return replace(merged, state=merged.state | ones | {f"{ROUTER}weight": weight})
-
-
-@pytest.mark.parametrize("shared", [False, True])
-@pytest.mark.parametrize("router_layer", [0, 2, 3])
-def test_eight_copies_of_the_base_are_the_base(router_layer: int, shared: bool) -> None:
-    base = model(0)
-    merged = merge(base, {f"copy-{i}": base for i in range(8)}, router_layer, shared=shared)
-    found = answers(merged, Routing(torch.tensor([[6, 1], [3, 7]]), torch.tensor([[0.7, 0.3], [0.9, 0.1]])))
-    assert (found - answers(base)).abs().max() < 2e-4
-    for key in merged.state.keys() & base.state.keys():
-        factor = 0.5 if ".ffn.down" in key and shared and merged.config.routed(*place(key)) else 1
-        assert torch.equal(merged.state[key], factor * base.state[key])
-
-
-def place(key: str) -> tuple[str, int]:
-    side, _, layer, *_ = key.split(".")
-    return side, int(layer)
-
-
-@pytest.mark.parametrize("scale", [0.0, 0.5, 1.0])
-def test_what_is_no_expert_is_the_base_and_so_much_of_the_mean_difference(scale: float) -> None:
-    base, experts = model(0), {name: model(seed) for seed, name in enumerate(("a", "b", "c"), 1)}
-    merged = merge(base, experts, 1, scale)
-    rest = [key for key in merged.state if ".experts." not in key and ".router." not in key]
-    assert {key for key in rest if ".ffn." in key} == {key for key in base.state if "encoder.blocks.0.ffn." in key}
-    for key in rest:
-        average = torch.stack([each.state[key] for each in experts.values()]).mean(0)
-        torch.testing.assert_close(merged.state[key], (1 - scale) * base.state[key] + scale * average)
-
-
-@pytest.mark.parametrize("shared", [False, True])
-def test_an_expert_alone_is_its_feed_forwards_in_the_average(shared: bool) -> None:
-    base, experts = model(0), {"a": model(1), "b": model(2)}
-    merged = merge(base, experts, 1, shared=shared)
-    routing = Routing(torch.tensor([[1, 0], [1, 0]]), torch.tensor([[1.0, 0.0], [1.0, 0.0]]))
-    torch.testing.assert_close(answers(merged, routing), answers(twin(merged, base, experts["b"], shared)))
-
-
-def twin(merged: Loaded, base: Loaded, expert: Loaded, shared: bool) -> Loaded:
-    """A dense model with two feed-forwards side by side in every layer, one of weight 0 where there is only one."""
-    config = DENSE.model_copy(update={"encoder_ffn_dim": 64, "decoder_ffn_dim": 64})
-    state = {key: merged.state[key] for key in base.state if ".ffn." not in key}
-    for key in base.state:
-        _, own, name = key.partition(".ffn.")
-        if not own:
-            continue
-        parts: list[tuple[Mapping[str, Tensor], float]] = [(merged.state, 1.0), (merged.state, 0.0)]
-        if merged.config.routed(*place(key)):
-            parts = [(base.state, 0.5), (expert.state, 0.5)] if shared else [(base.state, 0.0), (expert.state, 1.0)]
-        tensors = [each[key] * (factor if "down" in name else 1) for each, factor in parts]
-        state[key] = sum(tensors) if name == "down.bias" else torch.cat(tensors, 1 if name == "down.weight" else 0)
-    return replace(base, config=config, state={key: state[key] for key in expected_shapes(config)})
-
-
-def test_one_step_of_training_moves_every_expert_that_was_chosen_and_the_router() -> None:
-    merged = with_router(merge(model(0), {"a": model(1), "b": model(2), "c": model(3)}, 1), 3)
-    network = empty_model(merged.config).train()
-    network.load_state_dict(merged.state, assign=True)
-    optimizer = build_optimizer(network, OptimisationRecipe(lr=1e-3, router_lr=1e-2))
-    assert {group["name"] for group in optimizer.param_groups} == {"router", "decay", "no_decay"}
-    mels = [torch.randn(DENSE.n_mels, frames, generator=torch.Generator().manual_seed(frames)) for frames in (40, 70)]
-
-    def loss() -> Tensor:
-        output = network(mels, TOKENS)
-        said = torch.nn.functional.cross_entropy(output.logits, torch.cat(TOKENS))
-        found.append({expert for choice in output.routings[0].choices for expert in choice})
-        return said + router_terms(output.routings, 1.0, LossRecipe(), lambda counts: counts)[0]
-
-    found: list[set[int]] = []
-    before = loss()
-    before.backward()
-    for key, parameter in network.named_parameters():
-        if ".experts." in key:
-            moved = {i for i, gradient in enumerate(parameter.grad) if gradient.any()}
-            assert moved == found[0], key
-    assert network.encoder.router.weight.grad.any()
-    optimizer.step()
-    assert loss().item() < before.item()
-
-
-def test_a_fitted_router_chooses_the_same_when_it_can_be_trained() -> None:
-    generator = torch.Generator().manual_seed(0)
-    places = 3 * torch.randn(3, 16, generator=generator, dtype=torch.float64)
-    clips = [30 + place + torch.randn(40, 2, 16, generator=generator, dtype=torch.float64) for place in places]
-    raw = fit([*clips, clips[0][:0]])
-    router = Router(16, MoEConfig(n_experts=3, none_choice=False, fitted_router=True))
-    tensors = _trainable(raw)
-    router.load_state_dict({("" if name == "weight" else "fit.") + name: tensor for name, tensor in tensors.items()})
-    features = torch.cat([part[:, 0] for part in clips]).float()
-    standard = (features - raw["centre"]) / raw["scale"]
-    logits = (standard @ raw["weight"][:3].T + raw["intercept"][:3]) / raw["temperature"]
-    found = router(features).logits
-    assert found is not None
-    torch.testing.assert_close(found.softmax(1), logits.softmax(1), atol=1e-4, rtol=1e-3)
-    assert found.logsumexp(1).abs().max() < 0.5 * logits.logsumexp(1).abs().min()
-    assert not router.fit.moments.numel()
 
 
 def test_slim_experts_beside_a_shared_one_get_a_router_that_knows_the_unknown(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -210,17 +95,6 @@ def test_what_an_expert_was_trained_on_is_in_the_manifest_as_long_as_the_expert_
     assert read_manifest(tmp_path / "both").sources == sources
     save_checkpoint(tmp_path / "one", without_expert(load_checkpoint(tmp_path / "both"), "a"))
     assert read_manifest(tmp_path / "one").sources == {"b": "clips of b (MIT)"}
-
-
-@pytest.mark.parametrize("preset", PRESETS)
-def test_eight_whispers_merged_have_the_presets_shape_but_for_ttt_and_what_a_fitted_router_has(preset: str) -> None:
-    wanted = PRESETS[preset].model_copy(update={"ttt": None})
-    dense = wanted.model_copy(update={"moe": None})
-    whisper = Loaded(dense, empty_model(dense).state_dict(), {}, b"")
-    with torch.device("meta"):
-        merged = merge(whisper, {f"expert {i}": whisper for i in range(8)}, 0)
-    found = {key: tuple(tensor.shape) for key, tensor in merged.state.items() if ".router.fit." not in key}
-    assert found == expected_shapes(wanted)
 
 
 def tuned(seed: int, *layers: int, core: float = 0.1, **ttt: Any) -> Loaded:
@@ -310,8 +184,6 @@ def test_an_expert_that_goes_takes_its_ttt_along_and_no_others() -> None:
 def test_ttt_that_one_model_cannot_have_is_refused(second: Loaded, reason: str) -> None:
     with pytest.raises(ValueError, match=reason):
         differences([tuned(1, 2), second])
-    with pytest.raises(ValueError, match="b: cannot be merged: granularity ffn has one norm"):
-        merge(model(0), {"a": model(1), "b": second}, 0)
 
 
 # A difference in few numbers: nothing nearer has that rank.

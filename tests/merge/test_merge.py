@@ -22,7 +22,6 @@ from whisper_moe.config import SAMPLE_RATE, ModelConfig, TTTConfig
 from whisper_moe.evaluate.cost import facts_of
 from whisper_moe.evaluate.metrics import written
 from whisper_moe.generate.align import WordTiming
-from whisper_moe.generate.decode import middle
 from whisper_moe.generate.mixture import Mixture, cued
 from whisper_moe.generate.options import TranscribeOptions
 from whisper_moe.media.mel import window_mel
@@ -103,11 +102,6 @@ def delta(family: Family) -> Path:
 @pytest.fixture(scope="module")
 def whole(family: Family) -> Path:
     return family.merge("model", "--granularity", "model", "--gate-threshold", "0.5")
-
-
-@pytest.fixture(scope="module")
-def feed_forwards(family: Family) -> Path:
-    return family.merge("ffn", "--granularity", "ffn", "--router-layer", "1", none=False)
 
 
 def test_a_folder_that_cannot_be_written_is_refused_before_anything_is_read(tmp_path: Path) -> None:
@@ -549,7 +543,7 @@ def test_what_cannot_grow_says_why(
         assert reason in caplog.text
 
 
-@pytest.mark.parametrize("granularity", ["delta", "ffn", "model"])
+@pytest.mark.parametrize("granularity", ["delta", "model"])
 def test_one_expert_is_in_memory_at_a_time(
     granularity: str, family: Family, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
@@ -586,72 +580,3 @@ def test_the_base_is_openais_whisper_of_that_shape(shape: tuple[Any, ...], name:
     else:
         with pytest.raises(ValueError, match="mine: no Whisper of OpenAI's has its shape"):
             run.openai_like(published(*shape), "mine")
-
-
-def test_feed_forwards_are_chosen_by_what_the_average_hears(feed_forwards: Path, family: Family) -> None:
-    merged = WhisperMoE.from_pretrained(feed_forwards, dtype="float32")
-    moe = merged.config.moe
-    assert moe is not None
-    assert (moe.granularity, moe.router_layer, moe.top_k, moe.shared, moe.none_choice) == ("ffn", 1, 2, False, False)
-    assert [path.stem for path in sorted((feed_forwards / "experts").iterdir())] == ["00-low", "01-high"]
-    assert "all but their feed-forwards is their average" in (feed_forwards / CARD).read_text()
-    options = TranscribeOptions(language="en", temperatures=(0.0,))
-    clips = [(kind, clip) for kind, clip in CLIPS if kind != "other"]
-    results = merged._decoder.decode([clip for _, clip in clips], options, temperature=0.0, margin=merged.config.margin)
-    for (kind, clip), result in zip(clips, results, strict=True):
-        assert result.experts[0][0] == kind
-        assert sum(gate for _, gate in result.experts) == pytest.approx(1)
-        heard = merged._decoder.choose([clip])  # as probes were heard: the whole clip and the model's own silence
-        assert heard.gates[0].tolist() == pytest.approx([gate for _, gate in result.experts], abs=1e-4)
-    forced = merged.transcribe(clips[0][1], experts=("high",), language="en", no_speech_threshold=None)
-    assert {expert for segment in forced.segments for expert in segment.experts} == {("high", 1.0)}
-
-
-def test_a_router_that_chooses_ahead_hears_the_middle_and_one_in_the_pass_the_whole(
-    delta: Path, feed_forwards: Path
-) -> None:
-    long = np.concatenate([noise("low", 1, 2.0), noise("high", 2, 5.0), noise("low", 3, 2.0)])
-    for folder, same in ((delta, True), (feed_forwards, False)):
-        decoder = WhisperMoE.from_pretrained(folder, dtype="float32")._decoder
-        whole, part = decoder.features([long]), decoder.features([middle(long)])
-        assert torch.allclose(whole, part, atol=1e-5) == same
-
-
-def test_feed_forwards_are_trained_on(feed_forwards: Path, family: Family, tmp_path: Path) -> None:
-    recipe, run = tmp_path / "recipe.yaml", tmp_path / "run"
-    recipe.write_text(f"""
-model: {{source: {feed_forwards}}}
-data:
-  train: [{{kind: table, source: {family.probes["low"]}}}]
-  loader: {{batch_size: 4, batch_unit: examples, seed: 1}}
-optimisation: {{steps: 3, lr: 1.0e-3, router_lr: 1.0e-3, warmup: 0, schedule: constant}}
-""")
-    app(["train", str(recipe), "-o", str(run)], standalone_mode=False)
-    before, after = load_checkpoint(feed_forwards).state, load_checkpoint(run / "model").state
-    lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
-    losses = [line["loss"] for line in lines if "loss" in line]
-    assert len(losses) == 3
-    assert losses[2] < losses[0]
-    assert all("balance" in line for line in lines if "loss" in line)
-    for key in ("encoder.router.weight", "encoder.blocks.1.experts.up_weight", "decoder.blocks.0.experts.down_weight"):
-        moved = (after[key] - before[key]).flatten(1).abs().amax(1)
-        assert (moved > 0).all(), key
-    assert torch.equal(after["encoder.router.fit.intercept"], before["encoder.router.fit.intercept"])
-
-
-def test_what_shares_an_average_neither_grows_nor_has_a_choice_of_none(
-    feed_forwards: Path, family: Family, caplog: pytest.LogCaptureFixture
-) -> None:
-    folder, base = str(feed_forwards), ["--base", str(family.folder / "base")]
-    again = "the average of its experts (low, high), which another one would change: merge them all again"
-    for given, reason in (
-        (["add-expert", folder, str(family.folder / "new"), *base, "--probe", family.probes["new"]], again),
-        (["remove-expert", folder, "low"], again),
-    ):
-        caplog.clear()
-        assert app(given, standalone_mode=False) == 1
-        assert reason in caplog.text
-    given = ["merge", str(family.folder / "low"), *base, "--probe", family.probes["low"], "--granularity", "ffn"]
-    caplog.clear()
-    assert app([*given, "--none", family.probes["other"], "-o", folder + "-none"], standalone_mode=False) == 1
-    assert "merge the base as an expert more" in caplog.text

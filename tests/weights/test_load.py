@@ -195,8 +195,7 @@ def test_a_tokenizer_is_that_of_the_base_or_ones_own_and_else_it_is_said_what_is
         ({"dims": {"n_audio_state": 8, "n_text_state": 16}}, "encoder and decoder must be equally wide"),
         ({"dims": {"n_audio_state": 8, "n_text_state": 8}}, "vocab_size: Input should be a valid integer"),
         ({"model_state_dict": {"a": 7}}, "a is not a tensor with a name"),
-        ({"model_state_dict": {}}, "0 tensors cannot hold"),
-        ({"model_state_dict": {str(i): torch.zeros(1) for i in range(9)}}, "lacks decoder.blocks.0.attn.key.weight"),
+        ({"model_state_dict": {}}, "lacks decoder.blocks.0.attn.key.weight"),
     ],
 )
 def test_an_openai_file_that_is_none(changes: dict[str, Any], cause: str, tmp_path: Path) -> None:

@@ -1,28 +1,21 @@
-"""The report: ``report.json``, ``report.md``, ``transcripts.tsv`` and ``report.html``, all of them or none.
+"""The report: ``report.json``, ``report.md`` and ``transcripts.tsv``, all of them or none.
 
-The page is the Markdown as HTML. It needs nothing else: no script and no network, its plots are within it.
-Everything that comes from outside (names, transcripts, causes) is escaped.
+Everything that comes from outside (names, causes) is escaped in the Markdown. ``recipes/report/page.py`` makes a page with plots.
 """
 
 from __future__ import annotations
 
 import json
 import re
-from base64 import b64encode
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from functools import partial
-from html import escape
-from io import BytesIO
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
-
-import numpy as np
 
 from whisper_moe.evaluate.measure import Clip
 from whisper_moe.weights.files import atomic_folder
 
 JSON = "report.json"
-FILES = (JSON, "report.md", "transcripts.tsv", "report.html")
+FILES = (JSON, "report.md", "transcripts.tsv")
 METRICS = {
     "wer": ("WER, %", 100.0),
     "cer": ("CER, %", 100.0),
@@ -34,14 +27,6 @@ METRICS = {
 }
 """Each figure's name in a table, and the factor it is shown with."""
 Report = Mapping[str, Any]
-_STYLE = """
-:root { color-scheme: light dark; } img { max-width: 100%; background: white; }
-body { font: 15px/1.5 system-ui, sans-serif; max-width: 72rem; margin: 2rem auto; padding: 0 1rem; }
-p, figcaption { max-width: 60rem; font-size: .88rem; opacity: .8; }
-table { display: block; overflow-x: auto; margin: .8rem 0; border-collapse: collapse; }
-table { font-size: .88rem; font-variant-numeric: tabular-nums; }
-th, td { text-align: left; padding: .25rem .7rem; border-bottom: 1px solid #8885; }
-"""
 
 
 class Section(NamedTuple):
@@ -56,7 +41,7 @@ class Section(NamedTuple):
 def write(folder: Path, report: Report, clips: Sequence[Clip], texts: Mapping[str, Sequence[str]]) -> None:
     """All files, in the place of an earlier report. ``texts``: of each system."""
     data = json.dumps(report, indent=1, ensure_ascii=False, allow_nan=False) + "\n"
-    contents = (data, markdown(report), transcripts(clips, texts), page(report))
+    contents = (data, markdown(report), transcripts(clips, texts))
     with atomic_folder(folder.resolve(), overwrite=True) as fresh:
         for name, content in zip(FILES, contents, strict=True):
             (fresh / name).write_text(content, encoding="utf-8", newline="\n")
@@ -93,22 +78,6 @@ def _plain(text: str) -> str:
     return re.sub(r"\s+", " ", escaped)
 
 
-def page(report: Report) -> str:
-    """The whole page of HTML: what the Markdown says, and below what it was measured on, the plots."""
-    from markdown_it import MarkdownIt
-
-    body = MarkdownIt("commonmark", {"html": False}).enable("table").render(markdown(report))
-    body = body.replace("</p>\n", "\n".join(["</p>", *_plots(report), ""]), 1)
-    policy = "default-src 'none'; style-src 'unsafe-inline'; img-src data:"
-    return (
-        '<!doctype html>\n<html lang="en">\n<head>\n<meta charset="utf-8">\n'
-        '<meta name="viewport" content="width=device-width, initial-scale=1">\n'
-        f'<meta http-equiv="Content-Security-Policy" content="{policy}">\n'
-        f"<title>Evaluation of {escape(report['model'])}</title>\n<style>{_STYLE}</style>\n</head>\n"
-        f"<body>\n{body}</body>\n</html>\n"
-    )
-
-
 def _circumstances(report: Report) -> str:
     """What every figure of the report was measured on."""
     settings, machine, systems = report["settings"], report["machine"], report["systems"].items()
@@ -127,7 +96,7 @@ def _circumstances(report: Report) -> str:
     )
 
 
-def _scaled(name: str, figure: Mapping[str, Any], *keys: str) -> list[float]:
+def scaled(name: str, figure: Mapping[str, Any], *keys: str) -> list[float]:
     """Numbers of a figure in the unit of its metric."""
     return [METRICS[name][1] * figure[key] for key in keys]
 
@@ -136,15 +105,15 @@ def _shown(name: str, figures: Mapping[str, Any]) -> str:
     """``10.92 (9.08–12.97)``, in the unit of the metric; – where there is none."""
     if figures.get(name, {}).get("value") is None:
         return "–"
-    return "{:.2f} ({:.2f}–{:.2f})".format(*_scaled(name, figures[name], "value", "low", "high"))
+    return "{:.2f} ({:.2f}–{:.2f})".format(*scaled(name, figures[name], "value", "low", "high"))
 
 
-def _parts(report: Report, task: str, division: str) -> dict[str, dict[str, Any]]:
+def parts_of(report: Report, task: str, division: str) -> dict[str, dict[str, Any]]:
     """Of each system what it has on every part of a division."""
     return {system: each["quality"][task]["by"].get(division, {}) for system, each in report["systems"].items()}
 
 
-def _metrics_of(report: Report, task: str) -> list[str]:
+def metrics_of(report: Report, task: str) -> list[str]:
     """The metrics that any system has in this task, in the order of the tables."""
     found = [each["quality"][task]["figures"] for each in report["systems"].values()]
     return [name for name in METRICS if any(name in figures for figures in found)]
@@ -158,7 +127,7 @@ def _sections(report: Report) -> list[Section]:
         found += [_by(report, task, division) for division in ("language", "domain", "duration", "corpus")]
     found.append(_cost(report))
     for system, each in report["systems"].items():
-        for division, load in _loads(each).items():
+        for division, load in loads(each).items():
             names, title = list(next(iter(load.values()))), f"Expert load of {system}, % of the gates"
             rows = [(part, *(f"{100 * row[name]:.1f}" for name in names)) for part, row in load.items()]
             found.append(Section(title if division == "language" else "", (division, *names), rows))
@@ -167,7 +136,7 @@ def _sections(report: Report) -> list[Section]:
 
 
 def _overall(report: Report, task: str) -> Section:
-    names, parts = _metrics_of(report, task), {s: each["quality"][task] for s, each in report["systems"].items()}
+    names, parts = metrics_of(report, task), {s: each["quality"][task] for s, each in report["systems"].items()}
     counts = {"failed": "failed", "empty_transcripts": "empty", "decoded_again": "again", "longest_loop": "repeats"}
     rows = [
         (system, *(_shown(name, part["figures"]) for name in names), *(str(part[count]) for count in counts))
@@ -190,7 +159,7 @@ def _overall(report: Report, task: str) -> Section:
 
 
 def _by(report: Report, task: str, division: str) -> Section:
-    names, parts = _metrics_of(report, task), _parts(report, task, division)
+    names, parts = metrics_of(report, task), parts_of(report, task, division)
     rows = [
         (part, str(size["clips"]), system, *(_shown(name, by[part]["figures"]) for name in names))
         for part, size in next(iter(parts.values())).items()
@@ -237,7 +206,7 @@ def _comparisons(report: Report) -> Section:
         for task, part in each["tasks"].items():
             for name, found in part["figures"].items():
                 if found["difference"] is not None:
-                    points = "{:+.2f} ({:+.2f} to {:+.2f})".format(*_scaled(name, found, "difference", "low", "high"))
+                    points = "{:+.2f} ({:+.2f} to {:+.2f})".format(*scaled(name, found, "difference", "low", "high"))
                     metric, worse = METRICS[name][0].removesuffix(", %"), f"{100 * found['share_worse']:.0f} %"
                     rows.append((each["system"], each["baseline"], task, metric, points, worse))
     head = ("system", "against", "task", "metric", "difference (95 %)", "worse in resamples")
@@ -252,77 +221,7 @@ def _trouble(report: Report) -> Section:
     return Section("What went wrong", ("what", "how", "cause"), rows)
 
 
-def _plots(report: Report) -> Iterator[str]:
-    for task in report["tasks"]:
-        name = _metrics_of(report, task)[0]
-        for division, words in (("duration", "the length of the clip"), ("language", "language")):
-            by = _parts(report, task, division)
-            if any(part["figures"][name]["value"] is not None for parts in by.values() for part in parts.values()):
-                caption = f"{task}: by {words}. Lines are 95 % intervals."
-                yield _picture(partial(_intervals, by=by, name=name), 4.5, caption)
-    for system, each in report["systems"].items():
-        for division, load in _loads(each).items():
-            caption = f"Expert load of {system} by {division}: % of the gates."
-            yield _picture(partial(heat_map, shares=load), 1.5 + 0.3 * len(load), caption)
-    waits = {system: each["cost"]["latency"]["seconds"] for system, each in report["systems"].items()}
-    if waits := {system: seconds for system, seconds in waits.items() if seconds}:
-        caption = "Latency, one clip at a time; dashed: median and 95th percentile."
-        yield _picture(partial(_latencies, waits=waits), 0.8 + 1.4 * len(waits), caption)
-
-
-def _loads(system: Mapping[str, Any]) -> dict[str, Mapping[str, Mapping[str, float]]]:
+def loads(system: Mapping[str, Any]) -> dict[str, Mapping[str, Mapping[str, float]]]:
     """By language, and by corpus where there are several; empty where experts are not chosen for whole segments."""
     by_corpus = {"corpus": system["experts_by_corpus"]} if len(system["experts_by_corpus"]) > 1 else {}
     return {"language": system["experts"]} | by_corpus if system["experts"] else {}
-
-
-def _picture(draw: Callable[[Any], None], height: float, caption: str) -> str:
-    from matplotlib import rc_context
-    from matplotlib.figure import Figure
-
-    drawn = BytesIO()
-    with rc_context({"svg.fonttype": "none", "text.parse_math": False}):
-        draw(figure := Figure(figsize=(9, height), layout="constrained"))
-        figure.savefig(drawn, format="svg")
-    source = f"data:image/svg+xml;base64,{b64encode(drawn.getvalue()).decode()}"
-    return f'<figure><img alt="" src="{source}"><figcaption>{escape(caption)}</figcaption></figure>'
-
-
-def _intervals(figure: Any, by: Mapping[str, Mapping[str, Any]], name: str) -> None:
-    """One point with its interval for each part of a division and each system."""
-    axes, parts = figure.subplots(), next(iter(by.values()))
-    for number, (system, each) in enumerate(by.items()):
-        shift, found = 0.12 * (number - (len(by) - 1) / 2), [part["figures"][name] for part in each.values()]
-        points = [
-            (column + shift, *_scaled(name, one, "value", "low", "high"))
-            for column, one in enumerate(found)
-            if one["value"] is not None
-        ]
-        x, y, low, high = np.array(points).reshape(-1, 4).T
-        axes.errorbar(x, y, (abs(y - low), abs(y - high)), fmt="o", label=system)
-    axes.set_xticks(range(len(parts)), [f"{part} ({size['clips']})" for part, size in parts.items()])
-    axes.set_ylabel(METRICS[name][0])
-    axes.set_ylim(bottom=0)
-    figure.legend(loc="outside lower center")
-
-
-def heat_map(figure: Any, shares: Mapping[str, Mapping[str, float]]) -> None:
-    """Of fractions, in %: of the gates, language or corpus by expert."""
-    axes, rows = figure.subplots(), [list(row.values()) for row in shares.values()]
-    axes.imshow(rows, cmap="Blues", aspect="auto", vmin=0, alpha=0.6)
-    axes.set_xticks(range(len(rows[0])), next(iter(shares.values())), rotation=30, ha="right")
-    axes.set_yticks(range(len(rows)), shares)
-    for (line, column), share in np.ndenumerate(rows):
-        axes.text(column, line, f"{100 * share:.1f}", ha="center", va="center")
-
-
-def _latencies(figure: Any, waits: Mapping[str, Sequence[float]]) -> None:
-    """A histogram for each system over the same seconds."""
-    longest = max(map(max, waits.values()))
-    plots = np.ravel(figure.subplots(len(waits), sharex=True))
-    for axes, (system, seconds) in zip(plots, waits.items(), strict=True):
-        axes.hist(seconds, bins=24, range=(0, longest))
-        axes.set_title(f"{system} ({len(seconds)} clips)", fontsize="medium")
-        for percent in (50, 95):
-            axes.axvline(float(np.percentile(seconds, percent)), color="gray", linestyle="--")
-    figure.supxlabel("seconds")

@@ -20,7 +20,7 @@ from whisper_moe.weights.checkpoint import Loaded
 from whisper_moe.weights.files import listed
 from whisper_moe.weights.parts import SENSES, expected_shapes, frozen_model, quantizable
 from whisper_moe.weights.tokens import EXPERT_LANGUAGES, EXPERT_SOURCES, UNTIMED_EXPERTS
-from whisper_moe.weights.upcycle import as_expert, upcycled_config
+from whisper_moe.weights.upcycle import upcycled_config
 
 ROUTER = "encoder.router."
 _BY_CHOICE = ("weight", "fit.intercept", "fit.moments", "fit.reach")
@@ -30,7 +30,7 @@ Clips = Sequence[np.ndarray]
 
 def merged_delta(base: Loaded, names: Sequence[str], experts: Iterable[Loaded], rank: int) -> Loaded:
     """Each expert, one after the other, as low-rank differences from the base and its own TTT layers; no router is fitted yet."""
-    merged = _unfitted(base, names, granularity="delta", delta_rank=rank, top_k=1)
+    merged = unfitted(base, names, granularity="delta", delta_rank=rank, top_k=1)
     parts: list[dict[str, Tensor]] = []
     for number, expert in enumerate(experts):
         merged = with_ttt(merged, number, expert)
@@ -40,51 +40,10 @@ def merged_delta(base: Loaded, names: Sequence[str], experts: Iterable[Loaded], 
 
 def merged_models(base: Loaded, names: Sequence[str], threshold: float) -> Loaded:
     """The base with a router that is still to be fitted; the experts stay whole."""
-    return _unfitted(base, names, granularity="model", gate_threshold=threshold, top_k=min(2, len(names)))
+    return unfitted(base, names, granularity="model", gate_threshold=threshold, top_k=min(2, len(names)))
 
 
-def merged_feed_forwards(
-    base: Loaded,
-    names: Sequence[str],
-    experts: Iterable[Loaded],
-    router_layer: int,
-    average_scale: float = 1.0,
-    *,
-    shared: bool = False,
-) -> Loaded:
-    """Branch-Train-MiX (arXiv 2403.07816): each expert's feed-forwards in the routed layers; all else is one copy for all.
-
-    That copy is W + ``average_scale`` · mean(W_e - W), the feed-forwards of unrouted layers included: 1 is the experts' average.
-    ``shared``: a routed layer is ½ FFN + ½ Σ g_e FFN_e, the first the base's own; output weights are halved. There is no
-    *none*: it would leave no feed-forward, or half of one. The base itself can be among the ``experts``.
-    """
-    hidden, own, top_k = base.config.encoder_ffn_dim, base.state, min(2, len(names))
-    if base.config.decoder_ffn_dim != hidden:
-        raise ValueError("granularity ffn needs feed-forwards of one size in encoder and decoder")
-    kind = {"granularity": "ffn", "expert_dim": hidden, "shared": shared, "none_choice": False}
-    merged = _unfitted(base, names, router_layer=router_layer, top_k=top_k, **kind)
-    shapes = expected_shapes(merged.config)
-    mixed = {key: torch.empty(shape) for key, shape in shapes.items() if ".experts." in key}
-    routed = {key.partition(".experts.")[0] for key in mixed}
-    kept = {key: tensor for key, tensor in own.items() if key.partition(".ffn.")[0] in routed}
-    average = {key: own[key].clone() for key in own.keys() - kept.keys()}
-    for number, expert in enumerate(experts):
-        if expert.config.ttt:
-            raise ValueError(
-                f"{names[number]}: cannot be merged: granularity ffn has one norm for all experts' TTT layers, and it has "
-                "one of its own: --granularity delta and model keep them"
-            )
-        for key, stack in mixed.items():
-            stack[number] = as_expert(key, expert.state)
-        for key, tensor in average.items():
-            tensor += average_scale / len(names) * (expert.state[key] - own[key])
-    if shared:
-        mixed = {key: tensor / 2 if "down" in key else tensor for key, tensor in (mixed | kept).items()}
-    state = merged.state | average | mixed
-    return replace(merged, state={key: state[key] for key in shapes})
-
-
-def _unfitted(base: Loaded, names: Sequence[str], **settings: Any) -> Loaded:
+def unfitted(base: Loaded, names: Sequence[str], **settings: Any) -> Loaded:
     """The base, configured for these experts, and a new router; by default it reads the last layer."""
     settings = {"router_layer": base.config.encoder_layers} | settings
     moe = MoEConfig(n_experts=len(names), fitted_router=True, expert_names=tuple(names), **settings)
@@ -119,23 +78,10 @@ def fitted(
         features.append(features[0][:0])
     tensors: dict[str, Tensor] = fit(features)
     moe = model.config.moe
-    if moe and moe.granularity == "ffn":
-        tensors = tensors | {"moments": tensors["moments"][:, :1]} if moe.none_choice else _trainable(tensors)
+    if moe and moe.granularity == "ffn":  # no further expert is fitted beside feed-forwards
+        tensors = tensors | {"moments": tensors["moments"][:, :1]}
     names = {"weight": f"{ROUTER}weight"} | {name: f"{ROUTER}fit.{name}" for name in tensors if name != "weight"}
     return replace(model, state=model.state | {names[name]: tensor for name, tensor in tensors.items()})
-
-
-def _trainable(fit: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """The same choice by features of their own scale, as routers that are trained read them; *none* and moments left out.
-
-    The rates and losses of training are then what they are for any router: the logit of the expert that a clip is for is
-    nearer to 0 than to 1 / temperature, whose square the z-loss would take for large.
-    """
-    weight, intercept, temperature = fit["weight"][:-1], fit["intercept"][:-1], fit["temperature"]
-    own = {"weight": weight / fit["scale"] / temperature, "intercept": (intercept - 1) / temperature}
-    own |= {"scale": torch.ones_like(fit["scale"]), "temperature": torch.tensor(1.0), "reach": fit["reach"][:-1]}
-    own |= {"moments": fit["moments"][:0, :1], "whitening": fit["whitening"][:0, :0]}
-    return {**fit, **own}
 
 
 # One expert more, or one less: what the others answer stays, as far as the router's choice stays. Old columns of the router, its
@@ -154,12 +100,11 @@ def merged_config(model: Loaded) -> MoEConfig:
 
 
 def _separable(model: Loaded) -> MoEConfig:
-    """Raises ``ValueError`` where experts share what another one would change."""
+    """Raises ``ValueError`` where experts have a router that no further one can be fitted beside."""
     moe = merged_config(model)
     if moe.granularity == "ffn":
         raise ValueError(
-            f"{model.name}: all but the feed-forwards is the average of its experts ({', '.join(moe.names)}), which another "
-            "one would change: merge them all again"
+            f"{model.name}: its experts ({', '.join(moe.names)}) are feed-forwards: make it again from all"
         )
     return moe
 

@@ -12,7 +12,7 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
@@ -72,9 +72,6 @@ class Diagnosis:
         self.reasons.append(reason)
         if verdict == "refuse" or self.verdict == "use":
             self.verdict = verdict
-
-    def to_dict(self) -> dict[str, Any]:
-        return asdict(self)
 
 
 def examine(
@@ -243,8 +240,8 @@ _CARD = """---
 
 # {name}
 
-Fine-tunes of {base} as the experts of one model, which chooses among them for each window of up to 30 s; {rest}.
-Made by `whisper-moe merge` {version}, granularity `{kind}`. Nothing was trained: the router was fitted to clips.
+Fine-tunes of {base} as the experts of one model, which chooses among them for each window of up to 30 s; *none* is the base
+itself. Made by `whisper-moe merge` {version}, granularity `{kind}`. Nothing was trained: the router was fitted to clips.
 
 {experts}
 
@@ -292,14 +289,13 @@ def write_card(folder: Path, base: str, moe: MoEConfig, members: Sequence[Member
         (each.found.name, each.source, ", ".join(each.languages), shown(each.probe), "; ".join(each.found.reasons))
         for each in members
     ]
-    rows += [("none" if moe.none_choice else "base", base, "", ", ".join(map(shown, none)), "")]
+    rows += [("none", base, "", ", ".join(map(shown, none)), "")]
     experts = [(name, shown(source), _licence(source), *rest) for name, source, *rest in rows]
     measured = [(each.found.name, str(each.measured), *each.rates) for each in members if each.measured]
     text = _CARD.format(
         head="\n".join(f"{key}: {json.dumps(value, ensure_ascii=False)}" for key, value in head.items() if value),
         name=folder.resolve().name,
         base=shown(base),
-        rest="*none* is the base itself" if moe.none_choice else "all but their feed-forwards is their average",
         version=whisper_moe.__version__,
         kind=f"{moe.granularity}`, rank `{moe.delta_rank}" if moe.granularity == "delta" else moe.granularity,
         experts=markdown_table(("expert", "source", "stated licence", "languages", "probe", "doctor"), experts),

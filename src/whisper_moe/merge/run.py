@@ -6,6 +6,7 @@ import logging
 import random
 from collections import deque
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import asdict
 from importlib.util import find_spec
 from itertools import chain
 from json import dumps
@@ -124,7 +125,7 @@ def doctor(experts: Sequence[str], base: str | None, dev: Sequence[str] | None, 
             expert.state.clear()  # before the next is read
         found.append(diagnosis)
     if json:
-        print(dumps([each.to_dict() for each in found], ensure_ascii=False, indent=2))
+        print(dumps(list(map(asdict, found)), ensure_ascii=False, indent=2))
     else:
         _show(found)
     return int(any(each.verdict == "refuse" for each in found))
@@ -166,9 +167,6 @@ def merge(
     granularity: str = "delta",
     delta_rank: int = 32,
     gate_threshold: float = 0.1,
-    router_layer: int = 2,
-    average_scale: float = 1.0,
-    shared: bool = False,
     quantize: bool = False,
     overwrite: bool = False,
     measure: int = 20,
@@ -177,13 +175,8 @@ def merge(
 
     ``measure``: clips of each probe on which WER is measured, before and after.
     """
-    if granularity not in ("delta", "ffn", "model"):
-        raise ValueError(f"granularity must be delta, ffn or model, got {granularity!r}")
-    if granularity == "ffn" and none:
-        raise ValueError(
-            "--none is not for feed-forwards, without which a layer is no layer: merge the base as an expert more, with "
-            f"these clips as its probe: {none[0]}"
-        )
+    if granularity not in ("delta", "model"):
+        raise ValueError(f"granularity must be delta or model, got {granularity!r}")
     check_place(output, overwrite)
     named = named_experts(experts)
     if len(probe) != len(named):
@@ -194,21 +187,19 @@ def merge(
     others = [samples for source in none for _, samples in clips_of(source)]
     root, whole = base_of(named, base), granularity == "model"
     for source, own in zip(probe, clips, strict=True):
-        _check_languages(source, own, root)
+        check_languages(source, own, root)
     judged = [_judged(own, measure) for own in clips]
     found: list[Diagnosis] = []
-    accepted = _one_by_one(_heard(named, root, [own[0][1] for own in clips], judged, found))
+    tuned = one_by_one(_heard(named, root, [own[0][1] for own in clips], judged, found))
     if whole:
-        deque(accepted, maxlen=0)  # what is refused is refused before the router is fitted
+        deque(tuned, maxlen=0)  # what is refused is refused before the router is fitted
         merged = build.merged_models(root, list(named), gate_threshold)
-    elif granularity == "ffn":
-        merged = build.merged_feed_forwards(root, list(named), accepted, router_layer, average_scale, shared=shared)
     else:
-        merged = build.merged_delta(root, list(named), accepted, delta_rank)
+        merged = build.merged_delta(root, list(named), tuned, delta_rank)
     model = build.fitted(merged, [[samples for _, samples in own] for own in clips], others)
     for diagnosis, own in zip(found, clips, strict=True):
-        model = told_of(model, diagnosis.name, _language(diagnosis, own), untimed=diagnosis.untimed)
-    inside = _one_by_one(map(load_model, named.values())) if whole else ()
+        model = told_of(model, diagnosis.name, language_of(diagnosis, own), untimed=diagnosis.untimed)
+    inside = one_by_one(map(load_model, named.values())) if whole else ()
     save_checkpoint(output, model, quantize=quantize, overwrite=overwrite, experts=inside)
     if any(judged):
         _hear_merged(load_checkpoint(output), judged, found)
@@ -218,7 +209,8 @@ def merge(
     return {name: own[0][1] for name, own in zip(named, clips, strict=True)}
 
 
-def _check_languages(source: str, clips: Sequence[Clip], base: Loaded) -> None:
+def check_languages(source: str, clips: Sequence[Clip], base: Loaded) -> None:
+    """Raises ``ValueError`` for clips in a language that the base has no token of."""
     known = base.tokenizer.languages
     if other := sorted({sample.language for sample, _ in clips} - known.keys()) if known else []:
         raise ValueError(
@@ -226,7 +218,7 @@ def _check_languages(source: str, clips: Sequence[Clip], base: Loaded) -> None:
         )
 
 
-def _language(expert: Diagnosis, clips: Sequence[Clip]) -> str | None:
+def language_of(expert: Diagnosis, clips: Sequence[Clip]) -> str | None:
     """The one that a fine-tune says it is for, else that of all its clips, if they have one."""
     heard = {sample.language for sample, _ in clips}
     return expert.language or (heard.pop() if len(heard) == 1 else None)
@@ -250,7 +242,7 @@ def _heard(
 ) -> Iterator[Loaded]:
     """Each expert once its WER and the base's have been measured; they are added to its diagnosis, which ``found`` gets."""
     before = decoder_of(base)
-    for (diagnosis, expert), clips in zip(_accepted(experts, base, speech), judged, strict=True):
+    for (diagnosis, expert), clips in zip(accepted(experts, base, speech), judged, strict=True):
         if clips:
             diagnosis.wer = {"base": _error_rate(before, clips), "fine-tune": _error_rate(decoder_of(expert), clips)}
         found.append(diagnosis)
@@ -269,14 +261,14 @@ def _hear_merged(model: Loaded, judged: Sequence[Sequence[Clip]], found: Sequenc
         logger.info("%s: WER %% of %d probe clips: %s", diagnosis.name, len(clips), rates)
 
 
-def _one_by_one(models: Iterable[Loaded]) -> Iterator[Loaded]:
+def one_by_one(models: Iterable[Loaded]) -> Iterator[Loaded]:
     """Each is given up when the next is asked for: two large ones need not be there at once."""
     for model in models:
         yield model
         model.state.clear()
 
 
-def _accepted(
+def accepted(
     experts: Mapping[str, str], base: Loaded, speech: Sequence[np.ndarray]
 ) -> Iterator[tuple[Diagnosis, Loaded]]:
     """Each expert, its faults logged. Raises ``ValueError`` for one that is refused."""
@@ -295,11 +287,11 @@ def add_expert(model: Path, expert: str, probe: str, base: str | None) -> None:
     merged, probed = load_checkpoint(model), list(clips_of(probe))
     clips = [samples for _, samples in probed]
     root = base_of({name: source}, base)
-    _check_languages(probe, probed, root)
-    ((diagnosis, found),) = _accepted({name: source}, root, clips[:1])
+    check_languages(probe, probed, root)
+    ((diagnosis, found),) = accepted({name: source}, root, clips[:1])
     grown = build.with_expert(merged, root, name, found, clips)
-    grown = told_of(grown, name, _language(diagnosis, probed), untimed=diagnosis.untimed)
-    whole = chain(_one_by_one(map(load_checkpoint, merged.experts)), [found] if merged.experts else ())
+    grown = told_of(grown, name, language_of(diagnosis, probed), untimed=diagnosis.untimed)
+    whole = chain(one_by_one(map(load_checkpoint, merged.experts)), [found] if merged.experts else ())
     remarks = "".join(f"; {reason}" for reason in diagnosis.reasons)
     _rewrite(model, grown, whole, f"Added: {name}, {shown(source)}; probe {shown(probe)}{remarks}.")
     logger.info("%s: %s added", model, name)
@@ -308,7 +300,7 @@ def add_expert(model: Path, expert: str, probe: str, base: str | None) -> None:
 def remove_expert(model: Path, name: str) -> None:
     """Write the merged model without one of its experts in its place."""
     shrunk = build.without_expert(load_checkpoint(model), name)
-    _rewrite(model, shrunk, _one_by_one(map(load_checkpoint, shrunk.experts)), f"Removed: {name}.")
+    _rewrite(model, shrunk, one_by_one(map(load_checkpoint, shrunk.experts)), f"Removed: {name}.")
     logger.info("%s: %s removed", model, name)
 
 

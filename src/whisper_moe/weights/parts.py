@@ -33,10 +33,6 @@ SPEECH, SPEECH_PARTS = "speech.", ("vocoder", "reader", "speech")
 SENSES, FILM, TOKENS = "senses.", "senses.film.", "tokens"
 """How tensors begin that only other senses than hearing need, and of them what only films need, in the file ``video``; the file
 of what is no expert's otherwise, and of new tokens."""
-_MOST_IN_TABLE, _MOST_IN_MATRIX = 16 * 1_500 * 1_280, 16 * 51_866 * 1_280
-"""Numbers in a table of positions, which takes memory when shapes are asked for, and in any other matrix: sixteen times
-what the largest Whisper has."""
-_SIDES = ("vocab_size", "n_mels", "d_model", "encoder_ffn_dim", "decoder_ffn_dim")
 SCALE = ".scale"
 """Suffix of the tensor that holds an int8 tensor's scales, [rows, 1]."""
 _INT8 = re.compile(
@@ -92,21 +88,6 @@ def frozen_model(config: ModelConfig, state: Mapping[str, Tensor]) -> WhisperMoE
 def expected_shapes(config: ModelConfig) -> dict[str, tuple[int, ...]]:
     """Every tensor of the model, in its order: the model itself is asked."""
     return {key: tuple(tensor.shape) for key, tensor in empty_model(config).state_dict().items()}
-
-
-def require_plausible(config: ModelConfig, tensors: int, origin: str | Path) -> None:
-    """Refuse a configuration that no file with so many tensors can have, before anything is built for it."""
-    moe, layers, width = config.moe, config.encoder_layers + config.decoder_layers, config.d_model
-    unrouted = moe.router_layer if moe and moe.scope == "segment" else 0
-    experts = moe.n_experts if moe and moe.granularity != "model" else 0
-    if layers + experts * (layers - unrouted) > tensors:
-        raise CheckpointError(f"{origin}: {tensors} tensors cannot hold {layers} layers and {experts} experts")
-    tables = ("max_source_positions", "max_target_positions")
-    sizes = {name: getattr(config, name) for name in (*tables, *_SIDES)}
-    sizes |= {"moe.expert_dim": moe.expert_dim} if moe else {}
-    for name, size in sizes.items():
-        if size * width > (_MOST_IN_TABLE if name in tables else _MOST_IN_MATRIX):
-            raise CheckpointError(f"{origin}: {name} {size} times d_model {width} is too many")
 
 
 def spelled_alone(key: str, shape: Sequence[int]) -> list[str]:

@@ -15,26 +15,22 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
-from whisper_moe.config import POSITIONS_PER_SECOND, AdaptConfig, ConformerConfig, ModelConfig, MoEConfig, TTTConfig
+from whisper_moe.config import AdaptConfig, ConformerConfig, ModelConfig, MoEConfig, TTTConfig
 from whisper_moe.config_aside import SensesConfig, SpeechConfig
 from whisper_moe.media.languages import NewLanguage
 from whisper_moe.model.model import WhisperMoEModel
-from whisper_moe.weights.checkpoint import Loaded, load_checkpoint, read_manifest
-from whisper_moe.weights.files import CheckpointError, listed
-from whisper_moe.weights.parts import ADAPT, EMBEDDING, NEW_TOKENS, SENSES, SPEECH, check_state, frozen_model, part_of
+from whisper_moe.weights.checkpoint import Loaded
+from whisper_moe.weights.files import listed
+from whisper_moe.weights.parts import ADAPT, EMBEDDING, NEW_TOKENS, SENSES, SPEECH, check_state, part_of
 from whisper_moe.weights.tokens import TOKENIZER, UNTRAINED, digest, of_any_language, parsed
 
 if TYPE_CHECKING:
     import tokenizers
-
-_TOLERANCE = {"float32": 1e-3, "int8": 0.3}
-"""Of the largest logit: what a model that was written may differ by."""
 
 
 def upcycled_config(config: ModelConfig, **parts: Any) -> ModelConfig:
@@ -92,32 +88,6 @@ def as_expert(key: str, dense: Mapping[str, Tensor]) -> Tensor:
     half, kind = name.split("_")
     source = dense[f"{block}.ffn.{half}.{kind}"]
     return source.T if name == "down_weight" else source
-
-
-def answer(config: ModelConfig, state: Mapping[str, Tensor]) -> Tensor:
-    """[n, source's vocabulary]: what a model says of a second of noise, to compare it with another form of itself."""
-    model = frozen_model(config, state)
-    frames = 2 * min(POSITIONS_PER_SECOND, config.max_source_positions)
-    mel = torch.randn(config.n_mels, frames, generator=torch.Generator().manual_seed(0))
-    with torch.inference_mode():
-        return model([mel], [torch.arange(4)]).logits[:, : config.source_vocab_size]
-
-
-def read_back(directory: Path, expected: Tensor) -> float:
-    """Load a checkpoint that was just written; how far its :func:`answer` is from the one ``expected``, at most.
-
-    Raises ``CheckpointError`` for a file that is not what was written, and for a model that is not the one it should be: by more
-    than rounding, or, where it is stored as int8, by more than that may cost.
-    """
-    written, bits = load_checkpoint(directory), read_manifest(directory).quantization or "float32"
-    found = answer(written.config, written.state)
-    difference, scale = float((found - expected).abs().max()), float(expected.abs().max())
-    if not difference <= _TOLERANCE[bits] * scale:  # NaN is no small number
-        raise CheckpointError(
-            f"{directory}: do not use it: read back, its logits of a second of noise, up to {scale:.3g}, differ from the "
-            f"source's by {difference:.2g}; {bits} may cost {_TOLERANCE[bits] * scale:.2g}"
-        )
-    return difference
 
 
 # Parts that are always on

@@ -230,7 +230,6 @@ def _fused(
     prefix: str = "",
 ) -> dict[str, Tensor]:
     """``prefix``: what the names in ``foreign`` lack."""
-    parts.require_plausible(config, len(foreign), origin)
     keys = key_map(config, format)
     needed = {name for names in keys.values() for name in names if name is not None}
     parts.check_names({prefix + name for name in foreign} - ignored, needed, origin)
