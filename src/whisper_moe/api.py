@@ -201,9 +201,19 @@ class WhisperMoE:
         """
         asked = self._asked(options or TranscribeOptions(), **changes)
         recordings = (self._recording(source, asked, index) for index, source in enumerate(audio))
-        heard = Schedule(decoder or self._decoder, progress).run(recordings)
+        heard = self.schedule(progress, decoder).run(recordings)
         outcomes = (recording.outcome() for recording in heard)
         yield from by_index(outcomes) if in_order else outcomes
+
+    def recording(self, audio: Audio, **options: Any) -> Recording:
+        """One on its way to a transcript, for :meth:`schedule`. Raises ``ValueError`` for options that cannot be followed."""
+        return self._recording(audio, self._asked(TranscribeOptions(), **options))
+
+    def schedule(
+        self, progress: Callable[[float], None] | None = None, decoder: WindowDecoder | None = None
+    ) -> Schedule:
+        """What decodes recordings side by side, step by step; they may come and go at any time."""
+        return Schedule(decoder or self._decoder, progress)
 
     def detect_language(
         self, audio: Audio, *, languages: Sequence[str] = (), track: int | str | None = None

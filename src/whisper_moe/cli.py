@@ -110,6 +110,29 @@ sign: Read signs: films of signing in, a line of text for each out.
   --device --dtype --threads
   --json                    switch               Print a line of JSON for each: source, text, language, and how sure it is.
 
+serve: Answer over HTTP what OpenAI's clients ask, with one model; extra `serve`.
+  --model                   str                  A whisper-moe folder or training run, or any Whisper. Default: the one that comes along.
+  --model-dir               path                 Look for the model here first, and download it to here.
+  --host                    str = 127.0.0.1      The address to listen at; one that others reach needs a key.
+  --port                    int>=0<=65535 = 8000 And its port.
+  --api-key-file            path                 Keys, one a line; also from WHISPER_MOE_API_KEY.
+  --insecure                switch               Let everybody ask who reaches the address.
+  --device --dtype --threads
+ Limits:
+  --max-body                int>=1 = 25000000    Bytes of a request.
+  --max-seconds             float>=1 = 600       Of sound in a request.
+  --max-pixels              int>=1 = 2073600     Of a film's pictures.
+  --max-frames              int>=1 = 900         Of a film.
+  --max-text                int>=1 = 100000      Characters of a text.
+  --max-deadline            float>=1 = 60        Seconds from request to answer.
+  --max-queue               int>=1 = 256         Requests that wait or are computed.
+
+listen: Captions of what is being said, while it is said.
+  --input                   str                  A device as FFmpeg names it, with its kind: pulse:default, alsa:hw:0, avfoundation::0, dshow:audio=Microphone. Default: standard input, raw 16-bit mono at 16 kHz.
+  --model --model-dir
+  --language -l             str                  By code or name. Default: detected for each utterance.
+  --device --dtype --threads
+
 detect-language: Say which language is spoken at the start of each file, and how surely.
   files                     [str]                Audio or video files.
   --model --model-dir
@@ -223,6 +246,8 @@ _ELSEWHERE = {
     "add_expert": "merge.run.add_expert",
     "remove_expert": "merge.run.remove_expert",
     "data_inspect": "data.inspect.run",
+    "listen": "serve.listen.listen",
+    "serve": "serve.command.serve",
     "train": "train.run.train",
 }
 """Commands whose function takes the flags by their names. It is imported when it is called, for that may import torch."""

@@ -14,7 +14,7 @@ import torch
 from whisper_moe.config_aside import SIGNS
 from whisper_moe.generate.senses import Asked, Job, SensesDecoder
 from whisper_moe.media.audio import MediaError
-from whisper_moe.media.video import load_film, tubelets
+from whisper_moe.media.video import Frames, load_film, tubelets
 
 TOGETHER = 16
 """Films that are in memory at a time."""
@@ -83,10 +83,14 @@ class Signer:
         """The segment of a film, and what becomes of it. Raises ``MediaError``."""
         assert self._config.film is not None
         given: Any = film if hasattr(film, "read") else Path(film)  # pyright: ignore[reportArgumentType]
-        name, prompt = name_of(film), self._decoder.pieces.opening("en", SIGNS[code])
-        part = torch.from_numpy(tubelets(load_film(given, self._config.film, name=name), self._config.film))
+        name = name_of(film)
+        return self.job_of(tubelets(load_film(given, self._config.film, name=name), self._config.film), name, code)
+
+    def job_of(self, film: Frames, name: str, code: str) -> Job:
+        """The segment of a film that was read already: :func:`~whisper_moe.media.video.tubelets`."""
+        prompt = self._decoder.pieces.opening("en", SIGNS[code])
         return Job(
-            [Asked(part, prompt, LONGEST)],
+            [Asked(torch.from_numpy(film), prompt, LONGEST)],
             lambda said: Signed(name, " ".join(said[0].text.split()), code, said[0].avg_logprob),
         )
 

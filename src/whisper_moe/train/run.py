@@ -51,7 +51,9 @@ is. Of steps and epochs there cannot be fewer than are done; :func:`_go_on` sees
 _CORPUS = {"directions": (["en>any", "any>en"],), "include_50": (False,), "videos": (None,)}
 _GONE = {
     **{f"data.{part}.{key}": values for part in ("train", "evaluation") for key, values in _CORPUS.items()},
-    **{"parallel.experts": (1,), "parallel.tensor": (1,), "run.tensorboard": (False, True)},
+    "parallel.experts": (1,),
+    "parallel.tensor": (1,),
+    "run.tensorboard": (False, True),
 }
 """Keys that recipes had once, with values that say nothing of what is learned: runs from then have them still."""
 logger = logging.getLogger(__name__)

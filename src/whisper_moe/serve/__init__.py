@@ -1,0 +1,1 @@
+"""One model behind the API that OpenAI's clients speak."""

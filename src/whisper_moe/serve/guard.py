@@ -1,0 +1,121 @@
+"""What stands before every route: who asks, and how much they send. Plain ASGI: it sees a body before anything reads it."""
+
+from __future__ import annotations
+
+import hashlib
+import hmac
+import json
+import time
+from collections.abc import Awaitable, Callable, Iterable, MutableMapping
+from pathlib import Path
+from typing import Any, TypeAlias
+
+from whisper_moe.serve.limits import Limits, Refused
+
+Scope: TypeAlias = MutableMapping[str, Any]
+Receive: TypeAlias = Callable[[], Awaitable[MutableMapping[str, Any]]]
+Send: TypeAlias = Callable[[MutableMapping[str, Any]], Awaitable[None]]
+App: TypeAlias = Callable[[Scope, Receive, Send], Awaitable[None]]
+
+PAGE = Path(__file__).with_name("page.html")
+"""For people."""
+POLICY = (
+    b"default-src 'none'; connect-src 'self'; media-src blob:; style-src 'unsafe-inline'; script-src 'unsafe-inline'"
+)
+"""Nothing on the page comes from elsewhere, and nothing goes there."""
+PROTOCOL = "openai-insecure-api-key."
+"""A key among a web socket's protocols, as OpenAI has it for browsers."""
+OPEN = frozenset({"/healthz", "/readyz"})
+"""Paths that need no key: what runs the server asks them."""
+
+
+def headers_of(scope: Scope) -> dict[str, str]:
+    return {name.decode("latin-1"): value.decode("latin-1") for name, value in scope["headers"]}
+
+
+def hashed(key: str) -> bytes:
+    return hashlib.sha256(key.encode()).digest()
+
+
+class Guard:
+    """Authentication before the body is read, then its size, counted as it comes."""
+
+    def __init__(
+        self, app: App, keys: Iterable[str], limits: Limits, told: Callable[[str, int, float], None] = lambda *_: None
+    ) -> None:
+        """``keys``: any of them opens; without any, everybody may ask. ``told``: of each answer its route, status, seconds."""
+        self._app, self._keys, self._limits, self._told = app, [hashed(key) for key in keys], limits, told
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] == "websocket" and not self._knows(scope):
+            await send({"type": "websocket.close", "code": 1008, "reason": "a key is needed"})
+            return
+        if scope["type"] != "http":
+            await self._app(scope, receive, send)
+            return
+        left, status, begun = self._limits.body, 0, time.monotonic()
+
+        async def counted() -> MutableMapping[str, Any]:
+            nonlocal left
+            message = await receive()
+            left -= len(message.get("body", b""))
+            if left < 0:
+                raise Refused(413, f"the request is larger than {self._limits.body:,} bytes", code="too_large")
+            return message
+
+        async def watched(message: MutableMapping[str, Any]) -> None:
+            nonlocal status
+            status = message.get("status", status)
+            await send(message)
+
+        headers, known = headers_of(scope), self._knows(scope)
+        try:
+            if scope["path"] == "/" and scope["method"] == "GET":
+                head = [(b"content-type", b"text/html; charset=utf-8"), (b"content-security-policy", POLICY)]
+                # A browser cannot send a key with it: the page asks for one.
+                await answered(watched, 200 if known else 401, PAGE.read_bytes(), head)
+                return
+            self._check(known, headers)
+            await self._app(scope, counted, watched)
+        except Refused as refused:
+            if status:
+                raise
+            head = [
+                (b"content-type", b"application/json"),
+                (b"connection", b"close"),
+            ]  # the rest of the body is not read
+            await answered(watched, refused.status, json.dumps(refused.body).encode(), head)
+        finally:
+            self._told(getattr(scope.get("route"), "path", "other"), status, time.monotonic() - begun)
+
+    def _check(self, known: bool, headers: dict[str, str]) -> None:
+        if not known:
+            raise Refused(401, "a key is needed: Authorization: Bearer KEY", code="invalid_api_key")
+        if headers.get("content-encoding", "identity") != "identity":
+            raise Refused(415, "a compressed request is not read", code="content_encoding")
+        stated = headers.get("content-length", "0")
+        if stated.isdecimal() and int(stated) > self._limits.body:
+            raise Refused(413, f"the request is larger than {self._limits.body:,} bytes", code="too_large")
+
+    def _knows(self, scope: Scope) -> bool:
+        """Whether this path is open to who asks."""
+        if not self._keys or scope["path"] in OPEN:
+            return True
+        headers = headers_of(scope)
+        kind, _, key = headers.get("authorization", "").partition(" ")
+        if not kind and scope["type"] == "websocket":  # a browser can send nothing else with it
+            offers = headers.get("sec-websocket-protocol", "").split(",")
+            keys = [offer.strip().removeprefix(PROTOCOL) for offer in offers if offer.strip().startswith(PROTOCOL)]
+            kind, key = "bearer", "".join(keys)
+        given = hashed(key.strip())
+        fits = [hmac.compare_digest(given, own) for own in self._keys]  # all of them, whichever fits
+        return kind.lower() == "bearer" and any(fits)
+
+
+async def answered(send: Send, status: int, body: bytes, head: list[tuple[bytes, bytes]]) -> None:
+    """An answer that no route gives."""
+    head = [*head, (b"content-length", str(len(body)).encode())]
+    if status == 401:
+        head.append((b"www-authenticate", b"Bearer"))
+    await send({"type": "http.response.start", "status": status, "headers": head})
+    await send({"type": "http.response.body", "body": body})
