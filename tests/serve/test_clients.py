@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import base64
 import io
 import json
 import re
@@ -147,3 +148,31 @@ def test_the_commands_of_the_documentation(served: tuple[httpx.Client, Server], 
         assert json.loads(said)
     else:
         assert said
+
+
+def test_captions_while_somebody_speaks(api: OpenAI, own: Transcription) -> None:
+    """The clip in tenths of a second, as fast as they go."""
+    samples = (load_audio(CLIP).clip(-1, 1) * 32_767).astype("<i2")
+    kinds: list[str] = []
+    said, whole = "", ""
+    with api.realtime.connect(model="whisper-1") as session:
+        assert session.recv().type == "session.created"
+        audio = {"input": {"format": {"type": "audio/pcm", "rate": 16_000}, "transcription": {"language": "en"}}}
+        session.send({"type": "session.update", "session": {"type": "transcription", "audio": audio}})  # pyright: ignore[reportArgumentType]
+        for begin in range(0, len(samples), 1_600):
+            block = base64.b64encode(samples[begin : begin + 1_600].tobytes()).decode()
+            session.send({"type": "input_audio_buffer.append", "audio": block})
+        session.send({"type": "input_audio_buffer.commit"})
+        session.send({"type": "nonsense"})  # pyright: ignore[reportArgumentType]
+        while "error" not in kinds or not whole:
+            event = session.recv()
+            kinds.append(event.type)
+            if event.type.endswith(".delta"):
+                said += event.delta  # pyright: ignore[reportAttributeAccessIssue]
+            if event.type.endswith(".completed"):
+                whole = event.transcript  # pyright: ignore[reportAttributeAccessIssue]
+    words = [re.findall(r"\w+", text.lower()) for text in (whole, own.text)]
+    assert said.strip() == whole and words[0] and set(words[0]) & set(words[1])
+    assert "session.updated" in kinds
+    with pytest.raises(Exception, match=r"40[13]"):
+        OpenAI(base_url=api.base_url, api_key="wrong").realtime.connect(model="whisper-1").enter()
