@@ -81,7 +81,7 @@ class Engine:
     async def stop(self) -> None:
         self._watching.cancel()
         self._outgoing.put(None)
-        self._process.terminate()
+        self._process.kill()
 
     def _spawn(self) -> None:
         ours, theirs = get_context("spawn").Pipe()

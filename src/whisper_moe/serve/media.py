@@ -39,9 +39,11 @@ def end_with_parent() -> None:
     threading.Thread(target=watch, daemon=True).start()
 
 
-def _begin() -> None:
+def begin() -> None:
+    """In a process of the server's: it is the parent that says when it ends, also where a signal goes to all of them."""
     end_with_parent()
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent says when it ends
+    for each in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(each, signal.SIG_IGN)
 
 
 def _limited(limits: Limits) -> None:
@@ -91,7 +93,7 @@ class Readers:
         self._pool = self._fresh()
 
     def _fresh(self) -> ProcessPoolExecutor:
-        return ProcessPoolExecutor(self._processes, get_context("spawn"), initializer=_begin)
+        return ProcessPoolExecutor(self._processes, get_context("spawn"), initializer=begin)
 
     async def read(self, function: Any, *given: Any) -> Any:
         """What :func:`sound_of` or :func:`film_of` makes of it. Raises ``Refused``."""

@@ -6,7 +6,6 @@ asked for has its turn, one request at a time.
 
 from __future__ import annotations
 
-import signal
 import time
 from collections import deque
 from multiprocessing.connection import Connection
@@ -18,7 +17,7 @@ from whisper_moe.api import WhisperMoE
 from whisper_moe.generate.longform import Recording
 from whisper_moe.generate.segments import joined, numbered
 from whisper_moe.serve.engine import Ask
-from whisper_moe.serve.media import end_with_parent
+from whisper_moe.serve.media import begin
 
 BEAT = 1.0
 """Seconds between two signs of life."""
@@ -28,8 +27,7 @@ IDLE = 0.5
 
 def work(pipe: Connection, model: dict[str, Any]) -> None:
     """What the process does. ``model``: as :meth:`WhisperMoE.from_pretrained` takes it."""
-    end_with_parent()
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent says when it ends
+    begin()
     try:
         worker = Worker(pipe, WhisperMoE.from_pretrained(**model))
     except ValueError as error:
