@@ -6,6 +6,7 @@ import ipaddress
 import logging
 import os
 from pathlib import Path
+from signal import SIGINT
 from types import FrameType
 from typing import Any
 
@@ -50,8 +51,7 @@ def serve(
         """Says that it is not ready before it stops taking requests; those it has taken are answered."""
 
         def handle_exit(self, sig: int, frame: FrameType | None) -> None:
-            server.draining = True
-            super().handle_exit(sig, frame)
+            server.draining, self.force_exit, self.should_exit = True, self.should_exit and sig == SIGINT, True
 
         async def on_tick(self, counter: int) -> bool:
             return engine.broken.is_set() or await super().on_tick(counter)
