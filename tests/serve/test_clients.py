@@ -131,7 +131,7 @@ def commands() -> list[str]:
     return [command.replace("\\\n", " ") for command in re.findall(r"^curl .*(?:\\\n.*)*(?<!\\)$", text, re.M)]
 
 
-@pytest.mark.parametrize("command", commands(), ids=lambda command: re.findall(r"/v1/\S+|/\w+z", command)[0])
+@pytest.mark.parametrize("command", commands(), ids=lambda command: re.findall(r"8000/(\S+)", command)[0])
 def test_the_commands_of_the_documentation(served: tuple[httpx.Client, Server], command: str, tmp_path: Path) -> None:
     client, _ = served
     here = (
