@@ -26,7 +26,8 @@ import numpy as np
 
 ROUTE = "/v1/audio/transcriptions"
 DEADLINE = 300.0
-HEAD = "| server | clients | requests a second | × faster-whisper | median, s | 95 %, s | errors |\n|---|---:|---:|---:|---:|---:|---:|"
+HEAD = """| server | clients | requests a second | × faster-whisper | median, s | 95 %, s | errors |
+|---|---:|---:|---:|---:|---:|---:|"""
 
 PEER = """
 import io, os, sys, threading
