@@ -148,19 +148,20 @@ class Schedule:
         width = jobs[0].recording.options.search(self._how(jobs[0])[1]).beams
         used = width * sum(search.options.beams == width for search in self._searched)
         under_way = [self._positions(job) for _, _, job in self._searched.values()]
-        room, positions = MAX_ROWS - used, MAX_POSITIONS - sum(under_way)
-        chosen: list[Job] = []
+        room, free = MAX_ROWS - used, MAX_POSITIONS - sum(under_way)
+        chosen, filled = list[Job](), 0
         for job in jobs:
-            positions -= self._positions(job)
-            if (positions < 0 or (len(chosen) + 1) * width > room) and (chosen or under_way):
+            more = filled + self._positions(job)
+            if (more > free or (len(chosen) + 1) * width > room) and (chosen or under_way):
                 break
-            chosen.append(job)
+            chosen, filled = [*chosen, job], more
         if not under_way:
             return chosen
+        enough = 4 * width * len(chosen) >= MAX_ROWS or 4 * filled >= MAX_POSITIONS
         if len(chosen) < len(jobs):  # more wait than there is room for: it grows while they do
-            return chosen if 4 * room >= MAX_ROWS or len(chosen) * width * 4 >= MAX_ROWS else []
+            return chosen if enough else []
         late = self._ticks - (jobs[0].since or 0) >= PATIENCE
-        return chosen if late or 4 * width * len(chosen) >= (used or MAX_ROWS) else []
+        return chosen if enough or late or 4 * width * len(chosen) >= used > 0 else []
 
     def _how(self, job: Job) -> tuple[float, float]:
         """Margin and temperature of the attempt at a window."""
