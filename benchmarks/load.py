@@ -23,6 +23,7 @@ from typing import Any
 
 import httpx
 import numpy as np
+from peers import weights_of
 
 ROUTE = "/v1/audio/transcriptions"
 DEADLINE = 300.0
@@ -131,7 +132,7 @@ def main(asked: argparse.Namespace) -> None:
         "--max-deadline",
         "300",
     ]
-    peer = [sys.executable, "-c", PEER, asked.weights, "PORT", threads]
+    peer = [sys.executable, "-c", PEER, weights_of("ct2-int8", asked.weights, asked.cache), "PORT", threads]
     report: dict[str, list[dict[str, Any]]] = {}
     for name, command in (("whisper-moe", ours), ("faster-whisper int8", peer)):
         with running(command) as address:
@@ -158,5 +159,6 @@ if __name__ == "__main__":
     parser.add_argument("--clients", type=int, nargs="+", default=[1, 4, 16, 64])
     parser.add_argument("--requests", type=int, default=200)
     parser.add_argument("--threads", type=int, default=2)
-    parser.add_argument("--weights", default="base", help="faster-whisper's: a name, or a folder of CTranslate2")
+    parser.add_argument("--weights", default="openai/whisper-base", help="faster-whisper's")
+    parser.add_argument("--cache", type=Path, default=Path.home() / ".cache/whisper-moe")
     main(parser.parse_args())
