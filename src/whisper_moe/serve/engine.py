@@ -106,6 +106,7 @@ class Engine:
             try:
                 message = pipe.recv()
             except (EOFError, OSError):
+                pipe.close()
                 return
             self._loop.call_soon_threadsafe(self._take, process, message)
 
@@ -119,7 +120,7 @@ class Engine:
         elif kind == "failed":
             logger.error("the model cannot be loaded: %s", rest[0])
             self.broken.set()
-        elif kind in ("part", "done", "error") and (pending := self._pending.get(rest[0])):
+        elif kind in ("part", "done", "error", "fault") and (pending := self._pending.get(rest[0])):
             pending.answers.put_nowait((kind, rest[1]))
 
     async def _watch(self) -> None:
@@ -159,6 +160,8 @@ class Engine:
                     kind, answer = await pending.answers.get()
                 if kind == "error":
                     raise Refused(400, answer)
+                if kind == "fault":
+                    raise Refused(500, "something went wrong in the model", code="internal")
                 if kind == "lost":
                     raise Refused(503, "what computes this was lost on the way; try again", code="worker_lost")
                 done = kind == "done"

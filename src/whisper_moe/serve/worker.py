@@ -6,6 +6,7 @@ asked for has its turn, one request at a time.
 
 from __future__ import annotations
 
+import logging
 import time
 from collections import deque
 from multiprocessing.connection import Connection
@@ -18,6 +19,8 @@ from whisper_moe.generate.longform import Recording
 from whisper_moe.generate.segments import joined, numbered
 from whisper_moe.serve.engine import Ask
 from whisper_moe.serve.media import begin
+
+logger = logging.getLogger(__name__)
 
 BEAT = 1.0
 """Seconds between two signs of life."""
@@ -93,7 +96,7 @@ class Worker:
         try:
             recording = self._model.recording(ask.given, **ask.options)
             self._schedule.submit(recording)
-        except ValueError as error:
+        except Exception as error:
             self._answer(ask, error)
             return
         self._heard[recording] = ask, 0
@@ -110,15 +113,17 @@ class Worker:
         if time.monotonic() >= ask.expires:
             return
         try:
-            self._answer(ask, getattr(self, f"_{ask.task}")(ask.given, **ask.options))
-        except ValueError as error:
-            self._answer(ask, error)
+            answer = getattr(self, f"_{ask.task}")(ask.given, **ask.options)
+        except Exception as error:  # what one request does to us is no reason to lose the others
+            answer = error
+        self._answer(ask, answer)
 
     def _answer(self, ask: Ask, answer: Any) -> None:
         if isinstance(answer, ValueError):
             self._pipe.send(("error", ask.id, str(answer)))
         elif isinstance(answer, Exception):
-            raise answer
+            logger.error("a request for %s failed", ask.task, exc_info=answer)
+            self._pipe.send(("fault", ask.id, None))
         else:
             self._pipe.send(("done", ask.id, answer))
 
