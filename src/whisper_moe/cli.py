@@ -123,9 +123,10 @@ serve: Answer over HTTP what OpenAI's clients ask, with one model; extra `serve`
   --max-seconds             float>=1 = 600       Of sound in a request.
   --max-pixels              int>=1 = 2073600     Of a film's pictures.
   --max-frames              int>=1 = 900         Of a film.
-  --max-text                int>=1 = 100000      Characters of a text.
+  --max-text                int>=1 = 4096        Characters of a text.
   --max-deadline            float>=1 = 60        Seconds from request to answer.
   --max-queue               int>=1 = 256         Requests that wait or are computed.
+  --max-frozen              float>=1 = 60        Seconds without a sign of life after which the model's process is replaced.
 
 listen: Captions of what is being said, while it is said.
   --input                   str                  A device as FFmpeg names it, with its kind: pulse:default, alsa:hw:0, avfoundation::0, dshow:audio=Microphone. Default: standard input, raw 16-bit mono at 16 kHz.

@@ -69,7 +69,11 @@ class Schedule:
             first = None if options.carry_initial_prompt else options.initial_prompt
             recording.said = prompt_ids(first, self.decoder.tokenizer)
         self.recordings.append(recording)
-        self._read()
+        try:
+            self._read()
+        except Exception:
+            self.recordings.remove(recording)
+            raise
 
     def cancel(self, recording: Recording) -> None:
         """Its windows are not decoded any further, and their places are free."""
@@ -106,7 +110,8 @@ class Schedule:
     def _may_read(self, recording: Recording) -> bool:
         if recording.ended or recording.full:
             return False
-        return self._room or recording is self.recordings[0] or not recording.unsettled
+        # One that waits for its other windows to tell its language must get them.
+        return self._room or recording is self.recordings[0] or all(job.accepted for job in recording.unsettled)
 
     @property
     def _room(self) -> bool:
@@ -138,7 +143,11 @@ class Schedule:
         for job in filter(None, chain.from_iterable(in_turn)):
             alone = job.recording if job.recording.one_by_one else None
             groups.setdefault((alone, job.attempt, job.recording.options), []).append(job)
-        for jobs in sorted(groups.values(), key=lambda jobs: -jobs[0].attempt):
+        waits = lambda jobs: min(self._ticks if job.since is None else job.since for job in jobs)  # noqa: E731
+        ordered = sorted(groups.values(), key=lambda jobs: -jobs[0].attempt)
+        if ordered and self._ticks - waits(oldest := min(ordered, key=waits)) > HELD:
+            ordered = [oldest]  # what others leave free is kept for it
+        for jobs in ordered:
             if chosen := self._fitting(jobs):
                 self._open(chosen)
                 return

@@ -229,8 +229,11 @@ class Lane:
         if sources != list(range(len(sources))):
             assert self._state is not None
             self._state = self._state.select(torch.tensor(sources, device=device))
-        gone = len(self.searches) - len(alive)
-        if gone and (self.searches[0].options.branches or 8 * gone >= len(self.searches)):
+        gone, most = len(self.searches) - len(alive), self.searches[0].options
+        full = any(
+            each.done and len(each.rows[0].tokens) >= each.limit for each in self.searches
+        )  # no position is left
+        if gone and (full or most.branches or 8 * gone >= len(self.searches)):
             self._leave(alive)  # to move a cache costs a step of an eighth of the rows
         tokens = [row.tokens[-1:] for each in self.searches for row in each.rows]
         self._logits_RV, self._state = self.step(torch.tensor(tokens, device=device), self._state)

@@ -5,10 +5,12 @@ from __future__ import annotations
 import asyncio
 import io
 import logging
+import re
 import time
 import uuid
-from collections.abc import AsyncIterator, Awaitable, Iterable
-from contextlib import asynccontextmanager
+from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Iterable
+from contextlib import aclosing, asynccontextmanager
+from dataclasses import replace
 from typing import Any, TypeVar
 
 import numpy as np
@@ -20,6 +22,7 @@ from pydantic import ValidationError
 from starlette.datastructures import FormData, UploadFile
 from starlette.exceptions import HTTPException
 
+from whisper_moe.config import SAMPLE_RATE
 from whisper_moe.frozen import problems
 from whisper_moe.generate.result import Transcription
 from whisper_moe.media.audio import write_audio
@@ -73,7 +76,7 @@ class Server:
         Gauge("whisper_moe_restarts", "Processes that were replaced.", **known).set_function(lambda: engine.restarts)
         self._add_routes()
         self.app.add_middleware(Guard, keys=keys, limits=self.limits, told=self._measured)
-        for error in (Refused, RequestValidationError, HTTPException, Exception):
+        for error in (Refused, RequestValidationError, HTTPException, OSError, Exception):
             self.app.add_exception_handler(error, self._failed)
 
     @asynccontextmanager
@@ -147,18 +150,25 @@ class Server:
 
     async def _heard(self, request: Request, kind: type[TranslationForm]) -> Response:
         asked, content, name = await self._uploaded(request, kind)
-        options, expires = asked.options(self._forced(asked.model)), self._expires()
-        samples, notes = await self.readers.read(sound_of, content, name)
-        self._sound.inc(len(samples) / 16_000)
-        if isinstance(asked, TranscriptionForm) and asked.stream:
-            parts = self.engine.stream("transcribe", samples, expires=expires, **options)
-            first = await anext(parts)  # an error before anything was said has a status of its own
+        streams = isinstance(asked, TranscriptionForm) and asked.stream
+        parts = self._parts(content, name, streams, asked.options(self._forced(asked.model)))
+        # An error before anything was said has a status of its own.
+        first = await self._unless_gone(request, anext(parts))
+        if streams:
             return StreamingResponse(_events(first, parts), media_type="text/event-stream")
-        result: Transcription = await self._unless_gone(
-            request, self.engine.ask("transcribe", samples, expires=expires, **options)
-        )
-        object.__setattr__(result, "notes", (*result.notes, *notes))
-        return Response(transcript(result, asked), media_type=MEDIA_TYPES[asked.response_format])
+        await parts.aclose()
+        return Response(transcript(first, asked), media_type=MEDIA_TYPES[asked.response_format])
+
+    async def _parts(self, content: bytes, name: str, streams: bool, options: dict[str, Any]) -> AsyncGenerator[Any]:
+        """Of a transcript, as it grows; the whole one last."""
+        expires = self._expires()
+        samples, notes = await self.readers.read(sound_of, content, name, expires=expires)
+        self._sound.inc(len(samples) / SAMPLE_RATE)
+        stream = self.engine.stream("transcribe", samples, expires=expires, parts=streams, **options)
+        async with aclosing(stream) as answers:
+            async for answer in answers:
+                whole = isinstance(answer, Transcription)
+                yield replace(answer, notes=(*answer.notes, *notes)) if whole else answer
 
     async def realtime(self, socket: WebSocket) -> None:
         """Captions while somebody speaks."""
@@ -197,9 +207,12 @@ class Server:
         film, expires = (self.engine.facts or {}).get("film"), self._expires()
         if film is None:
             raise Refused(400, "this model sees no films", code="no_film")
-        tubelets = await self.readers.read(film_of, content, name, film)
-        how = {"name": name, "language": asked.language}
-        return await self._unless_gone(request, self.engine.ask("sign", tubelets, expires=expires, **how))
+
+        async def signed() -> dict[str, Any]:
+            tubelets = await self.readers.read(film_of, content, name, film, expires=expires)
+            return await self.engine.ask("sign", tubelets, expires=expires, name=name, language=asked.language)
+
+        return await self._unless_gone(request, signed())
 
     # What all of them need.
 
@@ -214,6 +227,10 @@ class Server:
         """The fields of a form, and its file with what it is called in messages."""
         if self.engine.facts is None or self.draining:
             raise Refused(503, "not ready; try again in a few seconds", code="not_ready")
+        if len(self.engine) >= self.limits.queue:
+            raise Refused(429, "too many requests wait; try again later", code="queue_full")
+        if re.search(r"charset\s*=(?!\s*\"?utf-?8\b)", request.headers.get("content-type", ""), re.I):
+            raise Refused(400, "a form is read in UTF-8 alone", code="form")
         try:
             async with request.form(max_files=2, max_fields=FIELDS, max_part_size=1 << 20) as form:
                 fields, file = _fields(form)

@@ -8,8 +8,8 @@ import logging
 import queue
 import threading
 import time
-from collections import deque
-from collections.abc import AsyncIterator
+from collections.abc import AsyncGenerator
+from contextlib import aclosing
 from dataclasses import dataclass, field
 from multiprocessing import get_context
 from multiprocessing.connection import Connection
@@ -19,8 +19,12 @@ from whisper_moe.serve.limits import Limits, Refused
 
 logger = logging.getLogger(__name__)
 
-CRASHES, WITHIN = 3, 60.0
-"""So many ends of the process within so many seconds are a loop: the server gives up."""
+CRASHES, LIVED = 3, 60.0
+"""So many ends of the process, each before it had lived for so many seconds, are a loop: the server gives up."""
+LOADING = 600.0
+"""Seconds in which a model must be loaded."""
+HELD = 1 << 30
+"""Bytes of sound that wait or are computed."""
 WATCH = 0.2
 """Seconds between two looks at whether the process is alive."""
 
@@ -51,6 +55,7 @@ def _work(pipe: Connection, model: dict[str, Any]) -> None:
 class _Pending:
     """A request that has no answer yet."""
 
+    size: int
     answers: asyncio.Queue[tuple[str, Any]] = field(default_factory=asyncio.Queue)
 
 
@@ -65,7 +70,7 @@ class Engine:
         self.restarts, self.broken = 0, asyncio.Event()
         """``broken``: the process ends again and again, or the model cannot be loaded."""
         self._ids, self._pending = itertools.count(1), dict[int, _Pending]()
-        self._crashes: deque[float] = deque(maxlen=CRASHES)
+        self._crashes, self._ready = 0, 0.0
         self._outgoing: queue.SimpleQueue[Any] = queue.SimpleQueue()
 
     def __len__(self) -> int:
@@ -89,16 +94,20 @@ class Engine:
         self._process.start()
         theirs.close()
         self.facts, self._alive, self._outgoing = None, time.monotonic(), queue.SimpleQueue()
-        for target, args in ((self._listen, (ours, self._process)), (self._send, (ours, self._outgoing))):
+        for target, args in (
+            (self._listen, (ours, self._process)),
+            (self._send, (ours, self._outgoing, self._process)),
+        ):
             threading.Thread(target=target, args=args, daemon=True).start()
 
     @staticmethod
-    def _send(pipe: Any, outgoing: queue.SimpleQueue[Any]) -> None:
+    def _send(pipe: Any, outgoing: queue.SimpleQueue[Any], process: Any) -> None:
         """In a thread, since a process that stands still does not empty its pipe."""
         while (message := outgoing.get()) is not None:
             try:
                 pipe.send(message)
-            except OSError:
+            except Exception:  # it has ended, or what it is sent cannot be: it would wait for ever
+                process.kill()
                 return
 
     def _listen(self, pipe: Any, process: Any) -> None:
@@ -116,7 +125,7 @@ class Engine:
         kind, *rest = message
         self._alive = time.monotonic()
         if kind == "ready":
-            (self.facts,) = rest
+            (self.facts,), self._ready = rest, self._alive
         elif kind == "failed":
             logger.error("the model cannot be loaded: %s", rest[0])
             self.broken.set()
@@ -124,34 +133,42 @@ class Engine:
             pending.answers.put_nowait((kind, rest[1]))
 
     async def _watch(self) -> None:
-        while True:
-            await asyncio.sleep(WATCH)
-            frozen = self.facts is not None and time.monotonic() - self._alive > self.limits.frozen
-            if self._process.is_alive() and not frozen:
-                continue
-            logger.error("the model's process %s; it is started again", "stands still" if frozen else "has ended")
-            self._process.kill()
-            self._outgoing.put(None)
-            for pending in self._pending.values():
-                pending.answers.put_nowait(("lost", None))
-            self._crashes.append(time.monotonic())
-            self.facts = None
-            if len(self._crashes) == CRASHES and self._crashes[-1] - self._crashes[0] < WITHIN:
-                self.broken.set()
-            if self.broken.is_set():
-                return
+        try:
+            while not self.broken.is_set():
+                await asyncio.sleep(WATCH)
+                still = time.monotonic() - self._alive > (LOADING if self.facts is None else self.limits.frozen)
+                if still or not self._process.is_alive():
+                    self._replace("stands still" if still else "has ended")
+        except Exception:
+            logger.exception("no process can be started")
+            self.broken.set()
+
+    def _replace(self, why: str) -> None:
+        """Another process; the requests of the old one are lost."""
+        logger.error("the model's process %s; it is started again", why)
+        self._process.kill()
+        self._outgoing.put(None)
+        for pending in self._pending.values():
+            pending.answers.put_nowait(("lost", None))
+        lived = self.facts is not None and time.monotonic() - self._ready > LIVED
+        self._crashes, self.facts = 1 if lived else self._crashes + 1, None
+        if self._crashes >= CRASHES:
+            self.broken.set()
+        else:
             self.restarts += 1
             self._spawn()
 
     async def stream(
         self, task: str, given: Any, /, *, expires: float, parts: bool = True, **options: Any
-    ) -> AsyncIterator[Any]:
+    ) -> AsyncGenerator[Any]:
         """Parts of the answer as they come, the whole one last. Raises ``Refused``; whoever stops listening cancels."""
         if self.facts is None:
             raise Refused(503, "the model is being loaded; try again in a few seconds", code="not_ready")
         if len(self) >= self.limits.queue:
             raise Refused(429, "too many requests wait; try again later", code="queue_full")
-        id, pending, done = next(self._ids), _Pending(), False
+        id, pending, done = next(self._ids), _Pending(getattr(given, "nbytes", 0)), False
+        if pending.size + sum(each.size for each in self._pending.values()) > HELD and self._pending:
+            raise Refused(429, "too much sound waits; try again later", code="queue_full")
         self._pending[id] = pending
         self._outgoing.put(("ask", Ask(id, task, given, options, expires, parts)))
         try:
@@ -175,6 +192,5 @@ class Engine:
 
     async def ask(self, task: str, given: Any, /, *, expires: float, **options: Any) -> Any:
         """The answer. Raises ``Refused``."""
-        async for answer in self.stream(task, given, expires=expires, parts=False, **options):
-            return answer
-        raise AssertionError("a stream ends with an answer or an error")
+        async with aclosing(self.stream(task, given, expires=expires, parts=False, **options)) as answers:
+            return await anext(answers)

@@ -17,8 +17,8 @@ class Limits:
     """Of one picture."""
     frames: int = 900
     """Of a film."""
-    text: int = 100_000
-    """Characters."""
+    text: int = 4_096
+    """Characters; nothing else is read aloud or translated meanwhile."""
     deadline: float = 60.0
     """Seconds from the request to its answer; one that is still in the queue then is never computed."""
     queue: int = 256
@@ -27,7 +27,7 @@ class Limits:
     """Seconds of CPU for reading one file."""
     memory: int = 2 << 30
     """Bytes that a process which reads files may address."""
-    frozen: float = 30.0
+    frozen: float = 60.0
     """Seconds without a sign of life after which what computes is started again."""
 
 

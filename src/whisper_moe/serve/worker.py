@@ -31,6 +31,7 @@ IDLE = 0.5
 def work(pipe: Connection, model: dict[str, Any]) -> None:
     """What the process does. ``model``: as :meth:`WhisperMoE.from_pretrained` takes it."""
     begin()
+    logging.getLogger("whisper_moe.generate").setLevel(logging.ERROR)  # its warnings quote what clients sent
     try:
         worker = Worker(pipe, WhisperMoE.from_pretrained(**model))
     except ValueError as error:
@@ -69,16 +70,30 @@ class Worker:
         while True:
             while self._pipe.poll(0 if self._heard or self._waiting else IDLE):
                 self._take(*self._pipe.recv())
-            if time.monotonic() - self._beaten > BEAT:
-                self._beaten = time.monotonic()
-                self._pipe.send(("alive", len(self._heard) + len(self._waiting)))
+            self._beat()
             if self._heard:
-                for recording in self._schedule.tick():
-                    ask, _ = self._heard.pop(recording)
-                    self._answer(ask, recording.error or recording.result())
-                self._send_parts()
+                self._tick()
             if self._waiting:
                 self._compute(self._waiting.popleft())
+
+    def _beat(self) -> None:
+        """A sign of life."""
+        if time.monotonic() - self._beaten > BEAT:
+            self._beaten = time.monotonic()
+            self._pipe.send(("alive", len(self._heard) + len(self._waiting)))
+
+    def _tick(self) -> None:
+        try:
+            complete = self._schedule.tick()
+        except Exception as error:  # whose fault it was cannot be told
+            for ask, _ in self._heard.values():
+                self._answer(ask, error)
+            self._heard, self._schedule = {}, self._model.schedule()
+            return
+        for recording in complete:
+            ask, _ = self._heard.pop(recording)
+            self._answer(ask, recording.error or recording.result())
+        self._send_parts()
 
     def _take(self, kind: str, what: Any) -> None:
         if kind == "cancel":
@@ -130,7 +145,7 @@ class Worker:
     # What is computed one at a time.
 
     def _speak(self, text: str, **options: Any) -> tuple[np.ndarray, dict[str, Any]]:
-        speech = self._model.speak(text, **options)
+        speech = self._model.speak(text, progress=lambda seconds: self._beat(), **options)
         return speech.samples, speech.facts()
 
     def _translate(self, text: str, **options: Any) -> dict[str, Any]:
