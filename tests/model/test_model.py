@@ -20,9 +20,9 @@ from tests.model.tiny import (
     tiny_model,
 )
 from whisper_moe.config import MoEConfig
+from whisper_moe.model.block import DecoderState, Encoded
 from whisper_moe.model.model import Encoder, WhisperMoEModel
 from whisper_moe.model.router import Routing, pool_segments
-from whisper_moe.model.state import DecoderState, Encoded
 from whisper_moe.packing import Layout
 
 FRAMES = (40, 9, 31)

@@ -16,9 +16,9 @@ from transformers import WhisperForConditionalGeneration
 from whisper_moe.config import POSITIONS_PER_SECOND, SAMPLE_RATE
 from whisper_moe.media.audio import load_audio
 from whisper_moe.media.mel import log_mel
+from whisper_moe.model.block import Encoded
 from whisper_moe.model.inference import prepare_for_inference
 from whisper_moe.model.model import WhisperMoEModel
-from whisper_moe.model.state import Encoded
 from whisper_moe.packing import Layout
 from whisper_moe.weights.load import Loaded, load_model
 from whisper_moe.weights.parts import empty_model

@@ -20,12 +20,11 @@ from whisper_moe.config import SAMPLE_RATE
 from whisper_moe.generate.align import WordTiming, align, token_probabilities
 from whisper_moe.generate.hearing import Hearing
 from whisper_moe.generate.options import TranscribeOptions
-from whisper_moe.generate.search import Hypothesis, Lane, Rules, Search, Step, Timestamps
+from whisper_moe.generate.search import MAX_INITIAL_TIMESTAMP, Hypothesis, Lane, Rules, Search, Step, Timestamps
 from whisper_moe.machine import SPARE, fitting_threads, give_back_memory
 from whisper_moe.media.tokenizer import Tokenizer
-from whisper_moe.model.block import Carry
+from whisper_moe.model.block import Carry, DecoderState, Encoded
 from whisper_moe.model.router import Routing
-from whisper_moe.model.state import DecoderState, Encoded
 from whisper_moe.packing import Layout
 
 TOKENS_PER_SECOND = 40
@@ -105,8 +104,7 @@ class Opened:
         """All results, without company."""
         lane = Lane(self.step, self.end_of_text)
         self.enter(lane)
-        while len(lane):
-            lane.advance()
+        lane.run()
         return self.close(range(len(self.searches)))
 
 
@@ -257,7 +255,7 @@ class WindowDecoder(Hearing):
         first = self.generation.get("begin_suppress_tokens") or (*tokenizer.encode(" "), tokenizer.eot)
         times = None
         if options.timestamps:
-            most = self.generation.get("max_initial_timestamp_index", 50)
+            most = self.generation.get("max_initial_timestamp_index", MAX_INITIAL_TIMESTAMP)
             times = Timestamps(tokenizer.timestamp_begin, tokenizer.timestamp_end, tokenizer.eot, most)
         return Rules(tuple(sorted(never)), tuple(id for id in first if id < end), times)
 

@@ -15,10 +15,9 @@ from whisper_moe.config import FULL_WINDOW, POSITIONS_PER_SECOND, SAMPLE_RATE, S
 from whisper_moe.generate.options import TranscribeOptions
 from whisper_moe.media.mel import window_mel
 from whisper_moe.media.tokenizer import Tokenizer
-from whisper_moe.model.block import Carry
+from whisper_moe.model.block import Carry, Encoded
 from whisper_moe.model.model import ROUTED_SECONDS, WhisperMoEModel
 from whisper_moe.model.router import NONE, Routing
-from whisper_moe.model.state import Encoded
 from whisper_moe.packing import Layout, first_fit_decreasing
 from whisper_moe.weights.tokens import EXPERT_LANGUAGES
 

@@ -19,9 +19,8 @@ from whisper_moe.generate.align import WordTiming
 from whisper_moe.generate.decode import NOTHING, DecodingResult, Opened, WindowDecoder, told, unheard
 from whisper_moe.generate.options import TranscribeOptions
 from whisper_moe.media.tokenizer import Tokenizer
-from whisper_moe.model.block import Carry
+from whisper_moe.model.block import Carry, DecoderState, Encoded
 from whisper_moe.model.router import NONE, Routing
-from whisper_moe.model.state import DecoderState, Encoded
 from whisper_moe.weights.tokens import UNTIMED_EXPERTS
 
 _SENTENCE_ENDS = (*".?!।॥؟。？！", "\u06d4")  # the last is Urdu's full stop

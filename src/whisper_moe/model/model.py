@@ -17,13 +17,12 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from whisper_moe.config import POSITIONS_PER_SECOND, ModelConfig
-from whisper_moe.model.block import Block, Carry, listed
+from whisper_moe.model.block import Block, Carry, DecoderState, Encoded, listed
 from whisper_moe.model.delta import add_differences, assigned
 from whisper_moe.model.layers import AudioStem, TextHead, sinusoids
 from whisper_moe.model.router import NONE, Router, Routing, pool_segments
 from whisper_moe.model.senses import Embedded, Senses, is_sensed
 from whisper_moe.model.speech import SpeechModel
-from whisper_moe.model.state import DecoderState, Encoded
 from whisper_moe.packing import Layout
 
 _FIRST_CAPACITY = 64

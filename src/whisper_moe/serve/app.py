@@ -20,7 +20,7 @@ from pydantic import ValidationError
 from starlette.datastructures import FormData, UploadFile
 from starlette.exceptions import HTTPException
 
-from whisper_moe.frozen import problems
+from whisper_moe.config import problems
 from whisper_moe.generate.result import Transcription
 from whisper_moe.media.audio import write_audio
 from whisper_moe.serve.answers import (

@@ -16,8 +16,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, ValidationInfo
 from torch import Tensor
 
-from whisper_moe.config import ModelConfig
-from whisper_moe.frozen import problems
+from whisper_moe.config import ModelConfig, problems
 from whisper_moe.media.tokenizer import Tokenizer, read_backend
 from whisper_moe.weights.files import CheckpointError, read_bytes, regular_size
 from whisper_moe.weights.parts import NEW_TOKENS
