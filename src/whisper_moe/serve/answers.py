@@ -30,7 +30,6 @@ SOUND = {
     "wav": "audio/wav",
     "pcm": "audio/L16; rate=16000",
 }
-EXTENSIONS = {"mp3": ".mp3", "opus": ".opus", "aac": ".m4a", "flac": ".flac", "wav": ".wav"}
 
 
 class Asked(Frozen):

@@ -7,7 +7,7 @@ import io
 import logging
 import time
 import uuid
-from collections.abc import AsyncIterator, Awaitable, Iterable
+from collections.abc import AsyncIterator, Iterable
 from contextlib import asynccontextmanager
 from typing import Any, TypeVar
 
@@ -24,7 +24,6 @@ from whisper_moe.config import problems
 from whisper_moe.generate.result import Transcription
 from whisper_moe.media.audio import write_audio
 from whisper_moe.serve.answers import (
-    EXTENSIONS,
     MEDIA_TYPES,
     SOUND,
     Asked,
@@ -37,13 +36,11 @@ from whisper_moe.serve.answers import (
     usage_of,
 )
 from whisper_moe.serve.engine import Engine
-from whisper_moe.serve.guard import Guard
-from whisper_moe.serve.limits import Refused
+from whisper_moe.serve.guard import Guard, Refused
+from whisper_moe.serve.live import Session
 from whisper_moe.serve.media import Readers, film_of, sound_of
-from whisper_moe.serve.realtime import Session
 
 logger = logging.getLogger(__name__)
-T = TypeVar("T")
 A = TypeVar("A", bound=Asked)
 
 MODEL = "whisper-moe"
@@ -154,9 +151,7 @@ class Server:
             parts = self.engine.stream("transcribe", samples, expires=expires, **options)
             first = await anext(parts)  # an error before anything was said has a status of its own
             return StreamingResponse(_events(first, parts), media_type="text/event-stream")
-        result: Transcription = await self._unless_gone(
-            request, self.engine.ask("transcribe", samples, expires=expires, **options)
-        )
+        result: Transcription = await self._ask(request, "transcribe", samples, expires=expires, **options)
         object.__setattr__(result, "notes", (*result.notes, *notes))
         return Response(transcript(result, asked), media_type=MEDIA_TYPES[asked.response_format])
 
@@ -172,9 +167,7 @@ class Server:
         self._short(asked.input)
         voice = asked.voice.get("id") if isinstance(asked.voice, dict) else asked.voice
         how = {"voice": None if voice in VOICES else voice, "language": asked.language, "rate": asked.speed}
-        samples, facts = await self._unless_gone(
-            request, self.engine.ask("speak", asked.input, expires=self._expires(), **how)
-        )
+        samples, facts = await self._ask(request, "speak", asked.input, **how)
         content = await asyncio.to_thread(_written, samples, asked.response_format)
         facts = {"x-voice": facts["voice"], "x-language": facts["language"]}
         return Response(content, media_type=SOUND[asked.response_format], headers=facts)
@@ -186,9 +179,7 @@ class Server:
         self._forced(asked.model)
         self._short(asked.input)
         how = {"source": asked.source, "target": asked.target}
-        return await self._unless_gone(
-            request, self.engine.ask("translate", asked.input, expires=self._expires(), **how)
-        )
+        return await self._ask(request, "translate", asked.input, **how)
 
     async def sign(self, request: Request) -> dict[str, Any]:
         """What is signed in a film."""
@@ -199,7 +190,7 @@ class Server:
             raise Refused(400, "this model sees no films", code="no_film")
         tubelets = await self.readers.read(film_of, content, name, film)
         how = {"name": name, "language": asked.language}
-        return await self._unless_gone(request, self.engine.ask("sign", tubelets, expires=expires, **how))
+        return await self._ask(request, "sign", tubelets, expires=expires, **how)
 
     # What all of them need.
 
@@ -224,8 +215,9 @@ class Server:
         except ValidationError as error:
             raise Refused(400, problems(error), str(error.errors()[0]["loc"][0]), "invalid_value") from None
 
-    async def _unless_gone(self, request: Request, answer: Awaitable[T]) -> T:
-        """The answer; where the client hangs up before it, it is cancelled."""
+    async def _ask(self, request: Request, task: str, given: Any, /, *, expires: float = 0.0, **how: Any) -> Any:
+        """The model's answer; where the client hangs up before it, it is cancelled."""
+        answer = self.engine.ask(task, given, expires=expires or self._expires(), **how)
 
         async def gone() -> None:
             while not await request.is_disconnected():
@@ -305,5 +297,5 @@ def _written(samples: np.ndarray, kind: str) -> bytes:
     if kind == "pcm":
         return (samples.clip(-1, 1) * 32_767).astype("<i2").tobytes()
     content = io.BytesIO()
-    write_audio(content, samples, EXTENSIONS[kind])
+    write_audio(content, samples, ".m4a" if kind == "aac" else f".{kind}")
     return content.getvalue()

@@ -15,7 +15,7 @@ from multiprocessing import get_context
 from multiprocessing.connection import Connection
 from typing import Any
 
-from whisper_moe.serve.limits import Limits, Refused
+from whisper_moe.serve.guard import Limits, Refused
 
 logger = logging.getLogger(__name__)
 
@@ -47,13 +47,6 @@ def _work(pipe: Connection, model: dict[str, Any]) -> None:
     work(pipe, model)
 
 
-@dataclass(eq=False)
-class _Pending:
-    """A request that has no answer yet."""
-
-    answers: asyncio.Queue[tuple[str, Any]] = field(default_factory=asyncio.Queue)
-
-
 class Engine:
     """Asks the model, in a process of its own."""
 
@@ -64,7 +57,7 @@ class Engine:
         """Of the model that is loaded; None while there is none."""
         self.restarts, self.broken = 0, asyncio.Event()
         """``broken``: the process ends again and again, or the model cannot be loaded."""
-        self._ids, self._pending = itertools.count(1), dict[int, _Pending]()
+        self._ids, self._pending = itertools.count(1), dict[int, asyncio.Queue[tuple[str, Any]]]()
         self._crashes: deque[float] = deque(maxlen=CRASHES)
         self._outgoing: queue.SimpleQueue[Any] = queue.SimpleQueue()
 
@@ -120,7 +113,7 @@ class Engine:
             logger.error("the model cannot be loaded: %s", rest[0])
             self.broken.set()
         elif kind in ("part", "done", "error") and (pending := self._pending.get(rest[0])):
-            pending.answers.put_nowait((kind, rest[1]))
+            pending.put_nowait((kind, rest[1]))
 
     async def _watch(self) -> None:
         while True:
@@ -132,7 +125,7 @@ class Engine:
             self._process.kill()
             self._outgoing.put(None)
             for pending in self._pending.values():
-                pending.answers.put_nowait(("lost", None))
+                pending.put_nowait(("lost", None))
             self._crashes.append(time.monotonic())
             self.facts = None
             if len(self._crashes) == CRASHES and self._crashes[-1] - self._crashes[0] < WITHIN:
@@ -150,13 +143,13 @@ class Engine:
             raise Refused(503, "the model is being loaded; try again in a few seconds", code="not_ready")
         if len(self) >= self.limits.queue:
             raise Refused(429, "too many requests wait; try again later", code="queue_full")
-        id, pending, done = next(self._ids), _Pending(), False
+        id, pending, done = next(self._ids), asyncio.Queue[tuple[str, Any]](), False
         self._pending[id] = pending
         self._outgoing.put(("ask", Ask(id, task, given, options, expires, parts)))
         try:
             while not done:
                 async with asyncio.timeout(expires - time.monotonic()):
-                    kind, answer = await pending.answers.get()
+                    kind, answer = await pending.get()
                 if kind == "error":
                     raise Refused(400, answer)
                 if kind == "lost":

@@ -1,4 +1,5 @@
-"""What stands before every route: who asks, and how much they send. Plain ASGI: it sees a body before anything reads it."""
+"""What a request may cost, and what it is told when it would cost more; and what stands before every route: who asks, and how
+much they send. Plain ASGI: it sees a body before anything reads it. No torch, no web framework."""
 
 from __future__ import annotations
 
@@ -7,10 +8,9 @@ import hmac
 import json
 import time
 from collections.abc import Awaitable, Callable, Iterable, MutableMapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeAlias
-
-from whisper_moe.serve.limits import Limits, Refused
 
 Scope: TypeAlias = MutableMapping[str, Any]
 Receive: TypeAlias = Callable[[], Awaitable[MutableMapping[str, Any]]]
@@ -29,6 +29,46 @@ OPEN = frozenset({"/healthz", "/readyz"})
 """Paths that need no key: what runs the server asks them."""
 
 
+@dataclass(frozen=True)
+class Limits:
+    """Each is applied as early as it can be known, and while it is counted, not by what a header states."""
+
+    body: int = 25_000_000
+    """Bytes of a request."""
+    seconds: float = 600.0
+    """Of sound, or of a film."""
+    pixels: int = 1920 * 1080
+    """Of one picture."""
+    frames: int = 900
+    """Of a film."""
+    text: int = 100_000
+    """Characters."""
+    deadline: float = 60.0
+    """Seconds from the request to its answer; one that is still in the queue then is never computed."""
+    queue: int = 256
+    """Requests that wait or are computed; the next is told to come again."""
+    decoding: float = 30.0
+    """Seconds of CPU for reading one file."""
+    memory: int = 2 << 30
+    """Bytes that a process which reads files may address."""
+    frozen: float = 30.0
+    """Seconds without a sign of life after which what computes is started again."""
+
+
+class Refused(Exception):
+    """An answer that is an error: an HTTP status, a sentence, and OpenAI's words for what and where."""
+
+    def __init__(self, status: int, message: str, param: str | None = None, code: str | None = None) -> None:
+        super().__init__(status, message, param, code)
+        self.status, self.message, self.param, self.code = status, message, param, code
+
+    @property
+    def body(self) -> dict[str, dict[str, str | None]]:
+        """As OpenAI's clients read it."""
+        kind = "server_error" if self.status >= 500 else "invalid_request_error"
+        return {"error": {"message": self.message, "type": kind, "param": self.param, "code": self.code}}
+
+
 def headers_of(scope: Scope) -> dict[str, str]:
     return {name.decode("latin-1"): value.decode("latin-1") for name, value in scope["headers"]}
 
@@ -40,9 +80,7 @@ def hashed(key: str) -> bytes:
 class Guard:
     """Authentication before the body is read, then its size, counted as it comes."""
 
-    def __init__(
-        self, app: App, keys: Iterable[str], limits: Limits, told: Callable[[str, int, float], None] = lambda *_: None
-    ) -> None:
+    def __init__(self, app: App, keys: Iterable[str], limits: Limits, told: Callable[[str, int, float], None]) -> None:
         """``keys``: any of them opens; without any, everybody may ask. ``told``: of each answer its route, status, seconds."""
         self._app, self._keys, self._limits, self._told = app, [hashed(key) for key in keys], limits, told
 

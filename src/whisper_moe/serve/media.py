@@ -19,7 +19,7 @@ from whisper_moe.config import SAMPLE_RATE
 from whisper_moe.config_aside import FilmConfig
 from whisper_moe.media import video
 from whisper_moe.media.audio import MediaError, stream_audio
-from whisper_moe.serve.limits import Limits, Refused
+from whisper_moe.serve.guard import Limits, Refused
 
 try:
     import resource
@@ -28,7 +28,8 @@ except ImportError:  # Windows has no such limits
 
 
 def end_with_parent() -> None:
-    """A process whose parent was killed ends within a second, whatever it is doing."""
+    """A process whose parent was killed ends within a second, whatever it is doing; an interrupt is for the parent to answer."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
     parent = os.getppid()
 
     def watch() -> None:
@@ -37,11 +38,6 @@ def end_with_parent() -> None:
         os._exit(1)
 
     threading.Thread(target=watch, daemon=True).start()
-
-
-def _begin() -> None:
-    end_with_parent()
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent says when it ends
 
 
 def _limited(limits: Limits) -> None:
@@ -91,7 +87,7 @@ class Readers:
         self._pool = self._fresh()
 
     def _fresh(self) -> ProcessPoolExecutor:
-        return ProcessPoolExecutor(self._processes, get_context("spawn"), initializer=_begin)
+        return ProcessPoolExecutor(self._processes, get_context("spawn"), initializer=end_with_parent)
 
     async def read(self, function: Any, *given: Any) -> Any:
         """What :func:`sound_of` or :func:`film_of` makes of it. Raises ``Refused``."""

@@ -6,7 +6,6 @@ asked for has its turn, one request at a time.
 
 from __future__ import annotations
 
-import signal
 import time
 from collections import deque
 from multiprocessing.connection import Connection
@@ -29,7 +28,6 @@ IDLE = 0.5
 def work(pipe: Connection, model: dict[str, Any]) -> None:
     """What the process does. ``model``: as :meth:`WhisperMoE.from_pretrained` takes it."""
     end_with_parent()
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent says when it ends
     try:
         worker = Worker(pipe, WhisperMoE.from_pretrained(**model))
     except ValueError as error:
