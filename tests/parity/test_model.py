@@ -160,7 +160,7 @@ def test_alignment_is_transformers_cross_attention(
     heads = [(layer, head) for layer in (0, 3, 5) for head in (1, 7)]
     layout = Layout([len(noise.text)])
     encoded = Encoded(noise.states, Layout([len(noise.states)]), None)
-    found = ours.decoder.alignment(noise.text, layout, encoded, heads)[0].softmax(-1)
+    found = ours.decoder(noise.text, layout, encoded, heads).attention[0].softmax(-1)
     hub.set_attn_implementation("eager")  # the only one that gives its weights out
     output = hub(encoder_outputs=(noise.states[None],), decoder_input_ids=noise.text[None], output_attentions=True)
     expected = torch.stack([output.cross_attentions[layer][0, head] for layer, head in heads])

@@ -314,13 +314,13 @@ class WindowDecoder(Hearing):
         ]
         layout = Layout(map(len, inputs))
         flat = torch.tensor([token for tokens in inputs for token in tokens], device=self.like.device)
-        attention = self.model.decoder.alignment(flat, layout, encoded, self._alignment_heads)
-        states_TD = self.model.decoder(flat, layout, encoded).states_TD
-        logits_TV = self.model.decoder.logits(states_TD, encoded.routing, layout)
+        decoded = self.model.decoder(flat, layout, encoded, self._alignment_heads)
+        logits_TV = self.model.decoder.logits(decoded.states_TD, encoded.routing, layout)
         logits_TV = logits_TV[:, : self.model.config.source_vocab_size]
         timings = []
         for index, (rows, text, language) in enumerate(zip(layout.slices(), texts, languages, strict=True)):
-            heard = attention[index][..., : self.positions(samples[index], 0)]  # no word lies in the silence behind
+            sound = self.positions(samples[index], 0)  # no word lies in the silence behind
+            heard = decoded.attention[index][..., :sound]
             probabilities = token_probabilities(logits_TV[rows], text, tokenizer)
             written = "en" if options.task == "translate" else language
             timings.append(tuple(align(heard, probabilities, text, tokenizer, language=written)))

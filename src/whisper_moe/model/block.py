@@ -289,11 +289,13 @@ class Block(nn.Module):
         ttt = self.ttt.initial_state(state.cache.keys.shape[0]) if isinstance(self.ttt, TTTMLP) else None
         return BlockState(replace(state.cache, length=0), state.cross, ttt)
 
-    def cross_logits(self, x_TD: Tensor, layout: Layout, cache: CrossAttentionCache, heads: list[int]) -> list[Tensor]:
+    def cross_logits(
+        self, x_TD: Tensor, layout: Layout, source: tuple[Tensor, Layout], heads: list[int]
+    ) -> list[Tensor]:
         """Cross-attention logits of some heads on what enters this block, one [heads, tokens, positions] a segment."""
         assert self.cross_attn is not None and self.cross_norm is not None
         x_TD = x_TD + self.attn(self.attn_norm(x_TD), layout)
-        return self.cross_attn.logits(self.cross_norm(x_TD), layout, cache, heads)
+        return self.cross_attn.logits(self.cross_norm(x_TD), layout, self.cross_attn.cache(*source), heads)
 
     def _learn(self, x_TD: Tensor, layout: Layout, routing: Routing | None, carry: Carry | None) -> Tensor:
         if isinstance(self.ttt, ExpertTTT):
