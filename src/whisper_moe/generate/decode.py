@@ -42,7 +42,7 @@ class DecodingResult:
     """None where the language was given."""
     no_speech_prob: float
     temperature: float
-    experts: tuple[tuple[str, float], ...]
+    experts: tuple[tuple[str, float], ...] = ()
     timings: tuple[WordTiming, ...] | None = None
     carried: Carry | None = None
     """The fast weights after this window, where they are carried through the recording."""
@@ -199,10 +199,8 @@ class WindowDecoder(Hearing):
             logits, state = self.step(torch.tensor(prefixes).repeat_interleave(choice.beams, 0), state)
         room, rules = self.model.config.max_target_positions - len(opening) - len(prefixes[0]), self._rules(options)
         drafts = [
-            DecodingResult(NOTHING, language, probability, silence, temperature, experts)
-            for (language, probability), silence, experts in zip(
-                languages, no_speech, self.experts(encoded.routing, segments), strict=True
-            )
+            DecodingResult(NOTHING, language, probability, silence, temperature)
+            for (language, probability), silence in zip(languages, no_speech, strict=True)
         ]
         return Opened(
             self.step,
@@ -283,10 +281,12 @@ class WindowDecoder(Hearing):
         return list(ids), logits_SV[:, list(ids.values())].softmax(-1)
 
     def with_choices(self, found: Sequence[DecodingResult], routing: Routing | None) -> list[DecodingResult]:
-        """The results, each with its row of ``routing``; of a fitted router, also how probable it found every choice."""
+        """The results, each with its row of ``routing`` and its experts; of a fitted router, also how probable it found every
+        choice."""
         if routing is None:
             return list(found)
-        found = [replace(result, routing=row) for result, row in zip(found, routing.each(), strict=True)]
+        rows = zip(found, routing.each(), self.experts(routing), strict=True)
+        found = [replace(result, routing=row, experts=experts) for result, row, experts in rows]
         moe = self.model.config.moe
         if moe is None or not moe.fitted_router or routing.logits is None:
             return found
