@@ -9,8 +9,7 @@ from typing import Any
 import pytest
 from pydantic import BaseModel, ValidationError
 
-from whisper_moe.config import PRESETS, ModelConfig, MoEConfig, TTTConfig
-from whisper_moe.frozen import problems
+from whisper_moe.config import PRESETS, ModelConfig, MoEConfig, TTTConfig, problems
 from whisper_moe.weights.parts import expected_shapes
 
 

@@ -12,7 +12,6 @@ import pytest
 
 PACKAGE = Path(__file__).parent.parent / "src" / "whisper_moe"
 ORDER = (
-    {"frozen"},
     {"config_aside"},
     {"config", "machine"},
     {"media"},
@@ -26,6 +25,7 @@ ORDER = (
     {"merge"},
     {"api"},
     {"jobs"},
+    {"serve"},
     {"texts"},
     {"commands"},
     {"cli"},

@@ -35,12 +35,11 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 from torch import Tensor, nn
 
-from whisper_moe.config import FULL_WINDOW, SAMPLE_RATE, ModelConfig
+from whisper_moe.config import FULL_WINDOW, SAMPLE_RATE, ModelConfig, Strict
 from whisper_moe.data.examples import ExampleConfig, ExampleReader, Pack
 from whisper_moe.data.loader import NAMED, PackedLoader
 from whisper_moe.data.sample import Sample, Skipped, TooLong, items, left_out
 from whisper_moe.data.sampler import MixingConfig
-from whisper_moe.frozen import Strict
 from whisper_moe.generate.decode import WindowDecoder
 from whisper_moe.generate.options import TranscribeOptions
 from whisper_moe.media.audio import MediaError

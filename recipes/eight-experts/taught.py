@@ -16,9 +16,9 @@ import torch
 from pydantic import Field
 from torch import Tensor, nn
 
+from whisper_moe.config import Strict
 from whisper_moe.data.examples import IGNORED, Pack
 from whisper_moe.data.loader import PackedLoader
-from whisper_moe.frozen import Strict
 from whisper_moe.model.model import Output, WhisperMoEModel
 from whisper_moe.model.senses import is_sensed
 from whisper_moe.train.build import Task

@@ -24,8 +24,7 @@ import torch.nn.functional as F
 from pydantic import Field, field_validator
 from torch import Tensor, nn
 
-from whisper_moe.config import ModelConfig
-from whisper_moe.frozen import Frozen
+from whisper_moe.config import Frozen, ModelConfig
 from whisper_moe.jobs import sentence
 from whisper_moe.model.block import Block
 from whisper_moe.packing import Layout

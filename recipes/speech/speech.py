@@ -27,12 +27,11 @@ import torch.nn.functional as F
 from pydantic import Field
 from torch import Tensor, nn
 
-from whisper_moe.config import SAMPLE_RATE, ModelConfig
+from whisper_moe.config import SAMPLE_RATE, ModelConfig, Strict
 from whisper_moe.config_aside import SpeechConfig
 from whisper_moe.data.examples import Example, ExampleConfig, ExampleReader, Pack
 from whisper_moe.data.loader import PackedLoader
 from whisper_moe.data.sample import DataError, Sample
-from whisper_moe.frozen import Strict
 from whisper_moe.media.mel import window_mel
 from whisper_moe.media.spoken import letters_of, number
 from whisper_moe.media.tokenizer import Tokenizer

@@ -23,11 +23,10 @@ from pydantic import Field
 from torch import Tensor, nn
 from torch.func import functional_call
 
-from whisper_moe.config import ModelConfig
+from whisper_moe.config import ModelConfig, Strict
 from whisper_moe.data.examples import Example, ExampleConfig, ExampleReader, Pack
 from whisper_moe.data.loader import PackedLoader
 from whisper_moe.data.sample import DataError, Sample, share_of
-from whisper_moe.frozen import Strict
 from whisper_moe.media.mel import HOP, mel_power, window_mel
 from whisper_moe.media.tokenizer import Tokenizer
 from whisper_moe.model.model import WhisperMoEModel

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from whisper_moe.config_aside import TEXT, SensesConfig
-from whisper_moe.media.pieces import Pieces
+from whisper_moe.media.tokenizer import Pieces
 from whisper_moe.weights.checkpoint import save_checkpoint
 from whisper_moe.weights.load import load_model
 from whisper_moe.weights.parts import EMBEDDING, NEW_TOKENS

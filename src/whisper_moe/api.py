@@ -8,29 +8,27 @@ from contextlib import nullcontext
 from dataclasses import replace
 from functools import cached_property, lru_cache, partial
 from pathlib import Path
-from typing import Any, BinaryIO, Self, TypeAlias, overload
+from typing import Any, Self, TypeAlias, overload
 
 import numpy as np
 import torch
 from pydantic import ValidationError
 from torch import Tensor
 
-from whisper_moe.config import FULL_WINDOW, SAMPLE_RATE, ModelConfig
+from whisper_moe.config import FULL_WINDOW, SAMPLE_RATE, ModelConfig, problems
 from whisper_moe.config_aside import ASIDE
-from whisper_moe.frozen import problems
-from whisper_moe.generate.decode import WindowDecoder
+from whisper_moe.generate.decode import WindowDecoder, prompt_ids
 from whisper_moe.generate.longform import Recording
-from whisper_moe.generate.mixed import Abilities, Answer, Request, answer
+from whisper_moe.generate.mixed import Answer, Request, answer
 from whisper_moe.generate.mixture import Mixture
 from whisper_moe.generate.options import TranscribeOptions
 from whisper_moe.generate.result import Outcome, Transcription, by_index
 from whisper_moe.generate.schedule import Schedule
-from whisper_moe.generate.senses import SensesDecoder
-from whisper_moe.generate.sign import Film, Signed, Signer, name_of
+from whisper_moe.generate.senses import Film, SensesDecoder, Signed, Signer, Translation, Translator
 from whisper_moe.generate.speech import Speaker, Speech
-from whisper_moe.generate.translate import Translation, Translator
 from whisper_moe.machine import check_arithmetic, pick_device, take_threads, weights_apart
 from whisper_moe.media.audio import MediaError, stream_audio
+from whisper_moe.media.containers import File, name_of
 from whisper_moe.media.languages import language_code
 from whisper_moe.media.tokenizer import Tokenizer
 from whisper_moe.media.windows import cut_clips, drop_silence, is_silent, speech_spans, speech_spans_silero
@@ -51,7 +49,7 @@ from whisper_moe.weights.load import load_model
 from whisper_moe.weights.parts import empty_model
 from whisper_moe.weights.tokens import stated_language
 
-Audio: TypeAlias = "str | os.PathLike[str] | BinaryIO | np.ndarray"
+Audio: TypeAlias = "File | np.ndarray"
 """A path, an open binary file, or float32 samples at 16 kHz, mono."""
 
 _DETECTORS = {"energy": speech_spans, "silero": speech_spans_silero}
@@ -118,9 +116,7 @@ class WhisperMoE:
             raise ValueError(f"for_inference=False loads float32 weights; dtype {dtype!r} would round them")
         dtype = _pick_dtype(dtype, device) if for_inference else "float32"
         for_cpu = for_inference and device == "cpu" and dtype in ("float32", "int8")
-
-        def network(loaded: Loaded) -> WhisperMoEModel:
-            return _network(loaded, device, dtype, for_inference=for_inference, for_cpu=for_cpu)
+        network = partial(_network, device=device, dtype=dtype, for_inference=for_inference, for_cpu=for_cpu)
 
         @lru_cache(maxsize=2 if lazy else None)
         def expert(folder: Path) -> WindowDecoder:
@@ -303,7 +299,7 @@ class WhisperMoE:
 
         A request that cannot be answered has its error, a ``ValueError``, for an answer, and costs no other one.
         """
-        return answer(Abilities(self._decoder, self.transcribe_each, self.speak, lambda: self.senses), requests)
+        return answer(requests, self._decoder, self.transcribe_each, self.speak, lambda: self.senses)
 
     @cached_property
     def senses(self) -> SensesDecoder:
@@ -328,6 +324,8 @@ class WhisperMoE:
         allowed = tuple(map(self.tokenizer.language_code, asked.allowed_languages))
         for known in filter(None, (code, *allowed)):
             self.tokenizer.sot_sequence(known, asked.task)
+        for text in (asked.initial_prompt, asked.hotwords):
+            prompt_ids(text, self.tokenizer)  # says now what cannot be encoded
         if asked.vad == "silero":
             speech_spans_silero(np.zeros(SAMPLE_RATE, np.float32))  # says now, not at the first file, if it is missing
         beyond = [token for token in asked.suppress_tokens or () if token >= self.config.vocab_size]
@@ -338,13 +336,12 @@ class WhisperMoE:
         return replace(asked, language=code, allowed_languages=allowed, context_margin=margin)
 
     def _recording(self, source: Audio, options: TranscribeOptions, index: int = 0) -> Recording:
-        name = _name_of(source)
+        name = "samples" if isinstance(source, np.ndarray) else name_of(source)
         recording = Recording(name, iter(()), index, options, language=self._decoder.given_language(options))
         if isinstance(source, np.ndarray):
             blocks: Iterator[np.ndarray] = map(_checked, [source])  # lazily: bad samples cost this recording alone
         else:
-            given: Any = source if hasattr(source, "read") else Path(source)  # pyright: ignore[reportArgumentType]
-            blocks = stream_audio(given, name=name, track=options.track, note=recording.notes.append)
+            blocks = stream_audio(source, name=name, track=options.track, note=recording.notes.append)
         window = min(options.window_seconds, self._decoder.window_seconds)
         windows = cut_clips(_timed(recording, blocks), options.clip_timestamps, window)
         recording.windows = windows if options.vad == "none" else drop_silence(windows, _DETECTORS[options.vad])
@@ -393,7 +390,3 @@ def _checked(samples: np.ndarray) -> np.ndarray:
     if not np.isfinite(samples).all():
         raise MediaError("samples", "they hold NaN or infinity")
     return np.ascontiguousarray(samples, dtype=np.float32)
-
-
-def _name_of(source: Audio) -> str:
-    return "samples" if isinstance(source, np.ndarray) else name_of(source)

@@ -247,7 +247,7 @@ _ELSEWHERE = {
     "add_expert": "merge.run.add_expert",
     "remove_expert": "merge.run.remove_expert",
     "data_inspect": "data.inspect.run",
-    "listen": "serve.listen.listen",
+    "listen": "serve.command.listen",
     "serve": "serve.command.serve",
     "train": "train.run.train",
 }

@@ -12,8 +12,9 @@ from typing import Any, Literal, Self
 
 from pydantic import Field, SerializerFunctionWrapHandler, model_serializer, model_validator
 
-from whisper_moe.config_aside import ASIDE, SensesConfig, SpeechConfig
-from whisper_moe.frozen import Frozen
+from whisper_moe.config_aside import ASIDE, Frozen, SensesConfig, SpeechConfig
+from whisper_moe.config_aside import Strict as Strict
+from whisper_moe.config_aside import problems as problems
 
 SAMPLE_RATE = 16_000
 """Samples a second that every log-mel is computed at."""

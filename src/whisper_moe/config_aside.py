@@ -1,12 +1,35 @@
-"""Configurations of what is read when it is first needed: speaking, and the senses beside hearing."""
+"""What configurations and recipes are built of; and those of what is read when it is first needed: speaking, and the senses
+beside hearing."""
 
 from __future__ import annotations
 
 from typing import Literal, Self
 
-from pydantic import Field, model_validator
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic_core import ErrorDetails
 
-from whisper_moe.frozen import Frozen
+
+def problems(error: ValidationError) -> str:
+    """Pydantic's findings in one line: ``moe.top_k: Input should be a valid integer, got 'two'``."""
+    return "; ".join(": ".join([*filter(None, [".".join(map(str, e["loc"]))]), _problem(e)]) for e in error.errors())
+
+
+def _problem(found: ErrorDetails) -> str:
+    given = found["input"]
+    value = f", got {given!r}" if found["type"] != "value_error" and isinstance(given, (str, int, float)) else ""
+    return found["msg"].removeprefix("Value error, ") + value
+
+
+class Frozen(BaseModel):
+    """Keyword-only, immutable, and strict about unknown keys: a typing mistake in a file is an error."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
+
+
+class Strict(Frozen):
+    """Values are of the very type that is asked for."""
+
+    model_config = ConfigDict(strict=True)
 
 
 class VoiceConfig(Frozen):
@@ -94,7 +117,7 @@ class SensesConfig(Frozen):
     """Senses beside hearing, by the shared encoder and decoder (:mod:`whisper_moe.model.senses`)."""
 
     tokens: tuple[str, ...]
-    """Behind the model's own: control tokens such as ``<|text|>``, and pieces of text (:mod:`whisper_moe.media.pieces`)."""
+    """Behind the model's own: control tokens such as ``<|text|>``, and pieces of text (:mod:`whisper_moe.media.tokenizer`)."""
     directions: tuple[tuple[str, str], ...] = ()
     """Languages that texts are translated from and to."""
     signs: tuple[str, ...] = ()

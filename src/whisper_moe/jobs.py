@@ -22,7 +22,7 @@ from typing import TYPE_CHECKING, Any
 
 from pydantic import ValidationError
 
-from whisper_moe.frozen import problems
+from whisper_moe.config import problems
 from whisper_moe.generate.options import SubtitleOptions
 from whisper_moe.generate.result import FORMATS, Transcription, as_text, mean_gates
 from whisper_moe.weights.files import atomic_file, try_folder

@@ -141,7 +141,6 @@ def _heard(loaded: WhisperMoE, path: str, source: str | None, target: str | None
 def _check_sound(path: Path) -> None:
     from whisper_moe.media.audio import WRITTEN
 
-    kind, folder = path.suffix.lower(), path.parent
-    if kind not in WRITTEN or not folder.is_dir():
-        cause = f"there is no folder {folder}" if kind in WRITTEN else f"sound is written as {' '.join(WRITTEN)}"
-        raise UsageError(f"{path}: {cause}")
+    if path.suffix.lower() not in WRITTEN:
+        raise UsageError(f"{path}: sound is written as {' '.join(WRITTEN)}")
+    _check_folder(path)

@@ -17,7 +17,7 @@ from whisper_moe.config_aside import FilmConfig
 from whisper_moe.data.examples import ExampleConfig, ExampleReader
 from whisper_moe.data.films import FilmAugmentation, augmented
 from whisper_moe.data.sample import DataError, Sample, TooLong
-from whisper_moe.media.pieces import Pieces
+from whisper_moe.media.tokenizer import Pieces
 from whisper_moe.media.video import load_film, tubelets
 
 

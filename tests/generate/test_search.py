@@ -14,7 +14,7 @@ from parity.openai_whisper import load_openai, openai_mel, read_samples
 from torch import Tensor
 
 from whisper_moe.generate.options import SearchOptions, TranscribeOptions
-from whisper_moe.generate.search import Hypothesis, Lane, Rules, Search, search
+from whisper_moe.generate.search import Hypothesis, Lane, Rules, Search
 
 VOCABULARY, END = 40, 3
 """Tokens 0 to 2 are text; what is behind the end of text is never said, but there is room for many beams."""
@@ -71,9 +71,10 @@ def run(
     segments: Sequence[int], options: SearchOptions, limits: Sequence[int], model: Model | None = None, seed: int = 0
 ) -> list[Hypothesis]:
     state = History(list(segments), [[] for _ in range(len(segments) * options.beams)])
-    return search(
-        (model or Model()).step, state.logits(), state, RULES, options, end_of_text=END, limits=limits, seed=seed
-    )
+    lane, searches = Lane((model or Model()).step, END), [Search(RULES, options, limit, seed) for limit in limits]
+    lane.join(searches, state.logits(), state)
+    lane.run()
+    return [each.best for each in searches]
 
 
 def log_probabilities(segment: int, history: Sequence[int]) -> Tensor:

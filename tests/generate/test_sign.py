@@ -15,8 +15,7 @@ from generate.tiny import CONFIG, tiny_whisper_moe
 from whisper_moe import MediaError, Request, Transcription, WhisperMoE
 from whisper_moe.config_aside import FilmConfig, SensesConfig
 from whisper_moe.generate import mixed
-from whisper_moe.generate.sign import Signed
-from whisper_moe.generate.translate import Translation
+from whisper_moe.generate.senses import Signed, Translation
 from whisper_moe.packing import Layout
 
 SENSES = SensesConfig(

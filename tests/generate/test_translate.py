@@ -12,7 +12,7 @@ from generate.tiny import CONFIG, tiny_tokenizer, tiny_whisper_moe
 
 from whisper_moe import WhisperMoE
 from whisper_moe.config_aside import SensesConfig
-from whisper_moe.media.pieces import Pieces
+from whisper_moe.media.tokenizer import Pieces
 from whisper_moe.weights.checkpoint import load_checkpoint
 
 PIECES = ("<|text|>", *" कखगचटतपमरलसहािीे", " है", " में")

@@ -6,7 +6,7 @@ import pytest
 from generate.tiny import tiny_tokenizer
 
 from whisper_moe.config_aside import TEXT
-from whisper_moe.media.pieces import Pieces, shortened
+from whisper_moe.media.tokenizer import Pieces, shortened
 
 TOKENS = (TEXT, " ना", " नाम", "म", "े", "रा", " है", "।")
 

@@ -20,9 +20,9 @@ from tests.model.tiny import (
     tiny_model,
 )
 from whisper_moe.config import MoEConfig
+from whisper_moe.model.block import DecoderState, Encoded
 from whisper_moe.model.model import Encoder, WhisperMoEModel
 from whisper_moe.model.router import Routing, pool_segments
-from whisper_moe.model.state import DecoderState, Encoded
 from whisper_moe.packing import Layout
 
 FRAMES = (40, 9, 31)
@@ -211,7 +211,7 @@ def test_alignment_logits_are_those_of_the_heads_that_are_named() -> None:
     seen: list[Tensor] = []
     for block in model.decoder.blocks:
         block.cross_attn.out.register_forward_hook(lambda module, args, out: seen.append(args[0]))
-    found = model.decoder.alignment(flat, layout, encoded, [(0, 1), (1, 0), (1, 1)])
+    found = model.decoder(flat, layout, encoded, [(0, 1), (1, 0), (1, 1)]).attention
     assert [tuple(logits.shape) for logits in found] == [(3, 5, 20), (3, 1, 5), (3, 9, 16)]
     for segment, rows in enumerate(layout.slices()):
         for place, (layer, head) in enumerate([(0, 1), (1, 0), (1, 1)]):

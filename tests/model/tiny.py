@@ -8,9 +8,9 @@ import torch
 from torch import Tensor, nn
 
 from whisper_moe.config import AdaptConfig, ConformerConfig, ModelConfig, MoEConfig, TTTConfig
+from whisper_moe.model.block import Encoded
 from whisper_moe.model.model import WhisperMoEModel
 from whisper_moe.model.router import NONE, Routing
-from whisper_moe.model.state import Encoded
 from whisper_moe.packing import Layout
 
 MINI_BATCH = 25

@@ -16,9 +16,9 @@ from transformers import WhisperForConditionalGeneration
 from whisper_moe.config import POSITIONS_PER_SECOND, SAMPLE_RATE
 from whisper_moe.media.audio import load_audio
 from whisper_moe.media.mel import log_mel
+from whisper_moe.model.block import Encoded
 from whisper_moe.model.inference import prepare_for_inference
 from whisper_moe.model.model import WhisperMoEModel
-from whisper_moe.model.state import Encoded
 from whisper_moe.packing import Layout
 from whisper_moe.weights.load import Loaded, load_model
 from whisper_moe.weights.parts import empty_model
@@ -160,7 +160,7 @@ def test_alignment_is_transformers_cross_attention(
     heads = [(layer, head) for layer in (0, 3, 5) for head in (1, 7)]
     layout = Layout([len(noise.text)])
     encoded = Encoded(noise.states, Layout([len(noise.states)]), None)
-    found = ours.decoder.alignment(noise.text, layout, encoded, heads)[0].softmax(-1)
+    found = ours.decoder(noise.text, layout, encoded, heads).attention[0].softmax(-1)
     hub.set_attn_implementation("eager")  # the only one that gives its weights out
     output = hub(encoder_outputs=(noise.states[None],), decoder_input_ids=noise.text[None], output_attentions=True)
     expected = torch.stack([output.cross_attentions[layer][0, head] for layer, head in heads])

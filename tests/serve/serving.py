@@ -15,7 +15,7 @@ import uvicorn
 
 from whisper_moe.serve.app import Server
 from whisper_moe.serve.engine import Engine
-from whisper_moe.serve.limits import Limits
+from whisper_moe.serve.guard import Limits
 
 KEY = "a-key"
 

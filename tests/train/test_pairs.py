@@ -18,7 +18,7 @@ pytest.importorskip("datasets")
 from recipes.translation.begin import likely, main
 from whisper_moe.data.examples import IGNORED, pack_examples
 from whisper_moe.data.sample import DataError, Sample, TooLong
-from whisper_moe.media.pieces import Pieces
+from whisper_moe.media.tokenizer import Pieces
 from whisper_moe.train.losses import SpeechObjective, cross_entropy, sampled, sampled_cross_entropy
 from whisper_moe.train.parallel import Parallel
 from whisper_moe.train.reading import checked

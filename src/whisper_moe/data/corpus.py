@@ -19,8 +19,8 @@ import numpy as np
 from numpy.typing import NDArray
 from pydantic import Field, field_validator, model_validator
 
+from whisper_moe.config import Strict
 from whisper_moe.data.sample import AudioRef, DataError, Sample, Skipped, Task
-from whisper_moe.frozen import Strict
 from whisper_moe.media.audio import MediaError
 from whisper_moe.media.languages import language_code
 

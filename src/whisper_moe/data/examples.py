@@ -24,12 +24,12 @@ from whisper_moe.config import (
     POSITIONS_PER_SECOND,
     SAMPLE_RATE,
     SAMPLES_PER_POSITION,
+    Frozen,
     ModelConfig,
 )
 from whisper_moe.data.films import FilmAugmentation, FilmReader
 from whisper_moe.data.pairs import PairReader
 from whisper_moe.data.sample import DataError, Sample, TooLong, share_of
-from whisper_moe.frozen import Frozen
 from whisper_moe.media.audio import MediaError
 from whisper_moe.media.tokenizer import UNSPACED_LANGUAGES, Tokenizer, split_timestamps
 from whisper_moe.packing import Layout, first_fit_decreasing

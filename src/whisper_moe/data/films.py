@@ -8,13 +8,11 @@ from typing import TYPE_CHECKING
 import numpy as np
 from pydantic import Field
 
-from whisper_moe.config import ModelConfig
+from whisper_moe.config import Frozen, ModelConfig
 from whisper_moe.config_aside import SIGNS
 from whisper_moe.data.pairs import encoded
 from whisper_moe.data.sample import DataError, Sample, TooLong
-from whisper_moe.frozen import Frozen
-from whisper_moe.media.pieces import Pieces
-from whisper_moe.media.tokenizer import Tokenizer
+from whisper_moe.media.tokenizer import Pieces, Tokenizer
 from whisper_moe.media.video import Frames, film_tokens, load_film, tubelets
 
 if TYPE_CHECKING:

@@ -21,14 +21,13 @@ from typing import Any, TypeAlias
 
 from pydantic import ValidationError
 
-from whisper_moe.config import EMBEDDED, SAMPLE_RATE, ModelConfig
+from whisper_moe.config import EMBEDDED, SAMPLE_RATE, ModelConfig, problems
 from whisper_moe.config_aside import FilmConfig
 from whisper_moe.data.corpus import PROBES, CorpusConfig
 from whisper_moe.data.examples import ExampleConfig, ExampleReader
 from whisper_moe.data.sample import DataError, Sample, Skipped, TooLong, items, left_out
 from whisper_moe.data.sampler import LoaderConfig
 from whisper_moe.data.table import open_corpus
-from whisper_moe.frozen import problems
 from whisper_moe.media.audio import MediaError
 from whisper_moe.media.tokenizer import Tokenizer
 from whisper_moe.media.video import load_film

@@ -8,8 +8,7 @@ from typing import TYPE_CHECKING
 
 from whisper_moe.config import ModelConfig
 from whisper_moe.data.sample import DataError, Sample, TooLong
-from whisper_moe.media.pieces import Pieces
-from whisper_moe.media.tokenizer import Tokenizer
+from whisper_moe.media.tokenizer import Pieces, Tokenizer
 
 if TYPE_CHECKING:
     from torch import Tensor

@@ -32,10 +32,9 @@ import numpy as np
 from numpy.typing import NDArray
 from pydantic import Field
 
-from whisper_moe.config import FULL_WINDOW, MAX_PACK_TOKENS
+from whisper_moe.config import FULL_WINDOW, MAX_PACK_TOKENS, Frozen, Strict
 from whisper_moe.data.examples import ExampleConfig, ExampleReader, positions
 from whisper_moe.data.sample import AnyCorpus, DataError, Sample, Skipped, items, share_of, tried
-from whisper_moe.frozen import Frozen, Strict
 from whisper_moe.packing import first_fit_decreasing
 
 PLANNED_TOKENS = MAX_PACK_TOKENS - 4

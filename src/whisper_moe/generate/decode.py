@@ -20,12 +20,11 @@ from whisper_moe.config import SAMPLE_RATE
 from whisper_moe.generate.align import WordTiming, align, token_probabilities
 from whisper_moe.generate.hearing import Hearing
 from whisper_moe.generate.options import TranscribeOptions
-from whisper_moe.generate.search import Hypothesis, Lane, Rules, Search, Step, Timestamps
+from whisper_moe.generate.search import MAX_INITIAL_TIMESTAMP, Hypothesis, Lane, Rules, Search, Step, Timestamps
 from whisper_moe.machine import SPARE, fitting_threads, give_back_memory
 from whisper_moe.media.tokenizer import Tokenizer
-from whisper_moe.model.block import Carry
+from whisper_moe.model.block import Carry, DecoderState, Encoded
 from whisper_moe.model.router import Routing
-from whisper_moe.model.state import DecoderState, Encoded
 from whisper_moe.packing import Layout
 
 TOKENS_PER_SECOND = 40
@@ -43,7 +42,7 @@ class DecodingResult:
     """None where the language was given."""
     no_speech_prob: float
     temperature: float
-    experts: tuple[tuple[str, float], ...]
+    experts: tuple[tuple[str, float], ...] = ()
     timings: tuple[WordTiming, ...] | None = None
     carried: Carry | None = None
     """The fast weights after this window, where they are carried through the recording."""
@@ -105,8 +104,7 @@ class Opened:
         """All results, without company."""
         lane = Lane(self.step, self.end_of_text)
         self.enter(lane)
-        while len(lane):
-            lane.advance()
+        lane.run()
         return self.close(range(len(self.searches)))
 
 
@@ -201,10 +199,8 @@ class WindowDecoder(Hearing):
             logits, state = self.step(torch.tensor(prefixes).repeat_interleave(choice.beams, 0), state)
         room, rules = self.model.config.max_target_positions - len(opening) - len(prefixes[0]), self._rules(options)
         drafts = [
-            DecodingResult(NOTHING, language, probability, silence, temperature, experts)
-            for (language, probability), silence, experts in zip(
-                languages, no_speech, self.experts(encoded.routing, segments), strict=True
-            )
+            DecodingResult(NOTHING, language, probability, silence, temperature)
+            for (language, probability), silence in zip(languages, no_speech, strict=True)
         ]
         return Opened(
             self.step,
@@ -257,7 +253,7 @@ class WindowDecoder(Hearing):
         first = self.generation.get("begin_suppress_tokens") or (*tokenizer.encode(" "), tokenizer.eot)
         times = None
         if options.timestamps:
-            most = self.generation.get("max_initial_timestamp_index", 50)
+            most = self.generation.get("max_initial_timestamp_index", MAX_INITIAL_TIMESTAMP)
             times = Timestamps(tokenizer.timestamp_begin, tokenizer.timestamp_end, tokenizer.eot, most)
         return Rules(tuple(sorted(never)), tuple(id for id in first if id < end), times)
 
@@ -285,10 +281,12 @@ class WindowDecoder(Hearing):
         return list(ids), logits_SV[:, list(ids.values())].softmax(-1)
 
     def with_choices(self, found: Sequence[DecodingResult], routing: Routing | None) -> list[DecodingResult]:
-        """The results, each with its row of ``routing``; of a fitted router, also how probable it found every choice."""
+        """The results, each with its row of ``routing`` and its experts; of a fitted router, also how probable it found every
+        choice."""
         if routing is None:
             return list(found)
-        found = [replace(result, routing=row) for result, row in zip(found, routing.each(), strict=True)]
+        rows = zip(found, routing.each(), self.experts(routing), strict=True)
+        found = [replace(result, routing=row, experts=experts) for result, row, experts in rows]
         moe = self.model.config.moe
         if moe is None or not moe.fitted_router or routing.logits is None:
             return found
@@ -316,13 +314,13 @@ class WindowDecoder(Hearing):
         ]
         layout = Layout(map(len, inputs))
         flat = torch.tensor([token for tokens in inputs for token in tokens], device=self.like.device)
-        attention = self.model.decoder.alignment(flat, layout, encoded, self._alignment_heads)
-        states_TD = self.model.decoder(flat, layout, encoded).states_TD
-        logits_TV = self.model.decoder.logits(states_TD, encoded.routing, layout)
+        decoded = self.model.decoder(flat, layout, encoded, self._alignment_heads)
+        logits_TV = self.model.decoder.logits(decoded.states_TD, encoded.routing, layout)
         logits_TV = logits_TV[:, : self.model.config.source_vocab_size]
         timings = []
         for index, (rows, text, language) in enumerate(zip(layout.slices(), texts, languages, strict=True)):
-            heard = attention[index][..., : self.positions(samples[index], 0)]  # no word lies in the silence behind
+            sound = self.positions(samples[index], 0)  # no word lies in the silence behind
+            heard = decoded.attention[index][..., :sound]
             probabilities = token_probabilities(logits_TV[rows], text, tokenizer)
             written = "en" if options.task == "translate" else language
             timings.append(tuple(align(heard, probabilities, text, tokenizer, language=written)))

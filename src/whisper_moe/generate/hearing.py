@@ -15,10 +15,9 @@ from whisper_moe.config import FULL_WINDOW, POSITIONS_PER_SECOND, SAMPLE_RATE, S
 from whisper_moe.generate.options import TranscribeOptions
 from whisper_moe.media.mel import window_mel
 from whisper_moe.media.tokenizer import Tokenizer
-from whisper_moe.model.block import Carry
+from whisper_moe.model.block import Carry, Encoded
 from whisper_moe.model.model import ROUTED_SECONDS, WhisperMoEModel
 from whisper_moe.model.router import NONE, Routing
-from whisper_moe.model.state import Encoded
 from whisper_moe.packing import Layout, first_fit_decreasing
 from whisper_moe.weights.tokens import EXPERT_LANGUAGES
 
@@ -133,10 +132,9 @@ class Hearing:
         mels = lambda i: window_mel(clips[i], self.model.config.n_mels, lengths[i]).to(self.like)  # noqa: E731
         return places, ((pack, [mels(i) for i in pack]) for pack in packs)
 
-    def experts(self, routing: Routing | None, segments: int) -> list[tuple[tuple[str, float], ...]]:
-        """Names and gates of each window's experts; empty where they are chosen per token or there are none."""
-        if routing is None or self.model.config.moe is None:
-            return [()] * segments
+    def experts(self, routing: Routing) -> list[tuple[tuple[str, float], ...]]:
+        """Names and gates of each window's experts."""
+        assert self.model.config.moe is not None
         names = (*self.model.config.moe.names, "none")  # index -1 is *none*
         named = []
         for experts, gates in zip(routing.experts.tolist(), routing.gates.tolist(), strict=True):

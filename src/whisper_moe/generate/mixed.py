@@ -18,17 +18,23 @@ from whisper_moe.config import MAX_PACK_TOKENS
 from whisper_moe.generate.decode import WindowDecoder
 from whisper_moe.generate.options import TranscribeOptions
 from whisper_moe.generate.result import Outcome, Transcription
-from whisper_moe.generate.senses import TOGETHER, Asked, Job, SensesDecoder, Written
-from whisper_moe.generate.sign import Signed, Signer
+from whisper_moe.generate.senses import (
+    TOGETHER,
+    Asked,
+    Job,
+    SensesDecoder,
+    Signed,
+    Signer,
+    Translation,
+    Translator,
+    Written,
+)
 from whisper_moe.generate.speech import Speech
-from whisper_moe.generate.translate import Translation, Translator
 from whisper_moe.media.languages import language_code
-from whisper_moe.model.state import Encoded
+from whisper_moe.model.block import Encoded
 
 Answer: TypeAlias = Transcription | Translation | Signed | Speech | ValueError
 _INPUTS = {"transcribe": ("audio",), "translate": ("audio", "text"), "sign": ("film",), "speak": ("text",)}
-
-
 _OPTIONS = {
     "transcribe": {each.name for each in fields(TranscribeOptions)} - {"task"},
     "translate": {"source", "target"},
@@ -65,23 +71,9 @@ class Request:
         known = _OPTIONS["transcribe" if given[0] == "audio" else self.task]
         if strangers := [name for name in self.options if name not in known]:
             raise ValueError(f"the task {self.task!r} has no option {', '.join(strangers)}")
-        if odd := [name for name in ("language", "source", "target", "voice") if not _is_name(self.options.get(name))]:
+        names = ("language", "source", "target", "voice")
+        if odd := [name for name in names if not isinstance(self.options.get(name), str | None)]:
             raise ValueError(f"{', '.join(odd)}: a name is wanted, got {self.options[odd[0]]!r}")
-
-
-def _is_name(given: Any) -> bool:
-    return given is None or isinstance(given, str)
-
-
-@dataclass(frozen=True)
-class Abilities:
-    """What of a model answers."""
-
-    hearing: WindowDecoder
-    transcribe_each: Callable[..., Iterator[Outcome]]
-    speak: Callable[..., Speech]
-    senses: Callable[[], SensesDecoder]
-    """Raises ``ValueError`` for a model that only hears."""
 
 
 class Accompanied(WindowDecoder):
@@ -90,8 +82,7 @@ class Accompanied(WindowDecoder):
     def __init__(self, like: WindowDecoder, senses: SensesDecoder, asked: Sequence[Asked]) -> None:
         super().__init__(like.model, like.tokenizer, like.generation)
         self._senses, self._asked = senses, asked
-        self._waiting = [*range(len(asked))]
-        self.written: dict[int, Written] = {}
+        self._written: dict[int, Written] = {}
         """What the segments say that rode along, by their place."""
 
     def heard(self, mels: Sequence[Tensor], **how: Any) -> Encoded:
@@ -103,26 +94,33 @@ class Accompanied(WindowDecoder):
         # What is said of the experts of sound is not said of others.
         if not riding or any(how[name] is not None for name in ("carry", "routing", "allowed")):
             return super().heard(mels, **how)
-        return self._together(mels, riding, **how)
-
-    def _together(self, mels: Sequence[Tensor], riding: list[int], **how: Any) -> Encoded:
-        guests = [self._senses.embedded(self._asked[place]) for place in riding]
+        asked = [self._asked[place] for place in riding]
+        guests = [self._senses.embedded(each) for each in asked]
         how["valid_lengths"] = [*how["valid_lengths"], *(len(guest.x_ND) for guest in guests)]
         encoded = self.model.encoder([*mels, *guests], **how)
         sound, others = (encoded.segments(part) for part in (range(len(mels)), range(len(mels), len(encoded.layout))))
-        asked = [self._asked[place] for place in riding]
-        self.written |= zip(riding, self._senses.decoded(others, asked), strict=True)
-        self._waiting = [place for place in self._waiting if place not in riding]
+        self._written |= zip(riding, self._senses.decoded(others, asked), strict=True)
         return sound._replace(senses=None)
 
-    def rest(self) -> None:
-        """What found no room, in packs of its own."""
-        left, self._waiting = self._waiting, []
-        self.written |= zip(left, self._senses.write([self._asked[place] for place in left]), strict=True)
+    def written(self) -> list[Written]:
+        """What each segment says; those that found no room go into packs of their own."""
+        left = self._waiting
+        self._written |= zip(left, self._senses.write([self._asked[place] for place in left]), strict=True)
+        return [self._written[place] for place in range(len(self._asked))]
+
+    @property
+    def _waiting(self) -> list[int]:
+        return [place for place in range(len(self._asked)) if place not in self._written]
 
 
-def answer(model: Abilities, requests: Sequence[Request]) -> list[Answer]:
-    """See :meth:`WhisperMoE.answer`."""
+def answer(
+    requests: Sequence[Request],
+    hearing: WindowDecoder,
+    transcribe_each: Callable[..., Iterator[Outcome]],
+    speak: Callable[..., Speech],
+    senses: Callable[[], SensesDecoder],
+) -> list[Answer]:
+    """See :meth:`WhisperMoE.answer`. ``senses``: raises ``ValueError`` for a model that only hears."""
     found: dict[int, Answer] = {}
     jobs: dict[int, Job] = {}
     sounds: dict[str, list[int]] = {}
@@ -131,37 +129,38 @@ def answer(model: Abilities, requests: Sequence[Request]) -> list[Answer]:
             if request.audio is not None:  # those with the same options are heard together
                 sounds.setdefault(repr((request.task, sorted(request.options.items()))), []).append(place)
             elif request.task == "speak":
-                found[place] = model.speak(request.text or "", **request.options)
+                found[place] = speak(request.text or "", **request.options)
             else:
-                jobs[place] = _job(model, request)
+                jobs[place] = _job(senses(), request)
         except ValueError as error:
             found[place] = error
     asked = [each for job in jobs.values() for each in job.asked]
-    decoder = Accompanied(model.hearing, model.senses(), asked) if asked else None
+    decoder = Accompanied(hearing, senses(), asked) if asked else None
     for places in sounds.values():
-        found |= _heard(model, {place: requests[place] for place in places}, decoder)
+        found |= _heard(transcribe_each, {place: requests[place] for place in places}, decoder)
     if decoder is not None:
-        decoder.rest()
-        written = (decoder.written[place] for place in range(len(asked)))
+        written = iter(decoder.written())
         found |= {place: job.finish([next(written) for _ in job.asked]) for place, job in jobs.items()}
     return [found[place] for place in range(len(requests))]
 
 
-def _job(model: Abilities, request: Request) -> Job:
+def _job(senses: SensesDecoder, request: Request) -> Job:
     if request.task == "sign":
-        signer = Signer(model.senses())
+        signer = Signer(senses)
         return signer.job(request.film, signer.language(request.options.get("language")))
     asked = {name: language_code(said) for name, said in request.options.items() if said}
-    return Translator(model.senses()).job(request.text or "", **asked)
+    return Translator(senses).job(request.text or "", **asked)
 
 
-def _heard(model: Abilities, requests: Mapping[int, Request], decoder: WindowDecoder | None) -> dict[int, Answer]:
+def _heard(
+    transcribe_each: Callable[..., Iterator[Outcome]], requests: Mapping[int, Request], decoder: WindowDecoder | None
+) -> dict[int, Answer]:
     """Recordings with the same options."""
     places, (first, *_) = [*requests], requests.values()
     found: dict[int, Answer] = {}
     try:
         sounds = [request.audio for request in requests.values()]
-        for each in model.transcribe_each(sounds, decoder=decoder, **{**first.options, "task": first.task}):
+        for each in transcribe_each(sounds, decoder=decoder, **{**first.options, "task": first.task}):
             found[places[each.index]] = each.transcription or each.error or ValueError(each.name)
     except ValueError as error:
         found |= {place: error for place in places if place not in found}

@@ -16,12 +16,11 @@ import torch
 from torch import Tensor
 
 from whisper_moe.generate.align import WordTiming
-from whisper_moe.generate.decode import NOTHING, DecodingResult, Opened, WindowDecoder, told, unheard
+from whisper_moe.generate.decode import DecodingResult, Opened, WindowDecoder, told, unheard
 from whisper_moe.generate.options import TranscribeOptions
 from whisper_moe.media.tokenizer import Tokenizer
-from whisper_moe.model.block import Carry
+from whisper_moe.model.block import Carry, DecoderState, Encoded
 from whisper_moe.model.router import NONE, Routing
-from whisper_moe.model.state import DecoderState, Encoded
 from whisper_moe.weights.tokens import UNTIMED_EXPERTS
 
 _SENTENCE_ENDS = (*".?!।॥؟。？！", "\u06d4")  # the last is Urdu's full stop
@@ -50,20 +49,16 @@ class Mixture(WindowDecoder):
         routing = routing or self._sure(self.choose(clips, self.allowed_experts(options)))
         stated = self.stated_languages(routing, len(clips), options)
         languages, free = told(stated, hints), replace(options, experts=(), exclude=())
-        shown = self.with_choices(
-            [DecodingResult(NOTHING, "", None, 0.0, 0.0, experts) for experts in self.experts(routing, len(clips))],
-            routing,
-        )
         parts: list[Opened] = []
         for choice in dict.fromkeys(routing.choices):
             own = [index for index, each in enumerate(routing.choices) if each == choice]
             untimed = free.timestamps and choice[0] != NONE and self._untimed[choice[0]]
             asked = replace(free, timestamps=False, word_timestamps=False) if untimed else free
-            decoder, heard = self._decoder(choice, routing.gates[own]), [clips[i] for i in own]
+            rows = routing.rows(torch.tensor(own, device=routing.gates.device))
+            decoder, heard = self._decoder(choice, rows.gates), [clips[i] for i in own]
             (opened,) = decoder.open(heard, asked, hints=[languages[i] for i in own], **how)
-            opened.drafts = [
-                _shown(unheard(draft, stated[i]), shown[i]) for i, draft in zip(own, opened.drafts, strict=True)
-            ]
+            drafts = [unheard(draft, stated[i]) for i, draft in zip(own, opened.drafts, strict=True)]
+            opened.drafts = self.with_choices(drafts, rows)
             opened.places = own
             if untimed:
                 opened.finish = partial(self._timed, heard, free)
@@ -102,12 +97,6 @@ class Mixture(WindowDecoder):
         return first if first is second else Pair(first, second, gates_S2)
 
 
-def _shown(draft: DecodingResult, choice: DecodingResult) -> DecodingResult:
-    """Another model's draft, with this one's choice of it."""
-    routed = {name: getattr(choice, name) for name in ("experts", "routing", "expert_probabilities")}
-    return replace(draft, **routed)
-
-
 def cued(words: Sequence[WordTiming], tokenizer: Tokenizer) -> Iterator[int]:
     """The words' tokens, each sentence between two timestamps."""
     begins = True
@@ -122,20 +111,18 @@ def cued(words: Sequence[WordTiming], tokenizer: Tokenizer) -> Iterator[int]:
 
 @dataclass
 class PairState:
-    """What two models remember of the same rows, and the gates of each row, [R, 2]."""
+    """What two models remember of the same rows, and the gates of each segment, [S, 2]."""
 
-    states: tuple[Any, Any]
-    gates_R2: Tensor
+    states: tuple[Any, ...]
+    gates_S2: Tensor
     joins = False
     """A :class:`Pair` is of one batch."""
 
     def select(self, rows: Tensor) -> PairState:
-        return PairState(tuple(state.select(rows) for state in self.states), self.gates_R2[rows])  # pyright: ignore[reportArgumentType]
+        return replace(self, states=tuple(state.select(rows) for state in self.states))
 
     def keep(self, segments: list[int]) -> PairState:
-        beams = self.states[0].beams
-        rows = [segment * beams + beam for segment in segments for beam in range(beams)]
-        return PairState(tuple(state.keep(segments) for state in self.states), self.gates_R2[rows])  # pyright: ignore[reportArgumentType]
+        return PairState(tuple(state.keep(segments) for state in self.states), self.gates_S2[segments])
 
 
 class Pair(WindowDecoder):
@@ -158,7 +145,7 @@ class Pair(WindowDecoder):
 
     def start(self, encoded: Encoded, beams: int = 1) -> PairState:
         states = self._both[0].start(encoded, beams), self._both[1].start(self._other, beams)
-        return PairState(states, self._gates.repeat_interleave(beams, 0))
+        return PairState(states, self._gates)
 
     def restarted(self, state: PairState) -> PairState:
         first, second = (own.restarted(part) for own, part in zip(self._both, state.states, strict=True))
@@ -167,8 +154,9 @@ class Pair(WindowDecoder):
     def step(self, tokens_Rn: Tensor, state: PairState | DecoderState) -> tuple[Tensor, Any]:
         assert isinstance(state, PairState)
         found = [own.step(tokens_Rn, part) for own, part in zip(self._both, state.states, strict=True)]
+        gates_R2 = state.gates_S2.repeat_interleave(len(tokens_Rn) // len(state.gates_S2), 0)
         mixed = [
             logits.log_softmax(-1) + gate_R.log()[:, None]
-            for (logits, _), gate_R in zip(found, state.gates_R2.unbind(1), strict=True)
+            for (logits, _), gate_R in zip(found, gates_R2.unbind(1), strict=True)
         ]
         return torch.logaddexp(*mixed), replace(state, states=(found[0][1], found[1][1]))

@@ -32,7 +32,7 @@ class Timestamps:
     begin: int
     end: int
     end_of_text: int
-    max_initial: int | None = MAX_INITIAL_TIMESTAMP
+    max_initial: int = MAX_INITIAL_TIMESTAMP
 
 
 @dataclass(frozen=True)
@@ -71,8 +71,7 @@ def _pair_up(row_V: Tensor, tokens: Sequence[int], ts: Timestamps) -> None:
     """Timestamps come in pairs (end, begin) and never go back; the first token is one, near the window's start."""
     if not tokens:
         _forbid_others(row_V, ts, ts.begin)
-        if ts.max_initial is not None:
-            row_V[ts.begin + ts.max_initial + 1 : ts.end + 1] = _NEVER
+        row_V[ts.begin + ts.max_initial + 1 : ts.end + 1] = _NEVER
         return
     last = ts.begin <= tokens[-1] <= ts.end
     before_last = len(tokens) < 2 or ts.begin <= tokens[-2] <= ts.end
@@ -218,6 +217,11 @@ class Lane:
         self._step()
         return done
 
+    def run(self) -> None:
+        """All of them to their ends."""
+        while len(self):
+            self.advance()
+
     def _step(self) -> None:
         alive = [place for place, each in enumerate(self.searches) if not each.done]
         if not alive:
@@ -247,28 +251,6 @@ class Lane:
         rows = [place * width + row for place in alive for row in range(width)]
         self._logits_RV = self._logits_RV[rows]
         self._state = self._state.keep(alive) if alive and self._state is not None else None
-
-
-def search(
-    step: Step,
-    logits_RV: Tensor,
-    state: Any,
-    rules: Rules,
-    options: SearchOptions,
-    *,
-    end_of_text: int,
-    limits: Sequence[int],
-    seed: int = 0,
-) -> list[Hypothesis]:
-    """The best continuation for each segment: those of a batch of which nothing joins. ``limits``: of each segment.
-
-    ``logits_RV``, ``state``: after the prompt, B = ``options.beams`` rows a segment.
-    """
-    lane, searches = Lane(step, end_of_text), [Search(rules, options, limit, seed) for limit in limits]
-    lane.join(searches, logits_RV, state)
-    while len(lane):
-        lane.advance()
-    return [each.best for each in searches]
 
 
 def _choices(logits_RV: Tensor, rules: Rules, options: SearchOptions, searches: Sequence[Search]) -> list[Choices]:

@@ -25,8 +25,8 @@ from torch import Tensor
 from whisper_moe.config import MAX_PACK_TOKENS, SAMPLE_RATE
 from whisper_moe.config_aside import SpeechConfig, VoiceConfig
 from whisper_moe.media.audio import write_audio
-from whisper_moe.media.pieces import sentences, shortened
 from whisper_moe.media.spoken import letters_of, number, runs, spoken
+from whisper_moe.media.tokenizer import sentences, shortened
 from whisper_moe.model.speech import SpeechModel
 from whisper_moe.packing import Layout, first_fit_decreasing
 from whisper_moe.weights.checkpoint import load_speech

@@ -14,7 +14,6 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from itertools import chain, groupby
-from pathlib import Path
 from typing import Any, BinaryIO, TypeVar
 
 import av
@@ -24,7 +23,7 @@ from numpy.typing import NDArray
 
 from whisper_moe.config import SAMPLE_RATE
 from whisper_moe.media import containers
-from whisper_moe.media.containers import SOUND_CODECS, STREAMS, Damage, Reader, codec_of, opened
+from whisper_moe.media.containers import SOUND_CODECS, STREAMS, Damage, File, Reader, codec_of, opened
 from whisper_moe.media.containers import MediaError as MediaError
 from whisper_moe.media.languages import spoken_code
 from whisper_moe.media.windows import SILENT_PEAK, is_silent
@@ -55,13 +54,13 @@ Note = Callable[[str], object]
 T = TypeVar("T")
 
 
-def load_audio(source: str | Path | BinaryIO, *, name: str | None = None) -> Samples:
+def load_audio(source: File, *, name: str | None = None) -> Samples:
     """The whole of :func:`stream_audio` in one array [samples]; a damaged file gives nothing but its error."""
     return np.concatenate([np.zeros(0, np.float32), *stream_audio(source, name=name)])
 
 
 def stream_audio(
-    source: str | Path | BinaryIO, *, name: str | None = None, track: int | str | None = None, note: Note = str
+    source: File, *, name: str | None = None, track: int | str | None = None, note: Note = str
 ) -> Iterator[Samples]:
     """Decode to float32 mono 16 kHz in [-1, 1], in blocks of about a second.
 

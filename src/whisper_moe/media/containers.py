@@ -19,10 +19,9 @@ import zlib
 from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from itertools import islice
-from pathlib import Path
 from tempfile import SpooledTemporaryFile
 from types import SimpleNamespace
-from typing import Any, BinaryIO, cast
+from typing import Any, BinaryIO, TypeAlias, cast
 
 import av
 from av import AudioStream, Packet, VideoStream
@@ -58,6 +57,9 @@ SPOOL_BYTES = 16 << 20
 MICROSECONDS = 1_000_000
 """FFmpeg's units of a container's times in a second."""
 
+File: TypeAlias = "str | os.PathLike[str] | BinaryIO"
+"""A path (never a URL), or an open binary stream."""
+
 
 class MediaError(ValueError):
     """A file that cannot be read, or not to its end: ``name``, ``cause``, and the ``seconds`` decoded before."""
@@ -90,24 +92,28 @@ def _cause(error: Exception) -> str:
     return str(error) or type(error).__name__
 
 
+def name_of(source: File) -> str:
+    """What messages call a file."""
+    return str(getattr(source, "name", "<stream>") if hasattr(source, "read") else source)
+
+
 @contextmanager
-def opened(source: str | Path | BinaryIO, name: str | None, codecs: Collection[str]) -> Iterator[Reader]:
-    """A path (never a URL) or a binary stream as a :class:`Reader`; whatever goes wrong with it is a :class:`MediaError`.
+def opened(source: File, name: str | None, codecs: Collection[str]) -> Iterator[Reader]:
+    """A file as a :class:`Reader`; whatever goes wrong with it is a :class:`MediaError`.
 
     A stream is read from its start and stays open; one that cannot seek is spooled first.
     """
     reader = None
     try:
         with ExitStack() as stack:
-            file: Any = source if hasattr(source, "read") else stack.enter_context(open(cast(Path, source), "rb"))
+            file: Any = source if hasattr(source, "read") else stack.enter_context(open(cast(str, source), "rb"))
             if not file.seekable():
                 shutil.copyfileobj(file, spool := stack.enter_context(SpooledTemporaryFile(max_size=SPOOL_BYTES)))
                 file = spool
             reader = Reader(file, stack.enter_context(_container(file, codecs)))
             yield reader
     except CAUSES as error:
-        name = name or str(getattr(source, "name", "<stream>") if hasattr(source, "read") else source)
-        raise MediaError(name, _cause(error), reader.seconds if reader else 0.0) from error
+        raise MediaError(name or name_of(source), _cause(error), reader.seconds if reader else 0.0) from error
 
 
 def _container(file: BinaryIO, codecs: Collection[str]) -> InputContainer:

@@ -33,18 +33,12 @@ GEORGIAN ka, ETHIOPIC am, THAI th, LAO lo, KHMER km, MYANMAR my, TIBETAN bo, CJK
 HANGUL ko, LATIN sr uz
 """
 INDIC_SCRIPTS = frozenset("DEVANAGARI BENGALI GURMUKHI GUJARATI ORIYA TAMIL TELUGU KANNADA MALAYALAM SINHALA".split())
-
-
-def _scripts() -> dict[str, frozenset[str]]:
-    found: dict[str, set[str]] = {}
-    for entry in _SCRIPT_TABLE.split(","):
-        script, *languages = entry.split()
-        for language in languages:
-            found.setdefault(language, set()).add(script)
-    return {language: frozenset(scripts) for language, scripts in found.items()}
-
-
-SCRIPTS: Mapping[str, frozenset[str]] = _scripts()
+_ROWS = [entry.split() for entry in _SCRIPT_TABLE.split(",")]
+SCRIPTS: Mapping[str, frozenset[str]] = {
+    language: frozenset(script for script, *others in _ROWS if language in others)
+    for _, *languages in _ROWS
+    for language in languages
+}
 """The scripts a language is written in, as Unicode's character names begin; a language that is not listed: LATIN."""
 
 _ANNOTATION = re.compile(r"\[[^\]]*\]|\([^)]*\)|<[^>]*>")

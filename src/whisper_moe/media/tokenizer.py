@@ -1,4 +1,4 @@
-"""Whisper's tokens: text to ids and back, control tokens by name, words.
+"""Whisper's tokens: text to ids and back, control tokens by name, words; pieces of text that are tokens of a sense; sentences.
 
 A thin layer over ``tokenizers``: byte-level BPE (GPT-2), Whisper's control tokens (arXiv 2212.04356, section 2.3) and
 timestamps every 0.02 s. Ids are looked up by name: the vocabularies of Whisper (51,864 / 51,865 / 51,866) and of its
@@ -10,15 +10,16 @@ from __future__ import annotations
 import json
 import re
 import string
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from functools import cached_property
-from itertools import groupby
+from itertools import groupby, pairwise
 from pathlib import Path
 from typing import Any
 
 from tokenizers import AddedToken, decoders, models, pre_tokenizers
 from tokenizers import Tokenizer as Backend
 
+from whisper_moe.config_aside import TEXT
 from whisper_moe.media.languages import FURTHER_LANGUAGES, LANGUAGES, UNSPACED_LANGUAGES, language_code
 
 TIMESTAMP_SECONDS = 0.02
@@ -32,6 +33,11 @@ _UNENCODABLE = re.compile("[\0\ud800-\udfff]")
 _TIMESTAMP = re.compile(r"<\|([0-9]{1,2}\.[0-9][0-9])\|>")
 _MARKUP = re.compile(r"<\|[^<>|]*(\|>)?|[^\s<>|]*\|>")
 _REPLACEMENT = "\ufffd"
+_SENTENCE = re.compile(
+    r"(?<=[.!?।])(?<!\b[A-Z]\.)(?<!\b(?:Mr|Ms|Dr|St|vs)\.)(?<!\bMrs\.)(?<!\b(?:e\.g|i\.e)\.)(?<!^\d\.)[\"'”\u2019)]*\s+"
+)
+_PLACES_TO_CUT = (re.compile(r"(?<=[,;:])\s+"), re.compile(r"\s+"))
+_CONTROL = re.compile(r"<\|[^\s<|>]+\|>")
 
 _ANNOTATIONS = (
     *'"#()*+/:;<=>@[\\]^_`{|}~「」『』',
@@ -295,3 +301,66 @@ class Tokenizer:
                 pending = []
         if pending:
             yield text, pending
+
+
+# Sentences, and pieces of text
+
+
+def sentences(text: str) -> list[str]:
+    """A text cut behind its sentences, closing quotes with theirs. Initials, titles and the number of a list end none."""
+    ends = [found.end() for found in _SENTENCE.finditer(text)]
+    return [text[begin:end].strip() for begin, end in pairwise([0, *ends, len(text)])]
+
+
+def shortened(sentence: str, fits: Callable[[str], bool]) -> list[str]:
+    """A sentence in parts that fit: cut where a comma is nearest to its middle, else between words, else in the middle."""
+    if fits(sentence):
+        return [sentence] if sentence else []
+    places = ([found.start() for found in place.finditer(sentence)] for place in _PLACES_TO_CUT)
+    cuts = next(filter(None, places), [len(sentence) // 2])
+    middle = min(cuts, key=lambda cut: abs(2 * cut - len(sentence)))
+    return [*shortened(sentence[:middle].strip(), fits), *shortened(sentence[middle:].strip(), fits)]
+
+
+class Pieces:
+    """A tokenizer with more tokens behind its own: control tokens, such as ``<|text|>``, and pieces of text in scripts
+    that Whisper spells in single characters: a Hindi word is five tokens to it, and one or two of these.
+
+    A text is cut from left to right into the longest pieces that are known; what lies between them (Latin, digits) is the
+    source's own tokens. So nothing but the pieces themselves has to be kept, and every text comes back as it was.
+    """
+
+    def __init__(self, tokenizer: Tokenizer, tokens: Sequence[str], first: int) -> None:
+        """``first``: the id of the first of ``tokens``."""
+        self.tokenizer, self.tokens, self.first = tokenizer, tokens, first
+        self.ids = {token: first + place for place, token in enumerate(tokens)}
+        self.control = {id for token, id in self.ids.items() if _CONTROL.fullmatch(token)}
+        """Ids that stand for no text."""
+        known = sorted((token for token, id in self.ids.items() if id not in self.control), key=len, reverse=True)
+        self._known = re.compile(f"({'|'.join(map(re.escape, known))})") if known else re.compile("((?!))")
+
+    def source(self, text: str, language: str) -> list[int]:
+        """What the encoder reads: language, text, end."""
+        return [self.tokenizer.language_id(language), *self.encode(f" {text.strip()}"), self.tokenizer.eot]
+
+    def opening(self, language: str, task: str = TEXT) -> list[int]:
+        """What the decoder begins with, to write in this language. ``task``: the token of what was read, a text or signs."""
+        tokenizer = self.tokenizer
+        return [tokenizer.sot, tokenizer.language_id(language), self.ids[task], tokenizer.no_timestamps]
+
+    def encode(self, text: str) -> list[int]:
+        """Text to ids; control tokens are never read from it. Raises ``ValueError`` as :meth:`Tokenizer.encode` does."""
+        ids: list[int] = []
+        for place, part in enumerate(self._known.split(text)):
+            ids += [self.ids[part]] if place % 2 else self.tokenizer.encode(part)
+        return ids
+
+    def decode(self, ids: Iterable[int]) -> str:
+        """Ids to text, without control tokens."""
+        said: list[str] = []
+        for further, run in groupby(ids, lambda id: id >= self.first):
+            if further:
+                said += [self.tokens[id - self.first] for id in run if id not in self.control]
+            else:
+                said.append(self.tokenizer.decode(list(run)))
+        return "".join(said)

@@ -10,8 +10,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from fractions import Fraction
 from math import ceil, isqrt, prod, sqrt
-from pathlib import Path
-from typing import BinaryIO, TypeAlias
+from typing import TypeAlias
 
 import numpy as np
 from av import VideoFrame, VideoStream
@@ -20,7 +19,7 @@ from numpy.typing import NDArray
 from whisper_moe.config import SAMPLE_RATE
 from whisper_moe.config_aside import FilmConfig
 from whisper_moe.media.audio import load_audio
-from whisper_moe.media.containers import FILM_CODECS, MICROSECONDS, SOUND_CODECS, Damage, Reader, codec_of, opened
+from whisper_moe.media.containers import FILM_CODECS, MICROSECONDS, SOUND_CODECS, Damage, File, Reader, codec_of, opened
 
 Frames = NDArray[np.uint8]
 
@@ -38,9 +37,7 @@ Fit: TypeAlias = "Callable[[int, int], tuple[int, int]]"
 """Width and height of an upright picture to those that it is kept with."""
 
 
-def load_film(
-    source: str | Path | BinaryIO, film: FilmConfig, *, name: str | None = None, fit: Fit | None = None
-) -> Frames:
+def load_film(source: File, film: FilmConfig, *, name: str | None = None, fit: Fit | None = None) -> Frames:
     """RGB pictures, uint8 [frames, height, width, 3]; at least one.
 
     Of n seconds there are ⌈n · rate⌉. Picture k is the one that stands at k / rate seconds after the first; of those with one
@@ -70,7 +67,7 @@ def grid(width: int, height: int, patches: int) -> tuple[int, int]:
     return rows, min(patches // rows, round(rows * width / height))
 
 
-def film_tokens(source: str | Path | BinaryIO, film: FilmConfig, *, name: str | None = None) -> int:
+def film_tokens(source: File, film: FilmConfig, *, name: str | None = None) -> int:
     """How many tubelets a film becomes, as its header states; the most, where that does not say how long it is. Raises
     ``MediaError`` for a file that cannot be opened or has no film."""
     with opened(source, name, FILM_CODECS) as reader:
@@ -112,7 +109,7 @@ def _kept(film: VideoStream, reader: Reader, rate: float, fit: Fit, most: int) -
     return np.stack(kept)
 
 
-def header_seconds(source: str | Path | BinaryIO, *, name: str | None = None) -> float:
+def header_seconds(source: File, *, name: str | None = None) -> float:
     """How long a recording is, sound if there is any, else film: as its header states, which costs no decoding.
 
     A format that states nothing is decoded. Raises ``MediaError`` for a file that cannot be opened or is cut off.

@@ -13,10 +13,10 @@ T tokens, S segments, E experts, r rank, I inputs, O outputs, P tokens of the bu
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from contextvars import ContextVar
 from functools import cached_property, lru_cache, partial
-from typing import Any, NamedTuple, TypeVar
+from typing import Any, NamedTuple, TypeAlias, TypeVar
 
 import torch
 import torch.nn.functional as F
@@ -93,15 +93,25 @@ class Assignment:
         return self.gates_SE[self.layout.segment_ids(self.gates_SE.device)]
 
 
-_NOTHING: tuple[Assignment | None, Assignment | None] = (None, None)
-_ASSIGNED: ContextVar[tuple[Assignment | None, Assignment | None]] = ContextVar("assigned", default=_NOTHING)
+Assignments: TypeAlias = tuple[Assignment | None, Assignment | None]
+_ASSIGNED: ContextVar[Assignments] = ContextVar("assigned", default=(None, None))
 """Of the tokens that a pass computes, and of the encoder's states where cross-attention reads them."""
 _kept = lru_cache(maxsize=16)(Assignment)
 """A decoding step has the assignment of the one before."""
 
 
 @contextmanager
-def assigned(routing: Routing | None, layout: Layout, experts: int, source: Layout | None = None) -> Iterator[None]:
+def _assigning(now: Assignments) -> Iterator[None]:
+    token = _ASSIGNED.set(now)
+    try:
+        yield
+    finally:
+        _ASSIGNED.reset(token)
+
+
+def assigned(
+    routing: Routing | None, layout: Layout, experts: int, source: Layout | None = None
+) -> AbstractContextManager[None]:
     """Within, the tokens of ``layout`` (and the states of ``source``) belong to the experts that ``routing`` chose.
 
     Nothing is assigned in a model without differences (0 experts).
@@ -110,25 +120,13 @@ def assigned(routing: Routing | None, layout: Layout, experts: int, source: Layo
     make = Assignment if torch.is_grad_enabled() else _kept
     own = None if routing is None else make(routing, layout.lengths, experts)
     states = None if routing is None or source is None else make(routing, source.lengths, experts)
-    token = _ASSIGNED.set((own, states))
-    try:
-        yield
-    finally:
-        _ASSIGNED.reset(token)
+    return _assigning((own, states))
 
 
-@contextmanager
-def narrowed(rows: slice) -> Iterator[None]:
+def narrowed(rows: slice) -> AbstractContextManager[None]:
     """Within, only these of the pass's tokens are computed."""
     whole, states = _ASSIGNED.get()
-    if whole is None:
-        yield
-        return
-    token = _ASSIGNED.set((_Cut(whole, rows), states))
-    try:
-        yield
-    finally:
-        _ASSIGNED.reset(token)
+    return _assigning((whole and _Cut(whole, rows), states))
 
 
 def keeping(function: Callable[..., Result]) -> Callable[..., Result]:
@@ -136,11 +134,8 @@ def keeping(function: Callable[..., Result]) -> Callable[..., Result]:
     now = _ASSIGNED.get()
 
     def call(*args: Any) -> Result:
-        token = _ASSIGNED.set(now)
-        try:
+        with _assigning(now):
             return function(*args)
-        finally:
-            _ASSIGNED.reset(token)
 
     return call
 
@@ -215,40 +210,19 @@ class LowRank(nn.Module):
         return torch.bmm(mixed[..., :-1], self.down).sum(0), mixed[..., -1].sum(0)
 
 
-class DeltaLinear(nn.Linear):
-    """``x W_e^T + b_e``."""
-
-    experts: LowRank
-
-    def forward(self, input: Tensor) -> Tensor:
-        return self.experts.add_to(super().forward(input), input)
-
-
-class PreparedDelta(nn.Module):
-    """:class:`DeltaLinear` on a base that is laid out for inference."""
-
-    def __init__(self, base: nn.Module, experts: LowRank) -> None:
-        super().__init__()
-        self.base, self.experts = base, experts
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.experts.add_to(self.base(x), x)
+def differing(layer: nn.Module, experts: LowRank | None) -> nn.Module:
+    """The same layer, a linear one or an embedding, with the differences of its experts, if it has any."""
+    if experts is not None:
+        layer.experts = experts
+        layer.register_forward_hook(with_difference)
+    return layer
 
 
-class DeltaEmbedding(nn.Embedding):
-    """A token's row; the text head, which is tied to it, has the same difference."""
-
-    experts: LowRank
-
-    def forward(self, input: Tensor) -> Tensor:
-        return self.experts.rows(super().forward(input), input)
-
-
-class PreparedDeltaEmbedding(PreparedDelta):
-    """:class:`DeltaEmbedding` on a table that stays int8."""
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.experts.rows(self.base(x), x)
+def with_difference(layer: Any, inputs: tuple[Tensor], output: Tensor) -> Tensor:
+    """A hook: ``x W_e^T + b_e`` of a layer's ``x W^T + b``; of token ids, rows of an embedding, whose text head has the same
+    difference."""
+    (given,) = inputs
+    return layer.experts.add_to(output, given) if given.is_floating_point() else layer.experts.rows(output, given)
 
 
 class DeltaConv1d(nn.Conv1d):
@@ -297,16 +271,17 @@ def add_differences(model: nn.Module, experts: int, rank: int) -> None:
         low_rank = partial(LowRank, experts, rank)
         if type(module) is nn.Linear:
             source = path.endswith("cross_attn.kv")
-            kind, parts = DeltaLinear, low_rank(module.in_features, module.out_features, source=source)
+            differing(module, low_rank(module.in_features, module.out_features, source=source))
         elif type(module) is nn.Embedding and path.endswith("token_embedding"):  # new tokens have no difference
             fewer = min(rank, EMBEDDING_RANK)
-            kind, parts = DeltaEmbedding, LowRank(experts, fewer, module.embedding_dim, module.num_embeddings)
+            differing(module, LowRank(experts, fewer, module.embedding_dim, module.num_embeddings))
         elif type(module) is nn.Conv1d:
-            kind, parts = DeltaConv1d, low_rank(module.in_channels * module.kernel_size[0], module.out_channels)
+            parts = low_rank(module.in_channels * module.kernel_size[0], module.out_channels)
+            _become(module, DeltaConv1d, parts)
         elif isinstance(module, nn.LayerNorm):
-            kind, parts = DeltaNorm, NormDifferences(experts, module.normalized_shape[0])
-        else:
-            continue
-        layer: Any = module
-        layer.__class__ = kind  # the same layer, with its parameters, under the same name
-        layer.experts = parts
+            _become(module, DeltaNorm, NormDifferences(experts, module.normalized_shape[0]))
+
+
+def _become(module: Any, kind: type[nn.Module], parts: nn.Module) -> None:
+    """The same layer, with its parameters, under the same name."""
+    module.__class__, module.experts = kind, parts

@@ -20,7 +20,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from whisper_moe.model.delta import DeltaEmbedding, DeltaLinear, PreparedDelta, PreparedDeltaEmbedding
+from whisper_moe.model.delta import differing
 from whisper_moe.model.int8 import FbgemmLinear, Int8Embedding, Int8Linear, Int8Rows, fbgemm_packing, suits_fbgemm
 from whisper_moe.model.layers import Norm, TextHead
 from whisper_moe.model.model import Decoder, WhisperMoEModel
@@ -66,15 +66,13 @@ def prepare_for_inference(
     paths = [
         path
         for path, module in model.named_modules()
-        if isinstance(module, (TextHead, Experts, DeltaLinear))
-        or (type(module) is nn.Linear and not path.endswith(".rate"))
+        if isinstance(module, (TextHead, Experts)) or (type(module) is nn.Linear and not path.endswith(".rate"))
     ]
     with _ONE_AT_A_TIME, fbgemm_packing() if arithmetic == "int8" and suits_fbgemm() else nullcontext():
         _side_by_side(model, paths, known, arithmetic)
     if rows := known.get(f"{_EMBEDDING}.weight"):
-        own, table = model.decoder.token_embedding, Int8Embedding(rows)
-        table = PreparedDeltaEmbedding(table, own.experts) if isinstance(own, DeltaEmbedding) else table
-        model.decoder.token_embedding = table  # pyright: ignore[reportAttributeAccessIssue]
+        own = getattr(model.decoder.token_embedding, "experts", None)
+        model.decoder.token_embedding = differing(Int8Embedding(rows), own)  # pyright: ignore[reportAttributeAccessIssue]
     return model
 
 
@@ -113,10 +111,10 @@ def _side_by_side(
 def _prepared(module: nn.Module, path: str, known: Mapping[str, Int8Rows], arithmetic: Arithmetic) -> nn.Module:
     if isinstance(module, TextHead):
         base = _linear(known.get(f"{_EMBEDDING}.weight") or module.weight.detach(), None, arithmetic)
-        return base if module.experts is None else PreparedDelta(base, module.experts)
+        return differing(base, module.experts)
     if isinstance(module, nn.Linear):
         base = _linear(known.get(f"{path}.weight") or module.weight.detach(), module.bias, arithmetic)
-        return PreparedDelta(base, module.experts) if isinstance(module, DeltaLinear) else base
+        return differing(base, getattr(module, "experts", None))
     assert isinstance(module, Experts)
     up, down = (known.get(f"{path}.{key}") for key in ("up_weight", "down_weight"))
     if arithmetic == "int8" and not suits_fbgemm():

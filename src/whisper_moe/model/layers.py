@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from whisper_moe.model.delta import DeltaEmbedding, LowRank, narrowed
+from whisper_moe.model.delta import LowRank, narrowed
 from whisper_moe.packing import Layout
 
 CHUNK = 512
@@ -186,8 +186,7 @@ class TextHead(nn.Module):
     @property
     def experts(self) -> LowRank | None:
         """The differences of its experts, in a model that has such."""
-        embedding = self._tied[0]
-        return embedding.experts if isinstance(embedding, DeltaEmbedding) else None
+        return getattr(self._tied[0], "experts", None)
 
     def forward(self, x_TD: Tensor) -> Tensor:
         logits = [F.linear(x_TD, embedding.weight) for embedding in self._tied if embedding is not None]

@@ -17,13 +17,12 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from whisper_moe.config import POSITIONS_PER_SECOND, ModelConfig
-from whisper_moe.model.block import Block, Carry, listed
+from whisper_moe.model.block import Block, Carry, DecoderState, Encoded, listed
 from whisper_moe.model.delta import add_differences, assigned
 from whisper_moe.model.layers import AudioStem, TextHead, sinusoids
 from whisper_moe.model.router import NONE, Router, Routing, pool_segments
 from whisper_moe.model.senses import Embedded, Senses, is_sensed
 from whisper_moe.model.speech import SpeechModel
-from whisper_moe.model.state import DecoderState, Encoded
 from whisper_moe.packing import Layout
 
 _FIRST_CAPACITY = 64
@@ -41,6 +40,8 @@ class Decoded(NamedTuple):
     """Behind each block, [T, D]."""
     choices: tuple[Routing, ...]
     """One for each routed layer's tokens."""
+    attention: list[Tensor]
+    """Of the heads asked for, before the softmax: [heads, tokens, positions] a segment."""
 
 
 class Output(NamedTuple):
@@ -213,17 +214,26 @@ class Decoder(nn.Module):
         self.deltas = _differences(config)
         self.head: nn.Module = TextHead(self.token_embedding, self.new_tokens)
 
-    def forward(self, tokens_T: Tensor, layout: Layout, encoded: Encoded) -> Decoded:
-        """Teacher forcing: flat tokens [T] (or [T, D]) of all segments, ``layout`` their texts."""
-        depths: list[Tensor] = []
-        choices: list[Routing] = []
+    def forward(
+        self, tokens_T: Tensor, layout: Layout, encoded: Encoded, heads: Sequence[tuple[int, int]] = ()
+    ) -> Decoded:
+        """Teacher forcing: flat tokens [T] (or [T, D]) of all segments, ``layout`` their texts.
+
+        ``heads``: (layer, head) pairs of the cross-attention that is wanted, which comes out by ascending layer, that of one
+        layer in the order given.
+        """
+        depths, choices, attention = list[Tensor](), list[Routing](), list[list[Tensor]]()
+        source = encoded.states_TD, encoded.layout
         with self._assigned(encoded, layout, encoded.layout):
             x_TD = self._embed(tokens_T, self._places(layout, tokens_T.device))
-            for block in self.blocks:
-                x_TD, chosen = block(x_TD, layout, encoded.routing, (encoded.states_TD, encoded.layout))
+            for depth, block in enumerate(self.blocks):
+                if wanted := [head for layer, head in heads if layer == depth]:
+                    attention.append(block.cross_logits(x_TD, layout, source, wanted))
+                x_TD, chosen = block(x_TD, layout, encoded.routing, source)
                 depths.append(x_TD)
                 choices += [chosen] if chosen else []
-            return Decoded(self.norm(x_TD), tuple(depths), tuple(choices))
+            found = [torch.cat(each) for each in zip(*attention, strict=True)]
+            return Decoded(self.norm(x_TD), tuple(depths), tuple(choices), found)
 
     def start(self, encoded: Encoded, beams: int = 1) -> DecoderState:
         """The state before the first token, ``beams`` rows for each segment."""
@@ -259,25 +269,6 @@ class Decoder(nn.Module):
         """The text head, [T, vocab]; ``layout``: of the segments or rows that ``routing`` is of."""
         with assigned(routing, layout, self.deltas):
             return self.head(states_TD)
-
-    def alignment(
-        self, tokens_T: Tensor, layout: Layout, encoded: Encoded, heads: list[tuple[int, int]]
-    ) -> list[Tensor]:
-        """Cross-attention logits of (layer, head) pairs for a teacher-forced text: [heads, tokens, positions] a segment.
-
-        Pairs come out by ascending layer, those of one layer in the order given.
-        """
-        found: list[list[Tensor]] = [[] for _ in layout.lengths]
-        with self._assigned(encoded, layout, encoded.layout):
-            x_TD = self._embed(tokens_T, self._places(layout, tokens_T.device))
-            for depth, block in enumerate(self.blocks):
-                assert block.cross_attn is not None
-                cache = block.cross_attn.cache(encoded.states_TD, encoded.layout)
-                if wanted := [head for layer, head in heads if layer == depth]:
-                    for segment, logits in enumerate(block.cross_logits(x_TD, layout, cache, wanted)):
-                        found[segment].append(logits)
-                x_TD = block(x_TD, layout, encoded.routing, cache).x_TD
-        return [torch.cat(logits) for logits in found]
 
     def _places(self, layout: Layout, device: torch.device) -> Tensor:
         longest, limit = max(layout.lengths), self.positions.shape[0]
@@ -345,7 +336,7 @@ class WhisperMoEModel(nn.Module):
             inputs = [senses.embedded(each, self) for each in inputs]
             tokens_T = senses.rows(tokens_T, self.decoder)
         encoded = self.encoder(inputs, valid_lengths=valid_lengths)
-        states_TD, depths, choices = self.decoder(tokens_T, layout, encoded)
+        states_TD, depths, choices, _ = self.decoder(tokens_T, layout, encoded)
         if among is not None:
             rows = self.senses.rows(among, self.decoder) if self.senses else self.decoder.embedded(among)
             logits = F.linear(states_TD, rows)

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from itertools import pairwise
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from whisper_moe.config import ModelConfig
 from whisper_moe.config_aside import FilmConfig, SensesConfig
-from whisper_moe.model.delta import DeltaLinear, LowRank, PreparedDelta
+from whisper_moe.model.delta import LowRank, with_difference
 
 if TYPE_CHECKING:
     from whisper_moe.model.model import Decoder, WhisperMoEModel
@@ -145,15 +145,9 @@ class Senses(nn.Module):
     def attach(self, model: WhisperMoEModel) -> None:
         """Let every matrix of ``model``, in training or laid out for inference, add the differences."""
         for name, part in self.experts.items():
-            path = name.replace("-", ".")
-            layer: Any = model.get_submodule(path)
-            if type(layer) is nn.Linear:  # stays the same layer, whose parameters keep their names
-                layer.__class__ = DeltaLinear
-                layer.__dict__["experts"] = part
-            else:
-                parent, _, own = path.rpartition(".")
-                assert isinstance(part, LowRank)
-                setattr(model.get_submodule(parent), own, PreparedDelta(layer, part))
+            layer = model.get_submodule(name.replace("-", "."))
+            vars(layer)["experts"] = part  # which is not registered a second time: parameters keep their names
+            layer.register_forward_hook(with_difference)
         model.encoder.sense_experts = model.decoder.sense_experts = len(self.config.experts)
         model.encoder.routes_senses = self.config.routed
 

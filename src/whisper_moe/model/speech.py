@@ -13,6 +13,7 @@ F = 2 · n_mels numbers. Of the vocoder B sounds, F frames.
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import NamedTuple, TypeAlias
 
 import torch
@@ -21,7 +22,6 @@ from torch import Tensor, nn
 
 from whisper_moe.config import HOP, POSITIONS_PER_SECOND, ConformerConfig, ModelConfig
 from whisper_moe.config_aside import SpeechConfig
-from whisper_moe.model.attention import CrossAttentionCache
 from whisper_moe.model.block import Block, listed
 from whisper_moe.model.layers import sinusoids
 from whisper_moe.packing import Layout
@@ -110,8 +110,7 @@ class Stack(nn.Module):
             cache = None
             if source is not None:
                 assert block.cross_attn is not None
-                keys = block.cross_attn.cache(*source)
-                cache = CrossAttentionCache(keys.keys, keys.values, biases)
+                cache = replace(block.cross_attn.cache(*source), biases=biases)
             x_TD = block(x_TD, layout, None, cache).x_TD
         return self.norm(x_TD)
 

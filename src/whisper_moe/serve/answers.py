@@ -8,7 +8,7 @@ from typing import Annotated, Any, Literal, TypeAlias
 
 from pydantic import BeforeValidator, ConfigDict, Field
 
-from whisper_moe.frozen import Frozen
+from whisper_moe.config import Frozen
 from whisper_moe.generate.options import SubtitleOptions
 from whisper_moe.generate.result import Transcription, as_text, mean_gates
 from whisper_moe.media.languages import FURTHER_LANGUAGES, LANGUAGES
@@ -30,7 +30,6 @@ SOUND = {
     "wav": "audio/wav",
     "pcm": "audio/L16; rate=16000",
 }
-EXTENSIONS = {"mp3": ".mp3", "opus": ".opus", "aac": ".m4a", "flac": ".flac", "wav": ".wav"}
 
 
 class Asked(Frozen):

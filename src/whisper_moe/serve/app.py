@@ -22,12 +22,10 @@ from pydantic import ValidationError
 from starlette.datastructures import FormData, UploadFile
 from starlette.exceptions import HTTPException
 
-from whisper_moe.config import SAMPLE_RATE
-from whisper_moe.frozen import problems
+from whisper_moe.config import SAMPLE_RATE, problems
 from whisper_moe.generate.result import Transcription
 from whisper_moe.media.audio import write_audio
 from whisper_moe.serve.answers import (
-    EXTENSIONS,
     MEDIA_TYPES,
     SOUND,
     Asked,
@@ -40,10 +38,9 @@ from whisper_moe.serve.answers import (
     usage_of,
 )
 from whisper_moe.serve.engine import Engine
-from whisper_moe.serve.guard import Guard
-from whisper_moe.serve.limits import Refused
+from whisper_moe.serve.guard import Guard, Refused
+from whisper_moe.serve.live import Session
 from whisper_moe.serve.media import Readers, film_of, sound_of
-from whisper_moe.serve.realtime import Session
 
 logger = logging.getLogger(__name__)
 T = TypeVar("T")
@@ -182,9 +179,7 @@ class Server:
         self._short(asked.input)
         voice = asked.voice.get("id") if isinstance(asked.voice, dict) else asked.voice
         how = {"voice": None if voice in VOICES else voice, "language": asked.language, "rate": asked.speed}
-        samples, facts = await self._unless_gone(
-            request, self.engine.ask("speak", asked.input, expires=self._expires(), **how)
-        )
+        samples, facts = await self._ask(request, "speak", asked.input, **how)
         content = await asyncio.to_thread(_written, samples, asked.response_format)
         facts = {"x-voice": facts["voice"], "x-language": facts["language"]}
         return Response(content, media_type=SOUND[asked.response_format], headers=facts)
@@ -196,9 +191,7 @@ class Server:
         self._forced(asked.model)
         self._short(asked.input)
         how = {"source": asked.source, "target": asked.target}
-        return await self._unless_gone(
-            request, self.engine.ask("translate", asked.input, expires=self._expires(), **how)
-        )
+        return await self._ask(request, "translate", asked.input, **how)
 
     async def sign(self, request: Request) -> dict[str, Any]:
         """What is signed in a film."""
@@ -240,6 +233,10 @@ class Server:
             raise Refused(413 if "Too many" in error.detail else 400, error.detail, code="form") from None
         except ValidationError as error:
             raise Refused(400, problems(error), str(error.errors()[0]["loc"][0]), "invalid_value") from None
+
+    async def _ask(self, request: Request, task: str, given: Any, /, **how: Any) -> Any:
+        """The model's answer."""
+        return await self._unless_gone(request, self.engine.ask(task, given, expires=self._expires(), **how))
 
     async def _unless_gone(self, request: Request, answer: Awaitable[T]) -> T:
         """The answer; where the client hangs up before it, it is cancelled."""
@@ -322,5 +319,5 @@ def _written(samples: np.ndarray, kind: str) -> bytes:
     if kind == "pcm":
         return (samples.clip(-1, 1) * 32_767).astype("<i2").tobytes()
     content = io.BytesIO()
-    write_audio(content, samples, EXTENSIONS[kind])
+    write_audio(content, samples, ".m4a" if kind == "aac" else f".{kind}")
     return content.getvalue()

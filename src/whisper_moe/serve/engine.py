@@ -15,7 +15,7 @@ from multiprocessing import get_context
 from multiprocessing.connection import Connection
 from typing import Any
 
-from whisper_moe.serve.limits import Limits, Refused
+from whisper_moe.serve.guard import Limits, Refused
 
 logger = logging.getLogger(__name__)
 

@@ -20,7 +20,7 @@ from whisper_moe.config import SAMPLE_RATE
 from whisper_moe.config_aside import FilmConfig
 from whisper_moe.media import video
 from whisper_moe.media.audio import MediaError, stream_audio
-from whisper_moe.serve.limits import Limits, Refused
+from whisper_moe.serve.guard import Limits, Refused
 
 try:
     import resource
@@ -29,7 +29,8 @@ except ImportError:  # Windows has no such limits
 
 
 def end_with_parent() -> None:
-    """A process whose parent was killed ends within a second, whatever it is doing."""
+    """A process whose parent was killed ends within a second, whatever it is doing; an interrupt is for the parent to answer."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
     parent = os.getppid()
 
     def watch() -> None:

@@ -44,7 +44,7 @@ from torch.distributed.checkpoint.state_dict_saver import save as save_parts
 from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tensor
 from torch.optim import Optimizer
 
-from whisper_moe.frozen import problems
+from whisper_moe.config import problems
 from whisper_moe.weights.files import (
     CheckpointError,
     FileFacts,

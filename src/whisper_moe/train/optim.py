@@ -16,7 +16,6 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from whisper_moe.model.delta import DeltaLinear
 from whisper_moe.train.reading import RecipeError
 from whisper_moe.train.recipe import LoRARecipe, OptimisationRecipe
 from whisper_moe.weights.files import listed
@@ -70,10 +69,10 @@ class LoRALinear(nn.Linear):
 def add_lora(model: nn.Module, given: LoRARecipe) -> None:
     """Give the targets among the linear layers A, at random, and B, of zeros, in place: the model computes what it did.
 
-    TTT layers are no targets: they are new, and small enough to be trained whole; what speaks is none either. Layers do
-    without the differences of other senses meanwhile. Raises ``ValueError`` for a pattern that matches nothing.
+    TTT layers are no targets: they are new, and small enough to be trained whole; what speaks is none either. The
+    differences of other senses stay beside them. Raises ``ValueError`` for a pattern that matches nothing.
     """
-    layers = {path: each for path, each in model.named_modules() if type(each) in (nn.Linear, DeltaLinear)}
+    layers = {path: each for path, each in model.named_modules() if type(each) is nn.Linear}
     layers = {path: each for path, each in layers.items() if ".ttt." not in path and not path.startswith(SPEECH)}
     for pattern in given.targets:
         if not any(fnmatchcase(path, pattern) for path in layers):

@@ -12,11 +12,10 @@ from typing import TYPE_CHECKING, Annotated, ClassVar, Literal, Self
 
 from pydantic import Field, model_validator
 
-from whisper_moe.config import FULL_WINDOW, AdaptConfig, ConformerConfig, MoEConfig, TTTConfig
+from whisper_moe.config import FULL_WINDOW, AdaptConfig, ConformerConfig, MoEConfig, Strict, TTTConfig
 from whisper_moe.config_aside import SpeechConfig
 from whisper_moe.data.corpus import CorpusConfig
 from whisper_moe.data.sampler import LoaderConfig
-from whisper_moe.frozen import Strict
 from whisper_moe.train.reading import checked, read_tree
 
 if TYPE_CHECKING:

@@ -30,9 +30,8 @@ from pydantic import Field, ValidationError
 from safetensors.torch import save
 from torch import Tensor, nn
 
-from whisper_moe.config import ModelConfig, model_name
+from whisper_moe.config import ModelConfig, Strict, model_name, problems
 from whisper_moe.config_aside import ASIDE
-from whisper_moe.frozen import Strict, problems
 from whisper_moe.media.tokenizer import Tokenizer
 from whisper_moe.model.int8 import LEVELS, Int8Rows
 from whisper_moe.model.senses import Senses

@@ -23,7 +23,7 @@ from typing import Any
 from pydantic import Field
 from safetensors import SafetensorError, safe_open
 
-from whisper_moe.frozen import Strict
+from whisper_moe.config import Strict
 
 _MOST_BYTES = 64_000_000
 

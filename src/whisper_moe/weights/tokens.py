@@ -16,8 +16,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, ValidationInfo
 from torch import Tensor
 
-from whisper_moe.config import ModelConfig
-from whisper_moe.frozen import problems
+from whisper_moe.config import ModelConfig, problems
 from whisper_moe.media.tokenizer import Tokenizer, read_backend
 from whisper_moe.weights.files import CheckpointError, read_bytes, regular_size
 from whisper_moe.weights.parts import NEW_TOKENS
@@ -247,18 +246,13 @@ def detected_when_trained(
     known, stays left out.
     """
     began, names = dict[str, str](generation.get(UNTRAINED) or {}), config.new_tokens
-    still = {
-        code: start
-        for code, start in began.items()
-        if (token := f"<|{code}|>") not in names or digest(state[NEW_TOKENS][names.index(token)]) == start
-    }
-    if still == began:
+    rows = {code: names.index(token) for code in began if (token := f"<|{code}|>") in names}
+    moved = {code for code, row in rows.items() if digest(state[NEW_TOKENS][row]) != began[code]}
+    if not moved:
         return dict(generation)
-    undetected = generation.get("undetected_languages") or ()
-    moved = began.keys() - still.keys()
-    left = {"undetected_languages": [code for code in undetected if code not in moved], UNTRAINED: still}
-    rest = {key: value for key, value in generation.items() if key not in left}
-    return rest | {key: value for key, value in left.items() if value}
+    undetected = [code for code in generation.get("undetected_languages") or () if code not in moved]
+    left = {"undetected_languages": undetected, UNTRAINED: {code: began[code] for code in began if code not in moved}}
+    return {key: value for key, value in {**generation, **left}.items() if value or key not in left}
 
 
 def digest(row_D: Tensor) -> str:

@@ -16,8 +16,7 @@ from pydantic import BaseModel, ConfigDict, ValidationError
 from safetensors.torch import save
 from torch import Tensor
 
-from whisper_moe.config import FRAMES_PER_SECOND, FULL_WINDOW, HOP, SAMPLE_RATE, ModelConfig
-from whisper_moe.frozen import problems
+from whisper_moe.config import FRAMES_PER_SECOND, FULL_WINDOW, HOP, SAMPLE_RATE, ModelConfig, problems
 from whisper_moe.weights import parts
 from whisper_moe.weights.checkpoint import CONFIG, Loaded
 from whisper_moe.weights.files import CheckpointError, atomic_folder, json_bytes, listed, read_json
