@@ -100,8 +100,6 @@ class ContextRecipe(Recipe):
     @model_validator(mode="after")
     def _check_context(self) -> Self:
         adapt = self.model.adapt
-        if self.losses.balancing == "bias":
-            raise ValueError("nothing is balanced on the way, so losses.balancing cannot be bias; take none")
         if self.context.padded and adapt and not adapt.full_windows:
             raise ValueError(NOTHING_TO_TEACH)
         return self

@@ -305,7 +305,6 @@ def test_a_run_goes_on_as_if_it_had_not_stopped(
 @pytest.mark.parametrize(
     ("change", "said"),
     [
-        ({"losses": {"balancing": "bias"}}, "nothing is balanced on the way"),
         ({"model": {"adapt": {"full_windows": False}}, "context": {"padded": 0.1}}, "full windows teach nothing"),
         ({"context": {"margins": [2.0, 1.0]}}, "context: margins must be 0 to 30 seconds, the lesser first"),
         ({"context": {"margin": 1}}, "context.margin is not a key of a recipe; did you mean context.margins?"),

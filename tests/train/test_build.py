@@ -243,7 +243,6 @@ def test_the_expert_that_is_trained_answers_alone() -> None:
     for part, given, said in (
         ("optimisation", {"weight_decay": 0.1}, "weight_decay would wear away the other experts"),
         ("optimisation", {"groups": [group]}, "weight_decay would wear away the other experts"),
-        ("losses", {"balancing": "bias"}, "losses.balancing cannot be bias"),
     ):
         with pytest.raises(RecipeError, match=said):
             checked(Recipe, {"model": {"expert": "x"}, "data": {"train": [table(Path())]}, part: given}, "test")

@@ -35,7 +35,7 @@ from whisper_moe.train.recipe import Recipe
 from whisper_moe.weights.checkpoint import CONFIG, Loaded, read_config
 from whisper_moe.weights.files import atomic_folder, json_bytes, read_bytes, read_json
 from whisper_moe.weights.load import load_model
-from whisper_moe.weights.parts import empty_model, expected_shapes
+from whisper_moe.weights.parts import empty_model
 from whisper_moe.weights.tokens import GENERATION, TOKENIZER, of_any_language
 from whisper_moe.weights.upcycle import add_languages, add_parts, upcycle
 
@@ -62,11 +62,6 @@ def initial_model(recipe: Recipe) -> Loaded:
     if any(parts.values()):
         config, state = add_parts(config, state, **parts, seed=seed)
     config = config.model_copy(update={"context_margin": config.margin if margin is None else margin})
-    if recipe.losses.balancing == "bias":  # of zeros, with which the choice is what it was
-        if config.moe is None:
-            raise RecipeError("losses.balancing is bias, and the model has no experts")
-        config = config.model_copy(update={"moe": config.moe.model_copy(update={"balance_bias": True})})
-        state |= {key: torch.zeros(shape) for key, shape in expected_shapes(config).items() if key not in state}
     initial = replace(loaded, config=config, state=state, generation=of_any_language(loaded.generation))
     wanted = map(NewLanguage.parse, given.new_languages)
     return add_languages(initial, [each for each in wanted if each.code not in initial.tokenizer.languages])

@@ -2,7 +2,7 @@
 
 - Cross-entropy over the label tokens (-100 is ignored), divided by all label tokens of the step.
 - Router: balance loss (Switch, arXiv 2101.03961, section 2.2, for top-k) and z-loss (ST-MoE, arXiv 2202.08906, section 4)
-  per layer; or no loss but a bias on the choice (arXiv 2408.15664).
+  per layer.
 
 *None* is a choice like an expert here. A router whose rows all take *none* therefore still gets a gradient, although
 gates that are all *none*'s give it none: no other loss would ever bring it back.
@@ -24,7 +24,7 @@ from torch import Tensor, nn
 from whisper_moe.config import ModelConfig
 from whisper_moe.data.examples import IGNORED, Pack
 from whisper_moe.model.model import Output, WhisperMoEModel
-from whisper_moe.model.router import NONE, Router, Routing, at_least_float32
+from whisper_moe.model.router import NONE, Routing, at_least_float32
 from whisper_moe.packing import Layout
 from whisper_moe.train.parallel import Parallel
 from whisper_moe.train.recipe import LossRecipe, Sense
@@ -161,18 +161,6 @@ def router_terms(
     z = torch.stack([z_loss(*pair) for pair in zip(routings, counts, strict=True)]) * share
     loss = (given.balance if given.balancing == "loss" else 0.0) * balance.sum() + given.z * z.sum()
     return loss, {"balance": balance.mean().detach(), "z": z.mean().detach()}, counts
-
-
-@torch.no_grad()
-def balance_biases(model: nn.Module, counts: Tensor, rate: float) -> None:
-    """b_c ← b_c + rate · sign(mean − count_c): what was chosen too often is chosen less (arXiv 2408.15664, algorithm 1).
-
-    ``counts`` [routers, C] of a whole step. Gates are not changed by it.
-    """
-    routers = [module for module in model.modules() if isinstance(module, Router)]  # in the order of a pass's routings
-    for router, count in zip(routers, counts, strict=True):
-        assert router.bias is not None, "a router without a bias cannot be balanced by one"
-        router.bias += rate * (count.mean() - count).sign().to(router.bias)
 
 
 @dataclass(frozen=True)

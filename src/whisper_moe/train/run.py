@@ -51,6 +51,7 @@ is. Of steps and epochs there cannot be fewer than are done; :func:`_go_on` sees
 _CORPUS = {"directions": (["en>any", "any>en"],), "include_50": (False,), "videos": (None,)}
 _GONE = {
     **{f"data.{part}.{key}": values for part in ("train", "evaluation") for key, values in _CORPUS.items()},
+    "losses.bias_rate": (0.001,),
     "parallel.experts": (1,),
     "parallel.tensor": (1,),
     "run.tensorboard": (False, True),
