@@ -26,9 +26,8 @@ from whisper_moe.config import (
     SAMPLES_PER_POSITION,
     ModelConfig,
 )
-from whisper_moe.data.films import FilmAugmentation, FilmReader
-from whisper_moe.data.pairs import PairReader
 from whisper_moe.data.sample import DataError, Sample, TooLong, share_of
+from whisper_moe.data.senses import FilmAugmentation, FilmReader, PairReader
 from whisper_moe.frozen import Frozen
 from whisper_moe.media.audio import MediaError
 from whisper_moe.media.tokenizer import UNSPACED_LANGUAGES, Tokenizer, split_timestamps
