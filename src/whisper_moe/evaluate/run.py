@@ -27,9 +27,8 @@ from whisper_moe.data.table import open_corpus
 from whisper_moe.evaluate import metrics
 from whisper_moe.evaluate import report as reports
 from whisper_moe.evaluate.cost import cost
-from whisper_moe.evaluate.measure import Clip, Measured, Options, measure
+from whisper_moe.evaluate.measure import Clip, Heard, Measured, Options, System, apart, measure
 from whisper_moe.evaluate.metrics import ErrorCounts
-from whisper_moe.evaluate.systems import Heard, System, apart
 from whisper_moe.machine import machine, versions
 from whisper_moe.media.audio import MediaError
 from whisper_moe.media.normalize import normalize
