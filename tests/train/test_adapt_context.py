@@ -41,8 +41,7 @@ from whisper_moe.media.mel import log_mel
 from whisper_moe.model.model import WhisperMoEModel
 from whisper_moe.packing import Layout
 from whisper_moe.train.loop import Trainer
-from whisper_moe.train.losses import Totals, run_packs
-from whisper_moe.train.optim import freeze
+from whisper_moe.train.losses import Totals, freeze, run_packs
 from whisper_moe.train.parallel import Parallel
 from whisper_moe.train.reading import RecipeError, checked
 from whisper_moe.train.recipe import load_recipe

@@ -20,7 +20,7 @@ from whisper_moe.data.examples import Pack
 from whisper_moe.model.block import Block
 from whisper_moe.train import checkpoint
 from whisper_moe.train.loop import NonFiniteError, Trainer
-from whisper_moe.train.optim import LossScale
+from whisper_moe.train.losses import LossScale
 
 GLOBAL = np.random  # what libraries draw from
 LENGTHS = [[(20, 4), (33, 9)], [(51, 5)], [(12, 12), (7, 3), (25, 6)], [(40, 8)]]

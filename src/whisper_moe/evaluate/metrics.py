@@ -255,7 +255,6 @@ class Evaluator:
         corpora: Sequence[AnyCorpus],
         *,
         batch_size: int,
-        limit: int | None = None,
         stop_requested: Callable[[], bool] = lambda: False,
         note: Callable[[Sequence[Skipped]], None] = lambda skipped: None,
     ) -> dict[str, float] | None:
@@ -268,7 +267,7 @@ class Evaluator:
         try:
             for corpus in corpora:
                 found[corpus.name] = []
-                rows = islice(items(corpus), limit)
+                rows = items(corpus)
                 while batch := list(islice(rows, batch_size)):
                     if stop_requested():
                         return None

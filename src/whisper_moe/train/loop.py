@@ -30,9 +30,8 @@ from whisper_moe.data.loader import Batch
 from whisper_moe.machine import give_back_memory
 from whisper_moe.model.model import WhisperMoEModel
 from whisper_moe.train import checkpoint
-from whisper_moe.train.losses import Terms, Totals
+from whisper_moe.train.losses import LossScale, Terms, Totals, build_optimizer, precision_on, set_rates
 from whisper_moe.train.monitor import Monitor
-from whisper_moe.train.optim import LossScale, build_optimizer, precision_on, set_rates
 from whisper_moe.train.parallel import Parallel
 from whisper_moe.train.reading import RecipeError
 from whisper_moe.train.recipe import Recipe

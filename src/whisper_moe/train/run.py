@@ -242,7 +242,7 @@ def _signals(trainer: Trainer) -> Iterator[None]:
 def export(directory: Path, start: Loaded, lora: LoRARecipe | None = None) -> None:
     """Write the run's best checkpoint, or its last where none was judged, as a model: a plain one, after ``lora`` too."""
     from whisper_moe.train import checkpoint
-    from whisper_moe.train.optim import folded
+    from whisper_moe.train.build import folded
     from whisper_moe.weights.checkpoint import save_checkpoint
     from whisper_moe.weights.parts import expected_shapes
 
