@@ -39,7 +39,6 @@ from whisper_moe.config import FULL_WINDOW, SAMPLE_RATE, ModelConfig
 from whisper_moe.data.examples import ExampleConfig, ExampleReader, Pack
 from whisper_moe.data.loader import NAMED, PackedLoader
 from whisper_moe.data.sample import Sample, Skipped, TooLong, items, left_out
-from whisper_moe.data.sampler import MixingConfig
 from whisper_moe.frozen import Strict
 from whisper_moe.generate.decode import WindowDecoder
 from whisper_moe.generate.options import TranscribeOptions
@@ -338,7 +337,7 @@ class Adapting(Task):
             first = "; ".join(map(str, corrupt[:NAMED]))
             raise ValueError(f"{len(corrupt)} of {of} clips are corrupt; the first: {first}")
         reader = LessonReader(self.initial.tokenizer, config, given, lessons)
-        batches = self.loader([lessons], MixingConfig(), reader)  # its clips come all alike
+        batches = self.loader([lessons], reader)
         return batches, ContextObjective(given, lessons, model.decoder.head)
 
 

@@ -114,7 +114,7 @@ serve: Answer over HTTP what OpenAI's clients ask, with one model; extra `serve`
   --model                   str                  A whisper-moe folder or training run, or any Whisper. Default: the one that comes along.
   --model-dir               path                 Look for the model here first, and download it to here.
   --host                    str = 127.0.0.1      The address to listen at; one that others reach needs a key.
-  --port                    int>=0<=65535 = 8000 And its port.
+  --port                    int>=0<=65535 = 8000  And its port.
   --api-key-file            path                 Keys, one a line; also from WHISPER_MOE_API_KEY.
   --insecure                switch               Let everybody ask who reaches the address.
   --device --dtype --threads

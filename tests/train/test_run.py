@@ -535,9 +535,9 @@ def test_the_margin_of_training_is_kept_judged_by_and_used(
         margins.add(margin)
         return decode(self, *args, margin=margin, **options)
 
-    def opened(corpora: Any, reader: Any, config: Any) -> Any:
+    def opened(corpora: Any, reader: Any, *how: Any) -> Any:
         ranges.add(reader.margins)
-        return open_order(corpora, reader, config)
+        return open_order(corpora, reader, *how)
 
     monkeypatch.setattr(WindowDecoder, "decode", noted)
     monkeypatch.setattr(loader_module, "open_order", opened)

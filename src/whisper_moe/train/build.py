@@ -23,7 +23,7 @@ from whisper_moe.data.corpus import Corpus, CorpusConfig
 from whisper_moe.data.examples import ExampleReader
 from whisper_moe.data.loader import NAMED, PackedLoader
 from whisper_moe.data.sample import AnyCorpus, DataError, Sample, Skipped, items, tried
-from whisper_moe.data.sampler import MixingConfig
+from whisper_moe.data.sampler import Weights
 from whisper_moe.data.table import open_corpus
 from whisper_moe.evaluate.metrics import Evaluator
 from whisper_moe.media.languages import NewLanguage
@@ -264,14 +264,14 @@ class Task:
 
     def unchanged(self) -> ExampleReader:
         """Of samples as they are: films that are judged by are not changed as those that are learned from."""
-        reading = self.recipe.data.loader.reading.model_copy(update={"films": None})
+        reading = self.recipe.data.loader.examples.model_copy(update={"films": None})
         return ExampleReader(self.initial.tokenizer, self.initial.config, reading)
 
     def held_out(self, reader: ExampleReader, objective: Objective) -> Figures:
         """For tasks that nothing is decoded in: the losses of the data to be judged by, with the same draws every time."""
         if (metric := self.recipe.evaluation.metric) != "loss":
             raise RecipeError(f"evaluation.metric is {metric}, and the loss is all there is here")
-        loader = self.loader(self._judges(), MixingConfig(), reader)
+        loader = self.loader(self._judges(), reader)
         start = loader.state_dict()
 
         @torch.inference_mode()
@@ -304,24 +304,23 @@ class Task:
         streaming = any(config.streaming for config in data.train)
         most = data.loader.max_corrupt_share if streaming else 1.0  # else the loader counts them with what its survey finds
         corpora = list(self.opened(data.train, most_missing=most))
-        # Weights of the corpora are those of the mixture, unless it has its own.
         pairs = zip(corpora, data.train, strict=True)
         weights = {each.name: given.weight for each, given in pairs if given.weight != 1}
-        mixing = data.loader.mixing.model_copy(update={"weights": weights | dict(data.loader.mixing.weights)})
-        return self.loader(corpora, mixing, reader)
+        return self.loader(corpora, reader, weights)
 
     def loader(
-        self, corpora: Sequence[AnyCorpus], mixing: MixingConfig, reader: ExampleReader | None = None
+        self, corpora: Sequence[AnyCorpus], reader: ExampleReader | None = None, weights: Weights | None = None
     ) -> PackedLoader:
         """Batches of these corpora."""
         loader = PackedLoader(
             corpora,
             self.initial.tokenizer,
             self.initial.config,
-            self.recipe.data.loader.model_copy(update={"mixing": mixing}),
+            self.recipe.data.loader,
             rank=self.parallel.data_rank,
             world=self.parallel.data_size,
             reader=reader,
+            weights=weights,
             note=self.note,
         )
         if left := loader.excluded:

@@ -94,7 +94,7 @@ class DataRecipe(Strict):
     evaluation: tuple[CorpusConfig, ...] = ()
     """Corpora to be judged by."""
     loader: LoaderConfig = LoaderConfig()
-    """Batches, packing, mixing, reading."""
+    """Batches, packing, reading."""
 
 
 class GroupRecipe(Strict):
@@ -299,7 +299,7 @@ class Recipe(Strict):
         """Seconds of silence that the model will be used with; None: its own from before."""
         if self.model.context_margin is not None:
             return self.model.context_margin
-        margin = self.data.loader.reading.margin
+        margin = self.data.loader.examples.margin
         return margin[0] if isinstance(margin, tuple) else margin
 
 

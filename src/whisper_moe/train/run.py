@@ -50,6 +50,8 @@ _FREE = (
 is. Of steps and epochs there cannot be fewer than are done; :func:`_go_on` sees to that."""
 _CORPUS = {"directions": (["en>any", "any>en"],), "include_50": (False,), "videos": (None,)}
 _GONE = {
+    "data.loader.mixing": ({"temperature": 1.0, "weights": {}},),
+    "data.loader.mode": ("packed",),
     **{f"data.{part}.{key}": values for part in ("train", "evaluation") for key, values in _CORPUS.items()},
     "losses.bias_rate": (0.001,),
     "parallel.experts": (1,),
