@@ -10,7 +10,6 @@ import os
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from functools import cached_property
 from itertools import compress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, Self, TypeAlias
@@ -57,8 +56,6 @@ FEATURES = {
 }
 """A row's columns. The sound or film is a ``file``, or row number ``stored`` of a dataset beside it; ``row``: table and row that
 it is of."""
-STREAM_SHARDS = 128
-"""Parts that ranks and workers divide a stream of rows among."""
 PROBES = 8
 """Files whose headers are read at the same time: the wait is for disks and networks."""
 
@@ -138,7 +135,7 @@ class Corpus:
 
     name: str
     dataset: Dataset | IterableDataset
-    """The rows; ``dataclasses.replace`` it to shuffle a stream or to take a rank's share of one."""
+    """The rows."""
     sample: Callable[[Row], Sample] = sample_of
     """What a row means. It can be pickled."""
     left_out: tuple[Skipped, ...] = ()
@@ -168,12 +165,8 @@ class Corpus:
     def lengths(self) -> NDArray[np.float32]:
         """Seconds of each sample, [samples]; 0 for text, NaN where neither the corpus nor a header says (a corrupt file).
 
-        From the column ``seconds``; else from the headers of the files, which are opened once.
+        From the column ``seconds``; else from the headers of the files.
         """
-        return self._lengths
-
-    @cached_property
-    def _lengths(self) -> NDArray[np.float32]:
         rows = self._rows()
         known = np.full(len(rows), np.nan, np.float32)
         if "seconds" in rows.column_names:
@@ -221,5 +214,5 @@ def listed(
     features = Features({name: Value(kind) for name, kind in FEATURES.items()})
     dataset = Dataset.from_dict({name: [row.get(name) for row in there] for name in FEATURES}, features=features)
     if config.streaming:
-        dataset = dataset.to_iterable_dataset(num_shards=min(STREAM_SHARDS, len(dataset)))
+        dataset = dataset.to_iterable_dataset()
     return Corpus(name, dataset, sample, (*left_out, *missing), remarks)

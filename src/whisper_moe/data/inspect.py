@@ -25,7 +25,7 @@ from whisper_moe.config import EMBEDDED, SAMPLE_RATE, ModelConfig
 from whisper_moe.config_aside import FilmConfig
 from whisper_moe.data.corpus import PROBES, CorpusConfig
 from whisper_moe.data.examples import ExampleConfig, ExampleReader
-from whisper_moe.data.sample import DataError, Sample, Skipped, TooLong, items, left_out
+from whisper_moe.data.sample import DataError, Sample, Skipped, items, left_out
 from whisper_moe.data.sampler import LoaderConfig
 from whisper_moe.data.table import open_corpus
 from whisper_moe.frozen import problems
@@ -186,7 +186,7 @@ def _look_at(item: Sample | Skipped, decode: bool, reader: ExampleReader | None)
             raise MediaError(item.audio.name, "it holds no sound")
         if reader is not None:
             reader.measure(item, seconds)
-    except (DataError, MediaError, TooLong) as error:
+    except (DataError, MediaError) as error:
         return seconds, left_out(item, error)
     except ValueError as error:
         return seconds, str(error).removeprefix(f"{item.id}: ")

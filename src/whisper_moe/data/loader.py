@@ -19,8 +19,9 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, get_worker_info
 
 from whisper_moe.config import ModelConfig
+from whisper_moe.data.corpus import Corpus
 from whisper_moe.data.examples import Example, ExampleReader, Pack, pack_examples
-from whisper_moe.data.sample import AnyCorpus, DataError, Sample, Skipped, items, tried
+from whisper_moe.data.sample import DataError, Sample, Skipped, items, tried
 from whisper_moe.data.sampler import Draw, LoaderConfig, Packs, PlannedBatch, Position, Weights, open_order, plan
 from whisper_moe.media.tokenizer import Tokenizer
 
@@ -94,7 +95,7 @@ class PackedLoader:
 
     def __init__(
         self,
-        corpora: Sequence[AnyCorpus],
+        corpora: Sequence[Corpus],
         tokenizer: Tokenizer,
         model: ModelConfig,
         config: LoaderConfig,
@@ -225,7 +226,7 @@ class PackedLoader:
 class _Reading(Dataset[_Read]):
     """Reads the samples of a batch: in a worker, or in the training process."""
 
-    def __init__(self, corpora: list[AnyCorpus], reader: ExampleReader) -> None:
+    def __init__(self, corpora: list[Corpus], reader: ExampleReader) -> None:
         self._corpora, self._reader = corpora, reader
 
     def __getitem__(self, packs: Packs) -> _Read:

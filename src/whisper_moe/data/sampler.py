@@ -32,8 +32,9 @@ from numpy.typing import NDArray
 from pydantic import Field
 
 from whisper_moe.config import MAX_PACK_TOKENS
+from whisper_moe.data.corpus import Corpus
 from whisper_moe.data.examples import ExampleConfig, ExampleReader, positions
-from whisper_moe.data.sample import AnyCorpus, DataError, Sample, Skipped, items, share_of, tried
+from whisper_moe.data.sample import DataError, Sample, Skipped, items, share_of, tried
 from whisper_moe.frozen import Frozen, Strict
 from whisper_moe.packing import first_fit_decreasing
 
@@ -251,7 +252,7 @@ class Order:
         return tried(item, partial(self._reader.measure, seconds=seconds))
 
 
-def open_order(corpora: Sequence[AnyCorpus], reader: ExampleReader, seed: int, weights: Weights) -> Order:
+def open_order(corpora: Sequence[Corpus], reader: ExampleReader, seed: int, weights: Weights) -> Order:
     """By index where all corpora have one, as streams as soon as one of them has none."""
     names = [corpus.name for corpus in corpora]
     if not names or len(set(names)) != len(names):
@@ -263,7 +264,7 @@ def open_order(corpora: Sequence[AnyCorpus], reader: ExampleReader, seed: int, w
 class IndexOrder(Order):
     """Map-style corpora: every epoch's order and all lengths are known."""
 
-    def __init__(self, corpora: Sequence[AnyCorpus], reader: ExampleReader, seed: int, weights: Weights) -> None:
+    def __init__(self, corpora: Sequence[Corpus], reader: ExampleReader, seed: int, weights: Weights) -> None:
         super().__init__(reader, seed)
         excluded = [each for corpus in corpora for each in corpus.left_out]
         self._ids: list[str] = []
@@ -299,7 +300,7 @@ class IndexOrder(Order):
 class StreamOrder(Order):
     """At least one stream: samples as they come, each corpus read once in an epoch."""
 
-    def __init__(self, corpora: Sequence[AnyCorpus], reader: ExampleReader, seed: int, weights: Weights) -> None:
+    def __init__(self, corpora: Sequence[Corpus], reader: ExampleReader, seed: int, weights: Weights) -> None:
         super().__init__(reader, seed)
         sizes = {corpus.name: None if corpus.streaming else len(corpus) for corpus in corpora}
         self._corpora, self._weights = corpora, weights

@@ -22,7 +22,7 @@ from whisper_moe.config_aside import ASIDE
 from whisper_moe.data.corpus import Corpus, CorpusConfig
 from whisper_moe.data.examples import ExampleReader
 from whisper_moe.data.loader import NAMED, PackedLoader
-from whisper_moe.data.sample import AnyCorpus, DataError, Sample, Skipped, items, tried
+from whisper_moe.data.sample import DataError, Sample, Skipped, items, tried
 from whisper_moe.data.sampler import Weights
 from whisper_moe.data.table import open_corpus
 from whisper_moe.evaluate.metrics import Evaluator
@@ -309,7 +309,7 @@ class Task:
         return self.loader(corpora, reader, weights)
 
     def loader(
-        self, corpora: Sequence[AnyCorpus], reader: ExampleReader | None = None, weights: Weights | None = None
+        self, corpora: Sequence[Corpus], reader: ExampleReader | None = None, weights: Weights | None = None
     ) -> PackedLoader:
         """Batches of these corpora."""
         loader = PackedLoader(
@@ -353,7 +353,7 @@ class Task:
             yield corpus
 
 
-def check_rows(corpus: AnyCorpus, reader: ExampleReader, *, decode: bool) -> None:
+def check_rows(corpus: Corpus, reader: ExampleReader, *, decode: bool) -> None:
     """Raise :class:`RecipeError` where no row can be judged by, or the first that has nothing wrong with it is not for this
     model."""
     from whisper_moe.media.normalize import normalize
