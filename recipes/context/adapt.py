@@ -18,7 +18,6 @@ N clips, T decoder tokens, D width, depths: behind each decoder block, then behi
 from __future__ import annotations
 
 import json
-import math
 import sys
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -168,9 +167,6 @@ class Lessons:
 
     def __iter__(self) -> Iterator[Sample]:
         return map(self.__getitem__, range(len(self)))
-
-    def lengths(self) -> Sequence[float]:
-        return [sample.duration or math.nan for sample in self.samples for _ in MODES]
 
 
 class LessonReader(ExampleReader):

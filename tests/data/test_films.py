@@ -15,8 +15,8 @@ from generate.tiny import CONFIG, tiny_tokenizer
 
 from whisper_moe.config_aside import FilmConfig
 from whisper_moe.data.examples import ExampleConfig, ExampleReader
-from whisper_moe.data.senses import FilmAugmentation, augmented
 from whisper_moe.data.sample import DataError, Sample, TooLong
+from whisper_moe.data.senses import FilmAugmentation, augmented
 from whisper_moe.media.pieces import Pieces
 from whisper_moe.media.video import load_film, tubelets
 

@@ -8,19 +8,15 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from itertools import compress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, Self, TypeAlias
 
-import numpy as np
-from numpy.typing import NDArray
 from pydantic import Field, field_validator, model_validator
 
 from whisper_moe.data.sample import AudioRef, DataError, Sample, Skipped, Task
 from whisper_moe.frozen import Strict
-from whisper_moe.media.audio import MediaError
 from whisper_moe.media.languages import language_code
 
 if TYPE_CHECKING:
@@ -56,8 +52,6 @@ FEATURES = {
 }
 """A row's columns. The sound or film is a ``file``, or row number ``stored`` of a dataset beside it; ``row``: table and row that
 it is of."""
-PROBES = 8
-"""Files whose headers are read at the same time: the wait is for disks and networks."""
 
 
 class CorpusConfig(Strict):
@@ -162,26 +156,6 @@ class Corpus:
             raise TypeError(f"{self.name} is streamed: it has neither a length nor an index, and can only be iterated")
         return self.dataset  # pyright: ignore[reportReturnType]
 
-    def lengths(self) -> NDArray[np.float32]:
-        """Seconds of each sample, [samples]; 0 for text, NaN where neither the corpus nor a header says (a corrupt file).
-
-        From the column ``seconds``; else from the headers of the files.
-        """
-        rows = self._rows()
-        known = np.full(len(rows), np.nan, np.float32)
-        if "seconds" in rows.column_names:
-            known = np.asarray(rows.select_columns(["seconds"])["seconds"][:], dtype=np.float32)
-        unknown = np.flatnonzero(np.isnan(known))
-        with ThreadPoolExecutor(PROBES) as pool:
-            known[unknown] = list(pool.map(self._header_seconds, unknown.tolist()))
-        return known
-
-    def _header_seconds(self, index: int) -> float:
-        try:
-            return self[index].seconds()
-        except (DataError, MediaError):
-            return float("nan")
-
 
 def listed(
     config: CorpusConfig,
@@ -192,7 +166,7 @@ def listed(
     sample: Callable[[Row], Sample] = sample_of,
     remarks: tuple[str, ...] = (),
 ) -> Corpus:
-    """A corpus of rows that are known from the start, in as many shards as can be; what a row does not say is None.
+    """A corpus of rows that are known from the start; what a row does not say is None.
 
     Rows whose file is not there are left out, unless all are: then :class:`DataError` says so of ``place``.
     """

@@ -188,11 +188,11 @@ class ExampleReader:
             return [], False
         return ids, bool(steps)
 
-    def measure(self, sample: Sample, seconds: float) -> tuple[int, int]:
+    def measure(self, sample: Sample, seconds: float = math.nan) -> tuple[int, int]:
         """Samples of sound and tokens of text (and those of a film, or a text that is read), without decoding where the corpus or
         the file's header says how long it is.
 
-        ``seconds``: what is known of the sound, or NaN. Raises what :meth:`read` raises.
+        ``seconds``: of the sound, where they are known. Raises what :meth:`read` raises.
         """
         prompt, text = self.tokens(sample)
         if sense := self._senses.get(sample.task):
@@ -203,7 +203,7 @@ class ExampleReader:
         if not math.isfinite(seconds):
             assert sample.audio is not None
             seconds = len(sample.audio.read()) / SAMPLE_RATE
-        samples = round(seconds * SAMPLE_RATE)
+        samples = round(float(np.float32(seconds)) * SAMPLE_RATE)  # rounded, as runs know them that began long ago
         self._check_length(sample, samples)
         return samples, len(prompt) + len(text)
 

@@ -5,10 +5,11 @@ from __future__ import annotations
 import io
 import os
 from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from functools import partial
 from hashlib import blake2b, sha256
-from itertools import count
+from itertools import count, islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal, TypeAlias, TypeVar, get_args
 
@@ -25,6 +26,8 @@ if TYPE_CHECKING:
 Task: TypeAlias = Literal["transcribe", "translate", "translate-text", "sign"]
 """Speech to its text, speech to English text, text to text, sign-language video to text."""
 TASKS: tuple[Task, ...] = get_args(Task)
+PROBES = 8
+"""Samples that are looked at at once."""
 _T = TypeVar("_T")
 
 
@@ -178,6 +181,15 @@ def items(corpus: Corpus, rows: Iterable[int] | None = None) -> Iterator[Sample 
             return
         except DataError as error:
             yield left_out(corpus.name if stream else f"{corpus.name}, row {row + 1}", error)
+
+
+def looked_at(
+    rows: Iterator[Sample | Skipped], look: Callable[[Sample | Skipped], _T]
+) -> Iterator[tuple[Sample | Skipped, _T]]:
+    """Rows in their order, with what is found in each. Several are looked at at once: the wait is for disks and networks."""
+    with ThreadPoolExecutor(PROBES) as pool:
+        while chunk := list(islice(rows, 16 * PROBES)):  # of a stream, no more are held
+            yield from zip(chunk, pool.map(look, chunk), strict=True)
 
 
 def tried(item: Sample | Skipped, use: Callable[[Sample], _T]) -> _T | Skipped:

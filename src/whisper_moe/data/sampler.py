@@ -16,12 +16,10 @@ looked at when it is drawn, and resuming reads a stream again from its start, wi
 
 from __future__ import annotations
 
-import math
 import zlib
 from collections import defaultdict
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from functools import partial
 from hashlib import blake2b
 from itertools import islice
 from random import Random
@@ -34,7 +32,7 @@ from pydantic import Field
 from whisper_moe.config import MAX_PACK_TOKENS
 from whisper_moe.data.corpus import Corpus
 from whisper_moe.data.examples import ExampleConfig, ExampleReader, positions
-from whisper_moe.data.sample import DataError, Sample, Skipped, items, share_of, tried
+from whisper_moe.data.sample import DataError, Sample, Skipped, items, looked_at, share_of, tried
 from whisper_moe.frozen import Frozen, Strict
 from whisper_moe.packing import first_fit_decreasing
 
@@ -248,8 +246,8 @@ class Order:
         heard = positions(samples, margin, self._reader.max_positions) if samples else 0
         return Draw(source, margin, heard + tokens)
 
-    def _measured(self, item: Sample | Skipped, seconds: float) -> tuple[int, int] | Skipped:
-        return tried(item, partial(self._reader.measure, seconds=seconds))
+    def _measured(self, item: Sample | Skipped) -> tuple[int, int] | Skipped:
+        return tried(item, self._reader.measure)
 
 
 def open_order(corpora: Sequence[Corpus], reader: ExampleReader, seed: int, weights: Weights) -> Order:
@@ -272,8 +270,7 @@ class IndexOrder(Order):
         rows: dict[Group, list[int]] = defaultdict(list)
         digest = blake2b(digest_size=16)
         for number, corpus in enumerate(corpora):
-            for row, (item, seconds) in enumerate(zip(items(corpus), corpus.lengths(), strict=True)):
-                measured = self._measured(item, float(seconds))
+            for row, (item, measured) in enumerate(looked_at(items(corpus), self._measured)):
                 if isinstance(item, Skipped) or isinstance(measured, Skipped):
                     excluded += [measured] if isinstance(measured, Skipped) else []
                     continue
@@ -313,7 +310,7 @@ class StreamOrder(Order):
             rows = None if corpus.streaming else order.permutation(len(corpus)).tolist()
             streams[corpus.name] = items(corpus, rows)
         for item in islice(merged(streams, self._weights, self._seed, epoch), cursor, None):
-            measured = self._measured(item, math.nan)
+            measured = self._measured(item)
             if isinstance(item, Sample) and not isinstance(measured, Skipped):
                 in_a_row = 0
                 yield self._draw(item, item.id, *measured, epoch)
