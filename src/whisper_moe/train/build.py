@@ -146,6 +146,7 @@ def only_expert(model: WhisperMoEModel, name: str) -> tuple[str, ...]:
 
 # Low-rank differences
 
+
 class LoRALinear(nn.Linear):
     """``x W^T + b + alpha/rank (x A^T) B^T`` (LoRA, arXiv 2106.09685): W stays as it is, and B A beside it learns.
 
@@ -301,8 +302,9 @@ class Task:
     def mixed(self, reader: ExampleReader | None = None) -> PackedLoader:
         """The corpora to learn from, as the recipe mixes them; ``reader``: of samples, where it is not the usual one."""
         data = self.recipe.data
+        # Without a stream among them the loader counts what is missing, with what else its survey finds.
         streaming = any(config.streaming for config in data.train)
-        most = data.loader.max_corrupt_share if streaming else 1.0  # else the loader counts them with what its survey finds
+        most = data.loader.max_corrupt_share if streaming else 1.0
         corpora = list(self.opened(data.train, most_missing=most))
         pairs = zip(corpora, data.train, strict=True)
         weights = {each.name: given.weight for each, given in pairs if given.weight != 1}
