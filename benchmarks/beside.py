@@ -16,7 +16,7 @@ from typing import Any
 
 from peers import Job, System, systems, unshare_cores, weights_of
 
-from whisper_moe.evaluate import systems as evaluated
+from whisper_moe.evaluate import measure as evaluated
 from whisper_moe.evaluate.measure import Clip, Measured, Options, measure, take_times
 from whisper_moe.machine import usable_cores
 

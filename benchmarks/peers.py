@@ -24,7 +24,7 @@ from typing import Any, Literal
 import numpy as np
 
 from whisper_moe.config import FULL_WINDOW, SAMPLE_RATE
-from whisper_moe.evaluate.systems import Adapter, Heard, Source, apart, ours
+from whisper_moe.evaluate.measure import Adapter, Heard, Source, apart, ours
 from whisper_moe.generate.options import TEMPERATURES
 from whisper_moe.machine import SPINS
 from whisper_moe.media.audio import load_audio

@@ -23,8 +23,8 @@ from evaluate.corpora import clips, table
 from generate.tiny import CONFIG, tiny_whisper_moe
 
 from whisper_moe.config import TTTConfig
+from whisper_moe.evaluate.measure import Heard
 from whisper_moe.evaluate.metrics import ErrorCounts, interval
-from whisper_moe.evaluate.systems import Heard
 from whisper_moe.weights.load import load_model
 
 FOLDER = Path(__file__).parent.parent / "recipes" / "eight-experts"

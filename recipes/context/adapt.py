@@ -18,7 +18,6 @@ N clips, T decoder tokens, D width, depths: behind each decoder block, then behi
 from __future__ import annotations
 
 import json
-import math
 import sys
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -39,7 +38,6 @@ from whisper_moe.config import FULL_WINDOW, SAMPLE_RATE, ModelConfig, Strict
 from whisper_moe.data.examples import ExampleConfig, ExampleReader, Pack
 from whisper_moe.data.loader import NAMED, PackedLoader
 from whisper_moe.data.sample import Sample, Skipped, TooLong, items, left_out
-from whisper_moe.data.sampler import MixingConfig
 from whisper_moe.generate.decode import WindowDecoder
 from whisper_moe.generate.options import TranscribeOptions
 from whisper_moe.media.audio import MediaError
@@ -99,8 +97,6 @@ class ContextRecipe(Recipe):
     @model_validator(mode="after")
     def _check_context(self) -> Self:
         adapt = self.model.adapt
-        if self.losses.balancing == "bias":
-            raise ValueError("nothing is balanced on the way, so losses.balancing cannot be bias; take none")
         if self.context.padded and adapt and not adapt.full_windows:
             raise ValueError(NOTHING_TO_TEACH)
         return self
@@ -170,9 +166,6 @@ class Lessons:
 
     def __iter__(self) -> Iterator[Sample]:
         return map(self.__getitem__, range(len(self)))
-
-    def lengths(self) -> Sequence[float]:
-        return [sample.duration or math.nan for sample in self.samples for _ in MODES]
 
 
 class LessonReader(ExampleReader):
@@ -339,7 +332,7 @@ class Adapting(Task):
             first = "; ".join(map(str, corrupt[:NAMED]))
             raise ValueError(f"{len(corrupt)} of {of} clips are corrupt; the first: {first}")
         reader = LessonReader(self.initial.tokenizer, config, given, lessons)
-        batches = self.loader([lessons], MixingConfig(), reader)  # its clips come all alike
+        batches = self.loader([lessons], reader)
         return batches, ContextObjective(given, lessons, model.decoder.head)
 
 

@@ -49,7 +49,7 @@ def files_of(source: Path, split: str, *suffixes: str, undivided: bool = False) 
 def stream(source: Path | str, split: str, files: list[Path] | None, revision: str | None = None) -> Any:
     """A split of the files or the Hub, of which nothing is prepared. Raises :class:`DataError`."""
     given = CorpusConfig(source=str(source), split=split, revision=revision, streaming=True)
-    return load_rows(given, split, files=files)
+    return load_rows(given, files)
 
 
 def rows_of(dataset: Any, source: Path | str) -> Iterator[Row]:

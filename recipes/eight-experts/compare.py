@@ -44,10 +44,8 @@ from figures import (
 )
 from soup import alike, cook
 
-from whisper_moe.evaluate import systems
-from whisper_moe.evaluate.measure import disk_bytes
+from whisper_moe.evaluate.measure import SystemFailed, apart, disk_bytes
 from whisper_moe.evaluate.run import shown
-from whisper_moe.evaluate.systems import SystemFailed
 from whisper_moe.machine import machine, versions
 from whisper_moe.merge.run import named_experts
 from whisper_moe.weights.load import config_of, resolve
@@ -138,7 +136,7 @@ def timings(
     return jobs
 
 
-def compare(asked: argparse.Namespace, apart: Callable[..., Any] = systems.apart) -> int:
+def compare(asked: argparse.Namespace, apart: Callable[..., Any] = apart) -> int:
     """Everything; the exit status. Raises ``ValueError`` where the base or an expert cannot be run: what was heard stays."""
     out, (tables, experts, others) = Path(asked.out), named(asked)
     sets, names = {name: sample(file, asked.limit) for name, file in tables.items()}, [*experts]

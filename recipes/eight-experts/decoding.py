@@ -16,10 +16,8 @@ from figures import Sets
 
 from whisper_moe import WhisperMoE
 from whisper_moe.data.inspect import named_corpus
-from whisper_moe.evaluate import systems
-from whisper_moe.evaluate.measure import Clip, hear_all
+from whisper_moe.evaluate.measure import Adapter, Clip, Heard, System, hear_all, ours
 from whisper_moe.evaluate.run import gather, shown
-from whisper_moe.evaluate.systems import Adapter, Heard, ours
 from whisper_moe.generate.decode import WindowDecoder
 from whisper_moe.generate.options import TEMPERATURES, TranscribeOptions
 from whisper_moe.machine import peak_bytes
@@ -43,7 +41,7 @@ class Model(NamedTuple):
 
     @property
     def path(self) -> Path:
-        return Path(systems.System("ours", self.source).weights())
+        return Path(System("ours", self.source).weights())
 
     def key(self, clips: Sequence[Clip] = ()) -> str:
         """Of all that its transcripts follow from."""
@@ -56,7 +54,7 @@ class Model(NamedTuple):
         return digest((state, sounds, *self[2:], *told))
 
     def load(self) -> Adapter:
-        model = WhisperMoE.from_pretrained(systems.System("ours", self.source).source, threads=1)
+        model = WhisperMoE.from_pretrained(System("ours", self.source).source, threads=1)
         return ours(model, beam=1, temperatures=TEMPERATURES if self.fallback else (0.0,), margin=self.margin)
 
     def hear(self, adapter: Adapter, clips: Sequence[Clip]) -> list[Heard]:

@@ -14,10 +14,9 @@ from typing import Any, TypeAlias
 
 import numpy as np
 
-from whisper_moe.evaluate.measure import Clip
+from whisper_moe.evaluate.measure import Clip, Heard
 from whisper_moe.evaluate.metrics import ErrorCounts, character_counts, clip_counts, interval, paired_difference
 from whisper_moe.evaluate.report import markdown_table
-from whisper_moe.evaluate.systems import Heard
 from whisper_moe.media.normalize import normalize
 
 METRICS = {"wer_capped": "WER, capped", "cer_capped": "CER, capped", "wer": "WER", "cer": "CER"}

@@ -10,6 +10,7 @@ step: the critics' loss does not reach the vocoder, and the vocoder's does not r
 
 from __future__ import annotations
 
+import math
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -86,7 +87,7 @@ class SoundReader(ExampleReader):
     def tokens(self, sample: Sample) -> tuple[list[int], list[int]]:
         return [], [0]
 
-    def measure(self, sample: Sample, seconds: float) -> tuple[int, int]:
+    def measure(self, sample: Sample, seconds: float = math.nan) -> tuple[int, int]:
         super().measure(sample, seconds)
         return self._positions * 2 * HOP, 1
 

@@ -76,7 +76,7 @@ class MoEConfig(Frozen):
     router_layer: int = Field(default=2, ge=0)
     """Segment scope: the router reads the states after this many encoder layers; they are unrouted, the rest are routed."""
     balance_bias: bool = False
-    """The router has a bias for each choice, which training moves to keep experts in balance (arXiv 2408.15664)."""
+    """The router has a bias for each choice: models were once balanced by one, and keep it. Nothing moves it."""
     expert_names: tuple[str, ...] = ()
     """A name for each expert, shown in every transcript; default ``expert-0`` …"""
 

@@ -18,7 +18,7 @@ from commandline import trusting_flags
 from evaluate.corpora import table
 
 from whisper_moe import WhisperMoE
-from whisper_moe.evaluate.systems import Adapter, Heard
+from whisper_moe.evaluate.measure import Adapter, Heard
 from whisper_moe.machine import SPINS, share_cores
 
 peers, beside = script("peers"), script("beside")

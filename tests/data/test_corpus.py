@@ -1,36 +1,25 @@
-"""A corpus: its rows go on behind one that is none, headers are read once, and settings that mean nothing are refused."""
+"""A corpus: its rows go on behind one that is none, all are looked at once, and settings that mean nothing are refused."""
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pytest
-from media.recordings import encode, tone
 from pydantic import ValidationError
 
 from whisper_moe.data.corpus import Corpus, CorpusConfig
-from whisper_moe.data.sample import DataError, Sample
-from whisper_moe.data.table import open_corpus
+from whisper_moe.data.sample import DataError, Sample, Skipped, looked_at
 
 
-def test_headers_are_read_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    probed: list[str] = []
-    seconds = Sample.seconds
-    monkeypatch.setattr(Sample, "seconds", lambda sample: probed.append(sample.id) or seconds(sample))
-    for number in range(3):
-        encode(tmp_path / f"{number}.wav", tone(1.0 + number), 16_000, "pcm_s16le")
-    (tmp_path / "corrupt.wav").write_bytes(b"RIFF")
-    rows = "".join(f"{name}.wav\tyes\n" for name in (0, 1, 2, "corrupt"))
-    (tmp_path / "table.tsv").write_text("path\ttext\n" + rows)
-    settings: dict[str, Any] = {"kind": "table", "source": str(tmp_path / "table.tsv"), "languages": ["en"]}
-    corpus = open_corpus(CorpusConfig(**settings))
-    for lengths in (corpus.lengths(), corpus.lengths()):
-        assert lengths[:3].tolist() == [1.0, 2.0, 3.0] and np.isnan(lengths[3])
-    assert len(probed) == 4
-    encode(tmp_path / "1.wav", tone(5.0), 16_000, "pcm_s16le")
-    assert open_corpus(CorpusConfig(**settings)).lengths()[1] == 5.0, "as the files are now"
+def test_rows_are_looked_at_once_and_keep_their_order() -> None:
+    rows, looked = [Skipped(id=str(number), cause="") for number in range(300)], list[str]()
+
+    def look(row: Sample | Skipped) -> str:
+        looked.append(row.id)
+        return row.id
+
+    assert list(looked_at(iter(rows), look)) == [(row, row.id) for row in rows]
+    assert sorted(looked) == sorted(row.id for row in rows)
 
 
 def test_an_iterator_goes_on_behind_a_row_that_is_no_sample() -> None:

@@ -15,8 +15,8 @@ from generate.tiny import CONFIG, tiny_tokenizer
 
 from whisper_moe.config_aside import FilmConfig
 from whisper_moe.data.examples import ExampleConfig, ExampleReader
-from whisper_moe.data.films import FilmAugmentation, augmented
 from whisper_moe.data.sample import DataError, Sample, TooLong
+from whisper_moe.data.senses import FilmAugmentation, augmented
 from whisper_moe.media.tokenizer import Pieces
 from whisper_moe.media.video import load_film, tubelets
 
@@ -62,7 +62,7 @@ def test_a_film_that_there_is_room_for_is_decoded_once(
     config = ExampleConfig(margin=0.0, films=FilmAugmentation(memory=memory))
     plain = ExampleReader(tiny_tokenizer(), SEES, config)
     alone = [plain.read(signed(clip), draw).mel for draw in (0.1, 0.7, 0.1)]
-    monkeypatch.setattr("whisper_moe.data.films.load_film", counted)
+    monkeypatch.setattr("whisper_moe.data.senses.load_film", counted)
     reader = ExampleReader(tiny_tokenizer(), SEES, config)
     films = [reader.read(signed(clip), draw).mel for draw in (0.1, 0.7, 0.1)]
     assert len(times) == decoded

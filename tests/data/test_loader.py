@@ -34,10 +34,17 @@ def loader_of(
     return loader_over([MemoryCorpus(samples, streaming=streaming)], rank=rank, world=world, **changes)
 
 
-def loader_over(corpora: Sequence[MemoryCorpus], *, rank: int = 0, world: int = 1, **changes: Any) -> PackedLoader:
+def loader_over(
+    corpora: Sequence[MemoryCorpus],
+    *,
+    rank: int = 0,
+    world: int = 1,
+    weights: dict[str, float] | None = None,
+    **changes: Any,
+) -> PackedLoader:
     settings: dict[str, Any] = {"batch_size": 5, "planning_buffer": 14, "examples": {"margin": [0.2, 1.0]}}
     config = LoaderConfig.model_validate(settings | changes)
-    return PackedLoader(corpora, TOKENIZER, MODEL, config, rank=rank, world=world)
+    return PackedLoader(corpora, TOKENIZER, MODEL, config, rank=rank, world=world, weights=weights)
 
 
 def same(a: Sequence[Batch], b: Sequence[Batch]) -> bool:
@@ -57,15 +64,13 @@ def _same(a: Batch, b: Batch) -> bool:
     )
 
 
-FEW = SAMPLES[::3]
 UNITS: list[dict[str, Any]] = [
     {},
     {"batch_unit": "packs", "batch_size": 2},
-    {"mode": "padded", "samples": FEW},
     {"streaming": True},
     {"streaming": True, "samples": SAMPLES[:28]},
 ]
-"""Ways to make batches. Spectrograms of 30 s take a while: of them fewer. The last stream ends with a buffer."""
+"""Ways to make batches. The last stream ends with a buffer."""
 
 
 def named(changes: dict[str, Any]) -> str:
@@ -183,8 +188,7 @@ def test_the_random_numbers_of_a_run_are_left_alone() -> None:
         ({"seed": 1}, "seed: 42 then, 1 now"),
         ({"batch_size": 6}, "batch_size"),
         ({"examples": {"margin": 1}}, "margin"),
-        ({"mode": "padded"}, "mode"),
-        ({"mixing": {"temperature": 3}}, "mixing"),
+        ({"weights": {"memory": 3}}, "mixing"),
         ({"samples": SAMPLES[:-1]}, "data: the training data's rows, texts or lengths have changed"),
         ({"samples": [*SAMPLES[:-1], replace(SAMPLES[-1], text="something else")]}, "rows, texts or lengths"),
     ],
@@ -327,10 +331,10 @@ def test_a_stream_that_gives_nothing_usable_is_given_up(monkeypatch: pytest.Monk
 
 def test_a_stream_beside_a_corpus_with_an_index() -> None:
     corpora = [MemoryCorpus(SAMPLES[:20], "map"), MemoryCorpus(SAMPLES[20:], "stream", streaming=True)]
-    loader = loader_over(corpora, mixing={"weights": {"stream": 2}})
+    loader = loader_over(corpora, weights={"stream": 2})
     batches = list(loader)
     assert sorted(id for batch in batches for id in batch.ids) == sorted(sample.id for sample in SAMPLES)
-    resumed = loader_over(corpora, mixing={"weights": {"stream": 2}})
+    resumed = loader_over(corpora, weights={"stream": 2})
     resumed.load_state_dict(loader.state_dict() | {"position": resumed.state_dict()["position"]})
     assert same(list(resumed), batches)
 
@@ -342,8 +346,6 @@ def test_a_stream_beside_a_corpus_with_an_index() -> None:
         ([MemoryCorpus(SAMPLES), MemoryCorpus(SAMPLES)], {}, "different names.*give each a `name` in the recipe"),
         ([MemoryCorpus(SAMPLES)], {"world": 6}, "cannot be shared by 6 ranks"),
         ([MemoryCorpus(SAMPLES)], {"rank": 2, "world": 2}, "rank must be within 0 and 1"),
-        ([MemoryCorpus(SAMPLES)], {"mixing": {"weights": {"other": 2}}}, "other"),
-        ([MemoryCorpus(SAMPLES, streaming=True)], {"mixing": {"temperature": 2}}, "needs sizes"),
     ],
 )
 def test_what_does_not_fit_together_is_refused(

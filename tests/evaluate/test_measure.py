@@ -16,8 +16,7 @@ pytest.importorskip("datasets", reason="corpora need an extra")
 from evaluate.corpora import TEXTS, clips, table, written
 
 from whisper_moe import WhisperMoE, machine
-from whisper_moe.evaluate.measure import Clip, Measured, Options, measure, take_times
-from whisper_moe.evaluate.systems import Adapter, Heard, System, apart
+from whisper_moe.evaluate.measure import Adapter, Clip, Heard, Measured, Options, System, apart, measure, take_times
 
 
 class Echo:

@@ -19,9 +19,8 @@ from whisper_moe import WhisperMoE
 from whisper_moe.evaluate import report as reports
 from whisper_moe.evaluate import run as module
 from whisper_moe.evaluate.cost import flops
-from whisper_moe.evaluate.measure import Clip, Measured, Options, measure
+from whisper_moe.evaluate.measure import Clip, Measured, Options, System, SystemFailed, measure
 from whisper_moe.evaluate.run import evaluate, plan
-from whisper_moe.evaluate.systems import System, SystemFailed
 
 PAIR = {"source_text": "यह अच्छी किताब है", "text": "This is a good book today.", "language": "hi"}
 PAIR |= {"target_language": "en", "task": "translate-text"}

@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 
 from whisper_moe import WhisperMoE
-from whisper_moe.evaluate.systems import System, SystemFailed, apart, ours
+from whisper_moe.evaluate.measure import System, SystemFailed, apart, ours
 from whisper_moe.machine import THREAD_VARIABLES, peak_bytes
 
 
@@ -97,7 +97,7 @@ def linger(note: str) -> None:
 ORPHAN = """
 import sys
 from evaluate.test_systems import linger
-from whisper_moe.evaluate.systems import apart
+from whisper_moe.evaluate.measure import apart
 
 if __name__ == "__main__":
     apart(linger, sys.argv[1])

@@ -23,8 +23,7 @@ from whisper_moe.generate.options import TranscribeOptions
 from whisper_moe.merge.build import ROUTER
 from whisper_moe.merge.router import fit
 from whisper_moe.model.router import Router, Routing
-from whisper_moe.train.losses import router_terms
-from whisper_moe.train.optim import build_optimizer
+from whisper_moe.train.losses import build_optimizer, router_terms
 from whisper_moe.train.recipe import LossRecipe, OptimisationRecipe
 from whisper_moe.weights.checkpoint import Loaded, load_checkpoint
 from whisper_moe.weights.parts import empty_model, expected_shapes

@@ -41,8 +41,7 @@ from whisper_moe.media.mel import log_mel
 from whisper_moe.model.model import WhisperMoEModel
 from whisper_moe.packing import Layout
 from whisper_moe.train.loop import Trainer
-from whisper_moe.train.losses import Totals, run_packs
-from whisper_moe.train.optim import freeze
+from whisper_moe.train.losses import Totals, freeze, run_packs
 from whisper_moe.train.parallel import Parallel
 from whisper_moe.train.reading import RecipeError, checked
 from whisper_moe.train.recipe import load_recipe
@@ -305,7 +304,6 @@ def test_a_run_goes_on_as_if_it_had_not_stopped(
 @pytest.mark.parametrize(
     ("change", "said"),
     [
-        ({"losses": {"balancing": "bias"}}, "nothing is balanced on the way"),
         ({"model": {"adapt": {"full_windows": False}}, "context": {"padded": 0.1}}, "full windows teach nothing"),
         ({"context": {"margins": [2.0, 1.0]}}, "context: margins must be 0 to 30 seconds, the lesser first"),
         ({"context": {"margin": 1}}, "context.margin is not a key of a recipe; did you mean context.margins?"),

@@ -15,10 +15,9 @@ from train.tiny import Fixed, random_pack, recipe_tree, tiny_recipe
 
 from whisper_moe import WhisperMoE
 from whisper_moe.train import checkpoint
-from whisper_moe.train.build import build_model
+from whisper_moe.train.build import TRAINED, LoRALinear, add_lora, build_model, folded
 from whisper_moe.train.loop import Trainer
-from whisper_moe.train.losses import SpeechObjective
-from whisper_moe.train.optim import TRAINED, LoRALinear, add_lora, folded, freeze
+from whisper_moe.train.losses import SpeechObjective, freeze
 from whisper_moe.train.parallel import Parallel
 from whisper_moe.train.reading import RecipeError
 from whisper_moe.train.recipe import LoRARecipe

@@ -89,9 +89,9 @@ def test_parts_of_a_batch_in_several_processes_add_up() -> None:
     assert torch.allclose(z_loss(whole, counts), whole.logits.logsumexp(1).square().mean())  # pyright: ignore[reportOptionalMemberAccess]
 
 
-@pytest.mark.parametrize(("balancing", "balance"), [("loss", 2.0), ("bias", 0.0)])
+@pytest.mark.parametrize(("balancing", "balance"), [("loss", 2.0), ("none", 0.0)])
 def test_the_recipe_weighs_the_losses_of_routers(balancing: Any, balance: float) -> None:
-    """A bias takes the place of the balance loss, not of the z-loss."""
+    """Without the balance loss there still is the z-loss."""
     _, routing = random_routing(12)
     given = LossRecipe(balancing=balancing, balance=2.0, z=3.0)
     loss, parts, _ = router_terms([routing], 0.5, given, lambda values: values)

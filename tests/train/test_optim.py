@@ -10,7 +10,7 @@ import torch
 from model.tiny import CONFIGS
 
 from whisper_moe.model.model import WhisperMoEModel
-from whisper_moe.train.optim import build_optimizer, freeze, precision_on, set_rates, unmatched
+from whisper_moe.train.losses import build_optimizer, freeze, precision_on, set_rates, unmatched
 from whisper_moe.train.recipe import OptimisationRecipe, load_recipe
 
 RECIPES = Path(__file__).parents[2] / "recipes"

@@ -78,7 +78,6 @@ def test_a_run_goes_on_as_if_it_had_not_stopped(material: Path, spoken: Path, tm
             tree = recipe(material, spoken, steps=most)
             tree["data"]["evaluation"] = tree["data"]["train"]
             tree["evaluation"] = {"every": 3, "metric": "loss", "limit": 5}
-            tree["data"]["loader"]["mixing"] = {"temperature": 0.5}
             assert train(checked(SpeechRecipe, tree, "tones"), tmp_path / name, resume=True) == 0
     whole, parts = (load_checkpoint(tmp_path / name / "model").state for name in ("whole", "parts"))
     assert all(torch.equal(whole[key], parts[key]) for key in whole)

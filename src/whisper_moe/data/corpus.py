@@ -8,20 +8,15 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from functools import cached_property
 from itertools import compress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, Self, TypeAlias
 
-import numpy as np
-from numpy.typing import NDArray
 from pydantic import Field, field_validator, model_validator
 
 from whisper_moe.config import Strict
 from whisper_moe.data.sample import AudioRef, DataError, Sample, Skipped, Task
-from whisper_moe.media.audio import MediaError
 from whisper_moe.media.languages import language_code
 
 if TYPE_CHECKING:
@@ -57,10 +52,6 @@ FEATURES = {
 }
 """A row's columns. The sound or film is a ``file``, or row number ``stored`` of a dataset beside it; ``row``: table and row that
 it is of."""
-STREAM_SHARDS = 128
-"""Parts that ranks and workers divide a stream of rows among."""
-PROBES = 8
-"""Files whose headers are read at the same time: the wait is for disks and networks."""
 
 
 class CorpusConfig(Strict):
@@ -138,7 +129,7 @@ class Corpus:
 
     name: str
     dataset: Dataset | IterableDataset
-    """The rows; ``dataclasses.replace`` it to shuffle a stream or to take a rank's share of one."""
+    """The rows."""
     sample: Callable[[Row], Sample] = sample_of
     """What a row means. It can be pickled."""
     left_out: tuple[Skipped, ...] = ()
@@ -151,43 +142,14 @@ class Corpus:
         return not hasattr(self.dataset, "__len__")
 
     def __len__(self) -> int:
-        return len(self._rows())
+        return len(self.dataset)  # pyright: ignore[reportArgumentType] (a stream has no length, and no index)
 
     def __getitem__(self, index: int) -> Sample:
-        return self.sample(self._rows()[index])
+        return self.sample(self.dataset[index])  # pyright: ignore[reportIndexIssue]
 
     def __iter__(self) -> Iterator[Sample]:
         # A map goes on behind a row that is no sample, as a generator would not.
         return map(self.sample, self.dataset)  # pyright: ignore[reportArgumentType]
-
-    def _rows(self) -> Dataset:
-        if self.streaming:
-            raise TypeError(f"{self.name} is streamed: it has neither a length nor an index, and can only be iterated")
-        return self.dataset  # pyright: ignore[reportReturnType]
-
-    def lengths(self) -> NDArray[np.float32]:
-        """Seconds of each sample, [samples]; 0 for text, NaN where neither the corpus nor a header says (a corrupt file).
-
-        From the column ``seconds``; else from the headers of the files, which are opened once.
-        """
-        return self._lengths
-
-    @cached_property
-    def _lengths(self) -> NDArray[np.float32]:
-        rows = self._rows()
-        known = np.full(len(rows), np.nan, np.float32)
-        if "seconds" in rows.column_names:
-            known = np.asarray(rows.select_columns(["seconds"])["seconds"][:], dtype=np.float32)
-        unknown = np.flatnonzero(np.isnan(known))
-        with ThreadPoolExecutor(PROBES) as pool:
-            known[unknown] = list(pool.map(self._header_seconds, unknown.tolist()))
-        return known
-
-    def _header_seconds(self, index: int) -> float:
-        try:
-            return self[index].seconds()
-        except (DataError, MediaError):
-            return float("nan")
 
 
 def listed(
@@ -199,7 +161,7 @@ def listed(
     sample: Callable[[Row], Sample] = sample_of,
     remarks: tuple[str, ...] = (),
 ) -> Corpus:
-    """A corpus of rows that are known from the start, in as many shards as can be; what a row does not say is None.
+    """A corpus of rows that are known from the start; what a row does not say is None.
 
     Rows whose file is not there are left out, unless all are: then :class:`DataError` says so of ``place``.
     """
@@ -221,5 +183,5 @@ def listed(
     features = Features({name: Value(kind) for name, kind in FEATURES.items()})
     dataset = Dataset.from_dict({name: [row.get(name) for row in there] for name in FEATURES}, features=features)
     if config.streaming:
-        dataset = dataset.to_iterable_dataset(num_shards=min(STREAM_SHARDS, len(dataset)))
+        dataset = dataset.to_iterable_dataset()
     return Corpus(name, dataset, sample, (*left_out, *missing), remarks)

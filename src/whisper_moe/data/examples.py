@@ -27,9 +27,8 @@ from whisper_moe.config import (
     Frozen,
     ModelConfig,
 )
-from whisper_moe.data.films import FilmAugmentation, FilmReader
-from whisper_moe.data.pairs import PairReader
 from whisper_moe.data.sample import DataError, Sample, TooLong, share_of
+from whisper_moe.data.senses import FilmAugmentation, FilmReader, PairReader
 from whisper_moe.media.audio import MediaError
 from whisper_moe.media.tokenizer import UNSPACED_LANGUAGES, Tokenizer, split_timestamps
 from whisper_moe.packing import Layout, first_fit_decreasing
@@ -189,11 +188,11 @@ class ExampleReader:
             return [], False
         return ids, bool(steps)
 
-    def measure(self, sample: Sample, seconds: float) -> tuple[int, int]:
+    def measure(self, sample: Sample, seconds: float = math.nan) -> tuple[int, int]:
         """Samples of sound and tokens of text (and those of a film, or a text that is read), without decoding where the corpus or
         the file's header says how long it is.
 
-        ``seconds``: what is known of the sound, or NaN. Raises what :meth:`read` raises.
+        ``seconds``: of the sound, where they are known. Raises what :meth:`read` raises.
         """
         prompt, text = self.tokens(sample)
         if sense := self._senses.get(sample.task):
@@ -204,7 +203,7 @@ class ExampleReader:
         if not math.isfinite(seconds):
             assert sample.audio is not None
             seconds = len(sample.audio.read()) / SAMPLE_RATE
-        samples = round(seconds * SAMPLE_RATE)
+        samples = round(float(np.float32(seconds)) * SAMPLE_RATE)  # rounded, as runs know them that began long ago
         self._check_length(sample, samples)
         return samples, len(prompt) + len(text)
 

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from whisper_moe.data.corpus import OTHER_NAMES, STREAM_SHARDS, Corpus, CorpusConfig, Row, sample_of
+from whisper_moe.data.corpus import OTHER_NAMES, Corpus, CorpusConfig, Row, sample_of
 from whisper_moe.data.sample import AudioRef, DataError, Sample
 
 if TYPE_CHECKING:
@@ -52,41 +52,34 @@ def is_usual_split(name: str) -> bool:
 # Datasets.
 
 
-def load_rows(
-    config: CorpusConfig,
-    split: str,
-    *,
-    configuration: str | None = None,
-    files: Sequence[Path] | None = None,
-) -> Dataset | IterableDataset:
-    """Rows of a split from the Hub, or of local ``files``; every cause for which there are none is a :class:`DataError`.
-
-    :param configuration: the Hub's name of the part to read.
-    """
-    place = str(files[0] if len(files) == 1 else files[0].parent) if files else config.source
+def load_rows(config: CorpusConfig, files: Sequence[Path] | None = None) -> Dataset | IterableDataset:
+    """Rows of the split from the Hub, or of local ``files``; every cause for which there are none is a :class:`DataError`."""
     try:
-        dataset = _load(config, split, configuration, files)
+        dataset = _load(config) if files is None else _load_files(config, files)
         if dataset.features is None:
             dataset = dataset._resolve_features()  # pyright: ignore[reportAttributeAccessIssue] (of a stream: looks into the first rows)
     except Exception as error:  # the Hub, its gate, the network, parquet: each has errors of its own
+        place = config.source if not files else files[0] if len(files) == 1 else files[0].parent
         raise DataError(place, f"cannot be read: {one_line(error)}") from error
     return _encoded(dataset)
 
 
-def _load(
-    config: CorpusConfig, split: str, configuration: str | None, files: Sequence[Path] | None
-) -> Dataset | IterableDataset:
+def _load_files(config: CorpusConfig, files: Sequence[Path]) -> Dataset | IterableDataset:
     from datasets import load_dataset
 
-    options: dict[str, Any] = {"streaming": config.streaming}
-    if files is not None:
-        kind, paths = files[0].suffix.lower(), [str(file) for file in files]
-        options |= {"sep": "\t"} if kind == ".tsv" else {}
-        return load_dataset(_BUILDERS[kind], data_files={split: paths}, split=split, **options)
+    kind, paths = files[0].suffix.lower(), {config.split: [str(file) for file in files]}
+    options: dict[str, Any] = {"sep": "\t"} if kind == ".tsv" else {}
+    return load_dataset(_BUILDERS[kind], data_files=paths, split=config.split, streaming=config.streaming, **options)
+
+
+def _load(config: CorpusConfig) -> Dataset | IterableDataset:
+    from datasets import load_dataset
+
+    options: dict[str, Any] = {"revision": config.revision, "streaming": config.streaming}
     unknown: list[ValueError] = []
-    for name in spellings_of(split):
+    for name in spellings_of(config.split):
         try:
-            return load_dataset(config.source, configuration, split=name, revision=config.revision, **options)
+            return load_dataset(config.source, config.configuration, split=name, **options)
         except ValueError as error:
             if "split" not in str(error).lower():
                 raise
@@ -101,7 +94,7 @@ def load_stored(config: CorpusConfig, file: Path | None) -> Dataset | IterableDa
     source = Path(config.source)
     if file is not None and file.is_file():
         stored = file.suffix.lower() in (".parquet", ".arrow")
-        return load_rows(config, config.split, files=[file]) if stored else None
+        return load_rows(config, [file]) if stored else None
     if source.is_dir():
         if any((source / name).is_file() for name in _SAVED):
             return _saved(config, source)
@@ -109,7 +102,7 @@ def load_stored(config: CorpusConfig, file: Path | None) -> Dataset | IterableDa
             return None
     elif not _HUB_ID.fullmatch(config.source) or source.suffix.lower() in _BUILDERS:
         return None
-    return load_rows(config, config.split, configuration=config.configuration)
+    return load_rows(config)
 
 
 def _saved(config: CorpusConfig, folder: Path) -> Dataset | IterableDataset:
@@ -125,7 +118,7 @@ def _saved(config: CorpusConfig, folder: Path) -> Dataset | IterableDataset:
         if split is None:
             raise DataError(folder, f"no split {config.split!r}; there are {', '.join(map(str, found))}")
         found = found[split]
-    return _encoded(found.to_iterable_dataset(min(STREAM_SHARDS, len(found))) if config.streaming else found)
+    return _encoded(found.to_iterable_dataset() if config.streaming else found)
 
 
 def _encoded(dataset: Dataset | IterableDataset) -> Dataset | IterableDataset:

@@ -11,10 +11,8 @@ import math
 import sys
 from collections import Counter
 from collections.abc import Sequence
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, field
 from functools import partial
-from itertools import islice
 from json import dumps
 from pathlib import Path
 from typing import Any, TypeAlias
@@ -23,9 +21,9 @@ from pydantic import ValidationError
 
 from whisper_moe.config import EMBEDDED, SAMPLE_RATE, ModelConfig, problems
 from whisper_moe.config_aside import FilmConfig
-from whisper_moe.data.corpus import PROBES, CorpusConfig
+from whisper_moe.data.corpus import CorpusConfig
 from whisper_moe.data.examples import ExampleConfig, ExampleReader
-from whisper_moe.data.sample import DataError, Sample, Skipped, TooLong, items, left_out
+from whisper_moe.data.sample import DataError, Sample, Skipped, items, left_out, looked_at
 from whisper_moe.data.sampler import LoaderConfig
 from whisper_moe.data.table import open_corpus
 from whisper_moe.media.audio import MediaError
@@ -39,8 +37,6 @@ EDGES = (0, 1, 2, 3, 4, 5, 6, 8, 10, 12, 15, 20, 25, 30)
 NAMED = 20
 """Unusable samples that the table names; JSON has all of them."""
 _BAR = 40
-_CHUNK = 64 * PROBES
-"""Samples that are looked at together: of a stream, no more are held."""
 _Model: TypeAlias = "tuple[Tokenizer, ModelConfig]"
 
 
@@ -93,16 +89,13 @@ class Inspection:
         self.remarks.update(dict.fromkeys((f"{corpus.name}: {remark}" for remark in corpus.remarks), 0))
         reader = ExampleReader(*model, ExampleConfig(empty_text=config.text == "none")) if model else None
         look_at = partial(_look_at, decode=decode, reader=reader)
-        rows = items(corpus)
-        with ThreadPoolExecutor(PROBES) as pool:
-            while chunk := list(islice(rows, _CHUNK)):
-                for item, (seconds, fault) in zip(chunk, pool.map(look_at, chunk), strict=True):
-                    if isinstance(fault, str):
-                        self.remarks[f"{corpus.name}: training stops: {fault}"] += 1
-                    elif fault is not None:
-                        self.left_out.append(fault)
-                    if isinstance(item, Sample) and not (isinstance(fault, Skipped) and fault.corrupt):
-                        self._add(corpus.name, config.split, item, seconds)
+        for item, (seconds, fault) in looked_at(items(corpus), look_at):
+            if isinstance(fault, str):
+                self.remarks[f"{corpus.name}: training stops: {fault}"] += 1
+            elif fault is not None:
+                self.left_out.append(fault)
+            if isinstance(item, Sample) and not (isinstance(fault, Skipped) and fault.corrupt):
+                self._add(corpus.name, config.split, item, seconds)
 
     def _add(self, corpus: str, split: str, sample: Sample, seconds: float) -> None:
         languages = ">".join(dict.fromkeys((sample.language, sample.target_language)))
@@ -185,7 +178,7 @@ def _look_at(item: Sample | Skipped, decode: bool, reader: ExampleReader | None)
             raise MediaError(item.audio.name, "it holds no sound")
         if reader is not None:
             reader.measure(item, seconds)
-    except (DataError, MediaError, TooLong) as error:
+    except (DataError, MediaError) as error:
         return seconds, left_out(item, error)
     except ValueError as error:
         return seconds, str(error).removeprefix(f"{item.id}: ")

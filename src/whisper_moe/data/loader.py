@@ -19,9 +19,10 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, get_worker_info
 
 from whisper_moe.config import ModelConfig
+from whisper_moe.data.corpus import Corpus
 from whisper_moe.data.examples import Example, ExampleReader, Pack, pack_examples
-from whisper_moe.data.sample import AnyCorpus, DataError, Sample, Skipped, items, tried
-from whisper_moe.data.sampler import Draw, LoaderConfig, Packs, PlannedBatch, Position, open_order, plan
+from whisper_moe.data.sample import DataError, Sample, Skipped, items, tried
+from whisper_moe.data.sampler import Draw, LoaderConfig, Packs, PlannedBatch, Position, Weights, open_order, plan
 from whisper_moe.media.tokenizer import Tokenizer
 
 STATE_VERSION = 2
@@ -94,7 +95,7 @@ class PackedLoader:
 
     def __init__(
         self,
-        corpora: Sequence[AnyCorpus],
+        corpora: Sequence[Corpus],
         tokenizer: Tokenizer,
         model: ModelConfig,
         config: LoaderConfig,
@@ -102,6 +103,7 @@ class PackedLoader:
         rank: int = 0,
         world: int = 1,
         reader: ExampleReader | None = None,
+        weights: Weights | None = None,
         note: Callable[[Sequence[Skipped]], None] = lambda skipped: None,
     ) -> None:
         """Survey the corpora. Raises ``ValueError`` for what does not fit together, :class:`DataError` where too many
@@ -109,6 +111,7 @@ class PackedLoader:
 
         :param rank: the share of every batch that this loader gives, of ``world`` shares.
         :param reader: another one than the ``config``'s.
+        :param weights: how often corpora are drawn, by name.
         :param note: is told of samples that are left out, before there may be too many of them.
         """
         if not 0 <= rank < world:
@@ -116,8 +119,9 @@ class PackedLoader:
         if config.batch_size < world:
             raise ValueError(f"a batch of {config.batch_size} {config.batch_unit} cannot be shared by {world} ranks")
         self.config, self._rank, self._world, self._note = config, rank, world, note
-        self._reader = reader or ExampleReader(tokenizer, model, config.reading)
-        self._order = open_order(corpora, self._reader, config)
+        self._reader = reader or ExampleReader(tokenizer, model, config.examples)
+        self._weights = dict(weights or {})
+        self._order = open_order(corpora, self._reader, config.seed, self._weights)
         self._dataset = _Reading(list(corpora), self._reader)
         self._position = Position()
         note(self.excluded)
@@ -162,8 +166,9 @@ class PackedLoader:
 
     def _settings(self) -> dict[str, Any]:
         """Everything that the order of samples and their margins depend on."""
-        names = {"batch_size", "batch_unit", "mode", "planning_buffer", "seed", "mixing"}
-        ordering = self.config.model_dump(mode="json", include=names)
+        ordering = self.config.model_dump(include={"batch_size", "batch_unit", "planning_buffer", "seed"})
+        # As if there still were other modes and a temperature: runs that had a choice go on.
+        ordering |= {"mode": "packed", "mixing": {"temperature": 1.0, "weights": self._weights}}
         padded = [self._reader.padded] if self._reader.padded else []  # else as before there was such a share
         return ordering | {"margin": [*self._reader.margins, *padded], "data": self._order.fingerprint}
 
@@ -221,7 +226,7 @@ class PackedLoader:
 class _Reading(Dataset[_Read]):
     """Reads the samples of a batch: in a worker, or in the training process."""
 
-    def __init__(self, corpora: list[AnyCorpus], reader: ExampleReader) -> None:
+    def __init__(self, corpora: list[Corpus], reader: ExampleReader) -> None:
         self._corpora, self._reader = corpora, reader
 
     def __getitem__(self, packs: Packs) -> _Read:

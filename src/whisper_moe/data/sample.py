@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import io
 import os
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from functools import partial
 from hashlib import blake2b, sha256
-from itertools import count
+from itertools import count, islice
 from pathlib import Path
-from typing import Literal, Protocol, TypeAlias, TypeVar, get_args
+from typing import TYPE_CHECKING, Literal, TypeAlias, TypeVar, get_args
 
 import numpy as np
 from numpy.typing import NDArray
@@ -19,9 +20,14 @@ from whisper_moe.config import SAMPLE_RATE
 from whisper_moe.media.audio import MediaError, stream_audio
 from whisper_moe.media.video import header_seconds
 
+if TYPE_CHECKING:
+    from whisper_moe.data.corpus import Corpus
+
 Task: TypeAlias = Literal["transcribe", "translate", "translate-text", "sign"]
 """Speech to its text, speech to English text, text to text, sign-language video to text."""
 TASKS: tuple[Task, ...] = get_args(Task)
+PROBES = 8
+"""Samples that are looked at at once."""
 _T = TypeVar("_T")
 
 
@@ -42,15 +48,8 @@ class DataError(ValueError):
         return partial(type(self), row=self.row, column=self.column), (self.file, self.cause)
 
 
-class TooLong(ValueError):
-    """A sound sample that does not fit the model; the message names it."""
-
-    def __init__(self, id: str, cause: str) -> None:
-        super().__init__(id, cause)  # both, of which pickle makes it anew
-        self.cause = cause
-
-    def __str__(self) -> str:
-        return ": ".join(self.args)
+class TooLong(DataError):
+    """A sound sample that does not fit the model; in the file's place its id."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -172,22 +171,7 @@ def share_of(id: str, seed: int, epoch: int) -> float:
     return int.from_bytes(blake2b(f"{seed}/{epoch}/{id}".encode(), digest_size=8).digest(), "big") / 2**64
 
 
-class AnyCorpus(Protocol):
-    """What is asked of a corpus; :class:`whisper_moe.data.corpus.Corpus` has it. Streams need only be iterated."""
-
-    @property
-    def name(self) -> str: ...
-    @property
-    def streaming(self) -> bool: ...
-    @property
-    def left_out(self) -> Sequence[Skipped]: ...
-    def __len__(self) -> int: ...
-    def __getitem__(self, index: int, /) -> Sample: ...
-    def __iter__(self) -> Iterator[Sample]: ...
-    def lengths(self) -> Sequence[float] | NDArray[np.float32]: ...
-
-
-def items(corpus: AnyCorpus, rows: Iterable[int] | None = None) -> Iterator[Sample | Skipped]:
+def items(corpus: Corpus, rows: Iterable[int] | None = None) -> Iterator[Sample | Skipped]:
     """What every row is (of a map-style corpus also of some ``rows``): a sample, or why there is none."""
     stream = iter(corpus) if corpus.streaming else None
     for row in count() if stream is not None else range(len(corpus)) if rows is None else rows:
@@ -199,13 +183,22 @@ def items(corpus: AnyCorpus, rows: Iterable[int] | None = None) -> Iterator[Samp
             yield left_out(corpus.name if stream else f"{corpus.name}, row {row + 1}", error)
 
 
+def looked_at(
+    rows: Iterator[Sample | Skipped], look: Callable[[Sample | Skipped], _T]
+) -> Iterator[tuple[Sample | Skipped, _T]]:
+    """Rows in their order, with what is found in each. Several are looked at at once: the wait is for disks and networks."""
+    with ThreadPoolExecutor(PROBES) as pool:
+        while chunk := list(islice(rows, 16 * PROBES)):  # of a stream, no more are held
+            yield from zip(chunk, pool.map(look, chunk), strict=True)
+
+
 def tried(item: Sample | Skipped, use: Callable[[Sample], _T]) -> _T | Skipped:
     """What ``use`` makes of a sample, or why there is none. Raises ``ValueError`` for what is wrong with more than this one."""
     if isinstance(item, Skipped):
         return item
     try:
         return use(item)
-    except (DataError, MediaError, TooLong) as error:
+    except (DataError, MediaError) as error:
         return left_out(item, error)
 
 

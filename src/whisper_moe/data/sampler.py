@@ -1,9 +1,8 @@
 """Which samples come together: an epoch's batches of packs, planned from lengths before any sound is decoded.
 
-Groups (corpus, task, language) are mixed by temperature: a task and language of n samples gets a share ∝ n^(1/T), as in
-multilingual pre-training (mBERT, XLM arXiv 1901.07291 section 3.1, mT5 arXiv 2010.11934 section 3.2, whose exponent is
-1/T). Shares are met exactly, by quotas and not by drawing lots, and a group that gets fewer samples than it has goes on
-in the next epoch where it stopped: nothing is seen twice before everything of its group was seen once.
+Groups (corpus, task, language) are mixed by the weights of their corpora. Shares are met exactly, by quotas and not by drawing
+lots, and a group that gets fewer samples than it has goes on in the next epoch where it stopped: nothing is seen twice before
+everything of its group was seen once.
 
 An epoch's order is cut into windows. A window's samples are packed longest first, each into the first pack that has room
 (Patch-n-Pack: NaViT, arXiv 2307.06304); the packs are shuffled and divided into batches that are as equal as whole packs
@@ -17,12 +16,10 @@ looked at when it is drawn, and resuming reads a stream again from its start, wi
 
 from __future__ import annotations
 
-import math
 import zlib
 from collections import defaultdict
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from functools import partial
 from hashlib import blake2b
 from itertools import islice
 from random import Random
@@ -32,9 +29,10 @@ import numpy as np
 from numpy.typing import NDArray
 from pydantic import Field
 
-from whisper_moe.config import FULL_WINDOW, MAX_PACK_TOKENS, Frozen, Strict
+from whisper_moe.config import MAX_PACK_TOKENS, Frozen, Strict
+from whisper_moe.data.corpus import Corpus
 from whisper_moe.data.examples import ExampleConfig, ExampleReader, positions
-from whisper_moe.data.sample import AnyCorpus, DataError, Sample, Skipped, items, share_of, tried
+from whisper_moe.data.sample import DataError, Sample, Skipped, items, looked_at, share_of, tried
 from whisper_moe.packing import first_fit_decreasing
 
 PLANNED_TOKENS = MAX_PACK_TOKENS - 4
@@ -45,27 +43,9 @@ _PASSES, _EPOCHS, _SHUFFLES = 1, 2, 4
 """What a random generator is for: the first number of its seed keeps them apart."""
 _CLIPS_A_PACK = 32
 """A window has so many for each pack of a batch, so that it makes several batches."""
+Weights: TypeAlias = Mapping[str, float]
+"""Corpus name → how many samples each of its own counts for; 1 where nothing is said."""
 _T = TypeVar("_T")
-
-
-class MixingConfig(Frozen):
-    """How often each corpus, task and language is heard."""
-
-    temperature: float = Field(default=1.0, gt=0)
-    """T in p ∝ n^(1/T) over pairs of task and language. 1: as they are; 5: small ones come oftener; large: all alike."""
-    weights: dict[str, float] = Field(default_factory=dict)
-    """Corpus name → how many samples each of its own counts for; 1 where nothing is said, 0 leaves it out."""
-
-    def weighted(self, corpus: str, count: float) -> float:
-        return count * self.weights.get(corpus, 1.0)
-
-    def check(self, corpora: Iterable[str]) -> None:
-        """Raise ``ValueError`` for a weight that is negative or belongs to no corpus."""
-        known = set(corpora)
-        if unknown := sorted(self.weights.keys() - known):
-            raise ValueError(f"mixing.weights names {unknown}; the corpora are {sorted(known)}")
-        if negative := {name: weight for name, weight in self.weights.items() if weight < 0}:
-            raise ValueError(f"mixing.weights must not be negative, got {negative}")
 
 
 class LoaderConfig(Frozen):
@@ -76,12 +56,9 @@ class LoaderConfig(Frozen):
     mean, since packs stay whole; of packs the most."""
     batch_unit: Literal["examples", "packs"] = "examples"
     """What ``batch_size`` counts."""
-    mode: Literal["packed", "padded"] = "packed"
-    """``padded``: each clip alone in a pack and padded to 30 s, as Whisper is usually trained; for comparison."""
     planning_buffer: int = Field(default=2_048, ge=1)
     """Samples that are packed together. More fill packs better; of streams, so many are held in memory."""
     examples: ExampleConfig = ExampleConfig()
-    mixing: MixingConfig = MixingConfig()
     seed: int = Field(default=42, ge=0)
     workers: int = Field(default=0, ge=0)
     """Processes that read ahead on each rank; 0 reads in the training process."""
@@ -91,17 +68,9 @@ class LoaderConfig(Frozen):
     """Above this share of unreadable samples training stops."""
 
     @property
-    def reading(self) -> ExampleConfig:
-        """How samples are read in this mode."""
-        if self.mode == "packed":
-            return self.examples
-        return self.examples.model_copy(update={"margin": FULL_WINDOW})
-
-    @property
     def window(self) -> int:
         """Samples that are planned together: the buffer, rounded to whole batches."""
-        packs = self.batch_unit == "packs" and self.mode == "packed"
-        batch = self.batch_size * (_CLIPS_A_PACK if packs else 1)
+        batch = self.batch_size * (_CLIPS_A_PACK if self.batch_unit == "packs" else 1)
         return max(1, self.planning_buffer // batch) * batch
 
 
@@ -175,10 +144,7 @@ def plan(order: Iterable[Draw | Skipped], start: Position, config: LoaderConfig)
 
 def _batches(draws: Sequence[Draw], here: Position, config: LoaderConfig) -> list[Packs]:
     """A window's batches: its packs in random order, each in the batch in whose share of the window its middle lies."""
-    if config.mode == "padded":
-        groups = [[index] for index in range(len(draws))]
-    else:
-        groups = first_fit_decreasing([draw.size for draw in draws], PLANNED_TOKENS)
+    groups = first_fit_decreasing([draw.size for draw in draws], PLANNED_TOKENS)
     by_examples = config.batch_unit == "examples"
     total = len(draws) if by_examples else len(groups)
     count = -(-total // config.batch_size)
@@ -205,22 +171,11 @@ class Group(NamedTuple):
     language: str
 
 
-def shares(counts: Mapping[Group, int], config: MixingConfig) -> dict[Group, float]:
-    """The share of an epoch that each group gets; they sum to 1.
-
-    Weights make n weighted counts: n of a task and language is summed over corpora, and its share is divided among the
-    corpora by their weighted counts. Raises ``ValueError`` for weights that mean nothing, and where nothing is left.
-    """
-    config.check(group.corpus for group in counts)
-    weighted = {group: config.weighted(group.corpus, count) for group, count in counts.items()}
-    totals: dict[tuple[str, str], float] = defaultdict(float)
-    for group, count in weighted.items():
-        totals[group[1:]] += count
-    heat = {key: total ** (1 / config.temperature) for key, total in totals.items() if total}
-    if not heat:
-        raise ValueError("there is nothing to mix: every corpus is empty or has the weight 0")
-    scale = sum(heat.values())
-    return {group: heat[group[1:]] / scale * n / totals[group[1:]] if n else 0.0 for group, n in weighted.items()}
+def shares(counts: Mapping[Group, int], weights: Weights) -> dict[Group, float]:
+    """The share of an epoch that each group gets, by its samples times its corpus's weight; they sum to 1."""
+    weighted = {group: count * weights.get(group.corpus, 1.0) for group, count in counts.items()}
+    total = sum(weighted.values())
+    return {group: count / total for group, count in weighted.items()}
 
 
 def quotas(share: Mapping[Group, float], total: int) -> dict[Group, int]:
@@ -228,8 +183,7 @@ def quotas(share: Mapping[Group, float], total: int) -> dict[Group, int]:
     exact = {group: part * total for group, part in share.items()}
     whole = {group: int(value + 1e-9) for group, value in exact.items()}
     by_remainder = sorted(exact, key=lambda group: (whole[group] - exact[group], group))
-    eligible = [group for group in by_remainder if share[group] > 0]
-    for group in eligible[: total - sum(whole.values())]:
+    for group in by_remainder[: total - sum(whole.values())]:
         whole[group] += 1
     return whole
 
@@ -237,7 +191,7 @@ def quotas(share: Mapping[Group, float], total: int) -> dict[Group, int]:
 def epoch_rows(rows: Mapping[Group, NDArray[np.int64]], quota: Mapping[Group, int], seed: int, epoch: int) -> list[int]:
     """The rows of each group's quota, mixed: the next part of its own endless sequence, one shuffled pass after another.
 
-    With temperature 1 and equal weights each row comes exactly once.
+    With equal weights each row comes exactly once.
     """
     parts = [np.zeros(0, np.int64)]
     for group in (group for group in rows if quota[group]):
@@ -250,23 +204,12 @@ def epoch_rows(rows: Mapping[Group, NDArray[np.int64]], quota: Mapping[Group, in
     return drawn[seeded(seed, _EPOCHS, epoch).permutation(len(drawn))].tolist()
 
 
-def stream_weights(sizes: Mapping[str, int | None], config: MixingConfig) -> dict[str, float]:
-    """How likely each stream is to give the next sample. By size and temperature where all sizes are known, else by
-    weight alone; a temperature then raises ``ValueError``, for there is nothing to apply it to."""
-    config.check(sizes)
-    unknown = [name for name, size in sizes.items() if size is None]
-    if unknown and config.temperature != 1:
-        raise ValueError(f"mixing.temperature needs sizes, which streams lack ({', '.join(unknown)}): give weights")
-    weighted = {name: config.weighted(name, 1 if unknown else size or 0) for name, size in sizes.items()}
-    return {name: weight ** (1 / config.temperature) if weight else 0.0 for name, weight in weighted.items()}
-
-
-def merged(streams: Mapping[str, Iterator[_T]], weights: Mapping[str, float], seed: int, epoch: int) -> Iterator[_T]:
+def merged(streams: Mapping[str, Iterator[_T]], weights: Weights, seed: int, epoch: int) -> Iterator[_T]:
     """Streams as one, each read once to its end; the choice among those not yet at their end is by weight."""
     draw = Random(f"{seed} {epoch}")
-    open_streams = {name: stream for name, stream in streams.items() if weights[name] > 0}
+    open_streams = dict(streams)
     while open_streams:
-        (chosen,) = draw.choices(list(open_streams), [weights[name] for name in open_streams])
+        (chosen,) = draw.choices(list(open_streams), [weights.get(name, 1.0) for name in open_streams])
         try:
             yield next(open_streams[chosen])
         except StopIteration:
@@ -302,32 +245,31 @@ class Order:
         heard = positions(samples, margin, self._reader.max_positions) if samples else 0
         return Draw(source, margin, heard + tokens)
 
-    def _measured(self, item: Sample | Skipped, seconds: float) -> tuple[int, int] | Skipped:
-        return tried(item, partial(self._reader.measure, seconds=seconds))
+    def _measured(self, item: Sample | Skipped) -> tuple[int, int] | Skipped:
+        return tried(item, self._reader.measure)
 
 
-def open_order(corpora: Sequence[AnyCorpus], reader: ExampleReader, config: LoaderConfig) -> Order:
+def open_order(corpora: Sequence[Corpus], reader: ExampleReader, seed: int, weights: Weights) -> Order:
     """By index where all corpora have one, as streams as soon as one of them has none."""
     names = [corpus.name for corpus in corpora]
     if not names or len(set(names)) != len(names):
         raise ValueError(f"a loader needs corpora of different names, got {names}; give each a `name` in the recipe")
     streaming = any(corpus.streaming for corpus in corpora)
-    return (StreamOrder if streaming else IndexOrder)(corpora, reader, config)
+    return (StreamOrder if streaming else IndexOrder)(corpora, reader, seed, weights)
 
 
 class IndexOrder(Order):
     """Map-style corpora: every epoch's order and all lengths are known."""
 
-    def __init__(self, corpora: Sequence[AnyCorpus], reader: ExampleReader, config: LoaderConfig) -> None:
-        super().__init__(reader, config.seed)
+    def __init__(self, corpora: Sequence[Corpus], reader: ExampleReader, seed: int, weights: Weights) -> None:
+        super().__init__(reader, seed)
         excluded = [each for corpus in corpora for each in corpus.left_out]
         self._ids: list[str] = []
         known: list[tuple[int, int, int, int]] = []
         rows: dict[Group, list[int]] = defaultdict(list)
         digest = blake2b(digest_size=16)
         for number, corpus in enumerate(corpora):
-            for row, (item, seconds) in enumerate(zip(items(corpus), corpus.lengths(), strict=True)):
-                measured = self._measured(item, float(seconds))
+            for row, (item, measured) in enumerate(looked_at(items(corpus), self._measured)):
                 if isinstance(item, Skipped) or isinstance(measured, Skipped):
                     excluded += [measured] if isinstance(measured, Skipped) else []
                     continue
@@ -343,7 +285,7 @@ class IndexOrder(Order):
         self._known = np.array(known, np.int64)
         self._rows = {group: np.array(each, np.int64) for group, each in rows.items()}
         counts = {group: len(each) for group, each in rows.items()}
-        self._quotas = quotas(shares(counts, config.mixing), len(known))
+        self._quotas = quotas(shares(counts, weights), len(known))
 
     def __call__(self, epoch: int, cursor: int) -> Iterator[Draw]:
         for index in epoch_rows(self._rows, self._quotas, self._seed, epoch)[cursor:]:
@@ -354,10 +296,10 @@ class IndexOrder(Order):
 class StreamOrder(Order):
     """At least one stream: samples as they come, each corpus read once in an epoch."""
 
-    def __init__(self, corpora: Sequence[AnyCorpus], reader: ExampleReader, config: LoaderConfig) -> None:
-        super().__init__(reader, config.seed)
+    def __init__(self, corpora: Sequence[Corpus], reader: ExampleReader, seed: int, weights: Weights) -> None:
+        super().__init__(reader, seed)
         sizes = {corpus.name: None if corpus.streaming else len(corpus) for corpus in corpora}
-        self._corpora, self._weights = corpora, stream_weights(sizes, config.mixing)
+        self._corpora, self._weights = corpora, weights
         self.fingerprint = " ".join(f"{name}:{'stream' if size is None else size}" for name, size in sizes.items())
 
     def __call__(self, epoch: int, cursor: int) -> Iterator[Draw | Skipped]:
@@ -367,7 +309,7 @@ class StreamOrder(Order):
             rows = None if corpus.streaming else order.permutation(len(corpus)).tolist()
             streams[corpus.name] = items(corpus, rows)
         for item in islice(merged(streams, self._weights, self._seed, epoch), cursor, None):
-            measured = self._measured(item, math.nan)
+            measured = self._measured(item)
             if isinstance(item, Sample) and not isinstance(measured, Skipped):
                 in_a_row = 0
                 yield self._draw(item, item.id, *measured, epoch)

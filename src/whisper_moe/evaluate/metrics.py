@@ -19,8 +19,9 @@ import torch
 import torch.nn.functional as F
 
 from whisper_moe.config import FULL_WINDOW
+from whisper_moe.data.corpus import Corpus
 from whisper_moe.data.examples import IGNORED, Example, ExampleReader, pack_examples
-from whisper_moe.data.sample import AnyCorpus, Sample, Skipped, items, left_out
+from whisper_moe.data.sample import Sample, Skipped, items, left_out
 from whisper_moe.generate.decode import WindowDecoder
 from whisper_moe.generate.options import TranscribeOptions
 from whisper_moe.media.languages import UNSPACED_LANGUAGES
@@ -252,10 +253,9 @@ class Evaluator:
     def figures(
         self,
         model: WhisperMoEModel,
-        corpora: Sequence[AnyCorpus],
+        corpora: Sequence[Corpus],
         *,
         batch_size: int,
-        limit: int | None = None,
         stop_requested: Callable[[], bool] = lambda: False,
         note: Callable[[Sequence[Skipped]], None] = lambda skipped: None,
     ) -> dict[str, float] | None:
@@ -268,7 +268,7 @@ class Evaluator:
         try:
             for corpus in corpora:
                 found[corpus.name] = []
-                rows = islice(items(corpus), limit)
+                rows = items(corpus)
                 while batch := list(islice(rows, batch_size)):
                     if stop_requested():
                         return None

@@ -12,8 +12,9 @@ import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from datetime import UTC, datetime
+from functools import partial
 from importlib.util import find_spec
-from itertools import islice, pairwise
+from itertools import pairwise
 from pathlib import Path
 from typing import Any, NamedTuple, TypeVar
 
@@ -22,14 +23,13 @@ import numpy as np
 from whisper_moe.config import FULL_WINDOW, SAMPLE_RATE
 from whisper_moe.data.corpus import CorpusConfig
 from whisper_moe.data.inspect import listed, named_corpus
-from whisper_moe.data.sample import Sample, Skipped, items
+from whisper_moe.data.sample import Sample, Skipped, items, tried
 from whisper_moe.data.table import open_corpus
 from whisper_moe.evaluate import metrics
 from whisper_moe.evaluate import report as reports
 from whisper_moe.evaluate.cost import cost
-from whisper_moe.evaluate.measure import Clip, Measured, Options, measure
+from whisper_moe.evaluate.measure import Clip, Heard, Measured, Options, System, apart, measure
 from whisper_moe.evaluate.metrics import ErrorCounts
-from whisper_moe.evaluate.systems import Heard, System, apart
 from whisper_moe.machine import machine, versions
 from whisper_moe.media.audio import MediaError
 from whisper_moe.media.normalize import normalize
@@ -109,27 +109,25 @@ def gather(corpora: Sequence[CorpusConfig]) -> tuple[list[Clip], list[tuple[str,
     for config in corpora:
         corpus = open_corpus(config)
         broken += [(each.id, each.cause) for each in corpus.left_out]
-        for row in islice(items(corpus), config.limit):  # rows that are no samples count: a limit is one of work
-            if isinstance(row, Skipped):
-                broken.append((row.id, row.cause))
-                continue
-            try:
-                clips.append(Clip(corpus.name, row, _seconds(row)))
-            except MediaError as error:
-                broken.append((row.id, str(error)))
+        for row in items(corpus):
+            found = tried(row, partial(_clip, corpus.name))
+            if isinstance(found, Skipped):
+                broken.append((found.id, found.cause))
+            else:
+                clips.append(found)
     if not clips:
         causes = "; ".join(f"{name}: {cause}" for name, cause in broken[:3]) or "the corpora are empty"
         raise ValueError(f"there is nothing to evaluate on: {causes}")
     return clips, broken
 
 
-def _seconds(sample: Sample) -> float:
-    """What it lasts once it is decoded. Raises ``MediaError``, also where there is no sound in it."""
+def _clip(corpus: str, sample: Sample) -> Clip:
+    """With what it lasts once it is decoded. Raises ``MediaError``, also where there is no sound in it."""
     if sample.audio is None:
-        return sample.duration or 0.0
+        return Clip(corpus, sample, sample.duration or 0.0)
     if not (found := len(sample.audio.read())):
         raise MediaError(sample.audio.name, "no sound in it")
-    return found / SAMPLE_RATE
+    return Clip(corpus, sample, found / SAMPLE_RATE)
 
 
 def _measured_apart(system: System, clips: list[Clip], options: Options, load: Callable[..., Any]) -> Measured:

@@ -89,19 +89,13 @@ def fitted(
 # again. A new expert is one more file; the base and the others are written as they were.
 
 
-def merged_config(model: Loaded) -> MoEConfig:
-    """Raises ``ValueError`` for what was not made by merging."""
+def _separable(model: Loaded) -> MoEConfig:
+    """Raises ``ValueError`` for what was not made by merging, and where no further expert can be fitted beside the others."""
     moe = model.config.moe
     if moe is None or not moe.fitted_router:
         raise ValueError(
             f"{model.name}: no merged model: its experts are not chosen by a router that was fitted to clips"
         )
-    return moe
-
-
-def _separable(model: Loaded) -> MoEConfig:
-    """Raises ``ValueError`` where experts have a router that no further one can be fitted beside."""
-    moe = merged_config(model)
     if moe.granularity == "ffn":
         raise ValueError(
             f"{model.name}: its experts ({', '.join(moe.names)}) are feed-forwards: make it again from all"

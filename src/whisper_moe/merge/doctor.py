@@ -21,7 +21,7 @@ import torch
 from torch import Tensor, nn
 
 import whisper_moe
-from whisper_moe.config import SAMPLE_RATE, MoEConfig
+from whisper_moe.config import SAMPLE_RATE
 from whisper_moe.evaluate.report import markdown_table
 from whisper_moe.evaluate.run import shown
 from whisper_moe.media.mel import window_mel
@@ -275,8 +275,10 @@ class Member(NamedTuple):
         return [f"{100 * self.found.wer[system]:.1f}" for system in SYSTEMS]
 
 
-def write_card(folder: Path, base: str, moe: MoEConfig, members: Sequence[Member], none: Sequence[str]) -> None:
+def write_card(folder: Path, base: str, model: Loaded, members: Sequence[Member], none: Sequence[str]) -> None:
     """``base``: its source, like the members'; ``none``: the probes that are for no expert."""
+    moe = model.config.moe
+    assert moe is not None
     sources = [each for each in (base, *(member.source for member in members)) if not Path(each).exists()]
     head: dict[str, str | list[str]] = {
         "language": sorted({code for member in members for code in member.languages if code}),

@@ -205,7 +205,7 @@ def merge(
         _hear_merged(load_checkpoint(output), judged, found)
     spoken = [sorted({sample.target_language for sample, _ in own}) for own in clips]
     members = list(map(Member, named.values(), probe, spoken, map(len, judged), found))
-    write_card(output, base or root.name, build.merged_config(model), members, none)
+    write_card(output, base or root.name, model, members, none)
     return {name: own[0][1] for name, own in zip(named, clips, strict=True)}
 
 

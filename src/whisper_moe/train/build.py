@@ -1,45 +1,50 @@
-"""From a recipe to a trainer: the model that a run begins with, its data, its losses, its evaluation."""
+"""From a recipe to a trainer: the model that a run begins with, whole or with low-rank differences, its data, its losses, its
+evaluation.
+"""
 
 from __future__ import annotations
 
 import logging
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from fnmatch import fnmatchcase
 from functools import partial
 from importlib.util import find_spec
-from itertools import islice
 from pathlib import Path
-from typing import TypeAlias
+from typing import Any, TypeAlias
 
 import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
 
 from whisper_moe.config_aside import ASIDE
 from whisper_moe.data.corpus import Corpus, CorpusConfig
 from whisper_moe.data.examples import ExampleReader
 from whisper_moe.data.loader import NAMED, PackedLoader
-from whisper_moe.data.sample import AnyCorpus, DataError, Sample, Skipped, items, tried
-from whisper_moe.data.sampler import MixingConfig
+from whisper_moe.data.sample import DataError, Sample, Skipped, items, tried
+from whisper_moe.data.sampler import Weights
 from whisper_moe.data.table import open_corpus
 from whisper_moe.evaluate.metrics import Evaluator
 from whisper_moe.media.languages import NewLanguage
 from whisper_moe.model.block import Block
 from whisper_moe.model.model import WhisperMoEModel
 from whisper_moe.train.loop import Batches, Figures, Objective, Trainer
-from whisper_moe.train.losses import SpeechObjective
+from whisper_moe.train.losses import SpeechObjective, freeze, unmatched
 from whisper_moe.train.monitor import SKIPPED, Monitor
-from whisper_moe.train.optim import TRAINED, add_lora, freeze, unmatched
 from whisper_moe.train.parallel import Parallel
 from whisper_moe.train.reading import RecipeError
-from whisper_moe.train.recipe import Recipe
+from whisper_moe.train.recipe import LoRARecipe, Recipe
 from whisper_moe.weights.checkpoint import CONFIG, Loaded, read_config
-from whisper_moe.weights.files import atomic_folder, json_bytes, read_bytes, read_json
+from whisper_moe.weights.files import atomic_folder, json_bytes, listed, read_bytes, read_json
 from whisper_moe.weights.load import load_model
-from whisper_moe.weights.parts import empty_model, expected_shapes
+from whisper_moe.weights.parts import SPEECH, empty_model
 from whisper_moe.weights.tokens import GENERATION, TOKENIZER, of_any_language
 from whisper_moe.weights.upcycle import add_languages, add_parts, upcycle
 
 Note: TypeAlias = Callable[[Sequence[Skipped]], None]
+TRAINED = ("*.lora_a", "*.lora_b")
+"""What low-rank fine-tuning trains."""
 START = "start"
 """The folder, within a run's, of all but the weights: so that it can go on and be exported when the source is gone."""
 logger = logging.getLogger(__name__)
@@ -62,11 +67,6 @@ def initial_model(recipe: Recipe) -> Loaded:
     if any(parts.values()):
         config, state = add_parts(config, state, **parts, seed=seed)
     config = config.model_copy(update={"context_margin": config.margin if margin is None else margin})
-    if recipe.losses.balancing == "bias":  # of zeros, with which the choice is what it was
-        if config.moe is None:
-            raise RecipeError("losses.balancing is bias, and the model has no experts")
-        config = config.model_copy(update={"moe": config.moe.model_copy(update={"balance_bias": True})})
-        state |= {key: torch.zeros(shape) for key, shape in expected_shapes(config).items() if key not in state}
     initial = replace(loaded, config=config, state=state, generation=of_any_language(loaded.generation))
     wanted = map(NewLanguage.parse, given.new_languages)
     return add_languages(initial, [each for each in wanted if each.code not in initial.tokenizer.languages])
@@ -143,6 +143,57 @@ def only_expert(model: WhisperMoEModel, name: str) -> tuple[str, ...]:
     return tuple(each for each in patterns if not list(unmatched(model, [each])))
 
 
+# Low-rank differences
+
+
+class LoRALinear(nn.Linear):
+    """``x W^T + b + alpha/rank (x A^T) B^T`` (LoRA, arXiv 2106.09685): W stays as it is, and B A beside it learns.
+
+    A matrix is never made of the three: ``x W^T`` gives its input a gradient and itself none, a third less work than training it.
+    """
+
+    lora_a: nn.Parameter
+    """[rank, inputs]"""
+    lora_b: nn.Parameter
+    """[outputs, rank]"""
+    scaling: float
+
+    def forward(self, input: Tensor) -> Tensor:
+        """[tokens, inputs] → [tokens, outputs]"""
+        return torch.addmm(super().forward(input), F.linear(input, self.lora_a), self.lora_b.T, alpha=self.scaling)
+
+
+def add_lora(model: nn.Module, given: LoRARecipe) -> None:
+    """Give the targets among the linear layers A, at random, and B, of zeros, in place: the model computes what it did.
+
+    TTT layers are no targets: they are new, and small enough to be trained whole; what speaks is none either. The
+    differences of other senses stay beside them. Raises ``ValueError`` for a pattern that matches nothing.
+    """
+    layers = {path: each for path, each in model.named_modules() if type(each) is nn.Linear}
+    layers = {path: each for path, each in layers.items() if ".ttt." not in path and not path.startswith(SPEECH)}
+    for pattern in given.targets:
+        if not any(fnmatchcase(path, pattern) for path in layers):
+            raise ValueError(f"no linear layer is called {pattern!r}; there are {listed(layers, 3)}")
+    for path, module in layers.items():
+        if any(fnmatchcase(path, pattern) for pattern in given.targets):
+            layer: Any = module
+            layer.__class__ = LoRALinear  # the same layer, with its parameters, under the same name
+            layer.scaling = given.scaling
+            layer.lora_a = nn.Parameter(torch.empty(given.rank, layer.in_features))
+            layer.lora_b = nn.Parameter(torch.zeros(layer.out_features, given.rank))
+            nn.init.normal_(layer.lora_a, std=layer.in_features**-0.5)
+
+
+def folded(state: Mapping[str, Tensor], given: LoRARecipe) -> dict[str, Tensor]:
+    """A state without A and B, which are added to W."""
+    plain = dict(state)
+    for name in [name for name in state if name.endswith(".lora_a")]:
+        layer = name.removesuffix("lora_a")
+        a, b = plain.pop(name), plain.pop(f"{layer}lora_b")
+        plain[f"{layer}weight"] = plain[f"{layer}weight"] + given.scaling * (b @ a)
+    return plain
+
+
 def build_trainer(
     recipe: Recipe, initial: Loaded, parallel: Parallel, monitor: Monitor | None, directory: Path
 ) -> Trainer:
@@ -192,13 +243,12 @@ class Task:
 
     def figures(self) -> Figures:
         """What it is judged by. What would end the run at its first evaluation ends it now."""
-        settings, data, initial = self.recipe.evaluation, self.recipe.data, self.initial
+        settings, initial = self.recipe.evaluation, self.initial
         decode = settings.metric != "loss"
         missing = [name for name in ("rapidfuzz", "whisper_normalizer") if decode and find_spec(name) is None]
         if missing:
             raise RecipeError(f"evaluation.metric needs {' and '.join(missing)}: pip install 'whisper-moe[train]'")
-        corpora = list(self.opened(data.evaluation))
-        self._check_missing(corpora, data.evaluation)
+        corpora = self._judges()
         names = [corpus.name for corpus in corpora]
         if doubled := [name for name in names if names.count(name) > 1]:
             raise RecipeError(
@@ -206,26 +256,22 @@ class Task:
             )
         reader = self.unchanged()
         for corpus in corpora:
-            check_rows(corpus, reader, settings.limit, decode=decode)
+            check_rows(corpus, reader, decode=decode)
         texts, margin = (initial.tokenizer, initial.generation), initial.config.margin
         evaluator = Evaluator(reader, *texts, margin=margin, decode=decode, padded=settings.padded)
-        asked = {"batch_size": settings.batch_size, "limit": settings.limit, "note": self.note}
+        asked = {"batch_size": settings.batch_size, "note": self.note}
         return lambda model, stop: evaluator.figures(model, corpora, stop_requested=stop, **asked)
 
     def unchanged(self) -> ExampleReader:
         """Of samples as they are: films that are judged by are not changed as those that are learned from."""
-        reading = self.recipe.data.loader.reading.model_copy(update={"films": None})
+        reading = self.recipe.data.loader.examples.model_copy(update={"films": None})
         return ExampleReader(self.initial.tokenizer, self.initial.config, reading)
 
     def held_out(self, reader: ExampleReader, objective: Objective) -> Figures:
         """For tasks that nothing is decoded in: the losses of the data to be judged by, with the same draws every time."""
-        settings, data = self.recipe.evaluation, self.recipe.data.evaluation
-        if settings.metric != "loss":
-            raise RecipeError(f"evaluation.metric is {settings.metric}, and the loss is all there is here")
-        configs = [each.model_copy(update={"limit": each.limit or settings.limit}) for each in data]
-        corpora = list(self.opened(configs))
-        self._check_missing(corpora, configs)
-        loader = self.loader(corpora, MixingConfig(), reader)
+        if (metric := self.recipe.evaluation.metric) != "loss":
+            raise RecipeError(f"evaluation.metric is {metric}, and the loss is all there is here")
+        loader = self.loader(self._judges(), reader)
         start = loader.state_dict()
 
         @torch.inference_mode()
@@ -244,38 +290,49 @@ class Task:
 
         return figures
 
+    def _judges(self) -> list[Corpus]:
+        """What there is to be judged by."""
+        data, limit = self.recipe.data, self.recipe.evaluation.limit
+        configs = data.evaluation
+        if limit is not None:
+            configs = [each.model_copy(update={"limit": min(each.limit or limit, limit)}) for each in configs]
+        return list(self.opened(configs, most_missing=data.loader.max_corrupt_share))
+
     def mixed(self, reader: ExampleReader | None = None) -> PackedLoader:
         """The corpora to learn from, as the recipe mixes them; ``reader``: of samples, where it is not the usual one."""
         data = self.recipe.data
-        corpora = list(self.opened(data.train))
-        if any(corpus.streaming for corpus in corpora):  # else the loader counts them with what its survey finds
-            self._check_missing(corpora, data.train)
-        # Weights of the corpora are those of the mixture, unless it has its own.
+        # Without a stream among them the loader counts what is missing, with what else its survey finds.
+        streaming = any(config.streaming for config in data.train)
+        most = data.loader.max_corrupt_share if streaming else 1.0
+        corpora = list(self.opened(data.train, most_missing=most))
         pairs = zip(corpora, data.train, strict=True)
         weights = {each.name: given.weight for each, given in pairs if given.weight != 1}
-        mixing = data.loader.mixing.model_copy(update={"weights": weights | dict(data.loader.mixing.weights)})
-        return self.loader(corpora, mixing, reader)
+        return self.loader(corpora, reader, weights)
 
     def loader(
-        self, corpora: Sequence[AnyCorpus], mixing: MixingConfig, reader: ExampleReader | None = None
+        self, corpora: Sequence[Corpus], reader: ExampleReader | None = None, weights: Weights | None = None
     ) -> PackedLoader:
         """Batches of these corpora."""
         loader = PackedLoader(
             corpora,
             self.initial.tokenizer,
             self.initial.config,
-            self.recipe.data.loader.model_copy(update={"mixing": mixing}),
+            self.recipe.data.loader,
             rank=self.parallel.data_rank,
             world=self.parallel.data_size,
             reader=reader,
+            weights=weights,
             note=self.note,
         )
         if left := loader.excluded:
             logger.warning("%d samples are left out, the first: %s; %s names all", len(left), left[0], SKIPPED)
         return loader
 
-    def opened(self, configs: Iterable[CorpusConfig]) -> Iterator[Corpus]:
-        """Corpora; what each lists and cannot give is told, and forgotten where a limit is reached all the same."""
+    def opened(self, configs: Iterable[CorpusConfig], *, most_missing: float = 1.0) -> Iterator[Corpus]:
+        """Corpora; what each lists and cannot give is told, and forgotten where a limit is reached all the same.
+
+        Raises :class:`DataError` where a share above ``most_missing`` of one is missing.
+        """
         for config in configs:
             corpus = open_corpus(config)
             self.note(corpus.left_out)
@@ -285,30 +342,25 @@ class Task:
                 logger.warning(
                     f"{corpus.name}: {len(left):,} samples are listed and cannot be had, the first: {_first(left)}"
                 )
-            limited = config.limit is not None and (corpus.streaming or len(corpus) == config.limit)
-            yield replace(corpus, left_out=()) if limited else corpus
-
-    def _check_missing(self, corpora: Sequence[Corpus], configs: Sequence[CorpusConfig]) -> None:
-        """Raise :class:`DataError` where too large a share of one corpus is missing."""
-        most = self.recipe.data.loader.max_corrupt_share
-        for corpus, config in zip(corpora, configs, strict=True):
-            if not corpus.left_out:
-                continue
-            # A stream has no length; what lists its samples beforehand can be opened as a whole, too.
-            there = len(open_corpus(config.model_copy(update={"streaming": False})) if corpus.streaming else corpus)
-            missing, listed = len(corpus.left_out), len(corpus.left_out) + there
-            if missing > most * listed:
-                cause = f"{missing:,} of {listed:,} samples cannot be had, more than {most:.1%}"
-                raise DataError(corpus.name, f"{cause}; the first: {_first(corpus.left_out)}")
+            if config.limit is not None and (corpus.streaming or len(corpus) == config.limit):
+                corpus = replace(corpus, left_out=())
+            elif left and most_missing < 1:
+                # A stream has no length; what lists its samples beforehand can be opened as a whole, too.
+                whole = config.model_copy(update={"streaming": False})
+                known = len(left) + len(open_corpus(whole) if corpus.streaming else corpus)
+                if len(left) > most_missing * known:
+                    cause = f"{len(left):,} of {known:,} samples cannot be had, more than {most_missing:.1%}"
+                    raise DataError(corpus.name, f"{cause}; the first: {_first(left)}")
+            yield corpus
 
 
-def check_rows(corpus: AnyCorpus, reader: ExampleReader, limit: int | None, *, decode: bool) -> None:
+def check_rows(corpus: Corpus, reader: ExampleReader, *, decode: bool) -> None:
     """Raise :class:`RecipeError` where no row can be judged by, or the first that has nothing wrong with it is not for this
     model."""
     from whisper_moe.media.normalize import normalize
 
     causes: list[str] = []
-    for sample in islice(items(corpus), limit):
+    for sample in items(corpus):
         if decode and isinstance(sample, Sample) and sample.audio is None:
             raise RecipeError(f"data.evaluation: {corpus.name}: texts and films are judged by evaluation.metric: loss")
         try:

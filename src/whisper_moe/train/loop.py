@@ -22,7 +22,7 @@ from typing import Any, Literal, Protocol
 
 import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from whisper_moe.config import MAX_PACK_TOKENS
 from whisper_moe.data.examples import Pack
@@ -30,9 +30,8 @@ from whisper_moe.data.loader import Batch
 from whisper_moe.machine import give_back_memory
 from whisper_moe.model.model import WhisperMoEModel
 from whisper_moe.train import checkpoint
-from whisper_moe.train.losses import Terms, Totals, balance_biases
+from whisper_moe.train.losses import LossScale, Terms, Totals, build_optimizer, precision_on, set_rates
 from whisper_moe.train.monitor import Monitor
-from whisper_moe.train.optim import LossScale, build_optimizer, precision_on, set_rates
 from whisper_moe.train.parallel import Parallel
 from whisper_moe.train.reading import RecipeError
 from whisper_moe.train.recipe import Recipe
@@ -163,7 +162,7 @@ class Trainer:
         norm = float(self.parallel.clip(parameters, self.recipe.optimisation.clip or math.inf))
         report = self._report(batches, reduce(add, passes), counted, norm)
         if math.isfinite(report["loss"]) and math.isfinite(norm):
-            self._update(report, reduce(add, passes).counts)
+            self._update(report)
         elif math.isfinite(report["loss"]) and self.scale.halve():
             if self.monitor:
                 self.monitor.rescaled(self.progress.step + 1, self.scale.value)
@@ -221,11 +220,9 @@ class Trainer:
                 self.monitor.left_out(left_out)
         return report
 
-    def _update(self, report: Mapping[str, Any], counts: Tensor) -> None:
+    def _update(self, report: Mapping[str, Any]) -> None:
         set_rates(self.optimizer, self.recipe.optimisation.factor(self.progress.step, self.steps))
         self.optimizer.step()
-        if self.recipe.losses.balancing == "bias":
-            balance_biases(self.model, counts, self.recipe.losses.bias_rate)
         self.scale.grow()
         self.progress.bad_in_a_row = 0
         if self.monitor:

@@ -1,11 +1,15 @@
-"""Losses of one pass, each a sum that is divided by a whole step's totals: passes and processes simply add up.
+"""Losses of one pass, each a sum that is divided by a whole step's totals: passes and processes simply add up. And from their
+gradients to an update: AdamW with a group of its own for everything that needs another rate, and float16's loss scale.
 
 - Cross-entropy over the label tokens (-100 is ignored), divided by all label tokens of the step.
 - Router: balance loss (Switch, arXiv 2101.03961, section 2.2, for top-k) and z-loss (ST-MoE, arXiv 2202.08906, section 4)
-  per layer; or no loss but a bias on the choice (arXiv 2408.15664).
+  per layer.
 
 *None* is a choice like an expert here. A router whose rows all take *none* therefore still gets a gradient, although
 gates that are all *none*'s give it none: no other loss would ever bring it back.
+
+A rate is a function of the step (:meth:`whisper_moe.train.recipe.OptimisationRecipe.factor`), so that a run goes on exactly
+where it stopped.
 
 N rows (segments, or one layer's tokens), C choices (experts, and *none* last), K slots, T tokens, D width.
 """
@@ -13,9 +17,12 @@ N rows (segments, or one layer's tokens), C choices (experts, and *none* last), 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from fnmatch import filter as matching
+from fnmatch import fnmatchcase
 from hashlib import blake2b
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -24,10 +31,16 @@ from torch import Tensor, nn
 from whisper_moe.config import ModelConfig
 from whisper_moe.data.examples import IGNORED, Pack
 from whisper_moe.model.model import Output, WhisperMoEModel
-from whisper_moe.model.router import NONE, Router, Routing, at_least_float32
+from whisper_moe.model.router import NONE, Routing, at_least_float32
 from whisper_moe.packing import Layout
 from whisper_moe.train.parallel import Parallel
-from whisper_moe.train.recipe import LossRecipe, Sense
+from whisper_moe.train.reading import RecipeError
+from whisper_moe.train.recipe import LossRecipe, OptimisationRecipe, Sense
+from whisper_moe.weights.files import listed
+from whisper_moe.weights.parts import EMBEDDING, NEW_TOKENS
+
+FAST = ("w1", "b1", "w2", "b2", "gamma", "beta", "tau", "gate_forward", "gate_backward")
+"""Of a TTT layer: the start of the fast weights with their norm, and the gates."""
 
 
 @dataclass(frozen=True)
@@ -163,18 +176,6 @@ def router_terms(
     return loss, {"balance": balance.mean().detach(), "z": z.mean().detach()}, counts
 
 
-@torch.no_grad()
-def balance_biases(model: nn.Module, counts: Tensor, rate: float) -> None:
-    """b_c ← b_c + rate · sign(mean − count_c): what was chosen too often is chosen less (arXiv 2408.15664, algorithm 1).
-
-    ``counts`` [routers, C] of a whole step. Gates are not changed by it.
-    """
-    routers = [module for module in model.modules() if isinstance(module, Router)]  # in the order of a pass's routings
-    for router, count in zip(routers, counts, strict=True):
-        assert router.bias is not None, "a router without a bias cannot be balanced by one"
-        router.bias += rate * (count.mean() - count).sign().to(router.bias)
-
-
 @dataclass(frozen=True)
 class SpeechObjective:
     """Cross-entropy of what is said, and the routers' losses."""
@@ -257,3 +258,106 @@ def _placeholder(model: nn.Module, device: torch.device) -> Pack:
         labels_T=torch.full_like(one, IGNORED),
         texts=Layout([1]),
     )
+
+
+# What learns, and from gradients to an update
+
+
+def unmatched(model: nn.Module, patterns: Iterable[str]) -> list[str]:
+    """Patterns (shell style, ``decoder.*``) that no parameter's name matches."""
+    names = [name for name, _ in model.named_parameters()]
+    return [pattern for pattern in patterns if not matching(names, pattern)]
+
+
+def freeze(model: nn.Module, frozen: Sequence[str], trained: Sequence[str] = ()) -> None:
+    """Parameters that a pattern of ``frozen`` matches, and none of ``trained``, stay as they are.
+
+    Raises ``ValueError`` for a pattern that matches nothing, and if nothing is left to train.
+    """
+    names = [name for name, _ in model.named_parameters()]
+    for pattern in unmatched(model, (*frozen, *trained)):
+        raise ValueError(f"no parameter is called {pattern!r}; there are {listed(names, 3)}")
+    still = {name for pattern in frozen for name in matching(names, pattern)}
+    still -= {name for pattern in trained for name in matching(names, pattern)}
+    for name, parameter in model.named_parameters():
+        parameter.requires_grad = name not in still
+    if len(still) == len(names):
+        raise ValueError(f"nothing is left to train: every parameter matches {listed(frozen)}")
+
+
+def build_optimizer(model: nn.Module, given: OptimisationRecipe, *, fused: bool = False) -> torch.optim.AdamW:
+    """AdamW over what is not frozen. Every group carries its ``name`` and its ``peak`` rate, for :func:`set_rates`."""
+    groups: dict[str, dict[str, Any]] = {}
+    for name, parameter in model.named_parameters():
+        if parameter.requires_grad:
+            kind, rate, decay = _group(name, parameter, given)
+            group = {"params": [], "name": kind, "lr": rate, "peak": rate, "weight_decay": decay}
+            groups.setdefault(kind, group)["params"].append(parameter)
+    return torch.optim.AdamW([*groups.values()], betas=given.betas, eps=given.eps, fused=fused)
+
+
+def _group(name: str, parameter: Tensor, given: OptimisationRecipe) -> tuple[str, float, float]:
+    """What a parameter's group is called, its peak rate and its decay."""
+    for own in given.groups:
+        if fnmatchcase(name, own.pattern):
+            return own.pattern, own.lr, own.weight_decay
+    module, _, last = name.rpartition(".")
+    if last in FAST or module.endswith(".rate"):
+        return "ttt", given.ttt_lr, 0.0
+    if ".router." in name:
+        return "router", given.router_lr or given.lr, 0.0
+    if name == NEW_TOKENS:
+        return "new_tokens", given.new_token_lr or given.lr, 0.0
+    # Biases and norms; of stacked experts the biases have two dimensions. Positions are embeddings.
+    if parameter.ndim < 2 or last.endswith("bias") or last == "positions" or name == EMBEDDING:
+        return "no_decay", given.lr, 0.0
+    return "decay", given.lr, given.weight_decay
+
+
+def set_rates(optimizer: torch.optim.Optimizer, factor: float) -> None:
+    """Each group's rate is its peak times ``factor``."""
+    for group in optimizer.param_groups:
+        group["lr"] = group["peak"] * factor
+
+
+def precision_on(wanted: str, device: torch.device) -> str:
+    """What ``auto`` is on this device. Raises :class:`RecipeError` for what the device has not."""
+    if wanted == "auto":
+        if device.type != "cuda":
+            return "float32"
+        return "bfloat16" if torch.cuda.is_bf16_supported(including_emulation=False) else "float16"
+    if wanted == "float16" and device.type == "cpu":
+        raise RecipeError("optimisation.precision is float16, which needs a GPU; take bfloat16 or float32 on a CPU")
+    return wanted
+
+
+class LossScale:
+    """float16's gradients are computed of a loss that is scaled up (arXiv 1710.03740, section 3.2); in other types, by 1.
+
+    Halved where they overflow, which costs that step, doubled after 2,000 steps without. Decided on the norm of all
+    gradients, so that all processes decide alike (torch's ``GradScaler`` asks each process for its own).
+    """
+
+    growth_steps = 2_000
+
+    def __init__(self, *, enabled: bool) -> None:
+        self.enabled, self.value, self.good = enabled, 65_536.0 if enabled else 1.0, 0
+
+    def remove(self, parameters: Sequence[nn.Parameter]) -> None:
+        """Undo the scale in the gradients."""
+        for parameter in parameters if self.enabled else ():
+            if parameter.grad is not None:
+                parameter.grad /= self.value
+
+    def grow(self) -> None:
+        self.good += 1
+        if self.enabled and self.good % self.growth_steps == 0:
+            self.value *= 2
+
+    def halve(self) -> bool:
+        """Whether a smaller scale may help."""
+        self.good = 0
+        if self.value <= 1:
+            return False
+        self.value /= 2
+        return True

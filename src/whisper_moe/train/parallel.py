@@ -86,7 +86,7 @@ class Parallel:
         return DistributedDataParallel(
             model,
             process_group=self.mesh.get_group(),
-            forward_sync_buffers=False,  # what moves a router's bias moves it alike on all ranks
+            forward_sync_buffers=False,  # none changes in training
             gradient_as_bucket_view=True,
             # An expert's own TTT layer, if nobody chose it; what adapts the core, if all windows are full; a sense without input.
             find_unused_parameters=model.config.moe is not None

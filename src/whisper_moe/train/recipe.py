@@ -93,7 +93,7 @@ class DataRecipe(Strict):
     evaluation: tuple[CorpusConfig, ...] = ()
     """Corpora to be judged by."""
     loader: LoaderConfig = LoaderConfig()
-    """Batches, packing, mixing, reading."""
+    """Batches, packing, reading."""
 
 
 class GroupRecipe(Strict):
@@ -177,14 +177,12 @@ class LossRecipe(Strict):
     sampled: int = Field(default=0, ge=0)
     """Tokens that a label is told from, besides those of the step (sampled softmax, arXiv 1412.2007); 0: all. Most of a step
     of short texts is the head."""
-    balancing: Literal["loss", "bias", "none"] = "loss"
-    """How experts are kept in balance: a loss for each router, a bias on the choice (arXiv 2408.15664), or not at all."""
+    balancing: Literal["loss", "none"] = "loss"
+    """How experts are kept in balance: by a loss for each router, or not at all."""
     balance: float = Field(default=0.01, ge=0)
     """Factor of the balance loss."""
     z: float = Field(default=0.001, ge=0)
     """Factor of the routers' z-loss."""
-    bias_rate: float = Field(default=0.001, gt=0)
-    """How far ``balancing: bias`` moves a bias in a step."""
 
 
 class EvaluationRecipe(Strict):
@@ -278,11 +276,6 @@ class Recipe(Strict):
             raise ValueError(
                 "model.expert: optimisation.weight_decay would wear away the other experts too; it has to be 0"
             )
-        if self.model.expert is not None and self.losses.balancing == "bias":
-            raise ValueError(
-                "model.expert: it answers alone, and a bias would turn the router to the others: losses.balancing cannot "
-                "be bias; take none"
-            )
         if self.model.lora and self.parallel.data == "fsdp2":
             raise ValueError("model.lora is for parallel.data ddp: every process has all of it")
         return self
@@ -305,7 +298,7 @@ class Recipe(Strict):
         """Seconds of silence that the model will be used with; None: its own from before."""
         if self.model.context_margin is not None:
             return self.model.context_margin
-        margin = self.data.loader.reading.margin
+        margin = self.data.loader.examples.margin
         return margin[0] if isinstance(margin, tuple) else margin
 
 

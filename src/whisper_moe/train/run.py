@@ -50,7 +50,10 @@ _FREE = (
 is. Of steps and epochs there cannot be fewer than are done; :func:`_go_on` sees to that."""
 _CORPUS = {"directions": (["en>any", "any>en"],), "include_50": (False,), "videos": (None,)}
 _GONE = {
+    "data.loader.mixing": ({"temperature": 1.0, "weights": {}},),
+    "data.loader.mode": ("packed",),
     **{f"data.{part}.{key}": values for part in ("train", "evaluation") for key, values in _CORPUS.items()},
+    "losses.bias_rate": (0.001,),
     "parallel.experts": (1,),
     "parallel.tensor": (1,),
     "run.tensorboard": (False, True),
@@ -241,7 +244,7 @@ def _signals(trainer: Trainer) -> Iterator[None]:
 def export(directory: Path, start: Loaded, lora: LoRARecipe | None = None) -> None:
     """Write the run's best checkpoint, or its last where none was judged, as a model: a plain one, after ``lora`` too."""
     from whisper_moe.train import checkpoint
-    from whisper_moe.train.optim import folded
+    from whisper_moe.train.build import folded
     from whisper_moe.weights.checkpoint import save_checkpoint
     from whisper_moe.weights.parts import expected_shapes
 
