@@ -177,7 +177,8 @@ class Translator:
             found = dict(zip(wanted, written, strict=True))
             said = [" ".join(found[piece].text if piece in found else piece for piece in line) for line in lines]
             pieces = [piece for line in lines for piece in line if piece in found]
-            return Translation("\n".join(said), source, target, tuple((piece, *found[piece]) for piece in pieces))
+            sentences = tuple((piece, found[piece].text, found[piece].avg_logprob) for piece in pieces)
+            return Translation("\n".join(said), source, target, sentences)
 
         return Job([self._asked(piece, source, target) for piece in wanted], finish)
 
