@@ -110,7 +110,7 @@ def test_an_epoch_reads_every_sample_once(miniatures: dict[str, dict[str, Any]],
         replace(sample, row=None) for sample in samples
     ]
     for ask in (lambda: len(corpus), lambda: corpus[0]):
-        with pytest.raises(TypeError):
+        with pytest.raises(TypeError, match="is streamed"):
             ask()
 
 

@@ -142,14 +142,19 @@ class Corpus:
         return not hasattr(self.dataset, "__len__")
 
     def __len__(self) -> int:
-        return len(self.dataset)  # pyright: ignore[reportArgumentType] (a stream has no length, and no index)
+        return len(self._rows())
 
     def __getitem__(self, index: int) -> Sample:
-        return self.sample(self.dataset[index])  # pyright: ignore[reportIndexIssue]
+        return self.sample(self._rows()[index])
 
     def __iter__(self) -> Iterator[Sample]:
         # A map goes on behind a row that is no sample, as a generator would not.
         return map(self.sample, self.dataset)  # pyright: ignore[reportArgumentType]
+
+    def _rows(self) -> Dataset:
+        if self.streaming:
+            raise TypeError(f"{self.name} is streamed: it has neither a length nor an index, and can only be iterated")
+        return self.dataset  # pyright: ignore[reportReturnType]
 
 
 def listed(
