@@ -128,12 +128,6 @@ serve: Answer over HTTP what OpenAI's clients ask, with one model; extra `serve`
   --max-queue               int>=1 = 256         Requests that wait or are computed.
   --max-frozen              float>=1 = 60        Seconds without a sign of life after which the model's process is replaced.
 
-listen: Captions of what is being said, while it is said.
-  --input                   str                  A device as FFmpeg names it, with its kind: pulse:default, alsa:hw:0, avfoundation::0, dshow:audio=Microphone. Default: standard input, raw 16-bit mono at 16 kHz.
-  --model --model-dir
-  --language -l             str                  By code or name. Default: detected for each utterance.
-  --device --dtype --threads
-
 detect-language: Say which language is spoken at the start of each file, and how surely.
   files                     [str]                Audio or video files.
   --model --model-dir
@@ -247,7 +241,6 @@ _ELSEWHERE = {
     "add_expert": "merge.run.add_expert",
     "remove_expert": "merge.run.remove_expert",
     "data_inspect": "data.inspect.run",
-    "listen": "serve.command.listen",
     "serve": "serve.command.serve",
     "train": "train.run.train",
 }

@@ -24,8 +24,6 @@ POLICY = (
     b"frame-ancestors 'none'; base-uri 'none'; form-action 'none'"
 )
 """Nothing on the page comes from elsewhere, and nothing goes there."""
-PROTOCOL = "openai-insecure-api-key."
-"""A key among a web socket's protocols, as OpenAI has it for browsers."""
 OPEN = frozenset({"/healthz", "/readyz"})
 """Paths that need no key: what runs the server asks them."""
 
@@ -151,12 +149,7 @@ class Guard:
         """Whether this path is open to who asks."""
         if not self._keys or scope["path"] in OPEN:
             return True
-        headers = headers_of(scope)
-        kind, _, key = headers.get("authorization", "").partition(" ")
-        if not kind and scope["type"] == "websocket":  # a browser can send nothing else with it
-            offers = headers.get("sec-websocket-protocol", "").split(",")
-            keys = [offer.strip().removeprefix(PROTOCOL) for offer in offers if offer.strip().startswith(PROTOCOL)]
-            kind, key = "bearer", "".join(keys)
+        kind, _, key = headers_of(scope).get("authorization", "").partition(" ")
         given = hashed(key.strip())
         fits = [hmac.compare_digest(given, own) for own in self._keys]  # all of them, whichever fits
         return kind.lower() == "bearer" and any(fits)

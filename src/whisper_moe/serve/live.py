@@ -196,8 +196,7 @@ class Session:
         self._commits = 0
 
     async def run(self) -> None:
-        offered = self._socket.headers.get("sec-websocket-protocol", "").split(",")
-        await self._socket.accept("realtime" if "realtime" in map(str.strip, offered) else None)
+        await self._socket.accept()
         await self._send("session.created", session=self._facts())
         looking = asyncio.create_task(self._look())
         try:
