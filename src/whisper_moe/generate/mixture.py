@@ -61,11 +61,11 @@ class Mixture(WindowDecoder):
             opened.drafts = self.with_choices(drafts, rows)
             opened.places = own
             if untimed:
-                opened.finish = partial(self._timed, heard, free)
+                opened.finish = partial(self._retimed, heard, free)
             parts.append(opened)
         return parts
 
-    def _timed(
+    def _retimed(
         self,
         heard: Sequence[np.ndarray],
         options: TranscribeOptions,

@@ -14,7 +14,7 @@ from whisper_moe.generate.result import Transcription, as_text, mean_gates
 from whisper_moe.media.languages import FURTHER_LANGUAGES, LANGUAGES
 
 TextFormat: TypeAlias = Literal["json", "text", "srt", "verbose_json", "vtt"]
-Several: TypeAlias = BeforeValidator(lambda given: given if isinstance(given, (list, tuple)) else [given])
+_SEVERAL = BeforeValidator(lambda given: given if isinstance(given, (list, tuple)) else [given])
 MEDIA_TYPES = {
     "json": "application/json",
     "verbose_json": "application/json",
@@ -58,7 +58,7 @@ class TranscriptionForm(TranslationForm):
     """Fields of ``/v1/audio/transcriptions``, beside its ``file``."""
 
     language: str | None = None
-    timestamp_granularities: Annotated[tuple[Literal["word", "segment"], ...], Several] = Field(
+    timestamp_granularities: Annotated[tuple[Literal["word", "segment"], ...], _SEVERAL] = Field(
         default=("segment",), alias="timestamp_granularities[]"
     )
     stream: bool = False

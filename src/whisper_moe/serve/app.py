@@ -64,8 +64,8 @@ class Server:
         self.engine, self.limits = engine, engine.limits
         self.readers, self.draining = Readers(engine.limits), False
         self.app = FastAPI(title="Whisper MoE", lifespan=self._lifespan)
-        registry = CollectorRegistry()
-        self._registry, known = registry, {"registry": registry}
+        self._registry = CollectorRegistry()
+        known: dict[str, Any] = {"registry": self._registry}
         self._answers = Counter("whisper_moe_requests", "Answers by route and status.", ["route", "status"], **known)
         self._seconds = Histogram("whisper_moe_request_seconds", "From request to answer.", ["route"], **known)
         self._sound = Counter("whisper_moe_audio_seconds", "Sound that was read.", **known)

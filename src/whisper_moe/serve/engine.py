@@ -85,7 +85,6 @@ class Engine:
 
     async def stop(self) -> None:
         self._watching.cancel()
-        self._outgoing.put(None)
         self._process.kill()
 
     def _spawn(self) -> None:

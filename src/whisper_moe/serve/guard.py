@@ -3,12 +3,12 @@ much they send. Plain ASGI: it sees a body before anything reads it. No torch, n
 
 from __future__ import annotations
 
-import hashlib
 import hmac
 import json
 import time
 from collections.abc import Awaitable, Callable, Iterable, MutableMapping
 from dataclasses import dataclass
+from hashlib import sha256
 from pathlib import Path
 from typing import Any, TypeAlias
 
@@ -78,16 +78,17 @@ def same_site(headers: dict[str, str]) -> bool:
     return origin is None or origin.partition("://")[2] == headers.get("host")
 
 
-def hashed(key: str) -> bytes:
-    return hashlib.sha256(key.encode()).digest()
-
-
 class Guard:
     """Authentication before the body is read, then its size, counted as it comes."""
 
     def __init__(self, app: App, keys: Iterable[str], limits: Limits, told: Callable[[str, int, float], None]) -> None:
         """``keys``: any of them opens; without any, everybody may ask. ``told``: of each answer its route, status, seconds."""
-        self._app, self._keys, self._limits, self._told = app, [hashed(key) for key in keys], limits, told
+        self._app, self._keys, self._limits, self._told = (
+            app,
+            [sha256(key.encode()).digest() for key in keys],
+            limits,
+            told,
+        )
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] == "websocket" and not (self._knows(scope) and same_site(headers_of(scope))):
@@ -150,7 +151,7 @@ class Guard:
         if not self._keys or scope["path"] in OPEN:
             return True
         kind, _, key = headers_of(scope).get("authorization", "").partition(" ")
-        given = hashed(key.strip())
+        given = sha256(key.strip().encode()).digest()
         fits = [hmac.compare_digest(given, own) for own in self._keys]  # all of them, whichever fits
         return kind.lower() == "bearer" and any(fits)
 

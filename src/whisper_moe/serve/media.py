@@ -28,9 +28,9 @@ except ImportError:  # Windows has no such limits
     resource = None
 
 
-def end_with_parent() -> None:
-    """A process whose parent was killed ends within a second, whatever it is doing; an interrupt is for the parent to answer."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
+def begin() -> None:
+    """In a process of the server's: the parent says when it ends, also where a signal goes to all; and where the parent was
+    killed, it ends within a second."""
     parent = os.getppid()
 
     def watch() -> None:
@@ -39,11 +39,6 @@ def end_with_parent() -> None:
         os._exit(1)
 
     threading.Thread(target=watch, daemon=True).start()
-
-
-def begin() -> None:
-    """In a process of the server's: it is the parent that says when it ends, also where a signal goes to all of them."""
-    end_with_parent()
     for each in (signal.SIGINT, signal.SIGTERM):
         signal.signal(each, signal.SIG_IGN)
 

@@ -24,8 +24,6 @@ logger = logging.getLogger(__name__)
 
 BEAT = 1.0
 """Seconds between two signs of life."""
-IDLE = 0.5
-"""Seconds for which the pipe is listened to where there is nothing to do."""
 
 
 def work(pipe: Connection, model: dict[str, Any]) -> None:
@@ -68,7 +66,7 @@ class Worker:
     def run(self) -> None:
         """Until the parent goes."""
         while True:
-            while self._pipe.poll(0 if self._heard or self._waiting else IDLE):
+            while self._pipe.poll(0 if self._heard or self._waiting else BEAT / 2):
                 self._take(*self._pipe.recv())
             self._beat()
             if self._heard:
