@@ -23,7 +23,7 @@ from weights.whispers import hub_model, write_folder
 
 from whisper_moe import WhisperMoE
 from whisper_moe.config import FULL_WINDOW
-from whisper_moe.generate.decode import DecodingResult, WindowDecoder
+from whisper_moe.generate.decode import DecodingResult, Opened, WindowDecoder
 from whisper_moe.weights import checkpoint
 from whisper_moe.weights.checkpoint import Loaded, read_config, save_checkpoint
 from whisper_moe.weights.load import load_model
@@ -157,27 +157,28 @@ def test_a_file_is_written_before_anything_is_decoded_again_and_a_kill_does_not_
 ) -> None:
     paths = [noise(tmp_path / f"{name}.wav", seconds) for name, seconds in (("a", 0.6), ("b", 2.0), ("c", 0.9))]
     flags = ["-f", "json", "--language", "en", "--context-margin", "2", *tiny]
-    heard, padded, killed, decode = list[int](), list[DecodingResult](), True, WindowDecoder.decode
+    heard, padded, killed, decode = list[int](), list[int](), True, WindowDecoder.open
 
     def wrong(take: DecodingResult, seconds: float, *_: Any) -> bool:
-        return seconds == 2.0 and not any(take is each for each in padded)
+        return seconds == 2.0 and not padded
 
-    def spy(self: WindowDecoder, clips: Any, *more: Any, margin: float, **how: Any) -> list[DecodingResult]:
+    def spy(self: WindowDecoder, clips: Any, *more: Any, margin: float, **how: Any) -> list[Opened]:
         if killed and margin == FULL_WINDOW:
             raise MemoryError(" ".join(sorted(path.name for path in (tmp_path / "out").iterdir())))
         heard.append(len(clips))
-        takes = decode(self, clips, *more, margin=margin, **how)
-        padded.extend(takes if margin == FULL_WINDOW else ())
-        return takes
+        padded.extend([len(clips)] if margin == FULL_WINDOW else [])
+        return decode(self, clips, *more, margin=margin, **how)
 
     monkeypatch.setattr("whisper_moe.generate.longform.looks_wrong", wrong)
-    monkeypatch.setattr(WindowDecoder, "decode", spy)
+    monkeypatch.setattr("whisper_moe.generate.schedule.PATIENCE", 1_000)
+    monkeypatch.setattr(WindowDecoder, "open", spy)
     with pytest.raises(MemoryError, match=r"^a\.json c\.json$"):
         run("transcribe", *paths, "-o", tmp_path / "out", *flags)
     killed = False
     again = run("transcribe", *paths, "-o", tmp_path / "out", "--skip-existing", *flags)
     assert "2 of 3 files have their transcripts" in again.err and heard == [3, 1, 1]
     assert "; 1 of its windows decoded again; in " in again.err
+    padded.clear()
     printed = run("transcribe", *paths, *flags).out
     assert [json.loads(line)["source"] for line in printed.splitlines()] == list(map(str, paths))
     for path, line in zip(paths, printed.splitlines(), strict=True):
@@ -189,7 +190,8 @@ def test_a_transcript_is_written_before_a_file_that_comes_much_later_is_read(
     run: Run, tiny: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Who is killed loses what was under way."""
-    monkeypatch.setattr("whisper_moe.generate.longform.BUFFERED_WINDOWS", 2)
+    for module in ("longform", "schedule"):
+        monkeypatch.setattr(f"whisper_moe.generate.{module}.BUFFERED_WINDOWS", 2)
     paths = [noise(tmp_path / f"{name}.wav", seed=ord(name)) for name in "abcde"]
     pipe = tmp_path / "z.wav"
     os.mkfifo(pipe)

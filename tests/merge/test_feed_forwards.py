@@ -18,7 +18,7 @@ from torch import Tensor
 from whisper_moe import WhisperMoE
 from whisper_moe.cli import app
 from whisper_moe.config import PRESETS, MoEConfig
-from whisper_moe.generate.decode import middle
+from whisper_moe.generate.hearing import middle
 from whisper_moe.generate.options import TranscribeOptions
 from whisper_moe.merge.build import ROUTER
 from whisper_moe.merge.router import fit

@@ -117,9 +117,9 @@ def test_a_pause_ends_an_utterance_without_being_told() -> None:
     wave = np.concatenate((before, pause * np.float32(1e-6), after))
     captions, _ = asyncio.run(played(wave, 0.2, rest * np.float32(1e-6)))
     ends = [caption for caption in captions if caption.ended]
-    assert [caption.utterance for caption in ends] == [0, 1]
+    assert [caption.utterance for caption in ends] == [0, 1, 2] and not ends[2].final  # the last one was asked for
 
 
 def test_silence_says_nothing_and_is_not_kept() -> None:
     captions, longest = asyncio.run(played(np.zeros(30 * RATE, np.float32), 0.5, np.zeros(0, np.float32)))
-    assert captions == [] and longest == []
+    assert [(caption.final, caption.ended) for caption in captions] == [("", True)] and longest == []

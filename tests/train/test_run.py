@@ -528,7 +528,7 @@ def test_the_margin_of_training_is_kept_judged_by_and_used(
     judged: set[float],
 ) -> None:
     pytest.importorskip("rapidfuzz")
-    decode, margins, ranges = WindowDecoder.decode, set[float](), set[tuple[float, float]]()
+    decode, margins, ranges = WindowDecoder.open, set[float](), set[tuple[float, float]]()
     open_order = loader_module.open_order
 
     def noted(self: Any, *args: Any, margin: float, **options: Any) -> Any:
@@ -539,7 +539,7 @@ def test_the_margin_of_training_is_kept_judged_by_and_used(
         ranges.add(reader.margins)
         return open_order(corpora, reader, *how)
 
-    monkeypatch.setattr(WindowDecoder, "decode", noted)
+    monkeypatch.setattr(WindowDecoder, "open", noted)
     monkeypatch.setattr(loader_module, "open_order", opened)
     data, run = recipe_tree(material / "model", material / "data")["data"], tmp_path / "run"
     recipe = write(material, tmp_path / "a.yaml", data=data | {"evaluation": data["train"]})

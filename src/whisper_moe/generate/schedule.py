@@ -164,13 +164,12 @@ class Schedule:
             if (more > free or (len(chosen) + 1) * width > room) and (chosen or under_way):
                 break
             chosen, filled = [*chosen, job], more
-        if not under_way:
-            return chosen
-        enough = 4 * width * len(chosen) >= MAX_ROWS or 4 * filled >= MAX_POSITIONS
-        if len(chosen) < len(jobs):  # more wait than there is room for: it grows while they do
-            return chosen if enough else []
-        late = self._ticks - (jobs[0].since or 0) >= PATIENCE
-        return chosen if enough or late or 4 * width * len(chosen) >= used > 0 else []
+        rows = 4 * width * len(chosen)
+        enough = not under_way or rows >= MAX_ROWS or 4 * filled >= MAX_POSITIONS
+        if len(chosen) == len(jobs):  # else more wait than there is room for: it grows while they do
+            late = self._ticks - (jobs[0].since or 0) >= PATIENCE
+            enough = enough or late or (rows >= used > 0 and not jobs[0].attempt)  # other tries wait for one another
+        return chosen if enough else []
 
     def _how(self, job: Job) -> tuple[float, float]:
         """Margin and temperature of the attempt at a window."""
