@@ -20,14 +20,18 @@ from whisper_moe.serve.guard import Limits
 KEY = "a-key"
 
 
+def free_port() -> int:
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        return free.getsockname()[1]
+
+
 @contextmanager
 def serving(model: Path, keys: tuple[str, ...] = (KEY,), **limits: Any) -> Iterator[tuple[httpx.Client, Server]]:
     limits = {"frozen": 600.0, "deadline": 300.0} | limits  # where tests share a core, all is slow
     engine = Engine({"model": str(model), "dtype": "float32", "threads": 1}, Limits(**limits))
     server = Server(engine, keys)
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
+    port = free_port()
     running = uvicorn.Server(uvicorn.Config(server.app, port=port, log_level="warning", timeout_graceful_shutdown=5))
     thread = threading.Thread(target=running.run, daemon=True)
     thread.start()

@@ -5,6 +5,8 @@ from __future__ import annotations
 import os
 import signal
 import socket
+import subprocess
+import sys
 import threading
 import time
 from collections.abc import Iterator
@@ -18,7 +20,7 @@ import numpy as np
 import pytest
 from generate.tiny import tiny_whisper_moe
 from media.recordings import wav
-from serve.serving import KEY, serving, wait_until_ready
+from serve.serving import KEY, free_port, serving, wait_until_ready
 
 from whisper_moe import WhisperMoE
 from whisper_moe.serve.app import Server
@@ -241,27 +243,16 @@ def test_a_client_that_goes_frees_its_place(served: tuple[httpx.Client, Server])
     assert sent(client, GOOD).status_code == 200
 
 
+def by_command(model: Path, **how: Any) -> tuple[subprocess.Popen[bytes], int]:
+    """``whisper-moe serve`` in a process of its own, and its port."""
+    port = free_port()
+    flags = ["--model", str(model), "--port", str(port), "--threads", "1"]
+    return subprocess.Popen([sys.executable, "-m", "whisper_moe", "serve", *flags], **how), port
+
+
 def test_the_process_ends_with_its_parent(model: Path, tmp_path: Path) -> None:
     """Killed, so that it cannot tell anybody."""
-    import subprocess
-    import sys
-
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    command = [
-        sys.executable,
-        "-m",
-        "whisper_moe",
-        "serve",
-        "--model",
-        str(model),
-        "--port",
-        str(port),
-        "--threads",
-        "1",
-    ]
-    parent = subprocess.Popen(command, stderr=subprocess.DEVNULL)
+    parent, port = by_command(model, stderr=subprocess.DEVNULL)
     with httpx.Client(base_url=f"http://127.0.0.1:{port}") as client:
         wait_until_ready(client)
         assert sent(client, GOOD).status_code == 200
@@ -276,25 +267,7 @@ def test_the_process_ends_with_its_parent(model: Path, tmp_path: Path) -> None:
 
 
 def test_a_signal_lets_what_was_taken_be_answered(model: Path) -> None:
-    import subprocess
-    import sys
-
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    command = [
-        sys.executable,
-        "-m",
-        "whisper_moe",
-        "serve",
-        "--model",
-        str(model),
-        "--port",
-        str(port),
-        "--threads",
-        "1",
-    ]
-    server = subprocess.Popen(command, stderr=subprocess.PIPE)
+    server, port = by_command(model, stderr=subprocess.PIPE)
     with httpx.Client(base_url=f"http://127.0.0.1:{port}", timeout=60) as client, ThreadPoolExecutor(4) as pool:
         wait_until_ready(client)
         long = wav(noise(50.0))

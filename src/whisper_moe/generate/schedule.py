@@ -33,7 +33,6 @@ MAX_POSITIONS = 4 * MAX_PACK_TOKENS
 """Encoder positions whose keys and values are held at a time: 24 kB each in whisper-base."""
 PATIENCE = 8
 """Steps that windows wait at most until there are enough of them to be worth moving the caches of those that are under way."""
-
 HELD = 4 * PATIENCE
 """Steps that a text waits at most for its words' times, which are told for several windows at once."""
 
@@ -143,7 +142,7 @@ class Schedule:
         for job in filter(None, chain.from_iterable(in_turn)):
             alone = job.recording if job.recording.one_by_one else None
             groups.setdefault((alone, job.attempt, job.recording.options), []).append(job)
-        waits = lambda jobs: min(self._ticks if job.since is None else job.since for job in jobs)  # noqa: E731
+        waits = lambda jobs: min(job.since or 0 for job in jobs)  # noqa: E731
         ordered = sorted(groups.values(), key=lambda jobs: -jobs[0].attempt)
         if ordered and self._ticks - waits(oldest := min(ordered, key=waits)) > HELD:
             ordered = [oldest]  # what others leave free is kept for it

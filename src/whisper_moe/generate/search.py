@@ -234,9 +234,8 @@ class Lane:
             assert self._state is not None
             self._state = self._state.select(torch.tensor(sources, device=device))
         gone, most = len(self.searches) - len(alive), self.searches[0].options
-        full = any(
-            each.done and len(each.rows[0].tokens) >= each.limit for each in self.searches
-        )  # no position is left
+        # One that is done goes on in the batch: no position may be left for it.
+        full = any(each.done and len(each.rows[0].tokens) >= each.limit for each in self.searches)
         if gone and (full or most.branches or 8 * gone >= len(self.searches)):
             self._leave(alive)  # to move a cache costs a step of an eighth of the rows
         tokens = [row.tokens[-1:] for each in self.searches for row in each.rows]

@@ -218,10 +218,9 @@ class Server:
 
     async def _uploaded(self, request: Request, kind: type[A]) -> tuple[A, bytes, str]:
         """The fields of a form, and its file with what it is called in messages."""
-        if self.engine.facts is None or self.draining:
+        if self.draining:
             raise Refused(503, "not ready; try again in a few seconds", code="not_ready")
-        if len(self.engine) >= self.limits.queue:
-            raise Refused(429, "too many requests wait; try again later", code="queue_full")
+        self.engine.admit()
         if re.search(r"charset\s*=(?!\s*\"?utf-?8\b)", request.headers.get("content-type", ""), re.I):
             raise Refused(400, "a form is read in UTF-8 alone", code="form")
         try:

@@ -157,14 +157,18 @@ class Engine:
             self.restarts += 1
             self._spawn()
 
-    async def stream(
-        self, task: str, given: Any, /, *, expires: float, parts: bool = True, **options: Any
-    ) -> AsyncGenerator[Any]:
-        """Parts of the answer as they come, the whole one last. Raises ``Refused``; whoever stops listening cancels."""
+    def admit(self) -> None:
+        """Raises ``Refused`` while there is no model, and where too many wait."""
         if self.facts is None:
             raise Refused(503, "the model is being loaded; try again in a few seconds", code="not_ready")
         if len(self) >= self.limits.queue:
             raise Refused(429, "too many requests wait; try again later", code="queue_full")
+
+    async def stream(
+        self, task: str, given: Any, /, *, expires: float, parts: bool = True, **options: Any
+    ) -> AsyncGenerator[Any]:
+        """Parts of the answer as they come, the whole one last. Raises ``Refused``; whoever stops listening cancels."""
+        self.admit()
         id, pending, done = next(self._ids), _Pending(getattr(given, "nbytes", 0)), False
         if pending.size + sum(each.size for each in self._pending.values()) > HELD and self._pending:
             raise Refused(429, "too much sound waits; try again later", code="queue_full")

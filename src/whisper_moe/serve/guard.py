@@ -83,12 +83,8 @@ class Guard:
 
     def __init__(self, app: App, keys: Iterable[str], limits: Limits, told: Callable[[str, int, float], None]) -> None:
         """``keys``: any of them opens; without any, everybody may ask. ``told``: of each answer its route, status, seconds."""
-        self._app, self._keys, self._limits, self._told = (
-            app,
-            [sha256(key.encode()).digest() for key in keys],
-            limits,
-            told,
-        )
+        self._app, self._limits, self._told = app, limits, told
+        self._keys = [sha256(key.encode()).digest() for key in keys]
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] == "websocket" and not (self._knows(scope) and same_site(headers_of(scope))):
@@ -127,10 +123,8 @@ class Guard:
         except Refused as refused:
             if status:
                 raise
-            head = [
-                (b"content-type", b"application/json"),
-                (b"connection", b"close"),
-            ]  # the rest of the body is not read
+            # The rest of the body is not read.
+            head = [(b"content-type", b"application/json"), (b"connection", b"close")]
             await answered(watched, refused.status, json.dumps(refused.body).encode(), head)
         finally:
             self._told(getattr(scope.get("route"), "path", "other"), status or 500, time.monotonic() - begun)
